@@ -1,0 +1,43 @@
+# Each target sets up what it needs in a virtual environment of its own, once:
+#   make quickstart                  index, train, evaluate and answer on the CIA World Factbook
+#   make test PYTHON=python3.13      with another Python
+
+PYTHON ?= python3
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+VENV := .venv-$(VERSION)
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
+PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q
+
+.PHONY: quickstart test test-slow lint bench clean
+
+quickstart: $(VENV)/dev
+	$(BIN)/ragjax index configs/factbook.yaml
+	$(BIN)/ragjax train configs/factbook.yaml
+	$(BIN)/ragjax evaluate configs/factbook.yaml
+	$(BIN)/ragjax answer configs/factbook.yaml "What is the capital of France?"
+
+test: $(VENV)/dev
+	$(PYTEST) -n 2
+
+test-slow: $(VENV)/dev
+	$(PYTEST) -m slow
+
+lint: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/bench
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf .venv-* .pytest_cache .mypy_cache .ruff_cache *.egg-info dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/dev $(VENV)/bench: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=…")'
+	@echo "Installing into $(VENV) (once; some minutes with a slow network) …"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) -e '.[$(@F)]'
+	@touch $@

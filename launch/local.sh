@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Index, train and evaluate one experiment on this machine, on all its devices. Each stage resumes or is skipped
+# where it was already done, so that after an interruption the same command goes on.
+set -euo pipefail
+
+usage() {
+  cat <<TEXT
+usage: launch/local.sh [--dry-run] CONFIG [key=value …]
+
+  launch/local.sh configs/factbook.yaml
+  launch/local.sh --dry-run configs/factbook.yaml train.steps=10
+
+  --dry-run   print the commands, run nothing
+  RAGJAX      the command to run (default: ragjax)
+TEXT
+}
+
+dry_run=
+while [[ "${1-}" == -* ]]; do
+  case "$1" in
+    -h | --help) usage; exit 0 ;;
+    --dry-run) dry_run=1 ;;
+    *) echo "unknown option $1" >&2; usage >&2; exit 2 ;;
+  esac
+  shift
+done
+[[ $# -ge 1 ]] || { usage >&2; exit 2; }
+
+for stage in index train evaluate; do
+  command=("${RAGJAX:-ragjax}" "$stage" "$@")
+  printf '+ %s\n' "${command[*]}"
+  [[ -n "$dry_run" ]] || "${command[@]}"
+done

@@ -1,0 +1,1 @@
+"""RAG-Sequence in JAX: train a retriever and a generator end to end, and decode thoroughly or fast."""

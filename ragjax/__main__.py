@@ -1,0 +1,7 @@
+"""`python -m ragjax`."""
+
+import sys
+
+from ragjax.cli import main
+
+sys.exit(main())

@@ -1,0 +1,134 @@
+"""Beam search; knows nothing of retrieval.
+
+Beams are never copied: a token is written once into a pool of T·W slots, and each beam keeps its ancestry, the slot
+that it occupies at every earlier step. A score is the sum of log-probabilities, the end token included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+# (tokens[n,W], step, visible[n,W,T·W], cache) → (log-probabilities of what follows [n,W,V], cache)
+NextLogp = Callable[[Array, Array, Array, Any], tuple[Array, Any]]
+
+
+@struct.dataclass
+class Beams:
+    """The W best answers of each row, finished ones first, then by score."""
+
+    tokens: Int[Array, "n W T"]  # the end token included, then padding
+    length: Int[Array, "n W"]
+    logp: Float[Array, "n W"]  # nats; −inf where there are fewer than W answers
+    finished: Bool[Array, "n W"]  # reached the end token
+
+
+@struct.dataclass
+class _State:
+    step: Int[Array, ""]
+    last: Int[Array, "n W"]  # the newest token of each running beam
+    tokens: Int[Array, "n W T"]
+    ancestry: Int[Array, "n W T"]  # which of the W slots of each step this beam came through
+    logp: Float[Array, "n W"]
+    done: Beams
+    open: Bool[Array, " n"]  # rows whose best answers can still change
+    cache: Any
+
+
+def beam_search(
+    next_logp: NextLogp,
+    cache: Any,
+    start: Int[Array, " n"],
+    *,
+    beams: int,
+    max_new_tokens: int,
+    eos: int,
+    pad: int,
+    min_new_tokens: int = 0,
+    length_penalty: float = 0.0,
+) -> Beams:
+    """Searches until no running beam can enter the best W, or at `max_new_tokens`, which leaves unfinished prefixes.
+
+    As in Hugging Face, the 2W best continuations are looked at in each step, and an end token finishes an answer if
+    it is among the best W. Answers are ranked by logp / length**length_penalty. Pure: call it inside `jax.jit`.
+    """
+    n, width, longest = start.shape[0], beams, max_new_tokens
+    row = jnp.arange(n)[:, None]
+
+    def rank(logp: Array, length: Array | int) -> Array:
+        return logp / jnp.asarray(length, jnp.float32) ** length_penalty
+
+    def advance(state: _State) -> _State:
+        step = state.step
+        here = jnp.arange(longest) == step
+        ancestry = jnp.where(here, jnp.arange(width)[None, :, None], state.ancestry)
+        seen = (ancestry[..., None] == jnp.arange(width)) & (jnp.arange(longest) <= step)[:, None]
+        logp, cache = next_logp(state.last, step, seen.reshape(n, width, longest * width), state.cache)
+        vocabulary = logp.shape[-1]
+        too_short = (jnp.arange(vocabulary) == eos) & (step < min_new_tokens)
+        total = state.logp[..., None] + jnp.where(too_short, -jnp.inf, logp)
+        best, flat = jax.lax.top_k(total.reshape(n, -1), min(2 * width, width * vocabulary))
+        parent, token = flat // vocabulary, flat % vocabulary
+        tokens = jnp.where(here, token[..., None], state.tokens[row, parent])
+        ends = token == eos
+
+        among_best = jnp.arange(best.shape[1]) < width
+        newly = Beams(tokens, jnp.full_like(token, step + 1), best, jnp.ones_like(ends))
+        newly = newly.replace(logp=jnp.where(ends & among_best, best, -jnp.inf))
+        done = _best(width, rank, state.done, newly)
+        done = jax.tree.map(lambda new, old: jnp.where(_rows(state.open, new), new, old), done, state.done)
+
+        going, keep = jax.lax.top_k(jnp.where(ends, -jnp.inf, best), width)
+        # log-probabilities only fall, so this bounds whatever a running beam can still become
+        bound = rank(going[:, 0], longest if length_penalty > 0 else step + 1)
+        worst = rank(done.logp, done.length).min(axis=1)
+        return _State(
+            step=step + 1,
+            last=token[row, keep],
+            tokens=tokens[row, keep],
+            ancestry=ancestry[row, parent[row, keep]],
+            logp=going,
+            done=done,
+            open=state.open & (bound > worst),
+            cache=cache,
+        )
+
+    blank = jnp.full((n, width, longest), pad, jnp.int32)
+    first_only = jnp.where(jnp.arange(width) == 0, 0.0, -jnp.inf)
+    none = Beams(
+        blank, jnp.ones((n, width), jnp.int32), jnp.full((n, width), -jnp.inf), jnp.zeros((n, width), bool)
+    )
+    state = _State(
+        step=jnp.zeros((), jnp.int32),
+        last=jnp.broadcast_to(start[:, None], (n, width)),
+        tokens=blank,
+        ancestry=jnp.zeros((n, width, longest), jnp.int32),
+        logp=jnp.broadcast_to(first_only, (n, width)),
+        done=none,
+        open=jnp.ones(n, bool),
+        cache=cache,
+    )
+    state = jax.lax.while_loop(lambda s: (s.step < longest) & s.open.any(), advance, state)
+    # prefixes that ran into the limit fill the places that no finished answer takes
+    length = jnp.full((n, width), longest, jnp.int32)
+    cut = jnp.where(state.open[:, None], state.logp, -jnp.inf)
+    prefixes = Beams(state.tokens, length, cut, jnp.zeros((n, width), bool))
+    return _best(width, rank, state.done, prefixes)
+
+
+def _rows(flags: Bool[Array, " n"], like: Array) -> Array:
+    return flags.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def _best(width: int, rank: Callable[[Array, Array], Array], *groups: Beams) -> Beams:
+    """The best `width` answers of several groups, finished before unfinished; earlier groups win ties."""
+    joined = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *groups)
+    joined = joined.replace(finished=joined.finished & (joined.logp > -jnp.inf))
+    score = rank(joined.logp, joined.length)
+    order = jnp.lexsort((-score, ~joined.finished), axis=1)[:, :width]
+    return jax.tree.map(lambda leaf: leaf[jnp.arange(leaf.shape[0])[:, None], order], joined)

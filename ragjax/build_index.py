@@ -1,0 +1,93 @@
+"""`ragjax index`: read the corpus, tokenise it once, embed it, and make it searchable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from ragjax.config import Config, InputError
+from ragjax.factbook import build_factbook
+from ragjax.hub import Fetched, fetch
+from ragjax.index import check_kind, embed_passages, write_index
+from ragjax.passages import Passage, PassageStore, read_passages, write_jsonl, write_store
+from ragjax.progress import progress_bar
+from ragjax.rag import Rag, encode, open_rag, passage_text
+from ragjax.text import buckets_up_to
+
+
+def build_index(config: Config) -> Path:
+    """Builds the folder `index.folder`: passages, the generator's tokens, embeddings, search structure, manifest.
+
+    Raises `InputError` for bad input; an index that is there already is replaced only once the new one is whole.
+    """
+    rag = open_rag(config)
+    check_kind(config.index.kind, rag.retriever.config.embedding_width)
+    corpus = fetch(config.corpus.source)
+    folder = Path(config.index.folder)
+    params = rag.retriever.read()
+    passages = _passages(config, corpus, folder)
+
+    def tokenise(texts: list[str]) -> list[list[int]]:
+        longest = config.generator.source_tokens
+        return [row[:longest] for row in rag.generator_tokenizer.encode(texts)]
+
+    with progress_bar("tokenise", None, "passages") as advance:
+        summary = write_store(
+            folder, passages, tokenise, lambda passage: passage_text(config.generator.passage, passage), advance
+        )
+    store = PassageStore.open(folder)
+    rows = _encoder_rows(rag, store)
+    with progress_bar("embed", len(store), "passages") as advance:
+        embed_passages(
+            lambda tokens, mask: encode(rag.retriever.graph, params, tokens, mask),
+            rows,
+            width_buckets=buckets_up_to(config.retriever.passage_tokens),
+            batch_size=config.index.batch_size,
+            pad_id=rag.retriever_tokenizer.pad_id,
+            dtype=config.index.dtype,
+            path=folder / "embeddings.npy",
+            progress=advance,
+        )
+    write_index(
+        folder,
+        folder / "embeddings.npy",
+        config.index.kind,
+        config.index.dtype,
+        {
+            "corpus": {"source": corpus.source, "pin": corpus.pin, "fingerprint": summary.fingerprint},
+            "generator_tokens": summary.tokens,
+            "fingerprints": rag.fingerprints,
+        },
+    )
+    return folder
+
+
+def _passages(config: Config, corpus: Fetched, folder: Path) -> Iterable[Passage]:
+    """The corpus as a stream; the Factbook brings its questions, which are written beside the index."""
+    c = config.corpus
+    if c.format != "factbook":
+        return read_passages(corpus.path, c.format, c.limit)
+    passages, questions = build_factbook(corpus.path, c.passage_words, config.seed)
+    if c.limit is not None:
+        passages = passages[: c.limit]
+        kept = {passage.id for passage in passages}
+        questions = {
+            split: [q for q in records if kept.intersection(q["passages"])] for split, records in questions.items()
+        }
+    if not passages:
+        raise InputError(f"{corpus.path}: no passages were found in this Factbook")
+    (folder / "questions").mkdir(parents=True, exist_ok=True)
+    for split, records in questions.items():
+        write_jsonl(folder / "questions" / f"{split}.jsonl", records)
+    return passages
+
+
+def _encoder_rows(rag: Rag, store: PassageStore) -> list[list[int]]:
+    settings = rag.config.retriever
+    encode_texts: Callable[..., list[list[int]]] = rag.retriever_tokenizer.encode
+    rows: list[list[int]] = []
+    for start in range(0, len(store), 1024):
+        chunk = [store[i] for i in range(start, min(start + 1024, len(store)))]
+        texts = [passage_text(settings.passage, passage) for passage in chunk]
+        rows += encode_texts(texts, special=True, longest=settings.passage_tokens)
+    return rows

@@ -1,0 +1,164 @@
+"""Checkpoints of the whole training state, one folder a step. The only file that knows Orbax."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ragjax.config import InputError
+
+
+class Checkpoints:
+    """The checkpoints under one folder, of which the newest `keep` stay.
+
+    A save goes on in the background while training continues; a checkpoint appears under its name only when it is
+    whole. Use as a context manager, or call `close`.
+    """
+
+    def __init__(self, folder: str | Path, keep: int = 2) -> None:
+        from orbax.checkpoint import v1 as ocp
+
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs each step of its work and its tracebacks
+        self.folder = Path(folder).absolute()
+        self.keep = keep
+        self._ocp = ocp
+        self._saving: tuple[int, Any] | None = None
+        self._open()
+
+    def _open(self) -> None:
+        for leftover in self.folder.glob("*.orbax-checkpoint-tmp*"):  # of an interrupted save
+            shutil.rmtree(leftover, ignore_errors=True)
+        newest = self._ocp.training.preservation_policies.LatestN(self.keep)
+        self._checkpointer = self._ocp.training.Checkpointer(self.folder, preservation_policy=newest)
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def latest(self) -> int | None:
+        """The newest step saved, or None."""
+        self.wait()
+        newest = self._checkpointer.latest
+        return None if newest is None else newest.step
+
+    def save(self, step: int, state: Any, metadata: dict[str, Any]) -> None:
+        """Saves a tree of arrays, and JSON beside it; returns once `state` may be changed or donated.
+
+        Raises `InputError` if it, or the save before it, cannot be written; the partial folder is removed.
+        """
+        self.wait()
+        try:
+            response = self._checkpointer.save_async(step, state, force=True, overwrite=True, custom_metadata=metadata)
+        except Exception as error:  # tensorstore, Orbax and the operating system each have their own
+            raise self._unwritable(step, error) from error
+        self._saving = (step, response)
+
+    def wait(self) -> None:
+        """Waits until the last save is on disk. Raises as `save` does."""
+        if self._saving is None:
+            return
+        (step, response), self._saving = self._saving, None
+        try:
+            response.result()
+        except Exception as error:
+            raise self._unwritable(step, error) from error
+
+    def restore(self, step: int, like: Any) -> Any:
+        """The state saved at `step`, in the shapes, types and shardings of `like` (arrays or `ShapeDtypeStruct`s).
+
+        Raises `InputError` for an incomplete or damaged checkpoint, and for one of another model.
+        """
+        return self._load(step, like, partial=False)
+
+    def restore_params(self, step: int, like: Any) -> Any:
+        """Only the subtree `params` of the state saved at `step`; `like` and errors as in `restore`."""
+        return self._load(step, {"params": like}, partial=True)["params"]
+
+    def metadata(self, step: int) -> dict[str, Any]:
+        """The JSON saved with the state. Raises `InputError` for an incomplete or damaged checkpoint."""
+        return self._read_metadata(step).custom_metadata or {}
+
+    def close(self) -> None:
+        """Waits for the last save and frees what Orbax holds. Raises as `save` does."""
+        try:
+            self.wait()
+        finally:
+            self._checkpointer.close()
+
+    def _load(self, step: int, like: Any, partial: bool) -> Any:
+        self._check_fits(step, like, partial)
+        loading = self._ocp.options.PyTreeOptions.Loading(partial_load=partial)
+        try:
+            with self._ocp.Context(pytree_options=self._ocp.options.PyTreeOptions(loading=loading)):
+                return self._ocp.load(self._path(step), jax.tree.map(_abstract, like))
+        except Exception as error:
+            raise self._unreadable(step, error) from error
+
+    def _check_fits(self, step: int, like: Any, partial: bool) -> None:
+        saved = _shapes(self._read_metadata(step).metadata)
+        wanted = _shapes(like)
+        missing = sorted(wanted.keys() - saved.keys())
+        unknown = [] if partial else sorted(saved.keys() - wanted.keys())
+        differ = [f"{n} is {saved[n]}, not {wanted[n]}" for n in wanted if n in saved and saved[n] != wanted[n]]
+        problems = [f"it has no {n}" for n in missing] + [f"{n} is not of this model" for n in unknown] + differ
+        if problems:
+            more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+            raise InputError(
+                f"{self._path(step)}: a checkpoint of another model or optimiser: {'; '.join(problems[:3])}{more}; "
+                "use the configuration that it was trained with, or another output folder"
+            )
+
+    def _read_metadata(self, step: int) -> Any:
+        self.wait()
+        try:
+            return self._checkpointer.metadata(step)
+        except Exception as error:
+            raise self._unreadable(step, error) from error
+
+    def _path(self, step: int) -> Path:
+        return self.folder / str(step)
+
+    def _unreadable(self, step: int, error: Exception) -> InputError:
+        if not self._path(step).exists():
+            there = ", ".join(str(c.step) for c in self._checkpointer.checkpoints) or "none"
+            return InputError(f"{self._path(step)}: there is no such checkpoint; the steps saved are: {there}")
+        return InputError(
+            f"{self._path(step)}: the checkpoint is incomplete or damaged ({_first_line(error)}); delete this folder "
+            "to go on from the checkpoint before it"
+        )
+
+    def _unwritable(self, step: int, error: Exception) -> InputError:
+        self._open()  # Orbax would report the same failure for ever
+        return InputError(
+            f"{self._path(step)}: the checkpoint could not be written ({_first_line(error)}); is the disk full? "
+            "Make room, or lower train.keep, and run the same command again: it resumes"
+        )
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    """Without a sharding of its own a leaf goes to the first device, wherever it was when it was saved."""
+    sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _shapes(tree: Any) -> dict[str, str]:
+    """Name → type and shape. Names are the same for a dictionary and for a dataclass, which Orbax stores alike."""
+    leaves = jax.tree_util.tree_flatten_with_path(jax.tree.map(_stored, tree))[0]
+    return {jax.tree_util.keystr(p, simple=True, separator="."): f"{x.dtype}{list(x.shape)}" for p, x in leaves}
+
+
+def _stored(leaf: Any) -> Any:
+    """Random keys are stored as the integers that they wrap."""
+    return jax.eval_shape(jax.random.key_data, leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

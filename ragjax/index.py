@@ -1,0 +1,333 @@
+"""The index: embeddings of all passages on disk, and the search for the largest inner products q·d.
+
+index/embeddings.npy   [N, D] in corpus order; bfloat16 is kept as uint16, which .npy can name
+index/faiss.index      only for a FAISS kind
+index/manifest.json    written last: a folder without it is incomplete
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32
+
+from ragjax.config import InputError
+from ragjax.passages import atomic_write
+from ragjax.text import Ids, bucket, pad_rows
+
+FAISS_FILE, MANIFEST = "faiss.index", "manifest.json"
+BLOCK = 8192  # passages scored at a time by the exact search
+TRAIN_SAMPLE = 200_000  # passages a FAISS structure is trained on, at most
+ADD_BATCH = 65_536  # fixed, because an HNSW graph depends on it
+TRAIN_THREADS = 8  # fixed, because OPQ's rotation depends on it
+OVERSAMPLE = 4  # FAISS is asked for so many times k, of which exact scores choose
+
+Encode = Callable[[Int[np.ndarray, "n S"], Bool[np.ndarray, "n S"]], Any]
+
+
+def embed_passages(
+    encode: Encode,
+    token_rows: Sequence[Ids],
+    *,
+    width_buckets: Sequence[int],
+    batch_size: int,
+    pad_id: int,
+    dtype: str,
+    path: Path,
+    progress: Callable[[int], None],
+) -> None:
+    """Writes the embeddings [N, D] of N passages to `path`, in corpus order and in `dtype`.
+
+    `encode` maps tokens[n, S] and mask[n, S] to an array [n, D]; n is always `batch_size`, S one of `width_buckets`.
+    `progress` is told how many passages each batch finished. Raises `InputError` for an empty corpus, a full disk or
+    embeddings that `dtype` cannot hold.
+    """
+    if not len(token_rows):
+        raise InputError("the corpus is empty: there is no passage to index")
+    embeddings: np.ndarray | None = None
+    with atomic_write(path) as (file,):
+        for ids, result in _encoded_batches(encode, token_rows, width_buckets, batch_size, pad_id):
+            batch = np.asarray(result)[: len(ids)].astype(np.float32)
+            with np.errstate(over="ignore"):
+                stored = batch.astype(dtype)
+            if not np.isfinite(stored.astype(np.float32)).all():
+                raise InputError(f"an embedding is not finite in index.dtype={dtype}; check retriever.source, or widen")
+            if embeddings is None:
+                embeddings = _create(file, (len(token_rows), batch.shape[1]), dtype)
+            embeddings[ids] = stored
+            progress(len(ids))
+        assert isinstance(embeddings, np.memmap)
+        embeddings.flush()
+        path.with_name(MANIFEST).unlink(missing_ok=True)  # it describes the embeddings that are replaced now
+
+
+def _encoded_batches(
+    encode: Encode, token_rows: Sequence[Ids], width_buckets: Sequence[int], batch_size: int, pad_id: int
+) -> Iterator[tuple[np.ndarray, Any]]:
+    """Passage ids and their embeddings, longest passages first, so that memory runs out at once or never.
+
+    A batch is dispatched before the previous one is awaited: the host writes while the device computes.
+    """
+    lengths = np.array([len(row) for row in token_rows])
+    order = np.argsort(-lengths, kind="stable")
+    waiting = None
+    for start in range(0, len(order), batch_size):
+        ids = order[start : start + batch_size]
+        rows = [token_rows[i] for i in ids]
+        rows += [rows[-1]] * (batch_size - len(rows))
+        current = ids, encode(*pad_rows(rows, bucket(int(lengths[ids[0]]), width_buckets), pad_id))
+        if waiting is not None:
+            yield waiting
+        waiting = current
+    if waiting is not None:
+        yield waiting
+
+
+def _create(file: BinaryIO, shape: tuple[int, int], dtype: str) -> np.memmap:
+    header = {"descr": _npy_dtype(dtype).str, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
+    file.flush()
+    start = file.tell()
+    _reserve(file, start, int(np.prod(shape)) * np.dtype(dtype).itemsize)
+    return np.memmap(file.name, dtype, "r+", start, shape)
+
+
+def _reserve(file: BinaryIO, start: int, size: int) -> None:
+    # Writing through a memory map to a full disk kills the process; so the space is claimed before.
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), start, size)
+        return
+    for written in range(0, size, 1 << 24):
+        file.write(bytes(min(1 << 24, size - written)))
+    file.flush()
+
+
+def _npy_dtype(dtype: str) -> np.dtype:
+    return np.dtype(np.uint16) if np.dtype(dtype) == ml_dtypes.bfloat16 else np.dtype(dtype)
+
+
+def _open_embeddings(path: Path, dtype: str) -> Float[np.ndarray, "N D"]:
+    return np.load(path, mmap_mode="r", allow_pickle=False).view(dtype)
+
+
+@dataclass
+class Index:
+    """Embeddings [N, D] with a way to search them: `kind` is `exact` or a FAISS index_factory string."""
+
+    embeddings: Float[np.ndarray, "N D"]
+    kind: str
+    manifest: dict[str, Any]
+    faiss_index: Any = None
+
+    def __len__(self) -> int:
+        return len(self.embeddings)
+
+    def search(
+        self, queries: Float[np.ndarray, "B D"], k: int
+    ) -> tuple[Float32[np.ndarray, "B K"], Int32[np.ndarray, "B K"]]:
+        """The k passages with the largest inner products: scores and ids, best first, equal ones by id.
+
+        Where there are fewer hits than k, the id is -1 and the score -inf. A FAISS kind finds 4k candidates
+        approximately; they are scored again from the stored embeddings, so that scores are exact, and sorted by that.
+        """
+        queries = np.asarray(queries, np.float32)
+        if self.kind == "exact":
+            scores, ids = exact_search(self.on_device, jnp.asarray(queries), k, min(BLOCK, len(self)))
+            return np.asarray(scores), np.asarray(ids)
+        import faiss
+
+        faiss.omp_set_num_threads(_cores())
+        _, found = self.faiss_index.search(queries, OVERSAMPLE * k)
+        ids = found.astype(np.int32)
+        scores = np.einsum("BD,BKD->BK", queries, self.vectors(ids))
+        scores = np.where(ids >= 0, scores, -np.inf).astype(np.float32)
+        best = np.lexsort((ids, -scores), axis=-1)[:, :k]
+        return np.take_along_axis(scores, best, 1), np.take_along_axis(ids, best, 1)
+
+    def vectors(self, ids: Int[np.ndarray, "B K"]) -> Float32[np.ndarray, "B K D"]:
+        """The embeddings of passages; zeros where the id is -1."""
+        found = np.asarray(self.embeddings[np.maximum(ids, 0)], np.float32)
+        return np.where(ids[..., None] >= 0, found, np.float32(0))
+
+    @cached_property
+    def on_device(self) -> Float[Array, "N D"]:
+        """All embeddings, put on the device once, in the type in which they are stored."""
+        return jnp.asarray(self.embeddings)
+
+
+@partial(jax.jit, static_argnames=("k", "block"))
+def exact_search(
+    embeddings: Float[Array, "N D"], queries: Float[Array, "B D"], k: int, block: int
+) -> tuple[Float32[Array, "B K"], Int32[Array, "B K"]]:
+    """As `Index.search`, over `block` ≤ N passages at a time: memory grows with B·block, never with B·N."""
+    count = embeddings.shape[0]
+    queries = queries.astype(jnp.float32)
+
+    def merge(i: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
+        # The last block is moved back to lie within N; what an earlier block has seen is masked.
+        start = jnp.minimum(i * block, count - block)
+        passages = jax.lax.dynamic_slice_in_dim(embeddings, start, block).astype(jnp.float32)
+        scores = jnp.einsum("BD,nD->Bn", queries, passages, precision="highest", preferred_element_type=jnp.float32)
+        ids = start + jnp.arange(block, dtype=jnp.int32)
+        scores, columns = jax.lax.top_k(jnp.where(ids >= i * block, scores, -jnp.inf), min(k, block))
+        # top_k prefers the lower position among equals: earlier blocks stand first, so lower ids win.
+        scores = jnp.concatenate([best[0], scores], 1)
+        ids = jnp.concatenate([best[1], ids[columns]], 1)
+        scores, columns = jax.lax.top_k(scores, k)
+        return scores, jnp.take_along_axis(ids, columns, 1)
+
+    shape = (queries.shape[0], k)
+    nothing = jnp.full(shape, -jnp.inf, jnp.float32), jnp.full(shape, -1, jnp.int32)
+    return jax.lax.fori_loop(0, -(-count // block), merge, nothing)
+
+
+def write_index(folder: Path, embeddings_path: Path, kind: str, dtype: str, manifest_extra: Mapping[str, Any]) -> None:
+    """Builds the FAISS structure, if `kind` asks for one, and completes the folder with its manifest.
+
+    `embeddings_path` lies in `folder`. `manifest_extra` holds `fingerprints`, a name and a "sha256:…" for each thing
+    the index was built from. Raises `InputError` for a bad kind, too few passages to train it, or a full disk.
+    """
+    embeddings = _open_embeddings(embeddings_path, dtype)
+    faiss_index = None if kind == "exact" else _build_faiss(embeddings, kind)
+    for old in (MANIFEST, FAISS_FILE):
+        (folder / old).unlink(missing_ok=True)
+    if faiss_index is not None:
+        _write_faiss(folder / FAISS_FILE, faiss_index)
+    count, width = embeddings.shape
+    manifest = {"kind": kind, "dtype": dtype, "N": count, "D": width, "embeddings": embeddings_path.name}
+    with atomic_write(folder / MANIFEST) as (file,):
+        file.write(json.dumps(manifest | dict(manifest_extra), indent=1, ensure_ascii=False).encode() + b"\n")
+
+
+def check_kind(kind: str, width: int) -> None:
+    """Raises `InputError` when `kind` is neither `exact` nor a FAISS factory string for embeddings of width D."""
+    if kind != "exact":
+        _empty_faiss(kind, width)
+
+
+def _empty_faiss(kind: str, width: int) -> Any:
+    import faiss
+
+    try:
+        return faiss.index_factory(width, kind, faiss.METRIC_INNER_PRODUCT)
+    except Exception as error:  # a RuntimeError, or an assertion of the bindings
+        raise InputError(
+            f"index.kind is {kind!r}, which FAISS does not accept for width {width} ({_faiss_reason(error)}); "
+            "use exact, or an index_factory string such as HNSW32 or IVF256,Flat"
+        ) from None
+
+
+def _build_faiss(embeddings: Float[np.ndarray, "N D"], kind: str) -> Any:
+    import faiss
+
+    count, width = embeddings.shape
+    index = _empty_faiss(kind, width)
+    if not index.is_trained:
+        sample = np.arange(count)
+        if count > TRAIN_SAMPLE:
+            sample = np.sort(np.random.default_rng(0).choice(count, TRAIN_SAMPLE, replace=False))
+        faiss.omp_set_num_threads(TRAIN_THREADS)
+        try:
+            index.train(np.asarray(embeddings[sample], np.float32))
+        except RuntimeError as error:
+            raise InputError(
+                f"index.kind={kind} cannot be trained on the {len(sample)} passages there are "
+                f"({_faiss_reason(error)}); use exact, or fewer clusters"
+            ) from None
+    faiss.omp_set_num_threads(_cores())
+    for start in range(0, count, ADD_BATCH):
+        index.add(np.asarray(embeddings[start : start + ADD_BATCH], np.float32))
+    _search_widely(index)
+    return index
+
+
+def _search_widely(index: Any) -> None:
+    """FAISS looks into one cluster by default: take an eighth of them and at least 8; follow 128 nodes of a graph."""
+    import faiss
+
+    clusters = faiss.try_extract_index_ivf(index)
+    if clusters is not None:
+        clusters.nprobe = min(clusters.nlist, max(8, clusters.nlist // 8))
+    inner = faiss.downcast_index(index)
+    while isinstance(inner, faiss.IndexPreTransform):
+        inner = faiss.downcast_index(inner.index)
+    if isinstance(inner, faiss.IndexHNSW):
+        inner.hnsw.efSearch = 128
+
+
+def _write_faiss(path: Path, index: Any) -> None:
+    import faiss
+
+    with atomic_write(path) as (file,):
+        # FAISS's own writer overlooks a disk that fills up while it closes the file; ours raises.
+        writer = faiss.PyCallbackIOWriter(file.write, 1 << 20)  # type: ignore[attr-defined]  # not in its stubs
+        faiss.write_index(index, writer)
+
+
+def _faiss_reason(error: Exception) -> str:
+    """The last part of FAISS's message, which follows the place in its source."""
+    return str(error).strip().rsplit(": ", 1)[-1] or type(error).__name__
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def open_index(folder: Path, expected_fingerprints: Mapping[str, str]) -> Index:
+    """Opens an index, memory-mapped, after checking what it was built from.
+
+    Raises `InputError` for a folder that is missing or incomplete, or whose manifest has another fingerprint than
+    one of `expected_fingerprints`.
+    """
+    folder = Path(folder)
+    if not (folder / MANIFEST).is_file():
+        state = "is not complete" if folder.is_dir() else "does not exist"
+        raise InputError(f"{folder}: the index {state}; run: ragjax index CONFIG")
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        _check_fingerprints(folder, manifest["fingerprints"], expected_fingerprints)
+        embeddings = _open_embeddings(folder / manifest["embeddings"], manifest["dtype"])
+        if embeddings.shape != (manifest["N"], manifest["D"]):
+            raise ValueError(f"embeddings of shape {embeddings.shape}")
+        faiss_index = None if manifest["kind"] == "exact" else _read_faiss(folder / FAISS_FILE, manifest["N"])
+    except (ValueError, KeyError, TypeError, OSError, EOFError) as error:
+        raise InputError(f"{folder}: the index is damaged ({error}); delete it and run: ragjax index CONFIG") from None
+    return Index(embeddings, manifest["kind"], manifest, faiss_index)
+
+
+def _check_fingerprints(folder: Path, built: Mapping[str, str], expected: Mapping[str, str]) -> None:
+    for part, fingerprint in expected.items():
+        if (other := built.get(part)) != fingerprint:
+            raise InputError(
+                f"{folder}: the index was built by another {part.replace('_', ' ')}: {other}, and the configuration "
+                f"names {fingerprint}; go back to that one, or set index.folder to another folder and run: "
+                "ragjax index CONFIG"
+            )
+
+
+def _read_faiss(path: Path, count: int) -> Any:
+    import faiss
+
+    try:
+        index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
+    except RuntimeError as error:
+        raise ValueError(f"{path.name}: {_faiss_reason(error)}") from None
+    if index.ntotal != count:
+        raise ValueError(f"{path.name} holds {index.ntotal} passages")
+    return index
+
+
+def check_k(k: int, count: int) -> None:
+    """Raises `InputError` when more documents a question are asked for than there are passages."""
+    if k > count:
+        raise InputError(f"k is {k} but the corpus has only {count} passages; lower train.k and decode.k")

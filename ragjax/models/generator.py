@@ -1,0 +1,115 @@
+"""The one interface that decoding and training know of a generator, and what follows from it for every family.
+
+A document is read once, by `prefill`; all that is ever generated or scored after it shares that memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int, Key
+
+Keys = Key[Array, " n"]
+
+
+@dataclass(frozen=True)
+class Ending:
+    """The tokens that end an answer and that pad it."""
+
+    eos: int
+    pad: int
+
+
+@struct.dataclass
+class Memory:
+    """What a document leaves behind: keys and values of L layers, which of them count, and how to begin."""
+
+    keys: Float[Array, "L n S Hkv Dh"]
+    values: Float[Array, "L n S Hkv Dh"]
+    mask: Bool[Array, "n S"]
+    offset: Int[Array, " n"]  # absolute position of the start token
+    start: Int[Array, " n"]  # the token from which the answer begins
+
+
+@struct.dataclass
+class Past:
+    """A write-once pool of P slots a row, for tokens already extended."""
+
+    keys: Float[Array, "L n P Hkv Dh"]
+    values: Float[Array, "L n P Hkv Dh"]
+    filled: Int[Array, ""]
+
+
+class Generator(Protocol):
+    """Families: `llama.py`. Positions count from the start token, which is 0."""
+
+    def prefill(
+        self, source: Int[Array, "n S"], mask: Bool[Array, "n S"], keys: Keys | None = None, remat: bool = False
+    ) -> Memory:
+        """Reads right-padded sources [n,S]."""
+        ...
+
+    def extend(
+        self,
+        memory: Memory,
+        past: Past | None,
+        tokens: Int[Array, "n G M"],
+        positions: Int[Array, "... G M"],
+        visible: Bool[Array, "... G M P"],
+        keys: Keys | None = None,
+        remat: bool = False,
+    ) -> tuple[Float[Array, "n G M D"], Past | None]:
+        """G groups of M tokens after each memory.
+
+        Without a past a token sees, of its own group, what `visible` [n|1,G|1,M,M] says. With one, the new tokens
+        are written to the next G·M slots of the pool, and `visible` [n,G,M,P] says which slots each sees.
+        """
+        ...
+
+    def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        """Float32 logits."""
+        ...
+
+    def token_logp(
+        self, hidden: Float[Array, "... D"], targets: Int[Array, "..."]
+    ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+        """Log-probability of each target and the mean over the vocabulary, in nats; never all logits at once."""
+        ...
+
+
+def score(
+    generator: Generator, memory: Memory, answers: Int[Array, "n C T"], keys: Keys | None = None, remat: bool = False
+) -> Float[Array, "n C T"]:
+    """log p(answers[t] | answers[<t], x, z) for C answers that share each memory; callers mask padding and sum."""
+    n, count, length = answers.shape
+    start = jnp.broadcast_to(memory.start[:, None, None], (n, count, 1))
+    inputs = jnp.concatenate([start, answers[:, :, :-1]], axis=-1)
+    causal = jnp.tril(jnp.ones((1, 1, length, length), bool))
+    hidden, _ = generator.extend(memory, None, inputs, jnp.arange(length)[None, None], causal, keys, remat)
+    return generator.token_logp(hidden, answers)[0]
+
+
+def empty_past(memory: Memory, slots: int) -> Past:
+    """A pool of `slots` unwritten slots beside each memory."""
+    layers, n, _, heads, width = memory.keys.shape
+    shape = (layers, n, slots, heads, width)
+    return Past(jnp.zeros(shape, memory.keys.dtype), jnp.zeros(shape, memory.values.dtype), jnp.zeros((), jnp.int32))
+
+
+def next_logp(
+    generator: Generator,
+    memory: Memory,
+    past: Past,
+    tokens: Int[Array, "n W"],
+    step: Int[Array, ""],
+    visible: Bool[Array, "n W P"],
+) -> tuple[Float[Array, "n W V"], Past]:
+    """One step of W beams: log-probabilities of the token after `tokens`, which stand at position `step`."""
+    positions = jnp.broadcast_to(step, (1, tokens.shape[1], 1))
+    hidden, past_after = generator.extend(memory, past, tokens[:, :, None], positions, visible[:, :, None, :])
+    assert past_after is not None
+    return jax.nn.log_softmax(generator.logits(hidden[:, :, 0]), axis=-1), past_after

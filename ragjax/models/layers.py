@@ -1,0 +1,127 @@
+"""What every model family shares: stacked layers, dropout by row, positions, log-probabilities by vocabulary blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Key
+
+Params = dict[str, Any]  # a nested dict of arrays, as `nnx.to_pure_dict` gives it
+NEGATIVE = -1e30  # masks attention logits: finite, so that a fully masked row gives no NaN
+LOGIT_BUDGET = 2**24  # at most so many logits at once when targets are scored
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_new": partial(jax.nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+}
+
+
+def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
+    """One module whose parameters have a leading axis of `count` layers, so that compile time ignores depth."""
+    return nnx.vmap(make, in_axes=0, out_axes=0)(rngs.split(count))
+
+
+def scan_layers(layers: nnx.Module, step: Callable, carry: Any, xs: Any = None, remat: bool = False) -> tuple[Any, Any]:
+    """Runs `step(layer, carry, x) -> (carry, y)` through stacked layers; `remat` recomputes each in the backward pass."""
+    graph, params = nnx.split(layers)
+
+    def body(carry: Any, inputs: tuple[Any, Any]) -> tuple[Any, Any]:
+        layer_params, x = inputs
+        return step(nnx.merge(graph, layer_params), carry, x)
+
+    return jax.lax.scan(jax.checkpoint(body) if remat else body, carry, (params, xs))
+
+
+def split_parameters(module: nnx.Module) -> tuple[nnx.GraphDef, Params]:
+    """A module as its static graph and a plain tree; `nnx.merge(graph, params)` gives it back inside a pure function."""
+    graph, state = nnx.split(module)
+    return graph, nnx.to_pure_dict(state)
+
+
+def row_keys(key: Key[Array, ""], rows: Int[Array, " n"]) -> Key[Array, " n"]:
+    """One dropout key a row, by its global number: the mask does not depend on how the batch is laid out."""
+    return jax.vmap(partial(jax.random.fold_in, key))(rows)
+
+
+def fold(keys: Key[Array, " n"] | None, data: int | Int[Array, ""]) -> Key[Array, " n"] | None:
+    """Another independent key for every row."""
+    return None if keys is None else jax.vmap(lambda key: jax.random.fold_in(key, data))(keys)
+
+
+def dropout(x: Float[Array, "n ..."], keys: Key[Array, " n"] | None, rate: float) -> Float[Array, "n ..."]:
+    """Inverted dropout with one key a row; without keys, the identity."""
+    if keys is None or rate == 0.0:
+        return x
+    keep = jax.vmap(lambda key, row: jax.random.bernoulli(key, 1.0 - rate, row.shape))(keys, x)
+    return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
+
+
+def attend_memory(
+    queries: Float[Array, "n G M H Dh"],
+    memory: tuple[Float[Array, "n S Hkv Dh"], Float[Array, "n S Hkv Dh"], Bool[Array, "n S"]],
+    local: tuple[Float[Array, "..."], Float[Array, "..."], Bool[Array, "..."]],
+    scale: float,
+) -> Float[Array, "n G M H Dh"]:
+    """One softmax over a document's memory, shared by all G groups, and over the new tokens.
+
+    `local` holds keys and values [n,G,M,Hkv,Dh] of each group's own tokens, or [n,P,Hkv,Dh] of a pool that all
+    groups read, with `visible` [n|1,G|1,M,P] saying which of them a token sees.
+    """
+    n, groups, length, heads, width = queries.shape
+    keys, values, mask = memory
+    local_keys, local_values, visible = local
+    kv = keys.shape[2]
+    q = (queries * scale).reshape(n, groups, length, kv, heads // kv, width)  # n G M k r d
+    pooled = local_keys.ndim == 4
+    local_form = "npkd" if pooled else "ngpkd"
+    scores_memory = jnp.einsum("ngmkrd,nskd->nkrgms", q, keys, preferred_element_type=jnp.float32)
+    scores_local = jnp.einsum(f"ngmkrd,{local_form}->nkrgmp", q, local_keys, preferred_element_type=jnp.float32)
+    scores_memory = jnp.where(mask[:, None, None, None, None, :], scores_memory, NEGATIVE)
+    scores_local = jnp.where(visible[:, None, None], scores_local, NEGATIVE)
+    weights = jax.nn.softmax(jnp.concatenate([scores_memory, scores_local], axis=-1), axis=-1).astype(queries.dtype)
+    source = keys.shape[1]
+    out = jnp.einsum("nkrgms,nskd->ngmkrd", weights[..., :source], values)
+    out += jnp.einsum(f"nkrgmp,{local_form}->ngmkrd", weights[..., source:], local_values)
+    return out.reshape(n, groups, length, heads, width)
+
+
+def token_logp(
+    hidden: Float[Array, "... D"], head: Float[Array, "V D"], targets: Int[Array, "..."]
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """Float32 log-probability of each target, and the mean log-probability over the vocabulary (for smoothing).
+
+    The vocabulary is visited in blocks, forward and backward, so that memory does not grow with rows times V.
+    """
+    rows, vocabulary = targets.size, head.shape[0]
+    block = min(vocabulary, max(1024, LOGIT_BUDGET // max(1, rows)))
+    flat, goal = hidden.reshape(rows, -1), targets.reshape(rows)
+    head = head.astype(hidden.dtype)
+
+    @jax.checkpoint
+    def visit(carry: tuple[Array, ...], number: Array) -> tuple[tuple[Array, ...], None]:
+        top, total, picked, summed = carry
+        first = jnp.minimum(number * block, vocabulary - block)  # the last block overlaps the one before
+        ids = first + jnp.arange(block)
+        part = jax.lax.dynamic_slice_in_dim(head, first, block)
+        logits = jnp.einsum("rd,vd->rv", flat, part, preferred_element_type=jnp.float32)
+        fresh = ids >= number * block
+        masked = jnp.where(fresh, logits, -jnp.inf)
+        new_top = jax.lax.stop_gradient(jnp.maximum(top, masked.max(axis=-1)))
+        total = total * jnp.exp(top - new_top) + jnp.exp(masked - new_top[:, None]).sum(axis=-1)
+        picked += jnp.where((ids == goal[:, None]) & fresh, logits, 0.0).sum(axis=-1)
+        summed += jnp.where(fresh, logits, 0.0).sum(axis=-1)
+        return (new_top, total, picked, summed), None
+
+    zero = jnp.zeros(rows, jnp.float32)
+    start = (jnp.full(rows, NEGATIVE, jnp.float32), zero, zero, zero)
+    (top, total, picked, summed), _ = jax.lax.scan(visit, start, jnp.arange(-(-vocabulary // block)))
+    normalizer = top + jnp.log(total)
+    return (picked - normalizer).reshape(targets.shape), (summed / vocabulary - normalizer).reshape(targets.shape)

@@ -1,0 +1,223 @@
+"""The Llama family, decoder only: SmolLM2, Llama, Mistral, Qwen2 and Qwen3 (Touvron et al. 2023).
+
+x += attention(rms(x)); x += down(silu(gate(rms(x))) · up(rms(x))), with rotary positions and grouped key-value heads.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from ragjax.config import InputError
+from ragjax.models.generator import Keys, Memory, Past
+from ragjax.models.layers import attend_memory, dropout, fold, scan_layers, stack, token_logp
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The shape of a model; `from_hf` reads Hugging Face's config.json."""
+
+    vocabulary: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_width: int
+    ffn: int
+    epsilon: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: tuple[tuple[str, float], ...] = ()  # Llama 3's: factor, low_freq_factor, high_freq_factor, original
+    tied: bool = True
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    longest: int = 2048  # positions
+    dropout: float = 0.0
+    dtype: str = "float32"
+
+    @classmethod
+    def from_hf(cls, hf: dict[str, Any], dropout: float = 0.0, dtype: str = "float32") -> LlamaConfig:
+        """Raises `InputError` for what this family does not have (sliding windows, other activations or positions)."""
+        kind = hf.get("model_type", "llama")
+        rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+        scaling = rope.get("rope_type") or rope.get("type") or "default"
+        problems = []
+        if kind not in ("llama", "mistral", "qwen2", "qwen3"):
+            problems.append(f"model_type {kind!r} is not of the Llama family (llama, mistral, qwen2, qwen3)")
+        if hf.get("hidden_act", "silu") != "silu":
+            problems.append(f"hidden_act {hf['hidden_act']!r} is not silu")
+        if scaling not in ("default", "llama3"):
+            problems.append(f"rope_type {scaling!r} is not default or llama3")
+        if hf.get("use_sliding_window") or (kind == "mistral" and hf.get("sliding_window")):
+            problems.append("sliding-window attention is not supported")
+        if hf.get("mlp_bias") or (kind != "qwen2" and hf.get("attention_bias")):
+            problems.append("biases outside Qwen2's query, key and value are not supported")
+        if problems:
+            raise InputError("generator config.json: " + "; ".join(problems))
+        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        heads = hf["num_attention_heads"]
+        return cls(
+            vocabulary=hf["vocab_size"],
+            width=hf["hidden_size"],
+            layers=hf["num_hidden_layers"],
+            heads=heads,
+            kv_heads=hf.get("num_key_value_heads") or heads,
+            head_width=hf.get("head_dim") or hf["hidden_size"] // heads,
+            ffn=hf["intermediate_size"],
+            epsilon=hf.get("rms_norm_eps", 1e-6),
+            rope_theta=float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0),
+            rope_scaling=tuple((name, float(rope[name])) for name in names) if scaling == "llama3" else (),
+            tied=hf.get("tie_word_embeddings", False),
+            qkv_bias=kind == "qwen2",
+            qk_norm=kind == "qwen3",
+            longest=hf.get("max_position_embeddings", 2048),
+            dropout=dropout,
+            dtype=dtype,
+        )
+
+
+class LlamaLayer(nnx.Module):
+    """One block; `rows` are any leading axes."""
+
+    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
+        dtype = jnp.dtype(config.dtype)
+
+        def linear(size_in: int, size_out: int, bias: bool = False) -> nnx.Linear:
+            return nnx.Linear(size_in, size_out, use_bias=bias, dtype=dtype, rngs=rngs)
+
+        def norm(size: int) -> nnx.RMSNorm:
+            return nnx.RMSNorm(size, epsilon=config.epsilon, dtype=dtype, rngs=rngs)
+
+        c = self.config = config
+        self.attention_norm, self.ffn_norm = norm(c.width), norm(c.width)
+        self.query = linear(c.width, c.heads * c.head_width, c.qkv_bias)
+        self.key = linear(c.width, c.kv_heads * c.head_width, c.qkv_bias)
+        self.value = linear(c.width, c.kv_heads * c.head_width, c.qkv_bias)
+        self.output = linear(c.heads * c.head_width, c.width)
+        self.gate, self.up, self.down = linear(c.width, c.ffn), linear(c.width, c.ffn), linear(c.ffn, c.width)
+        if c.qk_norm:
+            self.query_norm, self.key_norm = norm(c.head_width), norm(c.head_width)
+
+    def project(self, x: Array, rotation: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+        """Normalised, rotated queries [..., H, Dh], keys and values [..., Hkv, Dh]."""
+        c, h = self.config, self.attention_norm(x)
+        query = self.query(h).reshape(*x.shape[:-1], c.heads, c.head_width)
+        key = self.key(h).reshape(*x.shape[:-1], c.kv_heads, c.head_width)
+        value = self.value(h).reshape(*x.shape[:-1], c.kv_heads, c.head_width)
+        if c.qk_norm:
+            query, key = self.query_norm(query), self.key_norm(key)
+        return rotate(query, rotation), rotate(key, rotation), value
+
+    def finish(self, x: Array, attended: Array, keys: Keys | None) -> Array:
+        """The rest of the block, after attention [..., H, Dh]."""
+        rate = self.config.dropout
+        x = x + dropout(self.output(attended.reshape(*x.shape[:-1], -1)), fold(keys, 0), rate)
+        h = self.ffn_norm(x)
+        return x + dropout(self.down(jax.nn.silu(self.gate(h)) * self.up(h)), fold(keys, 1), rate)
+
+
+class Llama(nnx.Module):
+    """A generator (`ragjax.models.generator.Generator`): its memory is the key-value cache of the prompt."""
+
+    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
+        self.config = config
+        self.embed = nnx.Embed(config.vocabulary, config.width, dtype=jnp.dtype(config.dtype), rngs=rngs)
+        self.layers = stack(lambda r: LlamaLayer(config, r), config.layers, rngs)
+        self.norm = nnx.RMSNorm(config.width, epsilon=config.epsilon, dtype=jnp.dtype(config.dtype), rngs=rngs)
+        if not config.tied:
+            self.head = nnx.Embed(config.vocabulary, config.width, rngs=rngs)
+
+    def prefill(
+        self, source: Int[Array, "n S"], mask: Bool[Array, "n S"], keys: Keys | None = None, remat: bool = False
+    ) -> Memory:
+        """Reads all but the last prompt token, which is the start token."""
+        c, length = self.config, source.shape[1]
+        rotation = rotary(jnp.arange(length)[None], c)  # 1 S 1 Dh/2
+        causal = jnp.tril(jnp.ones((1, 1, length, length), bool))
+
+        def step(layer: LlamaLayer, x: Array, number: Array) -> tuple[Array, tuple[Array, Array]]:
+            query, key, value = layer.project(x, rotation)
+            # right-padding needs no mask of its own: a token never sees what stands after it
+            attended = jax.nn.dot_product_attention(query, key, value, mask=causal)
+            return layer.finish(x, attended, fold(keys, number)), (key, value)
+
+        numbers = jnp.arange(c.layers)
+        _, (memory_keys, memory_values) = scan_layers(self.layers, step, self.embed(source), numbers, remat)
+        last = mask.sum(axis=-1) - 1
+        before_last = jnp.arange(length)[None] < last[:, None]
+        start = jnp.take_along_axis(source, last[:, None], axis=1)[:, 0]
+        return Memory(memory_keys, memory_values, before_last, last, start)
+
+    def extend(
+        self,
+        memory: Memory,
+        past: Past | None,
+        tokens: Int[Array, "n G M"],
+        positions: Int[Array, "... G M"],
+        visible: Bool[Array, "... G M P"],
+        keys: Keys | None = None,
+        remat: bool = False,
+    ) -> tuple[Float[Array, "n G M D"], Past | None]:
+        c, scale = self.config, self.config.head_width**-0.5
+        n, groups, length = tokens.shape
+        rotation = rotary(memory.offset[:, None, None] + positions, c)  # n G M 1 Dh/2
+
+        def step(layer: LlamaLayer, carry: Any, inputs: Any) -> tuple[Any, None]:
+            x, pool = carry
+            memory_keys, memory_values, number = inputs
+            query, key, value = layer.project(x, rotation)
+            if pool is not None:
+                slots = (n, groups * length, *key.shape[-2:])
+                at = (number, 0, pool.filled, 0, 0)
+                pool = pool.replace(
+                    keys=jax.lax.dynamic_update_slice(pool.keys, key.reshape(1, *slots), at),
+                    values=jax.lax.dynamic_update_slice(pool.values, value.reshape(1, *slots), at),
+                )
+                key, value = pool.keys[number], pool.values[number]
+            attended = attend_memory(query, (memory_keys, memory_values, memory.mask), (key, value, visible), scale)
+            return (layer.finish(x, attended, fold(keys, c.layers + number)), pool), None
+
+        xs = (memory.keys, memory.values, jnp.arange(c.layers))
+        (x, past), _ = scan_layers(self.layers, step, (self.embed(tokens), past), xs, remat)
+        if past is not None:
+            past = past.replace(filled=past.filled + groups * length)
+        return self.norm(x), past
+
+    def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        head = self._head().astype(hidden.dtype)
+        return jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
+
+    def token_logp(
+        self, hidden: Float[Array, "... D"], targets: Int[Array, "..."]
+    ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+        return token_logp(hidden, self._head(), targets)
+
+    def _head(self) -> Float[Array, "V D"]:
+        return self.embed.embedding[...] if self.config.tied else self.head.embedding[...]
+
+
+def rotary(positions: Int[Array, "..."], config: LlamaConfig) -> tuple[Array, Array]:
+    """Cosines and sines [..., 1, Dh/2] of rotary positions (Su et al. 2021), with Llama 3's scaling where it has one."""
+    half = config.head_width // 2
+    inverse = config.rope_theta ** -(jnp.arange(half, dtype=jnp.float32) / half)
+    if config.rope_scaling:
+        s = dict(config.rope_scaling)
+        original = s["original_max_position_embeddings"]
+        low, high = s["low_freq_factor"], s["high_freq_factor"]
+        turns = original * inverse / (2 * math.pi)  # how often a dimension turns over the original length
+        smooth = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+        inverse = inverse * (smooth + (1.0 - smooth) / s["factor"])
+    angles = positions[..., None, None].astype(jnp.float32) * inverse
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: Float[Array, "... Dh"], rotation: tuple[Array, Array]) -> Float[Array, "... Dh"]:
+    """Turns the pairs (x[i], x[i + Dh/2])."""
+    cosine, sine = (part.astype(x.dtype) for part in rotation)
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)

@@ -1,0 +1,58 @@
+"""Progress on standard error: a bar with rate and time left on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+EVERY = 15.0  # seconds between two lines where there is no terminal
+
+terminal = Console(stderr=True, highlight=False)
+
+
+@contextmanager
+def progress_bar(name: str, total: int | None, unit: str, done: int = 0) -> Iterator[Callable[..., None]]:
+    """Yields `advance(count=1, note="")`; the rate is counted in `unit` a second."""
+    started, count = time.monotonic(), done
+
+    def rate() -> float:
+        return (count - done) / max(1e-9, time.monotonic() - started)
+
+    def line(note: str) -> str:
+        of = f"/{total}" if total else ""
+        left = f", {_clock((total - count) / rate())} left" if total and count > done and count < total else ""
+        return f"{name}: {count}{of} {unit}, {rate():.3g} {unit}/s{left}{'  ' + note if note else ''}"
+
+    if terminal.is_terminal:
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[status]}"))
+        with Progress(*columns, TimeRemainingColumn(), console=terminal, transient=False) as bar:
+            task = bar.add_task(name, total=total, completed=done, status="")
+
+            def advance(step: int = 1, note: str = "") -> None:
+                nonlocal count
+                count += step
+                of = f"/{total}" if total else ""
+                bar.update(task, advance=step, status=f"{count}{of} {unit}  {rate():.3g}/s  {note}")
+
+            yield advance
+        return
+    last = started
+
+    def advance_quietly(step: int = 1, note: str = "") -> None:
+        nonlocal count, last
+        count += step
+        if time.monotonic() - last >= EVERY:
+            last = time.monotonic()
+            terminal.print(line(note), soft_wrap=True)
+
+    yield advance_quietly
+    terminal.print(f"{line('')}, {_clock(time.monotonic() - started)} in all", soft_wrap=True)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes}:{seconds:02d}"

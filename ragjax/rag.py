@@ -1,0 +1,259 @@
+"""The retriever and the generator put together: what a question retrieves, what it reads, what an answer is worth.
+
+    log p(y|x) = logsumexp_z [ log p_η(z|x) + log p_θ(y|x,z) ]        p_η = softmax(scale · q(x)·d(z))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx, struct
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from ragjax.config import Config, InputError
+from ragjax.hub import Fetched, checkpoint_folder, fetch, fingerprint_files
+from ragjax.index import Index
+from ragjax.marginal import corpus_log_prior, log_prior, marginal_logp
+from ragjax.models.generator import Ending, score
+from ragjax.models.layers import Params, fold, row_keys
+from ragjax.passages import Passage, PassageStore
+from ragjax.text import Prompt, Tokenizer, assemble, assemble_closed_book, bucket, buckets_up_to, make_prompt, pad_rows
+from ragjax.weights import Pretrained, open_bert, open_llama, weight_files
+
+
+@dataclass(frozen=True)
+class Rag:
+    """Both models opened (not read), their tokenizers, the prompt, and what pins them."""
+
+    config: Config
+    retriever: Pretrained
+    generator: Pretrained
+    retriever_tokenizer: Tokenizer
+    generator_tokenizer: Tokenizer
+    prompt: Prompt
+    sources: tuple[Fetched, ...]
+    fingerprints: dict[str, str]  # of what an index is built from, the corpus apart
+
+    @property
+    def ending(self) -> Ending:
+        """The generator's end and padding tokens."""
+        return Ending(self.generator_tokenizer.eos_id, self.generator_tokenizer.pad_id)
+
+    def initial_params(self) -> Params:
+        """The pretrained parameters: {"retriever": …, "generator": …}."""
+        return {"retriever": self.retriever.read(), "generator": self.generator.read()}
+
+    def abstract_params(self) -> Params:
+        """Their shapes and types."""
+        return {"retriever": self.retriever.abstract, "generator": self.generator.abstract}
+
+
+def open_rag(config: Config) -> Rag:
+    """Fetches what the configuration names and opens it.
+
+    Raises `InputError` for a source that cannot be reached or read, or lengths that a model does not have.
+    """
+    r, g, rate = config.retriever, config.generator, config.train.dropout
+    fetched = fetch(r.source), fetch(g.source)
+    encoder, decoder = (checkpoint_folder(f.path) for f in fetched)
+    retriever = open_bert(encoder, r.pooling, r.normalize, rate, config.dtype)
+    generator = open_llama(decoder, rate, config.dtype)
+    _check_lengths(config, retriever, generator)
+    retriever_tokenizer, generator_tokenizer = Tokenizer.load(encoder), Tokenizer.load(decoder)
+    fingerprints = {
+        "encoder": f"{fingerprint_files(weight_files(encoder))} {r.pooling} normalize={r.normalize}",
+        "encoder_tokenizer": f"{retriever_tokenizer.fingerprint} {r.passage!r} {r.passage_tokens}",
+        "generator_tokenizer": f"{generator_tokenizer.fingerprint} {g.passage!r}",
+    }
+    prompt = make_prompt(generator_tokenizer, g.prompt)
+    return Rag(
+        config, retriever, generator, retriever_tokenizer, generator_tokenizer, prompt, fetched, fingerprints
+    )
+
+
+def _check_lengths(config: Config, retriever: Pretrained, generator: Pretrained) -> None:
+    for key, wanted, longest in (
+        ("retriever.question_tokens", config.retriever.question_tokens, retriever.config.positions),
+        ("retriever.passage_tokens", config.retriever.passage_tokens, retriever.config.positions),
+        (
+            "generator.source_tokens + the longest answer",
+            config.generator.source_tokens + max(config.generator.answer_tokens, config.decode.max_new_tokens),
+            generator.config.longest,
+        ),
+    ):
+        if wanted > longest:
+            raise InputError(f"{key} is {wanted}, but the model has {longest} positions; lower it")
+
+
+def passage_text(template: str, passage: Passage) -> str:
+    """A passage as `retriever.passage` or `generator.passage` lays it out."""
+    return template.replace("{title}", passage.title).replace("{text}", passage.text)
+
+
+@partial(jax.jit, static_argnums=0)
+def encode(
+    graph: nnx.GraphDef, params: Params, tokens: Int[Array, "n S"], mask: Bool[Array, "n S"]
+) -> Float[Array, "n D"]:
+    """Embeddings of questions or passages; `params` are the retriever's."""
+    return nnx.merge(graph, params)(tokens, mask)
+
+
+@partial(jax.jit, static_argnums=2)
+def _log_normalizer(queries: Array, passages: Array, scale: float) -> Array:
+    return jax.nn.logsumexp(scale * jnp.einsum("BD,ND->BN", queries, passages.astype(jnp.float32)), axis=-1)
+
+
+@dataclass(frozen=True)
+class Retrieved:
+    """The top-k of B questions, best first; id −1, score −inf and prior −inf where there was no hit."""
+
+    ids: Int[np.ndarray, "B K"]
+    scores: Float[np.ndarray, "B K"]  # inner products, before the scale
+    log_prior: Float[np.ndarray, "B K"]
+
+
+def question_rows(rag: Rag, questions: Sequence[str]) -> tuple[Int[np.ndarray, "B S"], Bool[np.ndarray, "B S"]]:
+    """Questions as the retriever reads them, padded. Raises `InputError` for an empty one."""
+    for question in questions:
+        if not question.strip():
+            raise InputError("an empty question; expected some text")
+    longest = rag.config.retriever.question_tokens
+    rows = rag.retriever_tokenizer.encode(questions, special=True, longest=longest)
+    width = bucket(max(len(row) for row in rows), buckets_up_to(longest))
+    return pad_rows(rows, width, rag.retriever_tokenizer.pad_id)
+
+
+def retrieve(rag: Rag, params: Params, index: Index, questions: Sequence[str], k: int) -> Retrieved:
+    """Encodes B questions, searches the index and normalises the prior as the configuration says."""
+    queries = encode(rag.retriever.graph, params["retriever"], *question_rows(rag, questions))
+    scores, ids = index.search(np.asarray(queries), k)
+    scale, valid = rag.config.retriever.scale, jnp.asarray(ids >= 0)
+    if rag.config.retriever.prior == "corpus":
+        normalizer = _log_normalizer(queries, index.on_device, scale)
+        prior = corpus_log_prior(jnp.asarray(scale * scores), normalizer, valid)
+    else:
+        prior = log_prior(jnp.asarray(scale * scores), valid)
+    return Retrieved(ids, scores, np.asarray(prior))
+
+
+def prompt_rows(
+    rag: Rag, store: PassageStore | None, questions: Sequence[str], ids: Int[np.ndarray, "B K"]
+) -> tuple[Int[np.ndarray, "n S"], Bool[np.ndarray, "n S"]]:
+    """The B·K prompts that the generator reads, question-major, padded to a bucket; without a store, closed-book."""
+    longest, tokenizer = rag.config.generator.source_tokens, rag.generator_tokenizer
+    rows = []
+    texts = [rag.prompt.before_question + question for question in questions]
+    for question, of_question in zip(tokenizer.encode(texts), ids, strict=True):
+        for document in of_question:
+            if store is None:
+                rows.append(assemble_closed_book(rag.prompt, question, longest))
+            else:
+                passage = store.tokens(int(document)) if document >= 0 else ()
+                rows.append(assemble(rag.prompt, passage, question, longest))
+    return pad_rows(rows, bucket(max(map(len, rows)), buckets_up_to(longest)), tokenizer.pad_id)
+
+
+def answer_tokens(rag: Rag, answer: str) -> list[int]:
+    """An answer as the generator writes it, the end token included."""
+    [tokens] = rag.generator_tokenizer.encode([rag.config.generator.answer.replace("{answer}", answer)])
+    return [*tokens, rag.generator_tokenizer.eos_id]
+
+
+@struct.dataclass
+class TrainBatch:
+    """B questions, their K documents, and one accepted answer each."""
+
+    row: Int[Array, " B"]  # number in the global batch: keys the dropout
+    question: Int[Array, "B Q"]
+    question_mask: Bool[Array, "B Q"]
+    passages: Float[Array, "B K D"]  # the documents' embeddings; the question encoder's gradient comes through q·d
+    valid: Bool[Array, "B K"]
+    source: Int[Array, "B K S"]
+    source_mask: Bool[Array, "B K S"]
+    answer: Int[Array, "B T"]
+    answer_mask: Bool[Array, "B T"]
+
+
+def train_batch(
+    rag: Rag, index: Index, store: PassageStore, questions: Sequence[str], answers: Sequence[str], ids: np.ndarray
+) -> TrainBatch:
+    """Host arrays for one step. Answers are padded to `generator.answer_tokens`, which none may exceed."""
+    question, question_mask = question_rows(rag, questions)
+    source, source_mask = prompt_rows(rag, store, questions, ids)
+    rows = [answer_tokens(rag, answer) for answer in answers]
+    answer, answer_mask = pad_rows(rows, rag.config.generator.answer_tokens, rag.ending.pad)
+    shape = (*ids.shape, source.shape[1])
+    return TrainBatch(
+        row=np.arange(len(questions), dtype=np.int32),
+        question=question,
+        question_mask=question_mask,
+        passages=index.vectors(ids),
+        valid=ids >= 0,
+        source=source.reshape(shape),
+        source_mask=source_mask.reshape(shape),
+        answer=answer,
+        answer_mask=answer_mask,
+    )
+
+
+def joint_logp(
+    rag: Rag, params: Params, batch: TrainBatch, key: Key[Array, ""], corpus: Float[Array, "N D"] | None = None
+) -> tuple[Float[Array, "B K"], Float[Array, "B K"]]:
+    """log p_η(z|x) and log p_θ(y|x,z) of the training answers; pure, to be differentiated.
+
+    `corpus` holds all N embeddings where the prior is normalised over the corpus. `key` draws the dropout masks.
+    """
+    config = rag.config
+    questions, documents, length = batch.source.shape
+    dropping = config.train.dropout > 0
+    keys = row_keys(key, batch.row) if dropping else None
+    queries = nnx.merge(rag.retriever.graph, params["retriever"])(batch.question, batch.question_mask, fold(keys, 0))
+    scores = config.retriever.scale * jnp.einsum("BD,BKD->BK", queries, batch.passages)
+    if config.retriever.prior == "corpus":
+        assert corpus is not None
+        normalizer = jax.nn.logsumexp(
+            config.retriever.scale * jnp.einsum("BD,ND->BN", queries, corpus.astype(jnp.float32)), axis=-1
+        )
+        prior = corpus_log_prior(scores, normalizer, batch.valid)
+    else:
+        prior = log_prior(scores, batch.valid)
+
+    generator = nnx.merge(rag.generator.graph, params["generator"])
+    document_keys = None
+    if keys is not None:
+        per_document = [fold(keys, 1 + k) for k in range(documents)]
+        document_keys = jnp.stack(per_document, axis=1).reshape(-1)
+    rows = questions * documents
+    memory = generator.prefill(
+        batch.source.reshape(rows, length), batch.source_mask.reshape(rows, length), document_keys, config.train.remat
+    )
+    answers = jnp.repeat(batch.answer, documents, axis=0)[:, None]
+    logp = score(generator, memory, answers, document_keys, config.train.remat)[:, 0].reshape(questions, documents, -1)
+    return prior, jnp.where(batch.answer_mask[:, None], logp, 0.0).sum(axis=-1)
+
+
+def loss(
+    rag: Rag, params: Params, batch: TrainBatch, key: Key[Array, ""], corpus: Float[Array, "N D"] | None = None
+) -> tuple[Float[Array, ""], dict[str, Any]]:
+    """The mean of −log p(y|x) over the batch, in nats, and what is worth watching (Lewis et al. 2020, section 2.4).
+
+    `posterior_entropy` is in nats; `prior_top` is the prior mass of the best document.
+    """
+    prior, logp = joint_logp(rag, params, batch, key, corpus)
+    marginal = marginal_logp(prior, logp)
+    responsibility = jax.nn.softmax(jax.lax.stop_gradient(prior + logp), axis=-1)
+    entropy = -jnp.where(responsibility > 0, responsibility * jnp.log(jnp.maximum(responsibility, 1e-30)), 0.0)
+    mean_loss = -marginal.mean()
+    tokens = batch.answer_mask.sum(axis=-1)
+    return mean_loss, {
+        "loss": mean_loss,
+        "nll_per_token": -(marginal / tokens).mean(),
+        "posterior_entropy": entropy.sum(axis=-1).mean(),
+        "prior_top": jnp.exp(prior.max(axis=-1)).mean(),
+    }

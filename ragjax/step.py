@@ -1,0 +1,143 @@
+"""The training state and the step: one global-view function under `jax.jit`, sharded by where its arguments lie."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx, struct
+from jaxtyping import Array, Float, Int, Key
+
+from ragjax.config import InputError, Train
+from ragjax.models.layers import Params
+from ragjax.rag import Rag, TrainBatch, loss
+
+Flat = dict[tuple[str, ...], Any]  # parameters by path
+
+
+@struct.dataclass
+class TrainState:
+    """Everything a run needs to go on, the position in the data apart."""
+
+    step: Int[Array, ""]
+    params: Params
+    optimizer: Any  # of the trained parameters only
+    key: Key[Array, ""]
+
+
+def split_frozen(params: Params, freeze: Sequence[str]) -> tuple[Flat, Flat]:
+    """Trained and frozen parameters by path. A prefix in `freeze` is a dotted path such as `generator.embed`.
+
+    Raises `InputError` for a prefix that names nothing, or when nothing is left to train.
+    """
+    flat = nnx.traversals.flatten_mapping(params)
+
+    def under(path: tuple[str, ...], prefix: str) -> bool:
+        return ".".join(path).startswith(prefix + ".") or ".".join(path) == prefix
+
+    for prefix in freeze:
+        if not any(under(path, prefix) for path in flat):
+            parts = sorted({".".join(path[:2]) for path in flat} | {path[0] for path in flat})
+            raise InputError(f"train.freeze: no parameters under {prefix!r}; there are {', '.join(parts)}")
+    frozen = {path: leaf for path, leaf in flat.items() if any(under(path, prefix) for prefix in freeze)}
+    trained = {path: leaf for path, leaf in flat.items() if path not in frozen}
+    if not trained:
+        raise InputError("train.freeze leaves nothing to train")
+    return trained, frozen
+
+
+def make_optimizer(train: Train) -> optax.GradientTransformation:
+    """Clipping by the global norm, then AdamW with a learning rate of its own for retriever and generator.
+
+    Weight decay acts on matrices only. The rates rise linearly over `warmup` steps, then fall to zero as `decay` says.
+    """
+
+    def schedule(peak: float) -> Callable[[Any], Any]:
+        left = max(1, train.steps - train.warmup)
+        after = {
+            "cosine": optax.cosine_decay_schedule(peak, left),
+            "linear": optax.linear_schedule(peak, 0.0, left),
+            "constant": optax.constant_schedule(peak),
+        }[train.decay]
+        # the first step already moves: at step 0 of W warm-up steps the rate is peak / W
+        rising = optax.linear_schedule(peak / max(1, train.warmup), peak, max(1, train.warmup - 1))
+        return optax.join_schedules([rising, after], [train.warmup]) if train.warmup else after
+
+    def is_matrix(params: Flat) -> dict[tuple[str, ...], bool]:
+        return {path: path[-1] in ("kernel", "embedding") for path in params}
+
+    def adamw(peak: float) -> optax.GradientTransformation:
+        return optax.adamw(schedule(peak), weight_decay=train.weight_decay, mask=is_matrix)
+
+    return optax.chain(
+        optax.clip_by_global_norm(train.clip),
+        optax.partition(
+            {"retriever": adamw(train.retriever_lr), "generator": adamw(train.generator_lr)},
+            lambda params: {path: path[0] for path in params},
+        ),
+    )
+
+
+def initial_state(rag: Rag, params: Params) -> TrainState:
+    """Step 0. Raises `InputError` as `split_frozen` does."""
+    train = rag.config.train
+    trained, _ = split_frozen(params, train.freeze)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        optimizer=make_optimizer(train).init(trained),
+        key=jax.random.key(rag.config.seed),
+    )
+
+
+def gradients(
+    rag: Rag, params: Params, batch: TrainBatch, key: Key[Array, ""], corpus: Float[Array, "N D"] | None = None
+) -> tuple[Flat, dict[str, Any]]:
+    """The gradient of the mean loss by the trained parameters, and metrics, over `train.accumulate` micro-batches."""
+    trained, frozen = split_frozen(params, rag.config.train.freeze)
+
+    def of_trained(trained: Flat, part: TrainBatch) -> tuple[Array, dict[str, Any]]:
+        return loss(rag, nnx.traversals.unflatten_mapping(trained | frozen), part, key, corpus)
+
+    differentiate = jax.grad(of_trained, has_aux=True)
+    count = rag.config.train.accumulate
+    if count == 1:
+        return differentiate(trained, batch)
+    # every count-th row: each device keeps its own rows
+    parts = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
+    first = jax.tree.map(lambda x: x[0], parts)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(differentiate, trained, first))
+
+    def add(total: Any, part: TrainBatch) -> tuple[Any, None]:
+        return jax.tree.map(lambda t, x: t + x / count, total, differentiate(trained, part)), None
+
+    return jax.lax.scan(add, zeros, parts)[0]
+
+
+def make_train_step(rag: Rag) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
+    """(state, batch, corpus | None) → (state, metrics); the old state's memory is reused.
+
+    `gradient_norm_retriever` and `gradient_norm_generator` are before clipping.
+    """
+    train = rag.config.train
+    optimizer = make_optimizer(train)
+
+    @partial(jax.jit, donate_argnums=0)
+    def train_step(
+        state: TrainState, batch: TrainBatch, corpus: Float[Array, "N D"] | None = None
+    ) -> tuple[TrainState, dict[str, Any]]:
+        key = jax.random.fold_in(state.key, state.step)
+        grads, metrics = gradients(rag, state.params, batch, key, corpus)
+        for part in ("retriever", "generator"):
+            of_part = [leaf for path, leaf in grads.items() if path[0] == part]
+            metrics[f"gradient_norm_{part}"] = optax.global_norm(of_part)
+        trained, frozen = split_frozen(state.params, train.freeze)
+        updates, optimizer_state = optimizer.update(grads, state.optimizer, trained)
+        params = nnx.traversals.unflatten_mapping(optax.apply_updates(trained, updates) | frozen)
+        return TrainState(state.step + 1, params, optimizer_state, state.key), metrics
+
+    return train_step

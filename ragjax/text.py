@@ -1,0 +1,386 @@
+"""Text to tokens: tokenizers, the prompt around a passage and a question, padding into few widths.
+
+Text that comes from users never yields special tokens; only the prompt template can.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from jaxtyping import Bool, Int
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+
+from ragjax.config import InputError
+
+CHAT_MESSAGE = "{passage}\n\nQuestion: {question}\nAnswer briefly."
+CHAT_MESSAGE_CLOSED_BOOK = "Question: {question}\nAnswer briefly."
+
+# GGUF token types, as gguf.TokenType has them
+CONTROL, USER_DEFINED = 3, 4
+
+
+Ids = Sequence[int] | Int[np.ndarray, " _"]
+
+
+class Tokenizer:
+    """A `tokenizers.Tokenizer` with its special ids, read from a Hugging Face folder or a GGUF file.
+
+    `fingerprint` is the SHA-256 of its serialised form; `adds_bos` says whether a prompt starts with `bos_id`.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        eos_id: int,
+        pad_id: int | None = None,
+        bos_id: int | None = None,
+        adds_bos: bool | None = None,
+        chat_template: str | None = None,
+    ) -> None:
+        serialised = _without_length_limits(backend).to_str()
+        self._markup = tokenizers.Tokenizer.from_str(serialised)
+        self._plain = tokenizers.Tokenizer.from_str(serialised)
+        self._plain.encode_special_tokens = True  # "<|im_end|>" in a passage is ten characters
+        self.eos_id = eos_id
+        self.pad_id = eos_id if pad_id is None else pad_id
+        self.bos_id = bos_id
+        self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
+        self.chat_template = chat_template
+        self.fingerprint = "sha256:" + hashlib.sha256(serialised.encode()).hexdigest()
+        unknown = getattr(backend.model, "unk_token", None)
+        self._special_ids = {
+            i for i, token in backend.get_added_tokens_decoder().items() if token.special and token.content != unknown
+        }
+        added = self._plain.encode("a").special_tokens_mask
+        self._tokens_after = added[::-1].index(0) if 0 in added else 0
+        if adds_bos is None:
+            adds_bos = bos_id is not None and self._markup.encode("").ids[:1] == [bos_id]
+        self.adds_bos = adds_bos and bos_id is not None
+
+    @classmethod
+    def load(cls, path: Path) -> Tokenizer:
+        """Reads a folder with `tokenizer.json`, or the metadata of a `.gguf` file. Raises `InputError`."""
+        path = Path(path)
+        if path.is_dir():
+            return _from_folder(path)
+        if not path.is_file():
+            raise InputError(f"{path}: no such tokenizer; expected a Hugging Face folder or a .gguf file")
+        if path.suffix != ".gguf":
+            raise InputError(f"{path}: expected a Hugging Face folder with tokenizer.json, or a .gguf file")
+        return _from_gguf(path)
+
+    def encode(self, texts: Sequence[str], special: bool = False, longest: int | None = None) -> list[list[int]]:
+        """The tokens of user text, in which no special token is recognised; at most `longest` for each text.
+
+        `special` adds the tokens that the tokenizer itself puts around a text, such as [CLS] … [SEP]; they stay when
+        a text is cut.
+        """
+        encodings = self._plain.encode_batch(list(texts), add_special_tokens=special)
+        rows = [self._plain_ids(text, e, special) for text, e in zip(texts, encodings, strict=True)]
+        if longest is None:
+            return rows
+        end = self._tokens_after if special else 0
+        return [row if len(row) <= longest else row[: longest - end] + row[len(row) - end :] for row in rows]
+
+    def encode_markup(self, text: str) -> list[int]:
+        """The tokens of a piece of template, in which special tokens count."""
+        return self._markup.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Ids) -> str:
+        """The text of tokens, without the special ones."""
+        return self._markup.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def token(self, token_id: int | None) -> str:
+        """The token of an id as the vocabulary writes it; none, for no id."""
+        return "" if token_id is None else self._markup.id_to_token(token_id) or ""
+
+    def _plain_ids(self, text: str, encoding: tokenizers.Encoding, special: bool) -> list[int]:
+        # A Unigram model finds "</s>" among its ordinary pieces whatever `encode_special_tokens` says: cut it in two.
+        if self._special_ids.isdisjoint(encoding.ids):
+            return encoding.ids
+        found = zip(encoding.ids, encoding.special_tokens_mask, encoding.offsets, strict=True)
+        cuts = [start + 1 for i, added, (start, _) in found if i in self._special_ids and not added]
+        if not cuts:
+            return encoding.ids
+        pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+        again = self._plain.encode([p for p in pieces if p], is_pretokenized=True, add_special_tokens=special)
+        kept = zip(again.ids, again.special_tokens_mask, strict=True)
+        return [i for i, added in kept if added or i not in self._special_ids]
+
+
+def _without_length_limits(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _from_folder(folder: Path) -> Tokenizer:
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise InputError(f"{folder}: has no tokenizer.json; save the tokenizer in the fast format (save_pretrained)")
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the Rust library raises bare Exceptions
+        raise InputError(f"{file}: not a tokenizer: {error}") from None
+    names = {**_read_json(folder / "special_tokens_map.json"), **_read_json(folder / "tokenizer_config.json")}
+    numbers = {**_read_json(folder / "config.json"), **_read_json(folder / "generation_config.json")}
+
+    def find(kind: str) -> int | None:
+        name = names.get(f"{kind}_token")
+        name = name.get("content") if isinstance(name, dict) else name
+        if name is not None:
+            return backend.token_to_id(name)
+        number = numbers.get(f"{kind}_token_id")  # one, or all that end a text
+        return next(iter(number), None) if isinstance(number, list) else number
+
+    eos_id = find("eos")
+    eos_id = find("sep") if eos_id is None else eos_id
+    if eos_id is None:
+        raise InputError(f"{folder}: names no end token; give eos_token in tokenizer_config.json")
+    template = names.get("chat_template")
+    if isinstance(template, list):
+        template = next((t["template"] for t in template if t.get("name") == "default"), None)
+    if template is None and (folder / "chat_template.jinja").is_file():
+        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    return Tokenizer(
+        backend,
+        eos_id=eos_id,
+        pad_id=find("pad"),
+        bos_id=find("bos"),
+        adds_bos=names.get("add_bos_token"),
+        chat_template=template,
+    )
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{file}: not readable as JSON: {error}") from None
+
+
+def _from_gguf(file: Path) -> Tokenizer:
+    from gguf import GGUFReader
+
+    try:
+        fields = GGUFReader(file).fields
+    except (ValueError, IndexError) as error:
+        raise InputError(f"{file}: not a GGUF file: {error}") from None
+
+    def read(key: str) -> Any:
+        return fields[key].contents() if key in fields else None
+
+    model, kind = read("tokenizer.ggml.model"), read("tokenizer.ggml.pre")
+    tokens, merges = read("tokenizer.ggml.tokens"), read("tokenizer.ggml.merges")
+    eos_id = read("tokenizer.ggml.eos_token_id")
+    if model != "gpt2" or tokens is None or merges is None or eos_id is None:
+        raise InputError(
+            f"{file}: its tokenizer (tokenizer.ggml.model = {model!r}) is not a byte-level BPE with merges and an "
+            "end token; give the Hugging Face folder, with tokenizer.json, instead"
+        )
+    backend = _byte_level_bpe(str(kind), tokens, merges, file)
+    types = read("tokenizer.ggml.token_type") or []
+    for wanted, special in ((CONTROL, True), (USER_DEFINED, False)):
+        added = [t for t, type_ in zip(tokens, types, strict=False) if type_ == wanted]
+        backend.add_tokens([AddedToken(t, special=special, normalized=False) for t in added])
+    adds_bos = read("tokenizer.ggml.add_bos_token")
+    return Tokenizer(
+        backend,
+        eos_id=eos_id,
+        pad_id=read("tokenizer.ggml.padding_token_id"),
+        bos_id=read("tokenizer.ggml.bos_token_id"),
+        adds_bos=kind == "llama-bpe" if adds_bos is None else adds_bos,  # Llama 3 files leave the key out
+        chat_template=read("tokenizer.chat_template"),
+    )
+
+
+def _byte_level_bpe(kind: str, tokens: list[str], merges: list[str], file: Path) -> tokenizers.Tokenizer:
+    """The BPE of a GGUF file; `kind` (tokenizer.ggml.pre) names how text is split into words before it."""
+    # The regular expression of Llama 3 and Qwen 2, which differ in how many digits stand together.
+    words = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    pre = pre_tokenizers
+    split: pre_tokenizers.PreTokenizer
+    gpt2 = pre.ByteLevel(add_prefix_space=False)
+    if kind == "smollm":
+        split = pre.Sequence([pre.Digits(individual_digits=True), gpt2])
+    elif kind == "gpt-2":
+        split = gpt2
+    elif kind in ("llama-bpe", "qwen2"):
+        pattern = Regex(words.replace("DIGITS", "{1,3}" if kind == "llama-bpe" else ""))
+        bytes_only = pre.ByteLevel(add_prefix_space=False, use_regex=False)
+        split = pre.Sequence([pre.Split(pattern, "isolated"), bytes_only])
+    else:
+        raise InputError(
+            f"{file}: how it splits text (tokenizer.ggml.pre = {kind!r}) is unknown here; known are smollm, gpt-2, "
+            "llama-bpe and qwen2; give the Hugging Face folder, with tokenizer.json, instead"
+        )
+    pairs = [(left, right) for left, _, right in (m.partition(" ") for m in merges)]
+    try:
+        vocabulary = {t: i for i, t in enumerate(tokens)}
+        bpe = models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=kind == "llama-bpe")
+    except Exception as error:  # the Rust library raises bare Exceptions
+        raise InputError(f"{file}: its tokenizer's merges do not fit its tokens: {error}") from None
+    backend = tokenizers.Tokenizer(bpe)
+    if kind == "qwen2":
+        backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = split
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The tokens around a passage and a question: head, passage, middle, question, tail.
+
+    `question_first` swaps the two; `closed_book` is what stands around a question without a passage. A space before
+    {question} belongs to the question, as in the text that models were trained on: `before_question` holds it.
+    """
+
+    head: tuple[int, ...]
+    middle: tuple[int, ...]
+    tail: tuple[int, ...]
+    question_first: bool
+    closed_book: tuple[tuple[int, ...], tuple[int, ...]]
+    before_question: str = ""
+
+
+def make_prompt(tokenizer: Tokenizer, template: str) -> Prompt:
+    """Tokenises a template with {passage} and {question}; `chat` stands for the tokenizer's own chat template.
+
+    Closed-book prompts lose the line on which the passage stands. Raises `InputError`.
+    """
+    if template == "chat":
+        open_book = _render_chat(tokenizer, CHAT_MESSAGE)
+        closed_book = _render_chat(tokenizer, CHAT_MESSAGE_CLOSED_BOOK)
+    else:
+        for part in ("{passage}", "{question}"):
+            if template.count(part) != 1:
+                raise InputError(f"prompt {template!r}: must contain {part} once (or be the word chat)")
+        open_book, closed_book = template, _without_passage(template)
+
+    def encode_start(text: str) -> tuple[int, ...]:
+        ids = tuple(tokenizer.encode_markup(text))
+        start = (tokenizer.bos_id,) if tokenizer.adds_bos and tokenizer.bos_id is not None else ()
+        return ids if ids[:1] == start else start + ids
+
+    def encode(text: str) -> tuple[int, ...]:
+        return tuple(tokenizer.encode_markup(text))
+
+    before_question = " " if " {question}" in open_book and " {question}" in closed_book else ""
+    if before_question:
+        open_book, closed_book = (text.replace(" {question}", "{question}") for text in (open_book, closed_book))
+    question_first = open_book.index("{question}") < open_book.index("{passage}")
+    first, second = ("{question}", "{passage}") if question_first else ("{passage}", "{question}")
+    head, _, rest = open_book.partition(first)
+    middle, _, tail = rest.partition(second)
+    before, _, after = closed_book.partition("{question}")
+    around = encode_start(before), encode(after)
+    return Prompt(encode_start(head), encode(middle), encode(tail), question_first, around, before_question)
+
+
+def _without_passage(template: str) -> str:
+    before, _, after = template.partition("{passage}")
+    question_end = before.find("{question}") + len("{question}") if "{question}" in before else 0
+    kept = before[: max(before.rfind("\n") + 1, question_end)]
+    return kept + (after if kept and not kept.endswith("\n") else after.lstrip())
+
+
+def _render_chat(tokenizer: Tokenizer, message: str) -> str:
+    """One user message in the model's chat template, up to where the answer starts; the slots stay in the text."""
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    if tokenizer.chat_template is None:
+        raise InputError("prompt chat: this generator's tokenizer has no chat template; write the prompt out")
+
+    def raise_exception(reason: str) -> None:
+        raise TemplateError(reason)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+    environment.globals["raise_exception"] = raise_exception
+    # A prompt must not change from day to day: the date is the one that Llama 3's templates fall back on.
+    environment.globals["strftime_now"] = datetime.date(2024, 7, 26).strftime
+    names = {f"{kind}_token": tokenizer.token(getattr(tokenizer, f"{kind}_id")) for kind in ("bos", "eos", "pad")}
+    try:
+        text = environment.from_string(tokenizer.chat_template).render(
+            messages=[{"role": "user", "content": message}], add_generation_prompt=True, **names
+        )
+    except (TemplateError, TypeError, ValueError) as error:
+        raise InputError(f"prompt chat: the chat template fails: {error}; write the prompt out") from None
+    for part in ("{passage}", "{question}"):
+        if text.count(part) != message.count(part):
+            raise InputError(f"prompt chat: the chat template does not keep {part} once; write the prompt out")
+    return text
+
+
+def assemble(prompt: Prompt, passage: Ids, question: Ids, longest: int) -> Int[np.ndarray, " S"]:
+    """The tokens of one prompt, at most `longest`: the passage is cut to fit, the question never.
+
+    Raises `InputError` when the prompt does not fit even without its passage.
+    """
+    fixed = len(prompt.head) + len(prompt.middle) + len(prompt.tail) + len(question)
+    if fixed > longest:
+        raise InputError(_too_long(fixed, len(question), longest))
+    cut = list(passage[: longest - fixed])
+    first, second = (list(question), cut) if prompt.question_first else (cut, list(question))
+    return np.array([*prompt.head, *first, *prompt.middle, *second, *prompt.tail], np.int32)
+
+
+def assemble_closed_book(prompt: Prompt, question: Ids, longest: int) -> Int[np.ndarray, " S"]:
+    """The tokens of the prompt without any passage, at most `longest`. Raises `InputError` when it does not fit."""
+    before, after = prompt.closed_book
+    tokens = np.array([*before, *question, *after], np.int32)
+    if len(tokens) > longest:
+        raise InputError(_too_long(len(tokens), len(question), longest))
+    return tokens
+
+
+def _too_long(needed: int, question: int, longest: int) -> str:
+    return (
+        f"a prompt needs {needed} tokens before any passage (its question has {question}) but generator.source_tokens "
+        f"is {longest}; shorten the question or raise generator.source_tokens"
+    )
+
+
+def buckets_up_to(longest: int) -> tuple[int, ...]:
+    """A few widths ending at `longest`: 32, 64, 96, 128, 160, 192, 256, 320, 384, 512, …"""
+    widths = [32, 64, 96, 128]
+    while (last := widths[-1]) < longest:
+        widths += [last * 5 // 4, last * 3 // 2, last * 2]
+    return (*(w for w in widths if w < longest), longest)
+
+
+def bucket(length: int, buckets: Sequence[int]) -> int:
+    """The smallest width that holds `length` tokens. Raises `ValueError` when none does."""
+    fitting = [b for b in buckets if b >= length]
+    if not fitting:
+        raise ValueError(f"{length} tokens do not fit into {max(buckets)}")
+    return min(fitting)
+
+
+def pad_rows(rows: Sequence[Ids], width: int, pad_id: int) -> tuple[Int[np.ndarray, "n S"], Bool[np.ndarray, "n S"]]:
+    """Rows padded on the right to `width`, and the mask that is true on their own tokens."""
+    lengths = np.array([len(row) for row in rows], np.int32)
+    if len(rows) and lengths.max() > width:
+        raise ValueError(f"a row of {lengths.max()} tokens does not fit into {width}")
+    tokens = np.full((len(rows), width), pad_id, np.int32)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = row
+    return tokens, np.arange(width) < lengths[:, None]

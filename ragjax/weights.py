@@ -1,0 +1,272 @@
+"""Checkpoints ↔ parameter trees: safetensors and GGUF, by one name table a family.
+
+A row of a table is (our path, Hugging Face name, GGUF name). `{}` is the layer, which we stack on a leading axis.
+A leaf called `kernel` is the transpose of Hugging Face's `weight`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from ragjax.config import InputError
+from ragjax.models.bert import Bert, BertConfig
+from ragjax.models.layers import Params, split_parameters
+from ragjax.models.llama import Llama, LlamaConfig
+
+NameTable = tuple[tuple[str, str, str | None], ...]
+
+
+def _bert_linear(ours: str, theirs: str) -> NameTable:
+    return (
+        (f"layers.{ours}.kernel", f"encoder.layer.{{}}.{theirs}.weight", None),
+        (f"layers.{ours}.bias", f"encoder.layer.{{}}.{theirs}.bias", None),
+    )
+
+
+def _bert_norm(ours: str, theirs: str) -> NameTable:
+    return ((f"{ours}.scale", f"{theirs}.weight", None), (f"{ours}.bias", f"{theirs}.bias", None))
+
+
+BERT: NameTable = (
+    ("words.embedding", "embeddings.word_embeddings.weight", None),
+    ("positions.embedding", "embeddings.position_embeddings.weight", None),
+    ("types.embedding", "embeddings.token_type_embeddings.weight", None),
+    *_bert_norm("norm", "embeddings.LayerNorm"),
+    *_bert_linear("query", "attention.self.query"),
+    *_bert_linear("key", "attention.self.key"),
+    *_bert_linear("value", "attention.self.value"),
+    *_bert_linear("output", "attention.output.dense"),
+    *_bert_linear("up", "intermediate.dense"),
+    *_bert_linear("down", "output.dense"),
+    *_bert_norm("layers.attention_norm", "encoder.layer.{}.attention.output.LayerNorm"),
+    *_bert_norm("layers.ffn_norm", "encoder.layer.{}.output.LayerNorm"),
+    ("projection.kernel", "encode_proj.weight", None),
+    ("projection.bias", "encode_proj.bias", None),
+)
+
+LLAMA: NameTable = (
+    ("embed.embedding", "model.embed_tokens.weight", "token_embd.weight"),
+    ("head.embedding", "lm_head.weight", "output.weight"),
+    ("norm.scale", "model.norm.weight", "output_norm.weight"),
+    ("layers.attention_norm.scale", "model.layers.{}.input_layernorm.weight", "blk.{}.attn_norm.weight"),
+    ("layers.ffn_norm.scale", "model.layers.{}.post_attention_layernorm.weight", "blk.{}.ffn_norm.weight"),
+    ("layers.query.kernel", "model.layers.{}.self_attn.q_proj.weight", "blk.{}.attn_q.weight"),
+    ("layers.query.bias", "model.layers.{}.self_attn.q_proj.bias", "blk.{}.attn_q.bias"),
+    ("layers.query_norm.scale", "model.layers.{}.self_attn.q_norm.weight", "blk.{}.attn_q_norm.weight"),
+    ("layers.key.kernel", "model.layers.{}.self_attn.k_proj.weight", "blk.{}.attn_k.weight"),
+    ("layers.key.bias", "model.layers.{}.self_attn.k_proj.bias", "blk.{}.attn_k.bias"),
+    ("layers.key_norm.scale", "model.layers.{}.self_attn.k_norm.weight", "blk.{}.attn_k_norm.weight"),
+    ("layers.value.kernel", "model.layers.{}.self_attn.v_proj.weight", "blk.{}.attn_v.weight"),
+    ("layers.value.bias", "model.layers.{}.self_attn.v_proj.bias", "blk.{}.attn_v.bias"),
+    ("layers.output.kernel", "model.layers.{}.self_attn.o_proj.weight", "blk.{}.attn_output.weight"),
+    ("layers.gate.kernel", "model.layers.{}.mlp.gate_proj.weight", "blk.{}.ffn_gate.weight"),
+    ("layers.up.kernel", "model.layers.{}.mlp.up_proj.weight", "blk.{}.ffn_up.weight"),
+    ("layers.down.kernel", "model.layers.{}.mlp.down_proj.weight", "blk.{}.ffn_down.weight"),
+)
+
+# tensors that carry nothing we need: heads of other tasks, and buffers that older exports wrote down
+UNUSED = ("pooler.", "cls.", "embeddings.position_ids", "rotary_emb.inv_freq", "masked_bias", "attn.bias")
+
+Read = Callable[[str], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A checkpoint opened but not yet read: a run's own checkpoint may hold newer parameters."""
+
+    config: Any  # `BertConfig` or `LlamaConfig`
+    graph: nnx.GraphDef
+    abstract: Params  # shapes and types
+    read: Callable[[], Params]  # raises `InputError` for tensors that are missing, unknown or of another shape
+
+
+def open_bert(
+    checkpoint: Path, pooling: str, normalize: bool, dropout: float = 0.0, dtype: str = "float32"
+) -> Pretrained:
+    """A BERT or DPR encoder in a Hugging Face folder. Raises `InputError` for a missing or unreadable file."""
+    config = BertConfig.from_hf(read_json(checkpoint / "config.json"), pooling, normalize, dropout, dtype)
+    names, read = _open_safetensors(checkpoint)
+    prefix = _prefix(names, BERT[0][1], checkpoint)
+    # DPR keeps its projection beside the encoder, under the parent's prefix
+    parent = prefix.removesuffix("bert_model.")
+    table = {ours: (parent if "encode_proj" in name else prefix) + name for ours, name, _ in BERT}
+    graph, abstract = split_parameters(nnx.eval_shape(lambda: Bert(config, nnx.Rngs(0))))
+    return Pretrained(config, graph, abstract, lambda: _fill(abstract, table, names, read, checkpoint))
+
+
+def open_llama(checkpoint: Path, dropout: float = 0.0, dtype: str = "float32") -> Pretrained:
+    """A Llama-family decoder in a Hugging Face folder or a GGUF file; raises as `open_bert`."""
+    gguf = checkpoint.suffix == ".gguf"
+    if gguf:
+        hf, names, read = _open_gguf(checkpoint)
+    else:
+        hf = read_json(checkpoint / "config.json")
+        names, read = _open_safetensors(checkpoint)
+    config = LlamaConfig.from_hf(hf, dropout, dtype)
+    if config.tied:
+        names = names - {"lm_head.weight", "output.weight"}
+    table = {ours: theirs for ours, name, other in LLAMA if (theirs := other if gguf else name)}
+    graph, abstract = split_parameters(nnx.eval_shape(lambda: Llama(config, nnx.Rngs(0))))
+    return Pretrained(config, graph, abstract, lambda: _fill(abstract, table, names, read, checkpoint))
+
+
+def save_bert(folder: Path, config: Mapping[str, Any], params: Params) -> None:
+    """Writes config.json and model.safetensors as Hugging Face lays them out."""
+    _save(folder, config, params, {ours: name for ours, name, _ in BERT})
+
+
+def save_llama(folder: Path, config: Mapping[str, Any], params: Params) -> None:
+    """Writes config.json and model.safetensors as Hugging Face lays them out."""
+    _save(folder, config, params, {ours: name for ours, name, _ in LLAMA})
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; raises `InputError` naming the file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: missing; a Hugging Face checkpoint folder has one") from None
+    except ValueError as error:
+        raise InputError(f"{path}: not readable as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a JSON object")
+    return value
+
+
+def weight_files(checkpoint: Path) -> list[Path]:
+    """The files that hold a checkpoint's tensors: a GGUF file itself, or the safetensors of a folder."""
+    if checkpoint.is_file():
+        return [checkpoint]
+    index = checkpoint / "model.safetensors.index.json"
+    if index.is_file():
+        return sorted({checkpoint / name for name in read_json(index)["weight_map"].values()})
+    files = sorted(checkpoint.glob("*.safetensors"))
+    if not files:
+        raise InputError(f"{checkpoint}: no *.safetensors here; pickled weights (*.bin) are never loaded")
+    return files
+
+
+def _open_safetensors(checkpoint: Path) -> tuple[set[str], Read]:
+    where: dict[str, Any] = {}
+    for path in weight_files(checkpoint):
+        try:
+            handle = safe_open(path, framework="flax")  # unlike numpy's, it reads bfloat16
+        except Exception as error:
+            raise InputError(f"{path}: not readable as safetensors ({error}); fetch it again") from None
+        where |= dict.fromkeys(handle.keys(), handle)
+
+    def read(name: str) -> np.ndarray:
+        return np.asarray(where[name].get_tensor(name), dtype=np.float32)
+
+    return set(where), read
+
+
+def _open_gguf(path: Path) -> tuple[dict[str, Any], set[str], Read]:
+    """The configuration in Hugging Face's terms, the tensor names, and a reader that dequantises."""
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
+
+    try:
+        reader = GGUFReader(path)
+    except Exception as error:
+        raise InputError(f"{path}: not readable as GGUF ({error}); fetch it again") from None
+    family = str(reader.fields["general.architecture"].contents())
+
+    def field(name: str, default: Any = None) -> Any:
+        found = reader.fields.get(f"{family}.{name}")
+        return found.contents() if found else default
+
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    if "rope_freqs.weight" in tensors or field("rope.scaling.type", "none") != "none":
+        raise InputError(f"{path}: scaled rotary positions in GGUF are not supported; use the Hugging Face folder")
+    heads = field("attention.head_count")
+    hf = {
+        "model_type": family,
+        "vocab_size": int(tensors["token_embd.weight"].shape[1]),
+        "hidden_size": field("embedding_length"),
+        "num_hidden_layers": field("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": field("attention.head_count_kv", heads),
+        "head_dim": field("attention.key_length"),
+        "intermediate_size": field("feed_forward_length"),
+        "rms_norm_eps": field("attention.layer_norm_rms_epsilon", 1e-5),
+        "rope_theta": field("rope.freq_base", 10000.0),
+        "max_position_embeddings": field("context_length", 2048),
+        "tie_word_embeddings": "output.weight" not in tensors,
+    }
+
+    def read(name: str) -> np.ndarray:
+        tensor = tensors[name]
+        array = np.asarray(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
+        if family == "llama" and name.endswith(("attn_q.weight", "attn_k.weight")):
+            count = heads if "attn_q" in name else hf["num_key_value_heads"]
+            array = array.reshape(count, -1, 2, array.shape[-1]).swapaxes(1, 2).reshape(array.shape)
+        return array
+
+    return hf, set(tensors), read
+
+
+def _prefix(names: Iterable[str], anchor: str, checkpoint: Path) -> str:
+    found = [name.removesuffix(anchor) for name in names if name.endswith(anchor)]
+    if len(found) != 1:
+        raise InputError(f"{checkpoint}: {len(found)} tensors are called …{anchor}; expected one BERT encoder")
+    return found[0]
+
+
+def _layer_names(name: str, count: int) -> list[str]:
+    return [name.format(i) for i in range(count)] if "{}" in name else [name]
+
+
+def _fill(abstract: Params, table: Mapping[str, str], names: set[str], read: Read, checkpoint: Path) -> Params:
+    """Reads every leaf of an abstract tree; missing, unknown and misshapen tensors are reported together."""
+    problems, used, filled = [], set(), {}
+    for path, leaf in nnx.traversals.flatten_mapping(abstract).items():
+        ours = ".".join(path)
+        stacked = path[0] == "layers"
+        wanted = _layer_names(table[ours], leaf.shape[0] if stacked else 1)
+        used |= set(wanted)
+        if missing := [name for name in wanted if name not in names]:
+            problems += [f"missing {name}" for name in missing]
+            continue
+        shape = leaf.shape[1:] if stacked else leaf.shape
+        target = np.empty(leaf.shape, np.float32)
+        for i, name in enumerate(wanted):
+            array = read(name)
+            array = array.T if path[-1] == "kernel" else array
+            if array.shape != shape:
+                problems.append(f"{name} has shape {array.shape}, expected {shape} (as we lay it out)")
+                continue
+            target[i if stacked else ...] = array
+        filled[path] = jnp.asarray(target)
+    unknown = [name for name in names - used if not any(part in name for part in UNUSED)]
+    problems += [f"unknown {name}" for name in sorted(unknown)]
+    if problems:
+        shown = "; ".join(problems[:20]) + (f"; and {len(problems) - 20} more" if len(problems) > 20 else "")
+        raise InputError(f"{checkpoint}: its tensors do not fit its config.json: {shown}")
+    return nnx.traversals.unflatten_mapping(filled)
+
+
+def _save(folder: Path, config: Mapping[str, Any], params: Params, table: Mapping[str, str]) -> None:
+    tensors: dict[str, np.ndarray] = {}
+    for path, leaf in nnx.traversals.flatten_mapping(jax.device_get(params)).items():
+        stacked, transposed = path[0] == "layers", path[-1] == "kernel"
+        rows = list(leaf) if stacked else [leaf]
+        for name, row in zip(_layer_names(table[".".join(path)], len(rows)), rows, strict=True):
+            tensors[name] = np.ascontiguousarray(row.T if transposed else row)
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / ".model.safetensors.tmp"
+    save_file(tensors, temporary, metadata={"format": "pt"})
+    os.replace(temporary, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(dict(config), indent=1, sort_keys=True) + "\n", encoding="utf-8")

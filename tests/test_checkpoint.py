@@ -1,0 +1,173 @@
+"""Checkpoints: bit-exact, sharded on the way back, whole or reported."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import resource
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ragjax.checkpoint import Checkpoints
+from ragjax.config import InputError
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["params", "optimizer", "step", "key"], meta_fields=[])
+@dataclasses.dataclass
+class State:
+    params: Any
+    optimizer: Any
+    step: Any
+    key: Any
+
+
+def make_state(seed: int = 0, width: int = 16) -> State:
+    w = jax.random.normal(jax.random.key(seed), (3, width, 5))
+    params = {"retriever": {"w": w}, "generator": {"b": jnp.arange(7, dtype=jnp.bfloat16)}}
+    return State(params, optax.adamw(1e-3).init(params), jnp.int32(seed), jax.random.key(seed))
+
+
+def test_what_comes_back_is_bit_for_bit_the_same(tmp_path: Path) -> None:
+    state = make_state()
+    with Checkpoints(tmp_path / "new" / "checkpoints") as checkpoints:
+        assert checkpoints.latest() is None
+        checkpoints.save(3, state, {"data": {"next": 12}, "note": "é"})
+    with Checkpoints(tmp_path / "new" / "checkpoints") as checkpoints:
+        assert checkpoints.latest() == 3
+        assert checkpoints.metadata(3) == {"data": {"next": 12}, "note": "é"}
+        chex.assert_trees_all_equal(checkpoints.restore(3, jax.eval_shape(make_state)), state)
+        chex.assert_trees_all_equal_dtypes(checkpoints.restore(3, state), state)
+
+
+def test_only_the_newest_stay(tmp_path: Path) -> None:
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        for step in (1, 2, 3, 10):
+            checkpoints.save(step, make_state(step), {"step": step})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["10", "3"]
+    with Checkpoints(tmp_path) as checkpoints:
+        chex.assert_trees_all_equal(checkpoints.restore(3, make_state()), make_state(3))
+        with pytest.raises(InputError, match="no such checkpoint; the steps saved are: 3, 10"):
+            checkpoints.restore(1, make_state())
+
+
+def test_a_step_can_be_saved_again(tmp_path: Path) -> None:
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, make_state(1), {})
+        checkpoints.save(1, make_state(2), {})
+        chex.assert_trees_all_equal(checkpoints.restore(1, make_state()), make_state(2))
+
+
+def test_the_state_may_be_donated_right_after_save(tmp_path: Path) -> None:
+    state = {"params": jnp.arange(300_000.0)}
+    step = jax.jit(lambda s: jax.tree.map(lambda x: x * 0 - 1, s), donate_argnums=0)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state, {})
+        jax.block_until_ready(step(state))
+        restored = checkpoints.restore(1, {"params": jax.ShapeDtypeStruct((300_000,), jnp.float32)})
+    np.testing.assert_array_equal(restored["params"], np.arange(300_000.0))
+
+
+def test_saved_on_one_device_restored_over_eight(tmp_path: Path) -> None:
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    split, whole = NamedSharding(mesh, PartitionSpec(None, "data")), NamedSharding(mesh, PartitionSpec())
+    state = make_state()
+
+    def like(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=split if leaf.shape == (3, 16, 5) else whole)
+
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(0, state, {})
+        restored = checkpoints.restore(0, jax.tree.map(like, state))
+        assert restored.params["retriever"]["w"].addressable_shards[0].data.shape == (3, 2, 5)
+        assert len(restored.step.sharding.device_set) == 8
+        checkpoints.save(1, restored, {})
+        back = checkpoints.restore(1, state)
+    chex.assert_trees_all_equal(back, state)
+    assert len(back.params["retriever"]["w"].sharding.device_set) == 1
+
+
+def test_parameters_alone(tmp_path: Path) -> None:
+    state = make_state()
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(0, state, {})
+        params = checkpoints.restore_params(0, jax.eval_shape(make_state).params)
+        with pytest.raises(InputError, match=r"it has no params\.reader\.w"):
+            checkpoints.restore_params(0, {"reader": {"w": jnp.zeros(3)}})
+    chex.assert_trees_all_equal(params, state.params)
+
+
+def test_another_model(tmp_path: Path) -> None:
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(0, make_state(), {})
+        with pytest.raises(InputError, match=r"another model.*retriever\.w is float32\[3, 16, 5\], not .*\[3, 8, 5\]"):
+            checkpoints.restore(0, make_state(width=8))
+        with pytest.raises(InputError, match=r"optimizer\.0\.count is not of this model"):
+            checkpoints.restore(0, dataclasses.replace(make_state(), optimizer=()))
+
+
+@pytest.mark.parametrize("damage", ["emptied", "no metadata", "data cut", "data gone"])
+def test_an_incomplete_checkpoint_names_its_folder(tmp_path: Path, damage: str) -> None:
+    state = {"params": jax.random.normal(jax.random.key(0), (200, 100))}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(7, state, {})
+    if damage == "emptied":
+        shutil.rmtree(tmp_path / "7")
+        (tmp_path / "7").mkdir()
+    elif damage == "no metadata":
+        for path in [*(tmp_path / "7").rglob("_METADATA"), *(tmp_path / "7").rglob("_CHECKPOINT_METADATA")]:
+            path.unlink()
+    else:
+        largest = max((p for p in (tmp_path / "7").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+        if damage == "data cut":
+            largest.write_bytes(largest.read_bytes()[:1000])
+        else:
+            largest.unlink()
+    damaged = pytest.raises(InputError, match=rf"{tmp_path}/7: the checkpoint is incomplete or damaged.*delete")
+    with Checkpoints(tmp_path) as checkpoints, damaged:
+        checkpoints.restore(7, state)
+
+
+def test_what_an_interrupted_save_left_is_no_checkpoint(tmp_path: Path) -> None:
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, make_state(), {})
+    shutil.copytree(tmp_path / "1", tmp_path / "2.orbax-checkpoint-tmp")
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest() == 1
+        checkpoints.save(2, make_state(2), {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
+
+
+@contextmanager
+def no_file_larger_than(size: int) -> Iterator[None]:
+    """As a full disk does, this makes writing fail, for root too."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_checkpoint_that_does_not_fit_on_the_disk(tmp_path: Path) -> None:
+    state = {"params": jax.random.normal(jax.random.key(0), (500, 500))}
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, state, {})
+    checkpoints.wait()
+    with no_file_larger_than(100_000), pytest.raises(InputError, match=r"/2: the checkpoint could not be written"):
+        checkpoints.save(2, state, {})
+        checkpoints.wait()
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
+    checkpoints.save(3, state, {})
+    chex.assert_trees_all_equal(checkpoints.restore(3, state), state)
+    checkpoints.close()

@@ -1,0 +1,287 @@
+import contextlib
+import errno
+import json
+import os
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from ragjax import index as index_module
+from ragjax.config import InputError
+from ragjax.index import Index, check_k, check_kind, embed_passages, exact_search, open_index, write_index
+from ragjax.passages import atomic_write
+
+FINGERPRINTS = {"corpus": "sha256:c", "encoder": "sha256:e", "passage_tokenizer": "sha256:p"}
+
+
+def brute_force(embeddings, queries, k):
+    scores = np.asarray(queries, np.float64) @ np.asarray(embeddings, np.float64).T
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(scores, order, 1), order
+
+
+def random_vectors(n, width=16, seed=0):
+    return np.random.default_rng(seed).normal(size=(n, width)).astype(np.float32)
+
+
+def table_encode(tokens, mask):
+    """An embedding that depends on every token and on nothing that is padding."""
+    kept = np.where(mask, tokens, 0).astype(np.float32)
+    places = np.arange(1, tokens.shape[1] + 1)
+    return np.stack([kept.sum(1), (kept * places).sum(1), mask.sum(1)], 1)
+
+
+def embed(rows, path, dtype="float32", encode=table_encode, progress=lambda n: None):
+    embed_passages(
+        encode, rows, width_buckets=(4, 8), batch_size=3, pad_id=9, dtype=dtype, path=path, progress=progress
+    )
+
+
+def build(folder, embeddings, kind, dtype="float32"):
+    folder.mkdir(exist_ok=True)
+    path = folder / "embeddings.npy"
+    stored = embeddings.astype(dtype)
+    np.save(path, stored.view(np.uint16) if dtype == "bfloat16" else stored)
+    write_index(folder, path, kind, dtype, {"fingerprints": FINGERPRINTS})
+    return open_index(folder, FINGERPRINTS)
+
+
+@pytest.mark.parametrize(
+    ("count", "block", "k"), [(1, 1, 1), (7, 7, 3), (7, 4, 5), (64, 16, 10), (65, 16, 20), (100, 33, 100)]
+)
+def test_exact_search_is_brute_force(count, block, k):
+    embeddings, queries = random_vectors(count), random_vectors(5, seed=1)
+    scores, ids = exact_search(jnp.asarray(embeddings), jnp.asarray(queries), k, block)
+    expected_scores, expected_ids = brute_force(embeddings, queries, k)
+    np.testing.assert_array_equal(ids, expected_ids)
+    np.testing.assert_allclose(scores, expected_scores, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("block", [2, 5, 13])
+def test_equal_scores_come_by_lower_id(block):
+    embeddings = np.repeat(np.array([[1.0, 0.0], [2.0, 0.0]], np.float32), [4, 9], axis=0)
+    _, ids = exact_search(jnp.asarray(embeddings), jnp.array([[1.0, 0.0], [-1.0, 0.0], [0.0, 0.0]]), 6, block)
+    np.testing.assert_array_equal(ids, [[4, 5, 6, 7, 8, 9], [0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5]])
+
+
+@pytest.mark.parametrize("block", [1, 2, 3])
+def test_exact_search_never_wraps(block):
+    embeddings, queries = random_vectors(3), random_vectors(2, seed=1)
+    scores, ids = exact_search(jnp.asarray(embeddings), jnp.asarray(queries), 5, block)
+    np.testing.assert_array_equal(ids[:, :3], brute_force(embeddings, queries, 3)[1])
+    np.testing.assert_array_equal(ids[:, 3:], -1)
+    assert np.all(np.isneginf(scores[:, 3:]))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_scores_are_those_of_the_stored_embeddings(tmp_path, dtype):
+    embeddings, queries = random_vectors(50), random_vectors(4, seed=1)
+    index = build(tmp_path, embeddings, "exact", dtype)
+    assert index.embeddings.dtype == np.dtype(dtype)
+    scores, ids = index.search(queries, 6)
+    assert (scores.dtype, ids.dtype) == (np.float32, np.int32)
+    expected_scores, expected_ids = brute_force(embeddings.astype(dtype).astype(np.float32), queries, 6)
+    np.testing.assert_array_equal(ids, expected_ids)
+    np.testing.assert_allclose(scores, expected_scores, rtol=1e-5, atol=1e-5)
+    unrounded = {"float32": 1e-5, "bfloat16": 0.1, "float16": 0.02}[dtype]
+    np.testing.assert_allclose(scores, brute_force(embeddings, queries, 6)[0], atol=unrounded)
+
+
+def test_vectors_are_zero_where_there_is_no_passage():
+    embeddings = random_vectors(5)
+    found = Index(embeddings, "exact", {}).vectors(np.array([[4, -1]], np.int32))
+    np.testing.assert_array_equal(found, [[embeddings[4], np.zeros(16)]])
+
+
+def test_faiss_flat_equals_exact(tmp_path):
+    embeddings, queries = random_vectors(300), random_vectors(8, seed=1)
+    embeddings[100] = embeddings[200]
+    exact, flat = (build(tmp_path / kind, embeddings, kind) for kind in ("exact", "Flat"))
+    for k in (1, 7, 300):
+        scores, ids = exact.search(queries, k)
+        flat_scores, flat_ids = flat.search(queries, k)
+        np.testing.assert_array_equal(flat_ids, ids)
+        np.testing.assert_allclose(flat_scores, scores, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["HNSW16", "IVF2,Flat", "IVF16,Flat", "OPQ4,IVF4,PQ8x4", "PCA8,HNSW16"])
+def test_approximate_kinds_find_nearly_all_with_exact_scores(tmp_path, kind):
+    basis = random_vectors(6, seed=2)  # real embeddings lie near few directions, noise does not
+    embeddings = random_vectors(1000, width=6) @ basis + 0.01 * random_vectors(1000, seed=3)
+    queries = random_vectors(20, width=6, seed=1) @ basis
+    index = build(tmp_path, embeddings, kind)
+    scores, ids = index.search(queries, 10)
+    expected = brute_force(embeddings, queries, 10)[1]
+    assert np.mean([len(set(a) & set(b)) / 10 for a, b in zip(ids, expected, strict=True)]) >= 0.9
+    np.testing.assert_allclose(scores, np.einsum("BD,BKD->BK", queries, embeddings[ids]), rtol=1e-4, atol=1e-4)
+    assert np.all(np.diff(scores, axis=1) <= 0)
+
+
+@pytest.mark.parametrize("kind", ["Flat", "HNSW8", "IVF2,Flat"])
+def test_faiss_with_fewer_hits_than_k_never_wraps(tmp_path, kind):
+    index = build(tmp_path, random_vectors(4), kind)
+    scores, ids = index.search(random_vectors(3, seed=1), 6)
+    np.testing.assert_array_equal(np.sort(ids, axis=1), [[-1, -1, 0, 1, 2, 3]] * 3)
+    np.testing.assert_array_equal(ids == -1, np.isneginf(scores))
+    np.testing.assert_array_equal(ids[:, 4:], -1)
+
+
+@pytest.mark.parametrize("kind", ["exact", "HNSW8", "IVF4,Flat"])
+def test_an_index_built_twice_is_the_same(tmp_path, kind):
+    for name in ("a", "b"):
+        build(tmp_path / name, random_vectors(500), kind)
+    assert os.listdir(tmp_path / "a") == os.listdir(tmp_path / "b")
+    for file in (tmp_path / "a").iterdir():
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["nonsense", "IVF", "", "PQ5"])
+def test_a_bad_kind_is_named(tmp_path, kind):
+    with pytest.raises(InputError, match=f"index.kind is '{kind}'"):
+        check_kind(kind, 16)
+    with pytest.raises(InputError, match=f"index.kind is '{kind}'"):
+        build(tmp_path, random_vectors(20), kind)
+    assert os.listdir(tmp_path) == ["embeddings.npy"]
+
+
+def test_a_good_kind_passes():
+    check_kind("exact", 16)
+    check_kind("IVF256,PQ4", 16)
+
+
+def test_too_few_passages_to_train(tmp_path):
+    with pytest.raises(InputError, match=r"IVF64,Flat cannot be trained on the 20 passages"):
+        build(tmp_path, random_vectors(20), "IVF64,Flat")
+    assert os.listdir(tmp_path) == ["embeddings.npy"]
+
+
+def test_check_k():
+    check_k(3, 3)
+    with pytest.raises(InputError, match="k is 4 but the corpus has only 3 passages"):
+        check_k(4, 3)
+
+
+def test_an_index_by_another_encoder_says_so(tmp_path):
+    build(tmp_path, random_vectors(5), "exact")
+    with pytest.raises(InputError, match=r"by another encoder: sha256:e, .*sha256:new.*another folder"):
+        open_index(tmp_path, FINGERPRINTS | {"encoder": "sha256:new"})
+    with pytest.raises(InputError, match="by another generator tokenizer: None"):
+        open_index(tmp_path, {"generator_tokenizer": "sha256:g"})
+
+
+def test_a_missing_or_incomplete_index_says_what_to_run(tmp_path):
+    with pytest.raises(InputError, match=r"does not exist; run: ragjax index CONFIG"):
+        open_index(tmp_path / "none", {})
+    build(tmp_path, random_vectors(5), "exact")
+    (tmp_path / "manifest.json").rename(tmp_path / "kept.json")
+    with pytest.raises(InputError, match=r"is not complete; run: ragjax index CONFIG"):
+        open_index(tmp_path, {})
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "embeddings.npy", "faiss.index"])
+@pytest.mark.parametrize("keep", [0, 0.5, None])
+def test_a_damaged_index_is_named(tmp_path, file, keep):
+    build(tmp_path, random_vectors(200), "Flat")
+    path = tmp_path / file
+    if keep is None and file != "manifest.json":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[: int(path.stat().st_size * (keep or 0))])
+    with pytest.raises(InputError, match="damaged"):
+        open_index(tmp_path, {})
+
+
+def test_the_manifest_describes_the_index(tmp_path):
+    manifest = build(tmp_path, random_vectors(20), "Flat", "bfloat16").manifest
+    assert manifest == json.loads((tmp_path / "manifest.json").read_text())
+    assert {key: manifest[key] for key in ("kind", "dtype", "N", "D", "fingerprints")} == {
+        "kind": "Flat",
+        "dtype": "bfloat16",
+        "N": 20,
+        "D": 16,
+        "fingerprints": FINGERPRINTS,
+    }
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("count", [1, 3, 11])
+def test_embedding_in_batches_equals_one_by_one(tmp_path, count, dtype):
+    rng = np.random.default_rng(count)
+    rows = [rng.integers(1, 9, size=rng.integers(1, 9)).tolist() for _ in range(count)]
+    shapes, done = [], []
+
+    def encode(tokens, mask):
+        shapes.append(tokens.shape)
+        return jnp.asarray(table_encode(tokens, mask))
+
+    path = tmp_path / "embeddings.npy"
+    embed(rows, path, dtype, encode, done.append)
+    write_index(tmp_path, path, "exact", dtype, {"fingerprints": {}})
+    one_by_one = np.concatenate([table_encode(np.array([row]), np.ones((1, len(row)), bool)) for row in rows])
+    np.testing.assert_array_equal(open_index(tmp_path, {}).embeddings, one_by_one.astype(dtype))
+    assert sum(done) == count and len(shapes) == -(-count // 3)
+    assert shapes == sorted(shapes, reverse=True)  # longest first
+    assert set(shapes) <= {(3, 4), (3, 8)}
+
+
+def test_an_empty_corpus(tmp_path):
+    with pytest.raises(InputError, match="corpus is empty"):
+        embed([], tmp_path / "embeddings.npy")
+
+
+def test_embeddings_that_the_type_cannot_hold(tmp_path):
+    with pytest.raises(InputError, match=r"not finite in index\.dtype=float16"):
+        embed([[1]], tmp_path / "embeddings.npy", "float16", lambda tokens, mask: np.full((3, 2), 1e6))
+    assert os.listdir(tmp_path) == []
+
+
+def full_disk(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_leaves_no_embeddings(tmp_path, monkeypatch):
+    monkeypatch.setattr(index_module, "_reserve", full_disk)
+    with pytest.raises(InputError, match="disk is full"):
+        embed([[1, 2], [3]], tmp_path / "embeddings.npy")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_full_disk_leaves_the_old_index_whole(tmp_path, monkeypatch):
+    old = build(tmp_path, random_vectors(5), "exact").search(random_vectors(2, seed=1), 3)
+    monkeypatch.setattr(index_module, "_reserve", full_disk)
+    with pytest.raises(InputError, match="disk is full"):
+        embed([[1, 2], [3]], tmp_path / "embeddings.npy")
+    np.testing.assert_array_equal(open_index(tmp_path, FINGERPRINTS).search(random_vectors(2, seed=1), 3)[1], old[1])
+
+
+def test_new_embeddings_make_the_old_manifest_void(tmp_path):
+    build(tmp_path, random_vectors(5), "exact")
+    embed([[1, 2], [3]], tmp_path / "embeddings.npy")
+    with pytest.raises(InputError, match="not complete"):
+        open_index(tmp_path, {})
+
+
+def test_a_full_disk_leaves_no_faiss_file(tmp_path, monkeypatch):
+    class FullDisk:
+        write = full_disk
+
+    @contextlib.contextmanager
+    def on_full_disk(*paths):
+        with atomic_write(*paths):
+            yield (FullDisk(),)
+
+    path = tmp_path / "embeddings.npy"
+    np.save(path, random_vectors(50))
+    monkeypatch.setattr(index_module, "atomic_write", on_full_disk)
+    with pytest.raises(InputError, match="disk is full"):
+        write_index(tmp_path, path, "Flat", "float32", {"fingerprints": {}})
+    assert os.listdir(tmp_path) == ["embeddings.npy"]
+
+
+def test_bfloat16_is_stored_in_two_bytes(tmp_path):
+    embed([[1, 2], [3]], tmp_path / "embeddings.npy", "bfloat16")
+    stored = np.load(tmp_path / "embeddings.npy")
+    assert stored.dtype == np.uint16
+    np.testing.assert_array_equal(stored.view(ml_dtypes.bfloat16), [[3, 5, 2], [3, 3, 1]])

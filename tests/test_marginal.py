@@ -1,0 +1,199 @@
+"""The marginal against enumeration, finite differences and the worked example."""
+
+from __future__ import annotations
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ragjax.marginal import (
+    corpus_log_prior,
+    fast_marginal,
+    log_prior,
+    marginal_bounds,
+    marginal_logp,
+    posterior,
+    rag_loss,
+    thorough_marginal,
+)
+
+INF = np.inf
+
+
+def random_case(seed: int, *shape: int) -> tuple[jax.Array, jax.Array]:
+    """Scores [B,K] and sequence log-probabilities [B,K,…]."""
+    rng = np.random.default_rng(seed)
+    scores = rng.normal(size=shape[:2]) * 3
+    return jnp.asarray(scores, jnp.float32), jnp.asarray(-rng.exponential(4, size=shape), jnp.float32)
+
+
+def all_valid(scores: jax.Array) -> jax.Array:
+    return jnp.ones(scores.shape, bool)
+
+
+def test_worked_example() -> None:
+    candidates = ["Paris", "The city Paris", "Lyon"]
+    prior = jnp.log(jnp.array([[0.73, 0.15, 0.12]]))
+    p = np.array([[[0.607, 0.301, 0.0], [0.0, 0.0, 0.670], [0.407, 0.0, 0.0]]])
+    with np.errstate(divide="ignore"):
+        fast = fast_marginal(prior, jnp.asarray(np.log(np.maximum(p, 1e-3))), jnp.asarray(p > 0))
+        also = thorough_marginal(prior, jnp.asarray(np.log(p)))
+    np.testing.assert_allclose(np.exp(fast), [[0.492, 0.220, 0.1005]], atol=5e-4)
+    np.testing.assert_allclose(fast, also, rtol=1e-6)
+    assert candidates[int(jnp.argmax(fast[0]))] == "Paris"
+
+
+def test_prior_of_the_example_scores() -> None:
+    prior = log_prior(jnp.array([[14.0, 10.0, 9.0]]), jnp.ones((1, 3), bool))
+    np.testing.assert_allclose(np.exp(prior), [[0.976, 0.018, 0.007]], atol=5e-4)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_marginal_and_posterior_equal_enumeration(seed: int) -> None:
+    scores, logp = random_case(seed, 3, 5, 4)
+    prior = log_prior(scores, all_valid(scores))
+    marginal, r = marginal_logp(prior, logp), posterior(prior, logp)
+    chex.assert_shape(marginal, (3, 4))
+    chex.assert_shape(r, (3, 5, 4))
+    for b in range(3):
+        weights = np.exp(np.float64(scores[b])) / np.exp(np.float64(scores[b])).sum()
+        for c in range(4):
+            terms = [weights[z] * np.exp(np.float64(logp[b, z, c])) for z in range(5)]
+            np.testing.assert_allclose(marginal[b, c], np.log(sum(terms)), rtol=1e-5)
+            np.testing.assert_allclose(r[b, :, c], np.array(terms) / sum(terms), rtol=1e-4)
+
+
+def test_gradient_is_the_posterior_weighted_sum() -> None:
+    """∇ −log p(y|x) = −Σ_z r_z ∇[log p_η(z|x) + log p_θ(y|x,z)], each log-probability a function of parameters."""
+    rng = np.random.default_rng(0)
+    docs, x = jnp.asarray(rng.normal(size=(5, 4)), jnp.float32), jnp.asarray(rng.normal(size=4), jnp.float32)
+    params = {"eta": jnp.asarray(rng.normal(size=(4, 4)), jnp.float32), "theta": jnp.ones((4, 7), jnp.float32)}
+    answer = 3
+
+    def terms(params: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        scores = (docs @ params["eta"] @ x)[None]
+        return log_prior(scores, all_valid(scores)), jax.nn.log_softmax(docs @ params["theta"])[None, :, answer]
+
+    gradient = jax.grad(lambda params: rag_loss(*terms(params)))(params)
+    r = posterior(*terms(params))[0]
+    by_document = jax.jacobian(lambda params: jnp.add(*terms(params))[0])(params)
+    expected = jax.tree.map(lambda g: -jnp.einsum("k,k...->...", r, g), by_document)
+    chex.assert_trees_all_close(gradient, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_gradient_equals_finite_differences() -> None:
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(1)
+        scores, logp = jnp.asarray(rng.normal(size=(2, 4))), jnp.asarray(-rng.exponential(3, size=(2, 4)))
+        valid = jnp.array([[True, True, False, True], [True, True, True, True]])
+
+        def loss(scores: jax.Array, logp: jax.Array) -> jax.Array:
+            return rag_loss(log_prior(scores, valid), logp)
+
+        assert loss(scores, logp).dtype == jnp.float64
+        gradients = jax.grad(loss, argnums=(0, 1))(scores, logp)
+        for argument, gradient in enumerate(gradients):
+            for at in np.ndindex(2, 4):
+                step = np.zeros((2, 4))
+                step[at] = 1e-5
+                up, down = [scores, logp], [scores, logp]
+                up[argument], down[argument] = up[argument] + step, down[argument] - step
+                np.testing.assert_allclose(gradient[at], (loss(*up) - loss(*down)) / 2e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_bounds_hold_and_the_whole_corpus_is_exact(seed: int) -> None:
+    """The prior normalised over a corpus of N = 40, the top 6 kept; p(y|x) is enumerated over all 40."""
+    scores, logp = random_case(seed, 4, 40)
+    whole = log_prior(scores, all_valid(scores))
+    exact = marginal_logp(whole, logp)
+    np.testing.assert_allclose(
+        np.exp(exact), np.sum(np.exp(np.float64(whole)) * np.exp(np.float64(logp)), axis=1), rtol=1e-5
+    )
+
+    top, ids = jax.lax.top_k(scores, 6)
+    prior = corpus_log_prior(top, jax.nn.logsumexp(scores, axis=1), all_valid(top))
+    chex.assert_trees_all_close(prior, jnp.take_along_axis(whole, ids, 1), rtol=1e-5, atol=1e-6)
+    log_mass = jax.nn.logsumexp(prior, axis=1)
+    lower, upper = marginal_bounds(marginal_logp(prior, jnp.take_along_axis(logp, ids, 1)), log_mass)
+    assert np.all(lower < exact) and np.all(exact < upper) and np.all(upper <= 0)
+    expected = np.minimum(1, np.exp(np.float64(lower)) + 1 - np.exp(np.float64(log_mass)))
+    np.testing.assert_allclose(np.exp(upper), expected, rtol=1e-5)
+
+
+def test_bounds_at_the_extremes() -> None:
+    lower, upper = marginal_bounds(jnp.array([-2.0, -2.0, -INF, -INF]), jnp.array([0.0, 1e-7, 0.0, -INF]))
+    chex.assert_trees_all_close(lower, jnp.array([-2.0, -2.0, -INF, -INF]))
+    chex.assert_trees_all_close(upper, jnp.array([-2.0, -2.0, -INF, 0.0]))
+
+
+@pytest.mark.parametrize("filler", [0.0, 50.0, -INF, INF, np.nan])
+def test_masked_documents_change_nothing(filler: float) -> None:
+    scores, logp = random_case(7, 3, 4)
+    more = jnp.concatenate([scores, jnp.full((3, 2), filler)], axis=1)
+    valid = jnp.concatenate([all_valid(scores), jnp.zeros((3, 2), bool)], axis=1)
+    more_logp = jnp.concatenate([logp, jnp.full((3, 2), -1.0)], axis=1)
+
+    def loss(scores: jax.Array, logp: jax.Array, valid: jax.Array) -> jax.Array:
+        return rag_loss(log_prior(scores, valid), logp)
+
+    value, gradients = jax.value_and_grad(loss, argnums=(0, 1))(scores, logp, all_valid(scores))
+    masked_value, masked = jax.value_and_grad(loss, argnums=(0, 1))(more, more_logp, valid)
+    chex.assert_trees_all_close(masked_value, value, rtol=1e-6)
+    chex.assert_trees_all_close(jax.tree.map(lambda g: g[:, :4], masked), gradients, rtol=1e-5, atol=1e-7)
+    chex.assert_trees_all_equal(jax.tree.map(lambda g: g[:, 4:], masked), (jnp.zeros((3, 2)), jnp.zeros((3, 2))))
+
+
+def test_order_of_documents_changes_nothing() -> None:
+    scores, logp = random_case(8, 3, 5, 2)
+    order = np.array([3, 0, 4, 1, 2])
+    prior, permuted = (log_prior(s, all_valid(s)) for s in (scores, scores[:, order]))
+    chex.assert_trees_all_close(marginal_logp(permuted, logp[:, order]), marginal_logp(prior, logp), rtol=1e-5)
+    chex.assert_trees_all_close(posterior(permuted, logp[:, order]), posterior(prior, logp)[:, order], rtol=1e-5)
+
+
+def test_infinities_give_no_nan() -> None:
+    """Question 0 has no document; question 1 has an answer impossible everywhere; question 2 under one document."""
+    valid = jnp.array([[False, False], [True, True], [True, True]])
+    scores = jnp.array([[1.0, 2.0], [1.0, 2.0], [1.0, 2.0]])
+    logp = jnp.array([[-1.0, -1.0], [-INF, -INF], [-INF, -1.0]])
+    prior = log_prior(scores, valid)
+    np.testing.assert_array_equal(prior[0], [-INF, -INF])
+    np.testing.assert_array_equal(np.isneginf(marginal_logp(prior, logp)), [True, True, False])
+    np.testing.assert_array_equal(posterior(prior, logp), [[0, 0], [0, 0], [0, 1]])
+
+    def each(of, scores: jax.Array, logp: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(jnp.array([0, 0, 1], bool), of(log_prior(scores, valid), logp), 0))
+
+    gradients = jax.grad(lambda s, p: each(marginal_logp, s, p), argnums=(0, 1))(scores, logp)
+    chex.assert_tree_all_finite(gradients)
+    loss_gradients = jax.grad(lambda s, p: rag_loss(log_prior(s, valid), p), argnums=(0, 1))(scores, logp)
+    chex.assert_tree_all_finite(loss_gradients)
+    posterior_gradient = jax.grad(lambda s: posterior(log_prior(s, valid), logp)[2, 1])(scores)
+    chex.assert_tree_all_finite(posterior_gradient)
+
+
+def test_a_nan_is_not_hidden() -> None:
+    prior = jnp.log(jnp.array([[0.5, 0.5]]))
+    assert np.isnan(rag_loss(prior, jnp.array([[jnp.nan, -1.0]])))
+
+
+def test_half_precision_is_summed_in_float32() -> None:
+    scores, logp = (x.astype(jnp.bfloat16) for x in random_case(9, 2, 64))
+    prior = log_prior(scores, all_valid(scores))
+    marginal = marginal_logp(prior, logp)
+    assert prior.dtype == marginal.dtype == jnp.float32
+    wide = log_prior(scores.astype(jnp.float32), all_valid(scores))
+    chex.assert_trees_all_equal(marginal, marginal_logp(wide, logp.astype(jnp.float32)))
+
+
+def test_fast_never_exceeds_thorough() -> None:
+    scores, logp = random_case(10, 4, 3, 6)
+    prior = log_prior(scores, all_valid(scores))
+    proposed = jnp.asarray(np.random.default_rng(2).random((4, 3, 6)) < 0.5)
+    fast, thorough = fast_marginal(prior, logp, proposed), thorough_marginal(prior, logp)
+    assert np.all(fast <= thorough + 1e-6)
+    chex.assert_trees_all_close(fast_marginal(prior, logp, jnp.ones_like(proposed)), thorough)
+    assert np.all(np.isneginf(fast_marginal(prior, logp, jnp.zeros_like(proposed))))
