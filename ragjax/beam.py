@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
@@ -20,12 +21,12 @@ NextLogp = Callable[[Array, Array, Array, Any], tuple[Array, Any]]
 
 @struct.dataclass
 class Beams:
-    """The W best answers of each row, finished ones first, then by score."""
+    """The W best answers of each row, finished ones first, then by score; on the device, or fetched from it."""
 
-    tokens: Int[Array, "n W T"]  # the end token included, then padding
-    length: Int[Array, "n W"]
-    logp: Float[Array, "n W"]  # nats; −inf where there are fewer than W answers
-    finished: Bool[Array, "n W"]  # reached the end token
+    tokens: Int[Array | np.ndarray, "n W T"]  # the end token included, then padding
+    length: Int[Array | np.ndarray, "n W"]
+    logp: Float[Array | np.ndarray, "n W"]  # nats; −inf where there are fewer than W answers
+    finished: Bool[Array | np.ndarray, "n W"]  # reached the end token
 
 
 @struct.dataclass

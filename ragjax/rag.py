@@ -142,6 +142,16 @@ def retrieve(rag: Rag, params: Params, index: Index, questions: Sequence[str], k
     return Retrieved(ids, scores, np.asarray(prior))
 
 
+def log_mass(
+    rag: Rag, params: Params, index: Index, questions: Sequence[str], scores: Float[np.ndarray, "B K"]
+) -> Float[np.ndarray, " B"]:
+    """Log of the share of the whole corpus's softmax that documents with these inner products hold, at most 0."""
+    queries = encode(rag.retriever.graph, params["retriever"], *question_rows(rag, questions))
+    scale = rag.config.retriever.scale
+    normalizer = _log_normalizer(queries, index.on_device, scale)
+    return np.asarray(jax.nn.logsumexp(jnp.asarray(scale * scores), axis=-1) - normalizer)
+
+
 def prompt_rows(
     rag: Rag, store: PassageStore | None, questions: Sequence[str], ids: Int[np.ndarray, "B K"]
 ) -> tuple[Int[np.ndarray, "n S"], Bool[np.ndarray, "n S"]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import signal
@@ -214,7 +213,3 @@ def restore_trained(rag: Rag, step: int | None = None) -> tuple[Any, int] | None
         step = checkpoints.latest() if step is None else step
         return None if step is None else (checkpoints.restore_params(step, rag.abstract_params()), step)
 
-
-def with_k(config: Config, k: int) -> Config:
-    """The configuration with another `decode.k`."""
-    return dataclasses.replace(config, decode=dataclasses.replace(config.decode, k=k))

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from ragjax.build_index import build_index
 from ragjax.config import Config, load_config
-from ragjax.index import Index, open_index
+from ragjax.index import MANIFEST, Index, open_index
 from ragjax.passages import PassageStore, write_jsonl
 from ragjax.rag import Rag, open_rag
 from ragjax.random_checkpoint import write_random_checkpoint
 
-LANDS = [first + second for first in ("Ar", "Bel", "Cor", "Dun", "Es", "Fal") for second in "land mark nia ria stan".split()]
-CAPITALS = [first + second for first in ("Kes", "Lor", "Mar", "Nov", "Or", "Pel") for second in "bourg ton vik dam polis".split()]
+LANDS = [first + last for first in "Ar Bel Cor Dun Es Fal".split() for last in "land mark nia ria stan".split()]
+CAPITALS = [first + last for first in "Kes Lor Mar Nov Or Pel".split() for last in "bourg ton vik dam polis".split()]
 SPLITS = {"train": slice(0, 20), "dev": slice(20, 25), "test": slice(25, 30)}
 
 CONFIG = """\
@@ -36,13 +38,22 @@ def make_world(folder: Path) -> Path:
     pairs = list(zip(LANDS, CAPITALS, strict=True))
     write_jsonl(
         folder / "passages.jsonl",
-        ({"id": f"p{i}", "title": land, "text": f"The capital of {land} is {city}."} for i, (land, city) in enumerate(pairs)),
+        (
+            {"id": f"p{i}", "title": land, "text": f"The capital of {land} is {city}."}
+            for i, (land, city) in enumerate(pairs)
+        ),
     )
     for split, part in SPLITS.items():
         questions = ({"question": f"What is the capital of {land}?", "answer": [city]} for land, city in pairs[part])
         write_jsonl(folder / f"{split}.jsonl", questions)
     (folder / "config.yaml").write_text(CONFIG.format(world=folder), encoding="utf-8")
     return folder
+
+
+def shared_world(temporary: pytest.TempPathFactory) -> Path:
+    """The one world of a test session, made when it is first asked for."""
+    folder = temporary.getbasetemp() / "world"
+    return folder if folder.exists() else make_world(folder)
 
 
 def tiny_config(world: Path, **overrides: object) -> Config:
@@ -57,6 +68,8 @@ def build(config: Config) -> Path:
 
 
 def open_world(config: Config) -> tuple[Rag, Index, PassageStore]:
-    """The models, the index and the passages of a world whose index is built."""
+    """The models, the index, which is built where there is none, and the passages."""
     rag, folder = open_rag(config), Path(config.index.folder)
+    if not (folder / MANIFEST).exists():
+        build(config)
     return rag, open_index(folder, rag.fingerprints), PassageStore.open(folder)

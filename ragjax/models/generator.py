@@ -6,7 +6,7 @@ A document is read once, by `prefill`; all that is ever generated or scored afte
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,7 @@ class Past:
     filled: Int[Array, ""]
 
 
+@runtime_checkable
 class Generator(Protocol):
     """Families: `llama.py`. Positions count from the start token, which is 0."""
 
@@ -58,8 +59,8 @@ class Generator(Protocol):
         memory: Memory,
         past: Past | None,
         tokens: Int[Array, "n G M"],
-        positions: Int[Array, "... G M"],
-        visible: Bool[Array, "... G M P"],
+        positions: Int[Array, "#n #G M"],
+        visible: Bool[Array, "#n #G M P"],
         keys: Keys | None = None,
         remat: bool = False,
     ) -> tuple[Float[Array, "n G M D"], Past | None]:

@@ -158,8 +158,8 @@ class Llama(nnx.Module):
         memory: Memory,
         past: Past | None,
         tokens: Int[Array, "n G M"],
-        positions: Int[Array, "... G M"],
-        visible: Bool[Array, "... G M P"],
+        positions: Int[Array, "#n #G M"],
+        visible: Bool[Array, "#n #G M P"],
         keys: Keys | None = None,
         remat: bool = False,
     ) -> tuple[Float[Array, "n G M D"], Past | None]:

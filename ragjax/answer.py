@@ -1,0 +1,227 @@
+"""`ragjax answer`, and the same from Python: `ragjax.load(run).answer(["…"])`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ragjax.config import Config, InputError
+from ragjax.decode import Candidates, decode, read, score_answers
+from ragjax.experiment import load_experiment
+from ragjax.index import Index, check_k
+from ragjax.models.layers import Params
+from ragjax.passages import PassageStore
+from ragjax.progress import terminal
+from ragjax.rag import Rag, Retrieved, answer_tokens, prompt_rows, retrieve
+from ragjax.train import open_world, restore_trained
+
+MODES = ("thorough", "fast", "closed_book")
+
+
+@dataclass(frozen=True)
+class Document:
+    """A retrieved passage; `prior` is p(z|x)."""
+
+    id: str
+    title: str
+    text: str
+    prior: float
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A possible answer y. Lists have one entry a document; `thorough` is None where only fast decoding ran."""
+
+    text: str
+    finished: bool  # reached the end token
+    fast: float  # p(y|x), documents that did not propose y contributing 0
+    thorough: float | None  # p(y|x), y scored under every document
+    proposed: list[float]  # p(y|x,z) by the beam search, 0 where z did not propose y
+    given_document: list[float] | None  # p(y|x,z) under every document
+    posterior: list[float] | None  # p(z|x,y)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was answered, how probable it is, and everything it was chosen from, best candidate first."""
+
+    question: str
+    text: str
+    mode: str
+    probability: float  # p(y|x) under the mode
+    documents: list[Document]
+    candidates: list[Candidate]
+
+
+@dataclass(frozen=True)
+class Answerer:
+    """Models, index and passages, ready to answer."""
+
+    rag: Rag
+    params: Params
+    index: Index
+    store: PassageStore
+    step: int | None  # of training; None for the pretrained models
+
+    def answer(self, questions: Sequence[str], mode: str | None = None, n_best: int | None = None) -> list[Answer]:
+        """Answers questions in one batch, `thorough` (the default of the configuration), `fast` or `closed_book`.
+
+        `n_best` keeps so many candidates of each. Raises `InputError` for an empty question or an unknown mode.
+        """
+        mode = mode or self.rag.config.decode.mode
+        if mode not in MODES:
+            raise InputError(f"mode is {mode!r}; expected one of {', '.join(MODES)}")
+        if n_best is not None and n_best < 1:
+            raise InputError(f"n_best is {n_best}; expected 1 or more")
+        if not questions:
+            return []
+        if mode == "closed_book":
+            return self._closed_book(questions, n_best)
+        retrieved = retrieve(self.rag, self.params, self.index, questions, self.rag.config.decode.k)
+        found, _ = self.candidates(questions, retrieved, mode)
+        return [
+            self._answer(question, mode, of, self.documents(retrieved, b), n_best)
+            for b, (question, of) in enumerate(zip(questions, found, strict=True))
+        ]
+
+    def candidates(
+        self, questions: Sequence[str], retrieved: Retrieved | None, mode: str, gold: Sequence[str] | None = None
+    ) -> tuple[list[Candidates], np.ndarray | None]:
+        """What the documents propose (without `retrieved`: the question alone), and log p(gold|x,z) [B,K] if asked."""
+        graph, params = self.rag.generator.graph, self.params["generator"]
+        if retrieved is None:
+            ids, prior = np.zeros((len(questions), 1), np.int32), np.zeros((len(questions), 1), np.float32)
+        else:
+            ids, prior = retrieved.ids, retrieved.log_prior
+        store = None if retrieved is None else self.store
+        memory = read(graph, params, *prompt_rows(self.rag, store, questions, ids))
+        settings = dataclasses.replace(self.rag.config.decode, mode=mode)
+        found = decode(graph, params, memory, prior, settings, self.rag.ending)
+        if gold is None:
+            return found, None
+        rows = [answer_tokens(self.rag, answer) for answer in gold]
+        width = max(self.rag.config.generator.answer_tokens, *map(len, rows))
+        tokens = np.full((len(rows), 1, width), self.rag.ending.pad, np.int32)
+        for b, row in enumerate(rows):
+            tokens[b, 0, : len(row)] = row
+        lengths = np.array([[len(row)] for row in rows], np.int32)
+        return found, np.asarray(score_answers(graph, params, memory, tokens, lengths))[:, :, 0]
+
+    def documents(self, retrieved: Retrieved, b: int) -> list[Document]:
+        """The documents of question b, best first, and only those that are there."""
+        pairs = zip(retrieved.ids[b], np.exp(retrieved.log_prior[b]), strict=True)
+        return [Document(**dataclasses.asdict(self.store[int(i)]), prior=float(p)) for i, p in pairs if i >= 0]
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """An answer's tokens as text."""
+        return self.rag.generator_tokenizer.decode(tokens).strip()
+
+    def _closed_book(self, questions: Sequence[str], n_best: int | None) -> list[Answer]:
+        found, _ = self.candidates(questions, None, "fast")
+        return [
+            self._answer(question, "closed_book", of, [], n_best)
+            for question, of in zip(questions, found, strict=True)
+        ]
+
+    def _answer(
+        self, question: str, mode: str, found: Candidates, documents: list[Document], n_best: int | None
+    ) -> Answer:
+        count, by = len(documents), "thorough" if mode == "thorough" else "fast"
+        candidates = [
+            Candidate(
+                text=self.text(found.tokens[c]),
+                finished=bool(found.finished[c]),
+                fast=math.exp(found.fast[c]),
+                thorough=None if found.thorough is None else math.exp(found.thorough[c]),
+                proposed=np.exp(found.proposed[:count, c]).tolist(),
+                given_document=None if found.scored is None else np.exp(found.scored[:count, c]).tolist(),
+                posterior=None if found.posterior is None else found.posterior[:count, c].tolist(),
+            )
+            for c in found.best(by, len(found.tokens) if n_best is None else n_best)
+        ]
+        best = candidates[0]
+        probability = best.fast if best.thorough is None else best.thorough
+        return Answer(question, best.text, mode, probability, documents, candidates)
+
+
+def load(run: str | Path, untrained: bool = False) -> Answerer:
+    """The newest checkpoint of a run (an `output` folder), or the pretrained models it started from.
+
+    Raises `InputError` if the folder holds no run, or its index or models are missing or do not fit.
+    """
+    return open_answerer(load_experiment(Path(run)), untrained)
+
+
+def open_answerer(config: Config, untrained: bool = False) -> Answerer:
+    """As `load`, for a configuration; without a checkpoint in its `output` the models are the pretrained ones."""
+    rag, index, store = open_world(config)
+    check_k(config.decode.k, len(index))
+    trained = None if untrained else restore_trained(rag)
+    params, step = trained or (rag.initial_params(), None)
+    return Answerer(rag, params, index, store, step)
+
+
+def answer_from_command_line(
+    config: Config, questions: Sequence[str], mode: str, untrained: bool, as_json: bool
+) -> int:
+    """Prints an answer with its documents and candidates for each question; `-` stands for standard input."""
+    answerer = open_answerer(config, untrained)
+    if answerer.step is None:
+        terminal.print("these are the pretrained models" + ("" if untrained else f": no checkpoint in {config.output}"))
+    for question in _questions(questions):
+        [answer] = answerer.answer([question], mode)
+        if as_json:
+            print(json.dumps(dataclasses.asdict(answer), ensure_ascii=False), flush=True)
+        else:
+            print_answer(answer, Console(highlight=False))
+    return 0
+
+
+def _questions(given: Sequence[str]) -> Iterator[str]:
+    for question in given:
+        if question != "-":
+            yield question
+            continue
+        for line in sys.stdin:
+            if line.strip():
+                yield line.strip()
+
+
+def print_answer(answer: Answer, console: Console) -> None:
+    """Documents with their priors and proposals, then candidates with both marginals, then the answer."""
+    console.print(f"\n[bold]{_plain(answer.question)}[/bold]\n")
+    if answer.documents:
+        documents = Table("", "p(z|x)", "document", "proposes  p(y|x,z)", box=box.SIMPLE_HEAD, title_justify="left")
+        for z, document in enumerate(answer.documents):
+            own = sorted(((c.proposed[z], c.text) for c in answer.candidates if c.proposed[z] > 0), reverse=True)
+            proposals = "\n".join(f"{_plain(text) or '(empty)'}  {p:.3f}" for p, text in own)
+            shown = f"[bold]{_plain(document.title)}[/bold] {document.id}\n{_plain(_shorten(document.text, 150))}"
+            documents.add_row(f"z{z + 1}", f"{document.prior:.3f}", shown, proposals)
+        console.print(documents)
+    candidates = Table("candidate", "thorough p(y|x)", "fast p(y|x)", "p(z|x,y) by document", box=box.SIMPLE_HEAD)
+    for c in answer.candidates[:8]:
+        shares = " ".join(f"{share:.2f}" for share in c.posterior or [])
+        name = (_plain(c.text) or "(empty)") + ("" if c.finished else " … (unfinished)")
+        candidates.add_row(name, "" if c.thorough is None else f"{c.thorough:.4f}", f"{c.fast:.4f}", shares)
+    console.print(candidates)
+    if len(answer.candidates) > 8:
+        console.print(f"  and {len(answer.candidates) - 8} less probable candidates")
+    console.print(f"answer ({answer.mode}): [bold]{_plain(answer.text)}[/bold]   p(y|x) = {answer.probability:.3f}")
+
+
+def _plain(text: str) -> str:
+    return text.replace("[", "\\[")
+
+
+def _shorten(text: str, longest: int) -> str:
+    return text if len(text) <= longest else text[: longest - 1] + "…"

@@ -1,0 +1,204 @@
+"""`ragjax evaluate`: thorough, fast and closed-book answers side by side, before and after training."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ragjax.answer import Answerer
+from ragjax.config import Config
+from ragjax.decode import Candidates
+from ragjax.index import check_k
+from ragjax.marginal import marginal_logp
+from ragjax.metrics import exact_match, expected_calibration_error, f1
+from ragjax.passages import Question, atomic_write, read_questions, write_jsonl
+from ragjax.progress import progress_bar
+from ragjax.rag import Retrieved, log_mass, retrieve
+from ragjax.train import has_answer, open_world, restore_trained
+
+RETRIEVAL_BATCH = 64
+
+
+def evaluate(config: Config) -> dict[str, Any]:
+    """Measures the pretrained models (`evaluate.untrained`) and the newest checkpoint, if there is one.
+
+    Retrieval is measured on every question of the split, answers on the first `evaluate.limit`. Writes metrics.json
+    and predictions.jsonl into `output`, and returns the metrics. Raises `InputError` for bad input.
+    """
+    rag, index, store = open_world(config)
+    check_k(max(5, config.decode.k), len(index))
+    questions = read_questions(Path(getattr(config.questions, config.evaluate.split)))
+    trained = restore_trained(rag)
+    report: dict[str, Any] = {"split": config.evaluate.split, "decode": dataclasses.asdict(config.decode), "models": {}}
+    predictions: list[dict[str, Any]] = []
+    if config.evaluate.untrained or trained is None:
+        report["models"]["untrained"], made = _measure(
+            Answerer(rag, rag.initial_params(), index, store, None), questions, "untrained"
+        )
+        predictions += made
+    if trained is not None:
+        params, step = trained
+        report["models"]["trained"], made = _measure(Answerer(rag, params, index, store, step), questions, "trained")
+        predictions += made
+    folder = Path(config.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_write(folder / "metrics.json") as (file,):
+        file.write(json.dumps(report, indent=1).encode() + b"\n")
+    write_jsonl(folder / "predictions.jsonl", predictions)
+    return report
+
+
+def _measure(
+    answerer: Answerer, questions: Sequence[Question], name: str
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    settings = answerer.rag.config.evaluate
+    metrics: dict[str, Any] = {"step": answerer.step} | _measure_retrieval(answerer, questions, name)
+    asked = questions[: settings.limit]
+    predictions: list[dict[str, Any]] = []
+    with progress_bar(f"answer ({name})", len(asked), "questions") as advance:
+        for start in range(0, len(asked), settings.batch_size):
+            batch = list(asked[start : start + settings.batch_size])
+            made = _predict(answerer, batch + batch[:1] * (settings.batch_size - len(batch)))
+            predictions += made[: len(batch)]
+            advance(len(batch))
+    metrics |= _summarise(predictions)
+    return metrics, [{"model": name} | p for p in predictions]
+
+
+def _measure_retrieval(answerer: Answerer, questions: Sequence[Question], name: str) -> dict[str, Any]:
+    """Recall at 1, 5 and k, and the mean share of the whole corpus's softmax that the top k hold."""
+    rag, index, k = answerer.rag, answerer.index, answerer.rag.config.decode.k
+    hits, masses = [], []
+    with progress_bar(f"retrieve ({name})", len(questions), "questions") as advance:
+        for start in range(0, len(questions), RETRIEVAL_BATCH):
+            batch = questions[start : start + RETRIEVAL_BATCH]
+            texts = [q.question for q in batch] + [batch[0].question] * (RETRIEVAL_BATCH - len(batch))
+            found = retrieve(rag, answerer.params, index, texts, max(5, k))
+            hits += [has_answer(answerer.store, q, ids) for q, ids in zip(batch, found.ids, strict=False)]
+            if index.kind == "exact":
+                masses.append(np.exp(log_mass(rag, answerer.params, index, texts, found.scores[:, :k]))[: len(batch)])
+            advance(len(batch))
+    recall = {f"recall@{at}": float(np.mean([row[:at].any() for row in hits])) for at in sorted({1, 5, k})}
+    mass = float(np.mean(np.concatenate(masses))) if masses else None
+    return {"questions": len(questions)} | recall | {"top_k_mass": mass}
+
+
+def _predict(answerer: Answerer, batch: list[Question]) -> list[dict[str, Any]]:
+    """One batch: thorough and fast share a beam search, the gold answer the documents' memory."""
+    texts, gold = [q.question for q in batch], [q.answers[0] for q in batch]
+    retrieved = retrieve(answerer.rag, answerer.params, answerer.index, texts, answerer.rag.config.decode.k)
+    found, gold_logp = answerer.candidates(texts, retrieved, "thorough", gold)
+    assert gold_logp is not None
+    gold_nll = -np.asarray(marginal_logp(jnp.asarray(retrieved.log_prior), jnp.asarray(gold_logp)))
+    closed: Sequence[Candidates | None] = [None] * len(batch)
+    if answerer.rag.config.evaluate.closed_book:
+        closed, _ = answerer.candidates(texts, None, "fast")
+    return [
+        _prediction(answerer, q, b, retrieved, found[b], closed[b], float(gold_nll[b])) for b, q in enumerate(batch)
+    ]
+
+
+def _prediction(
+    answerer: Answerer,
+    question: Question,
+    b: int,
+    retrieved: Retrieved,
+    found: Candidates,
+    closed: Candidates | None,
+    gold_nll: float,
+) -> dict[str, Any]:
+    """One line of predictions.jsonl; probabilities are those of the thorough answer."""
+    assert found.thorough is not None and found.scored is not None and found.posterior is not None
+    [thorough], [fast] = found.best("thorough"), found.best("fast")
+    answers = {mode: answerer.text(found.tokens[c]) for mode, c in (("thorough", thorough), ("fast", fast))}
+    if closed is not None:
+        answers["closed_book"] = answerer.text(closed.tokens[closed.best("fast")[0]])
+    documents = [
+        {
+            "id": document.id,
+            "title": document.title,
+            "prior": document.prior,
+            "p_answer": float(np.exp(found.scored[z, thorough])),
+            "posterior": float(found.posterior[z, thorough]),
+        }
+        for z, document in enumerate(answerer.documents(retrieved, b))
+    ]
+    scores = {
+        mode: {"exact_match": exact_match(answer, question.answers), "f1": f1(answer, question.answers)}
+        for mode, answer in answers.items()
+    }
+    return {
+        "id": question.id,
+        "question": question.question,
+        "gold": list(question.answers),
+        "answer": answers["thorough"],
+        "answers": answers,
+        "scores": scores,
+        "p_answer": float(np.exp(found.thorough[thorough])),
+        "finished": bool(found.finished[thorough]),
+        "gold_nll": gold_nll,
+        "candidates": len(found.tokens),
+        "documents": documents,
+    }
+
+
+def _summarise(predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def mean(mode: str, score: str) -> float:
+        return float(np.mean([p["scores"][mode][score] for p in predictions]))
+
+    modes = predictions[0]["answers"]
+    summary: dict[str, Any] = {"answered": len(predictions)}
+    summary |= {mode: {score: mean(mode, score) for score in ("exact_match", "f1")} for mode in modes}
+    differ = [p for p in predictions if p["answers"]["thorough"] != p["answers"]["fast"]]
+    summary["thorough_and_fast_differ"] = {
+        "questions": len(differ),
+        "thorough_right": sum(p["scores"]["thorough"]["exact_match"] for p in differ),
+        "fast_right": sum(p["scores"]["fast"]["exact_match"] for p in differ),
+    }
+    summary["gold_nll"] = float(np.mean([p["gold_nll"] for p in predictions]))
+    summary["mean_candidates"] = float(np.mean([p["candidates"] for p in predictions]))
+    right = [p["scores"]["thorough"]["exact_match"] for p in predictions]
+    summary["calibration_error"] = expected_calibration_error([p["p_answer"] for p in predictions], right)
+    return summary
+
+
+def print_metrics(report: dict[str, Any], as_json: bool) -> None:
+    """The metrics as a table, one column for each model."""
+    if as_json:
+        print(json.dumps(report))
+        return
+    models = report["models"]
+    first = next(iter(models.values()))
+    names = [name if m["step"] is None else f"{name} ({m['step']} steps)" for name, m in models.items()]
+    table = Table(f"{report['split']} questions", "number", *names, box=box.SIMPLE_HEAD)
+
+    def row(label: str, count: int, values: Sequence[Any]) -> None:
+        table.add_row(label, str(count), *("" if v is None else f"{v:.3f}" if isinstance(v, float) else v for v in values))
+
+    for key in first:
+        if key.startswith("recall@"):
+            row(key, first["questions"], [m[key] for m in models.values()])
+    row("prior mass of the top k in the corpus", first["questions"], [m["top_k_mass"] for m in models.values()])
+    for mode in ("thorough", "fast", "closed_book"):
+        for score, label in (("exact_match", "exact match"), ("f1", "F1")) if mode in first else ():
+            label = f"{mode.replace('_', ' ')}: {label}"
+            row(label, first["answered"], [m[mode][score] for m in models.values()])
+    row("−log p(gold answer), nats", first["answered"], [m["gold_nll"] for m in models.values()])
+    row("calibration error of p(answer)", first["answered"], [m["calibration_error"] for m in models.values()])
+    differences = [m["thorough_and_fast_differ"] for m in models.values()]
+    row(
+        "thorough and fast differ (thorough right, fast right)",
+        first["answered"],
+        [f"{d['questions']} ({d['thorough_right']:.0f}, {d['fast_right']:.0f})" for d in differences],
+    )
+    Console(highlight=False).print(table)
+

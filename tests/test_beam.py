@@ -1,0 +1,213 @@
+"""Beam search against exhaustive enumeration and against beam search on Python lists.
+
+The toy model rebuilds each beam's whole prefix from the pool through `visible`, so a wrong ancestry gives NaN or another
+distribution.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import product
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ragjax.beam import Beams, beam_search
+
+V, T = 4, 4
+EOS, PAD, START = 2, 0, 9
+Table = np.ndarray  # [(V+1)^(T−1), V]: what follows each prefix
+Found = list[tuple[tuple[int, ...], float, bool]]
+
+
+def random_tables(rows: int, seed: int = 0) -> np.ndarray:
+    logits = np.random.default_rng(seed).normal(size=(rows, (V + 1) ** (T - 1), V)) * 1.5
+    return np.asarray(jax.nn.log_softmax(jnp.asarray(logits, jnp.float32)))
+
+
+def place(prefix: tuple[int, ...]) -> int:
+    return sum((token + 1) * (V + 1) ** t for t, token in enumerate(prefix))
+
+
+def toy_next_logp(tokens: jax.Array, step: jax.Array, visible: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+    """The distribution after a prefix is looked up by the prefix; NaN where `visible` shows no proper prefix."""
+    tables, pool = cache
+    n, width = tokens.shape
+    depth = pool.shape[1] // width
+    pool = jax.lax.dynamic_update_slice(pool, tokens, (0, step * width))
+    seen = visible.reshape(n, width, depth, width)
+    prefix = (seen * pool.reshape(n, 1, depth, width)).sum(axis=-1)
+    used = jnp.arange(depth) <= step
+    proper = (seen.sum(axis=-1) == used).all(axis=-1) & (prefix[..., 0] == START)
+    proper &= jnp.where(jnp.arange(depth) == step, prefix, 0).sum(axis=-1) == tokens
+    powers = jnp.array([0, *((V + 1) ** np.arange(depth - 1))])
+    where = (jnp.where(used, prefix + 1, 0) * powers).sum(axis=-1)
+    logp = tables[jnp.arange(n)[:, None], where]
+    return jnp.where(proper[..., None], logp, jnp.nan), (tables, pool)
+
+
+@partial(jax.jit, static_argnames=("beams", "max_new_tokens", "min_new_tokens", "length_penalty"))
+def search(tables: jax.Array, beams: int, max_new_tokens: int = T, **settings: Any) -> Beams:
+    n = tables.shape[0]
+    pool = jnp.full((n, max_new_tokens * beams), -1000, jnp.int32)
+    start = jnp.full(n, START, jnp.int32)
+    settings |= {"beams": beams, "max_new_tokens": max_new_tokens, "eos": EOS, "pad": PAD}
+    return beam_search(toy_next_logp, (tables, pool), start, **settings)
+
+
+def plain_search(
+    table: Table, beams: int, max_new_tokens: int = T, min_new_tokens: int = 0, length_penalty: float = 0.0
+) -> Found:
+    """Hugging Face's rules on lists, never stopping early."""
+    running: list[tuple[tuple[int, ...], np.float32]] = [((), np.float32(0))]
+    done: Found = []
+    for step in range(max_new_tokens):
+        longer = [
+            ((*prefix, v), total + table[place(prefix), v])
+            for prefix, total in running
+            for v in range(V)
+            if v != EOS or step >= min_new_tokens
+        ]
+        longer = sorted(longer, key=lambda found: -found[1])[: 2 * beams]
+        done += [(y, float(total), True) for y, total in longer[:beams] if y[-1] == EOS]
+        running = [(y, total) for y, total in longer if y[-1] != EOS][:beams]
+    done += [(y, float(total), False) for y, total in running]
+    return sorted(done, key=lambda found: (not found[2], -found[1] / len(found[0]) ** length_penalty))[:beams]
+
+
+def as_lists(beams: Beams) -> list[Found]:
+    rows = []
+    beams = jax.device_get(beams)
+    for tokens, lengths, logps, finished in zip(beams.tokens, beams.length, beams.logp, beams.finished, strict=True):
+        found = zip(tokens, lengths, logps, finished, strict=True)
+        rows.append(
+            [
+                (tuple(int(t) for t in y[:length]), float(logp), bool(ends))
+                for y, length, logp, ends in found
+                if logp != -np.inf
+            ]
+        )
+    return rows
+
+
+def assert_same(found: list[Found], expected: list[Found]) -> None:
+    assert [[(y, ends) for y, _, ends in row] for row in found] == [[(y, ends) for y, _, ends in row] for row in expected]
+    for row, wanted in zip(found, expected, strict=True):
+        np.testing.assert_allclose([logp for _, logp, _ in row], [logp for _, logp, _ in wanted], rtol=1e-5)
+
+
+def all_answers(table: Table, longest: int) -> Found:
+    """Every finished answer and every prefix of full length, best first."""
+    found: Found = []
+    for length in range(1, longest + 1):
+        for y in product(range(V), repeat=length):
+            ends = y[-1] == EOS
+            if EOS not in y[:-1] and (ends or length == longest):
+                logp = sum(table[place(y[:t]), y[t]] for t in range(length))
+                found.append((y, float(logp), ends))
+    return sorted(found, key=lambda answer: (not answer[2], -answer[1]))
+
+
+def test_wide_beams_find_everything() -> None:
+    tables, longest = random_tables(3), 3
+    found = search(tables, beams=64, max_new_tokens=longest)
+    assert_same(as_lists(found), [all_answers(table, longest) for table in tables])
+    # finished answers and full prefixes share out the whole probability
+    np.testing.assert_allclose(np.exp(found.logp).sum(axis=1), 1.0, rtol=1e-5)
+
+
+def test_one_beam_is_greedy() -> None:
+    tables = random_tables(20, seed=1)
+    greedy: list[Found] = []
+    for table in tables:
+        y: tuple[int, ...] = ()
+        while len(y) < T and EOS not in y:
+            y = (*y, int(table[place(y)].argmax()))
+        greedy.append([(y, float(sum(table[place(y[:t]), y[t]] for t in range(len(y)))), y[-1] == EOS)])
+    assert {len(row[0][0]) for row in greedy} == {1, 2, 3, 4}
+    assert_same(as_lists(search(tables, beams=1)), greedy)
+
+
+@pytest.mark.parametrize("beams", [2, 5])
+@pytest.mark.parametrize(
+    "settings", [{}, {"min_new_tokens": 2}, {"length_penalty": 1.0}, {"length_penalty": -0.5}], ids=str
+)
+def test_equals_beam_search_on_lists(beams: int, settings: dict[str, Any]) -> None:
+    """The lists never stop early, so stopping early changes nothing."""
+    tables = random_tables(40, seed=2)
+    found = search(tables, beams=beams, **settings)
+    assert_same(as_lists(found), [plain_search(table, beams, **settings) for table in tables])
+    assert (np.exp(found.logp).sum(axis=1) <= 1 + 1e-5).all(), "distinct answers share one unit of probability"
+
+
+def test_length_penalty_changes_the_order() -> None:
+    tables = random_tables(40, seed=2)
+    none, long, short = (as_lists(search(tables, beams=3, length_penalty=p)) for p in (0.0, 1.0, -0.5))
+    lengths = [np.mean([len(row[0][0]) for row in found]) for found in (short, none, long)]
+    assert lengths[0] < lengths[1] < lengths[2]
+
+
+def test_stops_early() -> None:
+    """Once no running beam can enter the best W, the model is not asked again."""
+    table = np.full((1, (V + 1) ** (T - 1), V), -9.0, np.float32)
+    table[:, place(()), EOS] = 0.0
+    asked: list[int] = []
+
+    def counting(tokens: jax.Array, step: jax.Array, visible: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+        jax.debug.callback(lambda number: asked.append(int(number)), step)
+        return toy_next_logp(tokens, step, visible, cache)
+
+    pool, start = jnp.full((1, T), -1000, jnp.int32), jnp.full(1, START, jnp.int32)
+    found = beam_search(counting, (jnp.asarray(table), pool), start, beams=1, max_new_tokens=T, eos=EOS, pad=PAD)
+    jax.effects_barrier()
+    assert asked == [0]
+    assert as_lists(found) == [[((EOS,), 0.0, True)]]
+
+
+def test_min_new_tokens_forbids_the_empty_answer() -> None:
+    tables = random_tables(20, seed=3)
+    assert any((EOS,) in [y for y, _, _ in row] for row in as_lists(search(tables, beams=3)))
+    assert all(EOS not in y[:1] for row in as_lists(search(tables, beams=3, min_new_tokens=1)) for y, _, _ in row)
+
+
+def test_unfinished_prefixes_come_last_and_are_padded_after_the_end() -> None:
+    found = search(random_tables(40, seed=4), beams=5)
+    finished, tokens, length = np.asarray(found.finished), np.asarray(found.tokens), np.asarray(found.length)
+    assert (finished[:, :-1] >= finished[:, 1:]).all()
+    assert finished.any(axis=1).any() and not finished.all()
+    real = np.asarray(found.logp) > -np.inf
+    assert (length[real & ~finished] == T).all()
+    after = np.arange(T) >= length[..., None]
+    assert (tokens[after & finished[..., None]] == PAD).all()
+    last = np.take_along_axis(tokens, length[..., None] - 1, axis=-1)[..., 0]
+    assert (last[finished] == EOS).all() and (tokens[real & ~finished] != EOS).all()
+
+
+def test_batch_equals_rows_one_at_a_time() -> None:
+    tables = random_tables(5, seed=5)
+    alone = [search(tables[i : i + 1], beams=3) for i in range(len(tables))]
+    joined = jax.tree.map(lambda *rows: jnp.concatenate(rows), *alone)
+    chex.assert_trees_all_equal(search(tables, beams=3), joined)
+
+
+def test_ties_go_to_the_lower_index() -> None:
+    """Whole numbers add up exactly, so that ties are real; a stable sort keeps the lower beam and token."""
+    shape = (30, (V + 1) ** (T - 1), V)
+    tables = -np.random.default_rng(6).integers(1, 3, shape).astype(np.float32)
+    found = search(tables, beams=3)
+    expected = [plain_search(table, 3) for table in tables]
+    assert as_lists(found) == expected
+    assert any(row[0][1] == row[1][1] and row[0][2] == row[1][2] for row in expected)
+
+
+def test_fewer_answers_than_beams() -> None:
+    """With one new token there are only V answers; the other places are empty."""
+    tables = random_tables(2, seed=7)
+    found = search(tables, beams=8, max_new_tokens=1)
+    assert_same(as_lists(found), [plain_search(table, 8, 1) for table in tables])
+    assert [len(row) for row in as_lists(found)] == [V, V]
+    assert not found.finished[:, 1:].any()

@@ -1,0 +1,264 @@
+"""RAG-Sequence decoding against Hugging Face's golden values, one-by-one scoring and exhaustive enumeration."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference import GOLDEN, Small, answer_logp, random_llama
+from safetensors.numpy import load_file
+from scipy.special import log_softmax, logsumexp
+
+from ragjax.config import Decode
+from ragjax.decode import Candidates, Ending, decode, pad_answers, read
+from ragjax.text import pad_rows
+from ragjax.weights import open_llama, read_json
+
+ENDING = Ending(eos=2, pad=0)
+SETTINGS = Decode(k=3, beams=3, max_new_tokens=6)
+V, T = 6, 3
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict[str, np.ndarray]:
+    return dict(np.load(GOLDEN / "golden.npz"))
+
+
+@pytest.fixture(scope="module")
+def generator() -> Small:
+    folder = GOLDEN / "generator"
+    pretrained = open_llama(folder)
+    tensors = load_file(folder / "model.safetensors")
+    hf = {**read_json(folder / "config.json"), "rope_theta": 10000.0}
+    return Small(folder, hf, pretrained.graph, pretrained.read(), tensors)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Small:
+    """A vocabulary so small that every answer can be tried."""
+    return random_llama(tmp_path_factory.mktemp("tiny"), seed=1, vocab_size=V)
+
+
+def prompts_of(golden: dict[str, np.ndarray]) -> list[list[int]]:
+    found = zip(golden["in/prompt_ids_right"], golden["in/prompt_length"], strict=True)
+    return [[int(t) for t in ids[:length]] for ids, length in found]
+
+
+def decoded(
+    small: Small,
+    prompts: list[list[int]],
+    prior: np.ndarray,
+    settings: Decode = SETTINGS,
+    width: int = 24,
+) -> list[Candidates]:
+    tokens, mask = pad_rows(prompts, width, 0)
+    memory = read(small.graph, small.params, jnp.asarray(tokens), jnp.asarray(mask))
+    return decode(small.graph, small.params, memory, np.asarray(prior, np.float32), settings, ENDING)
+
+
+def with_end(found: Candidates) -> list[tuple[int, ...]]:
+    """Candidates as Hugging Face writes them."""
+    return [(*y, ENDING.eos) if ends else y for y, ends in zip(found.tokens, found.finished, strict=True)]
+
+
+def assert_equal_candidates(found: Candidates, expected: Candidates) -> None:
+    assert with_end(found) == with_end(expected)
+    for name in ("proposed", "fast", "scored", "thorough", "posterior"):
+        np.testing.assert_allclose(getattr(found, name), getattr(expected, name), atol=2e-5, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def golden_candidates(generator: Small, golden: dict[str, np.ndarray]) -> dict[int, list[Candidates]]:
+    """By beams: what each of the 4 questions with its 3 documents gives."""
+    prompts, prior = prompts_of(golden), golden["score/doc_logprobs"]
+    settings = {beams: Decode(k=3, beams=beams, max_new_tokens=12) for beams in (1, 2, 4)}
+    return {beams: decoded(generator, prompts, prior, chosen) for beams, chosen in settings.items()}
+
+
+@pytest.mark.parametrize("beams", [1, 2, 4])
+def test_equals_hugging_face(
+    beams: int, golden: dict[str, np.ndarray], golden_candidates: dict[int, list[Candidates]]
+) -> None:
+    """The same candidates in the same order, the same marginals, the same choice, but for one known difference.
+
+    At the length limit Hugging Face lets an unfinished prefix push a finished answer out of the beam (4 beams, question
+    2); here finished answers come first.
+    """
+    name = f"decode/lp0/b{beams}"
+    for question, found in enumerate(golden_candidates[beams]):
+        count = golden[f"{name}/num_candidates"][question]
+        rows = zip(golden[f"{name}/candidates"][question], golden[f"{name}/candidate_length"][question], strict=True)
+        theirs = [tuple(int(t) for t in y[:length]) for y, length in rows][:count]
+        ours, nll = with_end(found), golden[f"{name}/nll"][question, :count]
+        if (beams, question) == (4, 2):
+            (dropped,), (kept,) = set(theirs) - set(ours), set(ours) - set(theirs)
+            assert dropped[:3] == (29, 30, 30) and len(dropped) == 12 and ENDING.eos not in dropped
+            assert kept == (17, 73, 5, 2)
+        else:
+            assert ours == theirs
+        shared = [y for y in theirs if y in ours]
+        assert found.thorough is not None
+        np.testing.assert_allclose(
+            [-found.thorough[ours.index(y)] for y in shared], [nll[theirs.index(y)] for y in shared], atol=1e-4
+        )
+        assert ours[found.best("thorough")[0]] == theirs[golden[f"{name}/chosen_index"][question]]
+
+
+def test_equals_scoring_one_by_one(
+    generator: Small, golden: dict[str, np.ndarray], golden_candidates: dict[int, list[Candidates]]
+) -> None:
+    """Each candidate under each document, in rows of their own without padding or sharing."""
+    prompts, prior = prompts_of(golden), golden["score/doc_logprobs"]
+    for question, found in enumerate(golden_candidates[2]):
+        scored = np.array(
+            [
+                [answer_logp(generator.tensors, generator.hf, prompts[question * 3 + k], list(y)).sum() for y in with_end(found)]
+                for k in range(3)
+            ]
+        )
+        joint = prior[question][:, None] + scored
+        marginal = logsumexp(joint, axis=0)
+        np.testing.assert_allclose(found.scored, scored, atol=1e-4)
+        np.testing.assert_allclose(found.thorough, marginal, atol=1e-4)
+        np.testing.assert_allclose(found.posterior, np.exp(joint - marginal), atol=1e-4)
+        assert found.best("thorough")[0] == marginal.argmax()
+        proposed = found.proposed > -np.inf
+        np.testing.assert_allclose(found.proposed[proposed], scored[proposed], atol=1e-4)
+
+
+def test_fast_marginal_counts_the_documents_that_proposed(
+    golden: dict[str, np.ndarray], golden_candidates: dict[int, list[Candidates]]
+) -> None:
+    partly = 0
+    for question, found in enumerate(golden_candidates[4]):
+        for c in range(len(found.tokens)):
+            total = 0.0
+            for k in range(3):
+                if found.proposed[k, c] > -np.inf:
+                    total += np.exp(golden["score/doc_logprobs"][question, k] + found.proposed[k, c])
+            assert found.fast[c] == pytest.approx(np.log(total), abs=1e-4)
+            partly += 0 < (found.proposed[:, c] > -np.inf).sum() < 3
+        assert found.thorough is not None
+        assert (found.fast <= found.thorough + 1e-4).all()
+        order = found.best("fast", len(found.tokens))
+        assert found.finished[order].tolist() == sorted(found.finished, reverse=True)
+        assert order[0] == np.where(found.finished, found.fast, -np.inf).argmax()
+    assert partly > 10
+
+
+def test_fast_mode_scores_nothing_more(
+    generator: Small, golden: dict[str, np.ndarray], golden_candidates: dict[int, list[Candidates]]
+) -> None:
+    settings = Decode(mode="fast", k=3, beams=2, max_new_tokens=12)
+    for fast, thorough in zip(
+        decoded(generator, prompts_of(golden), golden["score/doc_logprobs"], settings), golden_candidates[2], strict=True
+    ):
+        assert with_end(fast) == with_end(thorough)
+        np.testing.assert_allclose(fast.fast, thorough.fast, atol=1e-5)
+        assert fast.scored is None and fast.thorough is None and fast.posterior is None
+        with pytest.raises(AssertionError, match="not scored"):
+            fast.best("thorough")
+
+
+def test_exhaustive_decoding(tiny: Small) -> None:
+    """With beams for every answer of at most T tokens, the choice is the arg max of the true marginal."""
+    prompts = [[5, 1, 4], [3, 3, 1, 5, 4], [1, 5, 5, 3], [4, 1, 1, 3]]  # 2 questions of 2 documents
+    prior = log_softmax(np.array([[0.3, -0.2], [-0.5, 0.5]]), axis=1)
+    answers = [
+        y
+        for length in range(1, T + 1)
+        for y in product(range(V), repeat=length)
+        if ENDING.eos not in y[:-1] and (y[-1] == ENDING.eos or length == T)
+    ]
+    settings = Decode(k=2, beams=len(answers), max_new_tokens=T)
+    for question, found in enumerate(decoded(tiny, prompts, prior, settings, width=8)):
+        logp = [[answer_logp(tiny.tensors, tiny.hf, prompts[2 * question + k], list(y)).sum() for y in answers] for k in (0, 1)]
+        marginal = dict(zip(answers, logsumexp(prior[question][:, None] + np.array(logp), axis=0), strict=True))
+        ours = with_end(found)
+        assert sorted(ours) == sorted(answers)
+        np.testing.assert_allclose(found.thorough, [marginal[y] for y in ours], atol=1e-4)
+        np.testing.assert_allclose(found.fast, found.thorough, atol=1e-4)
+        np.testing.assert_allclose(np.exp(found.thorough).sum(), 1.0, rtol=1e-4)
+        finished = [y for y in answers if y[-1] == ENDING.eos]
+        assert ours[found.best("thorough")[0]] == max(finished, key=marginal.__getitem__)
+
+
+@pytest.fixture(scope="module")
+def three(generator: Small, golden: dict[str, np.ndarray]) -> list[Candidates]:
+    return decoded(generator, prompts_of(golden)[:6], golden["score/doc_logprobs"][:2])
+
+
+def test_batch_equals_questions_one_at_a_time(
+    generator: Small, golden: dict[str, np.ndarray], three: list[Candidates]
+) -> None:
+    prompts, prior = prompts_of(golden), golden["score/doc_logprobs"]
+    for question in range(2):
+        (alone,) = decoded(generator, prompts[question * 3 : question * 3 + 3], prior[question : question + 1])
+        assert_equal_candidates(alone, three[question])
+
+
+def test_wider_padding_changes_nothing(
+    generator: Small, golden: dict[str, np.ndarray], three: list[Candidates]
+) -> None:
+    wider = decoded(generator, prompts_of(golden)[:6], golden["score/doc_logprobs"][:2], width=31)
+    for found, expected in zip(wider, three, strict=True):
+        assert_equal_candidates(found, expected)
+
+
+def test_impossible_documents_change_nothing(
+    generator: Small, golden: dict[str, np.ndarray], three: list[Candidates]
+) -> None:
+    """Fewer hits than k: their rows are there, their prior is −inf. A question without any hit has no candidates."""
+    prompts = prompts_of(golden)
+    prior = golden["score/doc_logprobs"][:2].copy()
+    prior[0, 1] = prior[1] = -np.inf
+    prior[0] -= logsumexp(prior[0])
+    masked, nothing = decoded(generator, prompts[:6], prior)
+    (without,) = decoded(generator, [prompts[0], prompts[2]], prior[:1, [0, 2]])
+    assert set(with_end(masked)) < set(with_end(three[0]))
+    assert with_end(masked) == with_end(without)
+    assert (masked.proposed[1] == -np.inf).all() and masked.posterior is not None
+    np.testing.assert_array_equal(masked.posterior[1], 0)
+    for name in ("proposed", "scored", "posterior"):
+        np.testing.assert_allclose(getattr(masked, name)[[0, 2]], getattr(without, name), atol=2e-5, err_msg=name)
+    for name in ("fast", "thorough"):
+        np.testing.assert_allclose(getattr(masked, name), getattr(without, name), atol=2e-5, err_msg=name)
+    assert nothing.tokens == [] and nothing.best("thorough") == [] == nothing.best("fast")
+
+
+def test_answers_have_the_least_length(generator: Small, golden: dict[str, np.ndarray]) -> None:
+    settings = Decode(k=3, beams=3, max_new_tokens=6, min_new_tokens=3)
+    for found in decoded(generator, prompts_of(golden)[:6], golden["score/doc_logprobs"][:2], settings):
+        assert min(len(y) for y in found.tokens) >= 3
+
+
+def test_unfinished_answers_come_last() -> None:
+    tokens: list[tuple[int, ...]] = [(5, 5), (6,), (7, 7), (8,)]
+    logp = np.log([0.5, 0.1, 0.6, 0.2])
+    found = Candidates(tokens, np.array([False, True, False, True]), logp[None], fast=logp, thorough=logp[::-1])
+    assert found.best("fast", 4) == [3, 1, 2, 0]
+    assert found.best("thorough", 4) == [1, 3, 0, 2]
+    cut = Candidates(tokens[:3:2], np.array([False, False]), logp[None, :2], fast=logp[:2])
+    assert cut.best("fast", 2) == [0, 1]
+
+
+def test_ties_go_to_the_first_proposed() -> None:
+    found = Candidates([(5,), (6,)], np.array([True, True]), np.zeros((1, 2)), fast=np.zeros(2))
+    assert found.best("fast") == [0]
+
+
+def test_pad_answers() -> None:
+    """C grows by powers of two, T by a quarter, a half and all of the longest answer."""
+    one, long = ((5,), True), ((5, 6, 7), True)
+    tokens, lengths = pad_answers([[one, long, ((8, 9), False)], [one]], ENDING, 8)
+    assert tokens.shape == (2, 4, 4)
+    assert tokens[0].tolist() == [[5, 2, 0, 0], [5, 6, 7, 2], [8, 9, 0, 0], [0, 0, 0, 0]]
+    assert lengths.tolist() == [[2, 4, 2, 0], [2, 0, 0, 0]]
+    assert pad_answers([[one], [one]], ENDING, 8)[0].shape == (2, 1, 2)
+    assert pad_answers([[one] * 5], ENDING, 3)[0].shape == (1, 8, 2)
+    assert pad_answers([[long]], ENDING, 3)[0].shape == (1, 1, 4), "longer than the limit: room for all of it"
+    assert pad_answers([[((), True)], []], ENDING, 8)[0].tolist() == [[[2, 0]], [[0, 0]]]
+    assert pad_answers([[]], ENDING, 8)[0].shape == (1, 1, 2)
+    assert pad_answers([], ENDING, 8)[0].shape[0] == 0

@@ -1,0 +1,286 @@
+"""The two models put together: retrieval and prompts against brute force, gradients against golden values."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from world import open_world, shared_world, tiny_config
+
+from ragjax.config import InputError
+from ragjax.index import Index
+from ragjax.marginal import marginal_logp
+from ragjax.models.layers import Params
+from ragjax.passages import PassageStore, read_questions
+from ragjax.rag import (
+    Rag,
+    TrainBatch,
+    answer_tokens,
+    encode,
+    joint_logp,
+    loss,
+    open_rag,
+    prompt_rows,
+    question_rows,
+    retrieve,
+    train_batch,
+)
+from ragjax.text import pad_rows
+from ragjax.weights import open_bert, open_llama, save_bert, save_llama
+
+KEY = jax.random.key(0)
+GOLDEN = Path(__file__).parent / "golden" / "llama-tiny"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation() -> Iterator[None]:
+    """Compiling takes most of these tests' time, running hardly any."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return shared_world(tmp_path_factory)
+
+
+@dataclass(frozen=True)
+class Opened:
+    rag: Rag
+    index: Index
+    store: PassageStore
+    params: Params
+    questions: list[str]
+    answers: list[str]
+
+
+def opened(world: Path, **overrides: object) -> Opened:
+    rag, index, store = open_world(tiny_config(world, **overrides))
+    some = read_questions(world / "test.jsonl")
+    texts, answers = [q.question for q in some], [q.answers[0] for q in some]
+    return Opened(rag, index, store, rag.initial_params(), texts, answers)
+
+
+@pytest.fixture(scope="module")
+def plain(world: Path) -> Opened:
+    return opened(world)
+
+
+# retrieval
+
+
+def brute_force_scores(o: Opened) -> np.ndarray:
+    """[B, N] inner products of embeddings computed anew, without the index."""
+    texts = [f"{passage.title}: {passage.text}" for passage in o.store]
+    rows = o.rag.retriever_tokenizer.encode(texts, special=True)
+    passages = encode(
+        o.rag.retriever.graph, o.params["retriever"], *pad_rows(rows, 64, o.rag.retriever_tokenizer.pad_id)
+    )
+    queries = encode(o.rag.retriever.graph, o.params["retriever"], *question_rows(o.rag, o.questions))
+    return np.asarray(queries, np.float64) @ np.asarray(passages, np.float64).T
+
+
+@pytest.mark.parametrize("prior", ["top_k", "corpus"])
+def test_retrieval_equals_brute_force(prior: str, world: Path) -> None:
+    o = opened(world, retriever__prior=prior)
+    scores = brute_force_scores(o)
+    ids = np.argsort(-scores, axis=1)[:, :4]
+    best = np.take_along_axis(scores, ids, 1)
+    found = retrieve(o.rag, o.params, o.index, o.questions, 4)
+    np.testing.assert_array_equal(found.ids, ids)
+    np.testing.assert_allclose(found.scores, best, rtol=1e-5)
+    scale = o.rag.config.retriever.scale
+    over = best if prior == "top_k" else scores
+    expected = scale * best - np.logaddexp.reduce(scale * over, axis=1, keepdims=True)
+    np.testing.assert_allclose(found.log_prior, expected, atol=2e-5)
+    mass = np.exp(found.log_prior).sum(axis=1)
+    if prior == "top_k":
+        np.testing.assert_allclose(mass, 1, rtol=1e-5)
+    else:
+        assert (mass < 0.99).all() and (mass > 0).all()
+
+
+def test_fewer_passages_than_k_change_neither_loss_nor_gradient(world: Path, tmp_path: Path) -> None:
+    o = opened(world, corpus__limit=3, index__folder=str(tmp_path / "small"))
+    found = retrieve(o.rag, o.params, o.index, o.questions, 5)
+    assert (found.ids[:, 3:] == -1).all() and (np.sort(found.ids[:, :3], axis=1) == np.arange(3)).all()
+    assert (found.scores[:, 3:] == -np.inf).all() and (found.log_prior[:, 3:] == -np.inf).all()
+    np.testing.assert_allclose(np.exp(found.log_prior).sum(axis=1), 1, rtol=1e-5)
+
+    tokens, mask = prompt_rows(o.rag, o.store, o.questions, found.ids)
+    empty = o.rag.generator_tokenizer.encode([f"\n\nQuestion: {o.questions[0]}\nAnswer:"])[0]
+    assert tokens[4][mask[4]].tolist() == empty
+
+    def run(ids: np.ndarray) -> tuple[Any, Any, Any]:
+        batch = train_batch(o.rag, o.index, o.store, o.questions, o.answers, ids)
+        function = jax.jit(jax.value_and_grad(lambda p: loss(o.rag, p, batch, KEY), has_aux=True))
+        (_, metrics), grads = function(o.params)
+        return batch, metrics, grads
+
+    more, metrics_more, grads_more = run(found.ids)
+    fewer, metrics_fewer, grads_fewer = run(found.ids[:, :3])
+    assert more.valid.sum() == 3 * len(o.questions) and fewer.valid.all()
+    assert not more.passages[:, 3:].any()
+    chex.assert_tree_all_finite(grads_more)
+    chex.assert_trees_all_close(metrics_more, metrics_fewer, rtol=1e-5)
+    chex.assert_trees_all_close(grads_more, grads_fewer, rtol=1e-4, atol=1e-6)
+
+
+def test_an_empty_question(plain: Opened) -> None:
+    with pytest.raises(InputError, match="empty question"):
+        retrieve(plain.rag, plain.params, plain.index, ["Who?", " \n"], 2)
+
+
+# prompts and answers
+
+
+def test_prompts_are_the_text_assembled_by_hand(plain: Opened) -> None:
+    ids = np.array([[4, 0], [29, 4]])
+    tokens, mask = prompt_rows(plain.rag, plain.store, plain.questions[:2], ids)
+    chex.assert_shape((tokens, mask), (4, 96))
+    texts = [
+        f"{plain.store[i].title}: {plain.store[i].text}\n\nQuestion: {question}\nAnswer:"
+        for question, row in zip(plain.questions, ids, strict=False)
+        for i in row
+    ]
+    for row, kept, text in zip(tokens, mask, texts, strict=True):
+        assert row[kept].tolist() == plain.rag.generator_tokenizer.encode([text])[0]
+        assert (row[~kept] == plain.rag.generator_tokenizer.pad_id).all() and (np.diff(kept.astype(int)) <= 0).all()
+
+
+def test_passages_are_cut_to_fit_and_questions_never(world: Path, plain: Opened) -> None:
+    longest = 64
+    rag = open_rag(tiny_config(world, generator__source_tokens=longest))
+    ids = np.array([[7]])
+    tokens, mask = prompt_rows(rag, plain.store, plain.questions[:1], ids)
+    assert mask.all() and tokens.shape == (1, longest)
+    ending = f"\n\nQuestion: {plain.questions[0]}\nAnswer:"
+    whole = f"{plain.store[7].title}: {plain.store[7].text}"
+    assert rag.generator_tokenizer.decode(tokens[0]) == whole[: longest - len(ending)] + ending
+    with pytest.raises(InputError, match=r"generator\.source_tokens is 64"):
+        prompt_rows(rag, plain.store, ["Why? " * 12], ids)
+
+
+def test_closed_book_prompts_have_no_passage(plain: Opened) -> None:
+    tokens, mask = prompt_rows(plain.rag, None, plain.questions, np.zeros((5, 1), int))
+    texts = [plain.rag.generator_tokenizer.decode(row[kept]) for row, kept in zip(tokens, mask, strict=True)]
+    assert texts == [f"Question: {question}\nAnswer:" for question in plain.questions]
+
+
+def test_answers_end_in_the_end_token(plain: Opened) -> None:
+    tokens = answer_tokens(plain.rag, "Kesvik")
+    assert tokens[-1] == plain.rag.ending.eos and tokens.count(plain.rag.ending.eos) == 1
+    assert plain.rag.generator_tokenizer.decode(tokens[:-1]) == " Kesvik"
+    batch = train_batch(plain.rag, plain.index, plain.store, ["Where?"], ["Kesvik"], np.array([[3, 1]]))
+    chex.assert_shape(batch.answer, (1, 12))
+    assert batch.answer[batch.answer_mask].tolist() == tokens
+    np.testing.assert_array_equal(batch.passages[0], plain.index.embeddings[[3, 1]])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [
+        ("retriever__question_tokens", 513, r"retriever\.question_tokens is 513, .* 512 positions"),
+        ("retriever__passage_tokens", 600, r"retriever\.passage_tokens is 600, .* 512 positions"),
+        ("generator__source_tokens", 1013, r"generator\.source_tokens .* is 1025, .* 1024 positions"),
+        ("decode__max_new_tokens", 897, r"the longest answer is 1025, .* 1024 positions"),
+    ],
+)
+def test_lengths_that_a_model_does_not_have(world: Path, key: str, value: int, named: str) -> None:
+    with pytest.raises(InputError, match=named):
+        open_rag(tiny_config(world, **{key: value}))
+    open_rag(tiny_config(world, **{key: value - 1 if value != 600 else 512}))
+
+
+# golden values: Hugging Face's models, the paper's formula
+
+
+@dataclass(frozen=True)
+class Golden:
+    values: dict[str, np.ndarray]
+    prior: np.ndarray
+    logp: np.ndarray
+    grads: Params  # of the sum over questions
+    doc_embeds: np.ndarray  # the gradient by them
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def golden(world: Path) -> Golden:
+    with np.load(GOLDEN / "golden.npz") as file:
+        g = {name: file[name] for name in file.files if not name.startswith("decode")}
+    rag = replace(
+        open_rag(tiny_config(world, retriever__pooling="cls", retriever__normalize=False, retriever__scale=1.0)),
+        retriever=open_bert(GOLDEN / "question_encoder", "cls", False),
+        generator=open_llama(GOLDEN / "generator"),
+    )
+    count, documents, _ = g["in/doc_embeds"].shape
+    answer = g["in/answers"][:, 0]
+    batch = TrainBatch(
+        row=np.arange(count),
+        question=g["in/input_ids"],
+        question_mask=g["in/attention_mask"] == 1,
+        passages=g["in/doc_embeds"],
+        valid=np.ones((count, documents), bool),
+        source=g["in/prompt_ids_right"].reshape(count, documents, -1),
+        source_mask=g["in/prompt_mask_right"].reshape(count, documents, -1) == 1,
+        answer=answer,
+        answer_mask=np.arange(answer.shape[1]) < g["in/answer_length"][:, :1],
+    )
+
+    def total(params: Params, passages: jax.Array) -> tuple[jax.Array, Any]:
+        joint = joint_logp(rag, params, batch.replace(passages=passages), KEY)
+        return -marginal_logp(*joint).sum(), joint
+
+    function = jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))
+    (grads, doc_embeds), (prior, logp) = jax.device_get(function(rag.initial_params(), jnp.asarray(batch.passages)))
+    return Golden(g, prior, logp, grads, doc_embeds, GOLDEN)
+
+
+def test_golden_likelihoods(golden: Golden) -> None:
+    g = golden.values
+    np.testing.assert_allclose(golden.prior, g["score/doc_logprobs"], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        golden.prior - golden.prior[:, :1], g["score/doc_scores"] - g["score/doc_scores"][:, :1], rtol=1e-4, atol=1e-4
+    )
+    np.testing.assert_allclose(golden.logp, g["score/answer_logp"][:, 0], rtol=1e-4)
+    nll = -np.asarray(marginal_logp(jnp.asarray(golden.prior), jnp.asarray(golden.logp)))
+    np.testing.assert_allclose(nll, g["score/nll"][:, 0], rtol=1e-4)
+
+
+@pytest.mark.parametrize(("part", "ours"), [("question_encoder", "retriever"), ("generator", "generator")])
+def test_golden_gradients(golden: Golden, part: str, ours: str, tmp_path: Path) -> None:
+    g = golden.values
+    save = save_bert if part == "question_encoder" else save_llama
+    save(tmp_path, json.loads((golden.folder / part / "config.json").read_text()), golden.grads[ours])
+    ours_by_name = load_file(tmp_path / "model.safetensors")  # under Hugging Face's names, in its layout
+
+    total = float(g[f"grad/{part}/norm"])
+    np.testing.assert_allclose(
+        np.sqrt(sum((x.astype(float) ** 2).sum() for x in ours_by_name.values())), total, rtol=1e-4
+    )
+    strip = "question_encoder.bert_model."
+    names = [str(name).removeprefix(strip) for name in g[f"grad/{part}/param_names"]]
+    assert set(names) == set(ours_by_name)
+    norms = [np.linalg.norm(ours_by_name[name]) for name in names]
+    np.testing.assert_allclose(norms, g[f"grad/{part}/param_norms"], rtol=1e-4, atol=1e-6 * total)
+    arrays = {name: array for name, array in g.items() if name.startswith(f"grad/{part}/array/")}
+    assert arrays
+    for name, expected in arrays.items():
+        found = ours_by_name[name.removeprefix(f"grad/{part}/array/").removeprefix(strip)]
+        assert np.linalg.norm(found - expected) <= 1e-4 * np.linalg.norm(expected), name
+
+
+def test_golden_gradient_of_the_documents(golden: Golden) -> None:
+    expected = golden.values["grad/doc_embeds"]
+    assert np.linalg.norm(golden.doc_embeds - expected) <= 1e-4 * np.linalg.norm(expected)

@@ -1,0 +1,361 @@
+"""The training step: its gradient, however it is laid out over devices and micro-batches; freezing; the optimiser."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from world import open_world, shared_world, tiny_config
+
+from ragjax.config import InputError, Train
+from ragjax.mesh import make_mesh, replicate, shard_batch
+from ragjax.models.layers import Params
+from ragjax.passages import read_questions
+from ragjax.rag import Rag, TrainBatch, joint_logp, loss, retrieve, train_batch
+from ragjax.step import TrainState, gradients, initial_state, make_optimizer, make_train_step, split_frozen
+
+KEY = jax.random.key(7)
+# A shift common to all keys leaves a softmax unchanged: the gradient of BERT's key bias is 0 but for rounding, which
+# Adam would blow up to whole steps.
+KEY_BIAS = "retriever.layers.key.bias"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One model, initial parameters on the host, and a batch of 8 questions with 3 documents each."""
+
+    rag: Rag
+    params: Params
+    batch: TrainBatch
+    embeddings: jax.Array
+
+    def state(self) -> TrainState:
+        return initial_state(self.rag, jax.tree.map(jnp.array, self.params))
+
+
+def setup(world: Path, **overrides: object) -> Setup:
+    config = tiny_config(world, **overrides)
+    rag, index, store = open_world(config)
+    params = jax.device_get(rag.initial_params())
+    chosen = read_questions(world / "train.jsonl")[: config.train.batch_size]
+    texts = [question.question for question in chosen]
+    ids = retrieve(rag, params, index, texts, config.train.k).ids
+    batch = train_batch(rag, index, store, texts, [question.answers[0] for question in chosen], ids)
+    return Setup(rag, params, batch, index.on_device)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return shared_world(tmp_path_factory)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation() -> Iterator[None]:
+    """Compiling takes most of these tests' time, running hardly any."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def plain(world: Path) -> Setup:
+    return setup(world)
+
+
+@pytest.fixture(scope="module")
+def dropping(world: Path) -> Setup:
+    return setup(world, train__dropout=0.2, train__freeze=[KEY_BIAS])
+
+
+def differentiate(rag: Rag, corpus: jax.Array | None = None) -> Callable[[Params, TrainBatch], Any]:
+    return jax.jit(lambda params, batch: gradients(rag, params, batch, KEY, corpus))
+
+
+@pytest.fixture(scope="module")
+def plain_gradients(plain: Setup) -> tuple[Any, Any]:
+    return jax.device_get(differentiate(plain.rag)(plain.params, plain.batch))
+
+
+Step = Callable[..., tuple[TrainState, dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def dropping_step(dropping: Setup) -> Step:
+    return make_train_step(dropping.rag)
+
+
+@pytest.fixture(scope="module")
+def dropping_gradients(dropping: Setup) -> tuple[Any, Any]:
+    return jax.device_get(differentiate(dropping.rag)(dropping.params, dropping.batch))
+
+
+def assert_same(ours: Any, theirs: Any, relative: float = 1e-5) -> None:
+    """Equal in the norm of each leaf; one below a thousandth of the whole is measured by that, being rounding."""
+    chex.assert_trees_all_equal_shapes_and_dtypes(ours, theirs)
+    floor = 1e-3 * float(optax.tree.norm(theirs))
+    for path, value in jax.tree_util.tree_leaves_with_path(theirs):
+        other = dict(jax.tree_util.tree_leaves_with_path(ours))[path]
+        difference = np.linalg.norm(np.asarray(other) - np.asarray(value))
+        assert difference <= relative * max(np.linalg.norm(value), floor), jax.tree_util.keystr(path)
+
+
+def flat(params: Params) -> dict[tuple[str, ...], np.ndarray]:
+    return nnx.traversals.flatten_mapping(jax.device_get(params))
+
+
+# the gradient itself
+
+
+def test_gradient_is_the_posterior_weighted_sum(plain: Setup, plain_gradients: tuple[Any, Any]) -> None:
+    @jax.jit
+    def separately(params: Params) -> tuple[Any, Params]:
+        joint, pull_back = jax.vjp(lambda p: joint_logp(plain.rag, p, plain.batch, KEY), params)
+        weights = -jax.nn.softmax(sum(joint), axis=1) / len(joint[0])
+        return joint, pull_back((weights, weights))[0]
+
+    (prior, logp), expected = jax.device_get(separately(plain.params))
+    joint = (prior + logp).astype(np.float64)
+    posterior = np.exp(joint - np.logaddexp.reduce(joint, axis=1, keepdims=True))
+    assert (posterior.max(axis=1) < 0.999).any(), "one document decides everything: the test would show nothing"
+    grads, metrics = plain_gradients
+    assert_same(grads, flat(expected))
+    assert metrics["loss"] == pytest.approx(-np.logaddexp.reduce(joint, axis=1).mean(), rel=1e-5)
+    entropy = -(posterior * np.log(posterior)).sum(axis=1).mean()
+    assert metrics["posterior_entropy"] == pytest.approx(entropy, rel=1e-4)
+    assert metrics["prior_top"] == pytest.approx(np.exp(prior.max(axis=1)).mean(), rel=1e-5)
+    for part in ("retriever", "generator"):
+        assert optax.tree.norm([leaf for path, leaf in grads.items() if path[0] == part]) > 1e-3
+
+
+def test_gradient_through_the_prior_over_the_corpus(world: Path, plain_gradients: tuple[Any, Any]) -> None:
+    s = setup(world, retriever__prior="corpus")
+    every = np.asarray(s.embeddings, np.float32)
+    ids = np.abs(s.batch.passages[:, :, None] - every).sum(axis=-1).argmin(axis=-1)  # which passage each document is
+
+    def explicit(params: Params) -> jax.Array:
+        encoder = nnx.merge(s.rag.retriever.graph, params["retriever"])
+        scores = s.rag.config.retriever.scale * encoder(s.batch.question, s.batch.question_mask) @ every.T
+        prior_of_all = jax.nn.log_softmax(scores, axis=-1)
+        logp = joint_logp(s.rag, params, s.batch, KEY, s.embeddings)[1]
+        # documents outside the top k contribute nothing to the sum, but take their share of the prior
+        logp_of_all = jnp.full(scores.shape, -jnp.inf).at[jnp.arange(len(ids))[:, None], ids].set(logp)
+        return -jax.nn.logsumexp(prior_of_all + logp_of_all, axis=-1).mean()
+
+    value, expected = jax.jit(jax.value_and_grad(explicit))(s.params)
+    grads, metrics = differentiate(s.rag, s.embeddings)(s.params, s.batch)
+    np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)
+    assert_same(jax.device_get(grads), flat(expected))
+    of_question = ("retriever", "norm", "scale")
+    top_k = plain_gradients[0][of_question]
+    assert np.linalg.norm(grads[of_question] - top_k) > 0.05 * np.linalg.norm(top_k)
+
+
+# layout
+
+
+def test_eight_devices_give_the_gradients_of_one(plain: Setup, plain_gradients: tuple[Any, Any]) -> None:
+    mesh = make_mesh()
+    assert mesh.size == 8
+    grads, metrics = differentiate(plain.rag)(replicate(mesh, plain.params), shard_batch(mesh, plain.batch))
+    assert all(len(leaf.sharding.device_set) == 8 for leaf in jax.tree.leaves(grads))
+    assert_same(jax.device_get(grads), plain_gradients[0])
+    chex.assert_trees_all_close(metrics, plain_gradients[1], rtol=1e-5)
+
+
+def test_a_step_on_eight_devices_equals_one_with_dropout(dropping: Setup, dropping_step: Step) -> None:
+    mesh = make_mesh()
+    one, metrics_one = dropping_step(dropping.state(), dropping.batch)
+    eight, metrics_eight = dropping_step(replicate(mesh, dropping.state()), shard_batch(mesh, dropping.batch))
+    leaf = eight.params["generator"]["embed"]["embedding"]
+    assert len(leaf.sharding.device_set) == 8 and leaf.sharding.is_fully_replicated
+    chex.assert_trees_all_close(metrics_eight, metrics_one, rtol=1e-5)
+    assert_same(moments(eight), moments(one))
+    difference = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), eight.params, one.params)
+    assert optax.tree.norm(difference) <= 1e-5 * optax.tree.norm(jax.device_get(one.params))
+
+
+def test_pmap_with_psum_gives_the_same_gradients(dropping: Setup, dropping_gradients: tuple[Any, Any]) -> None:
+    trained, frozen = split_frozen(dropping.params, dropping.rag.config.train.freeze)
+
+    def on_one_device(trained: Any, batch: TrainBatch) -> Any:
+        def part(trained: Any) -> jax.Array:
+            return loss(dropping.rag, nnx.traversals.unflatten_mapping(trained | frozen), batch, KEY)[0]
+
+        summed = jax.lax.psum(jax.value_and_grad(part)(trained), "data")
+        return jax.tree.map(lambda x: x / jax.lax.psum(1, "data"), summed)
+
+    rows = jax.tree.map(lambda x: x.reshape(8, 1, *x.shape[1:]), dropping.batch)
+    value, grads = jax.tree.map(lambda x: x[0], jax.pmap(on_one_device, "data", in_axes=(None, 0))(trained, rows))
+    assert value == pytest.approx(dropping_gradients[1]["loss"], rel=1e-5)
+    assert_same(jax.device_get(grads), dropping_gradients[0])
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_accumulation_changes_nothing(count: int, dropping: Setup, dropping_gradients: tuple[Any, Any]) -> None:
+    rag = with_train(dropping.rag, accumulate=count)
+    grads, metrics = jax.device_get(differentiate(rag)(dropping.params, dropping.batch))
+    assert_same(grads, dropping_gradients[0])
+    chex.assert_trees_all_close(metrics, dropping_gradients[1], rtol=1e-5)
+
+
+def test_dropout_is_drawn_by_key_and_row(
+    dropping: Setup, plain_gradients: tuple[Any, Any], dropping_gradients: tuple[Any, Any]
+) -> None:
+    value = jax.jit(lambda key, batch: loss(dropping.rag, dropping.params, batch, key)[0])
+    first = value(KEY, dropping.batch)
+    assert first == pytest.approx(dropping_gradients[1]["loss"], rel=1e-5)
+    assert abs(first - plain_gradients[1]["loss"]) > 1e-4
+    assert abs(first - value(jax.random.key(8), dropping.batch)) > 1e-4
+    assert abs(first - value(KEY, dropping.batch.replace(row=dropping.batch.row + 8))) > 1e-4
+    backwards = jax.tree.map(lambda x: x[::-1], dropping.batch)
+    np.testing.assert_allclose(value(KEY, backwards), first, rtol=1e-5)
+
+
+def test_rematerialisation_changes_nothing(plain: Setup, plain_gradients: tuple[Any, Any]) -> None:
+    rag = with_train(plain.rag, remat=not plain.rag.config.train.remat)
+    grads, metrics = jax.device_get(differentiate(rag)(plain.params, plain.batch))
+    assert_same(grads, plain_gradients[0], 1e-6)
+    chex.assert_trees_all_close(metrics, plain_gradients[1], rtol=1e-6)
+
+
+def test_bfloat16_keeps_probabilities_and_parameters_in_float32(
+    world: Path, plain: Setup, plain_gradients: tuple[Any, Any]
+) -> None:
+    rag = setup(world, dtype="bfloat16").rag
+    grads, metrics = jax.device_get(differentiate(rag)(plain.params, plain.batch))
+    chex.assert_type(jax.tree.leaves((metrics, grads)), jnp.float32)
+    assert metrics["loss"] == pytest.approx(plain_gradients[1]["loss"], rel=0.02)
+    assert metrics["loss"] != plain_gradients[1]["loss"]
+    assert 0.8 < optax.tree.norm(grads) / optax.tree.norm(plain_gradients[0]) < 1.25
+    prior, logp = jax.eval_shape(lambda p: joint_logp(rag, p, plain.batch, KEY), plain.params)
+    assert prior.dtype == logp.dtype == jnp.float32
+
+
+# training
+
+
+def test_training_lowers_the_loss_and_repeats_bit_for_bit(dropping: Setup, dropping_step: Step) -> None:
+    def run(steps: int) -> tuple[TrainState, list[float]]:
+        state, losses = dropping.state(), []
+        for _ in range(steps):
+            state, metrics = dropping_step(state, dropping.batch)
+            losses.append(float(metrics["loss"]))
+        return state.replace(key=jax.random.key_data(state.key)), losses
+
+    (first, losses), (second, again) = run(10), run(10)
+    assert losses == again and first.step == 10
+    chex.assert_trees_all_equal(first, second)
+    losses = run(30)[1]
+    assert losses[:10] == again
+    assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
+
+
+def test_frozen_parts_stay_and_have_no_optimiser_state(plain: Setup) -> None:
+    s = replace(plain, rag=with_train(plain.rag, freeze=["retriever", "generator.embed"], weight_decay=0.1))
+    state, metrics = make_train_step(s.rag)(s.state(), s.batch)
+    before, after = flat(s.params), flat(state.params)
+    frozen = {path for path in before if path[0] == "retriever" or path[:2] == ("generator", "embed")}
+    assert {path for path in before if np.array_equal(before[path], after[path])} == frozen
+    held = {path: leaf.shape for path, leaf in moments(state)["mu"].items()}
+    assert held == {path: leaf.shape for path, leaf in before.items() if path not in frozen}
+    assert metrics["gradient_norm_retriever"] == 0 and metrics["gradient_norm_generator"] > 0
+
+
+def test_a_learning_rate_of_zero_leaves_the_retriever(plain: Setup, plain_gradients: tuple[Any, Any]) -> None:
+    rag = with_train(plain.rag, retriever_lr=0.0)
+    state, params = initial_state(rag, plain.params), flat(plain.params)
+    update = jax.jit(make_optimizer(rag.config.train).update)
+    updates, _ = update(plain_gradients[0], state.optimizer, params)
+    largest = {path: np.abs(leaf).max() for path, leaf in updates.items()}
+    assert {size for path, size in largest.items() if path[0] == "retriever"} == {0.0}
+    assert min(size for path, size in largest.items() if path[0] == "generator") > 1e-4
+
+
+@pytest.mark.parametrize("prefix", ["retreiver", "generator.emb", "generator.layers.9"])
+def test_freezing_what_does_not_exist(plain: Setup, prefix: str) -> None:
+    with pytest.raises(InputError, match=rf"no parameters under '{prefix}'.*generator\.embed.*retriever"):
+        initial_state(with_train(plain.rag, freeze=[prefix]), plain.params)
+
+
+def test_freezing_everything(plain: Setup) -> None:
+    with pytest.raises(InputError, match="nothing to train"):
+        initial_state(with_train(plain.rag, freeze=["retriever", "generator"]), plain.params)
+
+
+# the optimiser
+
+
+def with_train(rag: Rag, **changes: Any) -> Rag:
+    return replace(rag, config=replace(rag.config, train=replace(rag.config.train, **changes)))
+
+
+def moments(state: TrainState) -> dict[str, dict[tuple[str, ...], Any]]:
+    """Adam's first and second moments by path, of both parts."""
+    found: dict[str, dict[tuple[str, ...], Any]] = {"mu": {}, "nu": {}}
+    for part in state.optimizer[1].inner_states.values():
+        for name, by_path in found.items():
+            held = optax.tree.get(part, name)
+            by_path |= {path: leaf for path, leaf in held.items() if not isinstance(leaf, optax.MaskedNode)}
+    return jax.device_get(found)
+
+
+def rates(train: Train, steps: int) -> dict[str, list[float]]:
+    """The learning rates, read off the updates: Adam's step on a constant gradient has the size of the rate."""
+    params = {("retriever", "scale"): jnp.zeros(()), ("generator", "scale"): jnp.zeros(())}
+    optimizer = make_optimizer(train)
+    state, taken = optimizer.init(params), {"retriever": [], "generator": []}  # type: ignore[var-annotated]
+    for _ in range(steps):
+        updates, state = optimizer.update(jax.tree.map(jnp.ones_like, params), state, params)
+        for path, update in updates.items():
+            taken[path[0]].append(-float(update))
+    return taken
+
+
+@pytest.mark.parametrize(
+    ("decay", "after"),
+    [
+        ("cosine", [0.5 * (1 + math.cos(math.pi * i / 4)) for i in range(4)] + [0.0]),
+        ("linear", [1.0, 0.75, 0.5, 0.25, 0.0]),
+        ("constant", [1.0] * 5),
+    ],
+)
+def test_rates_rise_and_fall(decay: str, after: list[float]) -> None:
+    train = Train(steps=7, warmup=3, decay=decay, retriever_lr=0.01, generator_lr=0.2, clip=100.0)
+    shape = np.array([1 / 3, 2 / 3, 1.0, *after])
+    taken = rates(train, len(shape))
+    np.testing.assert_allclose(taken["retriever"], 0.01 * shape, rtol=1e-5, atol=1e-8)
+    np.testing.assert_allclose(taken["generator"], 0.2 * shape, rtol=1e-5, atol=1e-7)
+
+
+def test_no_warmup_starts_at_the_peak() -> None:
+    train = Train(steps=4, warmup=0, decay="linear", generator_lr=0.1)
+    np.testing.assert_allclose(rates(train, 5)["generator"], [0.1, 0.075, 0.05, 0.025, 0.0], rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize(("clip", "scale"), [(1.0, 1 / 5), (10.0, 1.0)])
+def test_clipping_is_by_the_norm_of_both_parts_together(clip: float, scale: float) -> None:
+    params = {("retriever", "scale"): jnp.zeros(2), ("generator", "scale"): jnp.zeros(1)}
+    grads = {("retriever", "scale"): jnp.array([0.0, 3.0]), ("generator", "scale"): jnp.array([4.0])}  # of norm 5
+    optimizer = make_optimizer(Train(clip=clip))
+    _, state = optimizer.update(grads, optimizer.init(params), params)
+    held = moments(TrainState(jnp.array(0), params, state, KEY))["mu"]
+    chex.assert_trees_all_close(held, jax.tree.map(lambda g: 0.1 * scale * g, grads), rtol=1e-6)
+
+
+def test_weight_decay_acts_on_matrices_only() -> None:
+    leaves = [(part, "layers", name) for part in ("retriever", "generator") for name in ("kernel", "scale", "bias")]
+    params = {path: jnp.ones(2) for path in [*leaves, ("generator", "embed", "embedding")]}
+    optimizer = make_optimizer(Train(weight_decay=0.5, retriever_lr=0.1, generator_lr=0.1, decay="constant"))
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    expected = {path: jnp.full(2, -0.05 if path[-1] in ("kernel", "embedding") else 0.0) for path in params}
+    chex.assert_trees_all_close(updates, expected, rtol=1e-6)
