@@ -101,9 +101,7 @@ def beam_search(
 
     blank = jnp.full((n, width, longest), pad, jnp.int32)
     first_only = jnp.where(jnp.arange(width) == 0, 0.0, -jnp.inf)
-    none = Beams(
-        blank, jnp.ones((n, width), jnp.int32), jnp.full((n, width), -jnp.inf), jnp.zeros((n, width), bool)
-    )
+    none = Beams(blank, jnp.ones((n, width), jnp.int32), jnp.full((n, width), -jnp.inf), jnp.zeros((n, width), bool))
     state = _State(
         step=jnp.zeros((), jnp.int32),
         last=jnp.broadcast_to(start[:, None], (n, width)),

@@ -67,7 +67,7 @@ def _passages(config: Config, corpus: Fetched, folder: Path) -> Iterable[Passage
     c = config.corpus
     if c.format != "factbook":
         return read_passages(corpus.path, c.format, c.limit)
-    passages, questions = build_factbook(corpus.path, c.passage_words, config.seed)
+    passages, questions = build_factbook(corpus.path, c.passage_words, config.seed, c.categories)
     if c.limit is not None:
         passages = passages[: c.limit]
         kept = {passage.id for passage in passages}

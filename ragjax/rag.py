@@ -175,19 +175,22 @@ def answer_tokens(rag: Rag, answer: str) -> list[int]:
     return [*tokens, rag.generator_tokenizer.eos_id]
 
 
+Rows = Array | np.ndarray  # on the host until it is sharded
+
+
 @struct.dataclass
 class TrainBatch:
-    """B questions, their K documents, and one accepted answer each."""
+    """B questions, their K documents, and one accepted answer each; leading axes are micro-batches."""
 
-    row: Int[Array, " B"]  # number in the global batch: keys the dropout
-    question: Int[Array, "B Q"]
-    question_mask: Bool[Array, "B Q"]
-    passages: Float[Array, "B K D"]  # the documents' embeddings; the question encoder's gradient comes through q·d
-    valid: Bool[Array, "B K"]
-    source: Int[Array, "B K S"]
-    source_mask: Bool[Array, "B K S"]
-    answer: Int[Array, "B T"]
-    answer_mask: Bool[Array, "B T"]
+    row: Int[Rows, "... B"]  # number in the global batch: keys the dropout
+    question: Int[Rows, "... B Q"]
+    question_mask: Bool[Rows, "... B Q"]
+    passages: Float[Rows, "... B K D"]  # the documents' embeddings; the question encoder's gradient comes through q·d
+    valid: Bool[Rows, "... B K"]
+    source: Int[Rows, "... B K S"]
+    source_mask: Bool[Rows, "... B K S"]
+    answer: Int[Rows, "... B T"]
+    answer_mask: Bool[Rows, "... B T"]
 
 
 def train_batch(

@@ -134,7 +134,7 @@ def make_train_step(rag: Rag) -> Callable[..., tuple[TrainState, dict[str, Any]]
         grads, metrics = gradients(rag, state.params, batch, key, corpus)
         for part in ("retriever", "generator"):
             of_part = [leaf for path, leaf in grads.items() if path[0] == part]
-            metrics[f"gradient_norm_{part}"] = optax.global_norm(of_part)
+            metrics[f"gradient_norm_{part}"] = optax.tree.norm(of_part)
         trained, frozen = split_frozen(state.params, train.freeze)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, trained)
         params = nnx.traversals.unflatten_mapping(optax.apply_updates(trained, updates) | frozen)

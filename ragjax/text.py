@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -170,13 +171,19 @@ def _read_json(file: Path) -> dict[str, Any]:
         raise InputError(f"{file}: not readable as JSON: {error}") from None
 
 
-def _from_gguf(file: Path) -> Tokenizer:
+@lru_cache(maxsize=2)
+def read_gguf(file: Path) -> Any:
+    """The `gguf.GGUFReader` of a file, memory-mapped. Kept, since opening one takes seconds. Raises `InputError`."""
     from gguf import GGUFReader
 
     try:
-        fields = GGUFReader(file).fields
-    except (ValueError, IndexError) as error:
-        raise InputError(f"{file}: not a GGUF file: {error}") from None
+        return GGUFReader(file)
+    except Exception as error:  # a damaged header fails in many ways
+        raise InputError(f"{file}: not readable as a GGUF file ({error}); fetch it again") from None
+
+
+def _from_gguf(file: Path) -> Tokenizer:
+    fields = read_gguf(file).fields
 
     def read(key: str) -> Any:
         return fields[key].contents() if key in fields else None

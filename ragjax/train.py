@@ -98,7 +98,8 @@ def _usable(rag: Rag, questions: Sequence[Question]) -> UsableAnswers:
     if usable.answers_dropped:
         terminal.print(
             f"{usable.answers_dropped} answers are longer than generator.answer_tokens={longest} and are not trained "
-            f"on, for example {usable.example!r}; {usable.questions_dropped} questions have no other"
+            f"on, for example {usable.example!r}; {usable.questions_dropped} questions have no other",
+            soft_wrap=True,
         )
     return usable
 

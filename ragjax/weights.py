@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,9 @@ from ragjax.config import InputError
 from ragjax.models.bert import Bert, BertConfig
 from ragjax.models.layers import Params, split_parameters
 from ragjax.models.llama import Llama, LlamaConfig
+from ragjax.text import read_gguf
 
+Config = TypeVar("Config")
 NameTable = tuple[tuple[str, str, str | None], ...]
 
 
@@ -96,7 +98,8 @@ def open_bert(
     checkpoint: Path, pooling: str, normalize: bool, dropout: float = 0.0, dtype: str = "float32"
 ) -> Pretrained:
     """A BERT or DPR encoder in a Hugging Face folder. Raises `InputError` for a missing or unreadable file."""
-    config = BertConfig.from_hf(read_json(checkpoint / "config.json"), pooling, normalize, dropout, dtype)
+    hf = read_json(checkpoint / "config.json")
+    config = _shape(lambda: BertConfig.from_hf(hf, pooling, normalize, dropout, dtype), checkpoint / "config.json")
     names, read = _open_safetensors(checkpoint)
     prefix = _prefix(names, BERT[0][1], checkpoint)
     # DPR keeps its projection beside the encoder, under the parent's prefix
@@ -114,7 +117,7 @@ def open_llama(checkpoint: Path, dropout: float = 0.0, dtype: str = "float32") -
     else:
         hf = read_json(checkpoint / "config.json")
         names, read = _open_safetensors(checkpoint)
-    config = LlamaConfig.from_hf(hf, dropout, dtype)
+    config = _shape(lambda: LlamaConfig.from_hf(hf, dropout, dtype), checkpoint if gguf else checkpoint / "config.json")
     if config.tied:
         names = names - {"lm_head.weight", "output.weight"}
     table = {ours: theirs for ours, name, other in LLAMA if (theirs := other if gguf else name)}
@@ -158,6 +161,13 @@ def weight_files(checkpoint: Path) -> list[Path]:
     return files
 
 
+def _shape(make: Callable[[], Config], path: Path) -> Config:
+    try:
+        return make()
+    except KeyError as error:
+        raise InputError(f"{path}: has no {error}, which the model's shape needs; fetch it again") from None
+
+
 def _open_safetensors(checkpoint: Path) -> tuple[set[str], Read]:
     where: dict[str, Any] = {}
     for path in weight_files(checkpoint):
@@ -175,13 +185,9 @@ def _open_safetensors(checkpoint: Path) -> tuple[set[str], Read]:
 
 def _open_gguf(path: Path) -> tuple[dict[str, Any], set[str], Read]:
     """The configuration in Hugging Face's terms, the tensor names, and a reader that dequantises."""
-    from gguf import GGUFReader
     from gguf.quants import dequantize
 
-    try:
-        reader = GGUFReader(path)
-    except Exception as error:
-        raise InputError(f"{path}: not readable as GGUF ({error}); fetch it again") from None
+    reader = read_gguf(path)
     family = str(reader.fields["general.architecture"].contents())
 
     def field(name: str, default: Any = None) -> Any:
@@ -194,7 +200,7 @@ def _open_gguf(path: Path) -> tuple[dict[str, Any], set[str], Read]:
     heads = field("attention.head_count")
     hf = {
         "model_type": family,
-        "vocab_size": int(tensors["token_embd.weight"].shape[1]),
+        "vocab_size": int(embedding.shape[1]) if (embedding := tensors.get("token_embd.weight")) else None,
         "hidden_size": field("embedding_length"),
         "num_hidden_layers": field("block_count"),
         "num_attention_heads": heads,
@@ -215,7 +221,7 @@ def _open_gguf(path: Path) -> tuple[dict[str, Any], set[str], Read]:
             array = array.reshape(count, -1, 2, array.shape[-1]).swapaxes(1, 2).reshape(array.shape)
         return array
 
-    return hf, set(tensors), read
+    return {name: value for name, value in hf.items() if value is not None}, set(tensors), read
 
 
 def _prefix(names: Iterable[str], anchor: str, checkpoint: Path) -> str:
@@ -266,7 +272,11 @@ def _save(folder: Path, config: Mapping[str, Any], params: Params, table: Mappin
         for name, row in zip(_layer_names(table[".".join(path)], len(rows)), rows, strict=True):
             tensors[name] = np.ascontiguousarray(row.T if transposed else row)
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / ".model.safetensors.tmp"
-    save_file(tensors, temporary, metadata={"format": "pt"})
-    os.replace(temporary, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(dict(config), indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    temporary = folder / ".partial"
+    try:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+        os.replace(temporary, folder / "model.safetensors")
+        temporary.write_text(json.dumps(dict(config), indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        os.replace(temporary, folder / "config.json")
+    finally:
+        temporary.unlink(missing_ok=True)

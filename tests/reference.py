@@ -15,7 +15,6 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float
 from safetensors.numpy import load_file
-from scipy.special import erf, log_softmax, softmax
 
 from ragjax.models.bert import Bert, BertConfig
 from ragjax.models.layers import Params, split_parameters
@@ -24,6 +23,7 @@ from ragjax.random_checkpoint import BERT, LLAMA
 from ragjax.weights import open_bert, open_llama, save_bert, save_llama
 
 Tensors = Mapping[str, np.ndarray]
+erf = np.vectorize(math.erf)
 GOLDEN = Path(__file__).parent / "golden" / "llama-tiny"
 
 
@@ -77,6 +77,16 @@ def draw(params: Params, seed: int) -> Params:
     return nnx.traversals.unflatten_mapping(drawn)
 
 
+def log_softmax(x: np.ndarray) -> np.ndarray:
+    """Along the last axis."""
+    return x - np.logaddexp.reduce(x, axis=-1, keepdims=True)
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    """Along the last axis."""
+    return np.exp(log_softmax(x))
+
+
 def llama_logp(tensors: Tensors, hf: Mapping[str, Any], tokens: list[int]) -> Float[np.ndarray, "S V"]:
     """log p(next token | tokens up to here) at every place of one row, everything computed anew."""
     w = {name: array.astype(np.float64) for name, array in tensors.items()}
@@ -108,13 +118,13 @@ def llama_logp(tensors: Tensors, hf: Mapping[str, Any], tokens: list[int]) -> Fl
         attended = []
         for head in range(heads):
             own = head * kv // heads
-            attended.append(softmax(q[:, head] @ k[:, own].T / math.sqrt(size) + causal, axis=-1) @ v[:, own])
+            attended.append(softmax(q[:, head] @ k[:, own].T / math.sqrt(size) + causal) @ v[:, own])
         x = x + np.concatenate(attended, axis=-1) @ w[f"{at}.self_attn.o_proj.weight"].T
         h = rms(x, w[f"{at}.post_attention_layernorm.weight"])
         gate = h @ w[f"{at}.mlp.gate_proj.weight"].T
         x = x + (gate / (1 + np.exp(-gate)) * (h @ w[f"{at}.mlp.up_proj.weight"].T)) @ w[f"{at}.mlp.down_proj.weight"].T
-    head = w.get("lm_head.weight", w["model.embed_tokens.weight"])
-    return log_softmax(rms(x, w["model.norm.weight"]) @ head.T, axis=-1)
+    output = w.get("lm_head.weight", w["model.embed_tokens.weight"])
+    return log_softmax(rms(x, w["model.norm.weight"]) @ output.T)
 
 
 def rope_frequencies(hf: Mapping[str, Any], size: int) -> np.ndarray:
@@ -169,7 +179,7 @@ def bert_hidden(tensors: Tensors, hf: Mapping[str, Any], tokens: list[int]) -> F
             linear(f"{at}.attention.self.{part}", x).reshape(length, heads, -1).swapaxes(0, 1)
             for part in ("query", "key", "value")
         )
-        attended = softmax(q @ k.swapaxes(1, 2) / math.sqrt(q.shape[-1]), axis=-1) @ v
+        attended = softmax(q @ k.swapaxes(1, 2) / math.sqrt(q.shape[-1])) @ v
         attended = attended.swapaxes(0, 1).reshape(length, -1)
         x = norm(f"{at}.attention.output.LayerNorm", x + linear(f"{at}.attention.output.dense", attended))
         h = linear(f"{at}.intermediate.dense", x)

@@ -1,7 +1,7 @@
 """Beam search against exhaustive enumeration and against beam search on Python lists.
 
-The toy model rebuilds each beam's whole prefix from the pool through `visible`, so a wrong ancestry gives NaN or another
-distribution.
+The toy model rebuilds each beam's whole prefix from the pool through `visible`, so that a wrong ancestry gives NaN or
+another distribution.
 """
 
 from __future__ import annotations
@@ -95,7 +95,9 @@ def as_lists(beams: Beams) -> list[Found]:
 
 
 def assert_same(found: list[Found], expected: list[Found]) -> None:
-    assert [[(y, ends) for y, _, ends in row] for row in found] == [[(y, ends) for y, _, ends in row] for row in expected]
+    assert [[(y, ends) for y, _, ends in row] for row in found] == [
+        [(y, ends) for y, _, ends in row] for row in expected
+    ]
     for row, wanted in zip(found, expected, strict=True):
         np.testing.assert_allclose([logp for _, logp, _ in row], [logp for _, logp, _ in wanted], rtol=1e-5)
 

@@ -7,12 +7,12 @@ from itertools import product
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import GOLDEN, Small, answer_logp, random_llama
+from reference import GOLDEN, Small, answer_logp, log_softmax, random_llama
 from safetensors.numpy import load_file
-from scipy.special import log_softmax, logsumexp
 
 from ragjax.config import Decode
-from ragjax.decode import Candidates, Ending, decode, pad_answers, read
+from ragjax.decode import Candidates, decode, pad_answers, read
+from ragjax.models.generator import Ending
 from ragjax.text import pad_rows
 from ragjax.weights import open_llama, read_json
 
@@ -63,10 +63,15 @@ def with_end(found: Candidates) -> list[tuple[int, ...]]:
     return [(*y, ENDING.eos) if ends else y for y, ends in zip(found.tokens, found.finished, strict=True)]
 
 
+def one_by_one(small: Small, prompts: list[list[int]], answers: list[tuple[int, ...]]) -> np.ndarray:
+    """log p(y|x,z) [K,C], each pair in a row of its own without padding or sharing."""
+    return np.array([[answer_logp(small.tensors, small.hf, x, list(y)).sum() for y in answers] for x in prompts])
+
+
 def assert_equal_candidates(found: Candidates, expected: Candidates) -> None:
     assert with_end(found) == with_end(expected)
     for name in ("proposed", "fast", "scored", "thorough", "posterior"):
-        np.testing.assert_allclose(getattr(found, name), getattr(expected, name), atol=2e-5, err_msg=name)
+        np.testing.assert_allclose(getattr(found, name), getattr(expected, name), atol=5e-5, err_msg=name)
 
 
 @pytest.fixture(scope="module")
@@ -109,19 +114,14 @@ def test_equals_hugging_face(
 def test_equals_scoring_one_by_one(
     generator: Small, golden: dict[str, np.ndarray], golden_candidates: dict[int, list[Candidates]]
 ) -> None:
-    """Each candidate under each document, in rows of their own without padding or sharing."""
     prompts, prior = prompts_of(golden), golden["score/doc_logprobs"]
     for question, found in enumerate(golden_candidates[2]):
-        scored = np.array(
-            [
-                [answer_logp(generator.tensors, generator.hf, prompts[question * 3 + k], list(y)).sum() for y in with_end(found)]
-                for k in range(3)
-            ]
-        )
+        scored = one_by_one(generator, prompts[3 * question : 3 * question + 3], with_end(found))
         joint = prior[question][:, None] + scored
-        marginal = logsumexp(joint, axis=0)
+        marginal = np.logaddexp.reduce(joint, axis=0)
+        assert found.scored is not None and found.posterior is not None
         np.testing.assert_allclose(found.scored, scored, atol=1e-4)
-        np.testing.assert_allclose(found.thorough, marginal, atol=1e-4)
+        np.testing.assert_allclose(found.marginal("thorough"), marginal, atol=1e-4)
         np.testing.assert_allclose(found.posterior, np.exp(joint - marginal), atol=1e-4)
         assert found.best("thorough")[0] == marginal.argmax()
         proposed = found.proposed > -np.inf
@@ -152,9 +152,8 @@ def test_fast_mode_scores_nothing_more(
     generator: Small, golden: dict[str, np.ndarray], golden_candidates: dict[int, list[Candidates]]
 ) -> None:
     settings = Decode(mode="fast", k=3, beams=2, max_new_tokens=12)
-    for fast, thorough in zip(
-        decoded(generator, prompts_of(golden), golden["score/doc_logprobs"], settings), golden_candidates[2], strict=True
-    ):
+    found = decoded(generator, prompts_of(golden), golden["score/doc_logprobs"], settings)
+    for fast, thorough in zip(found, golden_candidates[2], strict=True):
         assert with_end(fast) == with_end(thorough)
         np.testing.assert_allclose(fast.fast, thorough.fast, atol=1e-5)
         assert fast.scored is None and fast.thorough is None and fast.posterior is None
@@ -165,7 +164,7 @@ def test_fast_mode_scores_nothing_more(
 def test_exhaustive_decoding(tiny: Small) -> None:
     """With beams for every answer of at most T tokens, the choice is the arg max of the true marginal."""
     prompts = [[5, 1, 4], [3, 3, 1, 5, 4], [1, 5, 5, 3], [4, 1, 1, 3]]  # 2 questions of 2 documents
-    prior = log_softmax(np.array([[0.3, -0.2], [-0.5, 0.5]]), axis=1)
+    prior = log_softmax(np.array([[0.3, -0.2], [-0.5, 0.5]]))
     answers = [
         y
         for length in range(1, T + 1)
@@ -174,13 +173,13 @@ def test_exhaustive_decoding(tiny: Small) -> None:
     ]
     settings = Decode(k=2, beams=len(answers), max_new_tokens=T)
     for question, found in enumerate(decoded(tiny, prompts, prior, settings, width=8)):
-        logp = [[answer_logp(tiny.tensors, tiny.hf, prompts[2 * question + k], list(y)).sum() for y in answers] for k in (0, 1)]
-        marginal = dict(zip(answers, logsumexp(prior[question][:, None] + np.array(logp), axis=0), strict=True))
+        logp = one_by_one(tiny, prompts[2 * question : 2 * question + 2], answers)
+        marginal = dict(zip(answers, np.logaddexp.reduce(prior[question][:, None] + logp, axis=0), strict=True))
         ours = with_end(found)
         assert sorted(ours) == sorted(answers)
-        np.testing.assert_allclose(found.thorough, [marginal[y] for y in ours], atol=1e-4)
-        np.testing.assert_allclose(found.fast, found.thorough, atol=1e-4)
-        np.testing.assert_allclose(np.exp(found.thorough).sum(), 1.0, rtol=1e-4)
+        np.testing.assert_allclose(found.marginal("thorough"), [marginal[y] for y in ours], atol=1e-4)
+        np.testing.assert_allclose(found.fast, found.marginal("thorough"), atol=1e-4)
+        np.testing.assert_allclose(np.exp(found.marginal("thorough")).sum(), 1.0, rtol=1e-4)
         finished = [y for y in answers if y[-1] == ENDING.eos]
         assert ours[found.best("thorough")[0]] == max(finished, key=marginal.__getitem__)
 
@@ -214,7 +213,7 @@ def test_impossible_documents_change_nothing(
     prompts = prompts_of(golden)
     prior = golden["score/doc_logprobs"][:2].copy()
     prior[0, 1] = prior[1] = -np.inf
-    prior[0] -= logsumexp(prior[0])
+    prior[0] -= np.logaddexp.reduce(prior[0])
     masked, nothing = decoded(generator, prompts[:6], prior)
     (without,) = decoded(generator, [prompts[0], prompts[2]], prior[:1, [0, 2]])
     assert set(with_end(masked)) < set(with_end(three[0]))
@@ -222,9 +221,9 @@ def test_impossible_documents_change_nothing(
     assert (masked.proposed[1] == -np.inf).all() and masked.posterior is not None
     np.testing.assert_array_equal(masked.posterior[1], 0)
     for name in ("proposed", "scored", "posterior"):
-        np.testing.assert_allclose(getattr(masked, name)[[0, 2]], getattr(without, name), atol=2e-5, err_msg=name)
+        np.testing.assert_allclose(getattr(masked, name)[[0, 2]], getattr(without, name), atol=5e-5, err_msg=name)
     for name in ("fast", "thorough"):
-        np.testing.assert_allclose(getattr(masked, name), getattr(without, name), atol=2e-5, err_msg=name)
+        np.testing.assert_allclose(getattr(masked, name), getattr(without, name), atol=5e-5, err_msg=name)
     assert nothing.tokens == [] and nothing.best("thorough") == [] == nothing.best("fast")
 
 

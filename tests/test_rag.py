@@ -123,8 +123,8 @@ def test_fewer_passages_than_k_change_neither_loss_nor_gradient(world: Path, tmp
 
     def run(ids: np.ndarray) -> tuple[Any, Any, Any]:
         batch = train_batch(o.rag, o.index, o.store, o.questions, o.answers, ids)
-        function = jax.jit(jax.value_and_grad(lambda p: loss(o.rag, p, batch, KEY), has_aux=True))
-        (_, metrics), grads = function(o.params)
+        function = jax.jit(jax.value_and_grad(lambda p, batch: loss(o.rag, p, batch, KEY), has_aux=True))
+        (_, metrics), grads = function(o.params, batch)
         return batch, metrics, grads
 
     more, metrics_more, grads_more = run(found.ids)
@@ -149,7 +149,7 @@ def test_prompts_are_the_text_assembled_by_hand(plain: Opened) -> None:
     tokens, mask = prompt_rows(plain.rag, plain.store, plain.questions[:2], ids)
     chex.assert_shape((tokens, mask), (4, 96))
     texts = [
-        f"{plain.store[i].title}: {plain.store[i].text}\n\nQuestion: {question}\nAnswer:"
+        f"{plain.store[int(i)].title}: {plain.store[int(i)].text}\n\nQuestion: {question}\nAnswer:"
         for question, row in zip(plain.questions, ids, strict=False)
         for i in row
     ]
@@ -238,12 +238,14 @@ def golden(world: Path) -> Golden:
         answer_mask=np.arange(answer.shape[1]) < g["in/answer_length"][:, :1],
     )
 
+    batch = jax.tree.map(jnp.asarray, batch)
+
     def total(params: Params, passages: jax.Array) -> tuple[jax.Array, Any]:
         joint = joint_logp(rag, params, batch.replace(passages=passages), KEY)
         return -marginal_logp(*joint).sum(), joint
 
     function = jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))
-    (grads, doc_embeds), (prior, logp) = jax.device_get(function(rag.initial_params(), jnp.asarray(batch.passages)))
+    (grads, doc_embeds), (prior, logp) = jax.device_get(function(rag.initial_params(), batch.passages))
     return Golden(g, prior, logp, grads, doc_embeds, GOLDEN)
 
 

@@ -145,7 +145,7 @@ def test_what_is_no_tokenizer_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"no tokenizer\.json"):
         Tokenizer.load(tmp_path)
     (tmp_path / "bad.gguf").write_bytes(b"no GGUF at all")
-    with pytest.raises(InputError, match="not a GGUF file"):
+    with pytest.raises(InputError, match="not readable as a GGUF file"):
         Tokenizer.load(tmp_path / "bad.gguf")
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(InputError, match="not a tokenizer"):

@@ -30,7 +30,7 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) ->
 
 
 def scan_layers(layers: nnx.Module, step: Callable, carry: Any, xs: Any = None, remat: bool = False) -> tuple[Any, Any]:
-    """Runs `step(layer, carry, x) -> (carry, y)` through stacked layers; `remat` recomputes each in the backward pass."""
+    """Runs `step(layer, carry, x) -> (carry, y)` through stacked layers; `remat` recomputes each going backward."""
     graph, params = nnx.split(layers)
 
     def body(carry: Any, inputs: tuple[Any, Any]) -> tuple[Any, Any]:
@@ -41,7 +41,7 @@ def scan_layers(layers: nnx.Module, step: Callable, carry: Any, xs: Any = None, 
 
 
 def split_parameters(module: nnx.Module) -> tuple[nnx.GraphDef, Params]:
-    """A module as its static graph and a plain tree; `nnx.merge(graph, params)` gives it back inside a pure function."""
+    """A module as its static graph and a plain tree; `nnx.merge(graph, params)` gives it back in a pure function."""
     graph, state = nnx.split(module)
     return graph, nnx.to_pure_dict(state)
 

@@ -202,7 +202,7 @@ class Llama(nnx.Module):
 
 
 def rotary(positions: Int[Array, "..."], config: LlamaConfig) -> tuple[Array, Array]:
-    """Cosines and sines [..., 1, Dh/2] of rotary positions (Su et al. 2021), with Llama 3's scaling where it has one."""
+    """Cosines and sines [..., 1, Dh/2] of rotary positions (Su et al. 2021), with Llama 3's scaling if it has one."""
     half = config.head_width // 2
     inverse = config.rope_theta ** -(jnp.arange(half, dtype=jnp.float32) / half)
     if config.rope_scaling:

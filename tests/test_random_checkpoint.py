@@ -1,0 +1,53 @@
+"""Random checkpoints load as any other, and are the same bytes for the same seed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from ragjax.config import InputError
+from ragjax.random_checkpoint import write_random_checkpoint
+from ragjax.text import Tokenizer, make_prompt
+from ragjax.weights import open_bert, open_llama
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_loads_and_repeats(family: str, tmp_path: Path) -> None:
+    write_random_checkpoint(family, tmp_path / "a")
+    write_random_checkpoint(family, tmp_path / "b")
+    write_random_checkpoint(family, tmp_path / "c", seed=1)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    changed = [name for name, data in contents(tmp_path / "c").items() if data != contents(tmp_path / "a")[name]]
+    assert changed == ["model.safetensors"]
+    assert sorted(contents(tmp_path / "a")) == [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    pretrained = open_bert(tmp_path / "a", "mean", True) if family == "bert" else open_llama(tmp_path / "a")
+    assert all(np.isfinite(leaf).all() and leaf.size for leaf in jax.tree.leaves(pretrained.read()))
+    tokenizer = Tokenizer.load(tmp_path / "a")
+    assert tokenizer.vocab_size == pretrained.config.vocabulary
+    text = "zürich is 2 km away, 東京 is not"
+    (ids,) = tokenizer.encode([text])
+    assert len(ids) == len(text.encode()), "one token a byte"
+    assert tokenizer.decode(ids) == text
+    if family == "bert":
+        assert tokenizer.encode(["A"], special=True) == [[1, *tokenizer.encode(["a"])[0], 2]]
+    else:
+        assert (tokenizer.pad_id, tokenizer.eos_id) == (0, 2)
+        assert make_prompt(tokenizer, "{passage} Question: {question}").middle
+
+
+def test_unknown_family(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="random:gpt: expected random:bert or random:llama"):
+        write_random_checkpoint("gpt", tmp_path / "a")
+    assert not (tmp_path / "a").exists()

