@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ragjax.config import Config, InputError
 from ragjax.factbook import build_factbook
 from ragjax.hub import Fetched, fetch
-from ragjax.index import check_kind, embed_passages, write_index
+from ragjax.index import FAISS_FILE, MANIFEST, check_kind, embed_passages, write_index
 from ragjax.passages import Passage, PassageStore, read_passages, write_jsonl, write_store
 from ragjax.progress import progress_bar
 from ragjax.rag import Rag, encode, open_rag, passage_text
@@ -24,7 +27,13 @@ def build_index(config: Config) -> Path:
     check_kind(config.index.kind, rag.retriever.config.embedding_width)
     corpus = fetch(config.corpus.source)
     folder = Path(config.index.folder)
-    params = rag.retriever.read()
+    with _replacing(folder) as new:
+        _build(rag, corpus, new)
+    return folder
+
+
+def _build(rag: Rag, corpus: Fetched, folder: Path) -> None:
+    config, params = rag.config, rag.retriever.read()
     passages = _passages(config, corpus, folder)
 
     def tokenise(texts: list[str]) -> list[list[int]]:
@@ -59,7 +68,27 @@ def build_index(config: Config) -> Path:
             "fingerprints": rag.fingerprints,
         },
     )
-    return folder
+
+
+@contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder`: its files move there once they are all written, and go if anything fails."""
+    folder = folder.absolute()
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: is a file; choose another index.folder")
+    new = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(new, ignore_errors=True)
+    try:
+        yield new
+        for old in (MANIFEST, FAISS_FILE):  # without its manifest a folder is known to be incomplete
+            (folder / old).unlink(missing_ok=True)
+        for path in sorted(new.rglob("*"), key=lambda path: (path.name == MANIFEST, path)):
+            target = folder / path.relative_to(new)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_file():
+                os.replace(path, target)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def _passages(config: Config, corpus: Fetched, folder: Path) -> Iterable[Passage]:

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ragjax.answer import Answerer
-from ragjax.config import Config
+from ragjax.config import Config, InputError
 from ragjax.decode import Candidates
 from ragjax.index import check_k
 from ragjax.marginal import marginal_logp
@@ -35,7 +35,7 @@ def evaluate(config: Config) -> dict[str, Any]:
     and predictions.jsonl into `output`, and returns the metrics. Raises `InputError` for bad input.
     """
     rag, index, store = open_world(config)
-    check_k(max(5, config.decode.k), len(index))
+    check_k(config.decode.k, len(index))
     questions = read_questions(Path(getattr(config.questions, config.evaluate.split)))
     trained = restore_trained(rag)
     report: dict[str, Any] = {"split": config.evaluate.split, "decode": dataclasses.asdict(config.decode), "models": {}}
@@ -50,7 +50,10 @@ def evaluate(config: Config) -> dict[str, Any]:
         report["models"]["trained"], made = _measure(Answerer(rag, params, index, store, step), questions, "trained")
         predictions += made
     folder = Path(config.output)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be created ({error.strerror}); choose another output") from None
     with atomic_write(folder / "metrics.json") as (file,):
         file.write(json.dumps(report, indent=1).encode() + b"\n")
     write_jsonl(folder / "predictions.jsonl", predictions)

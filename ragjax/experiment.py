@@ -70,7 +70,8 @@ def load_experiment(folder: Path) -> Config:
     """The configuration of the run in `folder`. Raises `InputError` if there is none."""
     if not (folder / "config.yaml").is_file():
         raise InputError(f"{folder}: no run here (config.yaml is missing); run: ragjax train CONFIG")
-    return load_config(folder / "config.yaml")
+    config = load_config(folder / "config.yaml")
+    return dataclasses.replace(config, output=str(folder))  # it may have been moved
 
 
 def _write(path: Path, text: str) -> None:

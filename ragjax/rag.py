@@ -47,7 +47,9 @@ class Rag:
 
     def initial_params(self) -> Params:
         """The pretrained parameters: {"retriever": …, "generator": …}."""
-        return {"retriever": self.retriever.read(), "generator": self.generator.read()}
+        params = {"retriever": self.retriever.read(), "generator": self.generator.read()}
+        # bound to a device, as restored ones are: JAX would compile everything twice for one of each
+        return jax.device_put(params, jax.local_devices()[0])
 
     def abstract_params(self) -> Params:
         """Their shapes and types."""

@@ -24,7 +24,7 @@ from ragjax.passages import read_questions
 from ragjax.rag import Rag, TrainBatch, joint_logp, loss, retrieve, train_batch
 from ragjax.step import TrainState, gradients, initial_state, make_optimizer, make_train_step, split_frozen
 
-KEY = jax.random.key(7)
+KEY = jax.random.fold_in(jax.random.key(0), 0)  # that of step 0 under seed 0
 # A shift common to all keys leaves a softmax unchanged: the gradient of BERT's key bias is 0 but for rounding, which
 # Adam would blow up to whole steps.
 KEY_BIAS = "retriever.layers.key.bias"
@@ -74,7 +74,7 @@ def plain(world: Path) -> Setup:
 
 @pytest.fixture(scope="module")
 def dropping(world: Path) -> Setup:
-    return setup(world, train__dropout=0.2, train__freeze=[KEY_BIAS])
+    return setup(world, train__dropout=0.2, train__freeze=[KEY_BIAS], train__clip=1e9)
 
 
 def differentiate(rag: Rag, corpus: jax.Array | None = None) -> Callable[[Params, TrainBatch], Any]:
@@ -95,18 +95,25 @@ def dropping_step(dropping: Setup) -> Step:
 
 
 @pytest.fixture(scope="module")
-def dropping_gradients(dropping: Setup) -> tuple[Any, Any]:
-    return jax.device_get(differentiate(dropping.rag)(dropping.params, dropping.batch))
+def dropping_stepped(dropping: Setup, dropping_step: Step) -> tuple[TrainState, Any]:
+    return dropping_step(dropping.state(), dropping.batch)
+
+
+@pytest.fixture(scope="module")
+def dropping_gradients(dropping_stepped: tuple[TrainState, Any]) -> tuple[Any, Any]:
+    """Read off Adam's first moment, which after one step is a tenth of the gradient; nothing was clipped."""
+    state, metrics = jax.device_get(dropping_stepped)
+    grads = {path: 10 * moment for path, moment in moments(state.optimizer)["mu"].items()}
+    return grads, {name: value for name, value in metrics.items() if not name.startswith("gradient_norm")}
 
 
 def assert_same(ours: Any, theirs: Any, relative: float = 1e-5) -> None:
     """Equal in the norm of each leaf; one below a thousandth of the whole is measured by that, being rounding."""
     chex.assert_trees_all_equal_shapes_and_dtypes(ours, theirs)
     floor = 1e-3 * float(optax.tree.norm(theirs))
-    for path, value in jax.tree_util.tree_leaves_with_path(theirs):
-        other = dict(jax.tree_util.tree_leaves_with_path(ours))[path]
-        difference = np.linalg.norm(np.asarray(other) - np.asarray(value))
-        assert difference <= relative * max(np.linalg.norm(value), floor), jax.tree_util.keystr(path)
+    for (path, value), other in zip(jax.tree.leaves_with_path(theirs), jax.tree.leaves(ours), strict=True):
+        difference = float(np.linalg.norm(other - value))
+        assert difference <= relative * max(float(np.linalg.norm(value)), floor), jax.tree_util.keystr(path)
 
 
 def flat(params: Params) -> dict[tuple[str, ...], np.ndarray]:
@@ -138,25 +145,25 @@ def test_gradient_is_the_posterior_weighted_sum(plain: Setup, plain_gradients: t
 
 
 def test_gradient_through_the_prior_over_the_corpus(world: Path, plain_gradients: tuple[Any, Any]) -> None:
-    s = setup(world, retriever__prior="corpus")
+    s = setup(world, retriever__prior="corpus", train__freeze=["generator"])
     every = np.asarray(s.embeddings, np.float32)
     ids = (
         np.abs(np.asarray(s.batch.passages)[:, :, None] - every).sum(axis=-1).argmin(axis=-1)
     )  # which passage each document is
 
+    logp = jax.jit(lambda p: joint_logp(s.rag, p, s.batch, KEY, s.embeddings)[1])(s.params)
+
     def explicit(params: Params) -> jax.Array:
-        encoder = nnx.merge(s.rag.retriever.graph, params["retriever"])
+        encoder = nnx.merge(s.rag.retriever.graph, params)
         scores = s.rag.config.retriever.scale * encoder(s.batch.question, s.batch.question_mask) @ every.T
-        prior_of_all = jax.nn.log_softmax(scores, axis=-1)
-        logp = joint_logp(s.rag, params, s.batch, KEY, s.embeddings)[1]
         # documents outside the top k contribute nothing to the sum, but take their share of the prior
         logp_of_all = jnp.full(scores.shape, -jnp.inf).at[jnp.arange(len(ids))[:, None], ids].set(logp)
-        return -jax.nn.logsumexp(prior_of_all + logp_of_all, axis=-1).mean()
+        return -jax.nn.logsumexp(jax.nn.log_softmax(scores, axis=-1) + logp_of_all, axis=-1).mean()
 
-    value, expected = jax.jit(jax.value_and_grad(explicit))(s.params)
+    value, expected = jax.jit(jax.value_and_grad(explicit))(s.params["retriever"])
     grads, metrics = differentiate(s.rag, s.embeddings)(s.params, s.batch)
     np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)
-    assert_same(jax.device_get(grads), flat(expected))
+    assert_same(jax.device_get(grads), flat({"retriever": expected}))
     of_question = ("retriever", "norm", "scale")
     top_k = plain_gradients[0][of_question]
     assert np.linalg.norm(grads[of_question] - top_k) > 0.05 * np.linalg.norm(top_k)
@@ -165,9 +172,9 @@ def test_gradient_through_the_prior_over_the_corpus(world: Path, plain_gradients
 # layout
 
 
+@pytest.mark.slow
 def test_eight_devices_give_the_gradients_of_one(plain: Setup, plain_gradients: tuple[Any, Any]) -> None:
     mesh = make_mesh()
-    assert mesh.size == 8
     grads, metrics = differentiate(plain.rag)(
         replicate(mesh, plain.params), shard_batch(mesh, jax.device_get(plain.batch))
     )
@@ -176,9 +183,11 @@ def test_eight_devices_give_the_gradients_of_one(plain: Setup, plain_gradients: 
     chex.assert_trees_all_close(metrics, plain_gradients[1], rtol=1e-5)
 
 
-def test_a_step_on_eight_devices_equals_one_with_dropout(dropping: Setup, dropping_step: Step) -> None:
-    mesh = make_mesh()
-    one, metrics_one = dropping_step(dropping.state(), dropping.batch)
+def test_a_step_on_eight_devices_equals_one_with_dropout(
+    dropping: Setup, dropping_step: Step, dropping_stepped: tuple[TrainState, Any]
+) -> None:
+    mesh, (one, metrics_one) = make_mesh(), dropping_stepped
+    assert mesh.size == 8
     eight, metrics_eight = dropping_step(
         replicate(mesh, dropping.state()), shard_batch(mesh, jax.device_get(dropping.batch))
     )
@@ -206,7 +215,7 @@ def test_pmap_with_psum_gives_the_same_gradients(dropping: Setup, dropping_gradi
     assert_same(jax.device_get(grads), dropping_gradients[0])
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [4, pytest.param(2, marks=pytest.mark.slow)])
 def test_accumulation_changes_nothing(count: int, dropping: Setup, dropping_gradients: tuple[Any, Any]) -> None:
     rag = with_train(dropping.rag, accumulate=count)
     grads, metrics = jax.device_get(differentiate(rag)(dropping.params, dropping.batch))
@@ -228,9 +237,9 @@ def test_dropout_is_drawn_by_key_and_row(
 
 
 def test_rematerialisation_changes_nothing(plain: Setup, plain_gradients: tuple[Any, Any]) -> None:
-    rag = with_train(plain.rag, remat=not plain.rag.config.train.remat)
+    rag = with_train(plain.rag, remat=not plain.rag.config.train.remat, freeze=["retriever"])
     grads, metrics = jax.device_get(differentiate(rag)(plain.params, plain.batch))
-    assert_same(grads, plain_gradients[0], 1e-6)
+    assert_same(grads, {path: leaf for path, leaf in plain_gradients[0].items() if path[0] == "generator"}, 1e-6)
     chex.assert_trees_all_close(metrics, plain_gradients[1], rtol=1e-6)
 
 
