@@ -1,8 +1,8 @@
 """RAG-Sequence in JAX: train a retriever and a generator end to end, and decode thoroughly or fast.
 
-    import ragjax
-    [answer] = ragjax.load("runs/factbook").answer(["What is the capital of France?"])
-    print(answer.text, answer.probability, [document.title for document in answer.documents])
+import ragjax
+[answer] = ragjax.load("runs/factbook").answer(["What is the capital of France?"])
+print(answer.text, answer.probability, [document.title for document in answer.documents])
 """
 
 from __future__ import annotations

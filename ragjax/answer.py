@@ -83,6 +83,7 @@ class Answerer:
             raise InputError(f"mode is {mode!r}; expected one of {', '.join(MODES)}")
         if n_best is not None and n_best < 1:
             raise InputError(f"n_best is {n_best}; expected 1 or more")
+        _check_not_empty(questions)
         if not questions:
             return []
         if mode == "closed_book":
@@ -129,8 +130,7 @@ class Answerer:
     def _closed_book(self, questions: Sequence[str], n_best: int | None) -> list[Answer]:
         found, _ = self.candidates(questions, None, "fast")
         return [
-            self._answer(question, "closed_book", of, [], n_best)
-            for question, of in zip(questions, found, strict=True)
+            self._answer(question, "closed_book", of, [], n_best) for question, of in zip(questions, found, strict=True)
         ]
 
     def _answer(
@@ -175,6 +175,7 @@ def answer_from_command_line(
     config: Config, questions: Sequence[str], mode: str, untrained: bool, as_json: bool
 ) -> int:
     """Prints an answer with its documents and candidates for each question; `-` stands for standard input."""
+    _check_not_empty(questions)
     answerer = open_answerer(config, untrained)
     if answerer.step is None:
         terminal.print("these are the pretrained models" + ("" if untrained else f": no checkpoint in {config.output}"))
@@ -185,6 +186,11 @@ def answer_from_command_line(
         else:
             print_answer(answer, Console(highlight=False))
     return 0
+
+
+def _check_not_empty(questions: Sequence[str]) -> None:
+    if any(not question.strip() for question in questions):
+        raise InputError("an empty question; expected some text")
 
 
 def _questions(given: Sequence[str]) -> Iterator[str]:

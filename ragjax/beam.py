@@ -7,6 +7,7 @@ that it occupies at every earlier step. A score is the sum of log-probabilities,
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -80,7 +81,7 @@ def beam_search(
 
         among_best = jnp.arange(best.shape[1]) < width
         newly = Beams(tokens, jnp.full_like(token, step + 1), best, jnp.ones_like(ends))
-        newly = newly.replace(logp=jnp.where(ends & among_best, best, -jnp.inf))
+        newly = replace(newly, logp=jnp.where(ends & among_best, best, -jnp.inf))
         done = _best(width, rank, state.done, newly)
         done = jax.tree.map(lambda new, old: jnp.where(_rows(state.open, new), new, old), done, state.done)
 
@@ -127,7 +128,7 @@ def _rows(flags: Bool[Array, " n"], like: Array) -> Array:
 def _best(width: int, rank: Callable[[Array, Array], Array], *groups: Beams) -> Beams:
     """The best `width` answers of several groups, finished before unfinished; earlier groups win ties."""
     joined = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *groups)
-    joined = joined.replace(finished=joined.finished & (joined.logp > -jnp.inf))
+    joined = replace(joined, finished=joined.finished & (joined.logp > -jnp.inf))
     score = rank(joined.logp, joined.length)
     order = jnp.lexsort((-score, ~joined.finished), axis=1)[:, :width]
     return jax.tree.map(lambda leaf: leaf[jnp.arange(leaf.shape[0])[:, None], order], joined)

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 from collections.abc import Sequence
 
-from ragjax.config import InputError, dump_config, load_config
+from ragjax.config import Config, InputError, dump_config, load_config
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code: 0, 2 for bad input, 130 after Ctrl-C."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, more = parser.parse_known_args(arguments)
+    if more:  # after an option argparse takes no further KEY=VALUE
+        if any("=" not in extra or extra.startswith("-") for extra in more) or "overrides" not in options:
+            parser.error(f"unrecognized arguments: {' '.join(more)}")
+        options.overrides += more
     try:
         return options.run(options)
     except InputError as error:
@@ -23,6 +29,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         sys.stderr.close()
         return 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"ragjax: {error.filename or 'output'}: the disk is full; free some space", file=sys.stderr)
+        return 2
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -62,13 +73,17 @@ def _parser() -> argparse.ArgumentParser:
         )
     )
     evaluate = command(
-        "evaluate", _evaluate, "measure answers and retrieval, before and after training",
+        "evaluate",
+        _evaluate,
+        "measure answers and retrieval, before and after training",
         "ragjax evaluate configs/factbook.yaml evaluate.limit=20",
     )
     overrides(evaluate)
     evaluate.add_argument("--json", action="store_true", help=json_help)
     answer = command(
-        "answer", _answer, "answer questions, with documents and probabilities",
+        "answer",
+        _answer,
+        "answer questions, with documents and probabilities",
         'ragjax answer configs/factbook.yaml "What is the capital of France?" --set decode.k=5',
     )
     answer.add_argument("questions", nargs="+", metavar="QUESTION", help="a question; - reads one a line from input")
@@ -80,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _load(options: argparse.Namespace):  # noqa: ANN202
+def _load(options: argparse.Namespace) -> Config:
     return load_config(options.config, [*getattr(options, "overrides", []), *options.set])
 
 

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ragjax.beam import Beams, beam_search
 from ragjax.config import Decode
 from ragjax.marginal import fast_marginal, posterior, thorough_marginal
-from ragjax.models.generator import Ending, Memory, empty_past, next_logp, score
+from ragjax.models.generator import Ending, Memory, Past, empty_past, next_logp, score
 from ragjax.models.layers import Params
 
 Answer = tuple[tuple[int, ...], bool]  # its tokens without the end token, and whether it was finished
@@ -60,7 +60,7 @@ def propose(graph: nnx.GraphDef, params: Params, memory: Memory, settings: Decod
     """Beam search under every document at once, in one program."""
     generator = nnx.merge(graph, params)
 
-    def step(tokens: Array, number: Array, visible: Array, past: object) -> tuple[Array, object]:
+    def step(tokens: Array, number: Array, visible: Array, past: Past) -> tuple[Array, Past]:
         return next_logp(generator, memory, past, tokens, number, visible)
 
     return beam_search(

@@ -38,6 +38,11 @@ def evaluate(config: Config) -> dict[str, Any]:
     check_k(config.decode.k, len(index))
     questions = read_questions(Path(getattr(config.questions, config.evaluate.split)))
     trained = restore_trained(rag)
+    folder = Path(config.output)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be created ({error.strerror}); choose another output") from None
     report: dict[str, Any] = {"split": config.evaluate.split, "decode": dataclasses.asdict(config.decode), "models": {}}
     predictions: list[dict[str, Any]] = []
     if config.evaluate.untrained or trained is None:
@@ -49,11 +54,6 @@ def evaluate(config: Config) -> dict[str, Any]:
         params, step = trained
         report["models"]["trained"], made = _measure(Answerer(rag, params, index, store, step), questions, "trained")
         predictions += made
-    folder = Path(config.output)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be created ({error.strerror}); choose another output") from None
     with atomic_write(folder / "metrics.json") as (file,):
         file.write(json.dumps(report, indent=1).encode() + b"\n")
     write_jsonl(folder / "predictions.jsonl", predictions)
@@ -169,8 +169,8 @@ def _summarise(predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
     summary["gold_nll"] = float(np.mean([p["gold_nll"] for p in predictions]))
     summary["mean_candidates"] = float(np.mean([p["candidates"] for p in predictions]))
-    right = [p["scores"]["thorough"]["exact_match"] for p in predictions]
-    summary["calibration_error"] = expected_calibration_error([p["p_answer"] for p in predictions], right)
+    right = np.array([p["scores"]["thorough"]["exact_match"] == 1 for p in predictions])
+    summary["calibration_error"] = expected_calibration_error(np.array([p["p_answer"] for p in predictions]), right)
     return summary
 
 
@@ -185,7 +185,8 @@ def print_metrics(report: dict[str, Any], as_json: bool) -> None:
     table = Table(f"{report['split']} questions", "number", *names, box=box.SIMPLE_HEAD)
 
     def row(label: str, count: int, values: Sequence[Any]) -> None:
-        table.add_row(label, str(count), *("" if v is None else f"{v:.3f}" if isinstance(v, float) else v for v in values))
+        shown = ("" if v is None else f"{v:.3f}" if isinstance(v, float) else v for v in values)
+        table.add_row(label, str(count), *shown)
 
     for key in first:
         if key.startswith("recall@"):
@@ -204,4 +205,3 @@ def print_metrics(report: dict[str, Any], as_json: bool) -> None:
         [f"{d['questions']} ({d['thorough_right']:.0f}, {d['fast_right']:.0f})" for d in differences],
     )
     Console(highlight=False).print(table)
-

@@ -14,9 +14,10 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import cast
 
 import jax
-import yaml
+from omegaconf import OmegaConf
 
 from ragjax.config import Config, InputError, dump_config, load_config
 from ragjax.hub import fingerprint_files
@@ -53,7 +54,7 @@ def check_same_experiment(config: Config) -> None:
         if Path(config.output, "checkpoints").exists():
             raise InputError(f"{config.output}: has checkpoints but no config.yaml; choose another output folder")
         return
-    before, now = _leaves(yaml.safe_load(path.read_text(encoding="utf-8"))), _leaves(dataclasses.asdict(config))
+    before, now = _leaves(_saved(path)), _leaves(dataclasses.asdict(config))
     differ = [
         f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
@@ -64,6 +65,10 @@ def check_same_experiment(config: Config) -> None:
             f"{config.output}: holds another experiment: {'; '.join(differ)}; "
             "go back to its settings, or choose another folder with output=…"
         )
+
+
+def _saved(path: Path) -> dict:
+    return cast(dict, OmegaConf.to_container(OmegaConf.load(path)))
 
 
 def load_experiment(folder: Path) -> Config:

