@@ -73,7 +73,7 @@ def test_a_configuration_cannot_be_changed(tmp_path: Path) -> None:
         ("train.steps=many", r"key 'train\.steps': Value 'many'.* could not be converted to Integer"),
         ("train.remat=maybe", r"key 'train\.remat': .*bool"),
         ("train.clip=[1]", r"train\.clip"),
-        ("train=5", r"train"),
+        ("train=5", r"int is not a subclass of Train"),
         ("train.steps", r"'train\.steps': an override is written key=value"),
         ("train.steps=0", r"train\.steps is 0; expected more than 0"),
         ("train.warmup=-1", r"train\.warmup is -1; expected 0 or more"),
@@ -108,8 +108,9 @@ def test_the_corpus_prior_needs_an_exact_index(tmp_path: Path) -> None:
 
 
 def test_everything_that_must_be_given_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"corpus\.source, generator\.source, output, retriever\.source must be given"):
+    with pytest.raises(InputError, match=r"must be given") as refusal:
         load_config(written(tmp_path, text="seed: 3\n"))
+    assert all(key in str(refusal.value) for key in ("corpus.source", "generator.source", "output", "retriever.source"))
 
 
 def test_a_yaml_error_tells_its_line(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,14 +38,6 @@ from ragjax.weights import open_bert, open_llama, save_bert, save_llama
 
 KEY = jax.random.key(0)
 GOLDEN = Path(__file__).parent / "golden" / "llama-tiny"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation() -> Iterator[None]:
-    """Compiling takes most of these tests' time, running hardly any."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
