@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ragjax.config import Config, InputError
@@ -205,28 +206,24 @@ def _questions(given: Sequence[str]) -> Iterator[str]:
 
 def print_answer(answer: Answer, console: Console) -> None:
     """Documents with their priors and proposals, then candidates with both marginals, then the answer."""
-    console.print(f"\n[bold]{_plain(answer.question)}[/bold]\n")
+    console.print(f"\n[bold]{escape(answer.question)}[/bold]\n")
     if answer.documents:
         documents = Table("", "p(z|x)", "document", "proposes  p(y|x,z)", box=box.SIMPLE_HEAD, title_justify="left")
         for z, document in enumerate(answer.documents):
             own = sorted(((c.proposed[z], c.text) for c in answer.candidates if c.proposed[z] > 0), reverse=True)
-            proposals = "\n".join(f"{_plain(text) or '(empty)'}  {p:.3f}" for p, text in own)
-            shown = f"[bold]{_plain(document.title)}[/bold] {document.id}\n{_plain(_shorten(document.text, 150))}"
+            proposals = "\n".join(f"{escape(text) or '(empty)'}  {p:.3f}" for p, text in own)
+            shown = f"[bold]{escape(document.title)}[/bold] {document.id}\n{escape(_shorten(document.text, 150))}"
             documents.add_row(f"z{z + 1}", f"{document.prior:.3f}", shown, proposals)
         console.print(documents)
     candidates = Table("candidate", "thorough p(y|x)", "fast p(y|x)", "p(z|x,y) by document", box=box.SIMPLE_HEAD)
     for c in answer.candidates[:8]:
         shares = " ".join(f"{share:.2f}" for share in c.posterior or [])
-        name = (_plain(c.text) or "(empty)") + ("" if c.finished else " … (unfinished)")
+        name = (escape(c.text) or "(empty)") + ("" if c.finished else " … (unfinished)")
         candidates.add_row(name, "" if c.thorough is None else f"{c.thorough:.4f}", f"{c.fast:.4f}", shares)
     console.print(candidates)
     if len(answer.candidates) > 8:
         console.print(f"  and {len(answer.candidates) - 8} less probable candidates")
-    console.print(f"answer ({answer.mode}): [bold]{_plain(answer.text)}[/bold]   p(y|x) = {answer.probability:.3f}")
-
-
-def _plain(text: str) -> str:
-    return text.replace("[", "\\[")
+    console.print(f"answer ({answer.mode}): [bold]{escape(answer.text)}[/bold]   p(y|x) = {answer.probability:.3f}")
 
 
 def _shorten(text: str, longest: int) -> str:

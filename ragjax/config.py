@@ -110,7 +110,7 @@ class Evaluate:
     split: str = "test"
     batch_size: int = 8  # questions decoded together
     limit: int | None = None  # generate answers for so many questions (recall is measured on all)
-    untrained: bool = True  # measure the initial models too, side by side
+    untrained_limit: int | None = None  # the same for the models before training; 0 leaves them out
     closed_book: bool = True  # and the generator without documents
 
 

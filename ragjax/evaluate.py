@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,10 @@ RETRIEVAL_BATCH = 64
 
 
 def evaluate(config: Config) -> dict[str, Any]:
-    """Measures the pretrained models (`evaluate.untrained`) and the newest checkpoint, if there is one.
+    """Measures the pretrained models and the newest checkpoint, if there is one.
 
-    Retrieval is measured on every question of the split, answers on the first `evaluate.limit`. Writes metrics.json
+    Retrieval is measured on every question of the split, answers on the first `evaluate.limit` (before training:
+    `evaluate.untrained_limit`). Writes metrics.json
     and predictions.jsonl into `output`, and returns the metrics. Raises `InputError` for bad input.
     """
     rag, index, store = open_world(config)
@@ -45,14 +47,15 @@ def evaluate(config: Config) -> dict[str, Any]:
         raise InputError(f"{folder}: cannot be created ({error.strerror}); choose another output") from None
     report: dict[str, Any] = {"split": config.evaluate.split, "decode": dataclasses.asdict(config.decode), "models": {}}
     predictions: list[dict[str, Any]] = []
-    if config.evaluate.untrained or trained is None:
-        report["models"]["untrained"], made = _measure(
-            Answerer(rag, rag.initial_params(), index, store, None), questions, "untrained"
-        )
+    limit, before = config.evaluate.limit, config.evaluate.untrained_limit
+    if before != 0 or trained is None:
+        pretrained = Answerer(rag, rag.initial_params(), index, store, None)
+        asked = questions[: (before or limit)]
+        report["models"]["untrained"], made = _measure(pretrained, questions, asked, "untrained")
         predictions += made
     if trained is not None:
-        params, step = trained
-        report["models"]["trained"], made = _measure(Answerer(rag, params, index, store, step), questions, "trained")
+        answerer = Answerer(rag, trained[0], index, store, trained[1])
+        report["models"]["trained"], made = _measure(answerer, questions, questions[:limit], "trained")
         predictions += made
     with atomic_write(folder / "metrics.json") as (file,):
         file.write(json.dumps(report, indent=1).encode() + b"\n")
@@ -61,11 +64,10 @@ def evaluate(config: Config) -> dict[str, Any]:
 
 
 def _measure(
-    answerer: Answerer, questions: Sequence[Question], name: str
+    answerer: Answerer, questions: Sequence[Question], asked: Sequence[Question], name: str
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     settings = answerer.rag.config.evaluate
     metrics: dict[str, Any] = {"step": answerer.step} | _measure_retrieval(answerer, questions, name)
-    asked = questions[: settings.limit]
     predictions: list[dict[str, Any]] = []
     with progress_bar(f"answer ({name})", len(asked), "questions") as advance:
         for start in range(0, len(asked), settings.batch_size):
@@ -175,33 +177,32 @@ def _summarise(predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def print_metrics(report: dict[str, Any], as_json: bool) -> None:
-    """The metrics as a table, one column for each model."""
+    """The metrics as a table, one column for each model; how many questions were answered stands in its head."""
     if as_json:
         print(json.dumps(report))
         return
     models = report["models"]
     first = next(iter(models.values()))
-    names = [name if m["step"] is None else f"{name} ({m['step']} steps)" for name, m in models.items()]
-    table = Table(f"{report['split']} questions", "number", *names, box=box.SIMPLE_HEAD)
+    heads = [
+        f"{name}{'' if m['step'] is None else ', step ' + str(m['step'])}\n{m['answered']} answered"
+        for name, m in models.items()
+    ]
+    table = Table(f"{first['questions']} {report['split']} questions", *heads, box=box.SIMPLE_HEAD)
 
-    def row(label: str, count: int, values: Sequence[Any]) -> None:
-        shown = ("" if v is None else f"{v:.3f}" if isinstance(v, float) else v for v in values)
-        table.add_row(label, str(count), *shown)
+    def row(label: str, pick: Callable[[dict[str, Any]], Any]) -> None:
+        values = [pick(m) for m in models.values()]
+        table.add_row(label, *("–" if v is None else f"{v:.3f}" if isinstance(v, float) else v for v in values))
 
     for key in first:
         if key.startswith("recall@"):
-            row(key, first["questions"], [m[key] for m in models.values()])
-    row("prior mass of the top k in the corpus", first["questions"], [m["top_k_mass"] for m in models.values()])
+            row(f"{key} (all questions)", itemgetter(key))
+    row("prior mass of the top k (all questions)", itemgetter("top_k_mass"))
     for mode in ("thorough", "fast", "closed_book"):
         for score, label in (("exact_match", "exact match"), ("f1", "F1")) if mode in first else ():
-            label = f"{mode.replace('_', ' ')}: {label}"
-            row(label, first["answered"], [m[mode][score] for m in models.values()])
-    row("−log p(gold answer), nats", first["answered"], [m["gold_nll"] for m in models.values()])
-    row("calibration error of p(answer)", first["answered"], [m["calibration_error"] for m in models.values()])
-    differences = [m["thorough_and_fast_differ"] for m in models.values()]
-    row(
-        "thorough and fast differ (thorough right, fast right)",
-        first["answered"],
-        [f"{d['questions']} ({d['thorough_right']:.0f}, {d['fast_right']:.0f})" for d in differences],
-    )
+            row(f"{mode.replace('_', ' ')}: {label}", lambda m, mode=mode, score=score: m[mode][score])
+    row("−log p(gold answer), nats", itemgetter("gold_nll"))
+    row("calibration error of p(answer)", itemgetter("calibration_error"))
+    row("thorough and fast differ", lambda m: str(m["thorough_and_fast_differ"]["questions"]))
+    for mode in ("thorough", "fast"):
+        row(f"  of these, {mode} right", lambda m, key=f"{mode}_right": f"{m['thorough_and_fast_differ'][key]:.0f}")
     Console(highlight=False).print(table)

@@ -38,7 +38,7 @@ class Rag:
     generator_tokenizer: Tokenizer
     prompt: Prompt
     sources: tuple[Fetched, ...]
-    fingerprints: dict[str, str]  # of what an index is built from, the corpus apart
+    fingerprints: dict[str, str]  # of everything that an index is built from
 
     @property
     def ending(self) -> Ending:
@@ -68,7 +68,13 @@ def open_rag(config: Config) -> Rag:
     generator = open_llama(decoder, rate, config.dtype)
     _check_lengths(config, retriever, generator)
     retriever_tokenizer, generator_tokenizer = Tokenizer.load(encoder), Tokenizer.load(decoder)
+    c = config.corpus
+    corpus = f"{c.source} {c.format} limit={c.limit}"
+    if c.format == "factbook":
+        corpus += f" passage_words={c.passage_words} categories={','.join(c.categories) or 'all'} seed={config.seed}"
     fingerprints = {
+        "corpus": corpus,
+        "kind": f"{config.index.kind} {config.index.dtype}",
         "encoder": f"{fingerprint_files(weight_files(encoder))} {r.pooling} normalize={r.normalize}",
         "encoder_tokenizer": f"{retriever_tokenizer.fingerprint} {r.passage!r} {r.passage_tokens}",
         "generator_tokenizer": f"{generator_tokenizer.fingerprint} {g.passage!r}",

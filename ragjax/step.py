@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx, struct
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Key
 
 from ragjax.config import InputError, Train
 from ragjax.models.layers import Params
@@ -21,12 +21,15 @@ Flat = dict[tuple[str, ...], Any]  # parameters by path
 
 @struct.dataclass
 class TrainState:
-    """Everything a run needs to go on, the position in the data apart."""
+    """Everything a run needs to go on, the position in the data apart.
 
-    step: Int[Array, ""]
+    Types are only told, not checked: Orbax fills this tree with leaves of its own.
+    """
+
+    step: Any  # Int[Array, ""]
     params: Params
     optimizer: Any  # of the trained parameters only
-    key: Key[Array, ""]
+    key: Any  # Key[Array, ""]
 
 
 def split_frozen(params: Params, freeze: Sequence[str]) -> tuple[Flat, Flat]:

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import jax
 import pytest
 from world import shared_world
 
@@ -20,17 +19,13 @@ STEPS = 24
 
 @contextmanager
 def quick_world(temporary: pytest.TempPathFactory) -> Iterator[Path]:
-    """The tiny world with its index. Programs are hardly optimised, and cached among the tests' own files."""
+    """The tiny world with its index; compiled programs are cached among the tests' own files."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAGJAX_CACHE", str(temporary.getbasetemp() / "cache"))
-        jax.config.update("jax_disable_most_optimizations", True)
-        try:
-            world = shared_world(temporary)
-            if not (world / "index" / MANIFEST).exists():
-                assert main(["index", str(world / "config.yaml")]) == 0
-            yield world
-        finally:
-            jax.config.update("jax_disable_most_optimizations", False)
+        world = shared_world(temporary)
+        if not (world / "index" / MANIFEST).exists():
+            assert main(["index", str(world / "config.yaml")]) == 0
+        yield world
 
 
 def trained_run(world: Path) -> Path:
@@ -43,7 +38,7 @@ def trained_run(world: Path) -> Path:
             {"question": q.question, "answer": [q.answers[0][0]], "passages": [f"p{i}"]} for i, q in enumerate(some)
         ]
         write_jsonl(world / "letters.jsonl", records)
-        settings = [f"train.steps={STEPS}", "train.generator_lr=1e-2", "train.retriever_lr=3e-3"]
+        settings = [f"train.steps={STEPS}", "train.k=2", "train.generator_lr=1e-2", "train.retriever_lr=3e-3"]
         questions = [f"questions.{split}={world}/letters.jsonl" for split in ("train", "dev")]
         assert main(["train", str(world / "config.yaml"), *settings, *questions]) == 0
     return run

@@ -1,0 +1,186 @@
+"""Answers from Python and from the command line: what is shown adds up."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+from trained import STEPS, quick_world, trained_run
+from world import CAPITALS, LANDS, tiny_config
+
+import ragjax
+from ragjax.answer import Answer, Answerer, Candidate, open_answerer, print_answer
+from ragjax.cli import main
+from ragjax.config import InputError
+
+Capture = pytest.CaptureFixture[str]
+QUESTIONS = [f"What is the capital of {land}?" for land in LANDS[:8]]
+LETTERS = [capital[0] for capital in CAPITALS[:8]]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with quick_world(tmp_path_factory) as folder:
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def run(world: Path) -> Path:
+    return trained_run(world)
+
+
+@pytest.fixture(scope="module")
+def answerer(run: Path) -> Answerer:
+    return ragjax.load(run)
+
+
+@pytest.fixture(scope="module")
+def together(answerer: Answerer) -> list[Answer]:
+    return answerer.answer(QUESTIONS)
+
+
+def test_what_was_learnt_is_answered(answerer: Answerer, together: list[Answer]) -> None:
+    assert answerer.step == STEPS
+    assert [answer.question for answer in together] == QUESTIONS
+    assert sum(answer.text == letter for answer, letter in zip(together, LETTERS, strict=True)) >= 6
+
+
+def test_every_probability_follows_from_the_others(together: list[Answer]) -> None:
+    for answer in together:
+        prior = np.array([document.prior for document in answer.documents])
+        assert len(prior) == 3 and np.all(np.diff(prior) <= 0)
+        np.testing.assert_allclose(prior.sum(), 1, rtol=1e-5)
+        for candidate in answer.candidates:
+            assert candidate.given_document is not None and candidate.thorough is not None
+            given, proposed = np.array(candidate.given_document), np.array(candidate.proposed)
+            np.testing.assert_allclose(candidate.thorough, prior @ given, rtol=1e-4)
+            np.testing.assert_allclose(candidate.fast, prior @ proposed, rtol=1e-4)
+            np.testing.assert_allclose(candidate.posterior, prior * given / (prior @ given), rtol=1e-3, atol=1e-6)
+            np.testing.assert_allclose(proposed[proposed > 0], given[proposed > 0], rtol=1e-3)
+            assert candidate.thorough >= candidate.fast * (1 - 1e-5)
+
+
+def test_the_best_comes_first_and_is_the_answer(together: list[Answer]) -> None:
+    for answer in together:
+        order = [(candidate.finished, candidate.thorough) for candidate in answer.candidates]
+        assert order == sorted(order, reverse=True)
+        assert (answer.text, answer.probability) == (answer.candidates[0].text, answer.candidates[0].thorough)
+        assert answer.mode == "thorough"
+
+
+def test_a_batch_equals_its_questions_one_at_a_time(answerer: Answerer, together: list[Answer]) -> None:
+    for i in (0, 5):
+        [alone] = answerer.answer([QUESTIONS[i]])
+        assert [document.id for document in alone.documents] == [document.id for document in together[i].documents]
+        assert [c.text for c in alone.candidates] == [c.text for c in together[i].candidates]
+        for one, other in zip(alone.candidates, together[i].candidates, strict=True):
+            np.testing.assert_allclose(one.thorough, other.thorough, rtol=1e-3)
+
+
+def test_fast_sums_what_the_documents_proposed(answerer: Answerer, together: list[Answer]) -> None:
+    for fast, thorough in zip(answerer.answer(QUESTIONS, mode="fast"), together, strict=True):
+        assert fast.mode == "fast" and fast.probability == fast.candidates[0].fast
+        assert {c.text for c in fast.candidates} == {c.text for c in thorough.candidates}
+        order = [(c.finished, c.fast) for c in fast.candidates]
+        assert order == sorted(order, reverse=True)
+        assert all(c.thorough is c.given_document is c.posterior is None for c in fast.candidates)
+
+
+def test_closed_book_reads_no_documents(answerer: Answerer) -> None:
+    for answer in answerer.answer(QUESTIONS, mode="closed_book"):
+        assert answer.documents == [] and all(c.proposed == [] for c in answer.candidates)
+        assert 0 < answer.probability <= 1 and answer.text == answer.candidates[0].text
+
+
+def test_n_best(answerer: Answerer, together: list[Answer]) -> None:
+    for answer, of_all in zip(answerer.answer(QUESTIONS, n_best=2), together, strict=True):
+        assert [c.text for c in answer.candidates] == [c.text for c in of_all.candidates[:2]]
+        assert answer.probability == pytest.approx(of_all.probability, rel=1e-5)
+
+
+def test_what_cannot_be_asked(answerer: Answerer) -> None:
+    assert answerer.answer([]) == []
+    for mode in ("thorough", "fast", "closed_book"):
+        with pytest.raises(InputError, match="an empty question"):
+            answerer.answer(["Where?", " "], mode=mode)
+    with pytest.raises(InputError, match="mode is 'slow'; expected one of thorough, fast, closed_book"):
+        answerer.answer(["Where?"], mode="slow")
+    with pytest.raises(InputError, match="n_best is 0"):
+        answerer.answer(["Where?"], n_best=0)
+
+
+def test_load_needs_a_run(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no run here \(config\.yaml is missing\); run: ragjax train"):
+        ragjax.load(tmp_path)
+
+
+def test_a_run_that_was_moved_is_loaded_from_where_it_is(run: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    (moved / "config.yaml").write_bytes((run / "config.yaml").read_bytes())
+    assert ragjax.load(moved).step is None  # the checkpoints stayed behind
+    (moved / "checkpoints").symlink_to(run / "checkpoints")
+    assert ragjax.load(moved).step == STEPS
+    assert ragjax.load(moved, untrained=True).step is None
+
+
+def ask(run: Path, *arguments: str) -> int:
+    return main(["answer", str(run / "config.yaml"), *arguments])
+
+
+def test_the_table_shows_it_all(run: Path, together: list[Answer], capsys: Capture) -> None:
+    assert ask(run, QUESTIONS[0]) == 0
+    shown = capsys.readouterr().out
+    answer = together[0]
+    assert QUESTIONS[0] in shown
+    for document in answer.documents:
+        assert all(part in shown for part in (document.id, document.title, f"{document.prior:.3f}", document.text[:20]))
+    for candidate in answer.candidates[:8]:
+        assert all(f"{p:.4f}" in shown for p in (candidate.thorough, candidate.fast))
+        assert " ".join(f"{share:.2f}" for share in candidate.posterior or []) in shown
+    assert shown.rstrip().endswith(f"answer (thorough): {answer.text}   p(y|x) = {answer.probability:.3f}")
+
+
+def test_json_is_one_object_a_line_and_a_dash_reads_input(
+    run: Path, together: list[Answer], capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{QUESTIONS[1]}\n\n{QUESTIONS[2]}\n"))
+    assert ask(run, QUESTIONS[0], "-", "--json") == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["question"] for line in lines] == QUESTIONS[:3]
+    for line, answer in zip(lines, together, strict=False):
+        assert line.keys() == dataclasses.asdict(answer).keys()
+        assert line["text"] == answer.text and line["probability"] == pytest.approx(answer.probability, rel=1e-3)
+        assert [d["id"] for d in line["documents"]] == [d.id for d in answer.documents]
+
+
+def test_mode_and_untrained(run: Path, world: Path, capsys: Capture) -> None:
+    assert ask(run, QUESTIONS[0], "--json", "--mode", "fast", "--untrained", "--set", "decode.k=2") == 0
+    out, err = capsys.readouterr()
+    line = json.loads(out)
+    assert line["mode"] == "fast" and len(line["documents"]) == 2
+    assert "these are the pretrained models" in err
+
+
+def test_text_that_looks_like_markup_is_shown_as_it_is() -> None:
+    candidates = [
+        Candidate("[b]x[/b]", False, 0.5, None, [], None, None),
+        Candidate("\\[i]\\", True, 0.25, None, [], None, None),
+        Candidate("", True, 0.25, None, [], None, None),
+    ]
+    console = Console(file=io.StringIO(), width=200)
+    print_answer(Answer("[red]?", "[b]x[/b]", "closed_book", 0.5, [], candidates), console)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert all(text in shown for text in ("[red]?", "[b]x[/b] … (unfinished)", "\\[i]\\", "(empty)"))
+
+
+def test_the_corpus_prior_leaves_mass_to_other_documents(world: Path, tmp_path: Path) -> None:
+    answerer = open_answerer(tiny_config(world, retriever__prior="corpus", output=str(tmp_path)))
+    [answer] = answerer.answer([QUESTIONS[0]], mode="fast")
+    assert 0 < sum(document.prior for document in answer.documents) < 0.9

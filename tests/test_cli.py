@@ -1,0 +1,318 @@
+"""The command line: bad input ends with one clear line, code 2 and nothing half-written; help helps."""
+
+from __future__ import annotations
+
+import errno
+import gzip
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from trained import STEPS, files, quick_world, refused, trained_run
+
+from ragjax.cli import main
+from ragjax.passages import write_jsonl
+
+Capture = pytest.CaptureFixture[str]
+COMMANDS = ("index", "train", "evaluate", "answer", "config")
+PASSAGES = [{"id": f"{i}", "title": f"Land {i}", "text": f"The capital of land {i} is city {i}."} for i in range(4)]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with quick_world(tmp_path_factory) as folder:
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def run(world: Path) -> Path:
+    return trained_run(world)
+
+
+@pytest.fixture
+def own_run(run: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(run, tmp_path / "run"))
+
+
+def lines(path: Path, *records: object) -> Path:
+    path.write_text("".join(f"{r if isinstance(r, str) else json.dumps(r)}\n" for r in records), encoding="utf-8")
+    return path
+
+
+def ask(world: Path) -> tuple[str, str, str]:
+    return "answer", str(world / "config.yaml"), "What is the capital of Arland?"
+
+
+# configurations and arguments
+
+
+def test_errors_in_the_configuration(capsys: Capture, tmp_path: Path, world: Path) -> None:
+    config = str(world / "config.yaml")
+    for command in COMMANDS:
+        more = ["why?", "--set"] if command == "answer" else []
+        assert "unknown key 'train.stepz'" in refused(capsys, tmp_path, command, config, *more, "train.stepz=3")
+        assert "Value 'x'" in refused(capsys, tmp_path, command, config, *more, "train.steps=x")
+        assert "no such configuration" in refused(capsys, tmp_path, command, str(tmp_path / "no"), *more, "seed=1")
+    assert "decode.mode is 'magic'" in refused(capsys, tmp_path, *ask(world), "--set", "decode.mode=magic")
+
+
+def test_overrides_may_stand_before_and_after_options(capsys: Capture, world: Path) -> None:
+    config = str(world / "config.yaml")
+    assert main(["config", config, "seed=3", "--set", "train.k=2", "train.clip=0.5", "--set", "decode.k=1"]) == 0
+    shown = capsys.readouterr().out
+    assert all(line in shown for line in ("seed: 3\n", "  k: 2\n", "  clip: 0.5\n", "  k: 1\n"))
+
+
+@pytest.mark.parametrize("extra", [["--fast"], ["-x=3"], ["--json", "--no=1"]])
+def test_unknown_options(capsys: Capture, world: Path, extra: list[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["evaluate", str(world / "config.yaml"), *extra])
+    assert stop.value.code == 2
+    assert "unrecognized arguments" in capsys.readouterr().err
+
+
+def test_an_unknown_mode_names_the_known_ones(capsys: Capture, world: Path) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([*ask(world), "--mode", "magic"])
+    assert stop.value.code == 2
+    assert "'magic'" in (err := capsys.readouterr().err) and "thorough" in err
+
+
+@pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)], ids=lambda command: "".join(command))
+def test_help_has_an_example(capsys: Capture, command: tuple[str, ...]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([*command, "--help"])
+    assert stop.value.code == 0
+    assert "example:\n  ragjax " in capsys.readouterr().out
+
+
+def test_help_and_config_do_not_wait_for_jax(world: Path) -> None:
+    program = (
+        "import sys; from ragjax.cli import main\n"
+        "assert main(['config', sys.argv[1]]) == 0\n"
+        "try: main(['train', '--help'])\n"
+        "except SystemExit: pass\n"
+        "print('jax' in sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(world / "config.yaml")], capture_output=True, text=True)
+    assert done.stderr == "False\n"
+
+
+def test_the_module_runs(tmp_path: Path, world: Path) -> None:
+    command = [sys.executable, "-m", "ragjax", "index", str(world / "config.yaml"), f"corpus.source={tmp_path / 'no'}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("ragjax: ") and done.stderr.count("\n") == 1
+
+
+# the corpus
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        ([], "the corpus holds no passages"),
+        ([PASSAGES[0], "{not json"], "corpus.jsonl:2: "),
+        ([PASSAGES[0], {"id": "1", "title": "x"}], "corpus.jsonl:2: "),
+        ([PASSAGES[0], {"id": "1", "title": "x", "text": " "}], "corpus.jsonl:2: "),
+        ([*PASSAGES, PASSAGES[2]], "passages 3 and 5 have the same id '2'"),
+    ],
+    ids=["empty", "no JSON", "no text", "blank text", "twice the same id"],
+)
+def test_a_bad_corpus_leaves_no_index(
+    capsys: Capture, tmp_path: Path, world: Path, records: list[object], message: str
+) -> None:
+    corpus = lines(tmp_path / "corpus.jsonl", *records)
+    overrides = [f"corpus.source={corpus}", f"index.folder={tmp_path / 'index'}"]
+    assert message in refused(capsys, tmp_path, "index", str(world / "config.yaml"), *overrides)
+    assert not (tmp_path / "index").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("corpus.source={tmp}/none.jsonl", "none.jsonl"),
+        ("retriever.source={tmp}/none", "none"),
+        ("generator.source={tmp}", "config.json"),
+        ("index.kind=HNSW0x", "index.kind is 'HNSW0x', which FAISS does not accept"),
+        ("retriever.passage_tokens=5000", "retriever.passage_tokens is 5000, but the model has 512 positions"),
+        ("index.folder={tmp}/a-file", "a-file: is a file"),
+        ("index.folder={tmp}/a-file/index", "cannot be created"),
+    ],
+)
+def test_index_refuses(capsys: Capture, tmp_path: Path, world: Path, override: str, message: str) -> None:
+    (tmp_path / "a-file").touch()
+    settings = [f"index.folder={tmp_path / 'index'}", override.replace("{tmp}", str(tmp_path))]
+    assert message in refused(capsys, tmp_path, "index", str(world / "config.yaml"), *settings)
+
+
+def test_a_disk_full_of_embeddings_leaves_the_old_index(
+    capsys: Capture, tmp_path: Path, world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    shutil.copytree(world / "index", tmp_path / "index")
+    corpus = lines(tmp_path / "corpus.jsonl", *PASSAGES)
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    before, command = files(tmp_path), ["index", str(world / "config.yaml"), f"index.folder={tmp_path / 'index'}"]
+    assert main([*command, f"corpus.source={corpus}"]) == 2
+    assert "the disk is full; the partial file was removed" in capsys.readouterr().err.splitlines()[-1]
+    assert files(tmp_path) == before
+
+
+def limited(size: int, command: list[str]) -> int:
+    """As a full disk does, a limit on the size of files makes writing fail, for root too."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        return main(command)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_disk_full_of_text_leaves_no_index(capsys: Capture, tmp_path: Path, world: Path) -> None:
+    command = ["index", str(world / "config.yaml"), f"index.folder={tmp_path / 'index'}"]
+    assert limited(1000, command) == 2
+    assert "cannot be written" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+# training and its questions
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("questions.train={tmp}/none.jsonl", "none.jsonl: no such file"),
+        ("questions.train={tmp}/bad.jsonl", 'bad.jsonl:1: empty or missing "question"'),
+        ("questions.train={tmp}/no.jsonl", "no.jsonl: holds no questions"),
+        ("generator.answer_tokens=2", "every answer is longer than generator.answer_tokens=2"),
+        ("train.k=31", "k is 31 but the corpus has only 30 passages"),
+        ("train.freeze=[retriever,reader]", "no parameters under 'reader'"),
+        ("train.freeze=[retriever,generator]", "leaves nothing to train"),
+        ("train.batch_size=12", "12 questions cannot be split over 8 devices"),
+        ("seed=-1", "seed is -1"),
+        ("retriever.pooling=cls", "the index was built by another encoder"),
+        ("generator.passage='{text}'", "the index was built by another generator tokenizer"),
+        ("index.folder={tmp}/none", "the index does not exist; run: ragjax index CONFIG"),
+        ("output={tmp}/bad.jsonl", "cannot be created"),
+        ("output={tmp}/bad.jsonl/run", "cannot be created"),
+    ],
+)
+def test_train_refuses(capsys: Capture, tmp_path: Path, world: Path, override: str, message: str) -> None:
+    lines(tmp_path / "bad.jsonl", {"question": " ", "answer": ["x"]})
+    lines(tmp_path / "no.jsonl")
+    settings = [f"output={tmp_path / 'run'}", override.replace("{tmp}", str(tmp_path))]
+    assert message in refused(capsys, tmp_path, "train", str(world / "config.yaml"), *settings)
+
+
+def test_train_refuses_a_folder_with_another_experiment(capsys: Capture, own_run: Path) -> None:
+    command = ["train", str(own_run / "config.yaml"), f"output={own_run}"]
+    message = refused(capsys, own_run, *command, "train.steps=99", "decode.k=2")
+    assert f"train.steps was {STEPS} and is 99" in message and "decode" not in message
+    (own_run / "config.yaml").rename(own_run / "other.yaml")
+    message = refused(capsys, own_run, "train", str(own_run / "other.yaml"), f"output={own_run}")
+    assert "has checkpoints but no config.yaml" in message
+
+
+def cut(checkpoint: Path) -> None:
+    largest = max((p for p in checkpoint.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:1000])
+
+
+def no_metadata(checkpoint: Path) -> None:
+    for path in [*checkpoint.rglob("_METADATA"), *checkpoint.rglob("_CHECKPOINT_METADATA")]:
+        path.unlink()
+
+
+def emptied(checkpoint: Path) -> None:
+    shutil.rmtree(checkpoint)
+    checkpoint.mkdir()
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "answer"])
+@pytest.mark.parametrize("damage", [cut, no_metadata, emptied])
+def test_an_incomplete_checkpoint(capsys: Capture, own_run: Path, command: str, damage: Callable[[Path], None]) -> None:
+    damage(own_run / "checkpoints" / str(STEPS))
+    question = ["why?", "--set"] if command == "answer" else []
+    message = refused(capsys, own_run, command, str(own_run / "config.yaml"), *question, f"output={own_run}")
+    assert f"checkpoints/{STEPS}: the checkpoint is incomplete or damaged" in message
+    assert "delete this folder" in message
+
+
+def test_a_checkpoint_that_does_not_fit_on_the_disk(capsys: Capture, tmp_path: Path, world: Path, run: Path) -> None:
+    command = ["train", str(run / "config.yaml"), f"output={tmp_path / 'run'}", "train.save_every=1"]
+    assert limited(50_000, command) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("ragjax: ") and "checkpoints/1: the checkpoint could not be written" in last
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
+def test_a_full_disk_elsewhere(capsys: Capture, monkeypatch: pytest.MonkeyPatch, world: Path) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "runs/x/train.jsonl")
+
+    monkeypatch.setattr("ragjax.train.open_world", full)
+    assert main(["train", str(world / "config.yaml"), "output=runs/none"]) == 2
+    assert capsys.readouterr().err == "ragjax: runs/x/train.jsonl: the disk is full; free some space\n"
+
+
+# evaluating and answering
+
+
+@pytest.mark.parametrize("command", ["evaluate", "answer"])
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("decode.k=31", "k is 31 but the corpus has only 30 passages"),
+        ("retriever.normalize=false", "the index was built by another encoder"),
+        ("index.folder={tmp}/none", "the index does not exist"),
+    ],
+)
+def test_evaluate_and_answer_refuse(
+    capsys: Capture, tmp_path: Path, world: Path, command: str, override: str, message: str
+) -> None:
+    question = ["why?", "--set"] if command == "answer" else []
+    override = override.replace("{tmp}", str(tmp_path))
+    assert message in refused(capsys, tmp_path, command, str(world / "config.yaml"), *question, override)
+
+
+def test_evaluate_refuses_missing_questions_and_a_file_as_output(capsys: Capture, tmp_path: Path, world: Path) -> None:
+    config = str(world / "config.yaml")
+    no_questions = f"questions.test={tmp_path / 'none.jsonl'}"
+    assert "none.jsonl: no such file" in refused(capsys, tmp_path, "evaluate", config, no_questions)
+    (tmp_path / "run").touch()
+    message = refused(capsys, tmp_path, "evaluate", config, f"output={tmp_path / 'run'}")
+    assert "cannot be created" in message
+
+
+@pytest.mark.parametrize("questions", [[""], ["Where?", " "]])
+def test_an_empty_question(capsys: Capture, tmp_path: Path, world: Path, questions: list[str]) -> None:
+    assert "an empty question" in refused(capsys, tmp_path, "answer", str(world / "config.yaml"), *questions)
+
+
+def test_the_corpus_prior_with_an_approximate_index(capsys: Capture, tmp_path: Path, world: Path) -> None:
+    config, folder = str(world / "config.yaml"), f"index.folder={tmp_path / 'index'}"
+    assert main(["index", config, folder, "index.kind=Flat"]) == 0
+    message = refused(capsys, tmp_path, "train", config, folder, "retriever.prior=corpus", f"output={tmp_path / 'run'}")
+    assert "retriever.prior=corpus needs an exact index, and this one is Flat" in message
+
+
+def test_a_gzipped_corpus_smaller_than_five_passages_is_evaluated(capsys: Capture, tmp_path: Path, world: Path) -> None:
+    corpus = tmp_path / "corpus.jsonl.gz"
+    corpus.write_bytes(gzip.compress("".join(json.dumps(p) + "\n" for p in PASSAGES).encode()))
+    write_jsonl(tmp_path / "test.jsonl", [{"question": "What is the capital of land 2?", "answer": ["city 2"]}])
+    settings = [f"output={tmp_path / 'run'}", f"index.folder={tmp_path / 'index'}", f"corpus.source={corpus}"]
+    assert main(["index", str(world / "config.yaml"), *settings]) == 0
+    capsys.readouterr()
+    settings += [f"questions.test={tmp_path / 'test.jsonl'}", "evaluate.closed_book=false"]
+    assert main(["evaluate", str(world / "config.yaml"), "--json", *settings]) == 0
+    [measured] = json.loads(capsys.readouterr().out)["models"].values()
+    assert measured["recall@5"] == 1

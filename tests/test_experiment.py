@@ -1,0 +1,98 @@
+"""The output folder: one experiment, recorded well enough to be repeated."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from trained import quick_world
+from world import open_world, tiny_config
+
+from ragjax.config import Config, InputError, load_config
+from ragjax.experiment import FREE, check_same_experiment, git_revision, load_experiment, start_experiment
+from ragjax.hub import fingerprint_files
+from ragjax.index import Index
+from ragjax.rag import Rag
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with quick_world(tmp_path_factory) as folder:
+        yield folder
+
+
+def opened(world: Path, folder: Path, **overrides: object) -> tuple[Rag, Index]:
+    rag, index, _ = open_world(tiny_config(world, output=str(folder), **overrides))
+    return rag, index
+
+
+def test_what_is_recorded_repeats_the_run(world: Path, tmp_path: Path) -> None:
+    rag, index = opened(world, tmp_path / "run", train__retriever_lr=1e-5)
+    assert start_experiment(rag, index) == tmp_path / "run"
+    assert load_config(tmp_path / "run" / "config.yaml") == rag.config
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert {"python", "ragjax", "jax", "flax", "optax", "orbax-checkpoint"} <= manifest["versions"].keys()
+    assert manifest["git_revision"] == git_revision() and len(manifest["devices"]) == 8
+    assert [source["source"] for source in manifest["sources"]] == [f"{world}/retriever", f"{world}/generator"]
+    assert all(source["pin"] for source in manifest["sources"])
+    assert manifest["fingerprints"]["questions.train"] == fingerprint_files([world / "train.jsonl"])
+    assert manifest["fingerprints"].keys() >= {"encoder", "encoder_tokenizer", "generator_tokenizer", "questions.test"}
+    assert manifest["index"]["corpus"]["fingerprint"].startswith("sha256:")
+
+
+def test_the_same_experiment_may_go_on_with_what_is_free_changed(world: Path, tmp_path: Path) -> None:
+    start_experiment(*opened(world, tmp_path, train__retriever_lr=1e-5))
+    manifest = (tmp_path / "manifest.json").read_bytes()
+    again = opened(world, tmp_path, train__retriever_lr=1e-5, decode__k=1, evaluate__limit=3, train__log_every=7)
+    start_experiment(*again)
+    assert (tmp_path / "manifest.json").read_bytes() == manifest  # of the start
+    assert load_experiment(tmp_path).decode.k == 1
+
+
+def test_another_experiment_is_refused_key_by_key(world: Path, tmp_path: Path) -> None:
+    start_experiment(*opened(world, tmp_path))
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    another = tiny_config(world, output=str(tmp_path), seed=1, train__k=2, decode__k=1)
+    with pytest.raises(InputError, match=r"seed was 0 and is 1; train\.k was 3 and is 2; go back") as refusal:
+        check_same_experiment(another)
+    assert "decode" not in str(refusal.value)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_everything_that_training_depends_on_is_held(world: Path) -> None:
+    sections = {field.name for field in dataclasses.fields(Config)}
+    assert all(key.split(".")[0] in sections for key in FREE)
+    train = {field.name for field in dataclasses.fields(tiny_config(world).train)}
+    free = {key.removeprefix("train.") for key in FREE if key.startswith("train.")}
+    assert free <= train and not free & {"steps", "batch_size", "k", "retriever_lr", "freeze", "dropout", "accumulate"}
+
+
+def test_a_folder_of_checkpoints_without_configuration_is_left_alone(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(InputError, match=r"has checkpoints but no config\.yaml"):
+        check_same_experiment(tiny_config(world, output=str(tmp_path)))
+
+
+def test_a_folder_that_cannot_be(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").touch()
+    with pytest.raises(InputError, match="run: cannot be created"):
+        start_experiment(*opened(world, tmp_path / "run"))
+
+
+def test_a_run_that_was_moved(world: Path, tmp_path: Path) -> None:
+    start_experiment(*opened(world, tmp_path / "run"))
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert load_experiment(tmp_path / "moved").output == str(tmp_path / "moved")
+    with pytest.raises(InputError, match=r"run: no run here"):
+        load_experiment(tmp_path / "run")
+
+
+def test_the_git_revision_is_a_commit_or_unknown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    revision = git_revision()
+    assert revision is None or re.fullmatch(r"[0-9a-f]{40,64}(\+changes)?", revision)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert git_revision() is None

@@ -1,0 +1,255 @@
+"""Training as a whole: it learns, it says how, it stops when asked or broken, and goes on as if nothing had been."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from trained import STEPS, quick_world, trained_run
+from world import tiny_config
+
+from ragjax import train as train_module
+from ragjax.checkpoint import Checkpoints
+from ragjax.cli import main
+from ragjax.config import InputError
+from ragjax.experiment import load_experiment
+from ragjax.models.layers import Params
+from ragjax.passages import write_jsonl
+from ragjax.progress import progress_bar
+from ragjax.rag import Rag, open_rag
+from ragjax.step import TrainState, initial_state
+from ragjax.train import restore_trained, train
+
+Capture = pytest.CaptureFixture[str]
+PIECES = ["train.steps=5", "train.dropout=0.1"]
+RATES = {"examples_per_second", "tokens_per_second"}
+METRICS = RATES | {
+    "loss", "nll_per_token", "recall", "distinct_documents", "posterior_entropy", "prior_top",
+    "gradient_norm_retriever", "gradient_norm_generator",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with quick_world(tmp_path_factory) as folder:
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def run(world: Path) -> Path:
+    return trained_run(world)
+
+
+def logged(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+
+
+def losses(folder: Path) -> list[dict[str, float]]:
+    """What was logged, speed apart."""
+    return [{name: value for name, value in line.items() if name not in RATES} for line in logged(folder)]
+
+
+def saved_state(world: Path, folder: Path, step: int, **overrides: object) -> tuple[TrainState, dict[str, Any]]:
+    rag = open_rag(tiny_config(world, **overrides))
+    like = jax.eval_shape(lambda params: initial_state(rag, params), rag.abstract_params())
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        assert checkpoints.latest() == step
+        return checkpoints.restore(step, like), checkpoints.metadata(step)
+
+
+def at_step(monkeypatch: pytest.MonkeyPatch, step: int, happen: Callable[[], None]) -> None:
+    """Lets something happen when the progress of the training reaches a step."""
+
+    @contextmanager
+    def watched(name: str, total: int, unit: str, done: int = 0) -> Iterator[Callable[..., None]]:
+        count = done
+        with progress_bar(name, total, unit, done) as advance:
+
+            def watch(more: int = 1, note: str = "") -> None:
+                nonlocal count
+                count += more
+                advance(more, note)
+                if count == step:
+                    happen()
+
+            yield watch
+
+    monkeypatch.setattr(train_module, "progress_bar", watched)
+
+
+def crash() -> None:
+    raise RuntimeError("the power went off")
+
+
+def test_it_learns_its_questions(run: Path) -> None:
+    first, last = logged(run)[0], logged(run)[-1]
+    assert last["loss"] < 0.1 * first["loss"]
+    assert last["nll_per_token"] < 0.1 * first["nll_per_token"]
+
+
+def test_every_step_is_logged_with_all_its_metrics(run: Path) -> None:
+    lines = logged(run)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    for line in lines:
+        assert line.keys() == METRICS | {"step"}
+        assert all(math.isfinite(value) for value in line.values())
+        assert 0 <= line["posterior_entropy"] <= math.log(2) + 1e-5
+        assert 1 / 2 - 1e-5 <= line["prior_top"] <= 1
+        assert 0 <= line["recall"] <= 1 and 1 / 8 - 1e-5 <= line["distinct_documents"] <= 1
+        assert line["gradient_norm_retriever"] > 0 and line["gradient_norm_generator"] > 0
+        assert all(line[rate] > 0 for rate in RATES)
+
+
+def test_both_parts_have_changed(world: Path, run: Path) -> None:
+    rag = open_rag(tiny_config(world))
+    restored = restore_trained(rag)
+    assert restored is not None and restored[1] == STEPS
+    before = rag.initial_params()
+    chex.assert_trees_all_equal_shapes_and_dtypes(restored[0], before)
+    for part in ("retriever", "generator"):
+        changes = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), restored[0][part], before[part])
+        assert max(jax.tree.leaves(changes)) > 1e-4
+
+
+def test_a_run_in_pieces_equals_the_whole_one_bit_for_bit(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    def go(folder: str, *more: str) -> int:
+        return main(["train", str(world / "config.yaml"), f"output={tmp_path / folder}", *PIECES, *more])
+
+    assert go("whole") == 0
+    at_step(monkeypatch, 2, crash)
+    with pytest.raises(RuntimeError, match="power"):
+        go("pieces", "train.save_every=1")  # step 2 is logged, and lost
+    assert [line["step"] for line in logged(tmp_path / "pieces")] == [1, 2]
+    at_step(monkeypatch, 3, lambda: signal.raise_signal(signal.SIGINT))
+    capsys.readouterr()
+    assert go("pieces") == 130
+    err = capsys.readouterr().err
+    assert "going on from step 1" in err
+    assert err.splitlines()[-1] == "ragjax: stopped and saved at step 3; run the same command again to go on"
+    at_step(monkeypatch, 0, crash)
+    assert go("pieces") == 0
+
+    overrides: dict[str, Any] = {"train__steps": 5, "train__dropout": 0.1}
+    (whole, position), (pieces, same) = (
+        saved_state(world, tmp_path / folder, 5, **overrides) for folder in ("whole", "pieces")
+    )
+    chex.assert_trees_all_equal(jax.tree.map(raw, whole), jax.tree.map(raw, pieces))
+    assert position == same
+    assert losses(tmp_path / "whole") == losses(tmp_path / "pieces")
+
+    def started(*_: object) -> None:
+        raise AssertionError("a finished run trains no more")
+
+    monkeypatch.setattr(train_module, "_assemble", started)
+    assert go("whole") == 0
+
+
+def raw(leaf: jax.Array) -> np.ndarray:
+    return np.asarray(jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf)
+
+
+def test_the_second_ctrl_c_stops_at_once(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def twice() -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    at_step(monkeypatch, 1, twice)
+    handler = signal.getsignal(signal.SIGINT)
+    assert main(["train", str(run / "config.yaml"), f"output={tmp_path}"]) == 130
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_what_is_not_a_number_stops_with_the_step_and_the_questions(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    params = Rag.initial_params
+
+    def broken(rag: Rag) -> Params:
+        read = params(rag)
+        return {**read, "generator": jax.tree.map(lambda x: x * jnp.nan, read["generator"])}
+
+    records = [{"id": f"q{i}", "question": f"What is {i}?", "answer": ["Kes"]} for i in range(8)]
+    write_jsonl(tmp_path / "named.jsonl", records)
+    monkeypatch.setattr(Rag, "initial_params", broken)
+    output = tmp_path / "run"
+    settings = [f"output={output}", f"questions.train={tmp_path / 'named.jsonl'}"]
+    assert main(["train", str(run / "config.yaml"), *settings]) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("ragjax: step 1: ") and "loss" in message and "is not finite" in message
+    assert all(f"q{i}" in message for i in range(8))
+    assert (output / "train.jsonl").read_text() == "" and list((output / "checkpoints").iterdir()) == []
+
+
+def test_answers_that_are_too_long_are_counted_and_not_cut(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    records = [{"question": f"What is {i}?", "answer": ["Kes", "a city of many words"]} for i in range(8)]
+    write_jsonl(tmp_path / "train.jsonl", [*records, {"question": "Where?", "answer": "nowhere in particular"}])
+    settings = [f"output={tmp_path / 'run'}", f"questions.train={tmp_path / 'train.jsonl'}"]
+    at_step(monkeypatch, 1, lambda: signal.raise_signal(signal.SIGINT))
+    assert main(["train", str(run / "config.yaml"), *settings]) == 130  # it was trained on the others
+    err = " ".join(capsys.readouterr().err.split())
+    assert "9 answers are longer than generator.answer_tokens=12 and are not trained on" in err
+    assert "for example 'a city of many words'; 1 questions have no other" in err
+
+
+def test_tensorboard_and_rare_logging(world: Path, tmp_path: Path) -> None:
+    settings = ["train.tensorboard=true", "train.log_every=2", *PIECES, f"output={tmp_path}"]
+    assert main(["train", str(world / "config.yaml"), *settings]) == 0
+    assert [line["step"] for line in logged(tmp_path)] == [2, 4, 5]
+    [events] = (tmp_path / "tensorboard").iterdir()
+    assert b"distinct_documents" in events.read_bytes()
+
+
+def test_the_work_is_split_over_all_devices(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shardings: list[Any] = []
+    make = train_module.make_train_step
+
+    def watched(rag: Rag) -> Callable[..., Any]:
+        step = make(rag)
+
+        def watch(state: TrainState, batch: Any, corpus: Any) -> Any:
+            shardings.append(batch.source.sharding.shard_shape(batch.source.shape))
+            return step(state, batch, corpus)
+
+        return watch
+
+    monkeypatch.setattr(train_module, "make_train_step", watched)
+    at_step(monkeypatch, 1, crash)
+    with pytest.raises(RuntimeError, match="power"):
+        train(dataclasses.replace(load_experiment(run), output=str(tmp_path)))
+    assert len(jax.devices()) == 8 and shardings[0][:2] == (1, 2)  # of 8 questions with 2 documents each
+
+
+def test_the_corpus_prior_is_trained(world: Path, tmp_path: Path) -> None:
+    config = tiny_config(world, retriever__prior="corpus", train__steps=2, output=str(tmp_path))
+    first, second = logged(train(config))
+    assert first["gradient_norm_retriever"] > 0 and math.isfinite(second["loss"])
+    assert first["prior_top"] < 1 / 3  # of the mass of all thirty passages
+
+
+def test_without_a_run_nothing_is_restored(world: Path, tmp_path: Path) -> None:
+    rag = open_rag(tiny_config(world, output=str(tmp_path / "none")))
+    assert restore_trained(rag) is None
+    assert not (tmp_path / "none").exists()
+    (tmp_path / "none" / "checkpoints").mkdir(parents=True)
+    assert restore_trained(rag) is None
+
+
+def test_bad_input_is_an_input_error_in_python_too(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="k is 31"):
+        train(tiny_config(world, train__k=31, output=str(tmp_path / "run")))
