@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
-from operator import itemgetter
+from collections.abc import Sequence
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -166,8 +167,8 @@ def _summarise(predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
     differ = [p for p in predictions if p["answers"]["thorough"] != p["answers"]["fast"]]
     summary["thorough_and_fast_differ"] = {
         "questions": len(differ),
-        "thorough_right": sum(p["scores"]["thorough"]["exact_match"] for p in differ),
-        "fast_right": sum(p["scores"]["fast"]["exact_match"] for p in differ),
+        "thorough_right": int(sum(p["scores"]["thorough"]["exact_match"] for p in differ)),
+        "fast_right": int(sum(p["scores"]["fast"]["exact_match"] for p in differ)),
     }
     summary["gold_nll"] = float(np.mean([p["gold_nll"] for p in predictions]))
     summary["mean_candidates"] = float(np.mean([p["candidates"] for p in predictions]))
@@ -189,20 +190,20 @@ def print_metrics(report: dict[str, Any], as_json: bool) -> None:
     ]
     table = Table(f"{first['questions']} {report['split']} questions", *heads, box=box.SIMPLE_HEAD)
 
-    def row(label: str, pick: Callable[[dict[str, Any]], Any]) -> None:
-        values = [pick(m) for m in models.values()]
-        table.add_row(label, *("–" if v is None else f"{v:.3f}" if isinstance(v, float) else v for v in values))
+    def row(label: str, *keys: str) -> None:
+        values = [reduce(getitem, keys, m) for m in models.values()]
+        table.add_row(label, *("–" if v is None else f"{v:.3f}" if isinstance(v, float) else str(v) for v in values))
 
     for key in first:
         if key.startswith("recall@"):
-            row(f"{key} (all questions)", itemgetter(key))
-    row("prior mass of the top k (all questions)", itemgetter("top_k_mass"))
+            row(f"{key} (all questions)", key)
+    row("prior mass of the top k (all questions)", "top_k_mass")
     for mode in ("thorough", "fast", "closed_book"):
         for score, label in (("exact_match", "exact match"), ("f1", "F1")) if mode in first else ():
-            row(f"{mode.replace('_', ' ')}: {label}", lambda m, mode=mode, score=score: m[mode][score])
-    row("−log p(gold answer), nats", itemgetter("gold_nll"))
-    row("calibration error of p(answer)", itemgetter("calibration_error"))
-    row("thorough and fast differ", lambda m: str(m["thorough_and_fast_differ"]["questions"]))
+            row(f"{mode.replace('_', ' ')}: {label}", mode, score)
+    row("−log p(gold answer), nats", "gold_nll")
+    row("calibration error of p(answer)", "calibration_error")
+    row("thorough and fast differ", "thorough_and_fast_differ", "questions")
     for mode in ("thorough", "fast"):
-        row(f"  of these, {mode} right", lambda m, key=f"{mode}_right": f"{m['thorough_and_fast_differ'][key]:.0f}")
+        row(f"  of these, {mode} right", "thorough_and_fast_differ", f"{mode}_right")
     Console(highlight=False).print(table)

@@ -26,7 +26,7 @@ from ragjax.passages import atomic_write
 from ragjax.rag import Rag
 
 # what may change between two calls on one output folder: nothing that the training of a step depends on
-FREE = ("decode", "evaluate", "train.save_every", "train.keep", "train.log_every", "train.tensorboard")
+FREE = ("output", "decode", "evaluate", "train.save_every", "train.keep", "train.log_every", "train.tensorboard")
 PACKAGES = "ragjax jax jaxlib flax optax orbax-checkpoint grain transformers tokenizers faiss-cpu numpy".split()
 
 

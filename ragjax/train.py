@@ -83,10 +83,7 @@ def open_world(config: Config) -> tuple[Rag, Index, PassageStore]:
     enable_compilation_cache(cache_folder() / "xla")
     rag = open_rag(config)
     folder = Path(config.index.folder)
-    index = open_index(folder, rag.fingerprints)
-    if config.retriever.prior == "corpus" and index.kind != "exact":
-        raise InputError(f"{folder}: retriever.prior=corpus needs an exact index, and this one is {index.kind}")
-    return rag, index, PassageStore.open(folder)
+    return rag, open_index(folder, rag.fingerprints), PassageStore.open(folder)
 
 
 def has_answer(store: PassageStore, question: Question, ids: np.ndarray) -> np.ndarray:
@@ -118,8 +115,9 @@ def _start(rag: Rag, checkpoints: Checkpoints, batches: QuestionBatches, mesh: j
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), abstract)
     batches.restore(checkpoints.metadata(newest)["data"])
+    state = checkpoints.restore(newest, like)
     terminal.print(f"going on from step {newest}")
-    return checkpoints.restore(newest, like)
+    return state
 
 
 def _assemble(

@@ -57,7 +57,7 @@ def test_every_probability_follows_from_the_others(together: list[Answer]) -> No
         assert len(prior) == 3 and np.all(np.diff(prior) <= 0)
         np.testing.assert_allclose(prior.sum(), 1, rtol=1e-5)
         for candidate in answer.candidates:
-            assert candidate.given_document is not None and candidate.thorough is not None
+            assert candidate.given_document and candidate.thorough is not None and candidate.posterior is not None
             given, proposed = np.array(candidate.given_document), np.array(candidate.proposed)
             np.testing.assert_allclose(candidate.thorough, prior @ given, rtol=1e-4)
             np.testing.assert_allclose(candidate.fast, prior @ proposed, rtol=1e-4)
@@ -80,7 +80,7 @@ def test_a_batch_equals_its_questions_one_at_a_time(answerer: Answerer, together
         assert [document.id for document in alone.documents] == [document.id for document in together[i].documents]
         assert [c.text for c in alone.candidates] == [c.text for c in together[i].candidates]
         for one, other in zip(alone.candidates, together[i].candidates, strict=True):
-            np.testing.assert_allclose(one.thorough, other.thorough, rtol=1e-3)
+            assert one.thorough == pytest.approx(other.thorough, rel=1e-3)
 
 
 def test_fast_sums_what_the_documents_proposed(answerer: Answerer, together: list[Answer]) -> None:

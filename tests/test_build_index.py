@@ -101,7 +101,7 @@ def test_another_kind_leaves_nothing_of_the_old_one(world: Path, tmp_path: Path)
     folder, queries = str(tmp_path), np.eye(32, dtype=np.float32)[:4]
     build(tiny_config(world, index__folder=folder, index__kind="HNSW8"))
     assert "faiss.index" in names(tmp_path)
-    approximate = opened(tiny_config(world, index__folder=folder)).search(queries, 5)
+    approximate = opened(tiny_config(world, index__folder=folder, index__kind="HNSW8")).search(queries, 5)
     build(tiny_config(world, index__folder=folder))
     assert "faiss.index" not in names(tmp_path)
     exact = opened(tiny_config(world, index__folder=folder)).search(queries, 5)

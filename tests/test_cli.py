@@ -37,7 +37,10 @@ def run(world: Path) -> Path:
 
 @pytest.fixture
 def own_run(run: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(run, tmp_path / "run"))
+    folder = Path(shutil.copytree(run, tmp_path / "run"))
+    text = (folder / "config.yaml").read_text(encoding="utf-8")
+    (folder / "config.yaml").write_text(text.replace(f"output: {run}\n", f"output: {folder}\n"), encoding="utf-8")
+    return folder
 
 
 def lines(path: Path, *records: object) -> Path:
@@ -214,11 +217,10 @@ def test_train_refuses(capsys: Capture, tmp_path: Path, world: Path, override: s
 
 
 def test_train_refuses_a_folder_with_another_experiment(capsys: Capture, own_run: Path) -> None:
-    command = ["train", str(own_run / "config.yaml"), f"output={own_run}"]
-    message = refused(capsys, own_run, *command, "train.steps=99", "decode.k=2")
+    message = refused(capsys, own_run, "train", str(own_run / "config.yaml"), "train.steps=99", "decode.k=2")
     assert f"train.steps was {STEPS} and is 99" in message and "decode" not in message
     (own_run / "config.yaml").rename(own_run / "other.yaml")
-    message = refused(capsys, own_run, "train", str(own_run / "other.yaml"), f"output={own_run}")
+    message = refused(capsys, own_run, "train", str(own_run / "other.yaml"))
     assert "has checkpoints but no config.yaml" in message
 
 
@@ -242,7 +244,7 @@ def emptied(checkpoint: Path) -> None:
 def test_an_incomplete_checkpoint(capsys: Capture, own_run: Path, command: str, damage: Callable[[Path], None]) -> None:
     damage(own_run / "checkpoints" / str(STEPS))
     question = ["why?", "--set"] if command == "answer" else []
-    message = refused(capsys, own_run, command, str(own_run / "config.yaml"), *question, f"output={own_run}")
+    message = refused(capsys, own_run, command, str(own_run / "config.yaml"), *question, "seed=0")
     assert f"checkpoints/{STEPS}: the checkpoint is incomplete or damaged" in message
     assert "delete this folder" in message
 
@@ -298,11 +300,11 @@ def test_an_empty_question(capsys: Capture, tmp_path: Path, world: Path, questio
     assert "an empty question" in refused(capsys, tmp_path, "answer", str(world / "config.yaml"), *questions)
 
 
-def test_the_corpus_prior_with_an_approximate_index(capsys: Capture, tmp_path: Path, world: Path) -> None:
+def test_the_corpus_prior_is_refused_with_an_approximate_index(capsys: Capture, tmp_path: Path, world: Path) -> None:
     config, folder = str(world / "config.yaml"), f"index.folder={tmp_path / 'index'}"
     assert main(["index", config, folder, "index.kind=Flat"]) == 0
     message = refused(capsys, tmp_path, "train", config, folder, "retriever.prior=corpus", f"output={tmp_path / 'run'}")
-    assert "retriever.prior=corpus needs an exact index, and this one is Flat" in message
+    assert "the index was built by another kind: Flat" in message
 
 
 def test_a_gzipped_corpus_smaller_than_five_passages_is_evaluated(capsys: Capture, tmp_path: Path, world: Path) -> None:

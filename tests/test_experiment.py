@@ -86,7 +86,9 @@ def test_a_folder_that_cannot_be(world: Path, tmp_path: Path) -> None:
 def test_a_run_that_was_moved(world: Path, tmp_path: Path) -> None:
     start_experiment(*opened(world, tmp_path / "run"))
     (tmp_path / "run").rename(tmp_path / "moved")
-    assert load_experiment(tmp_path / "moved").output == str(tmp_path / "moved")
+    config = load_experiment(tmp_path / "moved")
+    assert config.output == str(tmp_path / "moved")
+    check_same_experiment(config)
     with pytest.raises(InputError, match=r"run: no run here"):
         load_experiment(tmp_path / "run")
 

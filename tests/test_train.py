@@ -25,14 +25,14 @@ from ragjax.cli import main
 from ragjax.config import InputError
 from ragjax.experiment import load_experiment
 from ragjax.models.layers import Params
-from ragjax.passages import write_jsonl
+from ragjax.passages import read_questions, write_jsonl
 from ragjax.progress import progress_bar
 from ragjax.rag import Rag, open_rag
 from ragjax.step import TrainState, initial_state
 from ragjax.train import restore_trained, train
 
 Capture = pytest.CaptureFixture[str]
-PIECES = ["train.steps=5", "train.dropout=0.1"]
+PIECES = ["train.steps=5", "train.k=2", "train.dropout=0.1"]
 RATES = {"examples_per_second", "tokens_per_second"}
 METRICS = RATES | {
     "loss", "nll_per_token", "recall", "distinct_documents", "posterior_entropy", "prior_top",
@@ -117,6 +117,8 @@ def test_both_parts_have_changed(world: Path, run: Path) -> None:
     assert restored is not None and restored[1] == STEPS
     before = rag.initial_params()
     chex.assert_trees_all_equal_shapes_and_dtypes(restored[0], before)
+    # both lie on a device of their own, or evaluating them side by side would compile everything twice
+    assert all(leaf.committed for leaf in jax.tree.leaves((before, restored[0])))
     for part in ("retriever", "generator"):
         changes = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), restored[0][part], before[part])
         assert max(jax.tree.leaves(changes)) > 1e-4
@@ -142,7 +144,7 @@ def test_a_run_in_pieces_equals_the_whole_one_bit_for_bit(
     at_step(monkeypatch, 0, crash)
     assert go("pieces") == 0
 
-    overrides: dict[str, Any] = {"train__steps": 5, "train__dropout": 0.1}
+    overrides: dict[str, Any] = {"train__steps": 5, "train__k": 2, "train__dropout": 0.1}
     (whole, position), (pieces, same) = (
         saved_state(world, tmp_path / folder, 5, **overrides) for folder in ("whole", "pieces")
     )
@@ -182,7 +184,8 @@ def test_what_is_not_a_number_stops_with_the_step_and_the_questions(
         read = params(rag)
         return {**read, "generator": jax.tree.map(lambda x: x * jnp.nan, read["generator"])}
 
-    records = [{"id": f"q{i}", "question": f"What is {i}?", "answer": ["Kes"]} for i in range(8)]
+    some = read_questions(run.parent / "letters.jsonl")
+    records = [{"id": f"q{i}", "question": q.question, "answer": ["Kes"]} for i, q in enumerate(some)]
     write_jsonl(tmp_path / "named.jsonl", records)
     monkeypatch.setattr(Rag, "initial_params", broken)
     output = tmp_path / "run"
@@ -197,7 +200,8 @@ def test_what_is_not_a_number_stops_with_the_step_and_the_questions(
 def test_answers_that_are_too_long_are_counted_and_not_cut(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    records = [{"question": f"What is {i}?", "answer": ["Kes", "a city of many words"]} for i in range(8)]
+    some = read_questions(run.parent / "letters.jsonl")
+    records = [{"question": q.question, "answer": [*q.answers, "a city of many words"]} for q in some]
     write_jsonl(tmp_path / "train.jsonl", [*records, {"question": "Where?", "answer": "nowhere in particular"}])
     settings = [f"output={tmp_path / 'run'}", f"questions.train={tmp_path / 'train.jsonl'}"]
     at_step(monkeypatch, 1, lambda: signal.raise_signal(signal.SIGINT))
