@@ -18,7 +18,7 @@ quickstart: $(VENV)/dev
 	$(BIN)/ragjax answer configs/factbook.yaml "What is the capital of France?"
 
 test: $(VENV)/dev
-	$(PYTEST) -n 2
+	$(PYTEST) -n 2 --dist loadfile
 
 test-slow: $(VENV)/dev
 	$(PYTEST) -m slow

@@ -125,8 +125,8 @@ class Answerer:
         return [Document(**dataclasses.asdict(self.store[int(i)]), prior=float(p)) for i, p in pairs if i >= 0]
 
     def text(self, tokens: Sequence[int]) -> str:
-        """An answer's tokens as text."""
-        return self.rag.generator_tokenizer.decode(tokens).strip()
+        """An answer's tokens as text, on one line."""
+        return " ".join(self.rag.generator_tokenizer.decode(tokens).split())
 
     def _closed_book(self, questions: Sequence[str], n_best: int | None) -> list[Answer]:
         found, _ = self.candidates(questions, None, "fast")
@@ -212,7 +212,7 @@ def print_answer(answer: Answer, console: Console) -> None:
         for z, document in enumerate(answer.documents):
             own = sorted(((c.proposed[z], c.text) for c in answer.candidates if c.proposed[z] > 0), reverse=True)
             proposals = "\n".join(f"{escape(text) or '(empty)'}  {p:.3f}" for p, text in own)
-            shown = f"[bold]{escape(document.title)}[/bold] {document.id}\n{escape(_shorten(document.text, 150))}"
+            shown = f"[bold]{escape(document.title)}[/bold] {document.id}\n{escape(_shorten(document.text, 320))}"
             documents.add_row(f"z{z + 1}", f"{document.prior:.3f}", shown, proposals)
         console.print(documents)
     candidates = Table("candidate", "thorough p(y|x)", "fast p(y|x)", "p(z|x,y) by document", box=box.SIMPLE_HEAD)

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from ragjax.config import Config, InputError
 from ragjax.factbook import build_factbook
-from ragjax.hub import Fetched, fetch
+from ragjax.hub import Fetched, cache_folder, fetch
 from ragjax.index import FAISS_FILE, MANIFEST, check_kind, embed_passages, write_index
+from ragjax.mesh import enable_compilation_cache
 from ragjax.passages import Passage, PassageStore, read_passages, write_jsonl, write_store
 from ragjax.progress import progress_bar
 from ragjax.rag import Rag, encode, open_rag, passage_text
@@ -23,6 +24,7 @@ def build_index(config: Config) -> Path:
 
     Raises `InputError` for bad input; an index that is there already is replaced only once the new one is whole.
     """
+    enable_compilation_cache(cache_folder() / "xla")
     rag = open_rag(config)
     check_kind(config.index.kind, rag.retriever.config.embedding_width)
     corpus = fetch(config.corpus.source)
@@ -36,13 +38,13 @@ def _build(rag: Rag, corpus: Fetched, folder: Path) -> None:
     config, params = rag.config, rag.retriever.read()
     passages = _passages(config, corpus, folder)
 
-    def tokenise(texts: list[str]) -> list[list[int]]:
-        longest = config.generator.source_tokens
-        return [row[:longest] for row in rag.generator_tokenizer.encode(texts)]
-
     with progress_bar("tokenise", None, "passages") as advance:
         summary = write_store(
-            folder, passages, tokenise, lambda passage: passage_text(config.generator.passage, passage), advance
+            folder,
+            passages,
+            rag.generator_tokenizer.encode,
+            lambda passage: passage_text(config.generator.passage, passage),
+            advance,
         )
     store = PassageStore.open(folder)
     rows = _encoder_rows(rag, store)

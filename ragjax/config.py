@@ -87,6 +87,7 @@ class Train:
     weight_decay: float = 0.0
     clip: float = 1.0  # largest global gradient norm
     freeze: list[str] = field(default_factory=list)  # parameter prefixes, e.g. retriever, generator.embed
+    frozen_layers: int = 0  # the generator's first layers, likewise; saves their backward pass if its embed is frozen
     dropout: float = 0.0
     remat: bool = True  # recompute activations in the backward pass
     save_every: int = 500
@@ -142,10 +143,12 @@ CHOICES = {
 POSITIVE = (
     "corpus.passage_words retriever.scale retriever.question_tokens retriever.passage_tokens index.batch_size "
     "generator.source_tokens generator.answer_tokens train.steps train.batch_size train.accumulate train.k train.clip "
-    "train.save_every train.keep train.log_every decode.k decode.beams decode.max_new_tokens evaluate.batch_size"
+    "train.save_every train.keep train.log_every decode.k decode.beams decode.max_new_tokens evaluate.batch_size "
+    "corpus.limit evaluate.limit"
 ).split()
 NOT_NEGATIVE = (
-    "train.retriever_lr train.generator_lr train.warmup train.weight_decay train.dropout decode.min_new_tokens"
+    "train.retriever_lr train.generator_lr train.warmup train.weight_decay train.dropout decode.min_new_tokens "
+    "train.frozen_layers evaluate.untrained_limit seed"
 ).split()
 
 
@@ -198,7 +201,7 @@ def _explain(error: OmegaConfBaseException) -> str:
         section = next((f.default_factory for f in dataclasses.fields(Config) if f.name == parent), Config)
         known = ", ".join(f.name for f in dataclasses.fields(section))  # type: ignore[arg-type]
         return f"unknown key {key!r}; known here: {known}"
-    return f"key {key!r}: {first}"
+    return f"key {key!r}: {first}" if key else first
 
 
 def _check(config: Config, path: Path) -> None:
@@ -207,10 +210,10 @@ def _check(config: Config, path: Path) -> None:
         if (value := get_key(config, key)) not in choices:
             problems.append(f"{key} is {value!r}; expected one of {', '.join(choices)}")
     for key in POSITIVE:
-        if not (value := get_key(config, key)) > 0:  # type: ignore[operator]
+        if (value := get_key(config, key)) is not None and not value > 0:  # type: ignore[operator]
             problems.append(f"{key} is {value}; expected more than 0")
     for key in NOT_NEGATIVE:
-        if (value := get_key(config, key)) < 0:  # type: ignore[operator]
+        if (value := get_key(config, key)) is not None and not value >= 0:  # type: ignore[operator]
             problems.append(f"{key} is {value}; expected 0 or more")
     if config.train.dropout >= 1:
         problems.append(f"train.dropout is {config.train.dropout}; expected less than 1")

@@ -219,16 +219,17 @@ def full_text(tokenizer: Tokenizer, tokens: np.ndarray) -> str:
     ],
 )
 def test_prompt_reads_as_its_template(tokenizer, template, closed_book):
-    passage, question = tokenizer.encode(["A {question} passage.", "Q?"])
     prompt = make_prompt(tokenizer, template)
+    assert prompt.before_question == (" " if "Question: {question}" in template else "")
+    passage, question = tokenizer.encode(["A {question} passage.", prompt.before_question + "Q?"])
     expected = template.replace("{question}", "Q?").replace("{passage}", "A {question} passage.")
     assert full_text(tokenizer, assemble(prompt, passage, question, 200)) == expected
     assert full_text(tokenizer, assemble_closed_book(prompt, question, 200)) == closed_book
 
 
 def test_chat_prompt(tokenizer):
-    passage, question = tokenizer.encode(["<|im_end|>{{ 7 * 7 }}", "Q?"])
     prompt = make_prompt(tokenizer, "chat")
+    passage, question = tokenizer.encode(["<|im_end|>{{ 7 * 7 }}", prompt.before_question + "Q?"])
     tokens = assemble(prompt, passage, question, 200)
     assert full_text(tokenizer, tokens) == (
         "<|im_start|>user\n<|im_end|>{{ 7 * 7 }}\n\nQuestion: Q?\nAnswer briefly.<|im_end|>\n<|im_start|>assistant\n"

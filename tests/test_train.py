@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -165,8 +166,9 @@ def raw(leaf: jax.Array) -> np.ndarray:
 
 def test_the_second_ctrl_c_stops_at_once(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def twice() -> None:
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
+        for _ in range(2):
+            signal.raise_signal(signal.SIGINT)
+            time.sleep(0.01)  # until its handler has run
 
     at_step(monkeypatch, 1, twice)
     handler = signal.getsignal(signal.SIGINT)
