@@ -87,7 +87,6 @@ class Train:
     weight_decay: float = 0.0
     clip: float = 1.0  # largest global gradient norm
     freeze: list[str] = field(default_factory=list)  # parameter prefixes, e.g. retriever, generator.embed
-    frozen_layers: int = 0  # the generator's first layers, likewise; saves their backward pass if its embed is frozen
     dropout: float = 0.0
     remat: bool = True  # recompute activations in the backward pass
     save_every: int = 500
@@ -148,7 +147,7 @@ POSITIVE = (
 ).split()
 NOT_NEGATIVE = (
     "train.retriever_lr train.generator_lr train.warmup train.weight_decay train.dropout decode.min_new_tokens "
-    "train.frozen_layers evaluate.untrained_limit seed"
+    "evaluate.untrained_limit seed"
 ).split()
 
 

@@ -65,7 +65,7 @@ def open_rag(config: Config) -> Rag:
     fetched = fetch(r.source), fetch(g.source)
     encoder, decoder = (checkpoint_folder(f.path) for f in fetched)
     retriever = open_bert(encoder, r.pooling, r.normalize, rate, config.dtype)
-    generator = open_llama(decoder, rate, config.dtype, config.train.frozen_layers)
+    generator = open_llama(decoder, rate, config.dtype)
     _check_lengths(config, retriever, generator)
     retriever_tokenizer, generator_tokenizer = Tokenizer.load(encoder), Tokenizer.load(decoder)
     c = config.corpus

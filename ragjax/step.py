@@ -32,35 +32,25 @@ class TrainState:
     key: Any  # Key[Array, ""]
 
 
-def split_frozen(params: Params, train: Train) -> tuple[Flat, Flat]:
-    """Trained and frozen parameters by path; a stacked leaf of the generator's layers may be in both, as two parts.
+def split_frozen(params: Params, freeze: Sequence[str]) -> tuple[Flat, Flat]:
+    """Trained and frozen parameters by path. A prefix in `freeze` is a dotted path such as `generator.embed`.
 
-    Raises `InputError` for a prefix in `train.freeze` that names nothing, or when nothing is left to train.
+    Raises `InputError` for a prefix that names nothing, or when nothing is left to train.
     """
     flat = nnx.traversals.flatten_mapping(params)
 
     def under(path: tuple[str, ...], prefix: str) -> bool:
         return ".".join(path).startswith(prefix + ".") or ".".join(path) == prefix
 
-    for prefix in train.freeze:
+    for prefix in freeze:
         if not any(under(path, prefix) for path in flat):
             parts = sorted({".".join(path[:2]) for path in flat} | {path[0] for path in flat})
             raise InputError(f"train.freeze: no parameters under {prefix!r}; there are {', '.join(parts)}")
-    frozen = {path: leaf for path, leaf in flat.items() if any(under(path, prefix) for prefix in train.freeze)}
+    frozen = {path: leaf for path, leaf in flat.items() if any(under(path, prefix) for prefix in freeze)}
     trained = {path: leaf for path, leaf in flat.items() if path not in frozen}
     if not trained:
         raise InputError("train.freeze leaves nothing to train")
-    if train.frozen_layers:
-        stacked = {path: leaf for path, leaf in trained.items() if path[:2] == ("generator", "layers")}
-        frozen |= {path: leaf[: train.frozen_layers] for path, leaf in stacked.items()}
-        trained |= {path: leaf[train.frozen_layers :] for path, leaf in stacked.items()}
     return trained, frozen
-
-
-def join(trained: Flat, frozen: Flat) -> Params:
-    """The inverse of `split_frozen`."""
-    both = {path: jnp.concatenate([frozen[path], trained[path]]) for path in trained.keys() & frozen.keys()}
-    return nnx.traversals.unflatten_mapping(trained | frozen | both)
 
 
 def make_optimizer(train: Train) -> optax.GradientTransformation:
@@ -98,7 +88,7 @@ def make_optimizer(train: Train) -> optax.GradientTransformation:
 def initial_state(rag: Rag, params: Params) -> TrainState:
     """Step 0. Raises `InputError` as `split_frozen` does."""
     train = rag.config.train
-    trained, _ = split_frozen(params, train)
+    trained, _ = split_frozen(params, train.freeze)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -111,10 +101,10 @@ def gradients(
     rag: Rag, params: Params, batch: TrainBatch, key: Key[Array, ""], corpus: Float[Array, "N D"] | None = None
 ) -> tuple[Flat, dict[str, Any]]:
     """The gradient of the mean loss by the trained parameters, and metrics, over `train.accumulate` micro-batches."""
-    trained, frozen = split_frozen(params, rag.config.train)
+    trained, frozen = split_frozen(params, rag.config.train.freeze)
 
     def of_trained(trained: Flat, part: TrainBatch) -> tuple[Array, dict[str, Any]]:
-        return loss(rag, join(trained, frozen), part, key, corpus)
+        return loss(rag, nnx.traversals.unflatten_mapping(trained | frozen), part, key, corpus)
 
     differentiate = jax.grad(of_trained, has_aux=True)
     count = rag.config.train.accumulate
@@ -148,9 +138,9 @@ def make_train_step(rag: Rag) -> Callable[..., tuple[TrainState, dict[str, Any]]
         for part in ("retriever", "generator"):
             of_part = [leaf for path, leaf in grads.items() if path[0] == part]
             metrics[f"gradient_norm_{part}"] = optax.tree.norm(of_part)
-        trained, frozen = split_frozen(state.params, train)
+        trained, frozen = split_frozen(state.params, train.freeze)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, trained)
-        params = join(optax.apply_updates(trained, updates), frozen)
+        params = nnx.traversals.unflatten_mapping(optax.apply_updates(trained, updates) | frozen)
         return TrainState(state.step + 1, params, optimizer_state, state.key), metrics
 
     return train_step

@@ -8,7 +8,6 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -48,7 +47,7 @@ def train(config: Config) -> Path:
     batches = QuestionBatches([len(a) for a in usable.answers], config.train.batch_size, config.seed)
     mesh = make_mesh()
     shard_batch(mesh, np.zeros(config.train.batch_size))  # these two raise before anything is written
-    jax.eval_shape(partial(split_frozen, train=config.train), rag.abstract_params())
+    split_frozen(rag.abstract_params(), config.train.freeze)
     folder = start_experiment(rag, index)
 
     with Checkpoints(folder / "checkpoints", keep=config.train.keep) as checkpoints:

@@ -109,7 +109,7 @@ def open_bert(
     return Pretrained(config, graph, abstract, lambda: _fill(abstract, table, names, read, checkpoint))
 
 
-def open_llama(checkpoint: Path, dropout: float = 0.0, dtype: str = "float32", frozen: int = 0) -> Pretrained:
+def open_llama(checkpoint: Path, dropout: float = 0.0, dtype: str = "float32") -> Pretrained:
     """A Llama-family decoder in a Hugging Face folder or a GGUF file; raises as `open_bert`."""
     gguf = checkpoint.suffix == ".gguf"
     if gguf:
@@ -117,9 +117,7 @@ def open_llama(checkpoint: Path, dropout: float = 0.0, dtype: str = "float32", f
     else:
         hf = read_json(checkpoint / "config.json")
         names, read = _open_safetensors(checkpoint)
-    config = _shape(
-        lambda: LlamaConfig.from_hf(hf, dropout, dtype, frozen), checkpoint if gguf else checkpoint / "config.json"
-    )
+    config = _shape(lambda: LlamaConfig.from_hf(hf, dropout, dtype), checkpoint if gguf else checkpoint / "config.json")
     if config.tied:
         names = names - {"lm_head.weight", "output.weight"}
     table = {ours: theirs for ours, name, other in LLAMA if (theirs := other if gguf else name)}

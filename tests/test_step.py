@@ -192,7 +192,7 @@ def test_a_step_on_eight_devices_equals_one_with_dropout(
 
 
 def test_pmap_with_psum_gives_the_same_gradients(dropping: Setup, dropping_gradients: tuple[Any, Any]) -> None:
-    trained, frozen = split_frozen(dropping.params, dropping.rag.config.train)
+    trained, frozen = split_frozen(dropping.params, dropping.rag.config.train.freeze)
 
     def on_one_device(trained: Any, batch: TrainBatch) -> Any:
         def part(trained: Any) -> jax.Array:
@@ -276,31 +276,6 @@ def test_frozen_parts_stay_and_have_no_optimiser_state(plain: Setup) -> None:
     held = {path: leaf.shape for path, leaf in moments(state.optimizer)["mu"].items()}
     assert held == {path: leaf.shape for path, leaf in before.items() if path not in frozen}
     assert metrics["gradient_norm_retriever"] == 0 and metrics["gradient_norm_generator"] > 0
-
-
-def test_frozen_layers_change_no_other_gradient(world: Path, plain_gradients: tuple[Any, Any]) -> None:
-    lower = setup(world, train__frozen_layers=1)
-    grads, metrics = jax.device_get(differentiate(lower.rag)(lower.params, lower.batch))
-    whole, whole_metrics = plain_gradients
-    in_layers = {path: leaf[1:] if path[:2] == ("generator", "layers") else leaf for path, leaf in whole.items()}
-    # what stands below the frozen layers, the embedding, still gets its gradient through them
-    assert_same(grads, in_layers)
-    assert metrics["loss"] == pytest.approx(whole_metrics["loss"], rel=1e-6)
-    state, _ = make_train_step(lower.rag)(lower.state(), lower.batch)
-    for path, leaf in flat(state.params).items():
-        before = flat(lower.params)[path]
-        if path[:2] == ("generator", "layers"):
-            assert (leaf[0] == before[0]).all() and (leaf[1] != before[1]).any(), path
-    assert all(
-        leaf.shape[0] == 1
-        for path, leaf in moments(state.optimizer)["mu"].items()
-        if "layers" in path[1:2] and path[0] == "generator"
-    )
-
-
-def test_more_frozen_layers_than_there_are(world: Path) -> None:
-    with pytest.raises(InputError, match="frozen_layers is 3, but the generator has 2 layers"):
-        setup(world, train__frozen_layers=3)
 
 
 def test_a_learning_rate_of_zero_leaves_the_retriever(plain: Setup, plain_gradients: tuple[Any, Any]) -> None:

@@ -29,27 +29,15 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) ->
     return nnx.vmap(make, in_axes=0, out_axes=0)(rngs.split(count))
 
 
-def scan_layers(
-    layers: nnx.Module, step: Callable, carry: Any, xs: Any = None, remat: bool = False, frozen: int = 0
-) -> tuple[Any, Any]:
-    """Runs `step(layer, carry, x) -> (carry, y)` through stacked layers; `remat` recomputes each going backward.
-
-    The first `frozen` layers get no gradient, and where their input needs none either, no backward pass.
-    """
+def scan_layers(layers: nnx.Module, step: Callable, carry: Any, xs: Any = None, remat: bool = False) -> tuple[Any, Any]:
+    """Runs `step(layer, carry, x) -> (carry, y)` through stacked layers; `remat` recomputes each going backward."""
     graph, params = nnx.split(layers)
 
     def body(carry: Any, inputs: tuple[Any, Any]) -> tuple[Any, Any]:
         layer_params, x = inputs
         return step(nnx.merge(graph, layer_params), carry, x)
 
-    scan = partial(jax.lax.scan, jax.checkpoint(body) if remat else body)
-    if not frozen:
-        return scan(carry, (params, xs))
-    lower = jax.tree.map(lambda x: jax.lax.stop_gradient(x[:frozen]), params)
-    upper = jax.tree.map(lambda x: x[frozen:], params)
-    carry, below = scan(carry, (lower, jax.tree.map(lambda x: x[:frozen], xs)))
-    carry, above = scan(carry, (upper, jax.tree.map(lambda x: x[frozen:], xs)))
-    return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts), below, above)
+    return jax.lax.scan(jax.checkpoint(body) if remat else body, carry, (params, xs))
 
 
 def split_parameters(module: nnx.Module) -> tuple[nnx.GraphDef, Params]:

@@ -39,10 +39,9 @@ class LlamaConfig:
     longest: int = 2048  # positions
     dropout: float = 0.0
     dtype: str = "float32"
-    frozen: int = 0  # the first layers, which are not trained
 
     @classmethod
-    def from_hf(cls, hf: dict[str, Any], dropout: float = 0.0, dtype: str = "float32", frozen: int = 0) -> LlamaConfig:
+    def from_hf(cls, hf: dict[str, Any], dropout: float = 0.0, dtype: str = "float32") -> LlamaConfig:
         """Raises `InputError` for what this family does not have (sliding windows, other activations or positions)."""
         kind = hf.get("model_type", "llama")
         rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
@@ -60,11 +59,6 @@ class LlamaConfig:
             problems.append("biases outside Qwen2's query, key and value are not supported")
         if problems:
             raise InputError("generator config.json: " + "; ".join(problems))
-        if frozen > hf["num_hidden_layers"]:
-            raise InputError(
-                f"train.frozen_layers is {frozen}, but the generator has {hf['num_hidden_layers']} layers; "
-                "to train no layer at all, use train.freeze=[generator]"
-            )
         names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         heads = hf["num_attention_heads"]
         return cls(
@@ -84,7 +78,6 @@ class LlamaConfig:
             longest=hf.get("max_position_embeddings", 2048),
             dropout=dropout,
             dtype=dtype,
-            frozen=frozen,
         )
 
 
@@ -154,7 +147,7 @@ class Llama(nnx.Module):
             return layer.finish(x, attended, fold(keys, number)), (key, value)
 
         numbers = jnp.arange(c.layers)
-        _, (memory_keys, memory_values) = scan_layers(self.layers, step, self.embed(source), numbers, remat, c.frozen)
+        _, (memory_keys, memory_values) = scan_layers(self.layers, step, self.embed(source), numbers, remat)
         last = mask.sum(axis=-1) - 1
         before_last = jnp.arange(length)[None] < last[:, None]
         start = jnp.take_along_axis(source, last[:, None], axis=1)[:, 0]
@@ -191,7 +184,7 @@ class Llama(nnx.Module):
             return (layer.finish(x, attended, fold(keys, c.layers + number)), pool), None
 
         xs = (memory.keys, memory.values, jnp.arange(c.layers))
-        (x, past), _ = scan_layers(self.layers, step, (self.embed(tokens), past), xs, remat, c.frozen)
+        (x, past), _ = scan_layers(self.layers, step, (self.embed(tokens), past), xs, remat)
         if past is not None:
             past = replace(past, filled=past.filled + groups * length)
         return self.norm(x), past
