@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -68,14 +69,14 @@ def main() -> None:
     source = tokens(options.documents, options.source_tokens)
     answers = tokens(options.candidates, options.target_tokens)
     programs = {
-        name: jax.jit(lambda p, s, a, run=run: run(model, p, s, a)).lower(params, source, answers).compile()
+        name: jax.jit(partial(run, model)).lower(params, source, answers).compile()
         for name, run in (("each prompt read once", shared), ("whole sequences", whole))
     }
     values = {name: np.asarray(program(params, source, answers)) for name, program in programs.items()}
     seconds: dict[str, list[float]] = {name: [] for name in programs}
     for _ in range(options.repeats):  # alternating, so that a busy machine slows both
         for name, program in programs.items():
-            seconds[name].append(timed(lambda program=program: program(params, source, answers)))
+            seconds[name].append(timed(partial(program, params, source, answers)))
     first, second = values.values()
     table = Table("scoring", "median s", "min … max s", "ratio", box=box.SIMPLE_HEAD)
     base = float(np.median(next(iter(seconds.values()))))

@@ -194,7 +194,7 @@ def _stop_at_ctrl_c() -> Iterator[Callable[[], bool]]:
     def handle(number: int, frame: FrameType | None) -> None:
         nonlocal came
         came = True
-        signal.signal(signal.SIGINT, previous)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background may ignore it by default
         terminal.print("finishing this step, then saving; Ctrl-C again stops at once")
 
     try:
