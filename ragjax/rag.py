@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from ragjax.config import Config, InputError
 from ragjax.hub import Fetched, checkpoint_folder, fetch, fingerprint_files
 from ragjax.index import Index
-from ragjax.marginal import corpus_log_prior, log_prior, marginal_logp
+from ragjax.marginal import corpus_log_prior, log_prior, marginal_logp, posterior
 from ragjax.models.generator import Ending, score
 from ragjax.models.layers import Params, fold, row_keys
 from ragjax.passages import Passage, PassageStore
@@ -236,10 +236,7 @@ def joint_logp(
     scores = config.retriever.scale * jnp.einsum("BD,BKD->BK", queries, batch.passages)
     if config.retriever.prior == "corpus":
         assert corpus is not None
-        normalizer = jax.nn.logsumexp(
-            config.retriever.scale * jnp.einsum("BD,ND->BN", queries, corpus.astype(jnp.float32)), axis=-1
-        )
-        prior = corpus_log_prior(scores, normalizer, batch.valid)
+        prior = corpus_log_prior(scores, _log_normalizer(queries, corpus, config.retriever.scale), batch.valid)
     else:
         prior = log_prior(scores, batch.valid)
 
@@ -266,7 +263,7 @@ def loss(
     """
     prior, logp = joint_logp(rag, params, batch, key, corpus)
     marginal = marginal_logp(prior, logp)
-    responsibility = jax.nn.softmax(jax.lax.stop_gradient(prior + logp), axis=-1)
+    responsibility = posterior(*jax.lax.stop_gradient((prior, logp)))
     entropy = -jnp.where(responsibility > 0, responsibility * jnp.log(jnp.maximum(responsibility, 1e-30)), 0.0)
     mean_loss = -marginal.mean()
     tokens = batch.answer_mask.sum(axis=-1)
