@@ -85,7 +85,7 @@ class Train:
     warmup: int = 0  # steps
     decay: str = "cosine"  # or linear, constant
     weight_decay: float = 0.0
-    clip: float = 1.0  # largest global gradient norm
+    clip: float = 1.0  # largest gradient norm of the retriever, and of the generator
     freeze: list[str] = field(default_factory=list)  # parameter prefixes, e.g. retriever, generator.embed
     dropout: float = 0.0
     remat: bool = True  # recompute activations in the backward pass

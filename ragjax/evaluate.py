@@ -21,7 +21,7 @@ from ragjax.config import Config, InputError
 from ragjax.decode import Candidates
 from ragjax.index import check_k
 from ragjax.marginal import marginal_logp
-from ragjax.metrics import exact_match, expected_calibration_error, f1
+from ragjax.metrics import bootstrap_interval, exact_match, expected_calibration_error, f1
 from ragjax.passages import Question, atomic_write, read_questions, write_jsonl
 from ragjax.progress import progress_bar
 from ragjax.rag import Retrieved, log_mass, retrieve
@@ -91,7 +91,7 @@ def _measure_retrieval(answerer: Answerer, questions: Sequence[Question], name: 
             found = retrieve(rag, answerer.params, index, texts, max(5, k))
             hits += [has_answer(answerer.store, q, ids) for q, ids in zip(batch, found.ids, strict=False)]
             if index.kind == "exact":
-                masses.append(np.exp(log_mass(rag, answerer.params, index, texts, found.scores[:, :k]))[: len(batch)])
+                masses.append(np.exp(log_mass(rag, index, found, k))[: len(batch)])
             advance(len(batch))
     recall = {f"recall@{at}": float(np.mean([row[:at].any() for row in hits])) for at in sorted({1, 5, k})}
     mass = float(np.mean(np.concatenate(masses))) if masses else None
@@ -158,12 +158,14 @@ def _prediction(
 
 
 def _summarise(predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    def mean(mode: str, score: str) -> float:
-        return float(np.mean([p["scores"][mode][score] for p in predictions]))
-
-    modes = predictions[0]["answers"]
     summary: dict[str, Any] = {"answered": len(predictions)}
-    summary |= {mode: {score: mean(mode, score) for score in ("exact_match", "f1")} for mode in modes}
+    for mode in predictions[0]["answers"]:
+        matches, f1s = (np.array([p["scores"][mode][score] for p in predictions]) for score in ("exact_match", "f1"))
+        summary[mode] = {
+            "exact_match": float(matches.mean()),
+            "exact_match_interval": list(bootstrap_interval(matches, seed=0)),
+            "f1": float(f1s.mean()),
+        }
     differ = [p for p in predictions if p["answers"]["thorough"] != p["answers"]["fast"]]
     summary["thorough_and_fast_differ"] = {
         "questions": len(differ),
@@ -190,17 +192,23 @@ def print_metrics(report: dict[str, Any], as_json: bool) -> None:
     ]
     table = Table(f"{first['questions']} {report['split']} questions", *heads, box=box.SIMPLE_HEAD)
 
+    def shown(value: Any) -> str:
+        if isinstance(value, list):
+            return " … ".join(map(shown, value))
+        return "–" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+
     def row(label: str, *keys: str) -> None:
-        values = [reduce(getitem, keys, m) for m in models.values()]
-        table.add_row(label, *("–" if v is None else f"{v:.3f}" if isinstance(v, float) else str(v) for v in values))
+        table.add_row(label, *(shown(reduce(getitem, keys, m)) for m in models.values()))
 
     for key in first:
         if key.startswith("recall@"):
             row(f"{key} (all questions)", key)
     row("prior mass of the top k (all questions)", "top_k_mass")
     for mode in ("thorough", "fast", "closed_book"):
-        for score, label in (("exact_match", "exact match"), ("f1", "F1")) if mode in first else ():
-            row(f"{mode.replace('_', ' ')}: {label}", mode, score)
+        if mode in first:
+            row(f"{mode.replace('_', ' ')}: exact match", mode, "exact_match")
+            row("  its 95 % interval", mode, "exact_match_interval")
+            row(f"{mode.replace('_', ' ')}: F1", mode, "f1")
     row("−log p(gold answer), nats", "gold_nll")
     row("calibration error of p(answer)", "calibration_error")
     row("thorough and fast differ", "thorough_and_fast_differ", "questions")

@@ -1,4 +1,4 @@
-"""Exact match, F1, recall and calibration.
+"""Exact match, F1, whether a passage holds an answer, calibration, intervals.
 
 Answers are compared as SQuAD's official script compares them: lower case, no punctuation, articles or extra spaces.
 """
@@ -54,16 +54,6 @@ def contains_answer(text: str, answers: Sequence[str]) -> bool:
 def _words(text: str) -> str:
     found = (re.sub("[.,]", "", word) for word in WORD.findall(unicodedata.normalize("NFC", text).lower()))
     return " ".join(word for word in found if word not in ("a", "an", "the"))
-
-
-def recall_at(k: int, ranks: Sequence[int | None]) -> float:
-    """The share of questions whose first right document is among the best k.
-
-    `ranks` has one rank per question, counted from 0; None if no right document was found.
-    """
-    if not ranks:
-        return float("nan")
-    return sum(rank is not None and rank < k for rank in ranks) / len(ranks)
 
 
 def expected_calibration_error(

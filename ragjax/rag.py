@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from ragjax.config import Config, InputError
 from ragjax.hub import Fetched, checkpoint_folder, fetch, fingerprint_files
 from ragjax.index import Index
-from ragjax.marginal import corpus_log_prior, log_prior, marginal_logp, posterior
+from ragjax.marginal import corpus_log_prior, log_prior, marginal_logp, posterior, rag_loss
 from ragjax.models.generator import Ending, score
 from ragjax.models.layers import Params, fold, row_keys
 from ragjax.passages import Passage, PassageStore
@@ -119,6 +119,7 @@ def _log_normalizer(queries: Array, passages: Array, scale: float) -> Array:
 class Retrieved:
     """The top-k of B questions, best first; id −1, score −inf and prior −inf where there was no hit."""
 
+    queries: Float[Array, "B D"]
     ids: Int[np.ndarray, "B K"]
     scores: Float[np.ndarray, "B K"]  # inner products, before the scale
     log_prior: Float[np.ndarray, "B K"]
@@ -145,17 +146,14 @@ def retrieve(rag: Rag, params: Params, index: Index, questions: Sequence[str], k
         prior = corpus_log_prior(jnp.asarray(scale * scores), normalizer, valid)
     else:
         prior = log_prior(jnp.asarray(scale * scores), valid)
-    return Retrieved(ids, scores, np.asarray(prior))
+    return Retrieved(queries, ids, scores, np.asarray(prior))
 
 
-def log_mass(
-    rag: Rag, params: Params, index: Index, questions: Sequence[str], scores: Float[np.ndarray, "B K"]
-) -> Float[np.ndarray, " B"]:
-    """Log of the share of the whole corpus's softmax that documents with these inner products hold, at most 0."""
-    queries = encode(rag.retriever.graph, params["retriever"], *question_rows(rag, questions))
+def log_mass(rag: Rag, index: Index, retrieved: Retrieved, k: int) -> Float[np.ndarray, " B"]:
+    """Log of the share of the whole corpus's softmax that the best k documents hold, at most 0 but for rounding."""
     scale = rag.config.retriever.scale
-    normalizer = _log_normalizer(queries, index.on_device, scale)
-    return np.asarray(jax.nn.logsumexp(jnp.asarray(scale * scores), axis=-1) - normalizer)
+    normalizer = _log_normalizer(retrieved.queries, index.on_device, scale)
+    return np.asarray(jax.nn.logsumexp(jnp.asarray(scale * retrieved.scores[:, :k]), axis=-1) - normalizer)
 
 
 def prompt_rows(
@@ -262,14 +260,13 @@ def loss(
     `posterior_entropy` is in nats; `prior_top` is the prior mass of the best document.
     """
     prior, logp = joint_logp(rag, params, batch, key, corpus)
-    marginal = marginal_logp(prior, logp)
     responsibility = posterior(*jax.lax.stop_gradient((prior, logp)))
     entropy = -jnp.where(responsibility > 0, responsibility * jnp.log(jnp.maximum(responsibility, 1e-30)), 0.0)
-    mean_loss = -marginal.mean()
+    mean_loss = rag_loss(prior, logp)
     tokens = batch.answer_mask.sum(axis=-1)
     return mean_loss, {
         "loss": mean_loss,
-        "nll_per_token": -(marginal / tokens).mean(),
+        "nll_per_token": -(marginal_logp(prior, logp) / tokens).mean(),
         "posterior_entropy": entropy.sum(axis=-1).mean(),
         "prior_top": jnp.exp(prior.max(axis=-1)).mean(),
     }

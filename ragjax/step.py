@@ -54,9 +54,11 @@ def split_frozen(params: Params, freeze: Sequence[str]) -> tuple[Flat, Flat]:
 
 
 def make_optimizer(train: Train) -> optax.GradientTransformation:
-    """Clipping by the global norm, then AdamW with a learning rate of its own for retriever and generator.
+    """For retriever and generator apart: clipping by the global norm, then AdamW with a learning rate of its own.
 
-    Weight decay acts on matrices only. The rates rise linearly over `warmup` steps, then fall to zero as `decay` says.
+    Clipped together, the generator's gradient, several times the larger, would set the scale of the retriever's, and
+    another one in every step. Weight decay acts on matrices only. The rates rise linearly over `warmup` steps, then
+    fall to zero as `decay` says.
     """
 
     def schedule(peak: float) -> Callable[[Any], Any]:
@@ -73,15 +75,13 @@ def make_optimizer(train: Train) -> optax.GradientTransformation:
     def is_matrix(params: Flat) -> dict[tuple[str, ...], bool]:
         return {path: path[-1] in ("kernel", "embedding") for path in params}
 
-    def adamw(peak: float) -> optax.GradientTransformation:
-        return optax.adamw(schedule(peak), weight_decay=train.weight_decay, mask=is_matrix)
+    def clipped_adamw(peak: float) -> optax.GradientTransformation:
+        adamw = optax.adamw(schedule(peak), weight_decay=train.weight_decay, mask=is_matrix)
+        return optax.chain(optax.clip_by_global_norm(train.clip), adamw)
 
-    return optax.chain(
-        optax.clip_by_global_norm(train.clip),
-        optax.partition(
-            {"retriever": adamw(train.retriever_lr), "generator": adamw(train.generator_lr)},
-            lambda params: {path: path[0] for path in params},
-        ),
+    return optax.partition(
+        {"retriever": clipped_adamw(train.retriever_lr), "generator": clipped_adamw(train.generator_lr)},
+        lambda params: {path: path[0] for path in params},
     )
 
 

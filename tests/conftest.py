@@ -1,14 +1,32 @@
-"""Eight virtual CPU devices, no network and no compilation cache, whatever the machine that runs the tests."""
+"""Eight virtual CPU devices, no network and no compilation cache, whatever the machine that runs the tests.
+
+And what many tests share: a tiny world with its index, and a run that was trained on it.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
 
 import jax
+import pytest
+from trained import quick_world, trained_run
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_disable_most_optimizations", True)  # tiny models: compiling is what takes the time
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with quick_world(tmp_path_factory) as folder:
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def run(world: Path) -> Path:
+    return trained_run(world)

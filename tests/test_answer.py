@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from rich.console import Console
-from trained import STEPS, quick_world, trained_run
+from trained import STEPS
 from world import CAPITALS, LANDS, tiny_config
 
 import ragjax
@@ -22,17 +21,6 @@ from ragjax.config import InputError
 Capture = pytest.CaptureFixture[str]
 QUESTIONS = [f"What is the capital of {land}?" for land in LANDS[:8]]
 LETTERS = [capital[0] for capital in CAPITALS[:8]]
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with quick_world(tmp_path_factory) as folder:
-        yield folder
-
-
-@pytest.fixture(scope="module")
-def run(world: Path) -> Path:
-    return trained_run(world)
 
 
 @pytest.fixture(scope="module")

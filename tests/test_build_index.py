@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import gzip
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from trained import files, quick_world
+from trained import files
 from world import build, tiny_config
 
 from ragjax import build_index as build_module
@@ -17,12 +16,6 @@ from ragjax.config import Config, InputError
 from ragjax.index import Index, open_index
 from ragjax.passages import Passage, PassageStore, read_passages
 from ragjax.rag import encode, open_rag, passage_text, retrieve
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with quick_world(tmp_path_factory) as folder:
-        yield folder
 
 
 def opened(config: Config) -> Index:

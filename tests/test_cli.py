@@ -10,11 +10,11 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from trained import STEPS, files, quick_world, refused, trained_run
+from trained import STEPS, files, refused
 
 from ragjax.cli import main
 from ragjax.passages import write_jsonl
@@ -22,17 +22,6 @@ from ragjax.passages import write_jsonl
 Capture = pytest.CaptureFixture[str]
 COMMANDS = ("index", "train", "evaluate", "answer", "config")
 PASSAGES = [{"id": f"{i}", "title": f"Land {i}", "text": f"The capital of land {i} is city {i}."} for i in range(4)]
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with quick_world(tmp_path_factory) as folder:
-        yield folder
-
-
-@pytest.fixture(scope="module")
-def run(world: Path) -> Path:
-    return trained_run(world)
 
 
 @pytest.fixture

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from trained import STEPS, quick_world, trained_run
+from trained import STEPS
 
 from ragjax.cli import main
 from ragjax.evaluate import print_metrics
@@ -18,17 +17,6 @@ from ragjax.passages import read_questions
 
 Capture = pytest.CaptureFixture[str]
 MODES = ("thorough", "fast", "closed_book")
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with quick_world(tmp_path_factory) as folder:
-        yield folder
-
-
-@pytest.fixture(scope="module")
-def run(world: Path) -> Path:
-    return trained_run(world)
 
 
 def predictions(folder: Path) -> list[dict[str, Any]]:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from trained import quick_world
 from world import open_world, tiny_config
 
 from ragjax.config import Config, InputError, load_config
@@ -17,12 +15,6 @@ from ragjax.experiment import FREE, check_same_experiment, git_revision, load_ex
 from ragjax.hub import fingerprint_files
 from ragjax.index import Index
 from ragjax.rag import Rag
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with quick_world(tmp_path_factory) as folder:
-        yield folder
 
 
 def opened(world: Path, folder: Path, **overrides: object) -> tuple[Rag, Index]:

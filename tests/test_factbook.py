@@ -3,7 +3,8 @@ import json
 import pytest
 
 from ragjax.config import InputError
-from ragjax.factbook import FACTS, SPLITS, build_factbook, split_of, split_text
+from ragjax.factbook import SPLITS, build_factbook, split_of, split_text
+from ragjax.factbook_facts import FACTS
 
 LONG = "; ".join(f"region number {n}, which lies between the river and the sea" for n in range(30))
 

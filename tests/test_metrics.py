@@ -10,7 +10,6 @@ from ragjax.metrics import (
     expected_calibration_error,
     f1,
     normalize,
-    recall_at,
 )
 
 
@@ -67,12 +66,6 @@ def test_f1_counts_repeated_words_once_each():
 def test_contains_answer_matches_whole_words(text, answer, contained):
     assert contains_answer(text, [answer]) is contained
     assert contains_answer(text, ["missing words", answer]) is contained
-
-
-def test_recall_at():
-    ranks = [0, 3, None, 1, 4]
-    assert [recall_at(k, ranks) for k in (1, 2, 4, 5)] == pytest.approx([0.2, 0.4, 0.6, 0.8])
-    assert math.isnan(recall_at(1, []))
 
 
 def test_expected_calibration_error_by_hand():

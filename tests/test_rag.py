@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from world import open_world, shared_world, tiny_config
+from world import open_world, tiny_config
 
 from ragjax.config import InputError
 from ragjax.index import Index
@@ -38,11 +38,6 @@ from ragjax.weights import open_bert, open_llama, save_bert, save_llama
 
 KEY = jax.random.key(0)
 GOLDEN = Path(__file__).parent / "golden" / "llama-tiny"
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return shared_world(tmp_path_factory)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from world import open_world, shared_world, tiny_config
+from world import open_world, tiny_config
 
 from ragjax.config import InputError, Train
 from ragjax.mesh import make_mesh, replicate, shard_batch
@@ -52,11 +52,6 @@ def setup(world: Path, **overrides: object) -> Setup:
     ids = retrieve(rag, params, index, texts, config.train.k).ids
     batch = train_batch(rag, index, store, texts, [question.answers[0] for question in chosen], ids)
     return Setup(rag, params, jax.tree.map(jnp.asarray, batch), index.on_device)
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return shared_world(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
@@ -309,7 +304,7 @@ def with_train(rag: Rag, **changes: Any) -> Rag:
 def moments(optimizer_state: Any) -> dict[str, dict[tuple[str, ...], Any]]:
     """Adam's first and second moments by path, of both parts."""
     found: dict[str, dict[tuple[str, ...], Any]] = {"mu": {}, "nu": {}}
-    for part in optimizer_state[1].inner_states.values():
+    for part in optimizer_state.inner_states.values():
         for name, by_path in found.items():
             held = optax.tree.get(part, name)
             by_path |= {path: leaf for path, leaf in held.items() if not isinstance(leaf, optax.MaskedNode)}
@@ -349,14 +344,18 @@ def test_no_warmup_starts_at_the_peak() -> None:
     np.testing.assert_allclose(rates(train, 5)["generator"], [0.1, 0.075, 0.05, 0.025, 0.0], rtol=1e-5, atol=1e-8)
 
 
-@pytest.mark.parametrize(("clip", "scale"), [(1.0, 1 / 5), (10.0, 1.0)])
-def test_clipping_is_by_the_norm_of_both_parts_together(clip: float, scale: float) -> None:
-    params = {("retriever", "scale"): jnp.zeros(2), ("generator", "scale"): jnp.zeros(1)}
-    grads = {("retriever", "scale"): jnp.array([0.0, 3.0]), ("generator", "scale"): jnp.array([4.0])}  # of norm 5
+@pytest.mark.parametrize(("clip", "scale"), [(1.0, {"retriever": 1 / 5, "generator": 1 / 50}), (60.0, {})])
+def test_each_part_is_clipped_by_its_own_norm(clip: float, scale: dict[str, float]) -> None:
+    grads = {
+        ("retriever", "scale"): jnp.array([0.0, 3.0]),
+        ("retriever", "bias"): jnp.array([4.0]),  # with it, of norm 5
+        ("generator", "scale"): jnp.array([50.0]),
+    }
+    params = jax.tree.map(jnp.zeros_like, grads)
     optimizer = make_optimizer(Train(clip=clip))
     _, state = optimizer.update(grads, optimizer.init(params), params)
-    held = moments(state)["mu"]
-    chex.assert_trees_all_close(held, jax.tree.map(lambda g: 0.1 * scale * g, grads), rtol=1e-6)
+    expected = {path: 0.1 * scale.get(path[0], 1.0) * grad for path, grad in grads.items()}
+    chex.assert_trees_all_close(moments(state)["mu"], expected, rtol=1e-6)
 
 
 def test_weight_decay_acts_on_matrices_only() -> None:

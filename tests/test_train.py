@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from trained import STEPS, quick_world, trained_run
+from trained import STEPS
 from world import tiny_config
 
 from ragjax import train as train_module
@@ -39,17 +39,6 @@ METRICS = RATES | {
     "loss", "nll_per_token", "recall", "distinct_documents", "posterior_entropy", "prior_top",
     "gradient_norm_retriever", "gradient_norm_generator",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with quick_world(tmp_path_factory) as folder:
-        yield folder
-
-
-@pytest.fixture(scope="module")
-def run(world: Path) -> Path:
-    return trained_run(world)
 
 
 def logged(folder: Path) -> list[dict[str, float]]:
