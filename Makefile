@@ -29,7 +29,8 @@ lint: $(VENV)/dev
 	$(BIN)/mypy
 
 bench: $(VENV)/bench
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks.scoring
+	$(BIN)/python -m benchmarks.answering configs/factbook.yaml decode.k=5 decode.beams=4
 
 clean:
 	rm -rf .venv-* .pytest_cache .mypy_cache .ruff_cache *.egg-info dist

@@ -80,6 +80,7 @@ class Train:
     batch_size: int = 8  # questions a step, over all devices
     accumulate: int = 1  # micro-batches a step
     k: int = 5  # documents a question
+    backward_documents: int | None = None  # the generator learns from so many of them, the likeliest; null means all
     retriever_lr: float = 3e-5
     generator_lr: float = 3e-5
     warmup: int = 0  # steps
@@ -143,7 +144,7 @@ POSITIVE = (
     "corpus.passage_words retriever.scale retriever.question_tokens retriever.passage_tokens index.batch_size "
     "generator.source_tokens generator.answer_tokens train.steps train.batch_size train.accumulate train.k train.clip "
     "train.save_every train.keep train.log_every decode.k decode.beams decode.max_new_tokens evaluate.batch_size "
-    "corpus.limit evaluate.limit"
+    "corpus.limit evaluate.limit train.backward_documents"
 ).split()
 NOT_NEGATIVE = (
     "train.retriever_lr train.generator_lr train.warmup train.weight_decay train.dropout decode.min_new_tokens "

@@ -137,12 +137,14 @@ def decode(
 def pad_answers(
     answers: Sequence[Sequence[Answer]], ending: Ending, longest: int
 ) -> tuple[Int[np.ndarray, "B C T"], Int[np.ndarray, "B C"]]:
-    """Answers with their end tokens, padded to a power of two of C and to a quarter, half or all of `longest` T.
+    """Answers with their end tokens, C padded to 1, 2, 3, 4, 6, 8, 12, 16, …, T to a quarter, half or all of `longest`.
 
     Few shapes, so that few programs are compiled; padding every question to K·W would undo deduplication.
     """
     rows = [[(*tokens, ending.eos) if ends else tokens for tokens, ends in of_question] for of_question in answers]
-    width = 1 << (max([1, *map(len, rows)]) - 1).bit_length()
+    most = max([1, *map(len, rows)])
+    power = 1 << (most - 1).bit_length()
+    width = power * 3 // 4 if most <= power * 3 // 4 else power
     needed = max((len(y) for of_question in rows for y in of_question), default=1)
     depth = next(size for size in (-(-longest // 4), -(-longest // 2), longest, needed) if size >= needed)
     tokens = np.full((len(rows), width, depth), ending.pad, np.int32)

@@ -20,7 +20,7 @@ from ragjax.config import Config, InputError
 from ragjax.hub import Fetched, checkpoint_folder, fetch, fingerprint_files
 from ragjax.index import Index
 from ragjax.marginal import corpus_log_prior, log_prior, marginal_logp, posterior, rag_loss
-from ragjax.models.generator import Ending, score
+from ragjax.models.generator import Ending, Keys, score
 from ragjax.models.layers import Params, fold, row_keys
 from ragjax.passages import Passage, PassageStore
 from ragjax.text import Prompt, Tokenizer, assemble, assemble_closed_book, bucket, buckets_up_to, make_prompt, pad_rows
@@ -225,31 +225,59 @@ def joint_logp(
     """log p_η(z|x) and log p_θ(y|x,z) of the training answers; pure, to be differentiated.
 
     `corpus` holds all N embeddings where the prior is normalised over the corpus. `key` draws the dropout masks.
+    With `train.backward_documents: m` below K, only the m documents of highest posterior pass a gradient to the
+    generator. A document's gradient has its posterior for weight: what the others weigh together is all that is missed.
     """
-    config = rag.config
-    questions, documents, length = batch.source.shape
-    dropping = config.train.dropout > 0
-    keys = row_keys(key, batch.row) if dropping else None
-    queries = nnx.merge(rag.retriever.graph, params["retriever"])(batch.question, batch.question_mask, fold(keys, 0))
-    scores = config.retriever.scale * jnp.einsum("BD,BKD->BK", queries, batch.passages)
-    if config.retriever.prior == "corpus":
-        assert corpus is not None
-        prior = corpus_log_prior(scores, _log_normalizer(queries, corpus, config.retriever.scale), batch.valid)
-    else:
-        prior = log_prior(scores, batch.valid)
-
-    generator = nnx.merge(rag.generator.graph, params["generator"])
+    questions, documents = batch.source.shape[:2]
+    keys = row_keys(key, batch.row) if rag.config.train.dropout > 0 else None
+    prior = _question_log_prior(rag, params, batch, fold(keys, 0), corpus)
     document_keys = None
     if keys is not None:
-        split = partial(jax.random.split, num=documents)
-        document_keys = jax.vmap(lambda key: split(jax.random.fold_in(key, 1)))(keys).reshape(-1)
-    rows = questions * documents
-    memory = generator.prefill(
-        batch.source.reshape(rows, length), batch.source_mask.reshape(rows, length), document_keys, config.train.remat
-    )
+        document_keys = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, 1), documents))(keys)
+    through = rag.config.train.backward_documents
+    if through is None or through >= documents:
+        return prior, _answer_logp(rag, params, batch, batch.source, batch.source_mask, document_keys)
+    logp = jax.lax.stop_gradient(_answer_logp(rag, params, batch, batch.source, batch.source_mask, document_keys))
+    _, likeliest = jax.lax.top_k(posterior(jax.lax.stop_gradient(prior), logp), through)
+
+    def chosen(x: Array) -> Array:
+        return jax.vmap(lambda of_question, which: of_question[which])(x, likeliest)
+
+    few_keys = None if document_keys is None else chosen(document_keys)
+    again = _answer_logp(rag, params, batch, chosen(batch.source), chosen(batch.source_mask), few_keys)
+    return prior, logp.at[jnp.arange(questions)[:, None], likeliest].set(again)
+
+
+def _question_log_prior(
+    rag: Rag, params: Params, batch: TrainBatch, keys: Keys | None, corpus: Array | None
+) -> Float[Array, "B K"]:
+    """log p_η(z|x), the questions encoded anew so that the gradient reaches their encoder."""
+    settings = rag.config.retriever
+    queries = nnx.merge(rag.retriever.graph, params["retriever"])(batch.question, batch.question_mask, keys)
+    scores = settings.scale * jnp.einsum("BD,BKD->BK", queries, batch.passages)
+    if settings.prior == "top_k":
+        return log_prior(scores, batch.valid)
+    assert corpus is not None
+    return corpus_log_prior(scores, _log_normalizer(queries, corpus, settings.scale), batch.valid)
+
+
+def _answer_logp(
+    rag: Rag,
+    params: Params,
+    batch: TrainBatch,
+    source: Int[Array, "B k S"],
+    source_mask: Bool[Array, "B k S"],
+    keys: Key[Array, "B k"] | None,
+) -> Float[Array, "B k"]:
+    """log p_θ(y|x,z) of each answer under k of its documents, in one padded pass."""
+    questions, documents, length = source.shape
+    rows, remat = questions * documents, rag.config.train.remat
+    of_rows = None if keys is None else keys.reshape(rows)
+    generator = nnx.merge(rag.generator.graph, params["generator"])
+    memory = generator.prefill(source.reshape(rows, length), source_mask.reshape(rows, length), of_rows, remat)
     answers = jnp.repeat(batch.answer, documents, axis=0)[:, None]
-    logp = score(generator, memory, answers, document_keys, config.train.remat)[:, 0].reshape(questions, documents, -1)
-    return prior, jnp.where(batch.answer_mask[:, None], logp, 0.0).sum(axis=-1)
+    logp = score(generator, memory, answers, of_rows, remat)[:, 0].reshape(questions, documents, -1)
+    return jnp.where(batch.answer_mask[:, None], logp, 0.0).sum(axis=-1)
 
 
 def loss(
@@ -257,16 +285,20 @@ def loss(
 ) -> tuple[Float[Array, ""], dict[str, Any]]:
     """The mean of −log p(y|x) over the batch, in nats, and what is worth watching (Lewis et al. 2020, section 2.4).
 
-    `posterior_entropy` is in nats; `prior_top` is the prior mass of the best document.
+    `posterior_entropy` is in nats; `prior_top` is the prior mass of the best document; `posterior_skipped` is what the
+    documents that `train.backward_documents` leaves out weigh together.
     """
     prior, logp = joint_logp(rag, params, batch, key, corpus)
     responsibility = posterior(*jax.lax.stop_gradient((prior, logp)))
     entropy = -jnp.where(responsibility > 0, responsibility * jnp.log(jnp.maximum(responsibility, 1e-30)), 0.0)
     mean_loss = rag_loss(prior, logp)
     tokens = batch.answer_mask.sum(axis=-1)
+    through = rag.config.train.backward_documents
+    kept = responsibility if through is None else jax.lax.top_k(responsibility, min(through, logp.shape[1]))[0]
     return mean_loss, {
         "loss": mean_loss,
         "nll_per_token": -(marginal_logp(prior, logp) / tokens).mean(),
         "posterior_entropy": entropy.sum(axis=-1).mean(),
+        "posterior_skipped": (responsibility.sum(axis=-1) - kept.sum(axis=-1)).mean(),
         "prior_top": jnp.exp(prior.max(axis=-1)).mean(),
     }

@@ -249,14 +249,15 @@ def test_ties_go_to_the_first_proposed() -> None:
 
 
 def test_pad_answers() -> None:
-    """C grows by powers of two, T by a quarter, a half and all of the longest answer."""
+    """C grows in steps of a third or a half, T by a quarter, a half and all of the longest answer."""
     one, long = ((5,), True), ((5, 6, 7), True)
     tokens, lengths = pad_answers([[one, long, ((8, 9), False)], [one]], ENDING, 8)
-    assert tokens.shape == (2, 4, 4)
-    assert tokens[0].tolist() == [[5, 2, 0, 0], [5, 6, 7, 2], [8, 9, 0, 0], [0, 0, 0, 0]]
-    assert lengths.tolist() == [[2, 4, 2, 0], [2, 0, 0, 0]]
+    assert tokens[0].tolist() == [[5, 2, 0, 0], [5, 6, 7, 2], [8, 9, 0, 0]]
+    assert tokens[1].tolist() == [[5, 2, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
+    assert lengths.tolist() == [[2, 4, 2], [2, 0, 0]]
     assert pad_answers([[one], [one]], ENDING, 8)[0].shape == (2, 1, 2)
-    assert pad_answers([[one] * 5], ENDING, 3)[0].shape == (1, 8, 2)
+    widths = [pad_answers([[one] * count], ENDING, 3)[0].shape[1] for count in range(1, 18)]
+    assert widths == [1, 2, 3, 4, 6, 6, 8, 8, 12, 12, 12, 12, 16, 16, 16, 16, 24]
     assert pad_answers([[long]], ENDING, 3)[0].shape == (1, 1, 4), "longer than the limit: room for all of it"
     assert pad_answers([[((), True)], []], ENDING, 8)[0].tolist() == [[[2, 0]], [[0, 0]]]
     assert pad_answers([[]], ENDING, 8)[0].shape == (1, 1, 2)

@@ -156,6 +156,31 @@ def test_gradient_through_the_prior_over_the_corpus(world: Path, plain_gradients
     assert np.linalg.norm(grads[of_question] - top_k) > 0.05 * np.linalg.norm(top_k)
 
 
+@pytest.mark.parametrize("through", [1, 2])
+def test_backward_through_the_likeliest_documents(
+    through: int, dropping: Setup, dropping_gradients: tuple[Any, Any]
+) -> None:
+    rag = with_train(dropping.rag, backward_documents=through)
+    grads, metrics = jax.device_get(differentiate(rag)(dropping.params, dropping.batch))
+
+    @jax.jit
+    def explicit(params: Params) -> tuple[jax.Array, jax.Array, Params]:
+        joint, pull_back = jax.vjp(lambda p: joint_logp(dropping.rag, p, dropping.batch, KEY), params)
+        weights = jax.nn.softmax(sum(joint), axis=1)
+        likeliest = weights >= jnp.sort(weights, axis=1)[:, -through][:, None]
+        kept = jnp.where(likeliest, weights, 0.0)
+        return kept.sum(axis=1), *pull_back((-weights / len(weights), -kept / len(weights)))
+
+    kept, expected = jax.device_get(explicit(dropping.params))
+    assert (kept < 0.98).any(), "nothing was skipped: the test would show nothing"
+    assert_same(grads, {path: leaf for path, leaf in flat(expected).items() if path in grads})
+    whole, whole_metrics = dropping_gradients
+    retriever = [path for path in grads if path[0] == "retriever"]
+    assert_same({path: grads[path] for path in retriever}, {path: whole[path] for path in retriever})
+    assert metrics.pop("posterior_skipped") == pytest.approx(1 - kept.mean(), abs=1e-5)
+    chex.assert_trees_all_close(metrics, {name: whole_metrics[name] for name in metrics}, rtol=1e-5)
+
+
 # layout
 
 

