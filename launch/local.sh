@@ -26,6 +26,8 @@ while [[ "${1-}" == -* ]]; do
 done
 [[ $# -ge 1 ]] || { usage >&2; exit 2; }
 
+export GLIBC_TUNABLES="${GLIBC_TUNABLES-glibc.malloc.hugetlb=1}" # large arrays on huge pages: fewer page faults
+
 for stage in index train evaluate; do
   command=("${RAGJAX:-ragjax}" "$stage" "$@")
   printf '+ %s\n' "${command[*]}"

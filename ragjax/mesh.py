@@ -38,7 +38,7 @@ def replicate(mesh: Mesh, tree: Any) -> Any:
 
 
 def enable_compilation_cache(folder: Path) -> None:
-    """Keeps compiled programs under `folder` for later processes; call it before anything is compiled."""
+    """Keeps compiled programs, small ones too, under `folder` for later processes; call it before any is compiled."""
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -146,6 +149,25 @@ def test_json_is_one_object_a_line_and_a_dash_reads_input(
         assert line.keys() == dataclasses.asdict(answer).keys()
         assert line["text"] == answer.text and line["probability"] == pytest.approx(answer.probability, rel=1e-3)
         assert [d["id"] for d in line["documents"]] == [d.id for d in answer.documents]
+
+
+COUNTING = """
+import sys, jax.monitoring
+from ragjax.cli import main
+events = []
+jax.monitoring.register_event_listener(lambda event, **_: events.append(event.rsplit("/")[-1]))
+assert main(sys.argv[1:]) == 0
+print(events.count("cache_misses"), events.count("cache_hits"))
+"""
+
+
+@pytest.mark.slow
+def test_a_second_process_compiles_nothing_anew(run: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", COUNTING, "answer", str(run / "config.yaml"), QUESTIONS[0]]
+    environment = os.environ | {"RAGJAX_CACHE": str(tmp_path)}
+    outputs = [subprocess.check_output(command, env=environment, text=True) for _ in range(2)]
+    (compiled, _), (compiled_anew, kept) = (map(int, out.splitlines()[-1].split()) for out in outputs)
+    assert compiled_anew == 0 and kept >= compiled > 0
 
 
 def test_mode_and_untrained(run: Path, world: Path, capsys: Capture) -> None:
