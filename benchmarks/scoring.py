@@ -23,7 +23,7 @@ from ragjax.hub import cache_folder, checkpoint_folder, fetch
 from ragjax.mesh import enable_compilation_cache
 from ragjax.models.generator import score
 from ragjax.models.layers import Params
-from ragjax.weights import Pretrained, open_llama
+from ragjax.weights import Pretrained, open_generator
 
 
 def shared(model: Pretrained, params: Params, source: jax.Array, answers: jax.Array) -> jax.Array:
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     enable_compilation_cache(cache_folder() / "xla")
-    model = open_llama(checkpoint_folder(fetch(options.source).path))
+    model = open_generator(checkpoint_folder(fetch(options.source).path))
     params = model.read()
     rng = np.random.default_rng(0)
 

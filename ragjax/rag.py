@@ -24,7 +24,7 @@ from ragjax.models.generator import Ending, Keys, score
 from ragjax.models.layers import Params, fold, row_keys
 from ragjax.passages import Passage, PassageStore
 from ragjax.text import Prompt, Tokenizer, assemble, assemble_closed_book, bucket, buckets_up_to, make_prompt, pad_rows
-from ragjax.weights import Pretrained, open_bert, open_llama, weight_files
+from ragjax.weights import Pretrained, open_bert, open_generator, weight_files
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def open_rag(config: Config) -> Rag:
     fetched = fetch(r.source), fetch(g.source)
     encoder, decoder = (checkpoint_folder(f.path) for f in fetched)
     retriever = open_bert(encoder, r.pooling, r.normalize, rate, config.dtype)
-    generator = open_llama(decoder, rate, config.dtype)
+    generator = open_generator(decoder, rate, config.dtype)
     _check_lengths(config, retriever, generator)
     retriever_tokenizer, generator_tokenizer = Tokenizer.load(encoder), Tokenizer.load(decoder)
     c = config.corpus

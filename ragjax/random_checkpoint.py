@@ -13,7 +13,7 @@ from ragjax.config import InputError
 from ragjax.models.bert import Bert, BertConfig
 from ragjax.models.layers import split_parameters
 from ragjax.models.llama import Llama, LlamaConfig
-from ragjax.weights import save_bert, save_llama
+from ragjax.weights import save_bert, save_generator
 
 BERT = {
     "model_type": "bert",
@@ -51,7 +51,7 @@ def write_random_checkpoint(family: str, folder: Path, seed: int = 0) -> None:
         special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
         size = _write_tokenizer(folder, special)
         llama_hf = {**LLAMA, "vocab_size": size, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-        save_llama(folder, llama_hf, split_parameters(Llama(LlamaConfig.from_hf(llama_hf), nnx.Rngs(seed)))[1])
+        save_generator(folder, llama_hf, split_parameters(Llama(LlamaConfig.from_hf(llama_hf), nnx.Rngs(seed)))[1])
     else:
         raise InputError(f"random:{family}: expected random:bert or random:llama")
 

@@ -21,39 +21,34 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from ragjax.config import InputError
+from ragjax.models.bart import Bart, BartConfig
 from ragjax.models.bert import Bert, BertConfig
 from ragjax.models.layers import Params, split_parameters
 from ragjax.models.llama import Llama, LlamaConfig
+from ragjax.models.t5 import T5, T5Config
 from ragjax.text import read_gguf
 
 Config = TypeVar("Config")
 NameTable = tuple[tuple[str, str, str | None], ...]
 
 
-def _bert_linear(ours: str, theirs: str) -> NameTable:
-    return (
-        (f"layers.{ours}.kernel", f"encoder.layer.{{}}.{theirs}.weight", None),
-        (f"layers.{ours}.bias", f"encoder.layer.{{}}.{theirs}.bias", None),
-    )
-
-
-def _bert_norm(ours: str, theirs: str) -> NameTable:
-    return ((f"{ours}.scale", f"{theirs}.weight", None), (f"{ours}.bias", f"{theirs}.bias", None))
+def _affine(ours: str, theirs: str, weight: str = "kernel") -> NameTable:
+    return ((f"{ours}.{weight}", f"{theirs}.weight", None), (f"{ours}.bias", f"{theirs}.bias", None))
 
 
 BERT: NameTable = (
     ("words.embedding", "embeddings.word_embeddings.weight", None),
     ("positions.embedding", "embeddings.position_embeddings.weight", None),
     ("types.embedding", "embeddings.token_type_embeddings.weight", None),
-    *_bert_norm("norm", "embeddings.LayerNorm"),
-    *_bert_linear("query", "attention.self.query"),
-    *_bert_linear("key", "attention.self.key"),
-    *_bert_linear("value", "attention.self.value"),
-    *_bert_linear("output", "attention.output.dense"),
-    *_bert_linear("up", "intermediate.dense"),
-    *_bert_linear("down", "output.dense"),
-    *_bert_norm("layers.attention_norm", "encoder.layer.{}.attention.output.LayerNorm"),
-    *_bert_norm("layers.ffn_norm", "encoder.layer.{}.output.LayerNorm"),
+    *_affine("norm", "embeddings.LayerNorm", "scale"),
+    *_affine("layers.query", "encoder.layer.{}.attention.self.query"),
+    *_affine("layers.key", "encoder.layer.{}.attention.self.key"),
+    *_affine("layers.value", "encoder.layer.{}.attention.self.value"),
+    *_affine("layers.output", "encoder.layer.{}.attention.output.dense"),
+    *_affine("layers.up", "encoder.layer.{}.intermediate.dense"),
+    *_affine("layers.down", "encoder.layer.{}.output.dense"),
+    *_affine("layers.attention_norm", "encoder.layer.{}.attention.output.LayerNorm", "scale"),
+    *_affine("layers.ffn_norm", "encoder.layer.{}.output.LayerNorm", "scale"),
     ("projection.kernel", "encode_proj.weight", None),
     ("projection.bias", "encode_proj.bias", None),
 )
@@ -78,6 +73,70 @@ LLAMA: NameTable = (
     ("layers.down.kernel", "model.layers.{}.mlp.down_proj.weight", "blk.{}.ffn_down.weight"),
 )
 
+
+def _bart_attention(ours: str, theirs: str) -> NameTable:
+    parts = (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj"), ("output", "out_proj"))
+    return tuple(row for part, name in parts for row in _affine(f"{ours}.{part}", f"{theirs}.{name}"))
+
+
+def _bart_side(side: str) -> NameTable:
+    ours, theirs = f"{side}.layers", f"model.{side}.layers.{{}}"
+    return (
+        (f"{side}.positions.embedding", f"model.{side}.embed_positions.weight", None),
+        *_affine(f"{side}.norm", f"model.{side}.layernorm_embedding", "scale"),
+        *_bart_attention(f"{ours}.attention", f"{theirs}.self_attn"),
+        *_affine(f"{ours}.attention_norm", f"{theirs}.self_attn_layer_norm", "scale"),
+        *_bart_attention(f"{ours}.cross", f"{theirs}.encoder_attn"),
+        *_affine(f"{ours}.cross_norm", f"{theirs}.encoder_attn_layer_norm", "scale"),
+        *_affine(f"{ours}.up", f"{theirs}.fc1"),
+        *_affine(f"{ours}.down", f"{theirs}.fc2"),
+        *_affine(f"{ours}.ffn_norm", f"{theirs}.final_layer_norm", "scale"),
+    )
+
+
+BART: NameTable = (
+    ("embed.embedding", "model.shared.weight", None),
+    ("logits_bias", "final_logits_bias", None),
+    *_bart_side("encoder"),
+    *_bart_side("decoder"),
+)
+
+
+def _t5_attention(ours: str, theirs: str, name: str) -> NameTable:
+    parts = (("query", "q"), ("key", "k"), ("value", "v"), ("output", "o"))
+    kernels = tuple((f"{ours}.{part}.kernel", f"{theirs}.{name}.{letter}.weight", None) for part, letter in parts)
+    return ((f"{ours}.norm.scale", f"{theirs}.layer_norm.weight", None), *kernels)
+
+
+def _t5_side(side: str, gated: bool) -> NameTable:
+    ours, theirs = f"{side}.layers", f"{side}.block.{{}}.layer"
+    ffn = f"{theirs}.{2 if side == 'decoder' else 1}"
+    names = (("gate", "wi_0"), ("up", "wi_1")) if gated else (("up", "wi"),)
+    return (
+        (f"{side}.distances.embedding", f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight", None),
+        (f"{side}.norm.scale", f"{side}.final_layer_norm.weight", None),
+        *_t5_attention(f"{ours}.attention", f"{theirs}.0", "SelfAttention"),
+        *_t5_attention(f"{ours}.cross", f"{theirs}.1", "EncDecAttention"),
+        (f"{ours}.ffn_norm.scale", f"{ffn}.layer_norm.weight", None),
+        *((f"{ours}.{part}.kernel", f"{ffn}.DenseReluDense.{name}.weight", None) for part, name in names),
+        (f"{ours}.down.kernel", f"{ffn}.DenseReluDense.wo.weight", None),
+    )
+
+
+def _t5(gated: bool) -> NameTable:
+    head = ("embed.embedding", "shared.weight", None), ("head.embedding", "lm_head.weight", None)
+    return (*head, *_t5_side("encoder", gated), *_t5_side("decoder", gated))
+
+
+def _generator_table(hf: Mapping[str, Any]) -> NameTable:
+    family = hf.get("model_type")
+    if family == "bart":
+        return BART
+    return _t5(hf.get("feed_forward_proj", "relu").startswith("gated")) if family == "t5" else LLAMA
+
+
+# copies of the one embedding table
+TIED = {f"{part}.embed_tokens.weight" for part in ("encoder", "decoder", "model.encoder", "model.decoder")}
 # tensors that carry nothing we need: heads of other tasks, and buffers that older exports wrote down
 UNUSED = ("pooler.", "cls.", "embeddings.position_ids", "rotary_emb.inv_freq", "masked_bias", "attn.bias")
 
@@ -88,7 +147,7 @@ Read = Callable[[str], np.ndarray]
 class Pretrained:
     """A checkpoint opened but not yet read: a run's own checkpoint may hold newer parameters."""
 
-    config: Any  # `BertConfig` or `LlamaConfig`
+    config: Any  # `BertConfig`, `LlamaConfig`, `BartConfig` or `T5Config`
     graph: nnx.GraphDef
     abstract: Params  # shapes and types
     read: Callable[[], Params]  # raises `InputError` for tensors that are missing, unknown or of another shape
@@ -109,19 +168,25 @@ def open_bert(
     return Pretrained(config, graph, abstract, lambda: _fill(abstract, table, names, read, checkpoint))
 
 
-def open_llama(checkpoint: Path, dropout: float = 0.0, dtype: str = "float32") -> Pretrained:
-    """A Llama-family decoder in a Hugging Face folder or a GGUF file; raises as `open_bert`."""
+def open_generator(checkpoint: Path, dropout: float = 0.0, dtype: str = "float32") -> Pretrained:
+    """A generator in a Hugging Face folder, of the family that its config.json names, or a Llama-family GGUF file.
+
+    Raises as `open_bert`.
+    """
     gguf = checkpoint.suffix == ".gguf"
     if gguf:
         hf, names, read = _open_gguf(checkpoint)
     else:
         hf = read_json(checkpoint / "config.json")
         names, read = _open_safetensors(checkpoint)
-    config = _shape(lambda: LlamaConfig.from_hf(hf, dropout, dtype), checkpoint if gguf else checkpoint / "config.json")
-    if config.tied:
+    families: dict[str, tuple[Any, Any]] = {"bart": (BartConfig, Bart), "t5": (T5Config, T5)}
+    shape, module = families.get(hf.get("model_type", ""), (LlamaConfig, Llama))
+    config = _shape(lambda: shape.from_hf(hf, dropout, dtype), checkpoint if gguf else checkpoint / "config.json")
+    names = names - TIED
+    if getattr(config, "tied", True):
         names = names - {"lm_head.weight", "output.weight"}
-    table = {ours: theirs for ours, name, other in LLAMA if (theirs := other if gguf else name)}
-    graph, abstract = split_parameters(nnx.eval_shape(lambda: Llama(config, nnx.Rngs(0))))
+    table = {ours: theirs for ours, name, other in _generator_table(hf) if (theirs := other if gguf else name)}
+    graph, abstract = split_parameters(nnx.eval_shape(lambda: module(config, nnx.Rngs(0))))
     return Pretrained(config, graph, abstract, lambda: _fill(abstract, table, names, read, checkpoint))
 
 
@@ -130,9 +195,9 @@ def save_bert(folder: Path, config: Mapping[str, Any], params: Params) -> None:
     _save(folder, config, params, {ours: name for ours, name, _ in BERT})
 
 
-def save_llama(folder: Path, config: Mapping[str, Any], params: Params) -> None:
-    """Writes config.json and model.safetensors as Hugging Face lays them out."""
-    _save(folder, config, params, {ours: name for ours, name, _ in LLAMA})
+def save_generator(folder: Path, config: Mapping[str, Any], params: Params) -> None:
+    """Writes config.json and model.safetensors as Hugging Face lays them out for the family that `config` names."""
+    _save(folder, config, params, {ours: name for ours, name, _ in _generator_table(config)})
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -240,7 +305,7 @@ def _fill(abstract: Params, table: Mapping[str, str], names: set[str], read: Rea
     problems, used, filled = [], set(), {}
     for path, leaf in nnx.traversals.flatten_mapping(abstract).items():
         ours = ".".join(path)
-        stacked = path[0] == "layers"
+        stacked = "layers" in path
         wanted = _layer_names(table[ours], leaf.shape[0] if stacked else 1)
         used |= set(wanted)
         if missing := [name for name in wanted if name not in names]:
@@ -267,7 +332,7 @@ def _fill(abstract: Params, table: Mapping[str, str], names: set[str], read: Rea
 def _save(folder: Path, config: Mapping[str, Any], params: Params, table: Mapping[str, str]) -> None:
     tensors: dict[str, np.ndarray] = {}
     for path, leaf in nnx.traversals.flatten_mapping(jax.device_get(params)).items():
-        stacked, transposed = path[0] == "layers", path[-1] == "kernel"
+        stacked, transposed = "layers" in path, path[-1] == "kernel"
         rows = list(leaf) if stacked else [leaf]
         for name, row in zip(_layer_names(table[".".join(path)], len(rows)), rows, strict=True):
             tensors[name] = np.ascontiguousarray(row.T if transposed else row)

@@ -20,7 +20,7 @@ from ragjax.models.bert import Bert, BertConfig
 from ragjax.models.layers import Params, split_parameters
 from ragjax.models.llama import Llama, LlamaConfig
 from ragjax.random_checkpoint import BERT, LLAMA
-from ragjax.weights import open_bert, open_llama, save_bert, save_llama
+from ragjax.weights import open_bert, open_generator, save_bert, save_generator
 
 Tensors = Mapping[str, np.ndarray]
 erf = np.vectorize(math.erf)
@@ -46,8 +46,8 @@ def random_llama(folder: Path, seed: int = 0, dropout: float = 0.0, **changes: A
     """A Llama of 2 layers with `changes` to its config.json, weights drawn wide."""
     hf = {**LLAMA, "vocab_size": 40, **changes}
     _, params = split_parameters(Llama(LlamaConfig.from_hf(hf), nnx.Rngs(0)))
-    save_llama(folder, hf, draw(params, seed))
-    pretrained = open_llama(folder, dropout)
+    save_generator(folder, hf, draw(params, seed))
+    pretrained = open_generator(folder, dropout)
     return Small(folder, hf, pretrained.graph, pretrained.read(), load_file(folder / "model.safetensors"))
 
 

@@ -14,7 +14,7 @@ from ragjax.config import Decode
 from ragjax.decode import Candidates, decode, pad_answers, read
 from ragjax.models.generator import Ending
 from ragjax.text import pad_rows
-from ragjax.weights import open_llama, read_json
+from ragjax.weights import open_generator, read_json
 
 ENDING = Ending(eos=2, pad=0)
 SETTINGS = Decode(k=3, beams=3, max_new_tokens=6)
@@ -29,7 +29,7 @@ def golden() -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module")
 def generator() -> Small:
     folder = GOLDEN / "generator"
-    pretrained = open_llama(folder)
+    pretrained = open_generator(folder)
     tensors = load_file(folder / "model.safetensors")
     hf = {**read_json(folder / "config.json"), "rope_theta": 10000.0}
     return Small(folder, hf, pretrained.graph, pretrained.read(), tensors)

@@ -32,7 +32,7 @@ from ragjax.models.bert import BertConfig
 from ragjax.models.generator import Memory, empty_past, next_logp, score
 from ragjax.models.llama import LlamaConfig
 from ragjax.text import pad_rows
-from ragjax.weights import Pretrained, open_bert, open_llama
+from ragjax.weights import Pretrained, open_bert, open_generator
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama3": {
@@ -65,7 +65,7 @@ def golden() -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def generator() -> Pretrained:
-    return open_llama(GOLDEN / "generator")
+    return open_generator(GOLDEN / "generator")
 
 
 @pytest.fixture(scope="module")
@@ -345,7 +345,7 @@ def test_remat_changes_nothing(small: Small) -> None:
 
 
 def test_bfloat16_gives_float32_close_by(small: Small) -> None:
-    pretrained = open_llama(small.folder, dtype="bfloat16")
+    pretrained = open_generator(small.folder, dtype="bfloat16")
     half = dataclasses.replace(small, graph=pretrained.graph, params=pretrained.read())
     memory = prefilled(half, *padded(PROMPTS, 9))
     assert memory.keys.dtype == jnp.bfloat16

@@ -34,7 +34,7 @@ from ragjax.rag import (
     train_batch,
 )
 from ragjax.text import pad_rows
-from ragjax.weights import open_bert, open_llama, save_bert, save_llama
+from ragjax.weights import open_bert, open_generator, save_bert, save_generator
 
 KEY = jax.random.key(0)
 GOLDEN = Path(__file__).parent / "golden" / "llama-tiny"
@@ -213,7 +213,7 @@ def golden(world: Path) -> Golden:
     rag = replace(
         open_rag(tiny_config(world, retriever__pooling="cls", retriever__normalize=False, retriever__scale=1.0)),
         retriever=open_bert(GOLDEN / "question_encoder", "cls", False),
-        generator=open_llama(GOLDEN / "generator"),
+        generator=open_generator(GOLDEN / "generator"),
     )
     count, documents, _ = g["in/doc_embeds"].shape
     answer = g["in/answers"][:, 0]
@@ -254,7 +254,7 @@ def test_golden_likelihoods(golden: Golden) -> None:
 @pytest.mark.parametrize(("part", "ours"), [("question_encoder", "retriever"), ("generator", "generator")])
 def test_golden_gradients(golden: Golden, part: str, ours: str, tmp_path: Path) -> None:
     g = golden.values
-    save = save_bert if part == "question_encoder" else save_llama
+    save = save_bert if part == "question_encoder" else save_generator
     save(tmp_path, json.loads((golden.folder / part / "config.json").read_text()), golden.grads[ours])
     ours_by_name = load_file(tmp_path / "model.safetensors")  # under Hugging Face's names, in its layout
 

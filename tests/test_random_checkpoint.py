@@ -11,7 +11,7 @@ import pytest
 from ragjax.config import InputError
 from ragjax.random_checkpoint import write_random_checkpoint
 from ragjax.text import Tokenizer, make_prompt
-from ragjax.weights import open_bert, open_llama
+from ragjax.weights import open_bert, open_generator
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -32,7 +32,7 @@ def test_loads_and_repeats(family: str, tmp_path: Path) -> None:
         "tokenizer.json",
         "tokenizer_config.json",
     ]
-    pretrained = open_bert(tmp_path / "a", "mean", True) if family == "bert" else open_llama(tmp_path / "a")
+    pretrained = open_bert(tmp_path / "a", "mean", True) if family == "bert" else open_generator(tmp_path / "a")
     assert all(np.isfinite(leaf).all() and leaf.size for leaf in jax.tree.leaves(pretrained.read()))
     tokenizer = Tokenizer.load(tmp_path / "a")
     assert tokenizer.vocab_size == pretrained.config.vocabulary

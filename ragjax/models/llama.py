@@ -6,7 +6,7 @@ x += attention(rms(x)); x += down(silu(gate(rms(x))) · up(rms(x))), with rotary
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ragjax.config import InputError
 from ragjax.models.generator import Keys, Memory, Past
-from ragjax.models.layers import attend_memory, dropout, fold, scan_layers, stack, token_logp
+from ragjax.models.layers import Attended, attend, dropout, fold, scan_layers, stack, token_logp
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ class Llama(nnx.Module):
         remat: bool = False,
     ) -> tuple[Float[Array, "n G M D"], Past | None]:
         c, scale = self.config, self.config.head_width**-0.5
-        n, groups, length = tokens.shape
+        groups, length = tokens.shape[1:]
         rotation = rotary(memory.offset[:, None, None] + positions, c)  # n G M 1 Dh/2
 
         def step(layer: LlamaLayer, carry: Any, inputs: Any) -> tuple[Any, None]:
@@ -172,22 +172,15 @@ class Llama(nnx.Module):
             memory_keys, memory_values, number = inputs
             query, key, value = layer.project(x, rotation)
             if pool is not None:
-                slots = (n, groups * length, *key.shape[-2:])
-                at = (number, 0, pool.filled, 0, 0)
-                pool = replace(
-                    pool,
-                    keys=jax.lax.dynamic_update_slice(pool.keys, key.reshape(1, *slots), at),
-                    values=jax.lax.dynamic_update_slice(pool.values, value.reshape(1, *slots), at),
-                )
+                pool = pool.write(number, key, value)
                 key, value = pool.keys[number], pool.values[number]
-            attended = attend_memory(query, (memory_keys, memory_values, memory.mask), (key, value, visible), scale)
+            document = Attended(memory_keys, memory_values, memory.mask[:, None, None])
+            attended = attend(query, [document, Attended(key, value, visible)], scale)
             return (layer.finish(x, attended, fold(keys, c.layers + number)), pool), None
 
         xs = (memory.keys, memory.values, jnp.arange(c.layers))
         (x, past), _ = scan_layers(self.layers, step, (self.embed(tokens), past), xs, remat)
-        if past is not None:
-            past = replace(past, filled=past.filled + groups * length)
-        return self.norm(x), past
+        return self.norm(x), past if past is None else past.advance(groups * length)
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         head = self._head().astype(hidden.dtype)

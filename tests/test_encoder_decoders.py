@@ -1,0 +1,235 @@
+"""BART and T5 against Hugging Face's golden values; memory, pool, groups, padding, dropout, and their name tables."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from ragjax.config import InputError
+from ragjax.marginal import log_prior, marginal_logp
+from ragjax.models.bart import BartConfig
+from ragjax.models.generator import Generator, Memory, empty_past, next_logp, score
+from ragjax.models.layers import row_keys
+from ragjax.models.t5 import T5Config, distance_bucket
+from ragjax.weights import Pretrained, open_generator, read_json, save_generator
+
+GOLDEN = Path(__file__).parent / "golden"
+PREFIX = "rag.generator."
+LABELS = ("labels", "labels_nobos", "labels_nostart", "labels_short")
+
+
+@dataclass(frozen=True)
+class Golden:
+    """A generator cut out of a Hugging Face RAG checkpoint, and what Hugging Face computes with it."""
+
+    folder: Path
+    pretrained: Pretrained
+    params: Any
+    values: dict[str, np.ndarray]
+    pad: int
+
+    @property
+    def model(self) -> Any:
+        return nnx.merge(self.pretrained.graph, self.params)
+
+    @property
+    def memory(self) -> Memory:
+        source, mask = self.values["in/context_input_ids"], self.values["in/context_attention_mask"]
+        return _read(self.pretrained.graph, self.params, jnp.asarray(source, jnp.int32), jnp.asarray(mask, bool))
+
+
+@partial(jax.jit, static_argnums=0)
+def _read(graph: nnx.GraphDef, params: Any, source: jax.Array, mask: jax.Array) -> Memory:
+    return nnx.merge(graph, params).prefill(source, mask)
+
+
+@partial(jax.jit, static_argnums=0)
+def _score(graph: nnx.GraphDef, params: Any, memory: Memory, answers: jax.Array) -> jax.Array:
+    return score(nnx.merge(graph, params), memory, answers)
+
+
+@pytest.fixture(scope="module", params=["bart-tiny", "t5-tiny"])
+def golden(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Golden:
+    rag, folder = GOLDEN / request.param / "rag", tmp_path_factory.mktemp(request.param)
+    tensors = load_file(rag / "model.safetensors")
+    save_file({k.removeprefix(PREFIX): v for k, v in tensors.items() if k.startswith(PREFIX)}, folder / "w.safetensors")
+    hf = read_json(rag / "config.json")["generator"]
+    (folder / "config.json").write_text(json.dumps(hf))
+    pretrained = open_generator(folder)
+    values = dict(np.load(GOLDEN / request.param / "golden.npz"))
+    return Golden(folder, pretrained, pretrained.read(), values, hf["pad_token_id"])
+
+
+def label_rows(golden: Golden, labels: np.ndarray) -> jax.Array:
+    """Hugging Face's decoder inputs are the labels; what follows each is the next one, and a pad at the end."""
+    following = np.concatenate([labels[:, 1:], np.full_like(labels[:, :1], golden.pad)], axis=1)
+    documents = len(golden.values["in/context_input_ids"]) // len(labels)
+    return jnp.asarray(np.repeat(following, documents, axis=0)[:, None], jnp.int32)
+
+
+def golden_logp(golden: Golden, params: Any, name: str) -> jax.Array:
+    """log p [B,K,T] of each label after the one before, 0 where it is padding."""
+    labels = golden.values[f"in/{name}"]
+    rows = label_rows(golden, labels)
+    model = nnx.merge(golden.pretrained.graph, params)
+    source, mask = golden.values["in/context_input_ids"], golden.values["in/context_attention_mask"]
+    memory = model.prefill(jnp.asarray(source, jnp.int32), jnp.asarray(mask, bool))
+    # labels need not begin with the start token: it is whatever the first label is
+    memory = memory.replace(start=jnp.repeat(jnp.asarray(labels[:, 0], jnp.int32), len(rows) // len(labels)))
+    logp = jnp.where(rows[:, 0] == golden.pad, 0.0, score(model, memory, rows)[:, 0])
+    return logp.reshape(len(labels), -1, rows.shape[-1])
+
+
+@pytest.mark.parametrize("name", LABELS)
+def test_token_log_probabilities(golden: Golden, name: str) -> None:
+    if f"in/{name}" not in golden.values:
+        pytest.skip(f"{name} is recorded for BART only")
+    logp = jax.jit(lambda params: golden_logp(golden, params, name))(golden.params)
+    np.testing.assert_allclose(logp, golden.values[f"score/{name}/token_logp"], rtol=1e-4, atol=1e-4)
+
+
+def test_the_loss_and_its_gradient(golden: Golden) -> None:
+    prior = log_prior(jnp.asarray(golden.values["score/labels/doc_scores"]), jnp.ones((4, 3), bool))
+
+    def loss(params: Any) -> tuple[jax.Array, jax.Array]:
+        nll = -marginal_logp(prior, golden_logp(golden, params, "labels").sum(axis=-1))
+        return nll.sum(), nll
+
+    (_, nll), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(golden.params)
+    np.testing.assert_allclose(nll, golden.values["score/labels/clean_nll"], rtol=1e-4)
+    save_generator(golden.folder / "gradient", read_json(golden.folder / "config.json"), grads)
+    named = load_file(golden.folder / "gradient" / "model.safetensors")
+    norms = dict(
+        zip(golden.values["grad/generator/param_names"], golden.values["grad/generator/param_norms"], strict=True)
+    )
+    largest = max(norms.values())
+    ours = {name: np.linalg.norm(named[name]) for name in norms}
+    assert ours == pytest.approx(norms, rel=1e-4, abs=1e-5 * largest)
+    start = "grad/generator/array/"
+    recorded = {key.removeprefix(start): value for key, value in golden.values.items() if key.startswith(start)}
+    assert recorded
+    for name, value in recorded.items():
+        np.testing.assert_allclose(named[name], value, rtol=1e-4, atol=1e-5 * np.abs(value).max(), err_msg=name)
+
+
+def test_beams_in_a_pool_score_as_whole_answers(golden: Golden) -> None:
+    """Two beams go their own ways through the pool, each seeing its own slots, the second from the first's first."""
+    model, memory = golden.model, golden.memory
+    assert isinstance(model, Generator)
+    n, beams, longest = memory.start.shape[0], 2, 5
+    rng = np.random.default_rng(0)
+    answers = rng.integers(4, 100, (n, beams, longest)).astype(np.int32)
+    answers[:, 1, 0] = answers[:, 0, 0]
+    expected = _score(golden.pretrained.graph, golden.params, memory, jnp.asarray(answers))
+
+    @jax.jit
+    def run(params: Any) -> jax.Array:
+        model, past = nnx.merge(golden.pretrained.graph, params), empty_past(memory, beams * longest)
+        tokens, found = jnp.broadcast_to(memory.start[:, None], (n, beams)), []
+        visible = np.zeros((n, beams, longest, beams), bool)
+        for step in range(longest):
+            visible[:, 0, step, 0] = visible[:, 1, step, min(step, 1)] = True
+            seen = jnp.asarray(visible.reshape(n, beams, -1).copy())
+            logp, past = next_logp(model, memory, past, tokens, jnp.asarray(step), seen)
+            tokens = jnp.asarray(answers[:, :, step])
+            found.append(jnp.take_along_axis(logp, tokens[..., None], -1)[..., 0])
+        return jnp.stack(found, axis=-1)
+
+    np.testing.assert_allclose(run(golden.params), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_groups_do_not_see_each_other_and_padding_changes_nothing(golden: Golden) -> None:
+    memory = golden.memory
+    answers = jnp.asarray(np.random.default_rng(1).integers(4, 100, (memory.start.shape[0], 3, 4)), jnp.int32)
+    graph, params = golden.pretrained.graph, golden.params
+    together = _score(graph, params, memory, answers)
+    for group in range(3):
+        alone = _score(graph, params, memory, answers[:, group : group + 1])
+        chex.assert_trees_all_close(alone[:, 0], together[:, group], atol=1e-5)
+    source = np.pad(golden.values["in/context_input_ids"], ((0, 0), (0, 9)), constant_values=7).astype(np.int32)
+    mask = np.pad(golden.values["in/context_attention_mask"], ((0, 0), (0, 9))).astype(bool)
+    wider = _read(graph, params, jnp.asarray(source), jnp.asarray(mask))
+    chex.assert_trees_all_close(_score(graph, params, wider, answers), together, atol=1e-5)
+
+
+def test_dropout_is_drawn_by_row(golden: Golden) -> None:
+    dropping = open_generator(golden.folder, dropout=0.3)
+    source = jnp.asarray(golden.values["in/context_input_ids"], jnp.int32)
+    mask = jnp.asarray(golden.values["in/context_attention_mask"], bool)
+    answers = jnp.asarray(np.random.default_rng(2).integers(4, 100, (len(source), 1, 4)), jnp.int32)
+
+    @jax.jit
+    def run(source: jax.Array, mask: jax.Array, answers: jax.Array, keys: Any) -> jax.Array:
+        model = nnx.merge(dropping.graph, golden.params)
+        return score(model, model.prefill(source, mask, keys, remat=True), answers, keys, remat=True)
+
+    keys = row_keys(jax.random.key(0), jnp.arange(len(source)))
+    first = run(source, mask, answers, keys)
+    without = _score(golden.pretrained.graph, golden.params, golden.memory, answers)
+    assert np.abs(first - without).min(axis=-1).max() > 1e-3
+    backwards = run(source[::-1], mask[::-1], answers[::-1], keys[::-1])
+    chex.assert_trees_all_close(backwards[::-1], first, atol=1e-5)
+
+
+def test_every_tensor_comes_back(golden: Golden) -> None:
+    save_generator(golden.folder / "again", read_json(golden.folder / "config.json"), golden.params)
+    ours, theirs = load_file(golden.folder / "again" / "model.safetensors"), load_file(golden.folder / "w.safetensors")
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        np.testing.assert_array_equal(ours[name], value, err_msg=name)
+
+
+def test_bfloat16_keeps_log_probabilities_in_float32(golden: Golden) -> None:
+    half = open_generator(golden.folder, dtype="bfloat16")
+    memory = golden.memory
+    answers = jnp.asarray(np.random.default_rng(3).integers(4, 100, (memory.start.shape[0], 1, 4)), jnp.int32)
+    expected = _score(golden.pretrained.graph, golden.params, memory, answers)
+    source, mask = golden.values["in/context_input_ids"], golden.values["in/context_attention_mask"]
+    read = _read(half.graph, golden.params, jnp.asarray(source, jnp.int32), jnp.asarray(mask, bool))
+    assert read.keys.dtype == jnp.bfloat16
+    found = _score(half.graph, golden.params, read, answers)
+    assert found.dtype == jnp.float32
+    assert 0 < np.abs(found - expected).mean() < 0.2
+
+
+def test_distances_share_rows() -> None:
+    """By hand for 8 buckets up to a distance of 16: 0 to 3 alone, then 4 and 5, 6 to 7, 8 to 11, 12 and more."""
+    expected = [0, 1, 2, 3, 4, 4, 5, 5, 6, 6, 6, 7, 7, 7, 7, 7, 7, 7]
+    behind = [int(distance_bucket(jnp.asarray(-d), 8, 16, both_ways=False)) for d in range(len(expected))]
+    exact = [d if d < 4 else min(7, int(4 + 4 * np.log(d / 4) / np.log(4))) for d in range(len(expected))]
+    assert behind == exact
+    assert int(distance_bucket(jnp.asarray(3), 8, 16, both_ways=False)) == 0
+    assert int(distance_bucket(jnp.asarray(1), 8, 16, both_ways=True)) == 5
+    assert int(distance_bucket(jnp.asarray(-1), 8, 16, both_ways=True)) == 1
+
+
+BART = {"vocab_size": 9, "d_model": 8, "decoder_start_token_id": 2} | {
+    f"{side}_{name}": 2 for side in ("encoder", "decoder") for name in ("layers", "attention_heads", "ffn_dim")
+}
+
+
+@pytest.mark.parametrize(
+    ("shape", "change", "message"),
+    [
+        (BartConfig, {"model_type": "mbart"}, "model_type 'mbart' is not bart"),
+        (BartConfig, {"normalize_before": True}, "normalize_before"),
+        (BartConfig, {"activation_function": "snake"}, "activation_function 'snake'"),
+        (T5Config, {"model_type": "mt5"}, "model_type 'mt5' is not t5"),
+        (T5Config, {"feed_forward_proj": "gated-snake"}, "feed_forward_proj 'gated-snake'"),
+        (T5Config, {"feed_forward_proj": "twice-relu"}, "feed_forward_proj 'twice-relu'"),
+    ],
+)
+def test_other_shapes_are_refused(shape: Any, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        shape.from_hf({**BART, **change})
