@@ -31,17 +31,18 @@ lint: $(VENV)/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/bench
+bench: $(VENV)/dev
 	$(BIN)/python -m benchmarks.scoring
+	$(BIN)/ragjax index configs/factbook.yaml
 	$(BIN)/python -m benchmarks.answering configs/factbook.yaml decode.k=5 decode.beams=4
 
 clean:
 	rm -rf .venv-* .pytest_cache .mypy_cache .ruff_cache *.egg-info dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(VENV)/dev $(VENV)/bench: pyproject.toml
+$(VENV)/dev: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=…")'
 	@echo "Installing into $(VENV) (once; some minutes with a slow network) …"
 	@$(PYTHON) -m venv $(VENV)
-	@$(PIP) -e '.[$(@F)]'
+	@$(PIP) -e '.[dev]'
 	@touch $@

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Index, train and evaluate one experiment on this machine, on all its devices. Each stage resumes or is skipped
-# where it was already done, so that after an interruption the same command goes on.
+# Index, train and evaluate one experiment on this machine; training uses all its devices. After an interruption the
+# same command goes on: an index that is whole is kept, and training resumes.
 set -euo pipefail
 
 usage() {

@@ -23,7 +23,7 @@ from ragjax.index import Index, check_k
 from ragjax.models.layers import Params
 from ragjax.passages import PassageStore
 from ragjax.progress import terminal
-from ragjax.rag import Rag, Retrieved, answer_tokens, prompt_rows, retrieve
+from ragjax.rag import Rag, Retrieved, answer_tokens, check_questions, prompt_rows, retrieve
 from ragjax.train import open_world, restore_trained
 
 MODES = ("thorough", "fast", "closed_book")
@@ -84,7 +84,7 @@ class Answerer:
             raise InputError(f"mode is {mode!r}; expected one of {', '.join(MODES)}")
         if n_best is not None and n_best < 1:
             raise InputError(f"n_best is {n_best}; expected 1 or more")
-        _check_not_empty(questions)
+        check_questions(questions)
         if not questions:
             return []
         if mode == "closed_book":
@@ -176,10 +176,11 @@ def answer_from_command_line(
     config: Config, questions: Sequence[str], mode: str, untrained: bool, as_json: bool
 ) -> int:
     """Prints an answer with its documents and candidates for each question; `-` stands for standard input."""
-    _check_not_empty(questions)
+    check_questions(questions)
     answerer = open_answerer(config, untrained)
     if answerer.step is None:
-        terminal.print("these are the pretrained models" + ("" if untrained else f": no checkpoint in {config.output}"))
+        why = "" if untrained else f": no checkpoint in {config.output}"
+        terminal.print(f"these are the pretrained models{why}", soft_wrap=True)
     for question in _questions(questions):
         [answer] = answerer.answer([question], mode)
         if as_json:
@@ -187,11 +188,6 @@ def answer_from_command_line(
         else:
             print_answer(answer, Console(highlight=False))
     return 0
-
-
-def _check_not_empty(questions: Sequence[str]) -> None:
-    if any(not question.strip() for question in questions):
-        raise InputError("an empty question; expected some text")
 
 
 def _questions(given: Sequence[str]) -> Iterator[str]:
@@ -212,7 +208,9 @@ def print_answer(answer: Answer, console: Console) -> None:
         for z, document in enumerate(answer.documents):
             own = sorted(((c.proposed[z], c.text) for c in answer.candidates if c.proposed[z] > 0), reverse=True)
             proposals = "\n".join(f"{escape(text) or '(empty)'}  {p:.3f}" for p, text in own)
-            shown = f"[bold]{escape(document.title)}[/bold] {document.id}\n{escape(_shorten(document.text, 320))}"
+            shown = (
+                f"[bold]{escape(document.title)}[/bold] {escape(document.id)}\n{escape(_shorten(document.text, 320))}"
+            )
             documents.add_row(f"z{z + 1}", f"{document.prior:.3f}", shown, proposals)
         console.print(documents)
     candidates = Table("candidate", "thorough p(y|x)", "fast p(y|x)", "p(z|x,y) by document", box=box.SIMPLE_HEAD)

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+from jaxtyping import Int
+
+from ragjax import factbook, factbook_facts
 from ragjax.config import Config, InputError
-from ragjax.factbook import build_factbook
-from ragjax.hub import Fetched, cache_folder, fetch
-from ragjax.index import FAISS_FILE, MANIFEST, check_kind, embed_passages, write_index
+from ragjax.hub import Fetched, cache_folder, fetch, fingerprint_files
+from ragjax.index import FAISS_FILE, MANIFEST, check_kind, embed_passages, open_index, write_index
 from ragjax.mesh import enable_compilation_cache
 from ragjax.passages import Passage, PassageStore, read_passages, write_jsonl, write_store
-from ragjax.progress import progress_bar
+from ragjax.progress import progress_bar, terminal
 from ragjax.rag import Rag, encode, open_rag, passage_text
 from ragjax.text import buckets_up_to
 
@@ -22,19 +28,42 @@ from ragjax.text import buckets_up_to
 def build_index(config: Config) -> Path:
     """Builds the folder `index.folder`: passages, the generator's tokens, embeddings, search structure, manifest.
 
-    Raises `InputError` for bad input; an index that is there already is replaced only once the new one is whole.
+    An index of the same contents that is there already stays; another one is replaced only once the new one is whole.
+    Raises `InputError` for bad input.
     """
     enable_compilation_cache(cache_folder() / "xla")
     rag = open_rag(config)
     check_kind(config.index.kind, rag.retriever.config.embedding_width)
     corpus = fetch(config.corpus.source)
+    content = _content(config, corpus)
     folder = Path(config.index.folder)
+    if _is_current(folder, rag, content):
+        terminal.print(f"{folder} holds this index already; delete it to build it anew", soft_wrap=True)
+        return folder
     with _replacing(folder) as new:
-        _build(rag, corpus, new)
+        _build(rag, corpus, content, new)
     return folder
 
 
-def _build(rag: Rag, corpus: Fetched, folder: Path) -> None:
+def _content(config: Config, corpus: Fetched) -> str:
+    """What the passages are made from: the files' contents, and the code that turns the Factbook into passages."""
+    files = [corpus.path] if corpus.path.is_file() else [p for p in corpus.path.rglob("*") if p.is_file()]
+    content = fingerprint_files(files) if corpus.pin == "local" else corpus.pin
+    if config.corpus.format != "factbook":
+        return content
+    return f"{content} {fingerprint_files([Path(str(m.__file__)) for m in (factbook, factbook_facts)])}"
+
+
+def _is_current(folder: Path, rag: Rag, content: str) -> bool:
+    try:
+        index = open_index(folder, rag.fingerprints)
+        PassageStore.open(folder)
+    except InputError:
+        return False
+    return index.manifest.get("corpus", {}).get("content") == content
+
+
+def _build(rag: Rag, corpus: Fetched, content: str, folder: Path) -> None:
     config, params = rag.config, rag.retriever.read()
     passages = _passages(config, corpus, folder)
 
@@ -65,7 +94,12 @@ def _build(rag: Rag, corpus: Fetched, folder: Path) -> None:
         config.index.kind,
         config.index.dtype,
         {
-            "corpus": {"source": corpus.source, "pin": corpus.pin, "fingerprint": summary.fingerprint},
+            "corpus": {
+                "source": corpus.source,
+                "pin": corpus.pin,
+                "content": content,
+                "fingerprint": summary.fingerprint,
+            },
             "generator_tokens": summary.tokens,
             "fingerprints": rag.fingerprints,
         },
@@ -80,6 +114,10 @@ def _replacing(folder: Path) -> Iterator[Path]:
         raise InputError(f"{folder}: is a file; choose another index.folder")
     new = folder.with_name(folder.name + ".partial")
     shutil.rmtree(new, ignore_errors=True)
+    try:
+        new.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be created ({error.strerror}); choose another index.folder") from None
     try:
         yield new
         for old in (MANIFEST, FAISS_FILE):  # without its manifest a folder is known to be incomplete
@@ -98,7 +136,7 @@ def _passages(config: Config, corpus: Fetched, folder: Path) -> Iterable[Passage
     c = config.corpus
     if c.format != "factbook":
         return read_passages(corpus.path, c.format, c.limit)
-    passages, questions = build_factbook(corpus.path, c.passage_words, config.seed, c.categories)
+    passages, questions = factbook.build_factbook(corpus.path, c.passage_words, config.seed, c.categories)
     if c.limit is not None:
         passages = passages[: c.limit]
         kept = {passage.id for passage in passages}
@@ -113,12 +151,29 @@ def _passages(config: Config, corpus: Fetched, folder: Path) -> Iterable[Passage
     return passages
 
 
-def _encoder_rows(rag: Rag, store: PassageStore) -> list[list[int]]:
-    settings = rag.config.retriever
-    encode_texts: Callable[..., list[list[int]]] = rag.retriever_tokenizer.encode
-    rows: list[list[int]] = []
+@dataclass(frozen=True)
+class TokenRows(Sequence[np.ndarray]):
+    """N rows of token ids in one array: lists of Python integers would take some 100 GB for 21 million passages."""
+
+    tokens: np.ndarray
+    ends: Int[np.ndarray, " N_plus_1"]
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, i: Any) -> Any:
+        return self.tokens[self.ends[i] : self.ends[i + 1]]
+
+
+def _encoder_rows(rag: Rag, store: PassageStore) -> TokenRows:
+    """Every passage as the retriever reads it."""
+    settings, tokenizer = rag.config.retriever, rag.retriever_tokenizer
+    tokens = array("H" if tokenizer.vocab_size <= 2**16 else "i")
+    ends = array("q", [0])
     for start in range(0, len(store), 1024):
         chunk = [store[i] for i in range(start, min(start + 1024, len(store)))]
         texts = [passage_text(settings.passage, passage) for passage in chunk]
-        rows += encode_texts(texts, special=True, longest=settings.passage_tokens)
-    return rows
+        for row in tokenizer.encode(texts, special=True, longest=settings.passage_tokens):
+            tokens.extend(row)
+            ends.append(len(tokens))
+    return TokenRows(np.frombuffer(tokens, tokens.typecode), np.frombuffer(ends, np.int64))

@@ -18,22 +18,25 @@ class Checkpoints:
     """The checkpoints under one folder, of which the newest `keep` stay.
 
     A save goes on in the background while training continues; a checkpoint appears under its name only when it is
-    whole. Use as a context manager, or call `close`.
+    whole. One process may write, which clears away what an interrupted save left; others read meanwhile. Use as a
+    context manager, or call `close`.
     """
 
-    def __init__(self, folder: str | Path, keep: int = 2) -> None:
+    def __init__(self, folder: str | Path, keep: int = 2, *, writing: bool) -> None:
         from orbax.checkpoint import v1 as ocp
 
         logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs each step of its work and its tracebacks
         self.folder = Path(folder).absolute()
         self.keep = keep
+        self.writing = writing
         self._ocp = ocp
         self._saving: tuple[int, Any] | None = None
         self._open()
 
     def _open(self) -> None:
-        for leftover in self.folder.glob("*.orbax-checkpoint-tmp*"):  # of an interrupted save
-            shutil.rmtree(leftover, ignore_errors=True)
+        if self.writing:
+            for leftover in self.folder.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(leftover, ignore_errors=True)
         newest = self._ocp.training.preservation_policies.LatestN(self.keep)
         self._checkpointer = self._ocp.training.Checkpointer(self.folder, preservation_policy=newest)
 

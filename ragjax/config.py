@@ -103,7 +103,7 @@ class Decode:
     beams: int = 4
     max_new_tokens: int = 16
     min_new_tokens: int = 0  # 1 forbids the empty answer
-    length_penalty: float = 0.0  # scores are divided by length**length_penalty; 0 means none
+    length_penalty: float = 0.0  # beams are ranked by score / length**length_penalty; the final choice is not
 
 
 @dataclass(frozen=True)
@@ -224,8 +224,13 @@ def _check(config: Config, path: Path) -> None:
     for part in ("{passage}", "{question}"):
         if config.generator.prompt != "chat" and config.generator.prompt.count(part) != 1:
             problems.append(f"generator.prompt must contain {part} once (or be the word chat)")
-    if "{answer}" not in config.generator.answer:
-        problems.append("generator.answer must contain {answer}")
+    for key, part in (
+        ("generator.answer", "{answer}"),
+        ("generator.passage", "{text}"),
+        ("retriever.passage", "{text}"),
+    ):
+        if part not in str(get_key(config, key)):
+            problems.append(f"{key} must contain {part}")
     if config.retriever.prior == "corpus" and config.index.kind != "exact":
         problems.append(
             f"retriever.prior=corpus needs every score, which index.kind={config.index.kind} does not give; "

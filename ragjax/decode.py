@@ -165,7 +165,7 @@ def _distinct(beams: Beams, first_row: int, log_prior: Float[np.ndarray, " K"]) 
             ends = bool(beams.finished[row, beam])
             tokens = tuple(int(t) for t in beams.tokens[row, beam, : beams.length[row, beam] - ends])
             found.setdefault((tokens, ends), {})[int(document)] = float(beams.logp[row, beam])
-    return found
+    return found or {((), False): {}}  # without any document there is only the empty answer, of probability 0
 
 
 @jax.jit

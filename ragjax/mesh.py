@@ -27,7 +27,7 @@ def shard_batch(mesh: Mesh, batch: Any) -> Any:
         if leaf.shape[0] % devices:
             raise InputError(
                 f"a batch of {leaf.shape[0]} questions cannot be split over {devices} devices; make train.batch_size / "
-                f"train.accumulate (or evaluate.batch_size) a multiple of {devices}"
+                f"train.accumulate a multiple of {devices}"
             )
     return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, leaf), batch)
 

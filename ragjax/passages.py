@@ -252,6 +252,8 @@ def _json_lines(path: Path) -> Iterator[tuple[int, dict]]:
             raise InputError(f"{path}:{number}: not JSON ({error.msg} at column {error.colno})") from None
         if not isinstance(record, dict):
             raise InputError(f"{path}:{number}: expected a JSON object, not {type(record).__name__}")
+        if "\\u" in line and not is_unicode(json.dumps(record, ensure_ascii=False)):
+            raise InputError(f"{path}:{number}: holds half of a \\ud800-\\udfff pair, which is no Unicode text")
         yield number, record
 
 
@@ -278,6 +280,15 @@ def _read_dpr(path: Path) -> Iterator[Passage]:
             yield Passage(_id(identity, path, rows.line_num), title, _text(text, path, rows.line_num))
     except csv.Error as error:
         raise InputError(f"{path}:{rows.line_num}: not readable as tab-separated columns ({error})") from None
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8; JSON's escapes and the command line can bring lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _id(value: object, path: Path, number: int) -> str:

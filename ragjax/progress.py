@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 EVERY = 15.0  # seconds between two lines where there is no terminal
 
-terminal = Console(stderr=True, highlight=False)
+terminal = Console(stderr=True, highlight=False, markup=False)
 
 
 @contextmanager

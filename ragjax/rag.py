@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,9 +23,9 @@ from ragjax.index import Index
 from ragjax.marginal import corpus_log_prior, log_prior, marginal_logp, posterior, rag_loss
 from ragjax.models.generator import Ending, Keys, score
 from ragjax.models.layers import Params, fold, row_keys
-from ragjax.passages import Passage, PassageStore
+from ragjax.passages import Passage, PassageStore, is_unicode
 from ragjax.text import Prompt, Tokenizer, assemble, assemble_closed_book, bucket, buckets_up_to, make_prompt, pad_rows
-from ragjax.weights import Pretrained, open_bert, open_generator, weight_files
+from ragjax.weights import Pretrained, open_bert, open_generator
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,8 @@ def open_rag(config: Config) -> Rag:
     generator = open_generator(decoder, rate, config.dtype)
     _check_lengths(config, retriever, generator)
     retriever_tokenizer, generator_tokenizer = Tokenizer.load(encoder), Tokenizer.load(decoder)
+    _check_vocabulary(encoder, retriever_tokenizer, retriever)
+    _check_vocabulary(decoder, generator_tokenizer, generator)
     c = config.corpus
     corpus = f"{c.source} {c.format} limit={c.limit}"
     if c.format == "factbook":
@@ -75,12 +78,20 @@ def open_rag(config: Config) -> Rag:
     fingerprints = {
         "corpus": corpus,
         "kind": f"{config.index.kind} {config.index.dtype}",
-        "encoder": f"{fingerprint_files(weight_files(encoder))} {r.pooling} normalize={r.normalize}",
+        "encoder": f"{fingerprint_files(retriever.files)} {r.pooling} normalize={r.normalize}",
         "encoder_tokenizer": f"{retriever_tokenizer.fingerprint} {r.passage!r} {r.passage_tokens}",
         "generator_tokenizer": f"{generator_tokenizer.fingerprint} {g.passage!r}",
     }
     prompt = make_prompt(generator_tokenizer, g.prompt)
     return Rag(config, retriever, generator, retriever_tokenizer, generator_tokenizer, prompt, fetched, fingerprints)
+
+
+def _check_vocabulary(checkpoint: Path, tokenizer: Tokenizer, model: Pretrained) -> None:
+    if tokenizer.vocab_size > model.config.vocabulary:
+        raise InputError(
+            f"{checkpoint}: its tokenizer has {tokenizer.vocab_size} tokens, but the model embeds only "
+            f"{model.config.vocabulary}; give the tokenizer that belongs to it"
+        )
 
 
 def _check_lengths(config: Config, retriever: Pretrained, generator: Pretrained) -> None:
@@ -112,7 +123,9 @@ def encode(
 
 @partial(jax.jit, static_argnums=2)
 def _log_normalizer(queries: Array, passages: Array, scale: float) -> Array:
-    return jax.nn.logsumexp(scale * jnp.einsum("BD,ND->BN", queries, passages.astype(jnp.float32)), axis=-1)
+    # as exact as the search's scores: accelerators would round to bfloat16
+    scores = jnp.einsum("BD,ND->BN", queries, passages.astype(jnp.float32), precision="highest")
+    return jax.nn.logsumexp(scale * scores, axis=-1)
 
 
 @dataclass(frozen=True)
@@ -125,11 +138,18 @@ class Retrieved:
     log_prior: Float[np.ndarray, "B K"]
 
 
-def question_rows(rag: Rag, questions: Sequence[str]) -> tuple[Int[np.ndarray, "B S"], Bool[np.ndarray, "B S"]]:
-    """Questions as the retriever reads them, padded. Raises `InputError` for an empty one."""
+def check_questions(questions: Sequence[str]) -> None:
+    """Raises `InputError` for an empty question, and for one that is no Unicode text."""
     for question in questions:
         if not question.strip():
             raise InputError("an empty question; expected some text")
+        if not is_unicode(question):
+            raise InputError(f"the question {question!a} is not Unicode text; give it in UTF-8")
+
+
+def question_rows(rag: Rag, questions: Sequence[str]) -> tuple[Int[np.ndarray, "B S"], Bool[np.ndarray, "B S"]]:
+    """Questions as the retriever reads them, padded. Raises `InputError` as `check_questions` does."""
+    check_questions(questions)
     longest = rag.config.retriever.question_tokens
     rows = rag.retriever_tokenizer.encode(questions, special=True, longest=longest)
     width = bucket(max(len(row) for row in rows), buckets_up_to(longest))
@@ -237,7 +257,8 @@ def joint_logp(
     through = rag.config.train.backward_documents
     if through is None or through >= documents:
         return prior, _answer_logp(rag, params, batch, batch.source, batch.source_mask, document_keys)
-    logp = jax.lax.stop_gradient(_answer_logp(rag, params, batch, batch.source, batch.source_mask, document_keys))
+    constant = jax.lax.stop_gradient(params)
+    logp = _answer_logp(rag, constant, batch, batch.source, batch.source_mask, document_keys)
     _, likeliest = jax.lax.top_k(posterior(jax.lax.stop_gradient(prior), logp), through)
 
     def chosen(x: Array) -> Array:
@@ -254,7 +275,7 @@ def _question_log_prior(
     """log p_η(z|x), the questions encoded anew so that the gradient reaches their encoder."""
     settings = rag.config.retriever
     queries = nnx.merge(rag.retriever.graph, params["retriever"])(batch.question, batch.question_mask, keys)
-    scores = settings.scale * jnp.einsum("BD,BKD->BK", queries, batch.passages)
+    scores = settings.scale * jnp.einsum("BD,BKD->BK", queries, batch.passages, precision="highest")
     if settings.prior == "top_k":
         return log_prior(scores, batch.valid)
     assert corpus is not None

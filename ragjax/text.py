@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import tokenizers
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Integer
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from ragjax.config import InputError
@@ -28,7 +28,7 @@ CHAT_MESSAGE_CLOSED_BOOK = "Question: {question}\nAnswer briefly."
 CONTROL, USER_DEFINED = 3, 4
 
 
-Ids = Sequence[int] | Int[np.ndarray, " _"]
+Ids = Sequence[int] | Integer[np.ndarray, " _"]
 
 
 class Tokenizer:
@@ -54,7 +54,7 @@ class Tokenizer:
         self.eos_id = eos_id
         self.pad_id = eos_id if pad_id is None else pad_id
         self.bos_id = bos_id
-        self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
+        self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
         self.chat_template = chat_template
         self.fingerprint = "sha256:" + hashlib.sha256(serialised.encode()).hexdigest()
         unknown = getattr(backend.model, "unk_token", None)
@@ -166,9 +166,12 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{file}: not readable as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{file}: expected a JSON object")
+    return value
 
 
 @lru_cache(maxsize=2)

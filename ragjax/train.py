@@ -18,7 +18,7 @@ import numpy as np
 from ragjax.checkpoint import Checkpoints
 from ragjax.config import Config, InputError
 from ragjax.data import Batch, QuestionBatches, UsableAnswers, usable_answers
-from ragjax.experiment import check_same_experiment, start_experiment
+from ragjax.experiment import check_same_experiment, check_same_models, start_experiment
 from ragjax.hub import cache_folder
 from ragjax.index import Index, check_k, open_index
 from ragjax.mesh import enable_compilation_cache, make_mesh, replicate, shard_batch
@@ -50,7 +50,7 @@ def train(config: Config) -> Path:
     split_frozen(rag.abstract_params(), config.train.freeze)
     folder = start_experiment(rag, index)
 
-    with Checkpoints(folder / "checkpoints", keep=config.train.keep) as checkpoints:
+    with Checkpoints(folder / "checkpoints", keep=config.train.keep, writing=True) as checkpoints:
         state = _start(rag, checkpoints, batches, mesh)
         corpus = replicate(mesh, index.on_device) if config.retriever.prior == "corpus" else None
         step_fn, done = make_train_step(rag), int(state.step)
@@ -69,10 +69,10 @@ def train(config: Config) -> Path:
                 seconds = time.perf_counter() - started
                 log(step + 1, metrics | _rates(arrays, seconds))
                 advance(1, f"loss {metrics['loss']:.3f}  recall@{config.train.k} {metrics['recall']:.2f}")
-                last = step + 1 == config.train.steps
-                if last or stopping() or (step + 1) % config.train.save_every == 0:
+                last, stop = step + 1 == config.train.steps, stopping()
+                if last or stop or (step + 1) % config.train.save_every == 0:
                     checkpoints.save(step + 1, state, {"data": batches.state()})
-                if stopping() and not last:
+                if stop and not last:
                     checkpoints.wait()
                     raise Interrupted(f"stopped and saved at step {step + 1}; run the same command again to go on")
     return folder
@@ -209,10 +209,14 @@ def _stop_at_ctrl_c() -> Iterator[Callable[[], bool]]:
 
 
 def restore_trained(rag: Rag, step: int | None = None) -> tuple[Any, int] | None:
-    """The parameters of the newest checkpoint (or of `step`) in `output`, and its step; None if there is none."""
+    """The parameters of the newest checkpoint (or of `step`) in `output`, and its step; None if there is none.
+
+    Raises `InputError` for a checkpoint that is damaged, or was trained with other models than the configuration's.
+    """
     folder = Path(rag.config.output) / "checkpoints"
     if not folder.is_dir():
         return None
-    with Checkpoints(folder, keep=rag.config.train.keep) as checkpoints:
+    check_same_models(rag.config)
+    with Checkpoints(folder, keep=rag.config.train.keep, writing=False) as checkpoints:
         step = checkpoints.latest() if step is None else step
         return None if step is None else (checkpoints.restore_params(step, rag.abstract_params()), step)

@@ -150,6 +150,7 @@ class Pretrained:
     config: Any  # `BertConfig`, `LlamaConfig`, `BartConfig` or `T5Config`
     graph: nnx.GraphDef
     abstract: Params  # shapes and types
+    files: tuple[Path, ...]  # that hold the weights
     read: Callable[[], Params]  # raises `InputError` for tensors that are missing, unknown or of another shape
 
 
@@ -165,7 +166,8 @@ def open_bert(
     parent = prefix.removesuffix("bert_model.")
     table = {ours: (parent if "encode_proj" in name else prefix) + name for ours, name, _ in BERT}
     graph, abstract = split_parameters(nnx.eval_shape(lambda: Bert(config, nnx.Rngs(0))))
-    return Pretrained(config, graph, abstract, lambda: _fill(abstract, table, names, read, checkpoint))
+    files = tuple(weight_files(checkpoint))
+    return Pretrained(config, graph, abstract, files, lambda: _fill(abstract, table, names, read, checkpoint))
 
 
 def open_generator(checkpoint: Path, dropout: float = 0.0, dtype: str = "float32") -> Pretrained:
@@ -187,7 +189,8 @@ def open_generator(checkpoint: Path, dropout: float = 0.0, dtype: str = "float32
         names = names - {"lm_head.weight", "output.weight"}
     table = {ours: theirs for ours, name, other in _generator_table(hf) if (theirs := other if gguf else name)}
     graph, abstract = split_parameters(nnx.eval_shape(lambda: module(config, nnx.Rngs(0))))
-    return Pretrained(config, graph, abstract, lambda: _fill(abstract, table, names, read, checkpoint))
+    files = tuple(weight_files(checkpoint))
+    return Pretrained(config, graph, abstract, files, lambda: _fill(abstract, table, names, read, checkpoint))
 
 
 def save_bert(folder: Path, config: Mapping[str, Any], params: Params) -> None:
@@ -219,7 +222,10 @@ def weight_files(checkpoint: Path) -> list[Path]:
         return [checkpoint]
     index = checkpoint / "model.safetensors.index.json"
     if index.is_file():
-        return sorted({checkpoint / name for name in read_json(index)["weight_map"].values()})
+        named = read_json(index).get("weight_map")
+        if not isinstance(named, dict):
+            raise InputError(f'{index}: has no "weight_map"; fetch it again')
+        return sorted({checkpoint / str(name) for name in named.values()})
     files = sorted(checkpoint.glob("*.safetensors"))
     if not files:
         raise InputError(f"{checkpoint}: no *.safetensors here; pickled weights (*.bin) are never loaded")
@@ -253,6 +259,8 @@ def _open_gguf(path: Path) -> tuple[dict[str, Any], set[str], Read]:
     from gguf.quants import dequantize
 
     reader = read_gguf(path)
+    if "general.architecture" not in reader.fields:
+        raise InputError(f"{path}: does not say of which architecture it is; fetch it again")
     family = str(reader.fields["general.architecture"].contents())
 
     def field(name: str, default: Any = None) -> Any:

@@ -17,7 +17,7 @@ from trained import STEPS
 from world import CAPITALS, LANDS, tiny_config
 
 import ragjax
-from ragjax.answer import Answer, Answerer, Candidate, open_answerer, print_answer
+from ragjax.answer import Answer, Answerer, Candidate, Document, open_answerer, print_answer
 from ragjax.cli import main
 from ragjax.config import InputError
 
@@ -182,12 +182,15 @@ def test_text_that_looks_like_markup_is_shown_as_it_is() -> None:
     candidates = [
         Candidate("[b]x[/b]", False, 0.5, None, [], None, None),
         Candidate("\\[i]\\", True, 0.25, None, [], None, None),
-        Candidate("", True, 0.25, None, [], None, None),
+        Candidate("", True, 0.25, None, [0.1], None, None),
     ]
+    candidates[:2] = [dataclasses.replace(c, proposed=[0.2]) for c in candidates[:2]]
+    documents = [Document("doc[/a]", "[i]title", "[u]text", 0.5)]
     console = Console(file=io.StringIO(), width=200)
-    print_answer(Answer("[red]?", "[b]x[/b]", "closed_book", 0.5, [], candidates), console)
+    print_answer(Answer("[red]?", "[b]x[/b]", "fast", 0.5, documents, candidates), console)
     shown = console.file.getvalue()  # type: ignore[attr-defined]
-    assert all(text in shown for text in ("[red]?", "[b]x[/b] … (unfinished)", "\\[i]\\", "(empty)"))
+    for text in ("[red]?", "[b]x[/b] … (unfinished)", "\\[i]\\", "(empty)", "[i]title doc[/a]", "[u]text"):
+        assert text in shown
 
 
 def test_the_corpus_prior_leaves_mass_to_other_documents(world: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import shutil
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from world import build, tiny_config
 
 from ragjax import build_index as build_module
 from ragjax.config import Config, InputError
-from ragjax.index import Index, open_index
+from ragjax.index import MANIFEST, Index, open_index
 from ragjax.passages import Passage, PassageStore, read_passages
 from ragjax.rag import encode, open_rag, passage_text, retrieve
 
@@ -73,12 +74,26 @@ def test_built_again_it_is_the_same_to_the_byte(world: Path, tmp_path: Path, kin
     config = tiny_config(world, index__folder=str(tmp_path / "index"), index__kind=kind)
     assert build(config) == tmp_path / "index"
     first = files(tmp_path)
+    (tmp_path / "index" / MANIFEST).unlink()
     build(config)
     assert files(tmp_path) == first
     if kind == "exact":
         assert {path.name: content for path, content in first.items()} == {
             path.name: content for path, content in files(world / "index").items()
         }
+
+
+def test_an_index_of_the_same_contents_stays(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    corpus = Path(shutil.copy(world / "passages.jsonl", tmp_path))
+    config = tiny_config(world, index__folder=str(tmp_path / "index"), corpus__source=str(corpus))
+    build(config)
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "index").iterdir()}
+    build(config)
+    assert "holds this index already" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "index").iterdir()} == stamps
+    corpus.write_text(corpus.read_text().replace("capital", "Capital"))
+    build(config)
+    assert "Capital" in PassageStore.open(tmp_path / "index")[0].text
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -40,10 +40,10 @@ def make_state(seed: int = 0, width: int = 16) -> State:
 
 def test_what_comes_back_is_bit_for_bit_the_same(tmp_path: Path) -> None:
     state = make_state()
-    with Checkpoints(tmp_path / "new" / "checkpoints") as checkpoints:
+    with Checkpoints(tmp_path / "new" / "checkpoints", writing=True) as checkpoints:
         assert checkpoints.latest() is None
         checkpoints.save(3, state, {"data": {"next": 12}, "note": "é"})
-    with Checkpoints(tmp_path / "new" / "checkpoints") as checkpoints:
+    with Checkpoints(tmp_path / "new" / "checkpoints", writing=True) as checkpoints:
         assert checkpoints.latest() == 3
         assert checkpoints.metadata(3) == {"data": {"next": 12}, "note": "é"}
         chex.assert_trees_all_equal(checkpoints.restore(3, jax.eval_shape(make_state)), state)
@@ -51,18 +51,18 @@ def test_what_comes_back_is_bit_for_bit_the_same(tmp_path: Path) -> None:
 
 
 def test_only_the_newest_stay(tmp_path: Path) -> None:
-    with Checkpoints(tmp_path, keep=2) as checkpoints:
+    with Checkpoints(tmp_path, keep=2, writing=True) as checkpoints:
         for step in (1, 2, 3, 10):
             checkpoints.save(step, make_state(step), {"step": step})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["10", "3"]
-    with Checkpoints(tmp_path) as checkpoints:
+    with Checkpoints(tmp_path, writing=True) as checkpoints:
         chex.assert_trees_all_equal(checkpoints.restore(3, make_state()), make_state(3))
         with pytest.raises(InputError, match="no such checkpoint; the steps saved are: 3, 10"):
             checkpoints.restore(1, make_state())
 
 
 def test_a_step_can_be_saved_again(tmp_path: Path) -> None:
-    with Checkpoints(tmp_path) as checkpoints:
+    with Checkpoints(tmp_path, writing=True) as checkpoints:
         checkpoints.save(1, make_state(1), {})
         checkpoints.save(1, make_state(2), {})
         chex.assert_trees_all_equal(checkpoints.restore(1, make_state()), make_state(2))
@@ -71,7 +71,7 @@ def test_a_step_can_be_saved_again(tmp_path: Path) -> None:
 def test_the_state_may_be_donated_right_after_save(tmp_path: Path) -> None:
     state = {"params": jnp.arange(300_000.0)}
     step = jax.jit(lambda s: jax.tree.map(lambda x: x * 0 - 1, s), donate_argnums=0)
-    with Checkpoints(tmp_path) as checkpoints:
+    with Checkpoints(tmp_path, writing=True) as checkpoints:
         checkpoints.save(1, state, {})
         jax.block_until_ready(step(state))
         restored = checkpoints.restore(1, {"params": jax.ShapeDtypeStruct((300_000,), jnp.float32)})
@@ -86,7 +86,7 @@ def test_saved_on_one_device_restored_over_eight(tmp_path: Path) -> None:
     def like(leaf: jax.Array) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=split if leaf.shape == (3, 16, 5) else whole)
 
-    with Checkpoints(tmp_path) as checkpoints:
+    with Checkpoints(tmp_path, writing=True) as checkpoints:
         checkpoints.save(0, state, {})
         restored = checkpoints.restore(0, jax.tree.map(like, state))
         assert restored.params["retriever"]["w"].addressable_shards[0].data.shape == (3, 2, 5)
@@ -99,7 +99,7 @@ def test_saved_on_one_device_restored_over_eight(tmp_path: Path) -> None:
 
 def test_parameters_alone(tmp_path: Path) -> None:
     state = make_state()
-    with Checkpoints(tmp_path) as checkpoints:
+    with Checkpoints(tmp_path, writing=True) as checkpoints:
         checkpoints.save(0, state, {})
         params = checkpoints.restore_params(0, jax.eval_shape(make_state).params)
         with pytest.raises(InputError, match=r"it has no params\.reader\.w"):
@@ -108,7 +108,7 @@ def test_parameters_alone(tmp_path: Path) -> None:
 
 
 def test_another_model(tmp_path: Path) -> None:
-    with Checkpoints(tmp_path) as checkpoints:
+    with Checkpoints(tmp_path, writing=True) as checkpoints:
         checkpoints.save(0, make_state(), {})
         with pytest.raises(InputError, match=r"another model.*retriever\.w is float32\[3, 16, 5\], not .*\[3, 8, 5\]"):
             checkpoints.restore(0, make_state(width=8))
@@ -119,7 +119,7 @@ def test_another_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", ["emptied", "no metadata", "data cut", "data gone"])
 def test_an_incomplete_checkpoint_names_its_folder(tmp_path: Path, damage: str) -> None:
     state = {"params": jax.random.normal(jax.random.key(0), (200, 100))}
-    with Checkpoints(tmp_path) as checkpoints:
+    with Checkpoints(tmp_path, writing=True) as checkpoints:
         checkpoints.save(7, state, {})
     if damage == "emptied":
         shutil.rmtree(tmp_path / "7")
@@ -134,15 +134,18 @@ def test_an_incomplete_checkpoint_names_its_folder(tmp_path: Path, damage: str) 
         else:
             largest.unlink()
     damaged = pytest.raises(InputError, match=rf"{tmp_path}/7: the checkpoint is incomplete or damaged.*delete")
-    with Checkpoints(tmp_path) as checkpoints, damaged:
+    with Checkpoints(tmp_path, writing=True) as checkpoints, damaged:
         checkpoints.restore(7, state)
 
 
 def test_what_an_interrupted_save_left_is_no_checkpoint(tmp_path: Path) -> None:
-    with Checkpoints(tmp_path) as checkpoints:
+    with Checkpoints(tmp_path, writing=True) as checkpoints:
         checkpoints.save(1, make_state(), {})
     shutil.copytree(tmp_path / "1", tmp_path / "2.orbax-checkpoint-tmp")
-    with Checkpoints(tmp_path) as checkpoints:
+    with Checkpoints(tmp_path, writing=False) as checkpoints:  # it may be the save of a run that is going on
+        assert checkpoints.latest() == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2.orbax-checkpoint-tmp"]
+    with Checkpoints(tmp_path, writing=True) as checkpoints:
         assert checkpoints.latest() == 1
         checkpoints.save(2, make_state(2), {})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
@@ -161,7 +164,7 @@ def no_file_larger_than(size: int) -> Iterator[None]:
 
 def test_a_checkpoint_that_does_not_fit_on_the_disk(tmp_path: Path) -> None:
     state = {"params": jax.random.normal(jax.random.key(0), (500, 500))}
-    checkpoints = Checkpoints(tmp_path)
+    checkpoints = Checkpoints(tmp_path, writing=True)
     checkpoints.save(1, state, {})
     checkpoints.wait()
     with no_file_larger_than(100_000), pytest.raises(InputError, match=r"/2: the checkpoint could not be written"):

@@ -284,6 +284,19 @@ def test_evaluate_refuses_missing_questions_and_a_file_as_output(capsys: Capture
     assert "cannot be created" in message
 
 
+@pytest.mark.parametrize("command", ["evaluate", "answer"])
+def test_a_checkpoint_of_other_settings(capsys: Capture, own_run: Path, command: str) -> None:
+    question = ["why?", "--set"] if command == "answer" else []
+    message = refused(capsys, own_run, command, str(own_run / "config.yaml"), *question, "retriever.scale=5")
+    assert "trained with other settings: retriever.scale was 10.0 and is 5.0" in message
+
+
+def test_a_question_that_is_no_text(capsys: Capture, tmp_path: Path, world: Path) -> None:
+    assert r"'\udcff' is not Unicode text" in refused(
+        capsys, tmp_path, "answer", str(world / "config.yaml"), "\udcff", "--set", f"output={tmp_path / 'none'}"
+    )
+
+
 @pytest.mark.parametrize("questions", [[""], ["Where?", " "]])
 def test_an_empty_question(capsys: Capture, tmp_path: Path, world: Path, questions: list[str]) -> None:
     assert "an empty question" in refused(capsys, tmp_path, "answer", str(world / "config.yaml"), *questions)

@@ -85,6 +85,8 @@ def test_a_configuration_cannot_be_changed(tmp_path: Path) -> None:
         ("decode.min_new_tokens=16", r"decode\.min_new_tokens must be smaller"),
         ("generator.prompt='{passage} only'", r"generator\.prompt must contain \{question\} once"),
         ("generator.answer=yes", r"generator\.answer must contain \{answer\}"),
+        ("retriever.passage='{title}: {txt}'", r"retriever\.passage must contain \{text\}"),
+        ("generator.passage=nothing", r"generator\.passage must contain \{text\}"),
         ("index.folder=${nowhere}", r"nowhere"),
     ],
 )

@@ -209,7 +209,7 @@ def test_wider_padding_changes_nothing(
 def test_impossible_documents_change_nothing(
     generator: Small, golden: dict[str, np.ndarray], three: list[Candidates]
 ) -> None:
-    """Fewer hits than k: their rows are there, their prior is −inf. A question without any hit has no candidates."""
+    """Fewer hits than k: their rows are there, their prior is −inf. A question without any hit has none."""
     prompts = prompts_of(golden)
     prior = golden["score/doc_logprobs"][:2].copy()
     prior[0, 1] = prior[1] = -np.inf
@@ -224,7 +224,9 @@ def test_impossible_documents_change_nothing(
         np.testing.assert_allclose(getattr(masked, name)[[0, 2]], getattr(without, name), atol=5e-5, err_msg=name)
     for name in ("fast", "thorough"):
         np.testing.assert_allclose(getattr(masked, name), getattr(without, name), atol=5e-5, err_msg=name)
-    assert nothing.tokens == [] and nothing.best("thorough") == [] == nothing.best("fast")
+    assert nothing.tokens == [()] and not nothing.finished.any()
+    assert nothing.best("thorough") == [0] == nothing.best("fast")
+    assert nothing.marginal("thorough") == -np.inf == nothing.marginal("fast")
 
 
 def test_answers_have_the_least_length(generator: Small, golden: dict[str, np.ndarray]) -> None:

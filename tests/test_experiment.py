@@ -5,13 +5,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 from world import open_world, tiny_config
 
-from ragjax.config import Config, InputError, load_config
-from ragjax.experiment import FREE, check_same_experiment, git_revision, load_experiment, start_experiment
+from ragjax.config import Config, InputError, dump_config, load_config
+from ragjax.experiment import (
+    FREE,
+    check_same_experiment,
+    check_same_models,
+    git_revision,
+    load_experiment,
+    start_experiment,
+)
 from ragjax.hub import fingerprint_files
 from ragjax.index import Index
 from ragjax.rag import Rag
@@ -32,7 +40,13 @@ def test_what_is_recorded_repeats_the_run(world: Path, tmp_path: Path) -> None:
     assert [source["source"] for source in manifest["sources"]] == [f"{world}/retriever", f"{world}/generator"]
     assert all(source["pin"] for source in manifest["sources"])
     assert manifest["fingerprints"]["questions.train"] == fingerprint_files([world / "train.jsonl"])
-    assert manifest["fingerprints"].keys() >= {"encoder", "encoder_tokenizer", "generator_tokenizer", "questions.test"}
+    assert manifest["fingerprints"].keys() >= {
+        "encoder",
+        "encoder_tokenizer",
+        "generator_tokenizer",
+        "generator",
+        "passages",
+    }
     assert manifest["index"]["corpus"]["fingerprint"].startswith("sha256:")
 
 
@@ -53,6 +67,31 @@ def test_another_experiment_is_refused_key_by_key(world: Path, tmp_path: Path) -
         check_same_experiment(another)
     assert "decode" not in str(refusal.value)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize(("changed", "named"), [("train.jsonl", "questions.train"), ("index", "passages")])
+def test_other_inputs_under_the_same_names_are_refused(world: Path, tmp_path: Path, changed: str, named: str) -> None:
+    own = Path(shutil.copytree(world, tmp_path / "world", ignore=shutil.ignore_patterns("run")))
+    places = {"questions__train": str(own / "train.jsonl"), "index__folder": str(own / "index")}
+    rag, index = opened(world, tmp_path / "run", **places)
+    start_experiment(rag, index)
+    if changed == "index":
+        index.manifest["corpus"]["fingerprint"] = "sha256:0"
+    else:
+        text = (own / changed).read_text()
+        (own / changed).write_text(text.replace("capital", "Capital"))
+    with pytest.raises(InputError, match=rf"started on other inputs: {named} changed since"):
+        start_experiment(rag, index)
+
+
+def test_a_trained_model_is_not_read_under_other_settings(world: Path, tmp_path: Path) -> None:
+    start_experiment(*opened(world, tmp_path, train__retriever_lr=1e-5))
+    check_same_models(tiny_config(world, output=str(tmp_path), decode__k=1, train__steps=3))
+    another = tiny_config(world, output=str(tmp_path), retriever__scale=5.0, generator__answer="{answer}")
+    with pytest.raises(
+        InputError, match=r"generator\.answer was ' \{answer\}'.*retriever\.scale was 10\.0 and is 5\.0"
+    ):
+        check_same_models(another)
 
 
 def test_everything_that_training_depends_on_is_held(world: Path) -> None:
@@ -81,8 +120,20 @@ def test_a_run_that_was_moved(world: Path, tmp_path: Path) -> None:
     config = load_experiment(tmp_path / "moved")
     assert config.output == str(tmp_path / "moved")
     check_same_experiment(config)
+    assert (config.index.folder, config.questions.test) == (str(world / "index"), str(world / "test.jsonl"))
     with pytest.raises(InputError, match=r"run: no run here"):
         load_experiment(tmp_path / "run")
+
+
+def test_a_run_that_was_moved_with_its_index_and_questions(world: Path, tmp_path: Path) -> None:
+    before, after = tmp_path / "run", tmp_path / "moved"
+    inside = {"index__folder": str(before / "index"), "questions__train": str(before / "index" / "train.jsonl")}
+    (before / "index").mkdir(parents=True)
+    (before / "config.yaml").write_text(dump_config(tiny_config(world, output=str(before), **inside)))
+    before.rename(after)
+    config = load_experiment(after)
+    assert (config.index.folder, config.questions.train) == (str(after / "index"), str(after / "index" / "train.jsonl"))
+    assert config.questions.test == str(world / "test.jsonl")
 
 
 def test_the_git_revision_is_a_commit_or_unknown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

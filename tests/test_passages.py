@@ -67,6 +67,7 @@ GOOD = b'{"id": "a", "text": "t"}\n'
         ("c.jsonl", GOOD + b"{oops\n", r"c\.jsonl:2: not JSON"),
         ("c.jsonl", GOOD + b"[1]\n", r"c\.jsonl:2: expected a JSON object"),
         ("c.jsonl", GOOD + b'{"id": "b", "text": " "}\n', r'c\.jsonl:2: empty or missing "text"'),
+        ("c.jsonl", GOOD + b'{"id": "b", "text": "\\ud83d"}\n', r"c\.jsonl:2: holds half of a"),
         ("c.jsonl", b'{"text": "t"}\n', r'c\.jsonl:1: empty or missing "id"'),
         ("c.jsonl", b'{"id": 1, "text": "t", "title": 3}\n', r'c\.jsonl:1: "title"'),
         ("c.jsonl", GOOD + b'{"id": "b", "text": "\xff"}\n', r"c\.jsonl:2: not UTF-8"),

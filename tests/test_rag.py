@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from ragjax.rag import (
     answer_tokens,
     encode,
     joint_logp,
+    log_mass,
     loss,
     open_rag,
     prompt_rows,
@@ -94,6 +96,26 @@ def test_retrieval_equals_brute_force(prior: str, world: Path) -> None:
         np.testing.assert_allclose(mass, 1, rtol=1e-5)
     else:
         assert (mass < 0.99).all() and (mass > 0).all()
+
+
+def test_the_mass_of_the_best_documents(world: Path) -> None:
+    o = opened(world)
+    scores = o.rag.config.retriever.scale * brute_force_scores(o)
+    best = -np.sort(-scores, axis=1)[:, :2]
+    expected = np.logaddexp.reduce(best, axis=1) - np.logaddexp.reduce(scores, axis=1)
+    found = retrieve(o.rag, o.params, o.index, o.questions, 4)
+    np.testing.assert_allclose(log_mass(o.rag, o.index, found, 2), expected, atol=2e-5)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model(world: Path, tmp_path: Path) -> None:
+    for part in ("retriever", "generator"):
+        folder = Path(shutil.copytree(world / part, tmp_path / part))
+        tokenizer = json.loads((folder / "tokenizer.json").read_text())
+        vocabulary = tokenizer["model"]["vocab"]
+        vocabulary["never seen"] = 1 + max(vocabulary.values())
+        (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+        with pytest.raises(InputError, match=rf"{part}: its tokenizer has \d+ tokens, but the model embeds only"):
+            open_rag(tiny_config(world, **{f"{part}__source": str(folder)}))
 
 
 def test_fewer_passages_than_k_change_neither_loss_nor_gradient(world: Path, tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def losses(folder: Path) -> list[dict[str, float]]:
 def saved_state(world: Path, folder: Path, step: int, **overrides: object) -> tuple[TrainState, dict[str, Any]]:
     rag = open_rag(tiny_config(world, **overrides))
     like = jax.eval_shape(lambda params: initial_state(rag, params), rag.abstract_params())
-    with Checkpoints(folder / "checkpoints") as checkpoints:
+    with Checkpoints(folder / "checkpoints", writing=False) as checkpoints:
         assert checkpoints.latest() == step
         return checkpoints.restore(step, like), checkpoints.metadata(step)
 

@@ -171,6 +171,14 @@ def test_unreadable_files(family: str, checkpoint: Path, tmp_path: Path) -> None
         OPEN[family](incomplete)
 
 
+@pytest.mark.parametrize("index", ["{}", '{"weight_map": ["model.safetensors"]}'])
+def test_an_index_of_shards_without_a_map(family: str, checkpoint: Path, tmp_path: Path, index: str) -> None:
+    (tmp_path / "config.json").write_bytes((checkpoint / "config.json").read_bytes())
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(InputError, match=r'index\.json: has no "weight_map"'):
+        OPEN[family](tmp_path)
+
+
 def test_pickled_weights_are_refused(family: str, checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((checkpoint / "config.json").read_bytes())
     (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
