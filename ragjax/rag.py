@@ -82,7 +82,7 @@ def open_rag(config: Config) -> Rag:
         "encoder_tokenizer": f"{retriever_tokenizer.fingerprint} {r.passage!r} {r.passage_tokens}",
         "generator_tokenizer": f"{generator_tokenizer.fingerprint} {g.passage!r}",
     }
-    prompt = make_prompt(generator_tokenizer, g.prompt)
+    prompt = make_prompt(generator_tokenizer, g.prompt, framed=generator.config.encoder_decoder)
     return Rag(config, retriever, generator, retriever_tokenizer, generator_tokenizer, prompt, fetched, fingerprints)
 
 
@@ -95,17 +95,19 @@ def _check_vocabulary(checkpoint: Path, tokenizer: Tokenizer, model: Pretrained)
 
 
 def _check_lengths(config: Config, retriever: Pretrained, generator: Pretrained) -> None:
-    for key, wanted, longest in (
+    answer = max(config.generator.answer_tokens, config.decode.max_new_tokens)
+    source, longest = config.generator.source_tokens, generator.config.longest
+    checked = [
         ("retriever.question_tokens", config.retriever.question_tokens, retriever.config.positions),
         ("retriever.passage_tokens", config.retriever.passage_tokens, retriever.config.positions),
-        (
-            "generator.source_tokens + the longest answer",
-            config.generator.source_tokens + max(config.generator.answer_tokens, config.decode.max_new_tokens),
-            generator.config.longest,
-        ),
-    ):
-        if wanted > longest:
-            raise InputError(f"{key} is {wanted}, but the model has {longest} positions; lower it")
+    ]
+    if generator.config.encoder_decoder:  # each side has positions of its own
+        checked += [("generator.source_tokens", source, longest), ("the longest answer", answer, longest)]
+    else:
+        checked += [("generator.source_tokens + the longest answer", source + answer, longest)]
+    for key, wanted, most in checked:
+        if wanted > most:
+            raise InputError(f"{key} is {wanted}, but the model has {most} positions; lower it")
 
 
 def passage_text(template: str, passage: Passage) -> str:
@@ -194,9 +196,11 @@ def prompt_rows(
 
 
 def answer_tokens(rag: Rag, answer: str) -> list[int]:
-    """An answer as the generator writes it, the end token included."""
-    [tokens] = rag.generator_tokenizer.encode([rag.config.generator.answer.replace("{answer}", answer)])
-    return [*tokens, rag.generator_tokenizer.eos_id]
+    """An answer as the generator writes it, the end token included; a decoder's <s>, where BART has one, too."""
+    framed, eos = rag.generator.config.encoder_decoder, rag.generator_tokenizer.eos_id
+    text = rag.config.generator.answer.replace("{answer}", answer)
+    [tokens] = rag.generator_tokenizer.encode([text], special=framed)
+    return tokens if framed and tokens[-1:] == [eos] else [*tokens, eos]
 
 
 Rows = Any  # NumPy's arrays until they are sharded, then JAX's

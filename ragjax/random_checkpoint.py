@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from flax import nnx
@@ -12,8 +13,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from ragjax.config import InputError
 from ragjax.models.bert import Bert, BertConfig
 from ragjax.models.layers import split_parameters
-from ragjax.models.llama import Llama, LlamaConfig
-from ragjax.weights import save_bert, save_generator
+from ragjax.weights import GENERATORS, save_bert, save_generator
 
 BERT = {
     "model_type": "bert",
@@ -24,9 +24,13 @@ BERT = {
     "max_position_embeddings": 512,
     "type_vocab_size": 2,
     "hidden_act": "gelu",
+    "pad_token_id": 0,
 }
 LLAMA = {
     "model_type": "llama",
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
     "hidden_size": 32,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
@@ -40,39 +44,78 @@ LLAMA = {
 }
 
 
+BART = {
+    "model_type": "bart",
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "max_position_embeddings": 1024,
+    "bos_token_id": 0,
+    "pad_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 2,
+}
+T5 = {
+    "model_type": "t5",
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 64,
+    "num_layers": 2,
+    "num_heads": 4,
+    "feed_forward_proj": "gated-gelu",
+    "tie_word_embeddings": False,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "decoder_start_token_id": 0,
+}
+# config.json, the special tokens in the order of their ids, and what the tokenizer puts around a text
+FAMILIES: dict[str, tuple[dict[str, Any], str, str | None]] = {
+    "bert": (BERT, "[PAD] [CLS] [SEP]", "[CLS] $A [SEP]"),
+    "llama": (LLAMA, "<|endoftext|> <|im_start|> <|im_end|>", None),
+    "bart": (BART, "<s> <pad> </s>", "<s> $A </s>"),
+    "t5": (T5, "<pad> </s>", "$A </s>"),
+}
+NAMES = {
+    "bert": {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"},
+    "llama": {"pad_token": "<|endoftext|>", "bos_token": "<|im_start|>", "eos_token": "<|im_end|>"},
+    "bart": {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"},
+    "t5": {"pad_token": "<pad>", "eos_token": "</s>"},
+}
+
+
 def write_random_checkpoint(family: str, folder: Path, seed: int = 0) -> None:
-    """Writes config.json, model.safetensors and a byte-level tokenizer. `family` is `bert` or `llama`."""
+    """Writes config.json, model.safetensors and a byte-level tokenizer of `bert`, `llama`, `bart` or `t5`."""
+    if family not in FAMILIES:
+        raise InputError(f"random:{family}: expected {' or '.join(f'random:{name}' for name in FAMILIES)}")
+    hf = {**FAMILIES[family][0], "vocab_size": _write_tokenizer(family, folder)}
     if family == "bert":
-        special = ["[PAD]", "[CLS]", "[SEP]"]
-        bert_hf = {**BERT, "vocab_size": _write_tokenizer(folder, special), "pad_token_id": 0}
-        config = BertConfig.from_hf(bert_hf, "mean", True)
-        save_bert(folder, bert_hf, split_parameters(Bert(config, nnx.Rngs(seed)))[1])
-    elif family == "llama":
-        special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-        size = _write_tokenizer(folder, special)
-        llama_hf = {**LLAMA, "vocab_size": size, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-        save_generator(folder, llama_hf, split_parameters(Llama(LlamaConfig.from_hf(llama_hf), nnx.Rngs(seed)))[1])
-    else:
-        raise InputError(f"random:{family}: expected random:bert or random:llama")
+        module: nnx.Module = Bert(BertConfig.from_hf(hf, "mean", True), nnx.Rngs(seed))
+        save_bert(folder, hf, split_parameters(module)[1])
+        return
+    shape, make = GENERATORS[family]
+    save_generator(folder, hf, split_parameters(make(shape.from_hf(hf), nnx.Rngs(seed)))[1])
 
 
-def _write_tokenizer(folder: Path, special: list[str]) -> int:
+def _write_tokenizer(family: str, folder: Path) -> int:
     """One token a byte, after the special ones; returns the size of the vocabulary."""
+    _, names, frame = FAMILIES[family]
+    special = names.split()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate([*special, *alphabet])}
     backend = tokenizers.Tokenizer(models.BPE(vocabulary, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(special)
-    names = {"pad_token": special[0]}
-    if "[CLS]" in special:
+    if family == "bert":
         backend.normalizer = normalizers.Lowercase()
-        pair = [("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])]
-        backend.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=pair)
-        names |= {"cls_token": "[CLS]", "sep_token": "[SEP]"}
-    else:
-        names |= {"bos_token": special[1], "eos_token": special[2]}
+    if frame:
+        used = [(token, vocabulary[token]) for token in special if token in frame.split()]
+        backend.post_processor = processors.TemplateProcessing(single=frame, special_tokens=used)
     folder.mkdir(parents=True, exist_ok=True)
     backend.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps(names, indent=1) + "\n", encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(NAMES[family], indent=1) + "\n", encoding="utf-8")
     return len(vocabulary)

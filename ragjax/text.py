@@ -92,6 +92,12 @@ class Tokenizer:
         end = self._tokens_after if special else 0
         return [row if len(row) <= longest else row[: longest - end] + row[len(row) - end :] for row in rows]
 
+    @property
+    def frame(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The tokens that the tokenizer itself puts before and after a text."""
+        [row] = self.encode([""], special=True)
+        return tuple(row[: len(row) - self._tokens_after]), tuple(row[len(row) - self._tokens_after :])
+
     def encode_markup(self, text: str) -> list[int]:
         """The tokens of a piece of template, in which special tokens count."""
         return self._markup.encode(text, add_special_tokens=False).ids
@@ -268,10 +274,11 @@ class Prompt:
     before_question: str = ""
 
 
-def make_prompt(tokenizer: Tokenizer, template: str) -> Prompt:
+def make_prompt(tokenizer: Tokenizer, template: str, framed: bool = False) -> Prompt:
     """Tokenises a template with {passage} and {question}; `chat` stands for the tokenizer's own chat template.
 
-    Closed-book prompts lose the line on which the passage stands. Raises `InputError`.
+    `framed` puts what the tokenizer itself puts around a text, such as <s> … </s>, around the whole: an encoder expects
+    it. Closed-book prompts lose the line on which the passage stands. Raises `InputError`.
     """
     if template == "chat":
         open_book = _render_chat(tokenizer, CHAT_MESSAGE)
@@ -282,13 +289,15 @@ def make_prompt(tokenizer: Tokenizer, template: str) -> Prompt:
                 raise InputError(f"prompt {template!r}: must contain {part} once (or be the word chat)")
         open_book, closed_book = template, _without_passage(template)
 
-    def encode_start(text: str) -> tuple[int, ...]:
-        ids = tuple(tokenizer.encode_markup(text))
-        start = (tokenizer.bos_id,) if tokenizer.adds_bos and tokenizer.bos_id is not None else ()
-        return ids if ids[:1] == start else start + ids
+    starts = (tokenizer.bos_id,) if tokenizer.adds_bos and tokenizer.bos_id is not None else ()
+    start, end = tokenizer.frame if framed else (starts, ())
 
     def encode(text: str) -> tuple[int, ...]:
         return tuple(tokenizer.encode_markup(text))
+
+    def encode_start(text: str) -> tuple[int, ...]:
+        ids = encode(text)
+        return ids if start and ids[: len(start)] == start else start + ids
 
     before_question = " " if " {question}" in open_book and " {question}" in closed_book else ""
     if before_question:
@@ -298,8 +307,8 @@ def make_prompt(tokenizer: Tokenizer, template: str) -> Prompt:
     head, _, rest = open_book.partition(first)
     middle, _, tail = rest.partition(second)
     before, _, after = closed_book.partition("{question}")
-    around = encode_start(before), encode(after)
-    return Prompt(encode_start(head), encode(middle), encode(tail), question_first, around, before_question)
+    around = encode_start(before), encode(after) + end
+    return Prompt(encode_start(head), encode(middle), encode(tail) + end, question_first, around, before_question)
 
 
 def _without_passage(template: str) -> str:

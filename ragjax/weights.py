@@ -135,6 +135,12 @@ def _generator_table(hf: Mapping[str, Any]) -> NameTable:
     return _t5(hf.get("feed_forward_proj", "relu").startswith("gated")) if family == "t5" else LLAMA
 
 
+# by model_type; whatever else there is belongs to the Llama family, or is refused by it
+GENERATORS: dict[str, tuple[Any, Any]] = {
+    "llama": (LlamaConfig, Llama),
+    "bart": (BartConfig, Bart),
+    "t5": (T5Config, T5),
+}
 # copies of the one embedding table
 TIED = {f"{part}.embed_tokens.weight" for part in ("encoder", "decoder", "model.encoder", "model.decoder")}
 # tensors that carry nothing we need: heads of other tasks, and buffers that older exports wrote down
@@ -181,8 +187,7 @@ def open_generator(checkpoint: Path, dropout: float = 0.0, dtype: str = "float32
     else:
         hf = read_json(checkpoint / "config.json")
         names, read = _open_safetensors(checkpoint)
-    families: dict[str, tuple[Any, Any]] = {"bart": (BartConfig, Bart), "t5": (T5Config, T5)}
-    shape, module = families.get(hf.get("model_type", ""), (LlamaConfig, Llama))
+    shape, module = GENERATORS.get(hf.get("model_type", ""), GENERATORS["llama"])
     config = _shape(lambda: shape.from_hf(hf, dropout, dtype), checkpoint if gguf else checkpoint / "config.json")
     names = names - TIED
     if getattr(config, "tied", True):

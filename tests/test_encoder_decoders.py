@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,14 +17,18 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
+from ragjax.cli import main
 from ragjax.config import InputError
 from ragjax.marginal import log_prior, marginal_logp
 from ragjax.models.bart import BartConfig
 from ragjax.models.generator import Generator, Memory, empty_past, next_logp, score
 from ragjax.models.layers import row_keys
 from ragjax.models.t5 import T5Config, distance_bucket
+from ragjax.passages import read_questions, write_jsonl
+from ragjax.random_checkpoint import write_random_checkpoint
 from ragjax.weights import Pretrained, open_generator, read_json, save_generator
 
+Capture = pytest.CaptureFixture[str]
 GOLDEN = Path(__file__).parent / "golden"
 PREFIX = "rag.generator."
 LABELS = ("labels", "labels_nobos", "labels_nostart", "labels_short")
@@ -212,6 +217,45 @@ def test_distances_share_rows() -> None:
     assert int(distance_bucket(jnp.asarray(3), 8, 16, both_ways=False)) == 0
     assert int(distance_bucket(jnp.asarray(1), 8, 16, both_ways=True)) == 5
     assert int(distance_bucket(jnp.asarray(-1), 8, 16, both_ways=True)) == 1
+
+
+@pytest.mark.parametrize("family", ["bart", "t5"])
+def test_from_training_to_an_answer(family: str, world: Path, tmp_path: Path, capsys: Capture) -> None:
+    """Random models learn eight questions by heart, in two pieces as in one, are evaluated and answer."""
+    write_random_checkpoint(family, tmp_path / "generator")
+    some = read_questions(world / "train.jsonl")[:8]
+    records = [{"question": q.question, "answer": [q.answers[0][0]], "passages": [f"p{i}"]} for i, q in enumerate(some)]
+    write_jsonl(tmp_path / "letters.jsonl", records)
+    settings = [
+        f"generator.source={tmp_path}/generator",
+        f"index.folder={tmp_path}/index",
+        "generator.answer='{answer}'",
+    ]
+    settings += [f"questions.{split}={tmp_path}/letters.jsonl" for split in ("train", "dev", "test")]
+    settings += ["train.steps=16", "train.k=2", "train.generator_lr=2e-2", "train.retriever_lr=3e-3", "decode.beams=2"]
+
+    def run(command: str, folder: str, *more: str) -> list[str]:
+        capsys.readouterr()
+        output = f"output={tmp_path / folder}"
+        assert main([command, str(world / "config.yaml"), *more, "--set", output, *settings]) == 0
+        return capsys.readouterr().out.splitlines()
+
+    run("index", "whole")
+    run("train", "whole", "train.save_every=8", "train.keep=9")
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "train.jsonl").read_text().splitlines()]
+    assert lines[-1]["loss"] < 0.5 * lines[0]["loss"]
+    shutil.copytree(tmp_path / "whole", tmp_path / "pieces")
+    shutil.rmtree(tmp_path / "pieces" / "checkpoints" / "16")
+    run("train", "pieces", "train.save_every=8", "train.keep=9")
+    resumed = [json.loads(line) for line in (tmp_path / "pieces" / "train.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in resumed] == [line["loss"] for line in lines]
+    report = json.loads(run("evaluate", "whole", "--json")[-1])["models"]
+    assert report["trained"]["gold_nll"] < 0.5 * report["untrained"]["gold_nll"]
+    assert main(["answer", str(tmp_path / "whole" / "config.yaml"), some[0].question, "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    for candidate in answer["candidates"]:
+        for beam, scored in zip(candidate["proposed"], candidate["given_document"], strict=True):
+            assert beam in (0.0, pytest.approx(scored, rel=1e-3))
 
 
 BART = {"vocab_size": 9, "d_model": 8, "decoder_start_token_id": 2} | {

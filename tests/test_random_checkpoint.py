@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 
 from ragjax.config import InputError
-from ragjax.random_checkpoint import write_random_checkpoint
+from ragjax.random_checkpoint import FAMILIES, write_random_checkpoint
 from ragjax.text import Tokenizer, make_prompt
-from ragjax.weights import open_bert, open_generator
+from ragjax.weights import open_bert, open_generator, read_json
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_loads_and_repeats(family: str, tmp_path: Path) -> None:
     write_random_checkpoint(family, tmp_path / "a")
     write_random_checkpoint(family, tmp_path / "b")
@@ -42,12 +42,17 @@ def test_loads_and_repeats(family: str, tmp_path: Path) -> None:
     assert tokenizer.decode(ids) == text
     if family == "bert":
         assert tokenizer.encode(["A"], special=True) == [[1, *tokenizer.encode(["a"])[0], 2]]
-    else:
-        assert (tokenizer.pad_id, tokenizer.eos_id) == (0, 2)
-        assert make_prompt(tokenizer, "{passage} Question: {question}").middle
+        return
+    hf = read_json(tmp_path / "a" / "config.json")
+    assert (tokenizer.pad_id, tokenizer.eos_id) == (hf["pad_token_id"], hf["eos_token_id"])
+    assert make_prompt(tokenizer, "{passage} Question: {question}").middle
+    framed = make_prompt(tokenizer, "{passage} Question: {question}", framed=True)
+    around = {"llama": ((), ()), "bart": ((0,), (2,)), "t5": ((), (1,))}[family]
+    assert (framed.head, framed.tail) == around
+    assert (framed.closed_book[0][:1], framed.closed_book[1]) == around or family != "bart"
 
 
 def test_unknown_family(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="random:gpt: expected random:bert or random:llama"):
+    with pytest.raises(InputError, match="random:gpt: expected random:bert or random:llama or random:bart"):
         write_random_checkpoint("gpt", tmp_path / "a")
     assert not (tmp_path / "a").exists()

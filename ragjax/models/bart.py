@@ -6,7 +6,7 @@ x = norm(x + attention(x)); in the decoder x = norm(x + cross(x, memory)); x = n
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +70,8 @@ class BartConfig:
             dropout=dropout,
             dtype=dtype,
         )
+
+    encoder_decoder: ClassVar[bool] = True
 
     @property
     def longest(self) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,7 @@ class LlamaConfig:
     longest: int = 2048  # positions
     dropout: float = 0.0
     dtype: str = "float32"
+    encoder_decoder: ClassVar[bool] = False
 
     @classmethod
     def from_hf(cls, hf: dict[str, Any], dropout: float = 0.0, dtype: str = "float32") -> LlamaConfig:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
@@ -70,6 +70,8 @@ class T5Config:
             dropout=dropout,
             dtype=dtype,
         )
+
+    encoder_decoder: ClassVar[bool] = True
 
     @property
     def longest(self) -> int:
