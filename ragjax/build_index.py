@@ -33,7 +33,7 @@ def build_index(config: Config) -> Path:
     """
     enable_compilation_cache(cache_folder() / "xla")
     rag = open_rag(config)
-    check_kind(config.index.kind, rag.retriever.config.embedding_width)
+    check_kind(config.index.kind, rag.passage_encoder.config.embedding_width)
     corpus = fetch(config.corpus.source)
     content = _content(config, corpus)
     folder = Path(config.index.folder)
@@ -64,7 +64,7 @@ def _is_current(folder: Path, rag: Rag, content: str) -> bool:
 
 
 def _build(rag: Rag, corpus: Fetched, content: str, folder: Path) -> None:
-    config, params = rag.config, rag.retriever.read()
+    config, params = rag.config, rag.passage_encoder.read()
     passages = _passages(config, corpus, folder)
 
     with progress_bar("tokenise", None, "passages") as advance:
@@ -79,11 +79,11 @@ def _build(rag: Rag, corpus: Fetched, content: str, folder: Path) -> None:
     rows = _encoder_rows(rag, store)
     with progress_bar("embed", len(store), "passages") as advance:
         embed_passages(
-            lambda tokens, mask: encode(rag.retriever.graph, params, tokens, mask),
+            lambda tokens, mask: encode(rag.passage_encoder.graph, params, tokens, mask),
             rows,
             width_buckets=buckets_up_to(config.retriever.passage_tokens),
             batch_size=config.index.batch_size,
-            pad_id=rag.retriever_tokenizer.pad_id,
+            pad_id=rag.passage_tokenizer.pad_id,
             dtype=config.index.dtype,
             path=folder / "embeddings.npy",
             progress=advance,
@@ -167,7 +167,7 @@ class TokenRows(Sequence[np.ndarray]):
 
 def _encoder_rows(rag: Rag, store: PassageStore) -> TokenRows:
     """Every passage as the retriever reads it."""
-    settings, tokenizer = rag.config.retriever, rag.retriever_tokenizer
+    settings, tokenizer = rag.config.retriever, rag.passage_tokenizer
     tokens = array("H" if tokenizer.vocab_size <= 2**16 else "i")
     ends = array("q", [0])
     for start in range(0, len(store), 1024):

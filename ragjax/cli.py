@@ -1,4 +1,4 @@
-"""The command line: `ragjax index | train | evaluate | answer | config`. Bad input ends with one line and code 2."""
+"""The command line, `ragjax COMMAND --help`. Bad input ends with one line and code 2."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import errno
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from ragjax.config import Config, InputError, dump_config, load_config
 
@@ -91,6 +92,26 @@ def _parser() -> argparse.ArgumentParser:
     answer.add_argument("--mode", choices=("thorough", "fast"), help="instead of decode.mode")
     answer.add_argument("--untrained", action="store_true", help="with the pretrained models")
     answer.add_argument("--json", action="store_true", help="print one JSON object a line for programs")
+    for name, run, summary, example in (
+        (
+            "import",
+            _import,
+            "split a Hugging Face RAG checkpoint into what ragjax reads",
+            "ragjax import hf:ORG/RAG rag",
+        ),
+        ("export", _export, "write a run as Hugging Face checkpoints", "ragjax export runs/factbook exported"),
+    ):
+        sub = commands.add_parser(
+            name,
+            help=summary,
+            description=summary,
+            epilog=f"example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        what = "a folder or hf:ORG/NAME@REVISION" if name == "import" else "the output folder of a run"
+        sub.add_argument("source", metavar="SOURCE" if name == "import" else "RUN", help=what)
+        sub.add_argument("out", metavar="OUT", help="a folder that does not exist yet")
+        sub.set_defaults(run=run)
     overrides(command("config", _config, "print the resolved configuration", "ragjax config configs/factbook.yaml"))
     return parser
 
@@ -131,6 +152,20 @@ def _answer(options: argparse.Namespace) -> int:
     return answer_from_command_line(
         config, options.questions, options.mode or config.decode.mode, options.untrained, options.json
     )
+
+
+def _import(options: argparse.Namespace) -> int:
+    from ragjax.hf_rag import import_rag
+
+    print(f"imported: {import_rag(options.source, Path(options.out))}")
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from ragjax.hf_rag import export_rag
+
+    print(f"exported: {export_rag(Path(options.source), Path(options.out))}")
+    return 0
 
 
 def _config(options: argparse.Namespace) -> int:

@@ -43,6 +43,7 @@ class Retriever:
     """A BERT encoder; its inner products, times `scale`, are the logits of the prior over documents."""
 
     source: str = "???"
+    passage_source: str | None = None  # what encodes the passages, such as DPR's context encoder; null means the same
     pooling: str = "mean"  # or cls
     normalize: bool = True  # L2-normalise the embeddings
     scale: float = 1.0  # unit-norm embeddings want about 20

@@ -149,6 +149,7 @@ def _inputs(rag: Rag, index: Index) -> dict[str, str]:
     """Fingerprints of everything that training reads."""
     train = Path(rag.config.questions.train)
     return rag.fingerprints | {
+        "retriever": fingerprint_files(rag.retriever.files),
         "generator": fingerprint_files(rag.generator.files),
         "passages": index.manifest["corpus"]["fingerprint"],
         "questions.train": fingerprint_files([train]),

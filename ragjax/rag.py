@@ -34,8 +34,10 @@ class Rag:
 
     config: Config
     retriever: Pretrained
+    passage_encoder: Pretrained  # the retriever itself, unless `retriever.passage_source` names another
     generator: Pretrained
     retriever_tokenizer: Tokenizer
+    passage_tokenizer: Tokenizer
     generator_tokenizer: Tokenizer
     prompt: Prompt
     sources: tuple[Fetched, ...]
@@ -63,12 +65,22 @@ def open_rag(config: Config) -> Rag:
     Raises `InputError` for a source that cannot be reached or read, or lengths that a model does not have.
     """
     r, g, rate = config.retriever, config.generator, config.train.dropout
-    fetched = fetch(r.source), fetch(g.source)
-    encoder, decoder = (checkpoint_folder(f.path) for f in fetched)
+    fetched = tuple(fetch(source) for source in (r.source, g.source, r.passage_source) if source)
+    encoder, decoder, *others = (checkpoint_folder(f.path) for f in fetched)
     retriever = open_bert(encoder, r.pooling, r.normalize, rate, config.dtype)
     generator = open_generator(decoder, rate, config.dtype)
     _check_lengths(config, retriever, generator)
     retriever_tokenizer, generator_tokenizer = Tokenizer.load(encoder), Tokenizer.load(decoder)
+    passage_encoder, passage_tokenizer = retriever, retriever_tokenizer
+    for other in others:
+        passage_encoder = open_bert(other, r.pooling, r.normalize, 0.0, config.dtype)
+        passage_tokenizer = Tokenizer.load(other)
+        _check_vocabulary(other, passage_tokenizer, passage_encoder)
+    if passage_encoder.config.embedding_width != retriever.config.embedding_width:
+        raise InputError(
+            f"{r.passage_source}: its embeddings have {passage_encoder.config.embedding_width} dimensions and those of "
+            f"{r.source} {retriever.config.embedding_width}; give two encoders that belong together"
+        )
     _check_vocabulary(encoder, retriever_tokenizer, retriever)
     _check_vocabulary(decoder, generator_tokenizer, generator)
     c = config.corpus
@@ -78,12 +90,23 @@ def open_rag(config: Config) -> Rag:
     fingerprints = {
         "corpus": corpus,
         "kind": f"{config.index.kind} {config.index.dtype}",
-        "encoder": f"{fingerprint_files(retriever.files)} {r.pooling} normalize={r.normalize}",
-        "encoder_tokenizer": f"{retriever_tokenizer.fingerprint} {r.passage!r} {r.passage_tokens}",
+        "encoder": f"{fingerprint_files(passage_encoder.files)} {r.pooling} normalize={r.normalize}",
+        "encoder_tokenizer": f"{passage_tokenizer.fingerprint} {r.passage!r} {r.passage_tokens}",
         "generator_tokenizer": f"{generator_tokenizer.fingerprint} {g.passage!r}",
     }
     prompt = make_prompt(generator_tokenizer, g.prompt, framed=generator.config.encoder_decoder)
-    return Rag(config, retriever, generator, retriever_tokenizer, generator_tokenizer, prompt, fetched, fingerprints)
+    return Rag(
+        config=config,
+        retriever=retriever,
+        passage_encoder=passage_encoder,
+        generator=generator,
+        retriever_tokenizer=retriever_tokenizer,
+        passage_tokenizer=passage_tokenizer,
+        generator_tokenizer=generator_tokenizer,
+        prompt=prompt,
+        sources=fetched,
+        fingerprints=fingerprints,
+    )
 
 
 def _check_vocabulary(checkpoint: Path, tokenizer: Tokenizer, model: Pretrained) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -79,6 +80,17 @@ class Tokenizer:
             raise InputError(f"{path}: expected a Hugging Face folder with tokenizer.json, or a .gguf file")
         return _from_gguf(path)
 
+    def save(self, folder: Path) -> None:
+        """Writes tokenizer.json and tokenizer_config.json, from which `load` and transformers read it again."""
+        names = {"eos_token": self.eos_id, "pad_token": self.pad_id, "bos_token": self.bos_id}
+        config: dict[str, Any] = {kind: self.token(i) for kind, i in names.items() if i is not None}
+        config |= {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": self.adds_bos}
+        if self.chat_template is not None:
+            config["chat_template"] = self.chat_template
+        self._markup.save(str(folder / "tokenizer.json"))
+        text = json.dumps(config, indent=1, ensure_ascii=False) + "\n"
+        (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+
     def encode(self, texts: Sequence[str], special: bool = False, longest: int | None = None) -> list[list[int]]:
         """The tokens of user text, in which no special token is recognised; at most `longest` for each text.
 
@@ -132,12 +144,10 @@ def _without_length_limits(backend: tokenizers.Tokenizer) -> tokenizers.Tokenize
 
 def _from_folder(folder: Path) -> Tokenizer:
     file = folder / "tokenizer.json"
-    if not file.is_file():
-        raise InputError(f"{folder}: has no tokenizer.json; save the tokenizer in the fast format (save_pretrained)")
     try:
-        backend = tokenizers.Tokenizer.from_file(str(file))
+        backend = tokenizers.Tokenizer.from_file(str(file)) if file.is_file() else _convert(folder)
     except Exception as error:  # the Rust library raises bare Exceptions
-        raise InputError(f"{file}: not a tokenizer: {error}") from None
+        raise InputError(f"{file if file.is_file() else folder}: not a tokenizer: {error}") from None
     names = {**_read_json(folder / "special_tokens_map.json"), **_read_json(folder / "tokenizer_config.json")}
     numbers = {**_read_json(folder / "config.json"), **_read_json(folder / "generation_config.json")}
 
@@ -166,6 +176,16 @@ def _from_folder(folder: Path) -> Tokenizer:
         adds_bos=names.get("add_bos_token"),
         chat_template=template,
     )
+
+
+def _convert(folder: Path) -> tokenizers.Tokenizer:
+    """What transformers makes of an older tokenizer: vocab.txt, or vocab.json with merges.txt."""
+    if not any((folder / name).is_file() for name in ("vocab.txt", "vocab.json")):
+        raise InputError(f"has no tokenizer.json, vocab.txt or vocab.json in {folder}")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would complain that there is no torch
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False).backend_tokenizer
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -157,6 +157,7 @@ class Pretrained:
     graph: nnx.GraphDef
     abstract: Params  # shapes and types
     files: tuple[Path, ...]  # that hold the weights
+    hf: dict[str, Any]  # its config.json
     read: Callable[[], Params]  # raises `InputError` for tensors that are missing, unknown or of another shape
 
 
@@ -173,7 +174,7 @@ def open_bert(
     table = {ours: (parent if "encode_proj" in name else prefix) + name for ours, name, _ in BERT}
     graph, abstract = split_parameters(nnx.eval_shape(lambda: Bert(config, nnx.Rngs(0))))
     files = tuple(weight_files(checkpoint))
-    return Pretrained(config, graph, abstract, files, lambda: _fill(abstract, table, names, read, checkpoint))
+    return Pretrained(config, graph, abstract, files, hf, lambda: _fill(abstract, table, names, read, checkpoint))
 
 
 def open_generator(checkpoint: Path, dropout: float = 0.0, dtype: str = "float32") -> Pretrained:
@@ -195,17 +196,29 @@ def open_generator(checkpoint: Path, dropout: float = 0.0, dtype: str = "float32
     table = {ours: theirs for ours, name, other in _generator_table(hf) if (theirs := other if gguf else name)}
     graph, abstract = split_parameters(nnx.eval_shape(lambda: module(config, nnx.Rngs(0))))
     files = tuple(weight_files(checkpoint))
-    return Pretrained(config, graph, abstract, files, lambda: _fill(abstract, table, names, read, checkpoint))
+    return Pretrained(config, graph, abstract, files, hf, lambda: _fill(abstract, table, names, read, checkpoint))
 
 
 def save_bert(folder: Path, config: Mapping[str, Any], params: Params) -> None:
     """Writes config.json and model.safetensors as Hugging Face lays them out."""
-    _save(folder, config, params, {ours: name for ours, name, _ in BERT})
+    _save(folder, config, bert_tensors(params))
 
 
 def save_generator(folder: Path, config: Mapping[str, Any], params: Params) -> None:
     """Writes config.json and model.safetensors as Hugging Face lays them out for the family that `config` names."""
-    _save(folder, config, params, {ours: name for ours, name, _ in _generator_table(config)})
+    _save(folder, config, generator_tensors(config, params))
+
+
+def bert_tensors(params: Params, prefix: str = "") -> dict[str, np.ndarray]:
+    """An encoder's tensors under Hugging Face's names; `prefix` is what DPR puts before its encoder's."""
+    parent = prefix.removesuffix("bert_model.")
+    names = {ours: (parent if "encode_proj" in name else prefix) + name for ours, name, _ in BERT}
+    return _tensors(params, names)
+
+
+def generator_tensors(config: Mapping[str, Any], params: Params) -> dict[str, np.ndarray]:
+    """A generator's tensors under the Hugging Face names of the family that `config` (a config.json) names."""
+    return _tensors(params, {ours: name for ours, name, _ in _generator_table(config)})
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -272,6 +285,10 @@ def _open_gguf(path: Path) -> tuple[dict[str, Any], set[str], Read]:
         found = reader.fields.get(f"{family}.{name}")
         return found.contents() if found else default
 
+    def token_id(kind: str) -> Any:
+        found = reader.fields.get(f"tokenizer.ggml.{kind}_token_id")
+        return found.contents() if found else None
+
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     if "rope_freqs.weight" in tensors or field("rope.scaling.type", "none") != "none":
         raise InputError(f"{path}: scaled rotary positions in GGUF are not supported; use the Hugging Face folder")
@@ -290,6 +307,7 @@ def _open_gguf(path: Path) -> tuple[dict[str, Any], set[str], Read]:
         "max_position_embeddings": field("context_length", 2048),
         "tie_word_embeddings": "output.weight" not in tensors,
     }
+    hf |= {f"{kind}_token_id": token_id(kind) for kind in ("bos", "eos")}
 
     def read(name: str) -> np.ndarray:
         tensor = tensors[name]
@@ -342,17 +360,21 @@ def _fill(abstract: Params, table: Mapping[str, str], names: set[str], read: Rea
     return nnx.traversals.unflatten_mapping(filled)
 
 
-def _save(folder: Path, config: Mapping[str, Any], params: Params, table: Mapping[str, str]) -> None:
+def _tensors(params: Params, table: Mapping[str, str]) -> dict[str, np.ndarray]:
     tensors: dict[str, np.ndarray] = {}
     for path, leaf in nnx.traversals.flatten_mapping(jax.device_get(params)).items():
         stacked, transposed = "layers" in path, path[-1] == "kernel"
         rows = list(leaf) if stacked else [leaf]
         for name, row in zip(_layer_names(table[".".join(path)], len(rows)), rows, strict=True):
             tensors[name] = np.ascontiguousarray(row.T if transposed else row)
+    return tensors
+
+
+def _save(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / ".partial"
     try:
-        save_file(tensors, temporary, metadata={"format": "pt"})
+        save_file(dict(tensors), temporary, metadata={"format": "pt"})
         os.replace(temporary, folder / "model.safetensors")
         temporary.write_text(json.dumps(dict(config), indent=1, sort_keys=True) + "\n", encoding="utf-8")
         os.replace(temporary, folder / "config.json")

@@ -1,0 +1,192 @@
+"""Hugging Face's RAG checkpoints ↔ a retriever and a generator in folders of their own, with a configuration.
+
+A RAG checkpoint holds `rag.question_encoder.*` and `rag.generator.*` in one file and two tokenizers in subfolders; its
+passages were embedded by another encoder (DPR's context encoder), which it does not hold.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from ragjax.config import InputError
+from ragjax.experiment import load_experiment
+from ragjax.hub import checkpoint_folder, fetch
+from ragjax.rag import Rag, open_rag
+from ragjax.train import restore_trained
+from ragjax.weights import bert_tensors, generator_tensors, read_json, weight_files
+
+PARTS = {"question_encoder": "question_encoder_tokenizer", "generator": "generator_tokenizer"}
+DPR_PREFIX = "question_encoder.bert_model."
+KEPT = "rag.json"  # the settings of the RAG checkpoint, for the way back
+
+CONFIG = """\
+# {source}, imported. What must still be given: a corpus, where to put the index and runs, and what encodes passages.
+#
+#   ragjax index {folder}/config.yaml corpus.source=psgs_w100.tsv retriever.passage_source=hf:ORG/CONTEXT-ENCODER
+output: {folder}/run
+corpus: {{source: "???", format: dpr}}
+questions: {{train: "???", dev: "???", test: "???"}}
+retriever:
+  source: {folder}/question_encoder
+  passage_source: "???" # {source} has no encoder of passages; for DPR's hf:facebook/dpr-ctx_encoder-multiset-base
+  pooling: cls
+  normalize: false
+  scale: 1.0
+  prior: top_k
+  passage: "{{title}} {{text}}"
+generator:
+  source: {folder}/generator
+  prompt: {prompt}
+  passage: {passage}
+  answer: "{{answer}}"
+  source_tokens: {source_tokens}
+train: {{k: {k}}}
+decode: {{k: {k}}}
+"""
+
+
+def import_rag(source: str, out: Path) -> Path:
+    """Writes question_encoder/, generator/ and config.yaml into the new folder `out`, and returns it.
+
+    Raises `InputError` for what is no RAG checkpoint, for tensors that belong to neither part, and if `out` exists.
+    """
+    checkpoint = checkpoint_folder(fetch(source).path)
+    hf = read_json(checkpoint / "config.json")
+    if hf.get("model_type") != "rag" or not all(isinstance(hf.get(part), dict) for part in PARTS):
+        raise InputError(f"{checkpoint}: not a RAG checkpoint: its config.json has model_type {hf.get('model_type')!r}")
+    tensors = _split(checkpoint)
+    partial = _new_folder(out)
+    try:
+        for part, tokenizer in PARTS.items():
+            (partial / part).mkdir()
+            save_file(tensors[part], partial / part / "model.safetensors", metadata={"format": "pt"})
+            _write_json(partial / part / "config.json", hf[part])
+            if (checkpoint / tokenizer).is_dir():
+                for file in (checkpoint / tokenizer).iterdir():
+                    if file.suffix in (".json", ".txt", ".model") and file.name != "config.json":
+                        shutil.copy(file, partial / part / file.name)
+        _write_json(partial / KEPT, {key: value for key, value in hf.items() if key not in PARTS})
+        (partial / "config.yaml").write_text(_configuration(source, hf, out), encoding="utf-8")
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return out
+
+
+def export_rag(run: Path, out: Path) -> Path:
+    """Writes a run's newest checkpoint (or else its pretrained models) into the new folder `out`, and returns it.
+
+    With BART or T5, `out` is a folder that Hugging Face's RagSequenceForGeneration loads; with a decoder-only generator
+    it holds two folders, question_encoder/ and generator/, that transformers loads each by itself. Raises `InputError`.
+    """
+    config = load_experiment(run)
+    rag = open_rag(config)
+    trained = restore_trained(rag)
+    params = jax.device_get(trained[0] if trained else rag.initial_params())
+    whole, kind = rag.generator.config.encoder_decoder, rag.retriever.hf.get("model_type")
+    if whole and kind != "dpr":
+        raise InputError(f"{config.retriever.source}: Hugging Face's RAG needs a DPR question encoder, not a {kind!r}")
+    configs = {"question_encoder": rag.retriever.hf, "generator": rag.generator.hf}
+    tensors = {
+        "question_encoder": bert_tensors(params["retriever"], DPR_PREFIX if kind == "dpr" else ""),
+        "generator": generator_tensors(rag.generator.hf, params["generator"]),
+    }
+    tokenizers = {"question_encoder": rag.retriever_tokenizer, "generator": rag.generator_tokenizer}
+    partial = _new_folder(out)
+    try:
+        if whole:
+            joined = {f"rag.{part}.{name}": value for part in PARTS for name, value in tensors[part].items()}
+            save_file(joined, partial / "model.safetensors", metadata={"format": "pt"})
+            _write_json(partial / "config.json", _rag_config(rag, configs))
+        for part, subfolder in PARTS.items():
+            place = partial / (subfolder if whole else part)
+            place.mkdir()
+            tokenizers[part].save(place)
+            if not whole:
+                save_file(tensors[part], place / "model.safetensors", metadata={"format": "pt"})
+                _write_json(place / "config.json", configs[part])
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return out
+
+
+def _split(checkpoint: Path) -> dict[str, dict[str, np.ndarray]]:
+    """The tensors of each part, under the names that the part alone has."""
+    tensors: dict[str, dict[str, np.ndarray]] = {part: {} for part in PARTS}
+    strangers = []
+    for path in weight_files(checkpoint):
+        with safe_open(path, framework="numpy") as file:
+            for name in file.keys():  # noqa: SIM118  # not a dictionary
+                part, _, rest = name.removeprefix("rag.").partition(".")
+                if part in tensors and rest:
+                    tensors[part][rest] = file.get_tensor(name)
+                else:
+                    strangers.append(name)
+    if strangers or not all(tensors.values()):
+        named = ", ".join(strangers[:20]) or f"no tensors of {', '.join(p for p in PARTS if not tensors[p])}"
+        raise InputError(
+            f"{checkpoint}: not the tensors of a RAG checkpoint (question_encoder.* and generator.*): {named}"
+        )
+    return tensors
+
+
+def _configuration(source: str, hf: Mapping[str, Any], folder: Path) -> str:
+    def quoted(text: str) -> str:
+        return json.dumps(text, ensure_ascii=False)
+
+    title, doc, prefix = hf.get("title_sep") or " / ", hf.get("doc_sep") or " // ", hf.get("prefix") or ""
+    return CONFIG.format(
+        source=source,
+        folder=folder.absolute(),
+        prompt=quoted(f"{prefix}{{passage}}{doc}{{question}}"),
+        passage=quoted(f"{{title}}{title}{{text}}"),
+        source_tokens=hf.get("max_combined_length") or 300,
+        k=hf.get("n_docs") or 5,
+    )
+
+
+def _rag_config(rag: Rag, parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the RAG checkpoint that was imported, if it was; else what Hugging Face needs."""
+    kept = rag.retriever.files[0].parent.parent / KEPT
+    generator, passage, prompt = parts["generator"], rag.config.generator.passage, rag.config.generator.prompt
+    settings = {
+        "model_type": "rag",
+        "architectures": ["RagSequenceForGeneration"],
+        "is_encoder_decoder": True,
+        "n_docs": rag.config.train.k,
+        "title_sep": passage.partition("{title}")[2].partition("{text}")[0],
+        "doc_sep": prompt.partition("{passage}")[2].partition("{question}")[0],
+        "prefix": prompt.partition("{passage}")[0] or None,
+        "max_combined_length": rag.config.generator.source_tokens,
+        "retrieval_vector_size": rag.retriever.config.embedding_width,
+    }
+    names = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_eos_token_id")
+    settings |= {name: generator[name] for name in names if name in generator}
+    return settings | (read_json(kept) if kept.is_file() else {}) | dict(parts)
+
+
+def _new_folder(out: Path) -> Path:
+    """A folder beside `out`, which takes its name at the end."""
+    if out.exists():
+        raise InputError(f"{out}: exists already; choose another folder")
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be created ({error.strerror}); choose another folder") from None
+    return partial
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(dict(value), indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
