@@ -34,6 +34,7 @@ lint: $(VENV)/dev
 bench: $(VENV)/dev
 	$(BIN)/python -m benchmarks.scoring
 	$(BIN)/ragjax index configs/factbook.yaml
+	$(BIN)/python -m benchmarks.training configs/factbook.yaml
 	$(BIN)/python -m benchmarks.answering configs/factbook.yaml decode.k=5 decode.beams=4
 
 clean:

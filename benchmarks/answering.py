@@ -10,6 +10,7 @@ every document is what thorough decoding takes more than fast decoding.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ragjax.answer import Answerer, open_answerer
-from ragjax.config import load_config
+from ragjax.config import InputError, load_config
 from ragjax.decode import propose, read
 from ragjax.passages import read_questions
 from ragjax.rag import prompt_rows, retrieve
@@ -78,5 +79,14 @@ def main() -> None:
     console.print(table)
 
 
+def or_input_error(program: Callable[[], None]) -> None:
+    """Bad input ends as in the command line: one line, code 2."""
+    try:
+        program()
+    except InputError as error:
+        print(f"{error}", file=sys.stderr)
+        sys.exit(2)
+
+
 if __name__ == "__main__":
-    main()
+    or_input_error(main)

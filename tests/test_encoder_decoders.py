@@ -128,6 +128,15 @@ def test_the_loss_and_its_gradient(golden: Golden) -> None:
         np.testing.assert_allclose(named[name], value, rtol=1e-4, atol=1e-5 * np.abs(value).max(), err_msg=name)
 
 
+def test_rag_token_sums_over_the_documents_at_every_token(golden: Golden) -> None:
+    """The marginal takes tokens where it takes candidates: RAG-Token's p(y|x) is the product of theirs."""
+    prior = log_prior(jnp.asarray(golden.values["score/labels/doc_scores"]), jnp.ones((4, 3), bool))
+    logp = jax.jit(lambda params: golden_logp(golden, params, "labels"))(golden.params)
+    padding = label_rows(golden, golden.values["in/labels"])[::3, 0] == golden.pad
+    nll = -jnp.where(padding, 0.0, marginal_logp(prior, logp)).sum(axis=-1)
+    np.testing.assert_allclose(nll, golden.values["score/labels/rag_token_nll"], rtol=1e-4)
+
+
 def test_beams_in_a_pool_score_as_whole_answers(golden: Golden) -> None:
     """Two beams go their own ways through the pool, each seeing its own slots, the second from the first's first."""
     model, memory = golden.model, golden.memory
