@@ -121,7 +121,7 @@ def gradients(
     return jax.lax.scan(add, zeros, parts)[0]
 
 
-def make_train_step(rag: Rag) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
+def make_train_step(rag: Rag) -> jax.stages.Wrapped:
     """(state, batch, corpus | None) → (state, metrics); the old state's memory is reused.
 
     `gradient_norm_retriever` and `gradient_norm_generator` are before clipping.
