@@ -45,8 +45,8 @@ def main() -> None:
     params = rag.initial_params()
     questions = [q for q in read_questions(Path(config.questions.train)) if len(q.answers[0]) < 20]
     batches = []
-    for step in range(options.steps + 1):
-        some = questions[step * size : (step + 1) * size]
+    for start in range(0, (options.steps + 1) * size, size):
+        some = questions[start : start + size]
         texts, answers = [q.question for q in some], [q.answers[0] for q in some]
         ids = retrieve(rag, params, index, texts, k).ids
         batches.append(train_batch(rag, index, store, texts, answers, ids))

@@ -206,11 +206,6 @@ class PassageStore:
             raise IndexError(f"passage {i} of {len(self)}")
         return self.token_ids[self.token_offsets[i] : self.token_offsets[i + 1]]
 
-    @property
-    def lengths(self) -> Int[np.ndarray, " N"]:
-        """The number of tokens of each passage."""
-        return np.diff(self.token_offsets)
-
 
 def _map(path: Path, dtype: type) -> np.ndarray:
     # an empty file cannot be mapped

@@ -66,7 +66,7 @@ def test_text_and_tokens_are_kept(world: Path) -> None:
 
 def test_passages_are_stored_whole_whatever_a_prompt_holds(world: Path, tmp_path: Path) -> None:
     build(tiny_config(world, index__folder=str(tmp_path), generator__source_tokens=20))
-    assert (PassageStore.open(tmp_path).lengths == PassageStore.open(world / "index").lengths).all()
+    assert (PassageStore.open(tmp_path).token_offsets == PassageStore.open(world / "index").token_offsets).all()
 
 
 @pytest.mark.parametrize("kind", ["exact", "Flat"])
