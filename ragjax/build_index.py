@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from ragjax.config import Config, InputError
 from ragjax.hub import Fetched, cache_folder, fetch, fingerprint_files
 from ragjax.index import FAISS_FILE, MANIFEST, check_kind, embed_passages, open_index, write_index
 from ragjax.mesh import enable_compilation_cache
-from ragjax.passages import Passage, PassageStore, read_passages, write_jsonl, write_store
+from ragjax.passages import Passage, PassageStore, partial_folder, read_passages, write_jsonl, write_store
 from ragjax.progress import progress_bar, terminal
 from ragjax.rag import Rag, encode, open_rag, passage_text
 from ragjax.text import buckets_up_to
@@ -112,13 +111,7 @@ def _replacing(folder: Path) -> Iterator[Path]:
     folder = folder.absolute()
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is a file; choose another index.folder")
-    new = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(new, ignore_errors=True)
-    try:
-        new.mkdir(parents=True)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be created ({error.strerror}); choose another index.folder") from None
-    try:
+    with partial_folder(folder) as new:
         yield new
         for old in (MANIFEST, FAISS_FILE):  # without its manifest a folder is known to be incomplete
             (folder / old).unlink(missing_ok=True)
@@ -127,8 +120,6 @@ def _replacing(folder: Path) -> Iterator[Path]:
             target.parent.mkdir(parents=True, exist_ok=True)
             if path.is_file():
                 os.replace(path, target)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
 
 
 def _passages(config: Config, corpus: Fetched, folder: Path) -> Iterable[Passage]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from safetensors.numpy import save_file
 from ragjax.config import InputError
 from ragjax.experiment import load_experiment
 from ragjax.hub import checkpoint_folder, fetch
+from ragjax.passages import partial_folder
 from ragjax.rag import Rag, open_rag
 from ragjax.train import restore_trained
 from ragjax.weights import bert_tensors, generator_tensors, read_json, weight_files
@@ -64,8 +66,7 @@ def import_rag(source: str, out: Path) -> Path:
     if hf.get("model_type") != "rag" or not all(isinstance(hf.get(part), dict) for part in PARTS):
         raise InputError(f"{checkpoint}: not a RAG checkpoint: its config.json has model_type {hf.get('model_type')!r}")
     tensors = _split(checkpoint)
-    partial = _new_folder(out)
-    try:
+    with _writing(out) as partial:
         for part, tokenizer in PARTS.items():
             (partial / part).mkdir()
             save_file(tensors[part], partial / part / "model.safetensors", metadata={"format": "pt"})
@@ -76,9 +77,6 @@ def import_rag(source: str, out: Path) -> Path:
                         shutil.copy(file, partial / part / file.name)
         _write_json(partial / KEPT, {key: value for key, value in hf.items() if key not in PARTS})
         (partial / "config.yaml").write_text(_configuration(source, hf, out), encoding="utf-8")
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return out
 
 
@@ -101,8 +99,7 @@ def export_rag(run: Path, out: Path) -> Path:
         "generator": generator_tensors(rag.generator.hf, params["generator"]),
     }
     tokenizers = {"question_encoder": rag.retriever_tokenizer, "generator": rag.generator_tokenizer}
-    partial = _new_folder(out)
-    try:
+    with _writing(out) as partial:
         if whole:
             joined = {f"rag.{part}.{name}": value for part in PARTS for name, value in tensors[part].items()}
             save_file(joined, partial / "model.safetensors", metadata={"format": "pt"})
@@ -114,9 +111,6 @@ def export_rag(run: Path, out: Path) -> Path:
             if not whole:
                 save_file(tensors[part], place / "model.safetensors", metadata={"format": "pt"})
                 _write_json(place / "config.json", configs[part])
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return out
 
 
@@ -175,17 +169,14 @@ def _rag_config(rag: Rag, parts: Mapping[str, Any]) -> dict[str, Any]:
     return settings | (read_json(kept) if kept.is_file() else {}) | dict(parts)
 
 
-def _new_folder(out: Path) -> Path:
-    """A folder beside `out`, which takes its name at the end."""
+@contextmanager
+def _writing(out: Path) -> Iterator[Path]:
+    """A folder that becomes `out` once it is filled."""
     if out.exists():
         raise InputError(f"{out}: exists already; choose another folder")
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise InputError(f"{out}: cannot be created ({error.strerror}); choose another folder") from None
-    return partial
+    with partial_folder(out) as partial:
+        yield partial
+        partial.rename(out)
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

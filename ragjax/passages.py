@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import json
 import os
+import shutil
 import zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator
@@ -118,6 +119,24 @@ def atomic_write(*paths: Path) -> Iterator[tuple[BinaryIO, ...]]:
     finally:
         for partial in partials:
             partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def partial_folder(folder: Path) -> Iterator[Path]:
+    """A new empty folder beside `folder`, to be filled and then renamed or emptied; gone at the end.
+
+    Raises `InputError` where it cannot be created.
+    """
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be created ({error.strerror}); choose another folder") from None
+    try:
+        yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_store(

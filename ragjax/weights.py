@@ -105,7 +105,7 @@ BART: NameTable = (
 def _t5_attention(ours: str, theirs: str, name: str) -> NameTable:
     parts = (("query", "q"), ("key", "k"), ("value", "v"), ("output", "o"))
     kernels = tuple((f"{ours}.{part}.kernel", f"{theirs}.{name}.{letter}.weight", None) for part, letter in parts)
-    return ((f"{ours}.norm.scale", f"{theirs}.layer_norm.weight", None), *kernels)
+    return ((f"{ours}_norm.scale", f"{theirs}.layer_norm.weight", None), *kernels)
 
 
 def _t5_side(side: str, gated: bool) -> NameTable:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ragjax.config import InputError
 from ragjax.models.generator import Keys, Memory, Past
-from ragjax.models.layers import ACTIVATIONS, Attended, attend, dropout, fold, scan_layers, stack, token_logp
+from ragjax.models.layers import ACTIVATIONS, Attended, Attention, attend, dropout, fold, scan_layers, stack, token_logp
 
 OFFSET = 2  # the first rows of the position tables are unused
 EPSILON = 1e-5
@@ -79,30 +79,6 @@ class BartConfig:
         return self.positions
 
 
-class BartAttention(nnx.Module):
-    """The four projections of one attention."""
-
-    def __init__(self, config: BartConfig, heads: int, rngs: nnx.Rngs):
-        self.heads = heads
-
-        def linear() -> nnx.Linear:
-            return nnx.Linear(config.width, config.width, dtype=jnp.dtype(config.dtype), rngs=rngs)
-
-        self.query, self.key, self.value, self.output = linear(), linear(), linear(), linear()
-
-    def queries(self, x: Float[Array, "... D"]) -> Float[Array, "... H Dh"]:
-        return self._split(self.query(x))
-
-    def memory(self, x: Float[Array, "... D"]) -> tuple[Float[Array, "... H Dh"], Float[Array, "... H Dh"]]:
-        return self._split(self.key(x)), self._split(self.value(x))
-
-    def join(self, attended: Float[Array, "... H Dh"]) -> Float[Array, "... D"]:
-        return self.output(attended.reshape(*attended.shape[:-2], -1))
-
-    def _split(self, x: Array) -> Array:
-        return x.reshape(*x.shape[:-1], self.heads, -1)
-
-
 class BartLayer(nnx.Module):
     """A block of the encoder, or, with cross-attention, of the decoder."""
 
@@ -114,9 +90,12 @@ class BartLayer(nnx.Module):
         def norm() -> nnx.LayerNorm:
             return nnx.LayerNorm(c.width, epsilon=EPSILON, dtype=dtype, rngs=rngs)
 
-        self.attention, self.attention_norm = BartAttention(c, heads, rngs), norm()
+        def attention() -> Attention:
+            return Attention(c.width, heads, c.width // heads, bias=True, dtype=c.dtype, rngs=rngs)
+
+        self.attention, self.attention_norm = attention(), norm()
         if decoder:
-            self.cross, self.cross_norm = BartAttention(c, heads, rngs), norm()
+            self.cross, self.cross_norm = attention(), norm()
         self.up = nnx.Linear(c.width, ffn, dtype=dtype, rngs=rngs)
         self.down = nnx.Linear(ffn, c.width, dtype=dtype, rngs=rngs)
         self.ffn_norm = norm()

@@ -64,6 +64,31 @@ def dropout(x: Float[Array, "n ..."], keys: Key[Array, " n"] | None, rate: float
     return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
 
 
+class Attention(nnx.Module):
+    """The projections of one attention: queries of what looks, keys and values of what is seen, and the way back."""
+
+    def __init__(self, width: int, heads: int, head_width: int, bias: bool, dtype: str, rngs: nnx.Rngs):
+        self.heads = heads
+
+        def linear(size_in: int, size_out: int) -> nnx.Linear:
+            return nnx.Linear(size_in, size_out, use_bias=bias, dtype=jnp.dtype(dtype), rngs=rngs)
+
+        self.query, self.key, self.value = (linear(width, heads * head_width) for _ in range(3))
+        self.output = linear(heads * head_width, width)
+
+    def queries(self, x: Float[Array, "... D"]) -> Float[Array, "... H Dh"]:
+        return self._split(self.query(x))
+
+    def memory(self, x: Float[Array, "... D"]) -> tuple[Float[Array, "... H Dh"], Float[Array, "... H Dh"]]:
+        return self._split(self.key(x)), self._split(self.value(x))
+
+    def join(self, attended: Float[Array, "... H Dh"]) -> Float[Array, "... D"]:
+        return self.output(attended.reshape(*attended.shape[:-2], -1))
+
+    def _split(self, x: Array) -> Array:
+        return x.reshape(*x.shape[:-1], self.heads, -1)
+
+
 class Attended(NamedTuple):
     """P tokens that G groups of M new tokens may look at: a document's memory, a pool of slots, or their own group.
 

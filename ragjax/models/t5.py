@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ragjax.config import InputError
 from ragjax.models.generator import Keys, Memory, Past
-from ragjax.models.layers import ACTIVATIONS, Attended, attend, dropout, fold, scan_layers, stack, token_logp
+from ragjax.models.layers import ACTIVATIONS, Attended, Attention, attend, dropout, fold, scan_layers, stack, token_logp
 
 
 @dataclass(frozen=True)
@@ -79,34 +79,6 @@ class T5Config:
         return 2**20
 
 
-class T5Attention(nnx.Module):
-    """The norm before, and the four projections of, one attention."""
-
-    def __init__(self, config: T5Config, rngs: nnx.Rngs):
-        c, dtype = config, jnp.dtype(config.dtype)
-        self.heads = c.heads
-        inner = c.heads * c.head_width
-
-        def linear(size_in: int, size_out: int) -> nnx.Linear:
-            return nnx.Linear(size_in, size_out, use_bias=False, dtype=dtype, rngs=rngs)
-
-        self.norm = nnx.RMSNorm(c.width, epsilon=c.epsilon, dtype=dtype, rngs=rngs)
-        self.query, self.key, self.value = (linear(c.width, inner) for _ in range(3))
-        self.output = linear(inner, c.width)
-
-    def queries(self, x: Float[Array, "... D"]) -> Float[Array, "... H Dh"]:
-        return self._split(self.query(x))
-
-    def memory(self, x: Float[Array, "... D"]) -> tuple[Float[Array, "... H Dh"], Float[Array, "... H Dh"]]:
-        return self._split(self.key(x)), self._split(self.value(x))
-
-    def join(self, attended: Float[Array, "... H Dh"]) -> Float[Array, "... D"]:
-        return self.output(attended.reshape(*attended.shape[:-2], -1))
-
-    def _split(self, x: Array) -> Array:
-        return x.reshape(*x.shape[:-1], self.heads, -1)
-
-
 class T5Layer(nnx.Module):
     """A block of the encoder, or, with cross-attention, of the decoder."""
 
@@ -117,10 +89,16 @@ class T5Layer(nnx.Module):
         def linear(size_in: int, size_out: int) -> nnx.Linear:
             return nnx.Linear(size_in, size_out, use_bias=False, dtype=dtype, rngs=rngs)
 
-        self.attention = T5Attention(c, rngs)
+        def norm() -> nnx.RMSNorm:
+            return nnx.RMSNorm(c.width, epsilon=c.epsilon, dtype=dtype, rngs=rngs)
+
+        def attention() -> Attention:
+            return Attention(c.width, c.heads, c.head_width, bias=False, dtype=c.dtype, rngs=rngs)
+
+        self.attention, self.attention_norm = attention(), norm()
         if decoder:
-            self.cross = T5Attention(c, rngs)
-        self.ffn_norm = nnx.RMSNorm(c.width, epsilon=c.epsilon, dtype=dtype, rngs=rngs)
+            self.cross, self.cross_norm = attention(), norm()
+        self.ffn_norm = norm()
         if c.gated:
             self.gate = linear(c.width, c.ffn)
         self.up, self.down = linear(c.width, c.ffn), linear(c.ffn, c.width)
@@ -165,7 +143,7 @@ class T5(nnx.Module):
 
         def encode(layer: T5Layer, x: Array, number: Array) -> tuple[Array, None]:
             own, part = fold(keys, number + 1), layer.attention
-            h = part.norm(x)
+            h = layer.attention_norm(x)
             key, value = part.memory(h[:, 0])
             attended = attend(part.queries(h), [Attended(key, value, mask[:, None, None], bias)], 1.0)
             x = x + dropout(part.join(attended), fold(own, 0), c.dropout)
@@ -201,7 +179,7 @@ class T5(nnx.Module):
             x, pool = carry
             memory_keys, memory_values, number = inputs
             own = fold(keys, first + 1 + number)
-            h = layer.attention.norm(x)
+            h = layer.attention_norm(x)
             key, value = layer.attention.memory(h)
             if pool is not None:
                 pool = pool.write(number, key, value)
@@ -209,7 +187,7 @@ class T5(nnx.Module):
             attended = attend(layer.attention.queries(h), [Attended(key, value, visible, bias)], 1.0)
             x = x + dropout(layer.attention.join(attended), fold(own, 0), c.dropout)
             document = Attended(memory_keys, memory_values, memory.mask[:, None, None])
-            attended = attend(layer.cross.queries(layer.cross.norm(x)), [document], 1.0)
+            attended = attend(layer.cross.queries(layer.cross_norm(x)), [document], 1.0)
             x = x + dropout(layer.cross.join(attended), fold(own, 1), c.dropout)
             return (layer.finish(x, own), pool), None
 
