@@ -23,7 +23,7 @@ from rich.table import Table
 from benchmarks.answering import or_input_error
 from ragjax.config import load_config
 from ragjax.passages import read_questions
-from ragjax.rag import retrieve, train_batch
+from ragjax.rag import answer_tokens, retrieve, train_batch
 from ragjax.step import initial_state, make_train_step
 from ragjax.train import open_world
 
@@ -43,7 +43,9 @@ def main() -> None:
     jax.config.update("jax_enable_compilation_cache", False)
     k, size = config.train.k, config.train.batch_size
     params = rag.initial_params()
-    questions = [q for q in read_questions(Path(config.questions.train)) if len(q.answers[0]) < 20]
+    longest = config.generator.answer_tokens
+    every = read_questions(Path(config.questions.train))
+    questions = [q for q in every if len(answer_tokens(rag, q.answers[0])) <= longest]
     batches = []
     for start in range(0, (options.steps + 1) * size, size):
         some = questions[start : start + size]
