@@ -328,3 +328,17 @@ def test_the_real_retrievers_tokens():
     ]
     assert [len(row) for row in tokenizer.encode(["word " * 300], special=True)] == [302]
     assert (tokenizer.pad_id, tokenizer.bos_id) == (0, None)
+
+
+def test_an_older_tokenizer_is_converted(tmp_path):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "hello", "world", "##s"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "dpr"}))
+    names = {"tokenizer_class": "DPRQuestionEncoderTokenizer", "sep_token": "[SEP]", "pad_token": "[PAD]"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.encode(["Hello worlds"], special=True) == [[2, 5, 6, 7, 3]]
+    assert (tokenizer.eos_id, tokenizer.pad_id) == (3, 0)
+    (tmp_path / "vocab.txt").unlink()
+    with pytest.raises(InputError, match=r"no tokenizer\.json, vocab\.txt or vocab\.json"):
+        Tokenizer.load(tmp_path)
