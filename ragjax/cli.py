@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    def command(name: str, run: object, summary: str, example: str) -> argparse.ArgumentParser:
+    def command(name: str, run: object, summary: str, example: str, config: bool = True) -> argparse.ArgumentParser:
         sub = commands.add_parser(
             name,
             help=summary,
@@ -55,7 +55,8 @@ def _parser() -> argparse.ArgumentParser:
             epilog=f"example:\n  {example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        sub.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/factbook.yaml")
+        if config:
+            sub.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/factbook.yaml")
         sub.set_defaults(run=run)
         return sub
 
@@ -92,26 +93,14 @@ def _parser() -> argparse.ArgumentParser:
     answer.add_argument("--mode", choices=("thorough", "fast"), help="instead of decode.mode")
     answer.add_argument("--untrained", action="store_true", help="with the pretrained models")
     answer.add_argument("--json", action="store_true", help="print one JSON object a line for programs")
-    for name, run, summary, example in (
-        (
-            "import",
-            _import,
-            "split a Hugging Face RAG checkpoint into what ragjax reads",
-            "ragjax import hf:ORG/RAG rag",
-        ),
-        ("export", _export, "write a run as Hugging Face checkpoints", "ragjax export runs/factbook exported"),
-    ):
-        sub = commands.add_parser(
-            name,
-            help=summary,
-            description=summary,
-            epilog=f"example:\n  {example}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        what = "a folder or hf:ORG/NAME@REVISION" if name == "import" else "the output folder of a run"
-        sub.add_argument("source", metavar="SOURCE" if name == "import" else "RUN", help=what)
+    summary = "split a Hugging Face RAG checkpoint into what ragjax reads"
+    importing = command("import", _import, summary, "ragjax import hf:ORG/RAG rag", config=False)
+    importing.add_argument("source", metavar="SOURCE", help="a folder or hf:ORG/NAME@REVISION")
+    summary = "write a run as Hugging Face checkpoints"
+    exporting = command("export", _export, summary, "ragjax export runs/factbook exported", config=False)
+    exporting.add_argument("source", metavar="RUN", help="the output folder of a run")
+    for sub in (importing, exporting):
         sub.add_argument("out", metavar="OUT", help="a folder that does not exist yet")
-        sub.set_defaults(run=run)
     overrides(command("config", _config, "print the resolved configuration", "ragjax config configs/factbook.yaml"))
     return parser
 
