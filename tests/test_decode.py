@@ -12,11 +12,11 @@ from safetensors.numpy import load_file
 
 from ragjax.config import Decode
 from ragjax.decode import Candidates, decode, pad_answers, read
-from ragjax.models.generator import Ending
+from ragjax.models.generator import SpecialTokens
 from ragjax.text import pad_rows
 from ragjax.weights import open_generator, read_json
 
-ENDING = Ending(eos=2, pad=0)
+ENDING = SpecialTokens(eos=2, pad=0)
 SETTINGS = Decode(k=3, beams=3, max_new_tokens=6)
 V, T = 6, 3
 
@@ -138,13 +138,12 @@ def test_fast_marginal_counts_the_documents_that_proposed(
             for k in range(3):
                 if found.proposed[k, c] > -np.inf:
                     total += np.exp(golden["score/doc_logprobs"][question, k] + found.proposed[k, c])
-            assert found.fast[c] == pytest.approx(np.log(total), abs=1e-4)
+            assert found.marginal("fast")[c] == pytest.approx(np.log(total), abs=1e-4)
             partly += 0 < (found.proposed[:, c] > -np.inf).sum() < 3
-        assert found.thorough is not None
-        assert (found.fast <= found.thorough + 1e-4).all()
+        assert (found.marginal("fast") <= found.marginal("thorough") + 1e-4).all()
         order = found.best("fast", len(found.tokens))
         assert found.finished[order].tolist() == sorted(found.finished, reverse=True)
-        assert order[0] == np.where(found.finished, found.fast, -np.inf).argmax()
+        assert order[0] == np.where(found.finished, found.marginal("fast"), -np.inf).argmax()
     assert partly > 10
 
 
@@ -155,9 +154,9 @@ def test_fast_mode_scores_nothing_more(
     found = decoded(generator, prompts_of(golden), golden["score/doc_logprobs"], settings)
     for fast, thorough in zip(found, golden_candidates[2], strict=True):
         assert with_end(fast) == with_end(thorough)
-        np.testing.assert_allclose(fast.fast, thorough.fast, atol=1e-5)
+        np.testing.assert_allclose(fast.marginal("fast"), thorough.marginal("fast"), atol=1e-5)
         assert fast.scored is None and fast.thorough is None and fast.posterior is None
-        with pytest.raises(AssertionError, match="not scored"):
+        with pytest.raises(AssertionError, match="no thorough marginal"):
             fast.best("thorough")
 
 
@@ -178,7 +177,7 @@ def test_exhaustive_decoding(tiny: Small) -> None:
         ours = with_end(found)
         assert sorted(ours) == sorted(answers)
         np.testing.assert_allclose(found.marginal("thorough"), [marginal[y] for y in ours], atol=1e-4)
-        np.testing.assert_allclose(found.fast, found.marginal("thorough"), atol=1e-4)
+        np.testing.assert_allclose(found.marginal("fast"), found.marginal("thorough"), atol=1e-4)
         np.testing.assert_allclose(np.exp(found.marginal("thorough")).sum(), 1.0, rtol=1e-4)
         finished = [y for y in answers if y[-1] == ENDING.eos]
         assert ours[found.best("thorough")[0]] == max(finished, key=marginal.__getitem__)

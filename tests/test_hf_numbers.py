@@ -1,0 +1,177 @@
+"""transformers' RAG to the letter: likelihoods, candidates, choices and RAG-Token's beams, against golden values."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from ragjax.config import Decode
+from ragjax.decode import Candidates, decode_as_hugging_face, decode_together, propose_together, read
+from ragjax.hf_rag import import_rag
+from ragjax.marginal import hugging_face_nll, log_prior, marginal_logp
+from ragjax.models.generator import Memory, SpecialTokens, answer_hidden
+from ragjax.models.layers import Params
+from ragjax.weights import open_generator
+
+GOLDEN = Path(__file__).parent / "golden"
+LABELS = ("labels", "labels_nobos", "labels_nostart", "labels_short")
+VARIANTS = ("default", "lp0", "forcedbos", "earlystop")
+BEAMS = (1, 2, 4)
+
+
+@dataclass(frozen=True)
+class Golden:
+    """The generator of a Hugging Face RAG checkpoint, its inputs, and what Hugging Face computes."""
+
+    graph: nnx.GraphDef
+    params: Params
+    values: dict[str, np.ndarray]
+    variants: dict[str, dict[str, Any]]
+    special: SpecialTokens
+    vocabulary: int
+
+    def memory(self, masked: bool = True) -> Memory:
+        source, mask = self.values["in/context_input_ids"], self.values["in/context_attention_mask"] == 1
+        mask = mask if masked else np.ones_like(mask)
+        return read(self.graph, self.params, jnp.asarray(source, jnp.int32), jnp.asarray(mask))
+
+    @property
+    def prior(self) -> jax.Array:
+        scores = jnp.asarray(self.values["score/labels/doc_scores"])
+        return log_prior(scores, jnp.ones(scores.shape, bool))
+
+    def settings(self, variant: str, beams: int) -> tuple[Decode, SpecialTokens]:
+        """As Hugging Face's `generate` got them; its BART forces the end token unless told otherwise."""
+        given = self.variants[variant]
+        forced_eos = self.special.eos if self.special.bos is not None else None
+        forced = {"forced_bos": given.get("forced_bos_token_id"), "forced_eos": forced_eos}
+        forced |= {"forced_eos": None} if "forced_eos_token_id" in given else {}
+        decode = Decode(
+            beams=beams,
+            max_new_tokens=11,
+            length_penalty=given.get("length_penalty", 1.0),
+            early_stopping=given.get("early_stopping", False),
+        )
+        return decode, SpecialTokens(self.special.eos, self.special.pad, self.special.bos, **forced)
+
+
+@pytest.fixture(scope="module", params=["bart-tiny", "t5-tiny"])
+def golden(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Golden:
+    folder = import_rag(str(GOLDEN / request.param / "rag"), tmp_path_factory.mktemp("golden") / request.param)
+    generator = open_generator(folder / "generator")
+    meta = json.loads((GOLDEN / request.param / "meta.json").read_text())
+    tokens = meta["special_tokens"]
+    return Golden(
+        graph=generator.graph,
+        params=generator.read(),
+        values=dict(np.load(GOLDEN / request.param / "golden.npz")),
+        variants=meta["variants"],
+        special=SpecialTokens(tokens["eos"], tokens["pad"], tokens["bos"]),
+        vocabulary=generator.config.vocabulary,
+    )
+
+
+@partial(jax.jit, static_argnums=0)
+def _scores(graph: nnx.GraphDef, params: Params, memory: Memory, answers: jax.Array) -> tuple[jax.Array, jax.Array]:
+    generator = nnx.merge(graph, params)
+    return generator.token_logp(answer_hidden(generator, memory, answers), answers)
+
+
+@pytest.mark.parametrize("name", LABELS)
+def test_likelihoods(golden: Golden, name: str) -> None:
+    """With and without the prior, <s>, smoothing and the reduction, on whole, empty and one-token answers."""
+    if f"in/{name}" not in golden.values:
+        pytest.skip(f"{name} is recorded for BART only")
+    labels, pad = golden.values[f"in/{name}"], golden.special.pad
+    # what follows each label is the next one, and a padding token at the end
+    targets = np.concatenate([labels[:, 1:], np.full_like(labels[:, :1], pad)], axis=1)
+    rows = jnp.asarray(np.repeat(targets, 3, axis=0)[:, None], jnp.int32)
+    start = jnp.asarray(np.repeat(labels[:, 0], 3), jnp.int32)
+    logp, mean = (
+        x.reshape(4, 3, -1) for x in _scores(golden.graph, golden.params, golden.memory().replace(start=start), rows)
+    )
+    counted = jnp.asarray(targets != pad)
+    all_bos = golden.special.bos is not None and bool((targets[:, 0] == golden.special.bos).all())
+
+    def nll(exclude: bool, smoothing: float) -> np.ndarray:
+        drop = jnp.full(4, exclude and all_bos)
+        return np.asarray(hugging_face_nll(golden.prior, logp, counted, drop, smoothing, mean, golden.vocabulary))
+
+    expected = {key: golden.values[f"score/{name}/{key}"] for key in ("nll", "nll_exclude_bos", "smooth_0.1")}
+    np.testing.assert_allclose(nll(False, 0.0), expected["nll"], rtol=1e-4)
+    np.testing.assert_allclose(nll(True, 0.0), expected["nll_exclude_bos"], rtol=1e-4)
+    np.testing.assert_allclose(nll(False, 0.1), expected["smooth_0.1"], rtol=1e-4)
+    both = golden.values[f"score/{name}/smooth_0.1_exclude_bos"]
+    np.testing.assert_allclose(nll(True, 0.1), both, rtol=1e-4)
+    np.testing.assert_allclose(nll(False, 0.0).sum(), golden.values[f"score/{name}/loss_reduced"], rtol=1e-4)
+    np.testing.assert_allclose(nll(False, 0.1).sum(), golden.values[f"score/{name}/smooth_0.1_reduced"], rtol=1e-4)
+    clean = -marginal_logp(golden.prior, jnp.where(counted[:, None], logp, 0.0).sum(axis=-1))
+    np.testing.assert_allclose(clean, golden.values[f"score/{name}/clean_nll"], rtol=1e-4)
+    of_tokens = -jnp.where(counted, marginal_logp(golden.prior, logp), 0.0).sum(axis=-1)
+    np.testing.assert_allclose(of_tokens, golden.values[f"score/{name}/rag_token_nll"], rtol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["hf", "masked"])
+@pytest.mark.parametrize("beams", BEAMS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_thorough_decoding(golden: Golden, variant: str, beams: int, mode: str) -> None:
+    """The same distinct candidates, negative log-likelihoods and choices, candidate by candidate."""
+    if variant not in golden.variants:
+        pytest.skip(f"{variant} is recorded for BART only")
+    decode, special = golden.settings(variant, beams)
+    memory, prior = golden.memory(), np.asarray(golden.prior)
+    searched = memory if mode == "masked" else golden.memory(masked=False)
+    found = decode_as_hugging_face(golden.graph, golden.params, searched, memory, prior, 3, decode, special)
+    expected = {k: v for k, v in golden.values.items() if k.startswith(f"decode/{variant}/b{beams}/{mode}/")}
+    expected = {key.rpartition("/")[2]: value for key, value in expected.items()}
+    for question, ours in enumerate(found):
+        check_candidates(ours, {key: value[question] for key, value in expected.items()}, special)
+
+
+def check_candidates(found: Candidates, theirs: dict[str, np.ndarray], special: SpecialTokens) -> None:
+    """A candidate is what stands before the end token, and whether there is one."""
+    count, length = theirs["num_candidates"], theirs["length"]
+    rows = [[int(t) for t in row[1:length]] for row in theirs["candidates"][:count]]
+    rows = [(tuple(row[: row.index(special.eos)]), True) if special.eos in row else (tuple(row), False) for row in rows]
+    ours = list(zip(found.tokens, found.finished.tolist(), strict=True))
+    assert sorted(ours) == sorted(rows)
+    place = [ours.index(row) for row in rows]
+    assert found.thorough is not None and found.scored is not None
+    np.testing.assert_allclose(-found.thorough[place], theirs["nll"][:count], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found.scored[:, place].T, theirs["doc_logp"][:count], rtol=1e-4, atol=1e-4)
+    assert ours[found.best("thorough")[0]] == rows[theirs["chosen_index"]]
+    first = [int(np.flatnonzero(found.proposed[:, c] > -np.inf)[0]) for c in place]
+    assert first == theirs["first_doc"][:count].tolist()
+
+
+@pytest.mark.parametrize("beams", BEAMS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_rag_token_decoding(golden: Golden, variant: str, beams: int) -> None:
+    if variant not in golden.variants:
+        pytest.skip(f"{variant} is recorded for BART only")
+    decode, special = golden.settings(variant, beams)
+    memory, prior = golden.memory(), golden.prior
+    found = jax.device_get(propose_together(golden.graph, golden.params, memory, prior, decode, special, True))
+    sequences = golden.values[f"rag_token/{variant}/b{beams}/sequences"]
+    for question, row in enumerate(sequences):
+        length = found.length[question, 0]
+        ours, fill = found.tokens[question, 0, :length], row[1 + length :]
+        np.testing.assert_array_equal(ours, row[1 : 1 + length])
+        assert set(fill.tolist()) <= {special.pad, special.eos}
+    if beams > 1:
+        scores = found.logp[:, 0] / found.length[:, 0] ** decode.length_penalty
+        np.testing.assert_allclose(scores, golden.values[f"rag_token/{variant}/b{beams}/scores"], rtol=1e-4)
+    candidates = decode_together(golden.graph, golden.params, memory, np.asarray(prior), decode, special, True)
+    for question, of_question in enumerate(candidates):
+        [best] = of_question.best("thorough")
+        tokens = found.tokens[question, 0, : found.length[question, 0]].tolist()
+        assert list(of_question.tokens[best]) == [t for t in tokens if t != special.eos]
