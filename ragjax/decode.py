@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 
 import jax
 import jax.numpy as jnp
@@ -256,7 +257,7 @@ def decode_as_hugging_face(
         rows = [(row, of_question[row]) for row in (list(of_question)[c] for c in order)]
         made.append(
             Candidates(
-                tokens=[_before_end(row, special.eos) for row, _ in rows],
+                tokens=[tuple(takewhile(lambda token: token != special.eos, row)) for row, _ in rows],
                 finished=np.array([special.eos in row for row, _ in rows], bool),
                 proposed=np.array([[by.get(z, -np.inf) for _, by in rows] for z in range(documents)], np.float32),
                 scored=_fill_up(scored[b][:, order], documents, -np.inf),
@@ -287,10 +288,6 @@ def _as_returned(
             row = (*tokens, *[fill] * (width - len(tokens)))
             found.setdefault(row, {})[document] = float(beams.logp[at])
     return found
-
-
-def _before_end(row: Sequence[int], eos: int) -> tuple[int, ...]:
-    return tuple(row[: row.index(eos)] if eos in row else row)
 
 
 def _fill_up(rows: np.ndarray, count: int, value: float) -> np.ndarray:

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
+from world import tiny_config
 
 from ragjax.config import Decode
 from ragjax.decode import Candidates, decode_as_hugging_face, decode_together, propose_together, read
-from ragjax.hf_rag import import_rag
+from ragjax.hf_rag import DPR_PREFIX, import_rag
 from ragjax.marginal import hugging_face_nll, log_prior, marginal_logp
 from ragjax.models.generator import Memory, SpecialTokens, answer_hidden
 from ragjax.models.layers import Params
-from ragjax.weights import open_generator
+from ragjax.rag import TrainBatch, loss, open_rag
+from ragjax.weights import bert_tensors, generator_tensors, open_bert, open_generator
 
 GOLDEN = Path(__file__).parent / "golden"
 LABELS = ("labels", "labels_nobos", "labels_nostart", "labels_short")
@@ -32,6 +36,7 @@ BEAMS = (1, 2, 4)
 class Golden:
     """The generator of a Hugging Face RAG checkpoint, its inputs, and what Hugging Face computes."""
 
+    folder: Path  # imported
     graph: nnx.GraphDef
     params: Params
     values: dict[str, np.ndarray]
@@ -71,6 +76,7 @@ def golden(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     meta = json.loads((GOLDEN / request.param / "meta.json").read_text())
     tokens = meta["special_tokens"]
     return Golden(
+        folder=folder,
         graph=generator.graph,
         params=generator.read(),
         values=dict(np.load(GOLDEN / request.param / "golden.npz")),
@@ -97,7 +103,7 @@ def test_likelihoods(golden: Golden, name: str) -> None:
     rows = jnp.asarray(np.repeat(targets, 3, axis=0)[:, None], jnp.int32)
     start = jnp.asarray(np.repeat(labels[:, 0], 3), jnp.int32)
     logp, mean = (
-        x.reshape(4, 3, -1) for x in _scores(golden.graph, golden.params, golden.memory().replace(start=start), rows)
+        x.reshape(4, 3, -1) for x in _scores(golden.graph, golden.params, replace(golden.memory(), start=start), rows)
     )
     counted = jnp.asarray(targets != pad)
     all_bos = golden.special.bos is not None and bool((targets[:, 0] == golden.special.bos).all())
@@ -120,6 +126,62 @@ def test_likelihoods(golden: Golden, name: str) -> None:
     np.testing.assert_allclose(of_tokens, golden.values[f"score/{name}/rag_token_nll"], rtol=1e-4)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_reduced_loss_and_its_gradients(golden: Golden, smoothing: float, world: Path) -> None:
+    """By every parameter of both parts, and by the documents' embeddings, through the loss that training uses."""
+    values, start = golden.values, "grad/" if smoothing == 0.0 else "grad_smooth_0.1/"
+    config = tiny_config(world, retriever__pooling="cls", retriever__normalize=False, retriever__scale=1.0)
+    train = replace(config.train, label_smoothing=smoothing)
+    rag = replace(
+        open_rag(config),
+        config=replace(config, hf_compatible=True, train=train),
+        retriever=open_bert(golden.folder / "question_encoder", "cls", normalize=False),
+        generator=open_generator(golden.folder / "generator"),
+        special=golden.special,
+    )
+    labels, mask = values["in/labels"], values["in/context_attention_mask"] == 1
+    answer = np.concatenate([labels[:, 1:], np.full_like(labels[:, :1], golden.special.pad)], axis=1)
+    batch = TrainBatch(
+        row=np.arange(4),
+        question=values["in/input_ids"],
+        question_mask=values["in/attention_mask"] == 1,
+        passages=values["in/doc_embeds"],
+        valid=np.ones((4, 3), bool),
+        source=values["in/context_input_ids"].reshape(4, 3, -1),
+        source_mask=mask.reshape(4, 3, -1),
+        answer=answer,
+        answer_mask=answer != golden.special.pad,
+    )
+    batch = jax.tree.map(jnp.asarray, batch)
+
+    def total(params: Params, passages: jax.Array) -> jax.Array:
+        mean, _ = loss(rag, params, replace(batch, passages=passages), jax.random.key(0))
+        return mean * 4
+
+    function = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))
+    value, (grads, doc_embeds) = jax.device_get(function(rag.initial_params(), batch.passages))
+    np.testing.assert_allclose(value, values[f"{start}loss"], rtol=1e-4)
+    largest = np.abs(values[f"{start}doc_embeds"]).max()
+    np.testing.assert_allclose(doc_embeds, values[f"{start}doc_embeds"], rtol=1e-4, atol=1e-5 * largest)
+    named = {
+        "question_encoder": bert_tensors(grads["retriever"], DPR_PREFIX),
+        "generator": generator_tensors(rag.generator.hf, grads["generator"]),
+    }
+    for part, ours in named.items():
+        theirs = f"{start}{part}/"
+        of_part = float(values[f"{theirs}norm"])
+        np.testing.assert_allclose(optax.tree.norm(list(ours.values())), of_part, rtol=1e-4)
+        names = [str(name) for name in values[f"{theirs}param_names"]]
+        norms = [np.linalg.norm(ours[name]) for name in names]
+        np.testing.assert_allclose(norms, values[f"{theirs}param_norms"], rtol=1e-4, atol=1e-5 * of_part)
+        recorded = [key for key in values if key.startswith(f"{theirs}array/")]
+        assert recorded
+        for key in recorded:
+            expected = values[key]
+            found = ours[key.removeprefix(f"{theirs}array/")]
+            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max(), err_msg=key)
+
+
 @pytest.mark.parametrize("mode", ["hf", "masked"])
 @pytest.mark.parametrize("beams", BEAMS)
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -140,8 +202,8 @@ def test_thorough_decoding(golden: Golden, variant: str, beams: int, mode: str) 
 def check_candidates(found: Candidates, theirs: dict[str, np.ndarray], special: SpecialTokens) -> None:
     """A candidate is what stands before the end token, and whether there is one."""
     count, length = theirs["num_candidates"], theirs["length"]
-    rows = [[int(t) for t in row[1:length]] for row in theirs["candidates"][:count]]
-    rows = [(tuple(row[: row.index(special.eos)]), True) if special.eos in row else (tuple(row), False) for row in rows]
+    returned = [[int(t) for t in row[1:length]] for row in theirs["candidates"][:count]]
+    rows = [(tuple(takewhile(lambda t: t != special.eos, row)), special.eos in row) for row in returned]
     ours = list(zip(found.tokens, found.finished.tolist(), strict=True))
     assert sorted(ours) == sorted(rows)
     place = [ours.index(row) for row in rows]
