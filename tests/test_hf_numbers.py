@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tokenizers
 from flax import nnx
 from world import tiny_config
 
@@ -23,7 +25,9 @@ from ragjax.hf_rag import DPR_PREFIX, import_rag
 from ragjax.marginal import hugging_face_nll, log_prior, marginal_logp
 from ragjax.models.generator import Memory, SpecialTokens, answer_hidden
 from ragjax.models.layers import Params
-from ragjax.rag import TrainBatch, loss, open_rag
+from ragjax.passages import Passage, PassageStore, write_store
+from ragjax.rag import TrainBatch, loss, open_rag, passage_text, prompt_rows
+from ragjax.text import Tokenizer
 from ragjax.weights import bert_tensors, generator_tensors, open_bert, open_generator
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -237,3 +241,126 @@ def test_rag_token_decoding(golden: Golden, variant: str, beams: int) -> None:
         [best] = of_question.best("thorough")
         tokens = found.tokens[question, 0, : found.length[question, 0]].tolist()
         assert list(of_question.tokens[best]) == [t for t in tokens if t != special.eos]
+
+
+@pytest.mark.parametrize("variant", ["lp0", "default"])
+def test_other_documents_propose_than_score(golden: Golden, variant: str) -> None:
+    """`generate(n_docs=…)` above the configuration's n_docs: all propose, the first n_docs score."""
+    decode, special = golden.settings(variant, 2)
+    memory, prior = golden.memory(), np.asarray(golden.prior)
+    few = prior[:, :2] - np.logaddexp.reduce(prior[:, :2], axis=1, keepdims=True)
+    whole = decode_as_hugging_face(golden.graph, golden.params, memory, memory, prior, 3, decode, special)
+    part = decode_as_hugging_face(golden.graph, golden.params, memory, memory, few, 3, decode, special)
+    first = decode_as_hugging_face(golden.graph, golden.params, memory, memory, prior, 1, decode, special)
+    for question, (all_three, two, one) in enumerate(zip(whole, part, first, strict=True)):
+        assert sorted(all_three.tokens) == sorted(two.tokens)
+        assert set(one.tokens) == {
+            y for y, by in zip(all_three.tokens, all_three.proposed[0], strict=True) if by > -np.inf
+        }
+        assert two.scored is not None and two.thorough is not None and two.posterior is not None
+        assert (two.scored[2] == -np.inf).all() and (two.posterior[2] == 0).all()
+        expected = np.logaddexp.reduce(few[question][:, None] + two.scored[:2], axis=0)
+        longer = [len(y) > 0 or not ends for y, ends in zip(two.tokens, two.finished, strict=True)]
+        np.testing.assert_allclose(two.thorough[longer], expected[longer], rtol=1e-4)  # one token alone loses its prior
+        assert (np.diff(two.thorough) <= 0).all()
+
+
+# prompts
+
+
+TEXTS = (
+    'The capital of Côte d\'Ivoire is Yamoussoukro; its largest city is "Abidjan".',
+    "Paris (French: [paʁi]) is the capital of France, on the Seine; it had 2,102,650 people in 2023.",
+    "Who wrote 'War and Peace'? Leo Tolstoy, between 1863 and 1869.",
+)
+QUESTIONS = (
+    "What's the capital of Côte d'Ivoire?",
+    "who wrote  war and peace ?",
+    "How many people live in Paris -- 2023?",
+)
+
+
+def tokenizer_folder(kind: str, folder: Path) -> Path:
+    """A tokenizer of BERT's, BART's or T5's kind, trained on a few sentences."""
+    special = {"bert": "[PAD] [UNK] [CLS] [SEP] [MASK]", "bart": "<s> <pad> </s> <unk>", "t5": "<pad> </s> <unk>"}[kind]
+    names = special.split()
+    training: dict[str, Any] = {"special_tokens": names, "vocab_size": 300, "show_progress": False}
+    if kind == "bert":
+        backend = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token="[UNK]"))
+        backend.normalizer = tokenizers.normalizers.BertNormalizer()
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+        backend.decoder = tokenizers.decoders.WordPiece()
+        trainer: Any = tokenizers.trainers.WordPieceTrainer(**training)
+        frame, given = "[CLS] $A [SEP]", {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]"}
+    elif kind == "bart":
+        backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = tokenizers.decoders.ByteLevel()
+        alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+        trainer = tokenizers.trainers.BpeTrainer(**training | {"vocab_size": 500}, initial_alphabet=alphabet)
+        frame, given = "<s> $A </s>", {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    else:
+        backend = tokenizers.Tokenizer(tokenizers.models.Unigram())
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+        backend.decoder = tokenizers.decoders.Metaspace()
+        trainer = tokenizers.trainers.UnigramTrainer(**training, unk_token="<unk>")
+        frame, given = "$A </s>", {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    backend.train_from_iterator([*TEXTS, *QUESTIONS, *map(str.lower, QUESTIONS), " / // "] * 3, trainer)
+    used = [(token, backend.token_to_id(token)) for token in names if token in frame]
+    backend.post_processor = tokenizers.processors.TemplateProcessing(single=frame, special_tokens=used)
+    folder.mkdir()
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(given))
+    return folder
+
+
+@pytest.mark.parametrize(("kind", "prefix", "longest"), [("bart", " ", 300), ("bart", None, 40), ("t5", "ask:  ", 140)])
+def test_prompts_have_the_token_ids_of_rag_retriever(
+    kind: str, prefix: str | None, longest: int, world: Path, tmp_path: Path
+) -> None:
+    """transformers' own `RagRetriever`, its search replaced, against ours: quotes, double spaces, cut questions."""
+    from transformers import PreTrainedTokenizerFast, RagRetriever
+
+    folders = {name: tokenizer_folder(name, tmp_path / name) for name in ("bert", kind)}
+    documents = [
+        Passage("a", '"Heroes" (album)', TEXTS[0]),
+        Passage("b", '"Paris"', TEXTS[1] * 4),
+        Passage("c", "War  and   Peace", f"{TEXTS[2]}  Twice."),
+    ]
+    ids = np.array([[0, 1], [2, 0], [1, 2]])
+
+    theirs: Any = RagRetriever.__new__(RagRetriever)
+    for name, part in (("question_encoder", "bert"), ("generator", kind)):
+        named = json.loads((folders[part] / "tokenizer_config.json").read_text())
+        fast = PreTrainedTokenizerFast(tokenizer_file=str(folders[part] / "tokenizer.json"), **named)
+        setattr(theirs, f"{name}_tokenizer", fast)
+    theirs.config = SimpleNamespace(title_sep=" / ", doc_sep=" // ", max_combined_length=longest, generator=None)
+    theirs.n_docs, theirs.return_tokenized_docs = 2, False
+    found = [{"title": [documents[z].title for z in row], "text": [documents[z].text for z in row]} for row in ids]
+    theirs.retrieve = lambda states, k: (np.zeros((3, 2, 4)), ids, found)
+    asked = theirs.question_encoder_tokenizer(list(QUESTIONS), padding=True)["input_ids"]
+    expected = theirs(asked, np.zeros((3, 4)), prefix=prefix or "", return_tensors="np")
+
+    config = tiny_config(world)
+    before, of_passage = ("", prefix or "") if not (prefix or "").strip() else (prefix, "")
+    generator = replace(
+        config.generator,
+        prompt=f"{before}{{passage}} // {{question}}",
+        passage=f"{of_passage}{{title}} / {{text}}",
+        source_tokens=longest,
+    )
+    tokenizer = Tokenizer.load(folders[kind])
+    rag = replace(
+        open_rag(config),
+        config=replace(config, hf_compatible=True, generator=generator),
+        retriever_tokenizer=Tokenizer.load(folders["bert"]),
+        generator_tokenizer=tokenizer,
+        special=SpecialTokens(tokenizer.eos_id, tokenizer.pad_id),
+    )
+    (tmp_path / "store").mkdir()
+    write_store(tmp_path / "store", documents, tokenizer.encode, lambda p: passage_text(generator.passage, p))
+    tokens, mask = prompt_rows(rag, PassageStore.open(tmp_path / "store"), QUESTIONS, ids)
+    np.testing.assert_array_equal(tokens, expected["context_input_ids"])
+    np.testing.assert_array_equal(mask, expected["context_attention_mask"] == 1)
+    cut = mask.all(axis=1)
+    assert cut.any() == (longest < 300) and not cut.all()
