@@ -12,7 +12,7 @@ PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q
 # glibc puts large arrays on huge pages: less time goes into page faults.
 quickstart bench: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: quickstart test test-slow lint bench clean
+.PHONY: quickstart test test-slow test-torch lint bench clean
 
 quickstart: $(VENV)/dev
 	$(BIN)/ragjax index configs/factbook.yaml
@@ -25,6 +25,10 @@ test: $(VENV)/dev
 
 test-slow: $(VENV)/dev
 	$(PYTEST) -m slow
+
+test-torch: $(VENV)/dev
+	$(PIP) -e '.[dev,torch]'
+	$(PYTEST) -n 2 tests/test_hf_live.py
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -199,6 +199,9 @@ def _rag_config(rag: Rag, parts: Mapping[str, Any]) -> dict[str, Any]:
     prefix = prompt.partition("{passage}")[0] + passage.partition("{title}")[0]
     if prefix != (generator.get("prefix", settings.get("prefix")) or ""):
         generator = generator | {"prefix": prefix}
+    generator = {"bos_token_id": None} | generator  # T5's has none, and transformers' RAG fails where it is not said
+    if config.model == "rag_sequence":  # RAG-Token has no use for it, and may have it all the same
+        settings["exclude_bos_score"] = config.train.exclude_bos
     return settings | {
         "model_type": "rag",
         "architectures": [CLASSES[config.model]],
@@ -208,7 +211,6 @@ def _rag_config(rag: Rag, parts: Mapping[str, Any]) -> dict[str, Any]:
         "max_combined_length": config.generator.source_tokens,
         "retrieval_vector_size": rag.retriever.config.embedding_width,
         "label_smoothing": config.train.label_smoothing,
-        "exclude_bos_score": config.train.exclude_bos or settings.get("exclude_bos_score", False),
         "question_encoder": parts["question_encoder"],
         "generator": generator,
     }

@@ -141,6 +141,7 @@ GENERATORS: dict[str, tuple[Any, Any]] = {
     "bart": (BartConfig, Bart),
     "t5": (T5Config, T5),
 }
+HEAD = "lm_head.weight"
 # copies of the one embedding table
 TIED = {f"{part}.embed_tokens.weight" for part in ("encoder", "decoder", "model.encoder", "model.decoder")}
 # tensors that carry nothing we need: heads of other tasks, and buffers that older exports wrote down
@@ -189,10 +190,13 @@ def open_generator(checkpoint: Path, dropout: float = 0.0, dtype: str = "float32
         hf = read_json(checkpoint / "config.json")
         names, read = _open_safetensors(checkpoint)
     shape, module = GENERATORS.get(hf.get("model_type", ""), GENERATORS["llama"])
-    config = _shape(lambda: shape.from_hf(hf, dropout, dtype), checkpoint if gguf else checkpoint / "config.json")
+    # transformers 5 writes that every T5 is tied, even one with a head of its own
+    own_head = {"tie_word_embeddings": False} if hf.get("scale_decoder_outputs") is False and HEAD in names else {}
+    place = checkpoint if gguf else checkpoint / "config.json"
+    config = _shape(lambda: shape.from_hf(hf | own_head, dropout, dtype), place)
     names = names - TIED
     if getattr(config, "tied", True):
-        names = names - {"lm_head.weight", "output.weight"}
+        names = names - {HEAD, "output.weight"}
     table = {ours: theirs for ours, name, other in _generator_table(hf) if (theirs := other if gguf else name)}
     graph, abstract = split_parameters(nnx.eval_shape(lambda: module(config, nnx.Rngs(0))))
     files = tuple(weight_files(checkpoint))

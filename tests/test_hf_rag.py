@@ -28,16 +28,21 @@ from ragjax.weights import open_bert, open_generator, read_json
 Capture = pytest.CaptureFixture[str]
 GOLDEN = Path(__file__).parent / "golden"
 RAG = {"model_type": "rag", "n_docs": 3, "max_combined_length": 99}
-RAG |= {"title_sep": " | ", "doc_sep": " ? ", "prefix": "ask: "}
+RAG |= {"title_sep": " | ", "doc_sep": " ? ", "prefix": "ask: ", "label_smoothing": 0.1, "exclude_bos_score": True}
+RAG |= {"do_marginalize": True, "do_deduplication": False, "reduce_loss": True, "dataset": "wiki_dpr"}
+SEARCH = {"num_beams": 4, "max_length": 30, "min_length": 3, "length_penalty": 0.5, "early_stopping": True}
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A RAG checkpoint of a random DPR encoder and a random BART, with their tokenizers."""
-    folder = tmp_path_factory.mktemp("rag")
+    return write_rag_checkpoint(tmp_path_factory.mktemp("rag"), "bart", "RagSequenceForGeneration")
+
+
+def write_rag_checkpoint(folder: Path, family: str, kind: str) -> Path:
+    """A RAG checkpoint of a random DPR encoder and a random BART or T5, with their tokenizers."""
     tensors: dict[str, np.ndarray] = {}
-    hf: dict[str, Any] = dict(RAG)
-    parts = ("question_encoder", "bert", "question_encoder.bert_model."), ("generator", "bart", "")
+    hf: dict[str, Any] = RAG | {"architectures": [kind]}
+    parts = ("question_encoder", "bert", "question_encoder.bert_model."), ("generator", family, "")
     for part, family, prefix in parts:
         write_random_checkpoint(family, folder / "parts" / part)
         own = load_file(folder / "parts" / part / "model.safetensors")
@@ -74,15 +79,23 @@ def test_golden_values_of_an_imported_checkpoint(name: str, tmp_path: Path) -> N
     assert open_generator(folder / "generator").read()
 
 
-def test_import_export_import_is_the_identity(checkpoint: Path, tmp_path: Path) -> None:
-    first = tmp_path / "first"
+@pytest.mark.parametrize("family", ["bart", "t5"])
+@pytest.mark.parametrize("kind", ["RagSequenceForGeneration", "RagTokenForGeneration"])
+def test_import_export_import_is_the_identity(family: str, kind: str, tmp_path: Path) -> None:
+    checkpoint, first, token = tmp_path / "rag", tmp_path / "first", kind == "RagTokenForGeneration"
+    checkpoint.mkdir()
+    write_rag_checkpoint(checkpoint, family, kind)
     assert main(["import", str(checkpoint), str(first)]) == 0
     config = load_config(first / "config.yaml", configured(first))
+    assert config.model == ("rag_token" if token else "rag_sequence") and not config.hf_compatible
     assert (config.train.k, config.decode.k, config.generator.source_tokens) == (3, 3, 99)
+    assert (config.train.label_smoothing, config.train.exclude_bos) == (0.1, not token)
     assert config.generator.prompt == "ask: {passage} ? {question}"
     assert config.generator.passage == "{title} | {text}"
     rag = open_rag(config)
-    assert rag.prompt.head[0] == rag.generator_tokenizer.bos_id and rag.prompt.tail == (rag.special.eos,)
+    if family == "bart":
+        assert rag.prompt.head[0] == rag.generator_tokenizer.bos_id
+    assert rag.prompt.tail == (rag.special.eos,)
 
     run = tmp_path / "run"
     run.mkdir()
@@ -96,15 +109,52 @@ def test_import_export_import_is_the_identity(checkpoint: Path, tmp_path: Path) 
     for name, value in theirs.items():
         np.testing.assert_array_equal(ours[name], value, err_msg=name)
     ours_config, theirs_config = (read_json(f / "config.json") for f in (tmp_path / "exported", checkpoint))
+    theirs_config["generator"] = {"bos_token_id": None} | theirs_config["generator"]
     assert theirs_config.items() <= ours_config.items()
 
     second = import_rag(str(tmp_path / "exported"), tmp_path / "second")
     for part in ("question_encoder", "generator"):
         chex.assert_trees_all_equal(*(load_file(f / part / "model.safetensors") for f in (first, second)))
-        assert read_json(first / part / "config.json") == read_json(second / part / "config.json")
+        assert read_json(first / part / "config.json").items() <= read_json(second / part / "config.json").items()
     again = open_rag(load_config(second / "config.yaml", configured(second)))
     one, two = (r.generator_tokenizer.encode(["Paris"], special=True) for r in (rag, again))
     assert one == two
+
+
+def test_how_transformers_would_generate_is_carried_over(checkpoint: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "rag"))
+    hf = read_json(folder / "config.json")
+    hf["generator"] |= {**SEARCH, "prefix": " ", "no_repeat_ngram_size": 3, "forced_bos_token_id": 0}
+    (folder / "config.json").write_text(json.dumps(hf))
+    import_rag(str(folder), tmp_path / "out")
+    config = load_config(tmp_path / "out" / "config.yaml", configured(tmp_path / "out"))
+    decode = config.decode
+    assert (decode.k, decode.beams, decode.max_new_tokens, decode.min_new_tokens) == (3, 4, 29, 2)
+    assert decode.length_penalty == 0.5 and decode.early_stopping
+    # a space is tokenised with the passage that follows it
+    assert (config.generator.prompt, config.generator.passage) == ("{passage} ? {question}", " {title} | {text}")
+    assert "# Not carried over" in (tmp_path / "out" / "config.yaml").read_text().splitlines()[0]
+    special = open_rag(config).special
+    assert (special.bos, special.forced_bos, special.forced_eos) == (0, 0, special.eos)
+
+
+def test_what_was_changed_in_a_run_is_exported(checkpoint: Path, tmp_path: Path, capsys: Capture) -> None:
+    first, run = import_rag(str(checkpoint), tmp_path / "first"), tmp_path / "run"
+    run.mkdir()
+    changed = ["model=rag_token", "train.exclude_bos=false", "train.k=7", "train.label_smoothing=0.2"]
+    changed += [f"output={run}", "generator.passage='{title}: {text}'", "generator.prompt='{passage}; {question}?'"]
+    config = load_config(first / "config.yaml", [*configured(first), *changed])
+    (run / "config.yaml").write_text(dump_config(config))
+    capsys.readouterr()
+    assert main(["export", str(run), str(tmp_path / "out")]) == 0
+    assert "the prompt '{passage}; {question}?' is lost" in capsys.readouterr().err
+    hf = read_json(tmp_path / "out" / "config.json")
+    assert hf["architectures"] == ["RagTokenForGeneration"] and hf["dataset"] == "wiki_dpr"
+    assert (hf["n_docs"], hf["label_smoothing"], hf["title_sep"], hf["doc_sep"]) == (7, 0.2, ": ", "; ")
+    assert hf["generator"]["prefix"] == ""
+    (run / "config.yaml").write_text(dump_config(load_config(run / "config.yaml", ["retriever.scale=2.0"])))
+    message = refused(capsys, tmp_path, "export", str(run), str(tmp_path / "again"))
+    assert "this run has cls, false, 2.0 and top_k" in message
 
 
 def test_a_decoder_only_run_becomes_two_folders(run: Path, tmp_path: Path) -> None:

@@ -33,7 +33,8 @@ class T5Config:
     start: int  # the token from which every answer begins
     activation: str = "relu"
     gated: bool = False
-    tied: bool = True  # and then the logits are scaled by width**-0.5
+    tied: bool = True  # the head is the embedding table
+    scaled: bool = True  # the logits, by width**-0.5
     buckets: int = 32
     farthest: int = 128
     epsilon: float = 1e-6
@@ -63,7 +64,8 @@ class T5Config:
             start=hf.get("decoder_start_token_id", hf.get("pad_token_id", 0)),
             activation=activation,
             gated=gate == "gated",
-            tied=hf.get("tie_word_embeddings", True),
+            tied=(tied := hf.get("tie_word_embeddings", True)),
+            scaled=hf.get("scale_decoder_outputs", tied),  # said apart since transformers 5
             buckets=hf.get("relative_attention_num_buckets", 32),
             farthest=hf.get("relative_attention_max_distance", 128),
             epsilon=hf.get("layer_norm_epsilon", 1e-6),
@@ -195,7 +197,7 @@ class T5(nnx.Module):
         xs = (memory.keys, memory.values, jnp.arange(c.decoder_layers))
         (x, past), _ = scan_layers(self.decoder.layers, decode, (x, past), xs, remat)
         hidden = dropout(self.decoder.norm(x), fold(keys, first + 1 + c.decoder_layers), c.dropout)
-        return hidden * c.width**-0.5 if c.tied else hidden, past if past is None else past.advance(groups * length)
+        return hidden * c.width**-0.5 if c.scaled else hidden, past if past is None else past.advance(groups * length)
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         head = self._head().astype(hidden.dtype)
