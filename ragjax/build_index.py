@@ -14,11 +14,11 @@ import numpy as np
 from jaxtyping import Int
 
 from ragjax import factbook, factbook_facts
-from ragjax.config import Config, InputError
-from ragjax.hub import Fetched, cache_folder, fetch, fingerprint_files
+from ragjax.config import Config, Corpus, InputError
+from ragjax.hub import Fetched, cache_folder, fetch, fingerprint_files, is_local
 from ragjax.index import FAISS_FILE, MANIFEST, check_kind, embed_passages, open_index, write_index
 from ragjax.mesh import enable_compilation_cache
-from ragjax.passages import Passage, PassageStore, partial_folder, read_passages, write_jsonl, write_store
+from ragjax.passages import FORMATS, Passage, PassageStore, partial_folder, read_passages, write_jsonl, write_store
 from ragjax.progress import progress_bar, terminal
 from ragjax.rag import Rag, encode, open_rag, passage_text
 from ragjax.text import buckets_up_to
@@ -30,6 +30,7 @@ def build_index(config: Config) -> Path:
     An index of the same contents that is there already stays; another one is replaced only once the new one is whole.
     Raises `InputError` for bad input.
     """
+    _check_corpus(config.corpus)
     enable_compilation_cache(cache_folder() / "xla")
     rag = open_rag(config)
     check_kind(config.index.kind, rag.passage_encoder.config.embedding_width)
@@ -42,6 +43,12 @@ def build_index(config: Config) -> Path:
     with _replacing(folder) as new:
         _build(rag, corpus, content, new)
     return folder
+
+
+def _check_corpus(corpus: Corpus) -> None:
+    """Raises `InputError` for a corpus that should lie on this machine and does not, before any model is fetched."""
+    if is_local(corpus.source) and not Path(corpus.source).expanduser().exists():
+        raise InputError(f"corpus.source: {corpus.source}: no such file; expected {FORMATS[corpus.format]}")
 
 
 def _content(config: Config, corpus: Fetched) -> str:
