@@ -119,9 +119,12 @@ def _load(options: argparse.Namespace) -> Config:
 
 def _plan(options: argparse.Namespace) -> int:
     from ragjax.plan import capacity, memory_plan, print_plan
+    from ragjax.progress import terminal
 
     config = _load(options)
-    print_plan(memory_plan(config), capacity(config), as_json=options.json)
+    with terminal.status("compiling from shapes alone, to learn what XLA needs …"):
+        rows = memory_plan(config)
+    print_plan(rows, capacity(config), as_json=options.json)
     return 0
 
 

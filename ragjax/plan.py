@@ -132,20 +132,11 @@ class _Plan:
     def index_rows(self) -> list[Row]:
         settings, folder = self.config.index, Path(self.config.index.folder)
         built = (folder / MANIFEST).is_file()
-        there = "; it is there already" if built else ""
-
-        def embeddings() -> tuple[int, str]:
-            size, how = self.embeddings()
-            return size, how + there
-
-        def faiss() -> tuple[int, str]:
-            size, how = self.faiss()
-            return size, how + there
 
         def store() -> tuple[int, str]:
             if not built:
                 raise Unknown("the corpus as JSON and 4 bytes a token: known once it is read")
-            return sum((folder / name).stat().st_size for name in STORE_FILES), "it is there already"
+            return sum((folder / name).stat().st_size for name in STORE_FILES), "as measured"
 
         def tokens() -> tuple[int, str]:
             count, counted = self.passages()
@@ -161,13 +152,12 @@ class _Plan:
             model = _known(self.passage_encoder, "passage encoder")
             batch, longest = settings.batch_size, self.config.retriever.passage_tokens
             tokens = _shape(jnp.int32, batch, longest), _shape(jnp.bool, batch, longest)
-            return _temporaries(
-                encode, model.graph, model.abstract, *tokens
-            ), f"XLA's analysis ({_backend()}): {batch} passages of {longest} tokens"
+            size = _temporaries(encode, model.graph, model.abstract, *tokens)
+            return size, f"XLA's analysis ({_backend()}): {batch} passages of {longest} tokens"
 
         rows = [
-            _row("index", "passages: text and tokens", "disk", store, not built),
-            _row("index", "embeddings", "disk", embeddings, not built),
+            _row("index", "passages: text and tokens", "disk", store, there=built),
+            _row("index", "embeddings", "disk", self.embeddings, there=built),
             _row("index", "passages' ids", "host", ids),
             _row("index", "passages' tokens for the encoder", "host", tokens),
             self.parameters("index", "passage encoder"),
@@ -175,7 +165,7 @@ class _Plan:
         ]
         if settings.kind != "exact":
             rows += [
-                _row("index", f"FAISS structure {settings.kind}", "disk", faiss, not built),
+                _row("index", f"FAISS structure {settings.kind}", "disk", self.faiss, there=built),
                 _row("index", f"FAISS structure {settings.kind}", "host", self.faiss),
             ]
         return rows
@@ -185,7 +175,7 @@ class _Plan:
 
         def gradients() -> tuple[int, str]:
             trained, _ = split_frozen(self.models().abstract_params(), train.freeze)
-            return _bytes(trained), "float32, of what is trained; part of the step's temporaries"
+            return _bytes(trained), "float32, of what is trained; part of the temporaries below"
 
         def optimizer() -> tuple[int, str]:
             return _bytes(_abstract_state(self.models()).optimizer), "AdamW: two float32 moments of what is trained"
@@ -209,7 +199,7 @@ class _Plan:
             self.parameters("train", "retriever"),
             self.parameters("train", "generator"),
             _row("train", "optimiser state", "device", optimizer),
-            _row("train", "gradients", "device", gradients, counted=False),
+            _row("train", "gradients", "device", gradients, part=True),
             _row("train", "temporaries of a step", "device", temporaries),
             self.searched("train"),
             _row("train", "checkpoints", "disk", checkpoints),
@@ -253,7 +243,10 @@ class _Plan:
                 _temporaries(search, params, whole),
                 _temporaries(score, params, whole, *answers),
             )
-            return most, f"at most: {decode.k * decode.beams} distinct candidates a question; XLA's ({_backend()})"
+            return (
+                most,
+                f"at most: {decode.k * decode.beams} distinct candidates a question; XLA's analysis ({_backend()})",
+            )
 
         copies = 1 if settings.untrained_limit == 0 else 2
         return [
@@ -356,11 +349,21 @@ def _count(config: Config) -> tuple[int, str] | Unknown:
     return count, f"at most {count:,} passages"
 
 
-def _row(command: str, what: str, place: str, size: Callable[[], tuple[int, str]], counted: bool = True) -> Row:
+def _row(
+    command: str,
+    what: str,
+    place: str,
+    size: Callable[[], tuple[int, str]],
+    *,
+    there: bool = False,
+    part: bool = False,
+) -> Row:
+    counted = not (there or part)
     try:
-        return Row(command, what, place, *size(), counted)
+        number, how = size()
     except Unknown as why:
         return Row(command, what, place, None, f"unknown ({why})", counted)
+    return Row(command, what, place, number, f"{how}; it is there already" if there else how, counted)
 
 
 def _shape(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
