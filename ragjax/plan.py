@@ -86,7 +86,7 @@ def abstract_batch(config: Config, width: int) -> TrainBatch:
     """The widest batch of a training step, in shapes and types; D is the embeddings' `width`."""
     questions, documents = config.train.batch_size, config.train.k
     asked = questions, config.retriever.question_tokens
-    read = questions, documents, config.generator.source_tokens
+    prompts = questions, documents, config.generator.source_tokens
     answered = questions, config.generator.answer_tokens
     return TrainBatch(
         row=_shape(jnp.int32, questions),
@@ -94,8 +94,8 @@ def abstract_batch(config: Config, width: int) -> TrainBatch:
         question_mask=_shape(jnp.bool, *asked),
         passages=_shape(jnp.float32, questions, documents, width),
         valid=_shape(jnp.bool, questions, documents),
-        source=_shape(jnp.int32, *read),
-        source_mask=_shape(jnp.bool, *read),
+        source=_shape(jnp.int32, *prompts),
+        source_mask=_shape(jnp.bool, *prompts),
         answer=_shape(jnp.int32, *answered),
         answer_mask=_shape(jnp.bool, *answered),
     )
@@ -208,8 +208,7 @@ class _Plan:
     def evaluate_rows(self) -> list[Row]:
         decode, settings = self.config.decode, self.config.evaluate
         questions, longest = settings.batch_size, self.config.generator.source_tokens
-        documents = questions * decode.k
-        shape = documents, longest
+        shape = questions * decode.k, longest
         sources = _shape(jnp.int32, *shape), _shape(jnp.bool, *shape)
 
         def memory() -> tuple[int, str]:
@@ -219,7 +218,7 @@ class _Plan:
                 whole = read(model.graph, *given)
                 return jax.tree.leaves((whole, empty_past(whole, decode.max_new_tokens * decode.beams)))
 
-            how = f"{questions} questions × {decode.k} documents × {longest} tokens, and the beams'"
+            how = f"{questions} questions × {decode.k} documents × {longest} tokens, and the answers'"
             return _bytes(jax.eval_shape(kept, model.abstract, *sources)), how
 
         def temporaries() -> tuple[int, str]:
@@ -243,10 +242,8 @@ class _Plan:
                 _temporaries(search, params, whole),
                 _temporaries(score, params, whole, *answers),
             )
-            return (
-                most,
-                f"at most: {decode.k * decode.beams} distinct candidates a question; XLA's analysis ({_backend()})",
-            )
+            most_candidates = f"at most {decode.k * decode.beams} distinct candidates a question"
+            return most, f"XLA's analysis ({_backend()}): {most_candidates}"
 
         copies = 1 if settings.untrained_limit == 0 else 2
         return [
