@@ -46,7 +46,7 @@ def measure(answerer: Answerer, question: str) -> dict[str, float]:
         "fast": seconds(lambda: answerer.answer([question], mode="fast")),
         "retrieval": seconds(lambda: retrieve(rag, params, answerer.index, [question], settings.k)),
         "reading": seconds(lambda: read(graph, of_generator, *rows)),
-        "beam search": seconds(lambda: propose(graph, of_generator, memory, settings, rag.ending)),
+        "beam search": seconds(lambda: propose(graph, of_generator, memory, settings, rag.special)),
     }
 
 

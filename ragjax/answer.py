@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 from rich import box
 from rich.console import Console
@@ -17,16 +18,41 @@ from rich.markup import escape
 from rich.table import Table
 
 from ragjax.config import Config, InputError
-from ragjax.decode import Candidates, decode, read, score_answers
+from ragjax.decode import Candidates, decode, decode_as_hugging_face, decode_together, read, score_tokens
 from ragjax.experiment import load_experiment
 from ragjax.index import Index, check_k
+from ragjax.marginal import log_prior
+from ragjax.models.generator import Memory
 from ragjax.models.layers import Params
 from ragjax.passages import PassageStore
 from ragjax.progress import terminal
-from ragjax.rag import Rag, Retrieved, answer_tokens, check_questions, prompt_rows, retrieve
+from ragjax.rag import (
+    Rag,
+    Retrieved,
+    TokenScores,
+    answer_nll,
+    answer_tokens,
+    check_questions,
+    prompt_rows,
+    retrieve,
+)
+from ragjax.text import pad_rows
 from ragjax.train import open_world, restore_trained
 
-MODES = ("thorough", "fast", "closed_book")
+
+def answer_modes(config: Config) -> tuple[str, ...]:
+    """The ways in which the configuration's model can answer."""
+    fast = ("fast",) if config.model == "rag_sequence" and not config.hf_compatible else ()
+    return ("thorough", *fast, "closed_book")
+
+
+def most_documents(config: Config) -> int:
+    """The documents that answering retrieves for a question."""
+    return max(config.decode.k, config.train.k) if _rescores_as_hugging_face(config) else config.decode.k
+
+
+def _rescores_as_hugging_face(config: Config) -> bool:
+    return config.hf_compatible and config.model == "rag_sequence"
 
 
 @dataclass(frozen=True)
@@ -41,11 +67,11 @@ class Document:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A possible answer y. Lists have one entry a document; `thorough` is None where only fast decoding ran."""
+    """A possible answer y. Lists have one entry a document; a marginal is None where its decoding did not run."""
 
     text: str
     finished: bool  # reached the end token
-    fast: float  # p(y|x), documents that did not propose y contributing 0
+    fast: float | None  # p(y|x), documents that did not propose y contributing 0
     thorough: float | None  # p(y|x), y scored under every document
     proposed: list[float]  # p(y|x,z) by the beam search, 0 where z did not propose y
     given_document: list[float] | None  # p(y|x,z) under every document
@@ -74,14 +100,29 @@ class Answerer:
     store: PassageStore
     step: int | None  # of training; None for the pretrained models
 
+    def retrieve(self, questions: Sequence[str]) -> Retrieved:
+        """The documents that `candidates` reads, `decode.k` of each question.
+
+        Hugging Face rescores under the training's number of documents, whatever the number that proposed: with
+        `hf_compatible` there are as many as either needs, and the prior is 0 beyond `train.k`.
+        """
+        config = self.rag.config
+        if not _rescores_as_hugging_face(config):
+            return retrieve(self.rag, self.params, self.index, questions, config.decode.k)
+        found = retrieve(self.rag, self.params, self.index, questions, most_documents(config))
+        counted = (found.ids >= 0) & (np.arange(found.ids.shape[1]) < config.train.k)
+        return dataclasses.replace(
+            found, log_prior=np.asarray(log_prior(jnp.asarray(found.log_prior), jnp.asarray(counted)))
+        )
+
     def answer(self, questions: Sequence[str], mode: str | None = None, n_best: int | None = None) -> list[Answer]:
         """Answers questions in one batch, `thorough` (the default of the configuration), `fast` or `closed_book`.
 
         `n_best` keeps so many candidates of each. Raises `InputError` for an empty question or an unknown mode.
         """
         mode = mode or self.rag.config.decode.mode
-        if mode not in MODES:
-            raise InputError(f"mode is {mode!r}; expected one of {', '.join(MODES)}")
+        if mode not in (modes := answer_modes(self.rag.config)):
+            raise InputError(f"mode is {mode!r}; expected one of {', '.join(modes)}")
         if n_best is not None and n_best < 1:
             raise InputError(f"n_best is {n_best}; expected 1 or more")
         check_questions(questions)
@@ -89,7 +130,7 @@ class Answerer:
             return []
         if mode == "closed_book":
             return self._closed_book(questions, n_best)
-        retrieved = retrieve(self.rag, self.params, self.index, questions, self.rag.config.decode.k)
+        retrieved = self.retrieve(questions)
         found, _ = self.candidates(questions, retrieved, mode)
         return [
             self._answer(question, mode, of, self.documents(retrieved, b), n_best)
@@ -99,25 +140,36 @@ class Answerer:
     def candidates(
         self, questions: Sequence[str], retrieved: Retrieved | None, mode: str, gold: Sequence[str] | None = None
     ) -> tuple[list[Candidates], np.ndarray | None]:
-        """What the documents propose (without `retrieved`: the question alone), and log p(gold|x,z) [B,K] if asked."""
-        graph, params = self.rag.generator.graph, self.params["generator"]
+        """What the documents propose (without `retrieved`: the question alone), and log p(gold|x) [B] if asked."""
+        graph, params, config = self.rag.generator.graph, self.params["generator"], self.rag.config
         if retrieved is None:
             ids, prior = np.zeros((len(questions), 1), np.int32), np.zeros((len(questions), 1), np.float32)
         else:
             ids, prior = retrieved.ids, retrieved.log_prior
         store = None if retrieved is None else self.store
-        memory = read(graph, params, *prompt_rows(self.rag, store, questions, ids))
-        settings = dataclasses.replace(self.rag.config.decode, mode=mode)
-        found = decode(graph, params, memory, prior, settings, self.rag.ending)
-        if gold is None:
-            return found, None
+        source, mask = prompt_rows(self.rag, store, questions, ids)
+        memory = read(graph, params, source, mask)
+        settings, special = dataclasses.replace(config.decode, mode=mode), self.rag.special
+        if retrieved is not None and _rescores_as_hugging_face(config):
+            unmasked = read(graph, params, source, np.ones_like(mask))
+            scoring = prior[:, : config.train.k]
+            found = decode_as_hugging_face(graph, params, unmasked, memory, scoring, config.decode.k, settings, special)
+        elif retrieved is not None and config.model == "rag_token":
+            found = decode_together(graph, params, memory, prior, settings, special, config.hf_compatible)
+        else:
+            found = decode(graph, params, memory, prior, settings, special)
+        return found, None if gold is None else self._gold_logp(memory, prior, gold)
+
+    def _gold_logp(self, memory: Memory, prior: np.ndarray, gold: Sequence[str]) -> np.ndarray:
+        """log p(gold|x) [B], in nats."""
         rows = [answer_tokens(self.rag, answer) for answer in gold]
         width = max(self.rag.config.generator.answer_tokens, *map(len, rows))
-        tokens = np.full((len(rows), 1, width), self.rag.ending.pad, np.int32)
-        for b, row in enumerate(rows):
-            tokens[b, 0, : len(row)] = row
-        lengths = np.array([[len(row)] for row in rows], np.int32)
-        return found, np.asarray(score_answers(graph, params, memory, tokens, lengths))[:, :, 0]
+        answers, counted = pad_rows(rows, width, self.rag.special.pad)
+        lengths = counted.sum(axis=1, dtype=np.int32)[:, None]
+        graph, params = self.rag.generator.graph, self.params["generator"]
+        logp = score_tokens(graph, params, memory, answers[:, None], lengths)[:, :, 0]
+        scores = TokenScores(logp, jnp.zeros_like(logp))
+        return -np.asarray(answer_nll(self.rag, jnp.asarray(prior), scores, jnp.asarray(answers), jnp.asarray(counted)))
 
     def documents(self, retrieved: Retrieved, b: int) -> list[Document]:
         """The documents of question b, best first, and only those that are there."""
@@ -142,7 +194,7 @@ class Answerer:
             Candidate(
                 text=self.text(found.tokens[c]),
                 finished=bool(found.finished[c]),
-                fast=math.exp(found.fast[c]),
+                fast=None if found.fast is None else math.exp(found.fast[c]),
                 thorough=None if found.thorough is None else math.exp(found.thorough[c]),
                 proposed=np.exp(found.proposed[:count, c]).tolist(),
                 given_document=None if found.scored is None else np.exp(found.scored[:count, c]).tolist(),
@@ -152,6 +204,7 @@ class Answerer:
         ]
         best = candidates[0]
         probability = best.fast if best.thorough is None else best.thorough
+        assert probability is not None
         return Answer(question, best.text, mode, probability, documents, candidates)
 
 
@@ -166,7 +219,7 @@ def load(run: str | Path, untrained: bool = False) -> Answerer:
 def open_answerer(config: Config, untrained: bool = False) -> Answerer:
     """As `load`, for a configuration; without a checkpoint in its `output` the models are the pretrained ones."""
     rag, index, store = open_world(config)
-    check_k(config.decode.k, len(index))
+    check_k(most_documents(config), len(index))
     trained = None if untrained else restore_trained(rag)
     params, step = trained or (rag.initial_params(), None)
     return Answerer(rag, params, index, store, step)
@@ -204,20 +257,22 @@ def print_answer(answer: Answer, console: Console) -> None:
     """Documents with their priors and proposals, then candidates with both marginals, then the answer."""
     console.print(f"\n[bold]{escape(answer.question)}[/bold]\n")
     if answer.documents:
-        documents = Table("", "p(z|x)", "document", "proposes  p(y|x,z)", box=box.SIMPLE_HEAD, title_justify="left")
+        alone = any(p > 0 for c in answer.candidates for p in c.proposed)  # with RAG-Token no document proposes alone
+        heads = ["", "p(z|x)", "document", *(["proposes  p(y|x,z)"] if alone else [])]
+        documents = Table(*heads, box=box.SIMPLE_HEAD, title_justify="left")
         for z, document in enumerate(answer.documents):
             own = sorted(((c.proposed[z], c.text) for c in answer.candidates if c.proposed[z] > 0), reverse=True)
             proposals = "\n".join(f"{escape(text) or '(empty)'}  {p:.3f}" for p, text in own)
             shown = (
                 f"[bold]{escape(document.title)}[/bold] {escape(document.id)}\n{escape(_shorten(document.text, 320))}"
             )
-            documents.add_row(f"z{z + 1}", f"{document.prior:.3f}", shown, proposals)
+            documents.add_row(f"z{z + 1}", f"{document.prior:.3f}", shown, *([proposals] if alone else []))
         console.print(documents)
     candidates = Table("candidate", "thorough p(y|x)", "fast p(y|x)", "p(z|x,y) by document", box=box.SIMPLE_HEAD)
     for c in answer.candidates[:8]:
         shares = " ".join(f"{share:.2f}" for share in c.posterior or [])
         name = (escape(c.text) or "(empty)") + ("" if c.finished else " … (unfinished)")
-        candidates.add_row(name, "" if c.thorough is None else f"{c.thorough:.4f}", f"{c.fast:.4f}", shares)
+        candidates.add_row(name, *("" if p is None else f"{p:.4f}" for p in (c.thorough, c.fast)), shares)
     console.print(candidates)
     if len(answer.candidates) > 8:
         console.print(f"  and {len(answer.candidates) - 8} less probable candidates")

@@ -53,42 +53,62 @@ def beam_search(
     pad: int,
     min_new_tokens: int = 0,
     length_penalty: float = 0.0,
+    early_stopping: bool = False,
+    forced_bos: int | None = None,
+    forced_eos: int | None = None,
+    hugging_face: bool = False,
 ) -> Beams:
     """Searches until no running beam can enter the best W, or at `max_new_tokens`, which leaves unfinished prefixes.
 
     As in Hugging Face, the 2W best continuations are looked at in each step, and an end token finishes an answer if
-    it is among the best W. Answers are ranked by logp / length**length_penalty. Pure: call it inside `jax.jit`.
+    it is among the best W. Answers are ranked by logp / length**length_penalty. `early_stopping` ends with the first W
+    answers. `forced_bos` is the only first token allowed, `forced_eos` the only one at the length limit; both count
+    with the probability that they have. Pure: call it inside `jax.jit`.
+
+    With `hugging_face` the search is transformers' to the letter: a forced token counts 0, a prefix cut at the length
+    limit may push out a finished answer, and whether a running beam can still win is guessed from its present length.
     """
     n, width, longest = start.shape[0], beams, max_new_tokens
     row = jnp.arange(n)[:, None]
+    early_stopping = early_stopping or (hugging_face and width == 1)  # there, one beam is a greedy search
 
     def rank(logp: Array, length: Array | int) -> Array:
         return logp / jnp.asarray(length, jnp.float32) ** length_penalty
 
+    def force(logp: Array, step: Array, token: int | None, when: int) -> Array:
+        if token is None:
+            return logp
+        only = jnp.where(jnp.arange(logp.shape[-1]) == token, 0.0 if hugging_face else logp, -jnp.inf)
+        return jnp.where(step == when, only, logp)
+
     def advance(state: _State) -> _State:
-        step = state.step
+        step, last_step = state.step, state.step + 1 == longest
         here = jnp.arange(longest) == step
         ancestry = jnp.where(here, jnp.arange(width)[None, :, None], state.ancestry)
         seen = (ancestry[..., None] == jnp.arange(width)) & (jnp.arange(longest) <= step)[:, None]
         logp, cache = next_logp(state.last, step, seen.reshape(n, width, longest * width), state.cache)
         vocabulary = logp.shape[-1]
         too_short = (jnp.arange(vocabulary) == eos) & (step < min_new_tokens)
-        total = state.logp[..., None] + jnp.where(too_short, -jnp.inf, logp)
+        logp = force(jnp.where(too_short, -jnp.inf, logp), step, forced_bos, 0)
+        logp = force(logp, step, forced_eos, longest - 1)
+        total = state.logp[..., None] + logp
         best, flat = jax.lax.top_k(total.reshape(n, -1), min(2 * width, width * vocabulary))
         parent, token = flat // vocabulary, flat % vocabulary
         tokens = jnp.where(here, token[..., None], state.tokens[row, parent])
         ends = token == eos
 
         among_best = jnp.arange(best.shape[1]) < width
-        newly = Beams(tokens, jnp.full_like(token, step + 1), best, jnp.ones_like(ends))
-        newly = replace(newly, logp=jnp.where(ends & among_best, best, -jnp.inf))
-        done = _best(width, rank, state.done, newly)
+        newly = Beams(tokens, jnp.full_like(token, step + 1), best, ends)
+        complete = ends | (last_step & hugging_face)
+        newly = replace(newly, logp=jnp.where(complete & among_best, best, -jnp.inf))
+        done = _best(width, rank, state.done, newly, finished_first=not hugging_face)
         done = jax.tree.map(lambda new, old: jnp.where(_rows(state.open, new), new, old), done, state.done)
 
         going, keep = jax.lax.top_k(jnp.where(ends, -jnp.inf, best), width)
         # log-probabilities only fall, so this bounds whatever a running beam can still become
-        bound = rank(going[:, 0], longest if length_penalty > 0 else step + 1)
+        bound = rank(going[:, 0], longest if length_penalty > 0 and not hugging_face else step + 1)
         worst = rank(done.logp, done.length).min(axis=1)
+        full = early_stopping & (done.logp > -jnp.inf).all(axis=1)
         return _State(
             step=step + 1,
             last=token[row, keep],
@@ -96,7 +116,7 @@ def beam_search(
             ancestry=ancestry[row, parent[row, keep]],
             logp=going,
             done=done,
-            open=state.open & (bound > worst),
+            open=state.open & (bound > worst) & ~full,
             cache=cache,
         )
 
@@ -114,6 +134,8 @@ def beam_search(
         cache=cache,
     )
     state = jax.lax.while_loop(lambda s: (s.step < longest) & s.open.any(), advance, state)
+    if hugging_face:
+        return state.done
     # prefixes that ran into the limit fill the places that no finished answer takes
     length = jnp.full((n, width), longest, jnp.int32)
     cut = jnp.where(state.open[:, None], state.logp, -jnp.inf)
@@ -125,10 +147,10 @@ def _rows(flags: Bool[Array, " n"], like: Array) -> Array:
     return flags.reshape(-1, *[1] * (like.ndim - 1))
 
 
-def _best(width: int, rank: Callable[[Array, Array], Array], *groups: Beams) -> Beams:
+def _best(width: int, rank: Callable[[Array, Array], Array], *groups: Beams, finished_first: bool = True) -> Beams:
     """The best `width` answers of several groups, finished before unfinished; earlier groups win ties."""
     joined = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *groups)
     joined = replace(joined, finished=joined.finished & (joined.logp > -jnp.inf))
     score = rank(joined.logp, joined.length)
-    order = jnp.lexsort((-score, ~joined.finished), axis=1)[:, :width]
+    order = jnp.lexsort((-score, ~joined.finished & finished_first), axis=1)[:, :width]
     return jax.tree.map(lambda leaf: leaf[jnp.arange(leaf.shape[0])[:, None], order], joined)

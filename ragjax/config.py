@@ -65,7 +65,7 @@ class Index:
 
 @dataclass(frozen=True)
 class Generator:
-    """A Llama-family decoder. `prompt` has {passage} and {question}; `prompt: chat` is the model's own template."""
+    """A Llama-family decoder, BART or T5. `prompt` has {passage} and {question}; `chat` is the model's own template."""
 
     source: str = "???"
     prompt: str = "{passage}\n\nQuestion: {question}\nAnswer:"
@@ -90,6 +90,8 @@ class Train:
     clip: float = 1.0  # largest gradient norm of the retriever, and of the generator
     freeze: list[str] = field(default_factory=list)  # parameter prefixes, e.g. retriever, generator.embed
     dropout: float = 0.0
+    label_smoothing: float = 0.0
+    exclude_bos: bool = False  # an answer's first token does not count where it is the generator's <s>
     remat: bool = True  # recompute activations in the backward pass
     save_every: int = 500
     keep: int = 2  # newest checkpoints kept
@@ -105,6 +107,7 @@ class Decode:
     max_new_tokens: int = 16
     min_new_tokens: int = 0  # 1 forbids the empty answer
     length_penalty: float = 0.0  # beams are ranked by score / length**length_penalty; the final choice is not
+    early_stopping: bool = False  # a beam search ends with its first `beams` answers, though better ones may follow
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,8 @@ class Evaluate:
 @dataclass(frozen=True)
 class Config:
     output: str = "???"
+    model: str = "rag_sequence"  # or rag_token: documents are summed over at every token
+    hf_compatible: bool = False  # transformers' numbers to the letter, mistakes included (README: differences)
     seed: int = 0
     dtype: str = "float32"  # of the models' computations; parameters and log-probabilities are float32
     corpus: Corpus = field(default_factory=Corpus)
@@ -132,6 +137,7 @@ class Config:
 
 
 CHOICES = {
+    "model": ("rag_sequence", "rag_token"),
     "dtype": ("float32", "bfloat16"),
     "corpus.format": ("jsonl", "dpr", "factbook"),
     "retriever.pooling": ("mean", "cls"),
@@ -148,8 +154,8 @@ POSITIVE = (
     "corpus.limit evaluate.limit train.backward_documents"
 ).split()
 NOT_NEGATIVE = (
-    "train.retriever_lr train.generator_lr train.warmup train.weight_decay train.dropout decode.min_new_tokens "
-    "evaluate.untrained_limit seed"
+    "train.retriever_lr train.generator_lr train.warmup train.weight_decay train.dropout train.label_smoothing "
+    "decode.min_new_tokens evaluate.untrained_limit seed"
 ).split()
 
 
@@ -216,8 +222,9 @@ def _check(config: Config, path: Path) -> None:
     for key in NOT_NEGATIVE:
         if (value := get_key(config, key)) is not None and not value >= 0:  # type: ignore[operator]
             problems.append(f"{key} is {value}; expected 0 or more")
-    if config.train.dropout >= 1:
-        problems.append(f"train.dropout is {config.train.dropout}; expected less than 1")
+    for key in ("train.dropout", "train.label_smoothing"):
+        if (value := get_key(config, key)) >= 1:  # type: ignore[operator]
+            problems.append(f"{key} is {value}; expected less than 1")
     if config.train.batch_size % config.train.accumulate:
         problems.append(
             f"train.batch_size {config.train.batch_size} is not divisible by train.accumulate {config.train.accumulate}"
@@ -237,7 +244,24 @@ def _check(config: Config, path: Path) -> None:
             f"retriever.prior=corpus needs every score, which index.kind={config.index.kind} does not give; "
             "use index.kind=exact or retriever.prior=top_k"
         )
+    problems += _check_model(config)
     if config.decode.min_new_tokens >= config.decode.max_new_tokens:
         problems.append("decode.min_new_tokens must be smaller than decode.max_new_tokens")
     if problems:
         raise InputError(f"{path}: " + "; ".join(problems))
+
+
+def _check_model(config: Config) -> list[str]:
+    """What only RAG-Sequence can do, and only without Hugging Face's arithmetic."""
+    problems = []
+    if config.model == "rag_token":
+        for key, value in (("train.backward_documents", None), ("train.exclude_bos", False)):
+            if get_key(config, key) != value:
+                problems.append(f"{key} is for model=rag_sequence; leave it out with model=rag_token")
+        if config.retriever.prior == "corpus":  # each token would lose the mass outside the top k
+            problems.append("retriever.prior=corpus is for model=rag_sequence; use retriever.prior=top_k")
+    if config.hf_compatible and config.retriever.prior == "corpus":
+        problems.append("hf_compatible=true normalises over the top k; use retriever.prior=top_k")
+    if config.decode.mode == "fast" and (config.model == "rag_token" or config.hf_compatible):
+        problems.append("decode.mode=fast is for model=rag_sequence with hf_compatible=false")
+    return problems

@@ -10,18 +10,16 @@ from operator import getitem
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ragjax.answer import Answerer
+from ragjax.answer import Answerer, answer_modes, most_documents
 from ragjax.config import Config, InputError
 from ragjax.decode import Candidates
 from ragjax.hub import fingerprint_files
 from ragjax.index import check_k
-from ragjax.marginal import marginal_logp
 from ragjax.metrics import bootstrap_interval, exact_match, expected_calibration_error, f1
 from ragjax.passages import Question, atomic_write, write_jsonl
 from ragjax.progress import progress_bar
@@ -40,7 +38,7 @@ def evaluate(config: Config) -> dict[str, Any]:
     """
     questions = read_split(config, config.evaluate.split)
     rag, index, store = open_world(config)
-    check_k(config.decode.k, len(index))
+    check_k(most_documents(config), len(index))
     asked_from = Path(getattr(config.questions, config.evaluate.split))
     trained = restore_trained(rag)
     folder = Path(config.output)
@@ -108,15 +106,14 @@ def _measure_retrieval(answerer: Answerer, questions: Sequence[Question], name: 
 def _predict(answerer: Answerer, batch: list[Question]) -> list[dict[str, Any]]:
     """One batch: thorough and fast share a beam search, the gold answer the documents' memory."""
     texts, gold = [q.question for q in batch], [q.answers[0] for q in batch]
-    retrieved = retrieve(answerer.rag, answerer.params, answerer.index, texts, answerer.rag.config.decode.k)
+    retrieved = answerer.retrieve(texts)
     found, gold_logp = answerer.candidates(texts, retrieved, "thorough", gold)
     assert gold_logp is not None
-    gold_nll = -np.asarray(marginal_logp(jnp.asarray(retrieved.log_prior), jnp.asarray(gold_logp)))
     closed: Sequence[Candidates | None] = [None] * len(batch)
     if answerer.rag.config.evaluate.closed_book:
         closed, _ = answerer.candidates(texts, None, "fast")
     return [
-        _prediction(answerer, q, b, retrieved, found[b], closed[b], float(gold_nll[b])) for b, q in enumerate(batch)
+        _prediction(answerer, q, b, retrieved, found[b], closed[b], -float(gold_logp[b])) for b, q in enumerate(batch)
     ]
 
 
@@ -131,8 +128,9 @@ def _prediction(
 ) -> dict[str, Any]:
     """One line of predictions.jsonl; probabilities are those of the thorough answer."""
     assert found.thorough is not None and found.scored is not None and found.posterior is not None
-    [thorough], [fast] = found.best("thorough"), found.best("fast")
-    answers = {mode: answerer.text(found.tokens[c]) for mode, c in (("thorough", thorough), ("fast", fast))}
+    modes = [mode for mode in answer_modes(answerer.rag.config) if mode != "closed_book"]
+    best = {mode: found.best(mode)[0] for mode in modes}
+    answers, thorough = {mode: answerer.text(found.tokens[c]) for mode, c in best.items()}, best["thorough"]
     if closed is not None:
         answers["closed_book"] = answerer.text(closed.tokens[closed.best("fast")[0]])
     documents = [
@@ -173,12 +171,13 @@ def _summarise(predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
             "exact_match_interval": list(bootstrap_interval(matches, seed=0)),
             "f1": float(f1s.mean()),
         }
-    differ = [p for p in predictions if p["answers"]["thorough"] != p["answers"]["fast"]]
-    summary["thorough_and_fast_differ"] = {
-        "questions": len(differ),
-        "thorough_right": int(sum(p["scores"]["thorough"]["exact_match"] for p in differ)),
-        "fast_right": int(sum(p["scores"]["fast"]["exact_match"] for p in differ)),
-    }
+    if "fast" in predictions[0]["answers"]:
+        differ = [p for p in predictions if p["answers"]["thorough"] != p["answers"]["fast"]]
+        summary["thorough_and_fast_differ"] = {
+            "questions": len(differ),
+            "thorough_right": int(sum(p["scores"]["thorough"]["exact_match"] for p in differ)),
+            "fast_right": int(sum(p["scores"]["fast"]["exact_match"] for p in differ)),
+        }
     summary["gold_nll"] = float(np.mean([p["gold_nll"] for p in predictions]))
     summary["mean_candidates"] = float(np.mean([p["candidates"] for p in predictions]))
     right = np.array([p["scores"]["thorough"]["exact_match"] == 1 for p in predictions])
@@ -218,7 +217,8 @@ def print_metrics(report: dict[str, Any], as_json: bool) -> None:
             row(f"{mode.replace('_', ' ')}: F1", mode, "f1")
     row("−log p(gold answer), nats", "gold_nll")
     row("calibration error of p(answer)", "calibration_error")
-    row("thorough and fast differ", "thorough_and_fast_differ", "questions")
-    for mode in ("thorough", "fast"):
-        row(f"  of these, {mode} right", "thorough_and_fast_differ", f"{mode}_right")
+    if "fast" in first:
+        row("thorough and fast differ", "thorough_and_fast_differ", "questions")
+        for mode in ("thorough", "fast"):
+            row(f"  of these, {mode} right", "thorough_and_fast_differ", f"{mode}_right")
     Console(highlight=False).print(table)

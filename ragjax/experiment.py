@@ -27,7 +27,7 @@ from ragjax.rag import Rag
 
 # what may change between two calls on one output folder: nothing that the training of a step depends on
 FREE = ("output", "decode", "evaluate", "train.save_every", "train.keep", "train.log_every", "train.tensorboard")
-MODELS = ("retriever", "generator", "dtype")  # what a trained model means nothing without
+MODELS = ("retriever", "generator", "dtype", "model")  # what a trained model means nothing without
 PACKAGES = "ragjax jax jaxlib flax optax orbax-checkpoint grain transformers tokenizers faiss-cpu numpy".split()
 
 

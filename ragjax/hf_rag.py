@@ -22,6 +22,7 @@ from ragjax.config import InputError
 from ragjax.experiment import load_experiment
 from ragjax.hub import checkpoint_folder, fetch
 from ragjax.passages import partial_folder
+from ragjax.progress import terminal
 from ragjax.rag import Rag, open_rag
 from ragjax.train import restore_trained
 from ragjax.weights import bert_tensors, generator_tensors, read_json, weight_files
@@ -35,6 +36,8 @@ CONFIG = """\
 #
 #   ragjax index {folder}/config.yaml corpus.source=psgs_w100.tsv retriever.passage_source=hf:ORG/CONTEXT-ENCODER
 output: {folder}/run
+model: {model}
+hf_compatible: false # true repeats transformers' numbers to the letter, mistakes included: the README lists them
 corpus: {{source: "???", format: dpr}}
 questions: {{train: "???", dev: "???", test: "???"}}
 retriever:
@@ -51,9 +54,11 @@ generator:
   passage: {passage}
   answer: "{{answer}}"
   source_tokens: {source_tokens}
-train: {{k: {k}}}
-decode: {{k: {k}}}
+train: {{k: {k}, label_smoothing: {label_smoothing}, exclude_bos: {exclude_bos}}}
+decode: {decode}
 """
+NOT_HERE = {"no_repeat_ngram_size": 0, "repetition_penalty": 1.0, "num_beam_groups": 1, "do_sample": False}
+CLASSES = {"rag_sequence": "RagSequenceForGeneration", "rag_token": "RagTokenForGeneration"}
 
 
 def import_rag(source: str, out: Path) -> Path:
@@ -91,8 +96,8 @@ def export_rag(run: Path, out: Path) -> Path:
     trained = restore_trained(rag)
     params = jax.device_get(trained[0] if trained else rag.initial_params())
     whole, kind = rag.generator.config.encoder_decoder, rag.retriever.hf.get("model_type")
-    if whole and kind != "dpr":
-        raise InputError(f"{config.retriever.source}: Hugging Face's RAG needs a DPR question encoder, not a {kind!r}")
+    if whole:
+        _check_expressible(rag)
     configs = {"question_encoder": rag.retriever.hf, "generator": rag.generator.hf}
     tensors = {
         "question_encoder": bert_tensors(params["retriever"], DPR_PREFIX if kind == "dpr" else ""),
@@ -112,6 +117,23 @@ def export_rag(run: Path, out: Path) -> Path:
                 save_file(tensors[part], place / "model.safetensors", metadata={"format": "pt"})
                 _write_json(place / "config.json", configs[part])
     return out
+
+
+def _check_expressible(rag: Rag) -> None:
+    """Raises `InputError` for a retriever that Hugging Face's RAG cannot have; tells of a prompt that it cannot."""
+    r, prompt, kind = rag.config.retriever, rag.config.generator.prompt, rag.retriever.hf.get("model_type")
+    if kind != "dpr":
+        raise InputError(f"{r.source}: Hugging Face's RAG needs a DPR question encoder, not a {kind!r}")
+    if (r.pooling, r.normalize, r.scale, r.prior) != ("cls", False, 1.0, "top_k"):
+        raise InputError(
+            f"{r.source}: Hugging Face's RAG has retriever.pooling=cls, normalize=false, scale=1.0 and prior=top_k; "
+            f"this run has {r.pooling}, {str(r.normalize).lower()}, {r.scale} and {r.prior}"
+        )
+    if not prompt.endswith("{question}") or "{passage}" not in prompt:
+        terminal.print(
+            f"the prompt {prompt!r} is lost: Hugging Face's is prefix + title + title_sep + text + doc_sep + question",
+            soft_wrap=True,
+        )
 
 
 def _split(checkpoint: Path) -> dict[str, dict[str, np.ndarray]]:
@@ -138,35 +160,58 @@ def _configuration(source: str, hf: Mapping[str, Any], folder: Path) -> str:
     def quoted(text: str) -> str:
         return json.dumps(text, ensure_ascii=False)
 
-    title, doc, prefix = hf.get("title_sep") or " / ", hf.get("doc_sep") or " // ", hf.get("prefix") or ""
-    return CONFIG.format(
+    title, doc, k = hf.get("title_sep", " / "), hf.get("doc_sep", " // "), hf.get("n_docs", 5)
+    # what `generate` would do by default; BART's and T5's own settings count, as in transformers
+    own = {key: value for key, value in hf["generator"].items() if value is not None}
+    decode = {"k": k, "beams": own.get("num_beams", 1), "max_new_tokens": own.get("max_length", 20) - 1}
+    decode |= {"length_penalty": float(own.get("length_penalty", 1.0))}
+    decode |= {
+        "early_stopping": own.get("early_stopping") is True,
+        "min_new_tokens": max(0, own.get("min_length", 0) - 1),
+    }
+    left_out = [f"{key}={own[key]}" for key, nothing in NOT_HERE.items() if own.get(key, nothing) != nothing]
+    token = CLASSES["rag_token"] in (hf.get("architectures") or ())
+    prefix = own.get("prefix", hf.get("prefix")) or ""  # transformers 5 reads the generator's, older ones this, too
+    # a mere space belongs to the passage, with which it is tokenised
+    before, of_passage = ("", prefix) if not prefix.strip() else (prefix, "")
+    missing = f"# Not carried over, since ragjax has nothing like it: {', '.join(left_out)}\n" if left_out else ""
+    return missing + CONFIG.format(
         source=source,
         folder=folder.absolute(),
-        prompt=quoted(f"{prefix}{{passage}}{doc}{{question}}"),
-        passage=quoted(f"{{title}}{title}{{text}}"),
-        source_tokens=hf.get("max_combined_length") or 300,
-        k=hf.get("n_docs") or 5,
+        model="rag_token" if token else "rag_sequence",
+        prompt=quoted(f"{before}{{passage}}{doc}{{question}}"),
+        passage=quoted(f"{of_passage}{{title}}{title}{{text}}"),
+        source_tokens=hf.get("max_combined_length", 300),
+        k=k,
+        label_smoothing=hf.get("label_smoothing", 0.0),
+        exclude_bos=json.dumps(bool(hf.get("exclude_bos_score")) and not token),
+        decode=json.dumps(decode).replace('"', ""),
     )
 
 
 def _rag_config(rag: Rag, parts: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the RAG checkpoint that was imported, if it was; else what Hugging Face needs."""
-    kept = rag.retriever.files[0].parent.parent / KEPT
-    generator, passage, prompt = parts["generator"], rag.config.generator.passage, rag.config.generator.prompt
-    settings = {
+    """What the run's configuration says, and the rest as the RAG checkpoint had it that was imported, if it was."""
+    kept, generator, config = rag.retriever.files[0].parent.parent / KEPT, parts["generator"], rag.config
+    passage, prompt = config.generator.passage, config.generator.prompt
+    names = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+    settings = {name: generator[name] for name in names if name in generator}
+    settings |= {"is_encoder_decoder": True} | (read_json(kept) if kept.is_file() else {})
+    prefix = prompt.partition("{passage}")[0] + passage.partition("{title}")[0]
+    if prefix != (generator.get("prefix", settings.get("prefix")) or ""):
+        generator = generator | {"prefix": prefix}
+    return settings | {
         "model_type": "rag",
-        "architectures": ["RagSequenceForGeneration"],
-        "is_encoder_decoder": True,
-        "n_docs": rag.config.train.k,
+        "architectures": [CLASSES[config.model]],
+        "n_docs": config.train.k,
         "title_sep": passage.partition("{title}")[2].partition("{text}")[0],
         "doc_sep": prompt.partition("{passage}")[2].partition("{question}")[0],
-        "prefix": prompt.partition("{passage}")[0] or None,
-        "max_combined_length": rag.config.generator.source_tokens,
+        "max_combined_length": config.generator.source_tokens,
         "retrieval_vector_size": rag.retriever.config.embedding_width,
+        "label_smoothing": config.train.label_smoothing,
+        "exclude_bos_score": config.train.exclude_bos or settings.get("exclude_bos_score", False),
+        "question_encoder": parts["question_encoder"],
+        "generator": generator,
     }
-    names = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_eos_token_id")
-    settings |= {name: generator[name] for name in names if name in generator}
-    return settings | (read_json(kept) if kept.is_file() else {}) | dict(parts)
 
 
 @contextmanager

@@ -35,7 +35,8 @@ def corpus_log_prior(
 def marginal_logp(log_prior: Float[Array, "B K"], logp: Float[Array, "B K *C"]) -> Float[Array, "B *C"]:
     """log p(y|x) = logsumexp_z(log p(z|x) + log p(y|x,z)), for one answer a question or for C candidates.
 
-    With K = N and the prior over the whole corpus this is the exact marginal.
+    With K = N and the prior over the whole corpus this is the exact marginal. Given log p(y_t|y_<t,x,z) of T tokens
+    [B,K,T] it gives RAG-Token's log p(y_t|y_<t,x) [B,T], whose sum over t is its log p(y|x).
     """
     return _logsumexp(_joint(log_prior, logp))
 
@@ -46,6 +47,14 @@ def posterior(log_prior: Float[Array, "B K"], logp: Float[Array, "B K *C"]) -> F
     possible = joint != -jnp.inf
     total = jnp.expand_dims(_logsumexp(joint), 1)
     return jnp.where(possible, jnp.exp(jnp.where(possible, joint - jnp.where(possible, total, 0), 0)), 0)
+
+
+def token_posterior(
+    log_prior: Float[Array, "B K"], logp: Float[Array, "B K *C T"], counted: Bool[Array, "B *C T"]
+) -> Float[Array, "B K *C"]:
+    """RAG-Token's responsibilities, of which every token has its own: the mean over the tokens that count."""
+    of_tokens = jnp.where(jnp.expand_dims(counted, 1), posterior(log_prior, logp), 0.0)
+    return of_tokens.sum(axis=-1) / jnp.expand_dims(jnp.maximum(counted.sum(axis=-1), 1), 1)
 
 
 def thorough_marginal(log_prior: Float[Array, "B K"], logp: Float[Array, "B K C"]) -> Float[Array, "B C"]:
@@ -73,12 +82,34 @@ def marginal_bounds(
     return lower, jnp.minimum(jnp.logaddexp(lower, log_rest), 0)
 
 
-def rag_loss(log_prior: Float[Array, "B K"], logp: Float[Array, "B K"]) -> Float[Array, ""]:
-    """The mean over questions of −log p(y|x), in nats; +inf if an answer is impossible under every document.
+def hugging_face_nll(
+    log_prior: Float[Array, "B K"],
+    logp: Float[Array, "B K *C T"],
+    counted: Bool[Array, "B *C T"],
+    drop_first: Bool[Array, " B"],
+    smoothing: float = 0.0,
+    mean_logp: Float[Array, "B K *C T"] | None = None,
+    vocabulary: int = 1,
+) -> Float[Array, "B *C"]:
+    """−log p(y|x) in nats as transformers' `RagSequenceForGeneration.get_nll` has it, to the letter.
 
-    Its gradient is the mean of −Σ_z p(z|x,y) ∇[log p_η(z|x) + log p_θ(y|x,z)].
+    `logp` is that of each token and `counted` says which are no padding. log p(z|x) is added to the second token, and
+    lost if there is none; `drop_first` leaves out the first one (<s>). `mean_logp` is the mean over the vocabulary of
+    size V, which smoothing multiplies by V, log p(z|x) included, before it takes the logsumexp over documents.
     """
-    return jnp.mean(-marginal_logp(log_prior, logp))
+    second = jnp.arange(logp.shape[-1]) == 1
+    prior = jnp.where(second, log_prior.reshape(*log_prior.shape, *[1] * (logp.ndim - 2)), 0.0)
+    first = (jnp.arange(logp.shape[-1]) == 0) & drop_first.reshape(-1, *[1] * (counted.ndim - 1))
+
+    def marginal(scores: Array, keep: Array) -> Array:
+        return -_logsumexp(jnp.where(jnp.expand_dims(keep, 1), scores, 0.0).sum(axis=-1))
+
+    nll = marginal(_at_least_float32(logp) + prior, counted & ~first)
+    if smoothing == 0.0:
+        return nll
+    assert mean_logp is not None
+    smooth = marginal(vocabulary * (_at_least_float32(mean_logp) + prior), counted)
+    return (1.0 - smoothing) * nll + smoothing / vocabulary * smooth
 
 
 def _at_least_float32(x: Array) -> Array:

@@ -24,10 +24,10 @@ from rich.console import Console
 from rich.table import Table
 
 from ragjax.config import Config, InputError
-from ragjax.decode import pad_answers, propose, read, score_answers
+from ragjax.decode import pad_answers, propose, propose_together, read, score_tokens
 from ragjax.hub import fetch_config, is_local
 from ragjax.index import MANIFEST, check_kind, faiss_bytes
-from ragjax.models.generator import Ending, Memory, empty_past
+from ragjax.models.generator import Memory, SpecialTokens, empty_past
 from ragjax.models.layers import Params
 from ragjax.passages import STORE_FILES, count_passages
 from ragjax.rag import Models, TrainBatch, check_lengths, encode
@@ -35,7 +35,7 @@ from ragjax.step import TrainState, initial_state, make_train_step, split_frozen
 from ragjax.weights import Pretrained, bert_shape, generator_shape, open_generator
 
 ID_BYTES = 150  # what a passage's id takes in Python's dictionary (measured: 127), and its two offsets
-CLOSING = Ending(eos=0, pad=0)  # which tokens they are changes no size
+SPECIAL = SpecialTokens(eos=0, pad=0)  # which tokens they are changes no size
 
 
 @dataclass(frozen=True)
@@ -208,6 +208,7 @@ class _Plan:
     def evaluate_rows(self) -> list[Row]:
         decode, settings = self.config.decode, self.config.evaluate
         questions, longest = settings.batch_size, self.config.generator.source_tokens
+        together = self.config.model == "rag_token"
         shape = questions * decode.k, longest
         sources = _shape(jnp.int32, *shape), _shape(jnp.bool, *shape)
 
@@ -226,24 +227,27 @@ class _Plan:
             graph, params = model.graph, model.abstract
             # a memory is passed by its leaves: it is checked to hold arrays, which shapes are not
             whole = jax.eval_shape(lambda *given: jax.tree.leaves(read(graph, *given)), params, *sources)
-            candidates = [[((0,) * decode.max_new_tokens, False)] * (decode.k * decode.beams)] * questions
-            answers = [_shape(x.dtype, *x.shape) for x in pad_answers(candidates, CLOSING, decode.max_new_tokens)]
+            count = decode.beams if together else decode.k * decode.beams
+            candidates = [[((0,) * decode.max_new_tokens, False)] * count] * questions
+            answers = [_shape(x.dtype, *x.shape) for x in pad_answers(candidates, SPECIAL, decode.max_new_tokens)]
 
             @jax.jit
             def search(params: Params, whole: list[Any]) -> Any:
-                return propose(graph, params, Memory(*whole), decode, CLOSING)
+                if together:
+                    prior = jnp.zeros((questions, decode.k))
+                    return propose_together(graph, params, Memory(*whole), prior, decode, SPECIAL)
+                return propose(graph, params, Memory(*whole), decode, SPECIAL)
 
             @jax.jit
             def score(params: Params, whole: list[Any], *answers: Any) -> Any:
-                return score_answers(graph, params, Memory(*whole), *answers)
+                return score_tokens(graph, params, Memory(*whole), *answers)
 
             most = max(
                 _temporaries(read, graph, params, *sources),
                 _temporaries(search, params, whole),
                 _temporaries(score, params, whole, *answers),
             )
-            most_candidates = f"at most {decode.k * decode.beams} distinct candidates a question"
-            return most, f"XLA's analysis ({_backend()}): {most_candidates}"
+            return most, f"XLA's analysis ({_backend()}): at most {count} distinct candidates a question"
 
         copies = 1 if settings.untrained_limit == 0 else 2
         return [
@@ -256,7 +260,7 @@ class _Plan:
 
     def models(self) -> Models:
         retriever, generator = _known(self.retriever, "retriever"), _known(self.generator, "generator")
-        return Models(self.config, retriever, generator)
+        return Models(self.config, retriever, generator, SPECIAL)
 
     def parameters(self, command: str, name: str, copies: int = 1) -> Row:
         def size() -> tuple[int, str]:

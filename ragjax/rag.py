@@ -1,12 +1,13 @@
 """The retriever and the generator put together: what a question retrieves, what it reads, what an answer is worth.
 
-log p(y|x) = logsumexp_z [ log p_η(z|x) + log p_θ(y|x,z) ]        p_η = softmax(scale · q(x)·d(z))
+RAG-Sequence: log p(y|x) = logsumexp_z [ log p_η(z|x) + log p_θ(y|x,z) ]        p_η = softmax(scale · q(x)·d(z))
+RAG-Token:    log p(y|x) = Σ_t logsumexp_z [ log p_η(z|x) + log p_θ(y_t|y_<t,x,z) ]
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,12 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from ragjax.config import Config, InputError
 from ragjax.hub import Fetched, checkpoint_folder, fetch, fingerprint_files
 from ragjax.index import Index
-from ragjax.marginal import corpus_log_prior, log_prior, marginal_logp, posterior, rag_loss
-from ragjax.models.generator import Ending, Keys, score
+from ragjax.marginal import corpus_log_prior, hugging_face_nll, log_prior, marginal_logp, posterior, token_posterior
+from ragjax.models.generator import Generator, Keys, SpecialTokens, answer_hidden
 from ragjax.models.layers import Params, fold, row_keys
 from ragjax.passages import Passage, PassageStore, is_unicode
 from ragjax.text import Prompt, Tokenizer, assemble, assemble_closed_book, bucket, buckets_up_to, make_prompt, pad_rows
-from ragjax.weights import Pretrained, open_bert, open_generator
+from ragjax.weights import Pretrained, open_bert, open_generator, read_json
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Models:
     config: Config
     retriever: Pretrained
     generator: Pretrained
+    special: SpecialTokens  # the generator's
 
     def abstract_params(self) -> Params:
         """The shapes and types of {"retriever": …, "generator": …}."""
@@ -52,11 +54,6 @@ class Rag(Models):
     prompt: Prompt
     sources: tuple[Fetched, ...]
     fingerprints: dict[str, str]  # of everything that an index is built from
-
-    @property
-    def ending(self) -> Ending:
-        """The generator's end and padding tokens."""
-        return Ending(self.generator_tokenizer.eos_id, self.generator_tokenizer.pad_id)
 
     def initial_params(self) -> Params:
         """The pretrained parameters: {"retriever": …, "generator": …}."""
@@ -76,6 +73,10 @@ def open_rag(config: Config) -> Rag:
     retriever = open_bert(encoder, r.pooling, r.normalize, rate, config.dtype)
     generator = open_generator(decoder, rate, config.dtype)
     check_lengths(config, retriever, generator)
+    if config.hf_compatible and not generator.config.encoder_decoder:
+        raise InputError(
+            f"{g.source}: hf_compatible=true needs BART or T5; transformers has no RAG over other generators"
+        )
     retriever_tokenizer, generator_tokenizer = Tokenizer.load(encoder), Tokenizer.load(decoder)
     passage_encoder, passage_tokenizer = retriever, retriever_tokenizer
     for other in others:
@@ -109,10 +110,21 @@ def open_rag(config: Config) -> Rag:
         retriever_tokenizer=retriever_tokenizer,
         passage_tokenizer=passage_tokenizer,
         generator_tokenizer=generator_tokenizer,
+        special=_special_tokens(generator, generator_tokenizer),
         prompt=prompt,
         sources=fetched,
         fingerprints=fingerprints,
     )
+
+
+def _special_tokens(generator: Pretrained, tokenizer: Tokenizer) -> SpecialTokens:
+    """The tokenizer's, and what the checkpoint's generation_config.json or else its config.json forces."""
+    file = generator.files[0].parent / "generation_config.json"
+    given = generator.hf | (read_json(file) if file.is_file() else {})
+    # transformers' BartConfig has this default; older checkpoints leave the key out
+    forced_eos = given.get("forced_eos_token_id", tokenizer.eos_id if given.get("model_type") == "bart" else None)
+    forced_bos = given.get("forced_bos_token_id")
+    return SpecialTokens(tokenizer.eos_id, tokenizer.pad_id, given.get("bos_token_id"), forced_bos, forced_eos)
 
 
 def _check_vocabulary(checkpoint: Path, tokenizer: Tokenizer, model: Pretrained) -> None:
@@ -213,6 +225,8 @@ def prompt_rows(
 ) -> tuple[Int[np.ndarray, "n S"], Bool[np.ndarray, "n S"]]:
     """The B·K prompts that the generator reads, question-major, padded to a bucket; without a store, closed-book."""
     longest, tokenizer = rag.config.generator.source_tokens, rag.generator_tokenizer
+    if rag.config.hf_compatible and store is not None:
+        return _hugging_face_prompt_rows(rag, store, questions, ids)
     rows = []
     texts = [rag.prompt.before_question + question for question in questions]
     for question, of_question in zip(tokenizer.encode(texts), ids, strict=True):
@@ -223,6 +237,27 @@ def prompt_rows(
                 passage = store.tokens(int(document)) if document >= 0 else ()
                 rows.append(assemble(rag.prompt, passage, question, longest))
     return pad_rows(rows, bucket(max(map(len, rows)), buckets_up_to(longest)), tokenizer.pad_id)
+
+
+def _hugging_face_prompt_rows(
+    rag: Rag, store: PassageStore, questions: Sequence[str], ids: Int[np.ndarray, "B K"]
+) -> tuple[Int[np.ndarray, "n S"], Bool[np.ndarray, "n S"]]:
+    """As transformers' `RagRetriever.postprocess_docs`: the question as the question encoder's tokenizer spells it, a
+    quote before and after the title dropped, double spaces made one, and the end, where the question is, cut off.
+    """
+    g, longest = rag.config.generator, rag.config.retriever.question_tokens
+    heard = rag.retriever_tokenizer.encode(questions, special=True, longest=longest)
+    texts = []
+    for question, of_question in zip(map(rag.retriever_tokenizer.decode, heard), ids, strict=True):
+        for document in of_question:
+            passage = store[int(document)] if document >= 0 else Passage("", "", "")
+            title = passage.title.removeprefix('"').removesuffix('"')
+            told = passage_text(g.passage, replace(passage, title=title))
+            before, _, rest = g.prompt.partition("{passage}")
+            middle, _, after = rest.partition("{question}")
+            texts.append((before + told + middle + question + after).replace("  ", " "))
+    rows = rag.generator_tokenizer.encode(texts, special=True, longest=g.source_tokens)
+    return pad_rows(rows, g.source_tokens, rag.special.pad)
 
 
 def answer_tokens(rag: Rag, answer: str) -> list[int]:
@@ -258,7 +293,7 @@ def train_batch(
     question, question_mask = question_rows(rag, questions)
     source, source_mask = prompt_rows(rag, store, questions, ids)
     rows = [answer_tokens(rag, answer) for answer in answers]
-    answer, answer_mask = pad_rows(rows, rag.config.generator.answer_tokens, rag.ending.pad)
+    answer, answer_mask = pad_rows(rows, rag.config.generator.answer_tokens, rag.special.pad)
     shape = (*ids.shape, source.shape[1])
     return TrainBatch(
         row=np.arange(len(questions), dtype=np.int32),
@@ -273,10 +308,19 @@ def train_batch(
     )
 
 
+@struct.dataclass
+class TokenScores:
+    """Of each token of each answer under each document, in nats. Padding counts 0 in `logp` only."""
+
+    logp: Float[Array, "B K T"]
+    # over the vocabulary, for smoothing; with RAG-Token that of log p(v|y_<t,x), the same for every document
+    mean_logp: Float[Array, "B K T"]
+
+
 def joint_logp(
     rag: Models, params: Params, batch: TrainBatch, key: Key[Array, ""], corpus: Float[Array, "N D"] | None = None
-) -> tuple[Float[Array, "B K"], Float[Array, "B K"]]:
-    """log p_η(z|x) and log p_θ(y|x,z) of the training answers; pure, to be differentiated.
+) -> tuple[Float[Array, "B K"], TokenScores]:
+    """log p_η(z|x), and log p_θ(y_t|y_<t,x,z) of the training answers; pure, to be differentiated.
 
     `corpus` holds all N embeddings where the prior is normalised over the corpus. `key` draws the dropout masks.
     With `train.backward_documents: m` below K, only the m documents of highest posterior pass a gradient to the
@@ -290,17 +334,18 @@ def joint_logp(
         document_keys = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, 1), documents))(keys)
     through = rag.config.train.backward_documents
     if through is None or through >= documents:
-        return prior, _answer_logp(rag, params, batch, batch.source, batch.source_mask, document_keys)
+        return prior, _token_scores(rag, params, batch, batch.source, batch.source_mask, document_keys, prior)
     constant = jax.lax.stop_gradient(params)
-    logp = _answer_logp(rag, constant, batch, batch.source, batch.source_mask, document_keys)
-    _, likeliest = jax.lax.top_k(posterior(jax.lax.stop_gradient(prior), logp), through)
+    scores = _token_scores(rag, constant, batch, batch.source, batch.source_mask, document_keys, prior)
+    _, likeliest = jax.lax.top_k(posterior(jax.lax.stop_gradient(prior), scores.logp.sum(axis=-1)), through)
 
     def chosen(x: Array) -> Array:
         return jax.vmap(lambda of_question, which: of_question[which])(x, likeliest)
 
     few_keys = None if document_keys is None else chosen(document_keys)
-    again = _answer_logp(rag, params, batch, chosen(batch.source), chosen(batch.source_mask), few_keys)
-    return prior, logp.at[jnp.arange(questions)[:, None], likeliest].set(again)
+    again = _token_scores(rag, params, batch, chosen(batch.source), chosen(batch.source_mask), few_keys, prior)
+    at = (jnp.arange(questions)[:, None], likeliest)
+    return prior, jax.tree.map(lambda all_of_them, some: all_of_them.at[at].set(some), scores, again)
 
 
 def _question_log_prior(
@@ -316,23 +361,67 @@ def _question_log_prior(
     return corpus_log_prior(scores, _log_normalizer(queries, corpus, settings.scale), batch.valid)
 
 
-def _answer_logp(
+def _token_scores(
     rag: Models,
     params: Params,
     batch: TrainBatch,
     source: Int[Array, "B k S"],
     source_mask: Bool[Array, "B k S"],
     keys: Key[Array, "B k"] | None,
-) -> Float[Array, "B k"]:
-    """log p_θ(y|x,z) of each answer under k of its documents, in one padded pass."""
+    prior: Float[Array, "B K"],
+) -> TokenScores:
+    """What each answer is worth under k of its documents, in one padded pass."""
     questions, documents, length = source.shape
-    rows, remat = questions * documents, rag.config.train.remat
+    rows, remat, shape = questions * documents, rag.config.train.remat, (questions, documents, -1)
     of_rows = None if keys is None else keys.reshape(rows)
     generator = nnx.merge(rag.generator.graph, params["generator"])
     memory = generator.prefill(source.reshape(rows, length), source_mask.reshape(rows, length), of_rows, remat)
     answers = jnp.repeat(batch.answer, documents, axis=0)[:, None]
-    logp = score(generator, memory, answers, of_rows, remat)[:, 0].reshape(questions, documents, -1)
-    return jnp.where(batch.answer_mask[:, None], logp, 0.0).sum(axis=-1)
+    hidden = answer_hidden(generator, memory, answers, of_rows, remat)
+    logp, mean_logp = (x[:, 0].reshape(shape) for x in generator.token_logp(hidden, answers))
+    if rag.config.model == "rag_token" and rag.config.train.label_smoothing > 0:
+        mean_logp = jnp.broadcast_to(_mean_marginal_logp(generator, hidden[:, 0], prior)[:, None], logp.shape)
+    return TokenScores(jnp.where(batch.answer_mask[:, None], logp, 0.0), mean_logp)
+
+
+def _mean_marginal_logp(
+    generator: Generator, hidden: Float[Array, "n T D"], prior: Float[Array, "B K"]
+) -> Float[Array, "B T"]:
+    """The mean over the vocabulary of log p(v|y_<t,x), documents summed over, one token after the other."""
+
+    @jax.checkpoint
+    def at_token(state: Float[Array, "n D"]) -> Float[Array, " B"]:
+        logp = jax.nn.log_softmax(generator.logits(state), axis=-1)
+        return marginal_logp(prior, logp.reshape(*prior.shape, -1)).mean(axis=-1)
+
+    return jax.lax.map(at_token, hidden.swapaxes(0, 1)).T
+
+
+def answer_nll(
+    rag: Models,
+    log_prior: Float[Array, "B K"],
+    scores: TokenScores,
+    answer: Int[Array, "B T"],
+    answer_mask: Bool[Array, "B T"],
+    smoothing: float = 0.0,
+) -> Float[Array, " B"]:
+    """−log p(y|x) of one answer a question, in nats, as the configuration's model has it.
+
+    Smoothing (Szegedy et al. 2016, section 7) mixes the log-probability of each token with the mean over the
+    vocabulary: RAG-Sequence under each document, before documents are summed over; RAG-Token after.
+    """
+    is_bos = answer[:, 0] == (-1 if rag.special.bos is None else rag.special.bos)
+    excluded = is_bos & rag.config.train.exclude_bos
+    if rag.config.hf_compatible and rag.config.model == "rag_sequence":
+        excluded = jnp.broadcast_to(excluded.all(), excluded.shape)
+        vocabulary = rag.generator.config.vocabulary
+        return hugging_face_nll(log_prior, scores.logp, answer_mask, excluded, smoothing, scores.mean_logp, vocabulary)
+    counted = answer_mask & ~(excluded[:, None] & (jnp.arange(answer.shape[1]) == 0))
+    if rag.config.model == "rag_token":
+        marginal = (1.0 - smoothing) * marginal_logp(log_prior, scores.logp) + smoothing * scores.mean_logp[:, 0]
+        return -jnp.where(counted, marginal, 0.0).sum(axis=-1)
+    smoothed = (1.0 - smoothing) * scores.logp + smoothing * scores.mean_logp
+    return -marginal_logp(log_prior, jnp.where(counted[:, None], smoothed, 0.0).sum(axis=-1))
 
 
 def loss(
@@ -341,19 +430,23 @@ def loss(
     """The mean of −log p(y|x) over the batch, in nats, and what is worth watching (Lewis et al. 2020, section 2.4).
 
     `posterior_entropy` is in nats; `prior_top` is the prior mass of the best document; `posterior_skipped` is what the
-    documents that `train.backward_documents` leaves out weigh together.
+    documents that `train.backward_documents` leaves out weigh together. `nll_per_token` is without label smoothing.
     """
-    prior, logp = joint_logp(rag, params, batch, key, corpus)
-    responsibility = posterior(*jax.lax.stop_gradient((prior, logp)))
-    entropy = -jnp.where(responsibility > 0, responsibility * jnp.log(jnp.maximum(responsibility, 1e-30)), 0.0)
-    mean_loss = rag_loss(prior, logp)
-    tokens = batch.answer_mask.sum(axis=-1)
-    through = rag.config.train.backward_documents
-    kept = responsibility if through is None else jax.lax.top_k(responsibility, min(through, logp.shape[1]))[0]
+    prior, scores = joint_logp(rag, params, batch, key, corpus)
+    smoothing, through = rag.config.train.label_smoothing, rag.config.train.backward_documents
+    mean_loss = answer_nll(rag, prior, scores, batch.answer, batch.answer_mask, smoothing).mean()
+    prior, scores = jax.lax.stop_gradient((prior, scores))
+    nll = answer_nll(rag, prior, scores, batch.answer, batch.answer_mask)
+    if rag.config.model == "rag_token":
+        weight = token_posterior(prior, scores.logp, batch.answer_mask)
+    else:
+        weight = posterior(prior, scores.logp.sum(axis=-1))
+    entropy = -jnp.where(weight > 0, weight * jnp.log(jnp.maximum(weight, 1e-30)), 0.0)
+    kept = weight if through is None else jax.lax.top_k(weight, min(through, weight.shape[1]))[0]
     return mean_loss, {
         "loss": mean_loss,
-        "nll_per_token": -(marginal_logp(prior, logp) / tokens).mean(),
+        "nll_per_token": (nll / batch.answer_mask.sum(axis=-1)).mean(),
         "posterior_entropy": entropy.sum(axis=-1).mean(),
-        "posterior_skipped": (responsibility.sum(axis=-1) - kept.sum(axis=-1)).mean(),
+        "posterior_skipped": (weight.sum(axis=-1) - kept.sum(axis=-1)).mean(),
         "prior_top": jnp.exp(prior.max(axis=-1)).mean(),
     }

@@ -49,6 +49,7 @@ def test_every_probability_follows_from_the_others(together: list[Answer]) -> No
         np.testing.assert_allclose(prior.sum(), 1, rtol=1e-5)
         for candidate in answer.candidates:
             assert candidate.given_document and candidate.thorough is not None and candidate.posterior is not None
+            assert candidate.fast is not None
             given, proposed = np.array(candidate.given_document), np.array(candidate.proposed)
             np.testing.assert_allclose(candidate.thorough, prior @ given, rtol=1e-4)
             np.testing.assert_allclose(candidate.fast, prior @ proposed, rtol=1e-4)

@@ -50,7 +50,10 @@ def toy_next_logp(tokens: jax.Array, step: jax.Array, visible: jax.Array, cache:
     return jnp.where(proper[..., None], logp, jnp.nan), (tables, pool)
 
 
-@partial(jax.jit, static_argnames=("beams", "max_new_tokens", "min_new_tokens", "length_penalty"))
+SETTINGS = "beams max_new_tokens min_new_tokens length_penalty early_stopping forced_bos forced_eos".split()
+
+
+@partial(jax.jit, static_argnames=SETTINGS)
 def search(tables: jax.Array, beams: int, max_new_tokens: int = T, **settings: Any) -> Beams:
     n = tables.shape[0]
     pool = jnp.full((n, max_new_tokens * beams), -1000, jnp.int32)
@@ -60,9 +63,24 @@ def search(tables: jax.Array, beams: int, max_new_tokens: int = T, **settings: A
 
 
 def plain_search(
-    table: Table, beams: int, max_new_tokens: int = T, min_new_tokens: int = 0, length_penalty: float = 0.0
+    table: Table,
+    beams: int,
+    max_new_tokens: int = T,
+    min_new_tokens: int = 0,
+    length_penalty: float = 0.0,
+    early_stopping: bool = False,
+    forced_bos: int | None = None,
+    forced_eos: int | None = None,
 ) -> Found:
-    """Hugging Face's rules on lists, never stopping early."""
+    """Hugging Face's rules on lists, stopping early only if asked to."""
+
+    def allowed(v: int, step: int) -> bool:
+        forced = {max_new_tokens - 1: forced_eos}.get(step, {0: forced_bos}.get(step))
+        return v == forced if forced is not None else v != EOS or step >= min_new_tokens
+
+    def best(found: Found) -> Found:
+        return sorted(found, key=lambda found: (not found[2], -found[1] / len(found[0]) ** length_penalty))[:beams]
+
     running: list[tuple[tuple[int, ...], np.float32]] = [((), np.float32(0))]
     done: Found = []
     for step in range(max_new_tokens):
@@ -70,13 +88,14 @@ def plain_search(
             ((*prefix, v), total + table[place(prefix), v])
             for prefix, total in running
             for v in range(V)
-            if v != EOS or step >= min_new_tokens
+            if allowed(v, step)
         ]
         longer = sorted(longer, key=lambda found: -found[1])[: 2 * beams]
         done += [(y, float(total), True) for y, total in longer[:beams] if y[-1] == EOS]
         running = [(y, total) for y, total in longer if y[-1] != EOS][:beams]
-    done += [(y, float(total), False) for y, total in running]
-    return sorted(done, key=lambda found: (not found[2], -found[1] / len(found[0]) ** length_penalty))[:beams]
+        if early_stopping and len(done) >= beams:
+            return best(done)
+    return best(done + [(y, float(total), False) for y, total in running])
 
 
 def as_lists(beams: Beams) -> list[Found]:
@@ -136,10 +155,21 @@ def test_one_beam_is_greedy() -> None:
 
 @pytest.mark.parametrize("beams", [2, 5])
 @pytest.mark.parametrize(
-    "settings", [{}, {"min_new_tokens": 2}, {"length_penalty": 1.0}, {"length_penalty": -0.5}], ids=str
+    "settings",
+    [
+        {},
+        {"min_new_tokens": 2},
+        {"length_penalty": 1.0},
+        {"length_penalty": -0.5},
+        {"early_stopping": True, "length_penalty": 1.0},
+        {"forced_bos": 3},
+        {"forced_eos": EOS, "length_penalty": 1.0},
+        {"forced_bos": 1, "forced_eos": EOS},
+    ],
+    ids=str,
 )
 def test_equals_beam_search_on_lists(beams: int, settings: dict[str, Any]) -> None:
-    """The lists never stop early, so stopping early changes nothing."""
+    """The lists never stop early unasked, so stopping early changes nothing; a forced token has its probability."""
     tables = random_tables(40, seed=2)
     found = search(tables, beams=beams, **settings)
     assert_same(as_lists(found), [plain_search(table, beams, **settings) for table in tables])
@@ -151,6 +181,23 @@ def test_length_penalty_changes_the_order() -> None:
     none, long, short = (as_lists(search(tables, beams=3, length_penalty=p)) for p in (0.0, 1.0, -0.5))
     lengths = [np.mean([len(row[0][0]) for row in found]) for found in (short, none, long)]
     assert lengths[0] < lengths[1] < lengths[2]
+
+
+def test_early_stopping_takes_the_first_answers() -> None:
+    """Here a longer answer, found later, is the better one per token."""
+    table = np.full((1, (V + 1) ** (T - 1), V), -50.0, np.float32)
+    table[0, place(()), [EOS, 3]] = -1.0, -0.9
+    table[0, place((3,)), 3] = table[0, place((3, 3)), EOS] = 0.0
+    better = as_lists(search(table, beams=1, length_penalty=1.0))
+    assert better[0][0][0] == (3, 3, EOS)
+    table[0, place(()), [EOS, 3]] = -0.9, -1.0
+    assert as_lists(search(table, beams=1, length_penalty=1.0))[0][0][0] == (3, 3, EOS)
+    assert as_lists(search(table, beams=1, length_penalty=1.0, early_stopping=True))[0][0][0] == (EOS,)
+
+
+def test_forced_tokens_win_over_everything() -> None:
+    found = search(random_tables(20, seed=8), beams=3, forced_bos=1, forced_eos=EOS)
+    assert (np.asarray(found.tokens)[..., 0] == 1).all() and np.asarray(found.finished).all()
 
 
 def test_stops_early() -> None:

@@ -11,12 +11,12 @@ from reference import GOLDEN, Small, answer_logp, log_softmax, random_llama
 from safetensors.numpy import load_file
 
 from ragjax.config import Decode
-from ragjax.decode import Candidates, decode, pad_answers, read
-from ragjax.models.generator import Ending
+from ragjax.decode import Candidates, decode, decode_together, pad_answers, read
+from ragjax.models.generator import SpecialTokens
 from ragjax.text import pad_rows
 from ragjax.weights import open_generator, read_json
 
-ENDING = Ending(eos=2, pad=0)
+ENDING = SpecialTokens(eos=2, pad=0)
 SETTINGS = Decode(k=3, beams=3, max_new_tokens=6)
 V, T = 6, 3
 
@@ -138,13 +138,12 @@ def test_fast_marginal_counts_the_documents_that_proposed(
             for k in range(3):
                 if found.proposed[k, c] > -np.inf:
                     total += np.exp(golden["score/doc_logprobs"][question, k] + found.proposed[k, c])
-            assert found.fast[c] == pytest.approx(np.log(total), abs=1e-4)
+            assert found.marginal("fast")[c] == pytest.approx(np.log(total), abs=1e-4)
             partly += 0 < (found.proposed[:, c] > -np.inf).sum() < 3
-        assert found.thorough is not None
-        assert (found.fast <= found.thorough + 1e-4).all()
+        assert (found.marginal("fast") <= found.marginal("thorough") + 1e-4).all()
         order = found.best("fast", len(found.tokens))
         assert found.finished[order].tolist() == sorted(found.finished, reverse=True)
-        assert order[0] == np.where(found.finished, found.fast, -np.inf).argmax()
+        assert order[0] == np.where(found.finished, found.marginal("fast"), -np.inf).argmax()
     assert partly > 10
 
 
@@ -155,9 +154,9 @@ def test_fast_mode_scores_nothing_more(
     found = decoded(generator, prompts_of(golden), golden["score/doc_logprobs"], settings)
     for fast, thorough in zip(found, golden_candidates[2], strict=True):
         assert with_end(fast) == with_end(thorough)
-        np.testing.assert_allclose(fast.fast, thorough.fast, atol=1e-5)
+        np.testing.assert_allclose(fast.marginal("fast"), thorough.marginal("fast"), atol=1e-5)
         assert fast.scored is None and fast.thorough is None and fast.posterior is None
-        with pytest.raises(AssertionError, match="not scored"):
+        with pytest.raises(AssertionError, match="no thorough marginal"):
             fast.best("thorough")
 
 
@@ -178,7 +177,7 @@ def test_exhaustive_decoding(tiny: Small) -> None:
         ours = with_end(found)
         assert sorted(ours) == sorted(answers)
         np.testing.assert_allclose(found.marginal("thorough"), [marginal[y] for y in ours], atol=1e-4)
-        np.testing.assert_allclose(found.fast, found.marginal("thorough"), atol=1e-4)
+        np.testing.assert_allclose(found.marginal("fast"), found.marginal("thorough"), atol=1e-4)
         np.testing.assert_allclose(np.exp(found.marginal("thorough")).sum(), 1.0, rtol=1e-4)
         finished = [y for y in answers if y[-1] == ENDING.eos]
         assert ours[found.best("thorough")[0]] == max(finished, key=marginal.__getitem__)
@@ -248,6 +247,38 @@ def test_unfinished_answers_come_last() -> None:
 def test_ties_go_to_the_first_proposed() -> None:
     found = Candidates([(5,), (6,)], np.array([True, True]), np.zeros((1, 2)), fast=np.zeros(2))
     assert found.best("fast") == [0]
+
+
+def test_rag_token_sums_over_documents_at_every_token(tiny: Small) -> None:
+    """With beams for every answer, the choice is the arg max of Π_t Σ_z p(z|x) p(y_t|y_<t,x,z)."""
+    prompts = [[5, 1, 4], [3, 3, 1, 5, 4], [1, 5, 5, 3], [4, 1, 1, 3]]
+    prior = log_softmax(np.array([[0.3, -0.2], [-0.5, 0.5]]))
+    answers = [
+        y
+        for length in range(1, T + 1)
+        for y in product(range(V), repeat=length)
+        if ENDING.eos not in y[:-1] and (y[-1] == ENDING.eos or length == T)
+    ]
+    tokens, mask = pad_rows(prompts, 8, 0)
+    memory = read(tiny.graph, tiny.params, jnp.asarray(tokens), jnp.asarray(mask))
+    settings = Decode(k=2, beams=len(answers), max_new_tokens=T)
+    found = decode_together(tiny.graph, tiny.params, memory, np.asarray(prior, np.float32), settings, ENDING)
+    for question, of_question in enumerate(found):
+        of_documents = prompts[2 * question : 2 * question + 2]
+        logp = {y: np.array([answer_logp(tiny.tensors, tiny.hf, x, list(y)) for x in of_documents]) for y in answers}
+        joint = {y: prior[question][:, None] + by_token for y, by_token in logp.items()}
+        marginal = {y: np.logaddexp.reduce(x, axis=0).sum() for y, x in joint.items()}
+        ours = with_end(of_question)
+        assert sorted(ours) == sorted(answers)
+        np.testing.assert_allclose(of_question.marginal("thorough"), [marginal[y] for y in ours], atol=1e-4)
+        np.testing.assert_allclose(np.exp(of_question.marginal("thorough")).sum(), 1.0, rtol=1e-4)
+        assert of_question.scored is not None and of_question.posterior is not None
+        np.testing.assert_allclose(of_question.scored, np.array([logp[y].sum(axis=1) for y in ours]).T, atol=1e-4)
+        shares = [np.exp(joint[y] - np.logaddexp.reduce(joint[y], axis=0)).mean(axis=1) for y in ours]
+        np.testing.assert_allclose(of_question.posterior, np.array(shares).T, atol=1e-4)
+        finished = [y for y in answers if y[-1] == ENDING.eos]
+        assert ours[of_question.best("thorough")[0]] == max(finished, key=marginal.__getitem__)
+        assert of_question.fast is None and (of_question.proposed == -np.inf).all()
 
 
 def test_pad_answers() -> None:

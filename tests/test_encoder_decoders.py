@@ -228,8 +228,18 @@ def test_distances_share_rows() -> None:
     assert int(distance_bucket(jnp.asarray(-1), 8, 16, both_ways=True)) == 1
 
 
-@pytest.mark.parametrize("family", ["bart", "t5"])
-def test_from_training_to_an_answer(family: str, world: Path, tmp_path: Path, capsys: Capture) -> None:
+@pytest.mark.parametrize(
+    ("family", "more"),
+    [
+        ("bart", []),
+        ("t5", []),
+        ("bart", ["model=rag_token", "train.label_smoothing=0.1"]),
+        ("bart", ["hf_compatible=true", "train.exclude_bos=true", "decode.k=3", "decode.length_penalty=1.0"]),
+        ("t5", ["hf_compatible=true", "model=rag_token"]),
+    ],
+    ids=str,
+)
+def test_from_training_to_an_answer(family: str, more: list[str], world: Path, tmp_path: Path, capsys: Capture) -> None:
     """Random models learn eight questions by heart, in two pieces as in one, are evaluated and answer."""
     write_random_checkpoint(family, tmp_path / "generator")
     some = read_questions(world / "train.jsonl")[:8]
@@ -242,6 +252,7 @@ def test_from_training_to_an_answer(family: str, world: Path, tmp_path: Path, ca
     ]
     settings += [f"questions.{split}={tmp_path}/letters.jsonl" for split in ("train", "dev", "test")]
     settings += ["train.steps=16", "train.k=2", "train.generator_lr=2e-2", "train.retriever_lr=3e-3", "decode.beams=2"]
+    settings += more
 
     def run(command: str, folder: str, *more: str) -> list[str]:
         capsys.readouterr()
@@ -262,9 +273,21 @@ def test_from_training_to_an_answer(family: str, world: Path, tmp_path: Path, ca
     assert report["trained"]["gold_nll"] < 0.5 * report["untrained"]["gold_nll"]
     assert main(["answer", str(tmp_path / "whole" / "config.yaml"), some[0].question, "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
+    prior = np.array([document["prior"] for document in answer["documents"]])
+    assert len(prior) == 3 and answer["probability"] == answer["candidates"][0]["thorough"]
+    assert main(["answer", str(tmp_path / "whole" / "config.yaml"), some[0].question]) == 0
+    shown = capsys.readouterr().out
+    assert ("proposes" in shown) == ("model=rag_token" not in more)
     for candidate in answer["candidates"]:
-        for beam, scored in zip(candidate["proposed"], candidate["given_document"], strict=True):
-            assert beam in (0.0, pytest.approx(scored, rel=1e-3))
+        given = np.array(candidate["given_document"])
+        if "hf_compatible=true" not in more:
+            proposed = zip(candidate["proposed"], given, strict=True)
+            assert all(beam in (0.0, pytest.approx(scored, rel=1e-3)) for beam, scored in proposed)
+        elif "model=rag_token" not in more:
+            assert given[2] == 0 == candidate["posterior"][2], "the training's two documents score"
+            shares = prior[:2] / prior[:2].sum()
+            assert candidate["thorough"] == pytest.approx(shares @ given[:2], rel=1e-3) or not candidate["text"]
+        assert sum(candidate["posterior"]) == pytest.approx(1, rel=1e-3)
 
 
 BART = {"vocab_size": 9, "d_model": 8, "decoder_start_token_id": 2} | {

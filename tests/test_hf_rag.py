@@ -82,7 +82,7 @@ def test_import_export_import_is_the_identity(checkpoint: Path, tmp_path: Path) 
     assert config.generator.prompt == "ask: {passage} ? {question}"
     assert config.generator.passage == "{title} | {text}"
     rag = open_rag(config)
-    assert rag.prompt.head[0] == rag.generator_tokenizer.bos_id and rag.prompt.tail == (rag.ending.eos,)
+    assert rag.prompt.head[0] == rag.generator_tokenizer.bos_id and rag.prompt.tail == (rag.special.eos,)
 
     run = tmp_path / "run"
     run.mkdir()

@@ -15,7 +15,6 @@ from ragjax.marginal import (
     marginal_bounds,
     marginal_logp,
     posterior,
-    rag_loss,
     thorough_marginal,
 )
 
@@ -31,6 +30,10 @@ def random_case(seed: int, *shape: int) -> tuple[jax.Array, jax.Array]:
 
 def all_valid(scores: jax.Array) -> jax.Array:
     return jnp.ones(scores.shape, bool)
+
+
+def rag_loss(log_prior: jax.Array, logp: jax.Array) -> jax.Array:
+    return -marginal_logp(log_prior, logp).mean()
 
 
 def test_worked_example() -> None:

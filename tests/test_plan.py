@@ -134,9 +134,12 @@ def test_the_documents_memory_is_that_of_real_prompts(world: Path) -> None:
     assert planned["evaluate", "generator parameters", "device"] == in_bytes(rag.generator.read())
 
 
-def test_temporaries_of_answering_are_compiled(compiled: None, world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("model", ["rag_sequence", "rag_token"])
+def test_temporaries_of_answering_are_compiled(
+    compiled: None, world: Path, monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
     monkeypatch.setattr(plan, "step_temporaries", lambda *_: 1)
-    config = tiny_config(world, evaluate__batch_size=1, decode__beams=1)
+    config = tiny_config(world, model=model, evaluate__batch_size=1, decode__beams=1)
     rag, planned = open_rag(config), sizes(config)
     source = (
         jax.ShapeDtypeStruct((config.decode.k, 128), jnp.int32),

@@ -131,7 +131,8 @@ def test_fewer_passages_than_k_change_neither_loss_nor_gradient(world: Path, tmp
 
     @jax.jit
     def run(params: Params, batch: TrainBatch) -> tuple[Any, Any]:
-        joint = joint_logp(o.rag, params, batch, KEY)
+        prior, scores = joint_logp(o.rag, params, batch, KEY)
+        joint = (prior, scores.logp.sum(axis=-1))
         (_, metrics), grads = jax.value_and_grad(lambda p: loss(o.rag, p, batch, KEY), has_aux=True)(params)
         return (metrics, grads), joint
 
@@ -192,7 +193,7 @@ def test_closed_book_prompts_have_no_passage(plain: Opened) -> None:
 
 def test_answers_end_in_the_end_token(plain: Opened) -> None:
     tokens = answer_tokens(plain.rag, "Kesvik")
-    assert tokens[-1] == plain.rag.ending.eos and tokens.count(plain.rag.ending.eos) == 1
+    assert tokens[-1] == plain.rag.special.eos and tokens.count(plain.rag.special.eos) == 1
     assert plain.rag.generator_tokenizer.decode(tokens[:-1]) == " Kesvik"
     batch = train_batch(plain.rag, plain.index, plain.store, ["Where?"], ["Kesvik"], np.array([[3, 1]]))
     chex.assert_shape(batch.answer, (1, 12))
@@ -254,8 +255,9 @@ def golden(world: Path) -> Golden:
     batch = jax.tree.map(jnp.asarray, batch)
 
     def total(params: Params, passages: jax.Array) -> tuple[jax.Array, Any]:
-        joint = joint_logp(rag, params, replace(batch, passages=passages), KEY)
-        return -marginal_logp(*joint).sum(), joint
+        prior, scores = joint_logp(rag, params, replace(batch, passages=passages), KEY)
+        logp = scores.logp.sum(axis=-1)
+        return -marginal_logp(prior, logp).sum(), (prior, logp)
 
     function = jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))
     (grads, doc_embeds), (prior, logp) = jax.device_get(function(rag.initial_params(), batch.passages))

@@ -19,9 +19,10 @@ from world import open_world, tiny_config
 
 from ragjax.config import InputError, Train
 from ragjax.mesh import make_mesh, replicate, shard_batch
+from ragjax.models.generator import answer_hidden
 from ragjax.models.layers import Params
 from ragjax.passages import read_questions
-from ragjax.rag import Rag, TrainBatch, joint_logp, loss, retrieve, train_batch
+from ragjax.rag import Rag, TrainBatch, answer_nll, joint_logp, loss, retrieve, train_batch
 from ragjax.step import TrainState, gradients, initial_state, make_optimizer, make_train_step, split_frozen
 
 KEY = jax.random.fold_in(jax.random.key(0), 0)  # that of step 0 under seed 0
@@ -110,10 +111,16 @@ def flat(params: Params) -> dict[tuple[str, ...], np.ndarray]:
 # the gradient itself
 
 
+def sequence_logp(rag: Rag, params: Params, batch: TrainBatch, corpus: jax.Array | None = None) -> Any:
+    """log p(z|x) and log p(y|x,z) [B,K]."""
+    prior, scores = joint_logp(rag, params, batch, KEY, corpus)
+    return prior, scores.logp.sum(axis=-1)
+
+
 def test_gradient_is_the_posterior_weighted_sum(plain: Setup, plain_gradients: tuple[Any, Any]) -> None:
     @jax.jit
     def separately(params: Params) -> tuple[Any, Params]:
-        joint, pull_back = jax.vjp(lambda p: joint_logp(plain.rag, p, plain.batch, KEY), params)
+        joint, pull_back = jax.vjp(lambda p: sequence_logp(plain.rag, p, plain.batch), params)
         weights = -jax.nn.softmax(sum(joint), axis=1) / len(joint[0])
         return joint, pull_back((weights, weights))[0]
 
@@ -138,7 +145,7 @@ def test_gradient_through_the_prior_over_the_corpus(world: Path, plain_gradients
         np.abs(np.asarray(s.batch.passages)[:, :, None] - every).sum(axis=-1).argmin(axis=-1)
     )  # which passage each document is
 
-    logp = jax.jit(lambda p: joint_logp(s.rag, p, s.batch, KEY, s.embeddings)[1])(s.params)
+    logp = jax.jit(lambda p: sequence_logp(s.rag, p, s.batch, s.embeddings)[1])(s.params)
 
     def explicit(params: Params) -> jax.Array:
         encoder = nnx.merge(s.rag.retriever.graph, params)
@@ -156,6 +163,70 @@ def test_gradient_through_the_prior_over_the_corpus(world: Path, plain_gradients
     assert np.linalg.norm(grads[of_question] - top_k) > 0.05 * np.linalg.norm(top_k)
 
 
+@pytest.mark.parametrize("model", ["rag_sequence", "rag_token"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_the_loss_written_out(plain: Setup, model: str, smoothing: float) -> None:
+    """From the probabilities of the whole vocabulary at every place, without any trick."""
+    config = replace(plain.rag.config, model=model)
+    rag = with_train(replace(plain.rag, config=config), label_smoothing=smoothing)
+    batch, (b, k, s) = plain.batch, plain.batch.source.shape
+
+    @jax.jit
+    def run(params: Params) -> Any:
+        generator = nnx.merge(rag.generator.graph, params["generator"])
+        memory = generator.prefill(batch.source.reshape(b * k, s), batch.source_mask.reshape(b * k, s))
+        hidden = answer_hidden(generator, memory, jnp.repeat(batch.answer, k, axis=0)[:, None])
+        every = jax.nn.log_softmax(generator.logits(hidden), axis=-1)
+        return (
+            joint_logp(rag, params, batch, KEY)[0],
+            every.reshape(b, k, *every.shape[2:]),
+            loss(rag, params, batch, KEY),
+        )
+
+    prior, every, (value, metrics) = jax.device_get(run(plain.params))
+    picked = np.take_along_axis(every, np.asarray(batch.answer)[:, None, :, None], axis=-1)[..., 0]
+    counted = np.asarray(batch.answer_mask)
+    if model == "rag_sequence":
+        smoothed = (1 - smoothing) * picked + smoothing * every.mean(axis=-1)
+        expected = -np.logaddexp.reduce(prior + (smoothed * counted[:, None]).sum(axis=-1), axis=1)
+        nll = -np.logaddexp.reduce(prior + (picked * counted[:, None]).sum(axis=-1), axis=1)
+        joint = prior + (picked * counted[:, None]).sum(axis=-1)
+        weight = np.exp(joint - np.logaddexp.reduce(joint, axis=1, keepdims=True))
+    else:
+        marginal = np.logaddexp.reduce(prior[..., None, None] + every, axis=1)
+        of_answer = np.take_along_axis(marginal, np.asarray(batch.answer)[..., None], axis=-1)[..., 0]
+        smoothed = (1 - smoothing) * of_answer + smoothing * marginal.mean(axis=-1)
+        expected, nll = -(smoothed * counted).sum(axis=-1), -(of_answer * counted).sum(axis=-1)
+        of_tokens = np.exp(prior[..., None] + picked - of_answer[:, None]) * counted[:, None]
+        weight = of_tokens.sum(axis=-1) / counted.sum(axis=-1)[:, None]
+    assert value == pytest.approx(expected.mean(), rel=1e-5)
+    assert metrics["nll_per_token"] == pytest.approx((nll / counted.sum(axis=-1)).mean(), rel=1e-5)
+    entropy = -(weight * np.log(weight)).sum(axis=1).mean()
+    assert metrics["posterior_entropy"] == pytest.approx(entropy, rel=1e-3)
+
+
+def test_an_answer_s_start_token_may_be_left_out_of_the_loss(plain: Setup) -> None:
+    """Row by row: whether another row begins with it does not matter, as it does in Hugging Face's."""
+    answer = np.asarray(plain.batch.answer).copy()
+    bos = int(answer[0, 0])
+    answer[1, 0] = bos + 1
+    batch = replace(plain.batch, answer=jnp.asarray(answer))
+    rag = replace(plain.rag, special=replace(plain.rag.special, bos=bos))
+    prior, scores = jax.jit(lambda p: joint_logp(rag, p, batch, KEY))(plain.params)
+    logp = np.array(scores.logp)
+
+    def nll(exclude: bool, hf_compatible: bool) -> np.ndarray:
+        config = replace(rag.config, hf_compatible=hf_compatible)
+        asked = with_train(replace(rag, config=config), exclude_bos=exclude)
+        return np.asarray(answer_nll(asked, prior, scores, batch.answer, batch.answer_mask))
+
+    whole = -np.logaddexp.reduce(prior + logp.sum(axis=-1), axis=1)
+    np.testing.assert_allclose(nll(False, False), whole, rtol=1e-5)
+    np.testing.assert_allclose(nll(True, True), whole, rtol=1e-5)
+    logp[answer[:, 0] == bos, :, 0] = 0.0
+    np.testing.assert_allclose(nll(True, False), -np.logaddexp.reduce(prior + logp.sum(axis=-1), axis=1), rtol=1e-5)
+
+
 @pytest.mark.parametrize("through", [1, 2])
 def test_backward_through_the_likeliest_documents(
     through: int, dropping: Setup, dropping_gradients: tuple[Any, Any]
@@ -165,7 +236,7 @@ def test_backward_through_the_likeliest_documents(
 
     @jax.jit
     def explicit(params: Params) -> tuple[jax.Array, jax.Array, Params]:
-        joint, pull_back = jax.vjp(lambda p: joint_logp(dropping.rag, p, dropping.batch, KEY), params)
+        joint, pull_back = jax.vjp(lambda p: sequence_logp(dropping.rag, p, dropping.batch), params)
         weights = jax.nn.softmax(sum(joint), axis=1)
         likeliest = weights >= jnp.sort(weights, axis=1)[:, -through][:, None]
         kept = jnp.where(likeliest, weights, 0.0)
@@ -264,8 +335,8 @@ def test_bfloat16_keeps_probabilities_and_parameters_in_float32(
     assert metrics["loss"] == pytest.approx(plain_gradients[1]["loss"], rel=0.02)
     assert metrics["loss"] != plain_gradients[1]["loss"]
     assert 0.8 < optax.tree.norm(grads) / optax.tree.norm(plain_gradients[0]) < 1.25
-    prior, logp = jax.eval_shape(lambda p: joint_logp(rag, p, plain.batch, KEY), plain.params)
-    assert prior.dtype == logp.dtype == jnp.float32
+    logps = jax.eval_shape(lambda p: jax.tree.leaves(joint_logp(rag, p, plain.batch, KEY)), plain.params)
+    assert [x.dtype for x in logps] == [jnp.float32] * 3
 
 
 # training

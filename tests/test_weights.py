@@ -22,7 +22,7 @@ from ragjax import weights
 from ragjax.config import Decode, InputError
 from ragjax.decode import decode, read
 from ragjax.hub import checkpoint_folder, fetch
-from ragjax.models.generator import Ending
+from ragjax.models.generator import SpecialTokens
 from ragjax.random_checkpoint import write_random_checkpoint
 from ragjax.text import Tokenizer, assemble, assemble_closed_book, make_prompt, pad_rows
 from ragjax.weights import (
@@ -352,7 +352,7 @@ def test_smollm2_answers_a_real_question() -> None:
     tokens, mask = pad_rows(prompts, 96, tokenizer.pad_id)
     params = pretrained.read()
     memory = read(pretrained.graph, params, jnp.asarray(tokens), jnp.asarray(mask))
-    ending = Ending(tokenizer.eos_id, tokenizer.pad_id)
+    ending = SpecialTokens(tokenizer.eos_id, tokenizer.pad_id)
     settings = Decode(k=1, beams=1, max_new_tokens=12)
     found = decode(pretrained.graph, params, memory, np.zeros((2, 1), np.float32), settings, ending)
     texts = [tokenizer.decode(candidates.tokens[0]) for candidates in found]

@@ -17,11 +17,14 @@ Keys = Key[Array, " n"]
 
 
 @dataclass(frozen=True)
-class Ending:
-    """The tokens that end an answer and that pad it."""
+class SpecialTokens:
+    """The tokens that end an answer, pad it, and that a checkpoint wants at its start and at the length limit."""
 
     eos: int
     pad: int
+    bos: int | None = None
+    forced_bos: int | None = None  # BART's and T5's `forced_bos_token_id`
+    forced_eos: int | None = None
 
 
 @struct.dataclass
@@ -108,12 +111,18 @@ def score(
     generator: Generator, memory: Memory, answers: Int[Array, "n C T"], keys: Keys | None = None, remat: bool = False
 ) -> Float[Array, "n C T"]:
     """log p(answers[t] | answers[<t], x, z) for C answers that share each memory; callers mask padding and sum."""
+    return generator.token_logp(answer_hidden(generator, memory, answers, keys, remat), answers)[0]
+
+
+def answer_hidden(
+    generator: Generator, memory: Memory, answers: Int[Array, "n C T"], keys: Keys | None = None, remat: bool = False
+) -> Float[Array, "n C T D"]:
+    """The states from which each answer token is predicted, its predecessors given."""
     n, count, length = answers.shape
     start = jnp.broadcast_to(memory.start[:, None, None], (n, count, 1))
     inputs = jnp.concatenate([start, answers[:, :, :-1]], axis=-1)
     causal = jnp.tril(jnp.ones((1, 1, length, length), bool))
-    hidden, _ = generator.extend(memory, None, inputs, jnp.arange(length)[None, None], causal, keys, remat)
-    return generator.token_logp(hidden, answers)[0]
+    return generator.extend(memory, None, inputs, jnp.arange(length)[None, None], causal, keys, remat)[0]
 
 
 def empty_past(memory: Memory, slots: int) -> Past:
