@@ -14,14 +14,14 @@ import numpy as np
 from jaxtyping import Int
 
 from ragjax import factbook, factbook_facts
-from ragjax.config import Config, InputError
-from ragjax.hub import Fetched, cache_folder, fetch, fingerprint_files
+from ragjax.config import Config, Corpus, InputError
+from ragjax.hub import Fetched, cache_folder, fetch, fingerprint_files, is_local
 from ragjax.index import FAISS_FILE, MANIFEST, check_kind, embed_passages, open_index, write_index
 from ragjax.mesh import enable_compilation_cache
-from ragjax.passages import Passage, PassageStore, partial_folder, read_passages, write_jsonl, write_store
+from ragjax.passages import FORMATS, Passage, PassageStore, partial_folder, read_passages, write_jsonl, write_store
 from ragjax.progress import progress_bar, terminal
 from ragjax.rag import Rag, encode, open_rag, passage_text
-from ragjax.text import buckets_up_to
+from ragjax.text import Tokenizer, buckets_up_to
 
 
 def build_index(config: Config) -> Path:
@@ -30,6 +30,7 @@ def build_index(config: Config) -> Path:
     An index of the same contents that is there already stays; another one is replaced only once the new one is whole.
     Raises `InputError` for bad input.
     """
+    _check_corpus(config.corpus)
     enable_compilation_cache(cache_folder() / "xla")
     rag = open_rag(config)
     check_kind(config.index.kind, rag.passage_encoder.config.embedding_width)
@@ -42,6 +43,12 @@ def build_index(config: Config) -> Path:
     with _replacing(folder) as new:
         _build(rag, corpus, content, new)
     return folder
+
+
+def _check_corpus(corpus: Corpus) -> None:
+    """Raises `InputError` for a corpus that should lie on this machine and does not, before any model is fetched."""
+    if is_local(corpus.source) and not Path(corpus.source).expanduser().exists():
+        raise InputError(f"corpus.source: {corpus.source}: no such file; expected {FORMATS[corpus.format]}")
 
 
 def _content(config: Config, corpus: Fetched) -> str:
@@ -156,6 +163,22 @@ class TokenRows(Sequence[np.ndarray]):
         return self.tokens[self.ends[i] : self.ends[i + 1]]
 
 
+def passage_rows(tokenizer: Tokenizer, template: str, passages: Sequence[Passage], longest: int) -> list[list[int]]:
+    """Passages as the retriever reads them, at most `longest` tokens each.
+
+    A special token in the template is one, as in DPR's "{title} [SEP] {text}"; in a passage it never is.
+    """
+    columns: list[list[list[int]]] = []
+    for piece in tokenizer.split_special(template):
+        if isinstance(piece, int):
+            columns.append([[piece]] * len(passages))
+        else:
+            columns.append(tokenizer.encode([passage_text(piece, passage) for passage in passages]))
+    before, after = tokenizer.frame
+    room = longest - len(before) - len(after)
+    return [[*before, *[t for part in parts for t in part][:room], *after] for parts in zip(*columns, strict=True)]
+
+
 def _encoder_rows(rag: Rag, store: PassageStore) -> TokenRows:
     """Every passage as the retriever reads it."""
     settings, tokenizer = rag.config.retriever, rag.passage_tokenizer
@@ -163,8 +186,7 @@ def _encoder_rows(rag: Rag, store: PassageStore) -> TokenRows:
     ends = array("q", [0])
     for start in range(0, len(store), 1024):
         chunk = [store[i] for i in range(start, min(start + 1024, len(store)))]
-        texts = [passage_text(settings.passage, passage) for passage in chunk]
-        for row in tokenizer.encode(texts, special=True, longest=settings.passage_tokens):
+        for row in passage_rows(tokenizer, settings.passage, chunk, settings.passage_tokens):
             tokens.extend(row)
             ends.append(len(tokens))
     return TokenRows(np.frombuffer(tokens, tokens.typecode), np.frombuffer(ends, np.int64))

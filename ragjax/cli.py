@@ -65,6 +65,14 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="the same")
 
     json_help = "print JSON for programs instead of tables"
+    plan = command(
+        "plan",
+        _plan,
+        "tell what an experiment needs of disk and memory, before anything is built",
+        "ragjax plan configs/rag_sequence_nq.yaml index.kind=HNSW32",
+    )
+    overrides(plan)
+    plan.add_argument("--json", action="store_true", help=json_help)
     overrides(command("index", _index, "build the index of a corpus", "ragjax index configs/factbook.yaml"))
     overrides(
         command(
@@ -107,6 +115,17 @@ def _parser() -> argparse.ArgumentParser:
 
 def _load(options: argparse.Namespace) -> Config:
     return load_config(options.config, [*getattr(options, "overrides", []), *options.set])
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from ragjax.plan import capacity, memory_plan, print_plan
+    from ragjax.progress import terminal
+
+    config = _load(options)
+    with terminal.status("compiling from shapes alone, to learn what XLA needs …"):
+        rows = memory_plan(config)
+    print_plan(rows, capacity(config), as_json=options.json)
+    return 0
 
 
 def _index(options: argparse.Namespace) -> int:

@@ -21,10 +21,10 @@ from ragjax.decode import Candidates
 from ragjax.hub import fingerprint_files
 from ragjax.index import check_k
 from ragjax.metrics import bootstrap_interval, exact_match, expected_calibration_error, f1
-from ragjax.passages import Question, atomic_write, read_questions, write_jsonl
+from ragjax.passages import Question, atomic_write, write_jsonl
 from ragjax.progress import progress_bar
 from ragjax.rag import Retrieved, log_mass, retrieve
-from ragjax.train import has_answer, open_world, restore_trained
+from ragjax.train import has_answer, open_world, read_split, restore_trained
 
 RETRIEVAL_BATCH = 64
 
@@ -36,10 +36,10 @@ def evaluate(config: Config) -> dict[str, Any]:
     `evaluate.untrained_limit`). Writes metrics.json
     and predictions.jsonl into `output`, and returns the metrics. Raises `InputError` for bad input.
     """
+    questions = read_split(config, config.evaluate.split)
     rag, index, store = open_world(config)
     check_k(most_documents(config), len(index))
     asked_from = Path(getattr(config.questions, config.evaluate.split))
-    questions = read_questions(asked_from)
     trained = restore_trained(rag)
     folder = Path(config.output)
     try:

@@ -47,7 +47,7 @@ retriever:
   normalize: false
   scale: 1.0
   prior: top_k
-  passage: "{{title}} {{text}}"
+  passage: "{{title}} [SEP] {{text}}" # as DPR's encoders read one
 generator:
   source: {folder}/generator
   prompt: {prompt}

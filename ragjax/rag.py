@@ -30,17 +30,27 @@ from ragjax.weights import Pretrained, open_bert, open_generator, read_json
 
 
 @dataclass(frozen=True)
-class Rag:
-    """Both models opened (not read), their tokenizers, the prompt, and what pins them."""
+class Models:
+    """Both models opened (not read): all that the loss and the training step are made of."""
 
     config: Config
     retriever: Pretrained
-    passage_encoder: Pretrained  # the retriever itself, unless `retriever.passage_source` names another
     generator: Pretrained
+    special: SpecialTokens  # the generator's
+
+    def abstract_params(self) -> Params:
+        """The shapes and types of {"retriever": …, "generator": …}."""
+        return {"retriever": self.retriever.abstract, "generator": self.generator.abstract}
+
+
+@dataclass(frozen=True)
+class Rag(Models):
+    """With them the encoder of the passages, the tokenizers, the prompt, and what pins all of them."""
+
+    passage_encoder: Pretrained  # the retriever itself, unless `retriever.passage_source` names another
     retriever_tokenizer: Tokenizer
     passage_tokenizer: Tokenizer
     generator_tokenizer: Tokenizer
-    special: SpecialTokens  # the generator's
     prompt: Prompt
     sources: tuple[Fetched, ...]
     fingerprints: dict[str, str]  # of everything that an index is built from
@@ -50,10 +60,6 @@ class Rag:
         params = {"retriever": self.retriever.read(), "generator": self.generator.read()}
         # bound to a device, as restored ones are: JAX would compile everything twice for one of each
         return jax.device_put(params, jax.local_devices()[0])
-
-    def abstract_params(self) -> Params:
-        """Their shapes and types."""
-        return {"retriever": self.retriever.abstract, "generator": self.generator.abstract}
 
 
 def open_rag(config: Config) -> Rag:
@@ -66,7 +72,7 @@ def open_rag(config: Config) -> Rag:
     encoder, decoder, *others = (checkpoint_folder(f.path) for f in fetched)
     retriever = open_bert(encoder, r.pooling, r.normalize, rate, config.dtype)
     generator = open_generator(decoder, rate, config.dtype)
-    _check_lengths(config, retriever, generator)
+    check_lengths(config, retriever, generator)
     if config.hf_compatible and not generator.config.encoder_decoder:
         raise InputError(
             f"{g.source}: hf_compatible=true needs BART or T5; transformers has no RAG over other generators"
@@ -129,7 +135,8 @@ def _check_vocabulary(checkpoint: Path, tokenizer: Tokenizer, model: Pretrained)
         )
 
 
-def _check_lengths(config: Config, retriever: Pretrained, generator: Pretrained) -> None:
+def check_lengths(config: Config, retriever: Pretrained, generator: Pretrained) -> None:
+    """Raises `InputError` for questions, passages, prompts or answers longer than a model has positions."""
     answer = max(config.generator.answer_tokens, config.decode.max_new_tokens)
     source, longest = config.generator.source_tokens, generator.config.longest
     checked = [
@@ -311,7 +318,7 @@ class TokenScores:
 
 
 def joint_logp(
-    rag: Rag, params: Params, batch: TrainBatch, key: Key[Array, ""], corpus: Float[Array, "N D"] | None = None
+    rag: Models, params: Params, batch: TrainBatch, key: Key[Array, ""], corpus: Float[Array, "N D"] | None = None
 ) -> tuple[Float[Array, "B K"], TokenScores]:
     """log p_η(z|x), and log p_θ(y_t|y_<t,x,z) of the training answers; pure, to be differentiated.
 
@@ -342,7 +349,7 @@ def joint_logp(
 
 
 def _question_log_prior(
-    rag: Rag, params: Params, batch: TrainBatch, keys: Keys | None, corpus: Array | None
+    rag: Models, params: Params, batch: TrainBatch, keys: Keys | None, corpus: Array | None
 ) -> Float[Array, "B K"]:
     """log p_η(z|x), the questions encoded anew so that the gradient reaches their encoder."""
     settings = rag.config.retriever
@@ -355,7 +362,7 @@ def _question_log_prior(
 
 
 def _token_scores(
-    rag: Rag,
+    rag: Models,
     params: Params,
     batch: TrainBatch,
     source: Int[Array, "B k S"],
@@ -391,7 +398,7 @@ def _mean_marginal_logp(
 
 
 def answer_nll(
-    rag: Rag,
+    rag: Models,
     log_prior: Float[Array, "B K"],
     scores: TokenScores,
     answer: Int[Array, "B T"],
@@ -418,7 +425,7 @@ def answer_nll(
 
 
 def loss(
-    rag: Rag, params: Params, batch: TrainBatch, key: Key[Array, ""], corpus: Float[Array, "N D"] | None = None
+    rag: Models, params: Params, batch: TrainBatch, key: Key[Array, ""], corpus: Float[Array, "N D"] | None = None
 ) -> tuple[Float[Array, ""], dict[str, Any]]:
     """The mean of −log p(y|x) over the batch, in nats, and what is worth watching (Lewis et al. 2020, section 2.4).
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Key
 
 from ragjax.config import InputError, Train
 from ragjax.models.layers import Params
-from ragjax.rag import Rag, TrainBatch, loss
+from ragjax.rag import Models, TrainBatch, loss
 
 Flat = dict[tuple[str, ...], Any]  # parameters by path
 
@@ -85,7 +85,7 @@ def make_optimizer(train: Train) -> optax.GradientTransformation:
     )
 
 
-def initial_state(rag: Rag, params: Params) -> TrainState:
+def initial_state(rag: Models, params: Params) -> TrainState:
     """Step 0. Raises `InputError` as `split_frozen` does."""
     train = rag.config.train
     trained, _ = split_frozen(params, train.freeze)
@@ -98,7 +98,7 @@ def initial_state(rag: Rag, params: Params) -> TrainState:
 
 
 def gradients(
-    rag: Rag, params: Params, batch: TrainBatch, key: Key[Array, ""], corpus: Float[Array, "N D"] | None = None
+    rag: Models, params: Params, batch: TrainBatch, key: Key[Array, ""], corpus: Float[Array, "N D"] | None = None
 ) -> tuple[Flat, dict[str, Any]]:
     """The gradient of the mean loss by the trained parameters, and metrics, over `train.accumulate` micro-batches."""
     trained, frozen = split_frozen(params, rag.config.train.freeze)
@@ -121,7 +121,7 @@ def gradients(
     return jax.lax.scan(add, zeros, parts)[0]
 
 
-def make_train_step(rag: Rag) -> jax.stages.Wrapped:
+def make_train_step(rag: Models) -> jax.stages.Wrapped:
     """(state, batch, corpus | None) → (state, metrics); the old state's memory is reused.
 
     `gradient_norm_retriever` and `gradient_norm_generator` are before clipping.

@@ -9,6 +9,7 @@ import datetime
 import hashlib
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -113,6 +114,12 @@ class Tokenizer:
     def encode_markup(self, text: str) -> list[int]:
         """The tokens of a piece of template, in which special tokens count."""
         return self._markup.encode(text, add_special_tokens=False).ids
+
+    def split_special(self, template: str) -> list[str | int]:
+        """A template cut at the special tokens in it: text and token ids in turn, text first and last."""
+        special = {self.token(i): i for i in self._special_ids}
+        pieces = re.split("|".join(f"({re.escape(token)})" for token in special) or r"(?!)", template)
+        return [special.get(piece, piece) for piece in pieces if piece is not None]
 
     def decode(self, ids: Ids) -> str:
         """The text of tokens, without the special ones."""

@@ -20,7 +20,7 @@ from ragjax.config import Config, InputError
 from ragjax.data import Batch, QuestionBatches, UsableAnswers, usable_answers
 from ragjax.experiment import check_same_experiment, check_same_models, start_experiment
 from ragjax.hub import cache_folder
-from ragjax.index import Index, check_k, open_index
+from ragjax.index import Index, check_built, check_k, open_index
 from ragjax.mesh import enable_compilation_cache, make_mesh, replicate, shard_batch
 from ragjax.metrics import contains_answer
 from ragjax.passages import PassageStore, Question, atomic_write, read_questions
@@ -40,9 +40,9 @@ def train(config: Config) -> Path:
     and `Interrupted` after Ctrl-C.
     """
     check_same_experiment(config)
+    questions = read_split(config, "train")
     rag, index, store = open_world(config)
     check_k(config.train.k, len(index))
-    questions = read_questions(Path(config.questions.train))
     usable = _usable(rag, questions)
     batches = QuestionBatches([len(a) for a in usable.answers], config.train.batch_size, config.seed)
     mesh = make_mesh()
@@ -78,11 +78,18 @@ def train(config: Config) -> Path:
     return folder
 
 
+def read_split(config: Config, split: str) -> list[Question]:
+    """The questions of a split. Raises `InputError` where these or the index are missing, before a model is fetched."""
+    check_built(Path(config.index.folder))
+    return read_questions(Path(getattr(config.questions, split)))
+
+
 def open_world(config: Config) -> tuple[Rag, Index, PassageStore]:
     """Opens models, index and passages, and checks that they belong together. Raises `InputError`."""
+    folder = Path(config.index.folder)
+    check_built(folder)  # before models are fetched
     enable_compilation_cache(cache_folder() / "xla")
     rag = open_rag(config)
-    folder = Path(config.index.folder)
     return rag, open_index(folder, rag.fingerprints), PassageStore.open(folder)
 
 

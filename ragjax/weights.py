@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -142,6 +142,14 @@ GENERATORS: dict[str, tuple[Any, Any]] = {
     "t5": (T5Config, T5),
 }
 HEAD = "lm_head.weight"
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+HOW_TO_CONVERT = (
+    "pickled weights (*.bin) are never loaded. To get safetensors: on the hub, the pull request 'Adding `safetensors` "
+    "variant of this model' (see the repository's Community tab; huggingface.co/spaces/safetensors/convert makes one) "
+    "can be named as a revision, hf:ORG/NAME@refs/pr/N with its number N. Or, where torch is installed, load the model "
+    "with the class of transformers that its config.json names, call save_pretrained(FOLDER), and copy the tokenizer's "
+    "files into FOLDER"
+)
 # copies of the one embedding table
 TIED = {f"{part}.embed_tokens.weight" for part in ("encoder", "decoder", "model.encoder", "model.decoder")}
 # tensors that carry nothing we need: heads of other tasks, and buffers that older exports wrote down
@@ -166,16 +174,20 @@ def open_bert(
     checkpoint: Path, pooling: str, normalize: bool, dropout: float = 0.0, dtype: str = "float32"
 ) -> Pretrained:
     """A BERT or DPR encoder in a Hugging Face folder. Raises `InputError` for a missing or unreadable file."""
-    hf = read_json(checkpoint / "config.json")
-    config = _shape(lambda: BertConfig.from_hf(hf, pooling, normalize, dropout, dtype), checkpoint / "config.json")
+    shape = bert_shape(checkpoint / "config.json", pooling, normalize, dropout, dtype)
     names, read = _open_safetensors(checkpoint)
     prefix = _prefix(names, BERT[0][1], checkpoint)
     # DPR keeps its projection beside the encoder, under the parent's prefix
     parent = prefix.removesuffix("bert_model.")
     table = {ours: (parent if "encode_proj" in name else prefix) + name for ours, name, _ in BERT}
-    graph, abstract = split_parameters(nnx.eval_shape(lambda: Bert(config, nnx.Rngs(0))))
-    files = tuple(weight_files(checkpoint))
-    return Pretrained(config, graph, abstract, files, hf, lambda: _fill(abstract, table, names, read, checkpoint))
+    return _with_weights(shape, checkpoint, table, names, read)
+
+
+def bert_shape(path: Path, pooling: str, normalize: bool, dropout: float = 0.0, dtype: str = "float32") -> Pretrained:
+    """An encoder of which only the config.json at `path` is there: shapes, and nothing to read. Raises `InputError`."""
+    hf = read_json(path)
+    config = _shape(lambda: BertConfig.from_hf(hf, pooling, normalize, dropout, dtype), path)
+    return _unread(config, lambda: Bert(config, nnx.Rngs(0)), hf)
 
 
 def open_generator(checkpoint: Path, dropout: float = 0.0, dtype: str = "float32") -> Pretrained:
@@ -189,18 +201,41 @@ def open_generator(checkpoint: Path, dropout: float = 0.0, dtype: str = "float32
     else:
         hf = read_json(checkpoint / "config.json")
         names, read = _open_safetensors(checkpoint)
-    shape, module = GENERATORS.get(hf.get("model_type", ""), GENERATORS["llama"])
     # transformers 5 writes that every T5 is tied, even one with a head of its own
-    own_head = {"tie_word_embeddings": False} if hf.get("scale_decoder_outputs") is False and HEAD in names else {}
-    place = checkpoint if gguf else checkpoint / "config.json"
-    config = _shape(lambda: shape.from_hf(hf | own_head, dropout, dtype), place)
+    own_head = hf.get("scale_decoder_outputs") is False and HEAD in names
+    shape = _generator_shape(hf, checkpoint if gguf else checkpoint / "config.json", dropout, dtype, own_head)
     names = names - TIED
-    if getattr(config, "tied", True):
+    if getattr(shape.config, "tied", True):
         names = names - {HEAD, "output.weight"}
     table = {ours: theirs for ours, name, other in _generator_table(hf) if (theirs := other if gguf else name)}
-    graph, abstract = split_parameters(nnx.eval_shape(lambda: module(config, nnx.Rngs(0))))
+    return _with_weights(shape, checkpoint, table, names, read)
+
+
+def generator_shape(path: Path, dropout: float = 0.0, dtype: str = "float32") -> Pretrained:
+    """A generator of which only the config.json at `path` is there, as `bert_shape`."""
+    return _generator_shape(read_json(path), path, dropout, dtype)
+
+
+def _generator_shape(hf: dict[str, Any], path: Path, dropout: float, dtype: str, own_head: bool = False) -> Pretrained:
+    shape, module = GENERATORS.get(hf.get("model_type", ""), GENERATORS["llama"])
+    tied = {"tie_word_embeddings": False} if own_head else {}
+    config = _shape(lambda: shape.from_hf(hf | tied, dropout, dtype), path)
+    return _unread(config, lambda: module(config, nnx.Rngs(0)), hf)
+
+
+def _unread(config: Any, make: Callable[[], nnx.Module], hf: dict[str, Any]) -> Pretrained:
+    def read() -> Params:
+        raise InputError("of this model only its config.json was read")
+
+    graph, abstract = split_parameters(nnx.eval_shape(make))
+    return Pretrained(config, graph, abstract, (), hf, read)
+
+
+def _with_weights(
+    shape: Pretrained, checkpoint: Path, table: Mapping[str, str], names: set[str], read: Read
+) -> Pretrained:
     files = tuple(weight_files(checkpoint))
-    return Pretrained(config, graph, abstract, files, hf, lambda: _fill(abstract, table, names, read, checkpoint))
+    return replace(shape, files=files, read=lambda: _fill(shape.abstract, table, names, read, checkpoint))
 
 
 def save_bert(folder: Path, config: Mapping[str, Any], params: Params) -> None:
@@ -250,7 +285,7 @@ def weight_files(checkpoint: Path) -> list[Path]:
         return sorted({checkpoint / str(name) for name in named.values()})
     files = sorted(checkpoint.glob("*.safetensors"))
     if not files:
-        raise InputError(f"{checkpoint}: no *.safetensors here; pickled weights (*.bin) are never loaded")
+        raise InputError(f"{checkpoint}: no *.safetensors here; {HOW_TO_CONVERT}")
     return files
 
 

@@ -44,6 +44,20 @@ def test_embeddings_are_those_of_each_passage_alone(world: Path, one_by_one: np.
     assert (index.manifest["N"], index.manifest["D"], index.kind) == (30, 32, "exact")
 
 
+def test_special_tokens_in_the_template_are_special(world: Path) -> None:
+    """DPR reads [CLS] title [SEP] text [SEP]; what a passage says of itself stays text, and the end is cut."""
+    tokenizer = open_rag(tiny_config(world)).retriever_tokenizer
+    passages = [Passage("a", "One", "two [SEP] three"), Passage("b", "Four", "five " * 40)]
+    whole, cut = build_module.passage_rows(tokenizer, "{title} [SEP] {text}", passages, 64)
+    (cls,), (sep,) = tokenizer.frame
+    title, text = tokenizer.encode(["One ", " two [SEP] three"])
+    assert whole == [cls, *title, sep, *text, sep] and whole.count(sep) == 2
+    assert len(cut) == 64 and cut[:1] == [cls] and cut[-1] == sep and cut.count(sep) == 2
+    plain = build_module.passage_rows(tokenizer, "{title}: {text}", passages, 64)
+    texts = [passage_text("{title}: {text}", passage) for passage in passages]
+    assert plain == tokenizer.encode(texts, special=True, longest=64)
+
+
 def test_retrieval_is_the_largest_inner_products(world: Path, one_by_one: np.ndarray) -> None:
     rag, texts = open_rag(tiny_config(world)), ["What is the capital of Arland?"]
     params = rag.initial_params()

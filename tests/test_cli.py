@@ -20,7 +20,7 @@ from ragjax.cli import main
 from ragjax.passages import write_jsonl
 
 Capture = pytest.CaptureFixture[str]
-COMMANDS = ("index", "train", "evaluate", "answer", "config")
+COMMANDS = ("plan", "index", "train", "evaluate", "answer", "config")
 PASSAGES = [{"id": f"{i}", "title": f"Land {i}", "text": f"The capital of land {i} is city {i}."} for i in range(4)]
 
 

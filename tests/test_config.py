@@ -69,7 +69,7 @@ def test_a_configuration_cannot_be_changed(tmp_path: Path) -> None:
     ("override", "message"),
     [
         ("train.stepz=3", r"unknown key 'train\.stepz'; known here: steps, batch_size"),
-        ("trian.steps=3", r"unknown key 'trian'; known here: output, seed"),
+        ("trian.steps=3", r"unknown key 'trian'; known here: output, model, hf_compatible, seed"),
         ("train.steps=many", r"key 'train\.steps': Value 'many'.* could not be converted to Integer"),
         ("train.remat=maybe", r"key 'train\.remat': .*bool"),
         ("train.clip=[1]", r"train\.clip"),
@@ -82,6 +82,8 @@ def test_a_configuration_cannot_be_changed(tmp_path: Path) -> None:
         ("dtype=float64", r"dtype is 'float64'; expected one of float32, bfloat16"),
         ("corpus.format=csv", r"corpus\.format is 'csv'; expected one of jsonl, dpr, factbook"),
         ("decode.mode=slow", r"decode\.mode is 'slow'; expected one of thorough, fast"),
+        ("model=rag_words", r"model is 'rag_words'; expected one of rag_sequence, rag_token"),
+        ("train.label_smoothing=1.0", r"train\.label_smoothing is 1\.0; expected less than 1"),
         ("decode.min_new_tokens=16", r"decode\.min_new_tokens must be smaller"),
         ("generator.prompt='{passage} only'", r"generator\.prompt must contain \{question\} once"),
         ("generator.answer=yes", r"generator\.answer must contain \{answer\}"),
@@ -124,3 +126,20 @@ def test_a_yaml_error_tells_its_line(tmp_path: Path) -> None:
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"none\.yaml: no such configuration file"):
         load_config(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model=rag_token", "train.backward_documents=1"], r"train\.backward_documents is for model=rag_sequence"),
+        (["model=rag_token", "train.exclude_bos=true"], r"train\.exclude_bos is for model=rag_sequence"),
+        (["model=rag_token", "retriever.prior=corpus"], r"retriever\.prior=corpus is for model=rag_sequence"),
+        (["model=rag_token", "decode.mode=fast"], r"decode\.mode=fast is for model=rag_sequence"),
+        (["hf_compatible=true", "decode.mode=fast"], r"decode\.mode=fast is for .*hf_compatible=false"),
+        (["hf_compatible=true", "retriever.prior=corpus"], r"hf_compatible=true normalises over the top k"),
+    ],
+    ids=str,
+)
+def test_what_does_not_go_together(tmp_path: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load_config(written(tmp_path), overrides)

@@ -13,7 +13,7 @@ import pytest
 
 from ragjax import hub
 from ragjax.config import InputError
-from ragjax.hub import Fetched, cache_folder, checkpoint_folder, fetch, fingerprint_files
+from ragjax.hub import Fetched, cache_folder, checkpoint_folder, fetch, fetch_config, fingerprint_files
 
 
 @pytest.fixture(autouse=True)
@@ -144,19 +144,26 @@ COMMIT = "0123456789abcdef"
 
 @pytest.fixture
 def fake_hub(tmp_path, monkeypatch):
-    """Stands in for huggingface_hub: {(repository, kind): its files}."""
+    """Stands in for huggingface_hub: {(repository, kind): its files}, and the revision that was last asked for."""
     import huggingface_hub
-    from huggingface_hub.errors import RepositoryNotFoundError
+    from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError
 
-    repositories: dict[tuple[str, str], list[str]] = {}
+    repositories = {}
+
+    def hf_hub_download(repo, name, *, revision):
+        if name not in repositories.get((repo, "model"), [name]):
+            raise RemoteEntryNotFoundError.__new__(RemoteEntryNotFoundError)
+        return str(Path(snapshot_download(repo, repo_type="model", revision=revision, allow_patterns=[name])) / name)
 
     def snapshot_download(repo, *, repo_type, revision, allow_patterns):
         if (repo, repo_type) not in repositories:
             raise RepositoryNotFoundError.__new__(RepositoryNotFoundError)
+        repositories["revision"] = revision
         names = [name for name in repositories[repo, repo_type] if any(fnmatch(name, p) for p in allow_patterns)]
         return str(fill(tmp_path / "snapshots" / COMMIT, *names))
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
     monkeypatch.setattr(
         huggingface_hub.HfApi,
         "list_repo_files",
@@ -172,6 +179,35 @@ def test_hub_repositories_are_pinned_and_never_bring_pickles(fake_hub, tmp_path)
     assert sorted(file.name for file in fetched.path.iterdir()) == ["config.json", "model.safetensors"]
 
 
+def test_a_pull_request_is_a_revision(fake_hub, tmp_path):
+    fake_hub["org/bert", "model"] = ["config.json", "model.safetensors"]
+    assert fetch("hf:org/bert@refs/pr/4").pin == COMMIT
+    assert fake_hub["revision"] == "refs/pr/4"
+
+
+def test_config_json_alone_is_fetched(fake_hub, tmp_path):
+    fake_hub["org/bert", "model"] = ["config.json", "model.safetensors"]
+    path = fetch_config("hf:org/bert@v1.0")
+    assert [path.name] == [file.name for file in path.parent.iterdir()] == ["config.json"]
+    assert fake_hub["revision"] == "v1.0"
+    fake_hub["org/gguf", "model"] = ["model.gguf"]
+    with pytest.raises(InputError, match=r"hf:org/gguf: the repository has no config\.json"):
+        fetch_config("hf:org/gguf")
+    with pytest.raises(InputError, match="no such repository"):
+        fetch_config("hf:org/nothing")
+    with pytest.raises(InputError, match="expected hf:ORG/NAME"):
+        fetch_config("hf:nothing")
+
+
+def test_config_json_of_local_folders_needs_no_weights(tmp_path):
+    assert fetch_config(str(fill(tmp_path / "a", "config.json"))) == tmp_path / "a" / "config.json"
+    nested = fill(tmp_path / "b", "pkg/config.json", "pkg/model.safetensors")
+    assert fetch_config(str(nested)) == nested / "pkg" / "config.json"
+    assert fetch_config(str(fill(tmp_path / "c", "m.gguf"))) == tmp_path / "c" / "m.gguf"
+    with pytest.raises(InputError, match="no such file or folder"):
+        fetch_config(str(tmp_path / "nothing"))
+
+
 def test_hub_data_sets_are_found_too(fake_hub):
     fake_hub["org/wiki", "dataset"] = ["passages.jsonl.gz"]
     assert fetch("hf:org/wiki").pin == COMMIT
@@ -179,8 +215,9 @@ def test_hub_data_sets_are_found_too(fake_hub):
 
 def test_hub_refusals(fake_hub):
     fake_hub["org/old", "model"] = ["config.json", "pytorch_model.bin"]
-    with pytest.raises(InputError, match="only pickled weights, which are never loaded"):
+    with pytest.raises(InputError, match=r"has none of .*pickled weights.*refs/pr/N.*save_pretrained") as caught:
         fetch("hf:org/old")
+    assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match="no such repository"):
         fetch("hf:org/nothing")
 
@@ -207,6 +244,10 @@ def test_checkpoint_folder(tmp_path):
 def test_no_or_many_checkpoints(tmp_path):
     with pytest.raises(InputError, match=r"no checkpoint; expected config.json .* found pytorch_model.bin"):
         checkpoint_folder(fill(tmp_path / "a", "pytorch_model.bin"))
+    with pytest.raises(
+        InputError, match=r"found config\.json, pytorch_model\.bin; pickled.*refs/pr/N.*save_pretrained"
+    ):
+        checkpoint_folder(fill(tmp_path / "old", "config.json", "pytorch_model.bin"))
     with pytest.raises(InputError, match="found no files"):
         checkpoint_folder(fill(tmp_path / "empty"))
     with pytest.raises(InputError, match=r"several checkpoints.*x\.gguf, .*y\.gguf"):

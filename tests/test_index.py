@@ -10,7 +10,16 @@ import pytest
 
 from ragjax import index as index_module
 from ragjax.config import InputError
-from ragjax.index import Index, check_k, check_kind, embed_passages, exact_search, open_index, write_index
+from ragjax.index import (
+    Index,
+    check_k,
+    check_kind,
+    embed_passages,
+    exact_search,
+    faiss_bytes,
+    open_index,
+    write_index,
+)
 from ragjax.passages import atomic_write
 
 FINGERPRINTS = {"corpus": "sha256:c", "encoder": "sha256:e", "passage_tokenizer": "sha256:p"}
@@ -149,6 +158,18 @@ def test_a_bad_kind_is_named(tmp_path, kind):
 def test_a_good_kind_passes():
     check_kind("exact", 16)
     check_kind("IVF256,PQ4", 16)
+
+
+@pytest.mark.parametrize("kind", ["Flat", "HNSW8", "HNSW32", "SQ8", "IVF16,Flat", "PCA8,HNSW32_SQ8"])
+def test_the_bytes_of_a_faiss_structure_are_foretold(tmp_path, kind):
+    build(tmp_path, random_vectors(3000), kind)
+    assert faiss_bytes(kind, 16, 3000) == pytest.approx((tmp_path / "faiss.index").stat().st_size, rel=0.02)
+
+
+def test_a_rare_kind_is_not_foretold():
+    assert faiss_bytes("IDMap,Flat", 16, 3000) is None
+    with pytest.raises(InputError, match="FAISS does not accept"):
+        faiss_bytes("nonsense", 16, 3000)
 
 
 def test_too_few_passages_to_train(tmp_path):

@@ -11,6 +11,7 @@ from ragjax.passages import (
     Passage,
     PassageStore,
     Question,
+    count_passages,
     read_passages,
     read_questions,
     write_jsonl,
@@ -44,6 +45,7 @@ def test_reads_jsonl(tmp_path, zipped):
     write(path, gzip.compress(lines.encode()) if zipped else lines)
     expected = [PASSAGES[0], Passage("b", "", "y")]
     assert list(read_passages(path, "jsonl")) == expected
+    assert count_passages(path, "jsonl") == 2
     assert list(read_passages(tmp_path, "jsonl", limit=1)) == expected[:1]
 
 
@@ -56,6 +58,7 @@ def test_reads_dpr(tmp_path, zipped):
         Passage("1", "Aaron", 'Aaron "The" Aaron\tx'),
         Passage("2", "B", "plain"),
     ]
+    assert count_passages(path, "dpr") == 2
 
 
 GOOD = b'{"id": "a", "text": "t"}\n'
