@@ -163,8 +163,9 @@ def _fetch_hf(source: str) -> Fetched:
 @contextmanager
 def _hub_errors(source: str, repo: str, revision: str) -> Iterator[None]:
     """Turns whatever goes wrong with the hub into one `InputError`."""
-    from huggingface_hub import errors
+    from huggingface_hub import errors, logging
 
+    logging.set_verbosity_error()  # it would tell of every attempt; the last one's error is ours to tell
     try:
         yield
     except errors.GatedRepoError:

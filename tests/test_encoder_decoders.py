@@ -290,6 +290,43 @@ def test_from_training_to_an_answer(family: str, more: list[str], world: Path, t
         assert sum(candidate["posterior"]) == pytest.approx(1, rel=1e-3)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "model"), [("bart", "rag_sequence"), ("t5", "rag_sequence"), ("bart", "rag_token")])
+def test_on_the_real_factbook(family: str, model: str, tmp_path: Path, capsys: Capture) -> None:
+    """The path of the configurations for Natural Questions, with random models: the loss falls and runs resume."""
+    config = str(Path(__file__).parents[1] / "configs" / "factbook.yaml")
+    settings = [f"model={model}", "retriever.source=random:bert", f"generator.source=random:{family}"]
+    settings += ["corpus.limit=1500", f"index.folder={tmp_path}/index", "generator.answer='{answer}'"]
+    settings += ["generator.source_tokens=256", "generator.answer_tokens=48", "train.backward_documents=null"]
+    settings += [
+        "train.steps=12",
+        "train.batch_size=8",
+        "train.freeze=[]",
+        "train.generator_lr=1e-2",
+        "train.save_every=6",
+        "train.keep=9",
+    ]
+
+    def run(command: str, folder: str, *more: str) -> list[dict[str, Any]]:
+        assert main([command, config, *settings, f"output={tmp_path / folder}", *more]) == 0
+        log = tmp_path / folder / "train.jsonl"
+        return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+
+    run("index", "whole")
+    lines = run("train", "whole")
+    perplexity = [line["nll_per_token"] for line in lines]
+    assert np.mean(perplexity[-3:]) < 0.8 * np.mean(perplexity[:3])
+    shutil.copytree(tmp_path / "whole", tmp_path / "pieces")
+    shutil.rmtree(tmp_path / "pieces" / "checkpoints" / "12")
+    assert [line["loss"] for line in run("train", "pieces")] == [line["loss"] for line in lines]
+    run("evaluate", "whole", "evaluate.limit=4", "evaluate.batch_size=4", "evaluate.untrained_limit=4")
+    report = json.loads((tmp_path / "whole" / "metrics.json").read_text())["models"]
+    assert report["trained"]["gold_nll"] < report["untrained"]["gold_nll"]
+    assert main(["answer", str(tmp_path / "whole" / "config.yaml"), "What is the capital of France?", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert len(answer["documents"]) == 3 and answer["candidates"][0]["thorough"] == answer["probability"] > 0
+
+
 BART = {"vocab_size": 9, "d_model": 8, "decoder_start_token_id": 2} | {
     f"{side}_{name}": 2 for side in ("encoder", "decoder") for name in ("layers", "attention_heads", "ffn_dim")
 }
