@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ragjax",
-        description="RAG-Sequence and RAG-Token in JAX: index a corpus, train retriever and generator end to end, decode, evaluate.",
+        description="RAG-Sequence and RAG-Token in JAX: index a corpus, train end to end, decode, evaluate.",
         epilog="example:\n  ragjax train configs/factbook.yaml train.steps=100 output=runs/mine\n\n"
         "`ragjax COMMAND --help` tells more about each command.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
