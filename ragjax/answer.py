@@ -36,7 +36,7 @@ from ragjax.rag import (
     prompt_rows,
     retrieve,
 )
-from ragjax.text import pad_rows
+from ragjax.text import bucket, buckets_up_to, pad_rows
 from ragjax.train import open_world, restore_trained
 
 
@@ -44,6 +44,13 @@ def answer_modes(config: Config) -> tuple[str, ...]:
     """The ways in which the configuration's model can answer."""
     fast = ("fast",) if config.model == "rag_sequence" and not config.hf_compatible else ()
     return ("thorough", *fast, "closed_book")
+
+
+def _check_mode(config: Config, mode: str | None) -> None:
+    modes = answer_modes(config)
+    if mode is not None and mode not in modes:
+        kind = f"model={config.model} hf_compatible={str(config.hf_compatible).lower()}"
+        raise InputError(f"mode is {mode!r}; with {kind} expected one of {', '.join(modes)}")
 
 
 def most_documents(config: Config) -> int:
@@ -121,8 +128,7 @@ class Answerer:
         `n_best` keeps so many candidates of each. Raises `InputError` for an empty question or an unknown mode.
         """
         mode = mode or self.rag.config.decode.mode
-        if mode not in (modes := answer_modes(self.rag.config)):
-            raise InputError(f"mode is {mode!r}; expected one of {', '.join(modes)}")
+        _check_mode(self.rag.config, mode)
         if n_best is not None and n_best < 1:
             raise InputError(f"n_best is {n_best}; expected 1 or more")
         check_questions(questions)
@@ -153,7 +159,8 @@ class Answerer:
         if retrieved is not None and _rescores_as_hugging_face(config):
             unmasked = read(graph, params, source, np.ones_like(mask))
             scoring = prior[:, : config.train.k]
-            found = decode_as_hugging_face(graph, params, unmasked, memory, scoring, config.decode.k, settings, special)
+            proposing = (ids >= 0) & (np.arange(ids.shape[1]) < config.decode.k)
+            found = decode_as_hugging_face(graph, params, unmasked, memory, scoring, proposing, settings, special)
         elif retrieved is not None and config.model == "rag_token":
             found = decode_together(graph, params, memory, prior, settings, special, config.hf_compatible)
         else:
@@ -163,7 +170,8 @@ class Answerer:
     def _gold_logp(self, memory: Memory, prior: np.ndarray, gold: Sequence[str]) -> np.ndarray:
         """log p(gold|x) [B], in nats."""
         rows = [answer_tokens(self.rag, answer) for answer in gold]
-        width = max(self.rag.config.generator.answer_tokens, *map(len, rows))
+        longest = max(self.rag.config.generator.answer_tokens, *map(len, rows))
+        width = bucket(longest, [self.rag.config.generator.answer_tokens, *buckets_up_to(longest + 32)])
         answers, counted = pad_rows(rows, width, self.rag.special.pad)
         lengths = counted.sum(axis=1, dtype=np.int32)[:, None]
         graph, params = self.rag.generator.graph, self.params["generator"]
@@ -230,6 +238,7 @@ def answer_from_command_line(
 ) -> int:
     """Prints an answer with its documents and candidates for each question; `-` stands for standard input."""
     check_questions(questions)
+    _check_mode(config, mode)
     answerer = open_answerer(config, untrained)
     if answerer.step is None:
         why = "" if untrained else f": no checkpoint in {config.output}"

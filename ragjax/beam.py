@@ -75,12 +75,6 @@ def beam_search(
     def rank(logp: Array, length: Array | int) -> Array:
         return logp / jnp.asarray(length, jnp.float32) ** length_penalty
 
-    def force(logp: Array, step: Array, token: int | None, when: int) -> Array:
-        if token is None:
-            return logp
-        only = jnp.where(jnp.arange(logp.shape[-1]) == token, 0.0 if hugging_face else logp, -jnp.inf)
-        return jnp.where(step == when, only, logp)
-
     def advance(state: _State) -> _State:
         step, last_step = state.step, state.step + 1 == longest
         here = jnp.arange(longest) == step
@@ -89,9 +83,12 @@ def beam_search(
         logp, cache = next_logp(state.last, step, seen.reshape(n, width, longest * width), state.cache)
         vocabulary = logp.shape[-1]
         too_short = (jnp.arange(vocabulary) == eos) & (step < min_new_tokens)
-        logp = force(jnp.where(too_short, -jnp.inf, logp), step, forced_bos, 0)
-        logp = force(logp, step, forced_eos, longest - 1)
-        total = state.logp[..., None] + logp
+        allowed = jnp.where(too_short, -jnp.inf, logp)
+        for forced, when in ((forced_bos, 0), (forced_eos, longest - 1)):
+            if forced is not None:
+                only = jnp.where(jnp.arange(vocabulary) == forced, 0.0 if hugging_face else logp, -jnp.inf)
+                allowed = jnp.where(step == when, only, allowed)
+        total = state.logp[..., None] + allowed
         best, flat = jax.lax.top_k(total.reshape(n, -1), min(2 * width, width * vocabulary))
         parent, token = flat // vocabulary, flat % vocabulary
         tokens = jnp.where(here, token[..., None], state.tokens[row, parent])

@@ -105,8 +105,8 @@ class Decode:
     k: int = 5
     beams: int = 4
     max_new_tokens: int = 16
-    min_new_tokens: int = 0  # 1 forbids the empty answer
-    length_penalty: float = 0.0  # beams are ranked by score / length**length_penalty; the final choice is not
+    min_new_tokens: int = 0  # 1 forbids the empty answer; 2 with BART, whose answers begin with <s>
+    length_penalty: float = 0.0  # beams are ranked by score / length**length_penalty; RAG-Sequence's choice is not
     early_stopping: bool = False  # a beam search ends with its first `beams` answers, though better ones may follow
 
 
@@ -260,6 +260,8 @@ def _check_model(config: Config) -> list[str]:
                 problems.append(f"{key} is for model=rag_sequence; leave it out with model=rag_token")
         if config.retriever.prior == "corpus":  # each token would lose the mass outside the top k
             problems.append("retriever.prior=corpus is for model=rag_sequence; use retriever.prior=top_k")
+    if config.hf_compatible and config.generator.prompt == "chat":
+        problems.append("hf_compatible=true needs a generator.prompt written out, not the word chat")
     if config.hf_compatible and config.retriever.prior == "corpus":
         problems.append("hf_compatible=true normalises over the top k; use retriever.prior=top_k")
     if config.decode.mode == "fast" and (config.model == "rag_token" or config.hf_compatible):

@@ -174,7 +174,8 @@ def decode(
     scored = thorough = responsibility = None
     if settings.mode == "thorough":
         scored = np.asarray(score_tokens(graph, params, memory, answers, lengths).sum(axis=-1))
-        thorough, responsibility = (np.asarray(x) for x in _thorough(log_prior, scored))
+        thorough, responsibility = (np.array(x) for x in _thorough(log_prior, scored))
+        thorough[~(proposed > -np.inf).any(axis=1)] = -np.inf  # where nothing could be answered
     return [
         Candidates(
             tokens=[tokens for tokens, _ in of_question],
@@ -204,7 +205,8 @@ def decode_together(
     found = [list(_distinct(beams, b, np.zeros(1))) for b in range(len(log_prior))]
     answers, lengths = pad_answers(found, special, settings.max_new_tokens)
     tokens = score_tokens(graph, params, memory, answers, lengths)
-    marginal, responsibility = (np.asarray(x) for x in _together(prior, tokens, lengths))
+    marginal, responsibility = (np.array(x) for x in _together(prior, tokens, lengths))
+    marginal[lengths == 0] = -np.inf  # where nothing could be answered
     scored = np.asarray(tokens.sum(axis=-1))
     return [
         Candidates(
@@ -226,28 +228,32 @@ def decode_as_hugging_face(
     unmasked: Memory,
     memory: Memory,
     log_prior: Float[np.ndarray, "B M"],
-    proposing: int,
+    proposing: Bool[np.ndarray, "B K"],
     settings: Decode,
     special: SpecialTokens,
 ) -> list[Candidates]:
     """transformers' `RagSequenceForGeneration.generate`, to the letter, over the K documents of each question.
 
-    The first `proposing` documents are searched through `unmasked`, memories that were read without a mask, padding
-    and all; the candidates are scored under the first M. A candidate is all that `generate` returns after the start
-    token, and what fills it up counts unless it is the padding token. `thorough` is −NLL.
+    The documents `proposing` are searched through `unmasked`, memories that were read without a mask, padding and all;
+    the candidates are scored under the first M. A candidate is all that `generate` returns after the start token, and
+    what fills it up counts unless it is the padding token. `thorough` is −NLL: above 0, even, where an answer of one
+    token has lost its prior.
     """
     beams = jax.device_get(propose(graph, params, unmasked, settings, special, True))
-    documents, (questions, scoring) = memory.start.shape[0] // len(log_prior), log_prior.shape
-    found = [_as_returned(beams, b * documents, proposing, special) for b in range(questions)]
-    count, longest = _few_sizes(max(map(len, found))), settings.max_new_tokens + 1  # a last padding token counts, too
+    documents, (questions, scoring) = proposing.shape[1], log_prior.shape
+    found = [_as_returned(beams, b * documents, proposing[b], special) for b in range(questions)]
+    count, longest = _few_sizes(max(map(len, found))), settings.max_new_tokens
     targets = np.full((questions, count, longest), special.pad, np.int32)
     for b, of_question in enumerate(found):
         for c, row in enumerate(of_question):
             targets[b, c, : len(row)] = row
     logp = score_tokens(graph, params, memory, targets, np.full((questions, count), longest, np.int32))[:, :scoring]
+    logp = jnp.where((log_prior > -np.inf)[..., None, None], logp, -jnp.inf)  # documents that are not there
     first_is_bos = [special.bos is not None and all(row[0] == special.bos for row in rows) for rows in found]
     counted, excluded = jnp.asarray(targets != special.pad), np.array(first_is_bos)
-    nll = np.asarray(hugging_face_nll(jnp.asarray(log_prior), logp, counted, jnp.asarray(excluded)))
+    nll = np.array(hugging_face_nll(jnp.asarray(log_prior), logp, counted, jnp.asarray(excluded)))
+    for b, of_question in enumerate(found):
+        nll[b, [c for c, by in enumerate(of_question.values()) if not by]] = np.inf  # where nothing could be answered
     counts = counted & ~(excluded[:, None, None] & (np.arange(longest) == 0))
     scored = np.asarray(jnp.where(counts[:, None], logp, 0.0).sum(axis=-1))
     joint = np.asarray(posterior(jnp.asarray(log_prior), jnp.asarray(scored)))
@@ -270,24 +276,24 @@ def decode_as_hugging_face(
 
 
 def _as_returned(
-    beams: Beams, first_row: int, documents: int, special: SpecialTokens
+    beams: Beams, first_row: int, proposing: Bool[np.ndarray, " K"], special: SpecialTokens
 ) -> dict[tuple[int, ...], dict[int, float]]:
     """Distinct rows as transformers returns them, and the beam's score for each document that proposed one.
 
     With one beam what follows the end token is padding; with more, if the padding token's id is 0, the end token.
     """
-    rows = slice(first_row, first_row + documents)
-    width, fill = int(beams.length[rows].max()), special.pad
+    rows = slice(first_row, first_row + len(proposing))
+    there = (beams.logp[rows] > -np.inf) & proposing[:, None]
+    width, fill = int(beams.length[rows][there].max(initial=1)), special.pad
     if beams.tokens.shape[1] > 1:
         fill = special.pad or special.eos
     found: dict[tuple[int, ...], dict[int, float]] = {}
-    for document in range(documents):
-        for beam in range(beams.tokens.shape[1]):
-            at = (first_row + document, beam)
-            tokens = [int(t) for t in beams.tokens[at][: beams.length[at]]]
-            row = (*tokens, *[fill] * (width - len(tokens)))
-            found.setdefault(row, {})[document] = float(beams.logp[at])
-    return found
+    for document, beam in np.argwhere(there):
+        at = (first_row + document, beam)
+        tokens = [int(t) for t in beams.tokens[at][: beams.length[at]]]
+        row = (*tokens, *[fill] * (width - len(tokens)))
+        found.setdefault(row, {})[int(document)] = float(beams.logp[at])
+    return found or {(special.pad,): {}}  # without any document there is only the empty answer
 
 
 def _fill_up(rows: np.ndarray, count: int, value: float) -> np.ndarray:

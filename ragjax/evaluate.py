@@ -48,6 +48,9 @@ def evaluate(config: Config) -> dict[str, Any]:
         raise InputError(f"{folder}: cannot be created ({error.strerror}); choose another output") from None
     report: dict[str, Any] = {
         "split": config.evaluate.split,
+        "model": config.model,
+        "hf_compatible": config.hf_compatible,
+        "exclude_bos": config.train.exclude_bos,
         "decode": dataclasses.asdict(config.decode),
         "fingerprints": rag.fingerprints | {"questions": fingerprint_files([asked_from])},
         "models": {},

@@ -14,10 +14,8 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import cast
 
 import jax
-from omegaconf import OmegaConf
 
 from ragjax.config import Config, InputError, Questions, dump_config, load_config
 from ragjax.hub import fingerprint_files
@@ -78,7 +76,7 @@ def check_same_models(config: Config) -> None:
 
 def _differences(path: Path, config: Config) -> dict[str, str]:
     """For each key whose value is another in a saved configuration: what it was and is."""
-    before, now = _leaves(_saved(path)), _leaves(dataclasses.asdict(config))
+    before, now = _leaves(dataclasses.asdict(load_config(path))), _leaves(dataclasses.asdict(config))
     return {
         key: f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
@@ -97,10 +95,6 @@ def _check_same_inputs(manifest: Path, inputs: dict[str, str]) -> None:
             f"{manifest.parent}: this run was started on other inputs: {', '.join(differ)} changed since; "
             "bring the old ones back, or choose another folder with output=…"
         )
-
-
-def _saved(path: Path) -> dict:
-    return cast(dict, OmegaConf.to_container(OmegaConf.load(path)))
 
 
 def load_experiment(folder: Path) -> Config:

@@ -7,6 +7,7 @@ passages were embedded by another encoder (DPR's context encoder), which it does
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,45 +16,47 @@ from typing import Any
 
 import jax
 import numpy as np
-from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from ragjax.config import InputError
+from ragjax.config import Config, InputError
 from ragjax.experiment import load_experiment
 from ragjax.hub import checkpoint_folder, fetch
 from ragjax.passages import partial_folder
 from ragjax.progress import terminal
 from ragjax.rag import Rag, open_rag
 from ragjax.train import restore_trained
-from ragjax.weights import bert_tensors, generator_tensors, read_json, weight_files
+from ragjax.weights import bert_tensors, generator_tensors, open_safetensors, read_json
 
 PARTS = {"question_encoder": "question_encoder_tokenizer", "generator": "generator_tokenizer"}
 DPR_PREFIX = "question_encoder.bert_model."
 KEPT = "rag.json"  # the settings of the RAG checkpoint, for the way back
 
 CONFIG = """\
-# {source}, imported. What must still be given: a corpus, where to put the index and runs, and what encodes passages.
+# {title}, imported. What must still be given: a corpus, questions, and what encodes passages.
 #
-#   ragjax index {folder}/config.yaml corpus.source=psgs_w100.tsv retriever.passage_source=hf:ORG/CONTEXT-ENCODER
-output: {folder}/run
+#   ragjax index config.yaml corpus.source=psgs_w100.tsv retriever.passage_source=hf:ORG/CONTEXT-ENCODER
+output: {run}
 model: {model}
 hf_compatible: false # true repeats transformers' numbers to the letter, mistakes included: the README lists them
 corpus: {{source: "???", format: dpr}}
 questions: {{train: "???", dev: "???", test: "???"}}
 retriever:
-  source: {folder}/question_encoder
-  passage_source: "???" # {source} has no encoder of passages; for DPR's hf:facebook/dpr-ctx_encoder-multiset-base
+  source: {question_encoder}
+  # The checkpoint has no encoder of passages: name the one that was trained together with its question encoder, such as
+  # hf:facebook/dpr-ctx_encoder-single-nq-base for facebook/rag-sequence-nq and facebook/rag-token-nq.
+  passage_source: "???"
   pooling: cls
   normalize: false
   scale: 1.0
   prior: top_k
   passage: "{{title}} [SEP] {{text}}" # as DPR's encoders read one
 generator:
-  source: {folder}/generator
+  source: {generator}
   prompt: {prompt}
   passage: {passage}
   answer: "{{answer}}"
   source_tokens: {source_tokens}
+  answer_tokens: {answer_tokens}
 train: {{k: {k}, label_smoothing: {label_smoothing}, exclude_bos: {exclude_bos}}}
 decode: {decode}
 """
@@ -71,6 +74,8 @@ def import_rag(source: str, out: Path) -> Path:
     if hf.get("model_type") != "rag" or not all(isinstance(hf.get(part), dict) for part in PARTS):
         raise InputError(f"{checkpoint}: not a RAG checkpoint: its config.json has model_type {hf.get('model_type')!r}")
     tensors = _split(checkpoint)
+    generation = checkpoint / "generation_config.json"
+    given = read_json(generation) if generation.is_file() else {}
     with _writing(out) as partial:
         for part, tokenizer in PARTS.items():
             (partial / part).mkdir()
@@ -80,8 +85,12 @@ def import_rag(source: str, out: Path) -> Path:
                 for file in (checkpoint / tokenizer).iterdir():
                     if file.suffix in (".json", ".txt", ".model") and file.name != "config.json":
                         shutil.copy(file, partial / part / file.name)
+            else:
+                terminal.print(f"no {tokenizer}/ in {checkpoint}: put the tokenizer's files into {out / part}")
+        if given:
+            _write_json(partial / "generator" / generation.name, given)
         _write_json(partial / KEPT, {key: value for key, value in hf.items() if key not in PARTS})
-        (partial / "config.yaml").write_text(_configuration(source, hf, out), encoding="utf-8")
+        (partial / "config.yaml").write_text(_configuration(source, hf, given, out), encoding="utf-8")
     return out
 
 
@@ -129,25 +138,35 @@ def _check_expressible(rag: Rag) -> None:
             f"{r.source}: Hugging Face's RAG has retriever.pooling=cls, normalize=false, scale=1.0 and prior=top_k; "
             f"this run has {r.pooling}, {str(r.normalize).lower()}, {r.scale} and {r.prior}"
         )
-    if not prompt.endswith("{question}") or "{passage}" not in prompt:
+    if _separators(rag.config) is None:
         terminal.print(
-            f"the prompt {prompt!r} is lost: Hugging Face's is prefix + title + title_sep + text + doc_sep + question",
+            f"the prompt {prompt!r} with passages {rag.config.generator.passage!r} and answers "
+            f"{rag.config.generator.answer!r} is lost: Hugging Face's is prefix + title + title_sep + text + doc_sep + "
+            "question, and an answer stands by itself",
             soft_wrap=True,
         )
+
+
+def _separators(config: Config) -> tuple[str, str, str] | None:
+    """`prefix`, `title_sep` and `doc_sep`, if that is all there is in the prompt besides passage and question."""
+    passage = re.fullmatch(r"([^{}]*)\{title\}([^{}]*)\{text\}", config.generator.passage)
+    prompt = re.fullmatch(r"([^{}]*)\{passage\}([^{}]*)\{question\}", config.generator.prompt)
+    if passage is None or prompt is None or config.generator.answer != "{answer}":
+        return None
+    return prompt[1] + passage[1], passage[2], prompt[2]
 
 
 def _split(checkpoint: Path) -> dict[str, dict[str, np.ndarray]]:
     """The tensors of each part, under the names that the part alone has."""
     tensors: dict[str, dict[str, np.ndarray]] = {part: {} for part in PARTS}
     strangers = []
-    for path in weight_files(checkpoint):
-        with safe_open(path, framework="numpy") as file:
-            for name in file.keys():  # noqa: SIM118  # not a dictionary
-                part, _, rest = name.removeprefix("rag.").partition(".")
-                if part in tensors and rest:
-                    tensors[part][rest] = file.get_tensor(name)
-                else:
-                    strangers.append(name)
+    names, read = open_safetensors(checkpoint)
+    for name in sorted(names):
+        part, _, rest = name.removeprefix("rag.").partition(".")
+        if part in tensors and rest:
+            tensors[part][rest] = read(name)
+        else:
+            strangers.append(name)
     if strangers or not all(tensors.values()):
         named = ", ".join(strangers[:20]) or f"no tensors of {', '.join(p for p in PARTS if not tensors[p])}"
         raise InputError(
@@ -156,32 +175,43 @@ def _split(checkpoint: Path) -> dict[str, dict[str, np.ndarray]]:
     return tensors
 
 
-def _configuration(source: str, hf: Mapping[str, Any], folder: Path) -> str:
-    def quoted(text: str) -> str:
-        return json.dumps(text, ensure_ascii=False)
+def _configuration(source: str, hf: Mapping[str, Any], given: Mapping[str, Any], folder: Path) -> str:
+    """`given` is the checkpoint's generation_config.json, from which transformers takes what RAG-Token generates by."""
+
+    def quoted(text: str | Path) -> str:
+        return json.dumps(str(text), ensure_ascii=False)
 
     title, doc, k = hf.get("title_sep", " / "), hf.get("doc_sep", " // "), hf.get("n_docs", 5)
-    # what `generate` would do by default; BART's and T5's own settings count, as in transformers
-    own = {key: value for key, value in hf["generator"].items() if value is not None}
-    decode = {"k": k, "beams": own.get("num_beams", 1), "max_new_tokens": own.get("max_length", 20) - 1}
-    decode |= {"length_penalty": float(own.get("length_penalty", 1.0))}
-    decode |= {
-        "early_stopping": own.get("early_stopping") is True,
-        "min_new_tokens": max(0, own.get("min_length", 0) - 1),
-    }
-    left_out = [f"{key}={own[key]}" for key, nothing in NOT_HERE.items() if own.get(key, nothing) != nothing]
     token = CLASSES["rag_token"] in (hf.get("architectures") or ())
+    # As transformers: RAG-Sequence takes the number of beams from the RAG's own configuration, and the rest from the
+    # generator's; RAG-Token takes all from its own, which wins over the generator's.
+    own = {key: value for key, value in hf["generator"].items() if value is not None}
+    of_rag = {key: value for key, value in {**hf, **given}.items() if value is not None}
+    search = own | (of_rag if token else {"num_beams": of_rag.get("num_beams", 1)})
+    most = max(1, search.get("max_length", 20) - 1)
+    decode = {
+        "k": k,
+        "beams": search.get("num_beams", 1),
+        "max_new_tokens": most,
+        "min_new_tokens": min(most - 1, max(0, search.get("min_length", 0) - 1)),
+        "length_penalty": float(search.get("length_penalty", 1.0)),
+        "early_stopping": search.get("early_stopping") is True,
+    }
+    left_out = [f"{key}={search[key]}" for key, nothing in NOT_HERE.items() if search.get(key, nothing) != nothing]
     prefix = own.get("prefix", hf.get("prefix")) or ""  # transformers 5 reads the generator's, older ones this, too
     # a mere space belongs to the passage, with which it is tokenised
     before, of_passage = ("", prefix) if not prefix.strip() else (prefix, "")
     missing = f"# Not carried over, since ragjax has nothing like it: {', '.join(left_out)}\n" if left_out else ""
     return missing + CONFIG.format(
-        source=source,
-        folder=folder.absolute(),
+        title=" ".join(source.split()),
+        run=quoted(folder.absolute() / "run"),
+        question_encoder=quoted(folder.absolute() / "question_encoder"),
+        generator=quoted(folder.absolute() / "generator"),
         model="rag_token" if token else "rag_sequence",
         prompt=quoted(f"{before}{{passage}}{doc}{{question}}"),
         passage=quoted(f"{of_passage}{{title}}{title}{{text}}"),
         source_tokens=hf.get("max_combined_length", 300),
+        answer_tokens=max(25, most),
         k=k,
         label_smoothing=hf.get("label_smoothing", 0.0),
         exclude_bos=json.dumps(bool(hf.get("exclude_bos_score")) and not token),
@@ -192,13 +222,17 @@ def _configuration(source: str, hf: Mapping[str, Any], folder: Path) -> str:
 def _rag_config(rag: Rag, parts: Mapping[str, Any]) -> dict[str, Any]:
     """What the run's configuration says, and the rest as the RAG checkpoint had it that was imported, if it was."""
     kept, generator, config = rag.retriever.files[0].parent.parent / KEPT, parts["generator"], rag.config
-    passage, prompt = config.generator.passage, config.generator.prompt
     names = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
     settings = {name: generator[name] for name in names if name in generator}
     settings |= {"is_encoder_decoder": True} | (read_json(kept) if kept.is_file() else {})
-    prefix = prompt.partition("{passage}")[0] + passage.partition("{title}")[0]
+    prefix, title_sep, doc_sep = _separators(config) or ("", " / ", " // ")
     if prefix != (generator.get("prefix", settings.get("prefix")) or ""):
         generator = generator | {"prefix": prefix}
+    for kind in ("bos", "eos"):  # they may have been in a generation_config.json, which RAG checkpoints do not have
+        forced, key = getattr(rag.special, f"forced_{kind}"), f"forced_{kind}_token_id"
+        by_default = rag.special.eos if (kind, generator.get("model_type")) == ("eos", "bart") else None
+        if forced != generator.get(key, by_default):
+            generator = generator | {key: forced}
     generator = {"bos_token_id": None} | generator  # T5's has none, and transformers' RAG fails where it is not said
     if config.model == "rag_sequence":  # RAG-Token has no use for it, and may have it all the same
         settings["exclude_bos_score"] = config.train.exclude_bos
@@ -206,8 +240,8 @@ def _rag_config(rag: Rag, parts: Mapping[str, Any]) -> dict[str, Any]:
         "model_type": "rag",
         "architectures": [CLASSES[config.model]],
         "n_docs": config.train.k,
-        "title_sep": passage.partition("{title}")[2].partition("{text}")[0],
-        "doc_sep": prompt.partition("{passage}")[2].partition("{question}")[0],
+        "title_sep": title_sep,
+        "doc_sep": doc_sep,
         "max_combined_length": config.generator.source_tokens,
         "retrieval_vector_size": rag.retriever.config.embedding_width,
         "label_smoothing": config.train.label_smoothing,

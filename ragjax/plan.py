@@ -23,6 +23,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ragjax.answer import most_documents
 from ragjax.config import Config, InputError
 from ragjax.decode import pad_answers, propose, propose_together, read, score_tokens
 from ragjax.hub import fetch_config, is_local
@@ -208,8 +209,10 @@ class _Plan:
     def evaluate_rows(self) -> list[Row]:
         decode, settings = self.config.decode, self.config.evaluate
         questions, longest = settings.batch_size, self.config.generator.source_tokens
-        together = self.config.model == "rag_token"
-        shape = questions * decode.k, longest
+        together, hugging_face = self.config.model == "rag_token", self.config.hf_compatible
+        documents = most_documents(self.config)
+        copies = 2 if hugging_face and not together else 1  # with the padding unmasked and masked
+        shape = questions * documents, longest
         sources = _shape(jnp.int32, *shape), _shape(jnp.bool, *shape)
 
         def memory() -> tuple[int, str]:
@@ -219,24 +222,25 @@ class _Plan:
                 whole = read(model.graph, *given)
                 return jax.tree.leaves((whole, empty_past(whole, decode.max_new_tokens * decode.beams)))
 
-            how = f"{questions} questions × {decode.k} documents × {longest} tokens, and the answers'"
-            return _bytes(jax.eval_shape(kept, model.abstract, *sources)), how
+            how = f"{questions} questions × {documents} documents × {longest} tokens, and the answers'"
+            how += ", read twice" if copies > 1 else ""
+            return copies * _bytes(jax.eval_shape(kept, model.abstract, *sources)), how
 
         def temporaries() -> tuple[int, str]:
             model = _known(self.generator, "generator")
             graph, params = model.graph, model.abstract
             # a memory is passed by its leaves: it is checked to hold arrays, which shapes are not
             whole = jax.eval_shape(lambda *given: jax.tree.leaves(read(graph, *given)), params, *sources)
-            count = decode.beams if together else decode.k * decode.beams
+            count = decode.beams if together else documents * decode.beams
             candidates = [[((0,) * decode.max_new_tokens, False)] * count] * questions
             answers = [_shape(x.dtype, *x.shape) for x in pad_answers(candidates, SPECIAL, decode.max_new_tokens)]
 
             @jax.jit
             def search(params: Params, whole: list[Any]) -> Any:
                 if together:
-                    prior = jnp.zeros((questions, decode.k))
-                    return propose_together(graph, params, Memory(*whole), prior, decode, SPECIAL)
-                return propose(graph, params, Memory(*whole), decode, SPECIAL)
+                    prior = jnp.zeros((questions, documents))
+                    return propose_together(graph, params, Memory(*whole), prior, decode, SPECIAL, hugging_face)
+                return propose(graph, params, Memory(*whole), decode, SPECIAL, hugging_face)
 
             @jax.jit
             def score(params: Params, whole: list[Any], *answers: Any) -> Any:
@@ -249,10 +253,10 @@ class _Plan:
             )
             return most, f"XLA's analysis ({_backend()}): at most {count} distinct candidates a question"
 
-        copies = 1 if settings.untrained_limit == 0 else 2
+        models = 1 if settings.untrained_limit == 0 else 2
         return [
-            self.parameters("evaluate", "retriever", copies),
-            self.parameters("evaluate", "generator", copies),
+            self.parameters("evaluate", "retriever", models),
+            self.parameters("evaluate", "generator", models),
             _row("evaluate", "documents' keys and values", "device", memory),
             _row("evaluate", "temporaries of answering", "device", temporaries),
             self.searched("evaluate"),

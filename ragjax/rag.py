@@ -6,6 +6,7 @@ RAG-Token:    log p(y|x) = Σ_t logsumexp_z [ log p_η(z|x) + log p_θ(y_t|y_<t,
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -73,10 +74,6 @@ def open_rag(config: Config) -> Rag:
     retriever = open_bert(encoder, r.pooling, r.normalize, rate, config.dtype)
     generator = open_generator(decoder, rate, config.dtype)
     check_lengths(config, retriever, generator)
-    if config.hf_compatible and not generator.config.encoder_decoder:
-        raise InputError(
-            f"{g.source}: hf_compatible=true needs BART or T5; transformers has no RAG over other generators"
-        )
     retriever_tokenizer, generator_tokenizer = Tokenizer.load(encoder), Tokenizer.load(decoder)
     passage_encoder, passage_tokenizer = retriever, retriever_tokenizer
     for other in others:
@@ -122,9 +119,16 @@ def _special_tokens(generator: Pretrained, tokenizer: Tokenizer) -> SpecialToken
     file = generator.files[0].parent / "generation_config.json"
     given = generator.hf | (read_json(file) if file.is_file() else {})
     # transformers' BartConfig has this default; older checkpoints leave the key out
-    forced_eos = given.get("forced_eos_token_id", tokenizer.eos_id if given.get("model_type") == "bart" else None)
-    forced_bos = given.get("forced_bos_token_id")
-    return SpecialTokens(tokenizer.eos_id, tokenizer.pad_id, given.get("bos_token_id"), forced_bos, forced_eos)
+    given = {"forced_eos_token_id": tokenizer.eos_id if given.get("model_type") == "bart" else None} | given
+
+    def one(key: str) -> int | None:
+        value = given.get(key)
+        if isinstance(value, list) and len(value) != 1:
+            raise InputError(f"{generator.files[0].parent}: {key} is {value}; expected one token")
+        return value[0] if isinstance(value, list) else value
+
+    bos, forced_bos, forced_eos = (one(f"{kind}_token_id") for kind in ("bos", "forced_bos", "forced_eos"))
+    return SpecialTokens(tokenizer.eos_id, tokenizer.pad_id, bos, forced_bos, forced_eos)
 
 
 def _check_vocabulary(checkpoint: Path, tokenizer: Tokenizer, model: Pretrained) -> None:
@@ -136,7 +140,14 @@ def _check_vocabulary(checkpoint: Path, tokenizer: Tokenizer, model: Pretrained)
 
 
 def check_lengths(config: Config, retriever: Pretrained, generator: Pretrained) -> None:
-    """Raises `InputError` for questions, passages, prompts or answers longer than a model has positions."""
+    """Raises `InputError` for questions, passages, prompts or answers longer than a model has positions.
+
+    And for a generator with which transformers has no RAG, where its numbers are asked for.
+    """
+    if config.hf_compatible and not generator.config.encoder_decoder:
+        raise InputError(
+            f"{config.generator.source}: hf_compatible=true needs BART or T5; transformers has no RAG with others"
+        )
     answer = max(config.generator.answer_tokens, config.decode.max_new_tokens)
     source, longest = config.generator.source_tokens, generator.config.longest
     checked = [
@@ -253,9 +264,9 @@ def _hugging_face_prompt_rows(
             passage = store[int(document)] if document >= 0 else Passage("", "", "")
             title = passage.title.removeprefix('"').removesuffix('"')
             told = passage_text(g.passage, replace(passage, title=title))
-            before, _, rest = g.prompt.partition("{passage}")
-            middle, _, after = rest.partition("{question}")
-            texts.append((before + told + middle + question + after).replace("  ", " "))
+            slots = {"{passage}": told, "{question}": question}
+            pieces = re.split(r"(\{passage\}|\{question\})", g.prompt)
+            texts.append("".join(slots.get(piece, piece) for piece in pieces).replace("  ", " "))
     rows = rag.generator_tokenizer.encode(texts, special=True, longest=g.source_tokens)
     return pad_rows(rows, g.source_tokens, rag.special.pad)
 

@@ -153,7 +153,16 @@ HOW_TO_CONVERT = (
 # copies of the one embedding table
 TIED = {f"{part}.embed_tokens.weight" for part in ("encoder", "decoder", "model.encoder", "model.decoder")}
 # tensors that carry nothing we need: heads of other tasks, and buffers that older exports wrote down
-UNUSED = ("pooler.", "cls.", "embeddings.position_ids", "rotary_emb.inv_freq", "masked_bias", "attn.bias")
+UNUSED = (
+    "pooler.",
+    "cls.",
+    "embeddings.position_ids",
+    "rotary_emb.inv_freq",
+    "masked_bias",
+    "attn.bias",
+    "EncDecAttention.relative_attention_bias",
+)
+ZERO = {"final_logits_bias"}  # where it is missing
 
 Read = Callable[[str], np.ndarray]
 
@@ -175,7 +184,7 @@ def open_bert(
 ) -> Pretrained:
     """A BERT or DPR encoder in a Hugging Face folder. Raises `InputError` for a missing or unreadable file."""
     shape = bert_shape(checkpoint / "config.json", pooling, normalize, dropout, dtype)
-    names, read = _open_safetensors(checkpoint)
+    names, read = open_safetensors(checkpoint)
     prefix = _prefix(names, BERT[0][1], checkpoint)
     # DPR keeps its projection beside the encoder, under the parent's prefix
     parent = prefix.removesuffix("bert_model.")
@@ -200,14 +209,19 @@ def open_generator(checkpoint: Path, dropout: float = 0.0, dtype: str = "float32
         hf, names, read = _open_gguf(checkpoint)
     else:
         hf = read_json(checkpoint / "config.json")
-        names, read = _open_safetensors(checkpoint)
+        names, read = open_safetensors(checkpoint)
     # transformers 5 writes that every T5 is tied, even one with a head of its own
     own_head = hf.get("scale_decoder_outputs") is False and HEAD in names
     shape = _generator_shape(hf, checkpoint if gguf else checkpoint / "config.json", dropout, dtype, own_head)
-    names = names - TIED
-    if getattr(shape.config, "tied", True):
-        names = names - {HEAD, "output.weight"}
-    table = {ours: theirs for ours, name, other in _generator_table(hf) if (theirs := other if gguf else name)}
+    tied = TIED | ({HEAD, "output.weight"} if getattr(shape.config, "tied", True) else set())
+    copies, names = names & tied, names - tied
+    rows = _generator_table(hf)
+    table = {ours: theirs for ours, name, other in rows if (theirs := other if gguf else name)}
+    if hf.get("model_type") == "bart" and not any(name.startswith("model.") for name in names):
+        table = {ours: name.removeprefix("model.") for ours, name in table.items()}  # saved without its head
+    if copies and table["embed.embedding"] not in names:  # of tied tables any one may be the one that was saved
+        table["embed.embedding"] = min(copies)
+        names = names | {min(copies)}
     return _with_weights(shape, checkpoint, table, names, read)
 
 
@@ -296,7 +310,8 @@ def _shape(make: Callable[[], Config], path: Path) -> Config:
         raise InputError(f"{path}: has no {error}, which the model's shape needs; fetch it again") from None
 
 
-def _open_safetensors(checkpoint: Path) -> tuple[set[str], Read]:
+def open_safetensors(checkpoint: Path) -> tuple[set[str], Read]:
+    """The names of a folder's tensors, and what reads one in float32. Raises `InputError` for a damaged file."""
     where: dict[str, Any] = {}
     for path in weight_files(checkpoint):
         try:
@@ -378,6 +393,9 @@ def _fill(abstract: Params, table: Mapping[str, str], names: set[str], read: Rea
         stacked = "layers" in path
         wanted = _layer_names(table[ours], leaf.shape[0] if stacked else 1)
         used |= set(wanted)
+        if ZERO.issuperset(wanted) and not names.intersection(wanted):
+            filled[path] = jnp.zeros(leaf.shape, jnp.float32)
+            continue
         if missing := [name for name in wanted if name not in names]:
             problems += [f"missing {name}" for name in missing]
             continue

@@ -198,6 +198,8 @@ def test_early_stopping_takes_the_first_answers() -> None:
 def test_forced_tokens_win_over_everything() -> None:
     found = search(random_tables(20, seed=8), beams=3, forced_bos=1, forced_eos=EOS)
     assert (np.asarray(found.tokens)[..., 0] == 1).all() and np.asarray(found.finished).all()
+    both = search(random_tables(20, seed=8), beams=1, max_new_tokens=1, forced_bos=1, forced_eos=EOS)
+    assert (np.asarray(both.tokens) == EOS).all() and (np.asarray(both.logp) > -np.inf).all()
 
 
 def test_stops_early() -> None:

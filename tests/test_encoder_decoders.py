@@ -204,6 +204,38 @@ def test_every_tensor_comes_back(golden: Golden) -> None:
         np.testing.assert_array_equal(ours[name], value, err_msg=name)
 
 
+def renamed(golden: Golden, change: Any, folder: Path) -> Any:
+    """The parameters read from the golden file after a change to its tensors, and the golden ones."""
+    folder.mkdir()
+    tensors = load_file(golden.folder / "w.safetensors")
+    save_file(change(dict(tensors)), folder / "w.safetensors")
+    shutil.copy(golden.folder / "config.json", folder)
+    return open_generator(folder).read()
+
+
+def test_files_named_as_on_the_hub(golden: Golden, tmp_path: Path) -> None:
+    """Without the head's prefix and buffer (facebook/bart-large), another copy of the embeddings, an unused table."""
+    embedding = "model.shared.weight" if "model.shared.weight" in load_file(golden.folder / "w.safetensors") else None
+
+    def without_head(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        del tensors["final_logits_bias"]
+        return {name.removeprefix("model."): value for name, value in tensors.items()}
+
+    def another_copy(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        table = tensors.pop(embedding or "shared.weight")
+        return tensors | {f"{'model.' if embedding else ''}decoder.embed_tokens.weight": table}
+
+    def unused_table(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return tensors | {"decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight": np.ones((2, 2))}
+
+    chex.assert_trees_all_equal(renamed(golden, another_copy, tmp_path / "copy"), golden.params)
+    chex.assert_trees_all_equal(renamed(golden, unused_table, tmp_path / "unused"), golden.params)
+    if embedding:
+        found = renamed(golden, without_head, tmp_path / "base")
+        assert not found.pop("logits_bias").any()
+        chex.assert_trees_all_equal(found, {k: v for k, v in golden.params.items() if k != "logits_bias"})
+
+
 def test_bfloat16_keeps_log_probabilities_in_float32(golden: Golden) -> None:
     half = open_generator(golden.folder, dtype="bfloat16")
     memory = golden.memory

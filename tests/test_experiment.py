@@ -59,6 +59,20 @@ def test_the_same_experiment_may_go_on_with_what_is_free_changed(world: Path, tm
     assert load_experiment(tmp_path).decode.k == 1
 
 
+def test_a_run_from_before_a_key_was_there_may_go_on(world: Path, tmp_path: Path) -> None:
+    """What its configuration does not say had the value that is the default today."""
+    start_experiment(*opened(world, tmp_path))
+    lines = (tmp_path / "config.yaml").read_text().splitlines()
+    older = [line for line in lines if line.split(":")[0].strip() not in ("model", "hf_compatible", "label_smoothing")]
+    assert len(older) == len(lines) - 3
+    (tmp_path / "config.yaml").write_text("\n".join(older))
+    config = tiny_config(world, output=str(tmp_path))
+    check_same_experiment(config)
+    check_same_models(config)
+    with pytest.raises(InputError, match="model was 'rag_sequence' and is 'rag_token'"):
+        check_same_models(dataclasses.replace(config, model="rag_token"))
+
+
 def test_another_experiment_is_refused_key_by_key(world: Path, tmp_path: Path) -> None:
     start_experiment(*opened(world, tmp_path))
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}

@@ -180,7 +180,9 @@ def test_fresh_models(
         settings = Decode(beams=beams, max_new_tokens=8, length_penalty=1.0)
         forced = replace(special, forced_eos=special.eos if family == "bart" else None)
         chosen = model.generate(**given, num_beams=beams, max_length=9).numpy()
-        found = decode_as_hugging_face(graph, weights, unmasked, memory, np.asarray(prior), documents, settings, forced)
+        found = decode_as_hugging_face(
+            graph, weights, unmasked, memory, np.asarray(prior), np.ones(prior.shape, bool), settings, forced
+        )
         for b, candidates in enumerate(found):
             ours_are = [
                 (*y, special.eos) if ends else y for y, ends in zip(candidates.tokens, candidates.finished, strict=True)

@@ -34,6 +34,7 @@ GOLDEN = Path(__file__).parent / "golden"
 LABELS = ("labels", "labels_nobos", "labels_nostart", "labels_short")
 VARIANTS = ("default", "lp0", "forcedbos", "earlystop")
 BEAMS = (1, 2, 4)
+ALL = np.ones((4, 3), bool)  # documents propose
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,7 @@ def test_thorough_decoding(golden: Golden, variant: str, beams: int, mode: str) 
     decode, special = golden.settings(variant, beams)
     memory, prior = golden.memory(), np.asarray(golden.prior)
     searched = memory if mode == "masked" else golden.memory(masked=False)
-    found = decode_as_hugging_face(golden.graph, golden.params, searched, memory, prior, 3, decode, special)
+    found = decode_as_hugging_face(golden.graph, golden.params, searched, memory, prior, ALL, decode, special)
     expected = {k: v for k, v in golden.values.items() if k.startswith(f"decode/{variant}/b{beams}/{mode}/")}
     expected = {key.rpartition("/")[2]: value for key, value in expected.items()}
     for question, ours in enumerate(found):
@@ -249,9 +250,11 @@ def test_other_documents_propose_than_score(golden: Golden, variant: str) -> Non
     decode, special = golden.settings(variant, 2)
     memory, prior = golden.memory(), np.asarray(golden.prior)
     few = prior[:, :2] - np.logaddexp.reduce(prior[:, :2], axis=1, keepdims=True)
-    whole = decode_as_hugging_face(golden.graph, golden.params, memory, memory, prior, 3, decode, special)
-    part = decode_as_hugging_face(golden.graph, golden.params, memory, memory, few, 3, decode, special)
-    first = decode_as_hugging_face(golden.graph, golden.params, memory, memory, prior, 1, decode, special)
+    whole = decode_as_hugging_face(golden.graph, golden.params, memory, memory, prior, ALL, decode, special)
+    part = decode_as_hugging_face(golden.graph, golden.params, memory, memory, few, ALL, decode, special)
+    first = decode_as_hugging_face(
+        golden.graph, golden.params, memory, memory, prior, ALL & (np.arange(3) < 1), decode, special
+    )
     for question, (all_three, two, one) in enumerate(zip(whole, part, first, strict=True)):
         assert sorted(all_three.tokens) == sorted(two.tokens)
         assert set(one.tokens) == {

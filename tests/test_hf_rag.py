@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from trained import refused
 
 from ragjax.cli import main
-from ragjax.config import dump_config, load_config
+from ragjax.config import InputError, dump_config, load_config
 from ragjax.experiment import load_experiment
 from ragjax.hf_rag import import_rag
 from ragjax.rag import open_rag
@@ -60,8 +60,13 @@ def write_rag_checkpoint(folder: Path, family: str, kind: str) -> Path:
 
 def configured(folder: Path) -> list[str]:
     """What an imported configuration leaves open."""
-    splits = [f"questions.{split}={folder}/{split}.jsonl" for split in ("train", "dev", "test")]
-    return ["corpus.source=none", "corpus.format=jsonl", f"retriever.passage_source={folder}/question_encoder", *splits]
+    splits = [f"questions.{split}='{folder}/{split}.jsonl'" for split in ("train", "dev", "test")]
+    return [
+        "corpus.source=none",
+        "corpus.format=jsonl",
+        f"retriever.passage_source='{folder}/question_encoder'",
+        *splits,
+    ]
 
 
 @pytest.mark.parametrize("name", ["bart-tiny", "t5-tiny"])
@@ -129,13 +134,37 @@ def test_how_transformers_would_generate_is_carried_over(checkpoint: Path, tmp_p
     import_rag(str(folder), tmp_path / "out")
     config = load_config(tmp_path / "out" / "config.yaml", configured(tmp_path / "out"))
     decode = config.decode
-    assert (decode.k, decode.beams, decode.max_new_tokens, decode.min_new_tokens) == (3, 4, 29, 2)
-    assert decode.length_penalty == 0.5 and decode.early_stopping
+    # the number of beams is the RAG's own, which says nothing
+    assert (decode.k, decode.beams, decode.max_new_tokens, decode.min_new_tokens) == (3, 1, 29, 2)
+    assert decode.length_penalty == 0.5 and decode.early_stopping and config.generator.answer_tokens == 29
     # a space is tokenised with the passage that follows it
     assert (config.generator.prompt, config.generator.passage) == ("{passage} ? {question}", " {title} | {text}")
     assert "# Not carried over" in (tmp_path / "out" / "config.yaml").read_text().splitlines()[0]
     special = open_rag(config).special
     assert (special.bos, special.forced_bos, special.forced_eos) == (0, 0, special.eos)
+
+
+def test_what_rag_token_generates_by_is_in_a_file_of_its_own(checkpoint: Path, tmp_path: Path) -> None:
+    folder, out = Path(shutil.copytree(checkpoint, tmp_path / "rag")), tmp_path / "an : odd #name"
+    hf = read_json(folder / "config.json") | {"architectures": ["RagTokenForGeneration"], "num_beams": 3}
+    hf["generator"] |= SEARCH
+    (folder / "config.json").write_text(json.dumps(hf))
+    given = {"num_beams": 5, "min_length": 56, "forced_bos_token_id": [0], "forced_eos_token_id": None}
+    (folder / "generation_config.json").write_text(json.dumps(given))
+    assert main(["import", str(folder), str(out)]) == 0
+    config = load_config(out / "config.yaml", configured(out))
+    assert (config.decode.beams, config.decode.max_new_tokens, config.decode.min_new_tokens) == (5, 29, 28)
+    rag = open_rag(config)
+    assert (rag.special.forced_bos, rag.special.forced_eos) == (0, None)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(dump_config(config))
+    assert main(["export", str(run), str(tmp_path / "exported")]) == 0
+    exported = read_json(tmp_path / "exported" / "config.json")["generator"]
+    assert (exported["forced_bos_token_id"], exported["forced_eos_token_id"]) == (0, None)
+    (out / "generator" / "generation_config.json").write_text('{"forced_bos_token_id": [0, 2]}')
+    with pytest.raises(InputError, match=r"forced_bos_token_id is \[0, 2\]; expected one token"):
+        open_rag(config)
 
 
 def test_what_was_changed_in_a_run_is_exported(checkpoint: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -147,11 +176,17 @@ def test_what_was_changed_in_a_run_is_exported(checkpoint: Path, tmp_path: Path,
     (run / "config.yaml").write_text(dump_config(config))
     capsys.readouterr()
     assert main(["export", str(run), str(tmp_path / "out")]) == 0
-    assert "the prompt '{passage}; {question}?' is lost" in capsys.readouterr().err
+    assert "the prompt '{passage}; {question}?' with passages '{title}: {text}'" in capsys.readouterr().err
     hf = read_json(tmp_path / "out" / "config.json")
     assert hf["architectures"] == ["RagTokenForGeneration"] and hf["dataset"] == "wiki_dpr"
-    assert (hf["n_docs"], hf["label_smoothing"], hf["title_sep"], hf["doc_sep"]) == (7, 0.2, ": ", "; ")
+    assert (hf["n_docs"], hf["label_smoothing"], hf["title_sep"], hf["doc_sep"]) == (7, 0.2, " / ", " // ")
     assert hf["generator"]["prefix"] == ""
+    changed = ["generator.prompt='read: {passage}; {question}'"]
+    (run / "config.yaml").write_text(dump_config(load_config(run / "config.yaml", changed)))
+    assert main(["export", str(run), str(tmp_path / "expressible")]) == 0
+    assert "is lost" not in capsys.readouterr().err
+    hf = read_json(tmp_path / "expressible" / "config.json")
+    assert (hf["generator"]["prefix"], hf["title_sep"], hf["doc_sep"]) == ("read: ", ": ", "; ")
     (run / "config.yaml").write_text(dump_config(load_config(run / "config.yaml", ["retriever.scale=2.0"])))
     message = refused(capsys, tmp_path, "export", str(run), str(tmp_path / "again"))
     assert "this run has cls, false, 2.0 and top_k" in message
@@ -189,6 +224,9 @@ def test_what_cannot_be_imported(capsys: Capture, checkpoint: Path, tmp_path: Pa
     message = refused(capsys, tmp_path, "import", str(strangers), out)
     assert "rag.reader.v" in message and "reader.w" in message
     assert "exists already" in refused(capsys, tmp_path, "import", str(checkpoint), str(tmp_path / "a"))
+    short = Path(shutil.copytree(checkpoint, tmp_path / "d"))
+    (short / "model.safetensors").write_bytes((short / "model.safetensors").read_bytes()[:-100])
+    assert "not readable as safetensors" in refused(capsys, tmp_path, "import", str(short), out)
     only = Path(shutil.copytree(checkpoint, tmp_path / "c"))
     kept = {k: v for k, v in load_file(only / "model.safetensors").items() if "generator" in k}
     save_file(kept, only / "model.safetensors")

@@ -18,11 +18,12 @@ from world import open_world, tiny_config
 from ragjax import plan
 from ragjax.cli import main
 from ragjax.config import Config, InputError, load_config
-from ragjax.decode import read
-from ragjax.models.generator import empty_past
+from ragjax.decode import pad_answers, propose, propose_together, read, score_tokens
+from ragjax.models.generator import Memory, empty_past
 from ragjax.passages import STORE_FILES
-from ragjax.plan import Row, abstract_batch, memory_plan, print_plan, size_text, step_temporaries, totals
+from ragjax.plan import SPECIAL, Row, abstract_batch, memory_plan, print_plan, size_text, step_temporaries, totals
 from ragjax.rag import open_rag, prompt_rows, train_batch
+from ragjax.random_checkpoint import write_random_checkpoint
 from ragjax.step import initial_state, make_train_step, split_frozen
 
 CONFIGS = ("rag_sequence_nq", "rag_token_nq", "rag_sequence_t5")
@@ -141,13 +142,31 @@ def test_temporaries_of_answering_are_compiled(
     monkeypatch.setattr(plan, "step_temporaries", lambda *_: 1)
     config = tiny_config(world, model=model, evaluate__batch_size=1, decode__beams=1)
     rag, planned = open_rag(config), sizes(config)
-    source = (
-        jax.ShapeDtypeStruct((config.decode.k, 128), jnp.int32),
-        jax.ShapeDtypeStruct((config.decode.k, 128), jnp.bool),
+    graph, params, settings = rag.generator.graph, rag.initial_params()["generator"], config.decode
+    source = jnp.zeros((settings.k, 128), jnp.int32), jnp.ones((settings.k, 128), bool)
+    memory, prior = read(graph, params, *source), jnp.zeros((1, settings.k))
+    count = settings.beams if model == "rag_token" else settings.k
+    answers, lengths = pad_answers(
+        [[((0,) * settings.max_new_tokens, False)] * count], SPECIAL, settings.max_new_tokens
     )
-    reading = read.lower(rag.generator.graph, rag.generator.abstract, *source).compile().memory_analysis()
-    assert reading is not None and reading.temp_size_in_bytes > 0
-    assert (planned["evaluate", "temporaries of answering", "device"] or 0) >= reading.temp_size_in_bytes
+    leaves = jax.tree.leaves(memory)
+
+    @jax.jit
+    def search(params: Any, prior: jax.Array, *leaves: jax.Array) -> Any:
+        if model == "rag_token":
+            return propose_together(graph, params, Memory(*leaves), prior, settings, SPECIAL)
+        return propose(graph, params, Memory(*leaves), settings, SPECIAL)
+
+    @jax.jit
+    def score(params: Any, answers: Any, lengths: Any, *leaves: jax.Array) -> Any:
+        return score_tokens(graph, params, Memory(*leaves), answers, lengths)
+
+    most = max(
+        TEMPORARIES(read, graph, params, *source),
+        TEMPORARIES(search, params, prior, *leaves),
+        TEMPORARIES(score, params, answers, lengths, *leaves),
+    )
+    assert planned["evaluate", "temporaries of answering", "device"] == pytest.approx(most, rel=0.02)
     assert planned["index", "temporaries of embedding", "device"]
 
 
@@ -324,3 +343,16 @@ def test_a_model_of_another_family_is_unknown(world: Path, tmp_path: Path) -> No
     assert "model_type 'roberta' is not bert or dpr" in rows["train", "retriever parameters", "device"].how
     with pytest.raises(InputError, match="no such configuration"):
         load_config(tmp_path / "none.yaml")
+
+
+def test_hugging_face_reads_more_documents_twice(compiled: None, world: Path, tmp_path: Path) -> None:
+    write_random_checkpoint("bart", tmp_path / "bart")
+    found = {}
+    for hf_compatible in (False, True):
+        config = tiny_config(
+            world, generator__source=str(tmp_path / "bart"), hf_compatible=hf_compatible, decode__k=2, train__k=6
+        )
+        found[hf_compatible] = sizes(config)["evaluate", "documents' keys and values", "device"] or 0
+    assert found[True] == pytest.approx(6 * found[False], rel=1e-3)
+    with pytest.raises(InputError, match="hf_compatible=true needs BART or T5"):
+        memory_plan(tiny_config(world, hf_compatible=True))
