@@ -428,10 +428,15 @@ def answer_nll(
         vocabulary = rag.generator.config.vocabulary
         return hugging_face_nll(log_prior, scores.logp, answer_mask, excluded, smoothing, scores.mean_logp, vocabulary)
     counted = answer_mask & ~(excluded[:, None] & (jnp.arange(answer.shape[1]) == 0))
+
+    def smooth(logp: Array, mean: Array) -> Array:
+        # 0 times the mean would cost its gradient
+        return logp if smoothing == 0.0 else (1.0 - smoothing) * logp + smoothing * mean
+
     if rag.config.model == "rag_token":
-        marginal = (1.0 - smoothing) * marginal_logp(log_prior, scores.logp) + smoothing * scores.mean_logp[:, 0]
+        marginal = smooth(marginal_logp(log_prior, scores.logp), scores.mean_logp[:, 0])
         return -jnp.where(counted, marginal, 0.0).sum(axis=-1)
-    smoothed = (1.0 - smoothing) * scores.logp + smoothing * scores.mean_logp
+    smoothed = smooth(scores.logp, scores.mean_logp)
     return -marginal_logp(log_prior, jnp.where(counted[:, None], smoothed, 0.0).sum(axis=-1))
 
 
