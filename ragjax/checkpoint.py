@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from ragjax.config import InputError
+from ragjax.progress import terminal
+
+Loaded = TypeVar("Loaded")
+
+
+class DamagedCheckpoint(InputError):
+    """A checkpoint that cannot be read, though it is of this model."""
 
 
 class Checkpoints:
@@ -51,6 +59,38 @@ class Checkpoints:
         self.wait()
         newest = self._checkpointer.latest
         return None if newest is None else newest.step
+
+    def newest(self, load: Callable[[int], Loaded]) -> tuple[int, Loaded] | None:
+        """The newest step that can be read, and what `load(step)` makes of it; None if nothing was saved.
+
+        A damaged checkpoint is reported, and the one before it is tried; where one may write, the damaged one is moved
+        out of the way, else it would be kept as the newest. Raises `InputError` if none is left, or as `load` does.
+        """
+        self.wait()
+        damaged: list[tuple[int, DamagedCheckpoint]] = []
+        for step in sorted((saved.step for saved in self._checkpointer.checkpoints), reverse=True):
+            try:
+                found = load(step)
+            except DamagedCheckpoint as error:
+                damaged.append((step, error))
+                continue
+            for bad, why in damaged:
+                terminal.print(f"{why}; going back to step {step}", soft_wrap=True)
+                self._set_aside(bad)
+            return step, found
+        if damaged:
+            raise InputError(f"{damaged[0][1]}; no other can be read: delete {self.folder} to start anew")
+        return None
+
+    def _set_aside(self, step: int) -> None:
+        if not self.writing:
+            return
+        aside = self.folder.parent / "damaged-checkpoints"
+        aside.mkdir(exist_ok=True)
+        count = sum(path.name.startswith(f"{step}-") for path in aside.iterdir())
+        self._path(step).rename(aside / f"{step}-{count + 1}")
+        terminal.print(f"the damaged checkpoint is now {aside / f'{step}-{count + 1}'}", soft_wrap=True)
+        self._open()
 
     def save(self, step: int, state: Any, metadata: dict[str, Any]) -> None:
         """Saves a tree of arrays, and JSON beside it; returns once `state` may be changed or donated.
@@ -133,10 +173,7 @@ class Checkpoints:
         if not self._path(step).exists():
             there = ", ".join(str(c.step) for c in self._checkpointer.checkpoints) or "none"
             return InputError(f"{self._path(step)}: there is no such checkpoint; the steps saved are: {there}")
-        return InputError(
-            f"{self._path(step)}: the checkpoint is incomplete or damaged ({_first_line(error)}); delete this folder "
-            "to go on from the checkpoint before it"
-        )
+        return DamagedCheckpoint(f"{self._path(step)}: the checkpoint is incomplete or damaged ({_first_line(error)})")
 
     def _unwritable(self, step: int, error: Exception) -> InputError:
         self._open()  # Orbax would report the same failure for ever

@@ -12,7 +12,7 @@ from ragjax.config import Config, InputError, dump_config, load_config
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit code: 0, 2 for bad input, 130 after Ctrl-C."""
+    """Runs one command; returns its exit code: 0, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM."""
     parser = _parser()
     options, more = parser.parse_known_args(arguments)
     if more:  # after an option argparse takes no further KEY=VALUE
@@ -142,7 +142,7 @@ def _train(options: argparse.Namespace) -> int:
         print(f"run: {train(_load(options))}")
     except Interrupted as stop:
         print(f"ragjax: {stop}", file=sys.stderr)
-        return 130
+        return stop.code
     return 0
 
 

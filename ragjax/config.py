@@ -94,6 +94,7 @@ class Train:
     exclude_bos: bool = False  # an answer's first token does not count where it is the generator's <s>
     remat: bool = True  # recompute activations in the backward pass
     save_every: int = 500
+    save_minutes: float | None = None  # and after so many minutes without a save
     keep: int = 2  # newest checkpoints kept
     log_every: int = 1
     tensorboard: bool = False
@@ -150,8 +151,8 @@ CHOICES = {
 POSITIVE = (
     "corpus.passage_words retriever.scale retriever.question_tokens retriever.passage_tokens index.batch_size "
     "generator.source_tokens generator.answer_tokens train.steps train.batch_size train.accumulate train.k train.clip "
-    "train.save_every train.keep train.log_every decode.k decode.beams decode.max_new_tokens evaluate.batch_size "
-    "corpus.limit evaluate.limit train.backward_documents"
+    "train.save_every train.save_minutes train.keep train.log_every decode.k decode.beams decode.max_new_tokens "
+    "evaluate.batch_size corpus.limit evaluate.limit train.backward_documents"
 ).split()
 NOT_NEGATIVE = (
     "train.retriever_lr train.generator_lr train.warmup train.weight_decay train.dropout train.label_smoothing "

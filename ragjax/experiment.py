@@ -24,7 +24,16 @@ from ragjax.passages import atomic_write
 from ragjax.rag import Rag
 
 # what may change between two calls on one output folder: nothing that the training of a step depends on
-FREE = ("output", "decode", "evaluate", "train.save_every", "train.keep", "train.log_every", "train.tensorboard")
+FREE = (
+    "output",
+    "decode",
+    "evaluate",
+    "train.save_every",
+    "train.save_minutes",
+    "train.keep",
+    "train.log_every",
+    "train.tensorboard",
+)
 MODELS = ("retriever", "generator", "dtype", "model")  # what a trained model means nothing without
 PACKAGES = "ragjax jax jaxlib flax optax orbax-checkpoint grain transformers tokenizers faiss-cpu numpy".split()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import signal
@@ -30,14 +31,18 @@ from ragjax.step import TrainState, initial_state, make_train_step, split_frozen
 
 
 class Interrupted(Exception):
-    """The run was asked to stop, and saved before it did."""
+    """The run was asked to stop by a signal, and saved before it did; `code` is what to exit with, 128 + the signal."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 def train(config: Config) -> Path:
     """Trains until `train.steps`, going on from the newest checkpoint in `output`; returns that folder.
 
     Raises `InputError` for bad input (before anything long starts), a loss that is no number, or a disk that is full,
-    and `Interrupted` after Ctrl-C.
+    and `Interrupted` after Ctrl-C or SIGTERM.
     """
     check_same_experiment(config)
     questions = read_split(config, "train")
@@ -50,15 +55,19 @@ def train(config: Config) -> Path:
     split_frozen(rag.abstract_params(), config.train.freeze)
     folder = start_experiment(rag, index)
 
-    with Checkpoints(folder / "checkpoints", keep=config.train.keep, writing=True) as checkpoints:
+    with (
+        _alone(folder),
+        Checkpoints(folder / "checkpoints", keep=config.train.keep, writing=True) as checkpoints,
+    ):
         state = _start(rag, checkpoints, batches, mesh)
         corpus = replicate(mesh, index.on_device) if config.retriever.prior == "corpus" else None
         step_fn, done = make_train_step(rag), int(state.step)
         with (
             _log(folder, done, config) as log,
-            _stop_at_ctrl_c() as stopping,
+            _stop_on_signals() as stopping,
             progress_bar("train", config.train.steps, "steps", done) as advance,
         ):
+            saved = time.monotonic()
             for step in range(done, config.train.steps):
                 started = time.perf_counter()
                 chosen = next(batches)
@@ -69,12 +78,15 @@ def train(config: Config) -> Path:
                 seconds = time.perf_counter() - started
                 log(step + 1, metrics | _rates(arrays, seconds))
                 advance(1, f"loss {metrics['loss']:.3f}  recall@{config.train.k} {metrics['recall']:.2f}")
-                last, stop = step + 1 == config.train.steps, stopping()
-                if last or stop or (step + 1) % config.train.save_every == 0:
+                last, stop, minutes = step + 1 == config.train.steps, stopping(), config.train.save_minutes
+                due = minutes is not None and time.monotonic() - saved >= 60 * minutes
+                if last or stop or due or (step + 1) % config.train.save_every == 0:
                     checkpoints.save(step + 1, state, {"data": batches.state()})
+                    saved = time.monotonic()
                 if stop and not last:
                     checkpoints.wait()
-                    raise Interrupted(f"stopped and saved at step {step + 1}; run the same command again to go on")
+                    message = f"stopped and saved at step {step + 1}; run the same command again to go on"
+                    raise Interrupted(message, 128 + stop)
     return folder
 
 
@@ -115,15 +127,15 @@ def _usable(rag: Rag, questions: Sequence[Question]) -> UsableAnswers:
 
 def _start(rag: Rag, checkpoints: Checkpoints, batches: QuestionBatches, mesh: jax.sharding.Mesh) -> TrainState:
     """The newest saved state, or step 0; restores the position in the data."""
-    newest = checkpoints.latest()
-    if newest is None:
-        return replicate(mesh, initial_state(rag, rag.initial_params()))
     abstract = jax.eval_shape(lambda params: initial_state(rag, params), rag.abstract_params())
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), abstract)
-    batches.restore(checkpoints.metadata(newest)["data"])
-    state = checkpoints.restore(newest, like)
-    terminal.print(f"going on from step {newest}")
+    newest = checkpoints.newest(lambda step: (checkpoints.metadata(step), checkpoints.restore(step, like)))
+    if newest is None:
+        return replicate(mesh, initial_state(rag, rag.initial_params()))
+    step, (metadata, state) = newest
+    batches.restore(metadata["data"])
+    terminal.print(f"going on from step {step}")
     return state
 
 
@@ -194,25 +206,40 @@ def _log(folder: Path, done: int, config: Config) -> Iterator[Callable[[int, dic
 
 
 @contextmanager
-def _stop_at_ctrl_c() -> Iterator[Callable[[], bool]]:
-    """Yields a function that says whether Ctrl-C came; a second Ctrl-C stops at once, without saving."""
-    came = False
+def _alone(folder: Path) -> Iterator[None]:
+    """Raises `InputError` while another process trains in this output folder; its death frees the folder."""
+    with (folder / ".lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{folder}: another process trains here; wait for it, or choose another output") from None
+        yield
+
+
+@contextmanager
+def _stop_on_signals() -> Iterator[Callable[[], int]]:
+    """Yields a function that tells which signal, Ctrl-C or SIGTERM, asks to stop, or 0.
+
+    A second Ctrl-C stops at once, without saving. Machines that are taken away send SIGTERM some time before.
+    """
+    came = 0
 
     def handle(number: int, frame: FrameType | None) -> None:
         nonlocal came
-        came = True
+        came = number
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background may ignore it by default
-        terminal.print("finishing this step, then saving; Ctrl-C again stops at once")
+        terminal.print("finishing this step, then saving; Ctrl-C stops at once")
 
     try:
-        previous = signal.signal(signal.SIGINT, handle)
+        previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     except ValueError:  # not in the main thread, as under some notebooks
-        yield lambda: False
+        yield lambda: 0
         return
     try:
         yield lambda: came
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def restore_trained(rag: Rag, step: int | None = None) -> tuple[Any, int] | None:
@@ -225,5 +252,9 @@ def restore_trained(rag: Rag, step: int | None = None) -> tuple[Any, int] | None
         return None
     check_same_models(rag.config)
     with Checkpoints(folder, keep=rag.config.train.keep, writing=False) as checkpoints:
-        step = checkpoints.latest() if step is None else step
-        return None if step is None else (checkpoints.restore_params(step, rag.abstract_params()), step)
+
+        def load(step: int) -> Any:
+            return checkpoints.restore_params(step, rag.abstract_params())
+
+        found = checkpoints.newest(load) if step is None else (step, load(step))
+        return None if found is None else (found[1], found[0])

@@ -19,7 +19,7 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ragjax.checkpoint import Checkpoints
+from ragjax.checkpoint import Checkpoints, DamagedCheckpoint
 from ragjax.config import InputError
 
 
@@ -116,26 +116,70 @@ def test_another_model(tmp_path: Path) -> None:
             checkpoints.restore(0, dataclasses.replace(make_state(), optimizer=()))
 
 
-@pytest.mark.parametrize("damage", ["emptied", "no metadata", "data cut", "data gone"])
-def test_an_incomplete_checkpoint_names_its_folder(tmp_path: Path, damage: str) -> None:
-    state = {"params": jax.random.normal(jax.random.key(0), (200, 100))}
-    with Checkpoints(tmp_path, writing=True) as checkpoints:
-        checkpoints.save(7, state, {})
+DAMAGES = ["emptied", "no metadata", "data cut", "data gone"]
+
+
+def do_damage(checkpoint: Path, damage: str) -> None:
     if damage == "emptied":
-        shutil.rmtree(tmp_path / "7")
-        (tmp_path / "7").mkdir()
+        shutil.rmtree(checkpoint)
+        checkpoint.mkdir()
     elif damage == "no metadata":
-        for path in [*(tmp_path / "7").rglob("_METADATA"), *(tmp_path / "7").rglob("_CHECKPOINT_METADATA")]:
+        for path in [*checkpoint.rglob("_METADATA"), *checkpoint.rglob("_CHECKPOINT_METADATA")]:
             path.unlink()
     else:
-        largest = max((p for p in (tmp_path / "7").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+        largest = max((p for p in checkpoint.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
         if damage == "data cut":
             largest.write_bytes(largest.read_bytes()[:1000])
         else:
             largest.unlink()
-    damaged = pytest.raises(InputError, match=rf"{tmp_path}/7: the checkpoint is incomplete or damaged.*delete")
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_an_incomplete_checkpoint_names_its_folder(tmp_path: Path, damage: str) -> None:
+    state = {"params": jax.random.normal(jax.random.key(0), (200, 100))}
+    with Checkpoints(tmp_path, writing=True) as checkpoints:
+        checkpoints.save(7, state, {})
+    do_damage(tmp_path / "7", damage)
+    damaged = pytest.raises(DamagedCheckpoint, match=rf"{tmp_path}/7: the checkpoint is incomplete or damaged")
     with Checkpoints(tmp_path, writing=True) as checkpoints, damaged:
         checkpoints.restore(7, state)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_the_one_before_a_damaged_checkpoint_is_used(
+    tmp_path: Path, damage: str, capsys: pytest.CaptureFixture
+) -> None:
+    """A reader leaves the damaged one; a writer moves it away, or it would be kept in place of newer ones."""
+    folder = tmp_path / "checkpoints"
+
+    def state(step: int) -> dict[str, jax.Array]:
+        return {"params": jax.random.normal(jax.random.key(step), (200, 100))}
+
+    with Checkpoints(folder, keep=3, writing=True) as checkpoints:
+        for step in (5, 6, 7):
+            checkpoints.save(step, state(step), {"step": step})
+    for step in (6, 7):
+        do_damage(folder / str(step), damage)
+    for writing in (False, True):
+        with Checkpoints(folder, keep=1, writing=writing) as checkpoints:
+            found = checkpoints.newest(lambda step: (checkpoints.metadata(step), checkpoints.restore(step, state(0))))
+            assert found is not None and found[0] == 5 == found[1][0]["step"]
+            chex.assert_trees_all_equal(found[1][1], state(5))
+            err = " ".join(capsys.readouterr().err.split())
+            assert f"{folder}/7: the checkpoint is incomplete or damaged" in err and "going back to step 5" in err
+            there = sorted(path.name for path in folder.iterdir())
+            assert there == (["5"] if writing else ["5", "6", "7"])
+            if writing:
+                assert sorted(path.name for path in (tmp_path / "damaged-checkpoints").iterdir()) == ["6-1", "7-1"]
+                checkpoints.save(6, state(6), {})
+    assert [path.name for path in folder.iterdir()] == ["6"]
+
+
+def test_a_checkpoint_of_another_model_is_not_passed_over(tmp_path: Path) -> None:
+    with Checkpoints(tmp_path, writing=True) as checkpoints:
+        checkpoints.save(1, make_state(), {})
+        with pytest.raises(InputError, match="a checkpoint of another model"):
+            checkpoints.newest(lambda step: checkpoints.restore(step, make_state(width=8)))
 
 
 def test_what_an_interrupted_save_left_is_no_checkpoint(tmp_path: Path) -> None:

@@ -235,7 +235,7 @@ def test_an_incomplete_checkpoint(capsys: Capture, own_run: Path, command: str, 
     question = ["why?", "--set"] if command == "answer" else []
     message = refused(capsys, own_run, command, str(own_run / "config.yaml"), *question, "seed=0")
     assert f"checkpoints/{STEPS}: the checkpoint is incomplete or damaged" in message
-    assert "delete this folder" in message
+    assert f"no other can be read: delete {own_run}/checkpoints to start anew" in message
 
 
 def test_a_checkpoint_that_does_not_fit_on_the_disk(capsys: Capture, tmp_path: Path, world: Path, run: Path) -> None:

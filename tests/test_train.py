@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -151,6 +152,46 @@ def test_a_run_in_pieces_equals_the_whole_one_bit_for_bit(
 
 def raw(leaf: jax.Array) -> np.ndarray:
     return np.asarray(jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf)
+
+
+def test_a_machine_that_is_taken_away(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """SIGTERM saves and ends with 143; a save that is damaged later costs the steps since the one before, no more."""
+
+    def go(folder: str, *more: str) -> int:
+        return main(["train", str(world / "config.yaml"), f"output={tmp_path / folder}", *PIECES, *more])
+
+    assert go("whole") == 0
+    at_step(monkeypatch, 3, lambda: signal.raise_signal(signal.SIGTERM))
+    handler = signal.getsignal(signal.SIGTERM)
+    often = ["train.save_minutes=1e-9", "train.keep=9"]
+    assert go("pieces", *often) == 143
+    assert signal.getsignal(signal.SIGTERM) is handler
+    checkpoints = tmp_path / "pieces" / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["1", "2", "3"], "one a step, by the clock"
+    shutil.rmtree(checkpoints / "3")
+    (checkpoints / "3").mkdir()
+    at_step(monkeypatch, 0, crash)
+    capsys.readouterr()
+    assert go("pieces", *often) == 0
+    assert "going on from step 2" in capsys.readouterr().err
+    assert losses(tmp_path / "whole") == losses(tmp_path / "pieces")
+
+
+def test_two_processes_do_not_train_in_one_folder(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    command = ["train", str(world / "config.yaml"), f"output={tmp_path}", *PIECES]
+    found = []
+
+    def another() -> None:
+        found.append(main(command))
+        signal.raise_signal(signal.SIGINT)
+
+    at_step(monkeypatch, 1, another)
+    assert main(command) == 130 and found == [2]
+    assert f"{tmp_path}: another process trains here" in " ".join(capsys.readouterr().err.split())
 
 
 def test_the_second_ctrl_c_stops_at_once(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
