@@ -277,11 +277,13 @@ def print_answer(answer: Answer, console: Console) -> None:
             )
             documents.add_row(f"z{z + 1}", f"{document.prior:.3f}", shown, *([proposals] if alone else []))
         console.print(documents)
-    candidates = Table("candidate", "thorough p(y|x)", "fast p(y|x)", "p(z|x,y) by document", box=box.SIMPLE_HEAD)
+    modes = [mode for mode in ("thorough", "fast") if getattr(answer.candidates[0], mode) is not None]
+    heads = ["candidate", *(f"{mode} p(y|x)" for mode in modes), "p(z|x,y) by document"]
+    candidates = Table(*heads, box=box.SIMPLE_HEAD)
     for c in answer.candidates[:8]:
         shares = " ".join(f"{share:.2f}" for share in c.posterior or [])
         name = (escape(c.text) or "(empty)") + ("" if c.finished else " … (unfinished)")
-        candidates.add_row(name, *("" if p is None else f"{p:.4f}" for p in (c.thorough, c.fast)), shares)
+        candidates.add_row(name, *(f"{getattr(c, mode):.4f}" for mode in modes), shares)
     console.print(candidates)
     if len(answer.candidates) > 8:
         console.print(f"  and {len(answer.candidates) - 8} less probable candidates")

@@ -76,6 +76,14 @@ class Generator:
 
 
 @dataclass(frozen=True)
+class MeshConfig:
+    """How training lies on the devices. Questions are split over `data`, which has devices / `model` of them."""
+
+    model: int = 1  # attention heads and feed-forward layers are split over so many devices
+    fsdp: bool = False  # parameters and optimiser state are split over `data`, too, and gathered layer by layer
+
+
+@dataclass(frozen=True)
 class Train:
     steps: int = 1000
     batch_size: int = 8  # questions a step, over all devices
@@ -132,6 +140,7 @@ class Config:
     retriever: Retriever = field(default_factory=Retriever)
     index: Index = field(default_factory=Index)
     generator: Generator = field(default_factory=Generator)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
     train: Train = field(default_factory=Train)
     decode: Decode = field(default_factory=Decode)
     evaluate: Evaluate = field(default_factory=Evaluate)
@@ -149,6 +158,7 @@ CHOICES = {
     "evaluate.split": ("train", "dev", "test"),
 }
 POSITIVE = (
+    "mesh.model "
     "corpus.passage_words retriever.scale retriever.question_tokens retriever.passage_tokens index.batch_size "
     "generator.source_tokens generator.answer_tokens train.steps train.batch_size train.accumulate train.k train.clip "
     "train.save_every train.save_minutes train.keep train.log_every decode.k decode.beams decode.max_new_tokens "

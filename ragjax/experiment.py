@@ -26,6 +26,7 @@ from ragjax.rag import Rag
 # what may change between two calls on one output folder: nothing that the training of a step depends on
 FREE = (
     "output",
+    "mesh",
     "decode",
     "evaluate",
     "train.save_every",

@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx, struct
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Key
 
 from ragjax.config import InputError, Train
+from ragjax.mesh import SPLIT, parameter_spec
 from ragjax.models.layers import Params
 from ragjax.rag import Models, TrainBatch, loss
 
@@ -97,6 +99,43 @@ def initial_state(rag: Models, params: Params) -> TrainState:
     )
 
 
+def state_shardings(rag: Models, mesh: Mesh, state: Any) -> Any:
+    """Where each leaf of a training state, or of its abstract one, lies on the mesh."""
+
+    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        names = [name for key in path for name in _names(key)]
+        spec = parameter_spec(mesh, names, leaf.shape, _heads(rag, names), rag.config.mesh.fsdp)
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
+def whole_on_every_device(rag: Models, mesh: Mesh) -> list[str]:
+    """Of what should be split over `model`: the modules whose heads the axis does not divide."""
+    found = set()
+    for path, leaf in nnx.traversals.flatten_mapping(rag.abstract_params()).items():
+        if path[-1] == "kernel" and path[-2] in SPLIT:
+            spec = parameter_spec(mesh, path, leaf.shape, _heads(rag, path), fsdp=False)
+            if mesh.shape["model"] > 1 and "model" not in spec:
+                found.add(f"{'.'.join(path[:-1])} ({_heads(rag, path) or leaf.shape[SPLIT[path[-2]]]})")
+    return sorted(found)
+
+
+def _names(key: Any) -> tuple[str, ...]:
+    """The optimiser keeps its moments by whole paths."""
+    name = getattr(key, "key", getattr(key, "name", getattr(key, "idx", "")))
+    return name if isinstance(name, tuple) else (str(name),)
+
+
+def _heads(rag: Models, names: Sequence[str]) -> int | None:
+    """The attention heads of a projection, None for what is none."""
+    if len(names) < 2 or names[-2] not in ("query", "key", "value", "output"):
+        return None
+    config = (rag.retriever if "retriever" in names else rag.generator).config
+    heads = getattr(config, "encoder_heads" if "encoder" in names else "decoder_heads", None) or config.heads
+    return getattr(config, "kv_heads", heads) if names[-2] in ("key", "value") else heads
+
+
 def gradients(
     rag: Models, params: Params, batch: TrainBatch, key: Key[Array, ""], corpus: Float[Array, "N D"] | None = None
 ) -> tuple[Flat, dict[str, Any]]:
@@ -121,15 +160,15 @@ def gradients(
     return jax.lax.scan(add, zeros, parts)[0]
 
 
-def make_train_step(rag: Models) -> jax.stages.Wrapped:
-    """(state, batch, corpus | None) → (state, metrics); the old state's memory is reused.
+def make_train_step(rag: Models, shardings: Any = None) -> jax.stages.Wrapped:
+    """(state, batch, corpus | None) → (state, metrics); the old state's memory is reused, and it stays where it lies.
 
-    `gradient_norm_retriever` and `gradient_norm_generator` are before clipping.
+    `shardings` are those of the state. `gradient_norm_retriever` and `gradient_norm_generator` are before clipping.
     """
     train = rag.config.train
     optimizer = make_optimizer(train)
 
-    @partial(jax.jit, donate_argnums=0)
+    @partial(jax.jit, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
     def train_step(
         state: TrainState, batch: TrainBatch, corpus: Float[Array, "N D"] | None = None
     ) -> tuple[TrainState, dict[str, Any]]:

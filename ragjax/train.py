@@ -27,7 +27,14 @@ from ragjax.metrics import contains_answer
 from ragjax.passages import PassageStore, Question, atomic_write, read_questions
 from ragjax.progress import progress_bar, terminal
 from ragjax.rag import Rag, answer_tokens, open_rag, retrieve, train_batch
-from ragjax.step import TrainState, initial_state, make_train_step, split_frozen
+from ragjax.step import (
+    TrainState,
+    initial_state,
+    make_train_step,
+    split_frozen,
+    state_shardings,
+    whole_on_every_device,
+)
 
 
 class Interrupted(Exception):
@@ -50,7 +57,7 @@ def train(config: Config) -> Path:
     check_k(config.train.k, len(index))
     usable = _usable(rag, questions)
     batches = QuestionBatches([len(a) for a in usable.answers], config.train.batch_size, config.seed)
-    mesh = make_mesh()
+    mesh = make_mesh(config.mesh.model)
     shard_batch(mesh, np.zeros(config.train.batch_size))  # these two raise before anything is written
     split_frozen(rag.abstract_params(), config.train.freeze)
     folder = start_experiment(rag, index)
@@ -61,7 +68,8 @@ def train(config: Config) -> Path:
     ):
         state = _start(rag, checkpoints, batches, mesh)
         corpus = replicate(mesh, index.on_device) if config.retriever.prior == "corpus" else None
-        step_fn, done = make_train_step(rag), int(state.step)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+        step_fn, done = make_train_step(rag, shardings), int(state.step)
         with (
             _log(folder, done, config) as log,
             _stop_on_signals() as stopping,
@@ -128,11 +136,13 @@ def _usable(rag: Rag, questions: Sequence[Question]) -> UsableAnswers:
 def _start(rag: Rag, checkpoints: Checkpoints, batches: QuestionBatches, mesh: jax.sharding.Mesh) -> TrainState:
     """The newest saved state, or step 0; restores the position in the data."""
     abstract = jax.eval_shape(lambda params: initial_state(rag, params), rag.abstract_params())
-    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), abstract)
+    shardings = state_shardings(rag, mesh, abstract)
+    if whole := whole_on_every_device(rag, mesh):
+        terminal.print(f"not split over mesh.model={mesh.shape['model']}: {', '.join(whole)}", soft_wrap=True)
+    like = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), abstract, shardings)
     newest = checkpoints.newest(lambda step: (checkpoints.metadata(step), checkpoints.restore(step, like)))
     if newest is None:
-        return replicate(mesh, initial_state(rag, rag.initial_params()))
+        return jax.device_put(initial_state(rag, rag.initial_params()), shardings)
     step, (metadata, state) = newest
     batches.restore(metadata["data"])
     terminal.print(f"going on from step {step}")

@@ -13,12 +13,13 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType
 
 from ragjax.config import InputError
-from ragjax.mesh import enable_compilation_cache, make_mesh, replicate, shard_batch
+from ragjax.mesh import enable_compilation_cache, make_mesh, parameter_spec, replicate, shard_batch
 
 
 def test_a_batch_is_split_and_parameters_are_whole() -> None:
     mesh = make_mesh()
-    assert mesh.axis_names == ("data",) and mesh.axis_types == (AxisType.Auto,) and mesh.size == 8
+    assert mesh.axis_names == ("data", "model") and mesh.axis_types == (AxisType.Auto,) * 2
+    assert (mesh.shape["data"], mesh.shape["model"]) == (8, 1)
     batch = {"tokens": np.arange(48).reshape(16, 3), "mask": np.ones(16, bool)}
     sharded, params = shard_batch(mesh, batch), replicate(mesh, {"w": jnp.arange(3.0)})
     chex.assert_trees_all_equal(sharded, batch)
@@ -26,6 +27,32 @@ def test_a_batch_is_split_and_parameters_are_whole() -> None:
     assert params["w"].sharding.is_fully_replicated and len(params["w"].sharding.device_set) == 8
     gradient = jax.jit(jax.grad(lambda w, x: jnp.mean(x @ w)))(params["w"], sharded["tokens"])
     chex.assert_trees_all_close(gradient, batch["tokens"].mean(axis=0).astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "heads", "fsdp", "spec"),
+    [
+        ("layers.query.kernel", (2, 32, 24), 6, False, (None, None, "model")),
+        ("layers.key.kernel", (2, 32, 12), 3, False, (None, None, None)),
+        ("layers.output.kernel", (2, 24, 32), 6, False, (None, "model", None)),
+        ("layers.output.bias", (2, 32), 6, False, (None, None)),
+        ("layers.up.kernel", (2, 32, 64), None, True, (None, "data", "model")),
+        ("layers.down.kernel", (2, 64, 30), None, True, (None, "model", None)),
+        ("layers.key.kernel", (2, 32, 12), 3, True, (None, "data", None)),
+        ("layers.ffn_norm.scale", (4, 32), None, True, (None, "data")),
+        ("embed.embedding", (258, 32), None, True, (None, "data")),
+        ("embed.embedding", (256, 32), None, True, ("data", None)),
+        ("step", (), None, True, ()),
+    ],
+)
+def test_where_a_parameter_lies(name: str, shape: tuple, heads: int | None, fsdp: bool, spec: tuple) -> None:
+    """On 4 × 2 devices: heads and inner widths over `model`, with FSDP the largest dimension left over `data`."""
+    assert tuple(parameter_spec(make_mesh(2), name.split("."), shape, heads, fsdp)) == spec
+
+
+def test_a_mesh_that_does_not_divide_the_devices() -> None:
+    with pytest.raises(InputError, match=r"mesh\.model=3 does not divide the 8 devices; choose one of 1, 2, 4, 8"):
+        make_mesh(3)
 
 
 def test_a_batch_that_the_devices_do_not_divide() -> None:

@@ -17,13 +17,22 @@ import pytest
 from flax import nnx
 from world import open_world, tiny_config
 
-from ragjax.config import InputError, Train
+from ragjax.config import InputError, MeshConfig, Train
 from ragjax.mesh import make_mesh, replicate, shard_batch
 from ragjax.models.generator import answer_hidden
 from ragjax.models.layers import Params
 from ragjax.passages import read_questions
 from ragjax.rag import Rag, TrainBatch, answer_nll, joint_logp, loss, retrieve, train_batch
-from ragjax.step import TrainState, gradients, initial_state, make_optimizer, make_train_step, split_frozen
+from ragjax.step import (
+    TrainState,
+    gradients,
+    initial_state,
+    make_optimizer,
+    make_train_step,
+    split_frozen,
+    state_shardings,
+    whole_on_every_device,
+)
 
 KEY = jax.random.fold_in(jax.random.key(0), 0)  # that of step 0 under seed 0
 # A shift common to all keys leaves a softmax unchanged: the gradient of BERT's key bias is 0 but for rounding, which
@@ -296,6 +305,36 @@ def test_pmap_with_psum_gives_the_same_gradients(dropping: Setup, dropping_gradi
     value, grads = jax.tree.map(lambda x: x[0], jax.pmap(on_one_device, "data", in_axes=(None, 0))(trained, rows))
     assert value == pytest.approx(dropping_gradients[1]["loss"], rel=1e-5)
     assert_same(jax.device_get(grads), dropping_gradients[0])
+
+
+@pytest.mark.parametrize(
+    ("model", "fsdp"),
+    [(2, True), pytest.param(1, True, marks=pytest.mark.slow), pytest.param(4, False, marks=pytest.mark.slow)],
+)
+def test_a_step_on_a_mesh_equals_one_on_a_device(
+    model: int, fsdp: bool, dropping: Setup, dropping_stepped: tuple[TrainState, Any]
+) -> None:
+    """Heads, feed-forward and, with FSDP, the rest of the state split up: the same loss, gradient and parameters."""
+    config = replace(dropping.rag.config, mesh=MeshConfig(model=model, fsdp=fsdp))
+    rag, mesh = replace(dropping.rag, config=config), make_mesh(model)
+    shardings = state_shardings(rag, mesh, dropping.state())
+    state = jax.device_put(dropping.state(), shardings)
+    up = state.params["generator"]["layers"]["up"]["kernel"]
+    assert up.addressable_shards[0].data.size * (8 if fsdp else model) == up.size
+    batch = shard_batch(mesh, jax.device_get(dropping.batch))
+    (one, metrics_one), (after, metrics) = dropping_stepped, make_train_step(rag, shardings)(state, batch)
+    chex.assert_trees_all_close(jax.device_get(metrics), jax.device_get(metrics_one), rtol=1e-4)
+    assert float(metrics["loss"]) == pytest.approx(float(metrics_one["loss"]), rel=1e-5)
+    ours, theirs = moments(after.optimizer)["mu"], moments(one.optimizer)["mu"]
+    assert_same(jax.device_get(ours), jax.device_get(theirs), relative=1e-4)
+    assert jax.tree.map(lambda x: x.sharding, after) == shardings, "the state stays where it lies"
+
+
+def test_what_the_axis_does_not_divide_is_told(dropping: Setup) -> None:
+    assert whole_on_every_device(dropping.rag, make_mesh(2)) == []
+    found = whole_on_every_device(dropping.rag, make_mesh(4))
+    of_retriever = [f"retriever.layers.{name} (2)" for name in ("key", "output", "query", "value")]
+    assert found == ["generator.layers.key (2)", "generator.layers.value (2)", *of_retriever]
 
 
 @pytest.mark.parametrize("count", [4, pytest.param(2, marks=pytest.mark.slow)])

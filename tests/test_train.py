@@ -179,6 +179,24 @@ def test_a_machine_that_is_taken_away(
     assert losses(tmp_path / "whole") == losses(tmp_path / "pieces")
 
 
+def test_a_run_goes_on_over_another_mesh(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    def go(folder: str, *more: str) -> int:
+        return main(["train", str(world / "config.yaml"), f"output={tmp_path / folder}", *PIECES, *more])
+
+    assert go("whole") == 0
+    at_step(monkeypatch, 3, lambda: signal.raise_signal(signal.SIGTERM))
+    assert go("pieces") == 143
+    at_step(monkeypatch, 0, crash)
+    capsys.readouterr()
+    assert go("pieces", "mesh.model=4", "mesh.fsdp=true") == 0
+    err = " ".join(capsys.readouterr().err.split())
+    assert "not split over mesh.model=4: generator.layers.key (2), generator.layers.value (2)" in err
+    of_steps = zip(losses(tmp_path / "pieces"), losses(tmp_path / "whole"), strict=True)
+    assert all(ours == pytest.approx(theirs, rel=1e-4) for ours, theirs in of_steps)
+
+
 def test_two_processes_do_not_train_in_one_folder(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
