@@ -64,7 +64,7 @@ def test_a_run_from_before_a_key_was_there_may_go_on(world: Path, tmp_path: Path
     start_experiment(*opened(world, tmp_path))
     lines = (tmp_path / "config.yaml").read_text().splitlines()
     older = [line for line in lines if line.split(":")[0].strip() not in ("model", "hf_compatible", "label_smoothing")]
-    assert len(older) == len(lines) - 3
+    assert len(older) == len(lines) - 4  # mesh.model, too
     (tmp_path / "config.yaml").write_text("\n".join(older))
     config = tiny_config(world, output=str(tmp_path))
     check_same_experiment(config)
