@@ -34,6 +34,7 @@ lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck launch/*.sh
 
 bench: $(VENV)/dev
 	$(BIN)/python -m benchmarks.scoring

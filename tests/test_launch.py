@@ -1,0 +1,79 @@
+"""The launch scripts: dry runs, and a stand-in for gcloud that takes machines away (there is no cloud here)."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+LAUNCH = Path(__file__).parents[1] / "launch"
+SCRIPTS = sorted(LAUNCH.glob("*.sh"))
+# Each call is noted. `describe` takes the next state from a file, `ssh … kept.sh` the next exit code from another.
+GCLOUD = """#!/usr/bin/env bash
+printf '%s\\n' "$*" | tr '\\n' ' ' >> calls; echo >> calls
+next() { head -n 1 "$1"; sed -i 1d "$1"; }
+case "$*" in
+  *describe*) next states ;;
+  *kept.sh*) exit "$(next codes)" ;;
+esac
+"""
+
+
+def run(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [str(LAUNCH / script), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_every_script_is_short_and_helps(script: Path) -> None:
+    assert len(script.read_text().splitlines()) <= 40
+    done = run(script.name, "--help")
+    assert done.returncode == 0 and done.stdout.startswith("usage: ") and done.stderr == ""
+    nothing = run(script.name)
+    assert nothing.returncode == 2 and nothing.stdout == "" and "usage: " in nothing.stderr
+
+
+def test_dry_runs_print_what_a_shell_would_read() -> None:
+    done = run("tpu.sh", "--dry-run", "run", "a.yaml", "generator.prompt='it is'", BUCKET="gs://b/r", NAME="mine")
+    [line] = [shlex.split(done.stdout)]
+    assert line[:6] == ["+", "gcloud", "compute", "tpus", "tpu-vm", "ssh"] and line[6] == "mine"
+    command = line[-1].removeprefix("--command=")
+    assert "kept.sh" in command and "generator.prompt='it is'" in " ".join(shlex.split(command))
+    assert run("tpu.sh", "--dry-run", "create", "--spot").stdout.split()[-1] == "--spot"
+    queued = run("tpu.sh", "--dry-run", "create", "--queued").stdout
+    assert "queued-resources create ragjax --node-id=ragjax" in queued
+    kept = run("kept.sh", "--dry-run", "a.yaml", BUCKET="gs://b/r").stdout.splitlines()
+    assert kept[0] == "+ mkdir -p runs" and kept[1].endswith("gs://b/r runs")
+    assert kept[2:] == [f"+ ragjax {stage} a.yaml" for stage in ("index", "train", "evaluate")]
+    keep = run("tpu_keep.sh", "--dry-run", "a.yaml", BUCKET="gs://b/r").stdout.splitlines()
+    assert next(line.split()[4:6] for line in keep if "tpu-vm" in line) == ["tpu-vm", "create"]
+
+
+@pytest.mark.parametrize(
+    ("states", "codes", "ends", "created"),
+    [
+        ("READY", "0", 0, 0),
+        ("READY PREEMPTED READY", "143 1 0", 0, 1),  # taken away once, then a lost connection
+        ("READY", "2", 2, 0),  # the experiment is wrong: another machine would not help
+    ],
+)
+def test_a_machine_that_is_taken_away_is_made_anew(
+    states: str, codes: str, ends: int, created: int, tmp_path: Path
+) -> None:
+    (tmp_path / "gcloud").write_text(GCLOUD)
+    (tmp_path / "gcloud").chmod(0o755)
+    (tmp_path / "states").write_text("\n".join(states.split()) + "\n")
+    (tmp_path / "codes").write_text("\n".join(codes.split()) + "\n")
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "BUCKET": "gs://b/r", "PAUSE": "0"}
+    keep = [str(LAUNCH / "tpu_keep.sh"), "a.yaml"]
+    (tmp_path / "git").write_text("#!/bin/sh\n")  # the checkout is not what is tested
+    (tmp_path / "git").chmod(0o755)
+    done = subprocess.run(keep, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == ends, done.stderr
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert sum(" create " in call for call in calls) == created == sum(" scp " in call for call in calls)
+    assert sum("kept.sh" in call for call in calls) == len(codes.split())
+    assert " delete " in calls[-1], "an idle machine costs money"
