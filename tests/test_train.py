@@ -273,8 +273,8 @@ def test_the_work_is_split_over_all_devices(run: Path, tmp_path: Path, monkeypat
     shardings: list[Any] = []
     make = train_module.make_train_step
 
-    def watched(rag: Rag) -> Callable[..., Any]:
-        step = make(rag)
+    def watched(rag: Rag, of_state: Any) -> Callable[..., Any]:
+        step = make(rag, of_state)
 
         def watch(state: TrainState, batch: Any, corpus: Any) -> Any:
             shardings.append(batch.source.sharding.shard_shape(batch.source.shape))
