@@ -115,12 +115,15 @@ def test_both_parts_have_changed(world: Path, run: Path) -> None:
         assert max(jax.tree.leaves(changes)) > 1e-4
 
 
+def trainer(world: Path, runs: Path) -> Callable[..., int]:
+    """Trains five steps in a folder of `runs`, with more settings, and returns the exit code."""
+    return lambda folder, *more: main(["train", str(world / "config.yaml"), f"output={runs / folder}", *PIECES, *more])
+
+
 def test_a_run_in_pieces_equals_the_whole_one_bit_for_bit(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    def go(folder: str, *more: str) -> int:
-        return main(["train", str(world / "config.yaml"), f"output={tmp_path / folder}", *PIECES, *more])
-
+    go = trainer(world, tmp_path)
     assert go("whole") == 0
     at_step(monkeypatch, 2, crash)
     with pytest.raises(RuntimeError, match="power"):
@@ -159,9 +162,7 @@ def test_a_machine_that_is_taken_away(
 ) -> None:
     """SIGTERM saves and ends with 143; a save that is damaged later costs the steps since the one before, no more."""
 
-    def go(folder: str, *more: str) -> int:
-        return main(["train", str(world / "config.yaml"), f"output={tmp_path / folder}", *PIECES, *more])
-
+    go = trainer(world, tmp_path)
     assert go("whole") == 0
     at_step(monkeypatch, 3, lambda: signal.raise_signal(signal.SIGTERM))
     handler = signal.getsignal(signal.SIGTERM)
@@ -182,9 +183,7 @@ def test_a_machine_that_is_taken_away(
 def test_a_run_goes_on_over_another_mesh(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    def go(folder: str, *more: str) -> int:
-        return main(["train", str(world / "config.yaml"), f"output={tmp_path / folder}", *PIECES, *more])
-
+    go = trainer(world, tmp_path)
     assert go("whole") == 0
     at_step(monkeypatch, 3, lambda: signal.raise_signal(signal.SIGTERM))
     assert go("pieces") == 143
