@@ -12,6 +12,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -22,6 +23,7 @@ from ragjax.decode import Candidates, decode, decode_as_hugging_face, decode_tog
 from ragjax.experiment import load_experiment
 from ragjax.index import Index, check_k
 from ragjax.marginal import log_prior
+from ragjax.mesh import local_mesh, shard_batch
 from ragjax.models.generator import Memory
 from ragjax.models.layers import Params
 from ragjax.passages import PassageStore
@@ -37,7 +39,7 @@ from ragjax.rag import (
     retrieve,
 )
 from ragjax.text import bucket, buckets_up_to, pad_rows
-from ragjax.train import open_world, restore_trained
+from ragjax.train import open_world, pretrained, restore_trained
 
 
 def answer_modes(config: Config) -> tuple[str, ...]:
@@ -106,6 +108,7 @@ class Answerer:
     index: Index
     store: PassageStore
     step: int | None  # of training; None for the pretrained models
+    mesh: Mesh  # of this process, where `params` lie
 
     def retrieve(self, questions: Sequence[str]) -> Retrieved:
         """The documents that `candidates` reads, `decode.k` of each question.
@@ -115,8 +118,8 @@ class Answerer:
         """
         config = self.rag.config
         if not _rescores_as_hugging_face(config):
-            return retrieve(self.rag, self.params, self.index, questions, config.decode.k)
-        found = retrieve(self.rag, self.params, self.index, questions, most_documents(config))
+            return retrieve(self.rag, self.params, self.index, questions, config.decode.k, self.mesh)
+        found = retrieve(self.rag, self.params, self.index, questions, most_documents(config), self.mesh)
         counted = (found.ids >= 0) & (np.arange(found.ids.shape[1]) < config.train.k)
         return dataclasses.replace(
             found, log_prior=np.asarray(log_prior(jnp.asarray(found.log_prior), jnp.asarray(counted)))
@@ -154,10 +157,11 @@ class Answerer:
             ids, prior = retrieved.ids, retrieved.log_prior
         store = None if retrieved is None else self.store
         source, mask = prompt_rows(self.rag, store, questions, ids)
+        source, mask = shard_batch(self.mesh, (source, mask), len(source))
         memory = read(graph, params, source, mask)
         settings, special = dataclasses.replace(config.decode, mode=mode), self.rag.special
         if retrieved is not None and _rescores_as_hugging_face(config):
-            unmasked = read(graph, params, source, np.ones_like(mask))
+            unmasked = read(graph, params, source, jnp.ones_like(mask))
             scoring = prior[:, : config.train.k]
             proposing = (ids >= 0) & (np.arange(ids.shape[1]) < config.decode.k)
             found = decode_as_hugging_face(graph, params, unmasked, memory, scoring, proposing, settings, special)
@@ -225,12 +229,16 @@ def load(run: str | Path, untrained: bool = False) -> Answerer:
 
 
 def open_answerer(config: Config, untrained: bool = False) -> Answerer:
-    """As `load`, for a configuration; without a checkpoint in its `output` the models are the pretrained ones."""
+    """As `load`, for a configuration; without a checkpoint in its `output` the models are the pretrained ones.
+
+    They lie on `mesh.model` devices.
+    """
     rag, index, store = open_world(config)
     check_k(most_documents(config), len(index))
-    trained = None if untrained else restore_trained(rag)
-    params, step = trained or (rag.initial_params(), None)
-    return Answerer(rag, params, index, store, step)
+    mesh = local_mesh(config.mesh.model, data=1)
+    trained = None if untrained else restore_trained(rag, mesh)
+    params, step = trained or (pretrained(rag, mesh), None)
+    return Answerer(rag, params, index, store, step, mesh)
 
 
 def answer_from_command_line(

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from ragjax.config import InputError
+from ragjax.mesh import from_all, is_first, wait_for_all
 from ragjax.progress import terminal
 
 Loaded = TypeVar("Loaded")
@@ -42,9 +43,10 @@ class Checkpoints:
         self._open()
 
     def _open(self) -> None:
-        if self.writing:
+        if self.writing and is_first():
             for leftover in self.folder.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(leftover, ignore_errors=True)
+        wait_for_all("checkpoints")
         newest = self._ocp.training.preservation_policies.LatestN(self.keep)
         self._checkpointer = self._ocp.training.Checkpointer(self.folder, preservation_policy=newest)
 
@@ -67,17 +69,21 @@ class Checkpoints:
         out of the way, else it would be kept as the newest. Raises `InputError` if none is left, or as `load` does.
         """
         self.wait()
-        damaged: list[tuple[int, DamagedCheckpoint]] = []
+        damaged: list[tuple[int, str]] = []
         for step in sorted((saved.step for saved in self._checkpointer.checkpoints), reverse=True):
+            found, why = None, ""
             try:
                 found = load(step)
             except DamagedCheckpoint as error:
-                damaged.append((step, error))
+                why = str(error)
+            # a process may have read its own parts well
+            if reasons := [of_one for of_one in from_all(why) if of_one]:
+                damaged.append((step, reasons[0]))
                 continue
             for bad, why in damaged:
                 terminal.print(f"{why}; going back to step {step}", soft_wrap=True)
                 self._set_aside(bad)
-            return step, found
+            return step, found  # type: ignore[return-value]
         if damaged:
             raise InputError(f"{damaged[0][1]}; no other can be read: delete {self.folder} to start anew")
         return None
@@ -85,11 +91,12 @@ class Checkpoints:
     def _set_aside(self, step: int) -> None:
         if not self.writing:
             return
-        aside = self.folder.parent / "damaged-checkpoints"
-        aside.mkdir(exist_ok=True)
-        count = sum(path.name.startswith(f"{step}-") for path in aside.iterdir())
-        self._path(step).rename(aside / f"{step}-{count + 1}")
-        terminal.print(f"the damaged checkpoint is now {aside / f'{step}-{count + 1}'}", soft_wrap=True)
+        if is_first():
+            aside = self.folder.parent / "damaged-checkpoints"
+            aside.mkdir(exist_ok=True)
+            count = sum(path.name.startswith(f"{step}-") for path in aside.iterdir())
+            self._path(step).rename(aside / f"{step}-{count + 1}")
+            terminal.print(f"the damaged checkpoint is now {aside / f'{step}-{count + 1}'}", soft_wrap=True)
         self._open()
 
     def save(self, step: int, state: Any, metadata: dict[str, Any]) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import errno
+import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,17 +14,56 @@ from ragjax.config import Config, InputError, dump_config, load_config
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit code: 0, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM."""
+    """Runs one command; returns its exit code: 0, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM.
+
+    With --distributed also 75, when another process has gone: the same command, started again in all, goes on.
+    """
     parser = _parser()
     options, more = parser.parse_known_args(arguments)
     if more:  # after an option argparse takes no further KEY=VALUE
         if any("=" not in extra or extra.startswith("-") for extra in more) or "overrides" not in options:
             parser.error(f"unrecognized arguments: {' '.join(more)}")
         options.overrides += more
+    return _run_as_one_of_many(options) if getattr(options, "distributed", False) else _run(options)
+
+
+def _run_as_one_of_many(options: argparse.Namespace) -> int:
+    """As `_run`; an error ends the process at once, since JAX's own end waits for others that wait for this one."""
+    from ragjax.mesh import join_processes
+
+    try:
+        join_processes(stop_together=options.command == "train")
+        import jax
+
+        if jax.process_count() > 1:
+            options.name = f"ragjax (process {jax.process_index()} of {jax.process_count()})"
+        code = _run(options)
+    except InputError as error:
+        print(f"ragjax: {error}", file=sys.stderr)
+        code = 2
+    except Exception as error:
+        code = 1
+        if "JaxRuntimeError" in type(error).__name__ or "barrier" in str(error).lower():
+            code = 75
+            print(
+                f"{options.name}: lost another process ({str(error).splitlines()[0]}); what it said itself tells why. "
+                "Start the same command again in all processes: it goes on",
+                file=sys.stderr,
+            )
+        else:
+            traceback.print_exc()
+    if code in (0, 130, 143):
+        return code
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _run(options: argparse.Namespace) -> int:
     try:
         return options.run(options)
     except InputError as error:
-        print(f"ragjax: {error}", file=sys.stderr)
+        print(f"{options.name}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("ragjax: interrupted", file=sys.stderr)
@@ -57,12 +98,21 @@ def _parser() -> argparse.ArgumentParser:
         )
         if config:
             sub.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/factbook.yaml")
-        sub.set_defaults(run=run)
+        sub.set_defaults(run=run, name="ragjax")
         return sub
 
     def overrides(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="replaces a value, such as train.steps=100")
         sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="the same")
+
+    def distributed(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "--distributed",
+            action="store_true",
+            help="as one of several processes, each started with this same command: on TPU pods, SLURM, Open MPI and "
+            "Kubernetes JAX finds the others by itself; elsewhere set JAX_COORDINATOR_ADDRESS=HOST:PORT, "
+            "JAX_NUM_PROCESSES and JAX_PROCESS_ID (launch/processes.sh does)",
+        )
 
     json_help = "print JSON for programs instead of tables"
     plan = command(
@@ -73,14 +123,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     overrides(plan)
     plan.add_argument("--json", action="store_true", help=json_help)
-    overrides(command("index", _index, "build the index of a corpus", "ragjax index configs/factbook.yaml"))
-    overrides(
-        command(
-            "train",
-            _train,
-            "train, going on from the newest checkpoint in `output`",
-            "ragjax train configs/factbook.yaml train.steps=100 output=runs/mine",
-        )
+    index = command("index", _index, "build the index of a corpus", "ragjax index configs/factbook.yaml")
+    train = command(
+        "train",
+        _train,
+        "train, going on from the newest checkpoint in `output`",
+        "ragjax train configs/factbook.yaml train.steps=100 output=runs/mine",
     )
     evaluate = command(
         "evaluate",
@@ -88,7 +136,9 @@ def _parser() -> argparse.ArgumentParser:
         "measure answers and retrieval, before and after training",
         "ragjax evaluate configs/factbook.yaml evaluate.limit=20",
     )
-    overrides(evaluate)
+    for sub in (index, train, evaluate):
+        overrides(sub)
+        distributed(sub)
     evaluate.add_argument("--json", action="store_true", help=json_help)
     answer = command(
         "answer",
@@ -128,10 +178,18 @@ def _plan(options: argparse.Namespace) -> int:
     return 0
 
 
+def _tell(text: str) -> None:
+    """On standard output, once where there are several processes."""
+    from ragjax.mesh import is_first
+
+    if is_first():
+        print(text)
+
+
 def _index(options: argparse.Namespace) -> int:
     from ragjax.build_index import build_index
 
-    print(f"index: {build_index(_load(options))}")
+    _tell(f"index: {build_index(_load(options))}")
     return 0
 
 
@@ -139,17 +197,20 @@ def _train(options: argparse.Namespace) -> int:
     from ragjax.train import Interrupted, train
 
     try:
-        print(f"run: {train(_load(options))}")
+        _tell(f"run: {train(_load(options))}")
     except Interrupted as stop:
-        print(f"ragjax: {stop}", file=sys.stderr)
+        print(f"{options.name}: {stop}", file=sys.stderr)
         return stop.code
     return 0
 
 
 def _evaluate(options: argparse.Namespace) -> int:
     from ragjax.evaluate import evaluate, print_metrics
+    from ragjax.mesh import is_first
 
-    print_metrics(evaluate(_load(options)), as_json=options.json)
+    report = evaluate(_load(options))
+    if is_first():
+        print_metrics(report, as_json=options.json)
     return 0
 
 

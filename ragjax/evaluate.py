@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Sequence
 from functools import reduce
@@ -10,21 +11,24 @@ from operator import getitem
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from ragjax.answer import Answerer, answer_modes, most_documents
-from ragjax.config import Config, InputError
+from ragjax.config import Config
 from ragjax.decode import Candidates
+from ragjax.experiment import check_processes_agree, make_folder
 from ragjax.hub import fingerprint_files
 from ragjax.index import check_k
+from ragjax.mesh import from_all, local_mesh, on_first
 from ragjax.metrics import bootstrap_interval, exact_match, expected_calibration_error, f1
 from ragjax.passages import Question, atomic_write, write_jsonl
 from ragjax.progress import progress_bar
 from ragjax.rag import Retrieved, log_mass, retrieve
-from ragjax.train import has_answer, open_world, read_split, restore_trained
+from ragjax.train import has_answer, open_world, pretrained, read_split, restore_trained
 
 RETRIEVAL_BATCH = 64
 
@@ -33,19 +37,18 @@ def evaluate(config: Config) -> dict[str, Any]:
     """Measures the pretrained models and the newest checkpoint, if there is one.
 
     Retrieval is measured on every question of the split, answers on the first `evaluate.limit` (before training:
-    `evaluate.untrained_limit`). Writes metrics.json
-    and predictions.jsonl into `output`, and returns the metrics. Raises `InputError` for bad input.
+    `evaluate.untrained_limit`). Questions are split over the devices of each process, and batches of them over the
+    processes, each of which holds the models. Writes metrics.json and predictions.jsonl into `output`, and returns
+    the metrics. Raises `InputError` for bad input.
     """
+    check_processes_agree(config)
     questions = read_split(config, config.evaluate.split)
     rag, index, store = open_world(config)
     check_k(most_documents(config), len(index))
     asked_from = Path(getattr(config.questions, config.evaluate.split))
-    trained = restore_trained(rag)
-    folder = Path(config.output)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be created ({error.strerror}); choose another output") from None
+    mesh, folder = local_mesh(config.mesh.model), Path(config.output)
+    trained = restore_trained(rag, mesh)
+    on_first(lambda: make_folder(folder))
     report: dict[str, Any] = {
         "split": config.evaluate.split,
         "model": config.model,
@@ -58,18 +61,37 @@ def evaluate(config: Config) -> dict[str, Any]:
     predictions: list[dict[str, Any]] = []
     limit, before = config.evaluate.limit, config.evaluate.untrained_limit
     if before != 0 or trained is None:
-        pretrained = Answerer(rag, rag.initial_params(), index, store, None)
+        answerer = Answerer(rag, pretrained(rag, mesh), index, store, None, mesh)
         asked = questions[: (before or limit)]
-        report["models"]["untrained"], made = _measure(pretrained, questions, asked, "untrained")
+        report["models"]["untrained"], made = _measure(answerer, questions, asked, "untrained")
         predictions += made
     if trained is not None:
-        answerer = Answerer(rag, trained[0], index, store, trained[1])
+        answerer = Answerer(rag, trained[0], index, store, trained[1], mesh)
         report["models"]["trained"], made = _measure(answerer, questions, questions[:limit], "trained")
         predictions += made
-    with atomic_write(folder / "metrics.json") as (file,):
-        file.write(json.dumps(report, indent=1).encode() + b"\n")
-    write_jsonl(folder / "predictions.jsonl", predictions)
+
+    def write() -> None:
+        with atomic_write(folder / "metrics.json") as (file,):
+            file.write(json.dumps(report, indent=1).encode() + b"\n")
+        write_jsonl(folder / "predictions.jsonl", predictions)
+
+    on_first(write)
     return report
+
+
+def _batches(answerer: Answerer, questions: Sequence[Question], size: int) -> list[tuple[list[Question], int]]:
+    """This process's share of the batches: filled up so that the devices divide them, and how many are counted."""
+    size = -(-size // (devices := answerer.mesh.shape["data"])) * devices
+    parts = [list(questions[start : start + size]) for start in range(0, len(questions), size)]
+    mine = parts[jax.process_index() :: jax.process_count()]
+    return [(part + part[:1] * (size - len(part)), len(part)) for part in mine]
+
+
+def _from_all_batches(made: list[list[Any]]) -> list[Any]:
+    """What all processes made of their batches, JSON, one item a question, in the order of the questions."""
+    of_processes = [json.loads(text) for text in from_all(json.dumps(made))]
+    in_turn = itertools.chain.from_iterable(itertools.zip_longest(*of_processes, fillvalue=[]))
+    return list(itertools.chain.from_iterable(in_turn))
 
 
 def _measure(
@@ -77,13 +99,13 @@ def _measure(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     settings = answerer.rag.config.evaluate
     metrics: dict[str, Any] = {"step": answerer.step} | _measure_retrieval(answerer, questions, name)
-    predictions: list[dict[str, Any]] = []
-    with progress_bar(f"answer ({name})", len(asked), "questions") as advance:
-        for start in range(0, len(asked), settings.batch_size):
-            batch = list(asked[start : start + settings.batch_size])
-            made = _predict(answerer, batch + batch[:1] * (settings.batch_size - len(batch)))
-            predictions += made[: len(batch)]
-            advance(len(batch))
+    made: list[list[dict[str, Any]]] = []
+    batches = _batches(answerer, asked, settings.batch_size)
+    with progress_bar(f"answer ({name})", sum(count for _, count in batches), "questions") as advance:
+        for batch, count in batches:
+            made.append(_predict(answerer, batch)[:count])
+            advance(count)
+    predictions = _from_all_batches(made)
     metrics |= _summarise(predictions)
     return metrics, [{"model": name} | p for p in predictions]
 
@@ -91,18 +113,18 @@ def _measure(
 def _measure_retrieval(answerer: Answerer, questions: Sequence[Question], name: str) -> dict[str, Any]:
     """Recall at 1, 5 and k, and the mean share of the whole corpus's softmax that the top k hold."""
     rag, index, k = answerer.rag, answerer.index, answerer.rag.config.decode.k
-    hits, masses = [], []
-    with progress_bar(f"retrieve ({name})", len(questions), "questions") as advance:
-        for start in range(0, len(questions), RETRIEVAL_BATCH):
-            batch = questions[start : start + RETRIEVAL_BATCH]
-            texts = [q.question for q in batch] + [batch[0].question] * (RETRIEVAL_BATCH - len(batch))
-            found = retrieve(rag, answerer.params, index, texts, max(5, k))
-            hits += [has_answer(answerer.store, q, ids) for q, ids in zip(batch, found.ids, strict=False)]
-            if index.kind == "exact":
-                masses.append(np.exp(log_mass(rag, index, found, k))[: len(batch)])
-            advance(len(batch))
-    recall = {f"recall@{at}": float(np.mean([row[:at].any() for row in hits])) for at in sorted({1, 5, k})}
-    mass = float(np.mean(np.concatenate(masses))) if masses else None
+    made: list[list[tuple[list[bool], float | None]]] = []
+    batches = _batches(answerer, questions, RETRIEVAL_BATCH)
+    with progress_bar(f"retrieve ({name})", sum(count for _, count in batches), "questions") as advance:
+        for batch, count in batches:
+            found = retrieve(rag, answerer.params, index, [q.question for q in batch], max(5, k), answerer.mesh)
+            hits = [has_answer(answerer.store, q, ids).tolist() for q, ids in zip(batch, found.ids, strict=True)]
+            masses = np.exp(log_mass(rag, index, found, k)).tolist() if index.kind == "exact" else [None] * len(batch)
+            made.append(list(zip(hits, masses, strict=True))[:count])
+            advance(count)
+    told = _from_all_batches(made)
+    recall = {f"recall@{at}": float(np.mean([any(hits[:at]) for hits, _ in told])) for at in sorted({1, 5, k})}
+    mass = float(np.mean([mass for _, mass in told])) if index.kind == "exact" else None
     return {"questions": len(questions)} | recall | {"top_k_mass": mass}
 
 

@@ -20,6 +20,7 @@ import jax
 from ragjax.config import Config, InputError, Questions, dump_config, load_config
 from ragjax.hub import fingerprint_files
 from ragjax.index import Index
+from ragjax.mesh import from_all, on_first
 from ragjax.passages import atomic_write
 from ragjax.rag import Rag
 
@@ -42,20 +43,61 @@ PACKAGES = "ragjax jax jaxlib flax optax orbax-checkpoint grain transformers tok
 def start_experiment(rag: Rag, index: Index) -> Path:
     """Creates the output folder, or checks that it holds this very experiment on the very same inputs.
 
-    Raises `InputError` naming the keys or inputs that differ, or if the folder cannot be written.
+    Raises `InputError` naming the keys or inputs that differ, if the folder cannot be written, or if another process
+    has other inputs or does not see it.
     """
-    folder = Path(rag.config.output)
+    folder, inputs = Path(rag.config.output), _inputs(rag, index)
     check_same_experiment(rag.config)
+    _check_agreement({name: repr(value) for name, value in inputs.items()})
+
+    def write() -> None:
+        make_folder(folder)
+        if (folder / "config.yaml").exists():
+            _check_same_inputs(folder / "manifest.json", inputs)
+        else:
+            manifest = _manifest(rag, index, inputs)
+            _write(folder / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+        _write(folder / "config.yaml", dump_config(rag.config))
+
+    on_first(write)
+    if not (folder / "config.yaml").exists():
+        raise InputError(
+            f"{folder}: process {jax.process_index()} does not see what process 0 has written there; "
+            "choose an output that all processes share"
+        )
+    return folder
+
+
+def make_folder(folder: Path) -> None:
+    """Creates an output folder where there is none. Raises `InputError` if that fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{folder}: cannot be created ({error.strerror}); choose another output") from None
-    if (folder / "config.yaml").exists():
-        _check_same_inputs(folder / "manifest.json", _inputs(rag, index))
-    else:
-        _write(folder / "manifest.json", json.dumps(_manifest(rag, index), indent=1, ensure_ascii=False) + "\n")
-    _write(folder / "config.yaml", dump_config(rag.config))
-    return folder
+
+
+def check_processes_agree(config: Config) -> None:
+    """Raises `InputError` naming the keys in which a process was started with another configuration, or software."""
+    settings = {key: repr(value) for key, value in _leaves(dataclasses.asdict(config)).items()}
+    _check_agreement(settings | {package: importlib.metadata.version(package) for package in PACKAGES})
+
+
+def _check_agreement(settings: dict[str, str]) -> None:
+    """Between processes; each says in what it differs from process 0, and process 0 what the first other one says."""
+    every = [json.loads(text) for text in from_all(json.dumps(settings))]
+    here = jax.process_index()
+    others = [here] if here else range(1, len(every))
+    for other in others:
+        of_other = every[other]
+        if differ := sorted(key for key in every[0].keys() | of_other.keys() if every[0].get(key) != of_other.get(key)):
+            named = "; ".join(
+                f"{key} is {every[0].get(key)} in process 0 and {of_other.get(key)} there" for key in differ
+            )
+            raise InputError(
+                f"process {other} differs: {named}; start all processes with the same command and versions"
+            )
+    if any(of_other != every[0] for of_other in every):
+        raise InputError("other processes differ from process 0; their messages tell in what")
 
 
 def check_same_experiment(config: Config) -> None:
@@ -138,13 +180,13 @@ def _leaves(tree: dict, prefix: str = "") -> dict[str, object]:
     return flat
 
 
-def _manifest(rag: Rag, index: Index) -> dict[str, object]:
+def _manifest(rag: Rag, index: Index, inputs: dict[str, str]) -> dict[str, object]:
     return {
         "versions": {"python": sys.version.split()[0]} | {p: importlib.metadata.version(p) for p in PACKAGES},
         "git_revision": git_revision(),
         "devices": [f"{d.platform}:{d.device_kind}" for d in jax.devices()],
         "sources": [{"source": f.source, "pin": f.pin} for f in rag.sources],
-        "fingerprints": _inputs(rag, index),
+        "fingerprints": inputs,
         "index": index.manifest,
     }
 

@@ -1,32 +1,140 @@
-"""Devices: a mesh whose axis `data` splits questions, and whose axis `model` splits attention heads and feed-forward.
+"""Devices and processes: a mesh whose axis `data` splits questions, and `model` attention heads and feed-forward.
 
-Parameters are whole along `data`, or, with FSDP, split there as well. XLA does what communication that needs.
+Parameters are whole along `data`, or, with FSDP, split there as well. XLA does what communication that needs. Training
+lies on the devices of all processes; what answers questions and embeds passages, on those of its own process.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int
 
 from ragjax.config import InputError
+from ragjax.progress import terminal
+
+Result = TypeVar("Result")
 
 # the dimension of a kernel, counted from its end, that is split over `model`: heads, or the feed-forward's inner width
 SPLIT = {"query": -1, "key": -1, "value": -1, "output": -2, "up": -1, "gate": -1, "down": -2}
+SILENT = 60  # seconds without a sign of life after which a process counts as dead, and the others stop
+
+
+def join_processes(stop_together: bool) -> None:
+    """Joins the other processes of this run; call it before anything else of JAX.
+
+    Where there are others JAX knows by itself on TPU pods, SLURM, Open MPI and Kubernetes; elsewhere the environment
+    says: JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID. With `stop_together`
+    SIGTERM no longer ends this process, but tells JAX to let all of them reach one step and stop there
+    (`reached_preemption_sync_point`). Progress is shown by process 0 alone, and only Python writes to standard output.
+    Raises `InputError` if they cannot be joined.
+    """
+
+    def number(name: str) -> int | None:
+        value = os.environ.get(name)
+        if value is not None and not value.isdecimal():
+            raise InputError(f"{name} is {value!r}; expected a number")
+        return None if value is None else int(value)
+
+    count, index = number("JAX_NUM_PROCESSES"), number("JAX_PROCESS_ID")
+    # Gloo, which connects CPUs, tells on standard output of each connection it makes
+    sys.stdout.flush()
+    sys.stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    jax.config.update("jax_enable_preemption_service", stop_together)
+    try:
+        jax.distributed.initialize(
+            num_processes=count, process_id=index, heartbeat_timeout_seconds=SILENT, shutdown_timeout_seconds=SILENT
+        )
+    except (ValueError, RuntimeError) as error:
+        raise InputError(
+            f"--distributed: the other processes cannot be joined ({str(error).splitlines()[0]}); where JAX does not "
+            "find them by itself, set JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
+        ) from None
+    terminal.quiet = not is_first()
+
+
+def is_first() -> bool:
+    """Whether this is the process that speaks and writes for all."""
+    return jax.process_index() == 0
+
+
+def wait_for_all(name: str) -> None:
+    """Returns when every process has come here; `name` is the same in all."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def from_all(text: str) -> list[str]:
+    """The texts that the processes give, in their order."""
+    if jax.process_count() == 1:
+        return [text]
+    given = np.frombuffer(text.encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.int32(len(given)))
+    padded = np.zeros(lengths.max(), np.uint8)
+    padded[: len(given)] = given
+    every = multihost_utils.process_allgather(padded)
+    return [bytes(row[:length]).decode() for row, length in zip(every, lengths, strict=True)]
+
+
+def on_first(action: Callable[[], Result]) -> Result | None:
+    """What `action` returns, run in process 0 alone while the others wait, who get None.
+
+    An `InputError` that it raises is raised in all of them.
+    """
+    result, message = None, ""
+    if is_first():
+        try:
+            result = action()
+        except InputError as error:
+            if jax.process_count() == 1:
+                raise
+            message = str(error)
+    if message := from_all(message)[0]:
+        raise InputError(message)
+    return result
+
+
+def first_says(flag: bool) -> bool:
+    """The flag of process 0."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.broadcast_one_to_all(np.int32(flag)))
 
 
 def make_mesh(model: int = 1) -> Mesh:
-    """All devices, `model` of them along the axis of that name; XLA chooses the shardings inside a jitted function.
+    """All devices of all processes, `model` of them along the axis of that name.
 
-    Raises `InputError` if `model` does not divide their number.
+    XLA chooses the shardings inside a jitted function. Raises `InputError` if `model` does not divide their number.
     """
-    count = jax.device_count()
+    return _mesh(jax.devices(), model)
+
+
+def local_mesh(model: int = 1, data: int | None = None) -> Mesh:
+    """The same of this process's own devices, or of as many as give the axis `data` that length.
+
+    `model` is lowered to what divides their number: a model trained on many devices answers on few as well.
+    """
+    devices = jax.local_devices()
+    model = math.gcd(model, len(devices))
+    return _mesh(devices if data is None else devices[: data * model], model)
+
+
+def _mesh(devices: Sequence[Any], model: int) -> Mesh:
+    count = len(devices)
     if count % model:
         raise InputError(f"mesh.model={model} does not divide the {count} devices; choose one of {_divisors(count)}")
-    return jax.make_mesh((count // model, model), ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
+    types = (AxisType.Auto, AxisType.Auto)
+    return jax.make_mesh((count // model, model), ("data", "model"), axis_types=types, devices=devices)
 
 
 def _divisors(count: int) -> str:
@@ -54,25 +162,64 @@ def parameter_spec(
     return PartitionSpec(*spec)
 
 
-def shard_batch(mesh: Mesh, batch: Any) -> Any:
-    """Splits the leading axis of every host array in the tree over the devices; a process passes its own rows.
-
-    Raises `InputError` if the number of devices does not divide the number of rows.
-    """
-    sharding = NamedSharding(mesh, PartitionSpec("data"))
-    devices = mesh.local_mesh.shape["data"]
-    for leaf in jax.tree.leaves(batch):
-        if leaf.shape[0] % devices:
-            raise InputError(
-                f"a batch of {leaf.shape[0]} questions cannot be split over {devices} devices; make train.batch_size / "
-                f"train.accumulate a multiple of {devices}"
-            )
-    return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, leaf), batch)
+def check_batch(mesh: Mesh, count: int, keys: str) -> None:
+    """Raises `InputError`, naming the `keys` of the configuration, if `data` does not divide `count` questions."""
+    if count % (devices := mesh.shape["data"]):
+        raise InputError(
+            f"a batch of {count} questions cannot be split over {devices} devices; make {keys} a multiple of {devices}"
+        )
 
 
-def replicate(mesh: Mesh, tree: Any) -> Any:
-    """The tree whole on every device. It may share memory with `tree`, which matters where buffers are donated."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+def rows_here(mesh: Mesh, count: int) -> Int[np.ndarray, " n"]:
+    """Which of the `count` rows of a batch lie on this process's devices, in order. `data` divides `count`."""
+    slices = _rows(mesh).addressable_devices_indices_map((count,)).values()
+    return np.unique(np.concatenate([np.arange(count)[index] for index in slices]))
+
+
+def _rows(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def shard_batch(mesh: Mesh, batch: Any, count: int) -> Any:
+    """A tree of host arrays, which hold the `rows_here` of a batch of `count`, as the batch split over the devices."""
+    at = {int(row): position for position, row in enumerate(rows_here(mesh, count))}
+
+    def split(leaf: np.ndarray) -> Any:
+        def part(index: Any) -> np.ndarray:
+            start, stop, _ = index[0].indices(count)
+            return leaf[at[start] :][: stop - start]
+
+        return jax.make_array_from_callback((count, *leaf.shape[1:]), _rows(mesh), part)
+
+    return jax.tree.map(split, batch)
+
+
+def place(tree: Any, shardings: Any) -> Any:
+    """A tree of arrays that every process has whole, laid out as `shardings` say: one for each leaf, or one for all."""
+    if isinstance(shardings, NamedSharding):
+        shardings = jax.tree.map(lambda _: shardings, tree)
+
+    def put(leaf: Any, sharding: NamedSharding) -> Any:
+        if sharding.is_fully_addressable:  # from one device to others without a detour
+            return jax.device_put(leaf, sharding)
+        host = np.asarray(leaf)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    return jax.tree.map(put, tree, shardings)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Whole on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def on_host(tree: Any) -> Any:
+    """Arrays that may be split over devices and processes, whole on every host; all processes call it."""
+
+    def whole(leaf: Any) -> np.ndarray:
+        return np.asarray(leaf) if leaf.is_fully_addressable else multihost_utils.process_allgather(leaf, tiled=True)
+
+    return jax.tree.map(whole, tree)
 
 
 def enable_compilation_cache(folder: Path) -> None:

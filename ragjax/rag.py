@@ -17,12 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx, struct
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from ragjax.config import Config, InputError
 from ragjax.hub import Fetched, checkpoint_folder, fetch, fingerprint_files
 from ragjax.index import Index
 from ragjax.marginal import corpus_log_prior, hugging_face_nll, log_prior, marginal_logp, posterior, token_posterior
+from ragjax.mesh import local_mesh, on_host, rows_here, shard_batch
 from ragjax.models.generator import Generator, Keys, SpecialTokens, answer_hidden
 from ragjax.models.layers import Params, fold, row_keys
 from ragjax.passages import Passage, PassageStore, is_unicode
@@ -187,7 +189,7 @@ def _log_normalizer(queries: Array, passages: Array, scale: float) -> Array:
 class Retrieved:
     """The top-k of B questions, best first; id −1, score −inf and prior −inf where there was no hit."""
 
-    queries: Float[Array, "B D"]
+    queries: Float[np.ndarray, "B D"]
     ids: Int[np.ndarray, "B K"]
     scores: Float[np.ndarray, "B K"]  # inner products, before the scale
     log_prior: Float[np.ndarray, "B K"]
@@ -211,10 +213,29 @@ def question_rows(rag: Rag, questions: Sequence[str]) -> tuple[Int[np.ndarray, "
     return pad_rows(rows, width, rag.retriever_tokenizer.pad_id)
 
 
-def retrieve(rag: Rag, params: Params, index: Index, questions: Sequence[str], k: int) -> Retrieved:
-    """Encodes B questions, searches the index and normalises the prior as the configuration says."""
-    queries = encode(rag.retriever.graph, params["retriever"], *question_rows(rag, questions))
-    scores, ids = index.search(np.asarray(queries), k)
+def search(
+    rag: Rag, params: Params, index: Index, questions: Sequence[str], k: int, mesh: Mesh | None = None
+) -> tuple[Float[np.ndarray, "B D"], Float[np.ndarray, "B K"], Int[np.ndarray, "B K"]]:
+    """The queries of B questions, and the scores and ids of their top-k, known to every process of the mesh.
+
+    `params` lie on the mesh (by default one device), whose axis `data` divides B. Each process searches for the
+    questions on its devices.
+    """
+    mesh = mesh or local_mesh(data=1)
+    rows, count = question_rows(rag, questions), len(questions)
+    mine = rows_here(mesh, count)
+    asked = shard_batch(mesh, tuple(of_all[mine] for of_all in rows), count)
+    queries = on_host(encode(rag.retriever.graph, params["retriever"], *asked))
+    found = index.search(queries[mine], k)
+    scores, ids = found if len(mine) == count else on_host(shard_batch(mesh, found, count))
+    return queries, scores, ids
+
+
+def retrieve(
+    rag: Rag, params: Params, index: Index, questions: Sequence[str], k: int, mesh: Mesh | None = None
+) -> Retrieved:
+    """As `search`, with the prior normalised as the configuration says."""
+    queries, scores, ids = search(rag, params, index, questions, k, mesh)
     scale, valid = rag.config.retriever.scale, jnp.asarray(ids >= 0)
     if rag.config.retriever.prior == "corpus":
         normalizer = _log_normalizer(queries, index.on_device, scale)
@@ -298,16 +319,25 @@ class TrainBatch:
 
 
 def train_batch(
-    rag: Rag, index: Index, store: PassageStore, questions: Sequence[str], answers: Sequence[str], ids: np.ndarray
+    rag: Rag,
+    index: Index,
+    store: PassageStore,
+    questions: Sequence[str],
+    answers: Sequence[str],
+    ids: Int[np.ndarray, "B K"],
+    rows: Int[np.ndarray, " B"] | None = None,
 ) -> TrainBatch:
-    """Host arrays for one step. Answers are padded to `generator.answer_tokens`, which none may exceed."""
+    """Host arrays for one step, of the global batch or of its `rows` that these are.
+
+    Answers are padded to `generator.answer_tokens`, which none may exceed.
+    """
     question, question_mask = question_rows(rag, questions)
     source, source_mask = prompt_rows(rag, store, questions, ids)
-    rows = [answer_tokens(rag, answer) for answer in answers]
-    answer, answer_mask = pad_rows(rows, rag.config.generator.answer_tokens, rag.special.pad)
+    written = [answer_tokens(rag, answer) for answer in answers]
+    answer, answer_mask = pad_rows(written, rag.config.generator.answer_tokens, rag.special.pad)
     shape = (*ids.shape, source.shape[1])
     return TrainBatch(
-        row=np.arange(len(questions), dtype=np.int32),
+        row=(np.arange(len(questions)) if rows is None else rows).astype(np.int32),
         question=question,
         question_mask=question_mask,
         passages=index.vectors(ids),
@@ -316,6 +346,21 @@ def train_batch(
         source_mask=source_mask.reshape(shape),
         answer=answer,
         answer_mask=answer_mask,
+    )
+
+
+def widen(batch: TrainBatch, question: int, source: int) -> TrainBatch:
+    """Host arrays padded to so many tokens; the masks hide whatever the padding is."""
+
+    def padded(rows: np.ndarray, width: int) -> np.ndarray:
+        return np.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, width - rows.shape[-1])])
+
+    return replace(
+        batch,
+        question=padded(batch.question, question),
+        question_mask=padded(batch.question_mask, question),
+        source=padded(batch.source, source),
+        source_mask=padded(batch.source_mask, source),
     )
 
 

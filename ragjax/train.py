@@ -5,28 +5,46 @@ from __future__ import annotations
 import fcntl
 import json
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.multihost_utils import reached_preemption_sync_point
+from jax.sharding import Mesh
 
 from ragjax.checkpoint import Checkpoints
 from ragjax.config import Config, InputError
 from ragjax.data import Batch, QuestionBatches, UsableAnswers, usable_answers
-from ragjax.experiment import check_same_experiment, check_same_models, start_experiment
+from ragjax.experiment import check_processes_agree, check_same_experiment, check_same_models, start_experiment
 from ragjax.hub import cache_folder
 from ragjax.index import Index, check_built, check_k, open_index
-from ragjax.mesh import enable_compilation_cache, make_mesh, replicate, shard_batch
+from ragjax.mesh import (
+    check_batch,
+    enable_compilation_cache,
+    first_says,
+    is_first,
+    local_mesh,
+    make_mesh,
+    on_first,
+    on_host,
+    place,
+    replicated,
+    rows_here,
+    shard_batch,
+)
 from ragjax.metrics import contains_answer
+from ragjax.models.layers import Params
 from ragjax.passages import PassageStore, Question, atomic_write, read_questions
 from ragjax.progress import progress_bar, terminal
-from ragjax.rag import Rag, answer_tokens, open_rag, retrieve, train_batch
+from ragjax.rag import Rag, TrainBatch, answer_tokens, open_rag, search, train_batch, widen
 from ragjax.step import (
     TrainState,
     initial_state,
@@ -51,14 +69,17 @@ def train(config: Config) -> Path:
     Raises `InputError` for bad input (before anything long starts), a loss that is no number, or a disk that is full,
     and `Interrupted` after Ctrl-C or SIGTERM.
     """
+    check_processes_agree(config)
     check_same_experiment(config)
+    if config.train.tensorboard and find_spec("tensorboardX") is None:
+        raise InputError("train.tensorboard needs an extra: pip install 'ragjax[tensorboard]'")
     questions = read_split(config, "train")
     rag, index, store = open_world(config)
     check_k(config.train.k, len(index))
     usable = _usable(rag, questions)
     batches = QuestionBatches([len(a) for a in usable.answers], config.train.batch_size, config.seed)
     mesh = make_mesh(config.mesh.model)
-    shard_batch(mesh, np.zeros(config.train.batch_size))  # these two raise before anything is written
+    check_batch(mesh, config.train.batch_size, "train.batch_size")
     split_frozen(rag.abstract_params(), config.train.freeze)
     folder = start_experiment(rag, index)
 
@@ -67,7 +88,7 @@ def train(config: Config) -> Path:
         Checkpoints(folder / "checkpoints", keep=config.train.keep, writing=True) as checkpoints,
     ):
         state = _start(rag, checkpoints, batches, mesh)
-        corpus = replicate(mesh, index.on_device) if config.retriever.prior == "corpus" else None
+        corpus = place(index.on_device, replicated(mesh)) if config.retriever.prior == "corpus" else None
         shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
         step_fn, done = make_train_step(rag, shardings), int(state.step)
         with (
@@ -79,15 +100,16 @@ def train(config: Config) -> Path:
             for step in range(done, config.train.steps):
                 started = time.perf_counter()
                 chosen = next(batches)
-                arrays, shown = _assemble(rag, state, index, store, questions, usable, chosen)
-                state, measured = step_fn(state, shard_batch(mesh, arrays), corpus)
+                batch, shown, tokens = _assemble(rag, state, index, store, questions, usable, chosen, mesh)
+                state, measured = step_fn(state, batch, corpus)
                 metrics = {name: float(value) for name, value in jax.device_get(measured).items()} | shown
                 _check_finite(step, metrics, [questions[usable.questions[i]].id for i in chosen.questions])
                 seconds = time.perf_counter() - started
-                log(step + 1, metrics | _rates(arrays, seconds))
+                rates = {"examples_per_second": len(batch.row) / seconds, "tokens_per_second": tokens / seconds}
+                log(step + 1, metrics | rates)
                 advance(1, f"loss {metrics['loss']:.3f}  recall@{config.train.k} {metrics['recall']:.2f}")
-                last, stop, minutes = step + 1 == config.train.steps, stopping(), config.train.save_minutes
-                due = minutes is not None and time.monotonic() - saved >= 60 * minutes
+                last, stop, minutes = step + 1 == config.train.steps, stopping(step + 1), config.train.save_minutes
+                due = minutes is not None and first_says(time.monotonic() - saved >= 60 * minutes)
                 if last or stop or due or (step + 1) % config.train.save_every == 0:
                     checkpoints.save(step + 1, state, {"data": batches.state()})
                     saved = time.monotonic()
@@ -133,20 +155,26 @@ def _usable(rag: Rag, questions: Sequence[Question]) -> UsableAnswers:
     return usable
 
 
-def _start(rag: Rag, checkpoints: Checkpoints, batches: QuestionBatches, mesh: jax.sharding.Mesh) -> TrainState:
+def _start(rag: Rag, checkpoints: Checkpoints, batches: QuestionBatches, mesh: Mesh) -> TrainState:
     """The newest saved state, or step 0; restores the position in the data."""
     abstract = jax.eval_shape(lambda params: initial_state(rag, params), rag.abstract_params())
     shardings = state_shardings(rag, mesh, abstract)
     if whole := whole_on_every_device(rag, mesh):
         terminal.print(f"not split over mesh.model={mesh.shape['model']}: {', '.join(whole)}", soft_wrap=True)
-    like = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), abstract, shardings)
+    like = _abstract(abstract, shardings)
     newest = checkpoints.newest(lambda step: (checkpoints.metadata(step), checkpoints.restore(step, like)))
     if newest is None:
-        return jax.device_put(initial_state(rag, rag.initial_params()), shardings)
+        params = pretrained(rag, mesh)
+        # moments are born where they will lie: no device ever holds the whole state
+        return jax.jit(lambda params: initial_state(rag, params), out_shardings=shardings)(params)
     step, (metadata, state) = newest
     batches.restore(metadata["data"])
     terminal.print(f"going on from step {step}")
     return state
+
+
+def _abstract(tree: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree, shardings)
 
 
 def _assemble(
@@ -157,21 +185,26 @@ def _assemble(
     questions: Sequence[Question],
     usable: UsableAnswers,
     chosen: Batch,
-) -> tuple[Any, dict[str, float]]:
-    """Retrieves for one batch; returns the step's host arrays and what retrieval alone tells."""
+    mesh: Mesh,
+) -> tuple[TrainBatch, dict[str, float], int]:
+    """Retrieves for one batch, and lays it out on the mesh; also what retrieval alone tells, and how many tokens.
+
+    Each process tokenises the rows on its own devices; widths are agreed, since all run one program.
+    """
     batch = [questions[usable.questions[i]] for i in chosen.questions]
     answers = [q.answers[usable.answers[i][a]] for q, i, a in zip(batch, chosen.questions, chosen.answers, strict=True)]
     texts = [q.question for q in batch]
-    retrieved = retrieve(rag, state.params, index, texts, rag.config.train.k)
-    arrays = train_batch(rag, index, store, texts, answers, retrieved.ids)
-    hits = [has_answer(store, q, ids).any() for q, ids in zip(batch, retrieved.ids, strict=True)]
-    valid = retrieved.ids[retrieved.ids >= 0]
-    return arrays, {"recall": float(np.mean(hits)), "distinct_documents": len(np.unique(valid)) / max(1, valid.size)}
-
-
-def _rates(arrays: Any, seconds: float) -> dict[str, float]:
-    tokens = int(arrays.source_mask.sum()) + int(arrays.answer_mask.sum()) * arrays.source.shape[1]
-    return {"examples_per_second": len(arrays.row) / seconds, "tokens_per_second": tokens / seconds}
+    _, _, ids = search(rag, state.params, index, texts, rag.config.train.k, mesh)
+    mine = rows_here(mesh, len(batch))
+    arrays = train_batch(rag, index, store, [texts[i] for i in mine], [answers[i] for i in mine], ids[mine], mine)
+    hits = [has_answer(store, batch[i], ids[i]).any() for i in mine]
+    tokens = arrays.source_mask.sum(axis=(1, 2)) + arrays.answer_mask.sum(axis=1) * ids.shape[1]
+    widths = [np.full(len(mine), width) for width in (arrays.question.shape[-1], arrays.source.shape[-1])]
+    of_rows = on_host(shard_batch(mesh, np.stack([hits, tokens, *widths], axis=1).astype(np.int32), len(batch)))
+    valid = ids[ids >= 0]
+    shown = {"recall": float(of_rows[:, 0].mean()), "distinct_documents": len(np.unique(valid)) / max(1, valid.size)}
+    widest = widen(arrays, *(int(width) for width in of_rows[:, 2:].max(axis=0)))
+    return shard_batch(mesh, widest, len(batch)), shown, int(of_rows[:, 1].sum())
 
 
 def _check_finite(step: int, metrics: dict[str, float], ids: Sequence[str]) -> None:
@@ -186,14 +219,15 @@ def _check_finite(step: int, metrics: dict[str, float], ids: Sequence[str]) -> N
 @contextmanager
 def _log(folder: Path, done: int, config: Config) -> Iterator[Callable[[int, dict[str, float]], None]]:
     """Writes OUTPUT/train.jsonl (steps after a resumed checkpoint are written anew) and TensorBoard on demand."""
+    if not is_first():
+        yield lambda step, metrics: None
+        return
     path = folder / "train.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     writer: Any = None
     if config.train.tensorboard:
-        try:
-            from tensorboardX import SummaryWriter
-        except ImportError:
-            raise InputError("train.tensorboard needs an extra: pip install 'ragjax[tensorboard]'") from None
+        from tensorboardX import SummaryWriter
+
         writer = SummaryWriter(str(folder / "tensorboard"))
     with atomic_write(path) as (kept,):
         kept.writelines(line.encode() for line in lines if line.endswith("\n") and json.loads(line)["step"] <= done)
@@ -217,43 +251,64 @@ def _log(folder: Path, done: int, config: Config) -> Iterator[Callable[[int, dic
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Raises `InputError` while another process trains in this output folder; its death frees the folder."""
-    with (folder / ".lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{folder}: another process trains here; wait for it, or choose another output") from None
+    """Raises `InputError` while another run trains in this output folder; its death frees the folder."""
+    with ExitStack() as stack:
+
+        def lock() -> None:
+            file = stack.enter_context((folder / ".lock").open("a"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"{folder}: another run trains here; wait for it, or choose another output") from None
+
+        on_first(lock)
         yield
 
 
 @contextmanager
-def _stop_on_signals() -> Iterator[Callable[[], int]]:
-    """Yields a function that tells which signal, Ctrl-C or SIGTERM, asks to stop, or 0.
+def _stop_on_signals() -> Iterator[Callable[[int], int]]:
+    """Yields a function that tells, after each step, which signal, Ctrl-C or SIGTERM, asks to stop, or 0.
 
-    A second Ctrl-C stops at once, without saving. Machines that are taken away send SIGTERM some time before.
+    A second Ctrl-C stops at once, without saving. Machines that are taken away send SIGTERM some time before. Of
+    several processes any may get it: JAX listens for SIGTERM, and names a step after which all of them stop.
     """
-    came = 0
+    came, several = 0, jax.process_count() > 1
 
     def handle(number: int, frame: FrameType | None) -> None:
         nonlocal came
         came = number
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background may ignore it by default
         terminal.print("finishing this step, then saving; Ctrl-C stops at once")
+        if several:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def stopping(step: int) -> int:
+        if several:
+            return (came or signal.SIGTERM) if reached_preemption_sync_point(step) else 0
+        return came
 
     try:
-        previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        listened = (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM)
+        previous = {number: signal.signal(number, handle) for number in listened}
     except ValueError:  # not in the main thread, as under some notebooks
-        yield lambda: 0
+        yield lambda step: 0
         return
     try:
-        yield lambda: came
+        yield stopping
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
 
 
-def restore_trained(rag: Rag, step: int | None = None) -> tuple[Any, int] | None:
-    """The parameters of the newest checkpoint (or of `step`) in `output`, and its step; None if there is none.
+def pretrained(rag: Rag, mesh: Mesh) -> Params:
+    """The pretrained parameters, laid out on the mesh."""
+    return place(rag.initial_params(), state_shardings(rag, mesh, rag.abstract_params()))
+
+
+def restore_trained(rag: Rag, mesh: Mesh | None = None, step: int | None = None) -> tuple[Params, int] | None:
+    """The parameters of the newest checkpoint (or of `step`) in `output`, on the mesh or one device, and its step.
+
+    None if there is none.
 
     Raises `InputError` for a checkpoint that is damaged, or was trained with other models than the configuration's.
     """
@@ -261,10 +316,12 @@ def restore_trained(rag: Rag, step: int | None = None) -> tuple[Any, int] | None
     if not folder.is_dir():
         return None
     check_same_models(rag.config)
+    shardings = state_shardings(rag, mesh or local_mesh(data=1), rag.abstract_params())
+    like = _abstract(rag.abstract_params(), shardings)
     with Checkpoints(folder, keep=rag.config.train.keep, writing=False) as checkpoints:
 
         def load(step: int) -> Any:
-            return checkpoints.restore_params(step, rag.abstract_params())
+            return checkpoints.restore_params(step, like)
 
         found = checkpoints.newest(load) if step is None else (step, load(step))
         return None if found is None else (found[1], found[0])

@@ -13,7 +13,18 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType
 
 from ragjax.config import InputError
-from ragjax.mesh import enable_compilation_cache, make_mesh, parameter_spec, replicate, shard_batch
+from ragjax.mesh import (
+    check_batch,
+    enable_compilation_cache,
+    local_mesh,
+    make_mesh,
+    on_host,
+    parameter_spec,
+    place,
+    replicated,
+    rows_here,
+    shard_batch,
+)
 
 
 def test_a_batch_is_split_and_parameters_are_whole() -> None:
@@ -21,7 +32,9 @@ def test_a_batch_is_split_and_parameters_are_whole() -> None:
     assert mesh.axis_names == ("data", "model") and mesh.axis_types == (AxisType.Auto,) * 2
     assert (mesh.shape["data"], mesh.shape["model"]) == (8, 1)
     batch = {"tokens": np.arange(48).reshape(16, 3), "mask": np.ones(16, bool)}
-    sharded, params = shard_batch(mesh, batch), replicate(mesh, {"w": jnp.arange(3.0)})
+    sharded, params = shard_batch(mesh, batch, 16), place({"w": jnp.arange(3.0)}, replicated(mesh))
+    assert rows_here(mesh, 16).tolist() == list(range(16))
+    chex.assert_trees_all_equal(on_host(sharded), batch)
     chex.assert_trees_all_equal(sharded, batch)
     assert [s.data.shape for s in sharded["tokens"].addressable_shards] == [(2, 3)] * 8
     assert params["w"].sharding.is_fully_replicated and len(params["w"].sharding.device_set) == 8
@@ -55,9 +68,14 @@ def test_a_mesh_that_does_not_divide_the_devices() -> None:
         make_mesh(3)
 
 
+def test_a_mesh_of_fewer_devices_answers_as_well() -> None:
+    assert dict(local_mesh(2, data=1).shape) == {"data": 1, "model": 2}
+    assert dict(local_mesh(16).shape) == {"data": 1, "model": 8}
+
+
 def test_a_batch_that_the_devices_do_not_divide() -> None:
     with pytest.raises(InputError, match=r"12 questions cannot be split over 8 devices.*multiple of 8"):
-        shard_batch(make_mesh(), {"tokens": np.zeros((12, 3))})
+        check_batch(make_mesh(), 12, "train.batch_size")
 
 
 def test_compiled_programs_are_kept(tmp_path: Path) -> None:

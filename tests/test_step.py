@@ -18,7 +18,7 @@ from flax import nnx
 from world import open_world, tiny_config
 
 from ragjax.config import InputError, MeshConfig, Train
-from ragjax.mesh import make_mesh, replicate, shard_batch
+from ragjax.mesh import make_mesh, place, replicated, shard_batch
 from ragjax.models.generator import answer_hidden
 from ragjax.models.layers import Params
 from ragjax.passages import read_questions
@@ -268,7 +268,7 @@ def test_backward_through_the_likeliest_documents(
 def test_eight_devices_give_the_gradients_of_one(plain: Setup, plain_gradients: tuple[Any, Any]) -> None:
     mesh = make_mesh()
     grads, metrics = differentiate(plain.rag)(
-        replicate(mesh, plain.params), shard_batch(mesh, jax.device_get(plain.batch))
+        place(plain.params, replicated(mesh)), shard_batch(mesh, jax.device_get(plain.batch), len(plain.batch.row))
     )
     assert all(len(leaf.sharding.device_set) == 8 for leaf in jax.tree.leaves(grads))
     assert_same(jax.device_get(grads), plain_gradients[0])
@@ -281,7 +281,8 @@ def test_a_step_on_eight_devices_equals_one_with_dropout(
     mesh, (one, metrics_one) = make_mesh(), dropping_stepped
     assert mesh.size == 8
     eight, metrics_eight = dropping_step(
-        replicate(mesh, dropping.state()), shard_batch(mesh, jax.device_get(dropping.batch))
+        place(dropping.state(), replicated(mesh)),
+        shard_batch(mesh, jax.device_get(dropping.batch), len(dropping.batch.row)),
     )
     leaf = eight.params["generator"]["embed"]["embedding"]
     assert len(leaf.sharding.device_set) == 8 and leaf.sharding.is_fully_replicated
@@ -321,7 +322,7 @@ def test_a_step_on_a_mesh_equals_one_on_a_device(
     state = jax.device_put(dropping.state(), shardings)
     up = state.params["generator"]["layers"]["up"]["kernel"]
     assert up.addressable_shards[0].data.size * (8 if fsdp else model) == up.size
-    batch = shard_batch(mesh, jax.device_get(dropping.batch))
+    batch = shard_batch(mesh, jax.device_get(dropping.batch), len(dropping.batch.row))
     (one, metrics_one), (after, metrics) = dropping_stepped, make_train_step(rag, shardings)(state, batch)
     chex.assert_trees_all_close(jax.device_get(metrics), jax.device_get(metrics_one), rtol=1e-4)
     assert float(metrics["loss"]) == pytest.approx(float(metrics_one["loss"]), rel=1e-5)
