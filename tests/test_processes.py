@@ -1,0 +1,179 @@
+"""Real processes over localhost: the same numbers however many there are, and an end for all when one is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS = 20
+SETTINGS = [f"train.steps={STEPS}", "train.dropout=0.1", "evaluate.limit=5", "evaluate.untrained_limit=0"]
+RAGJAX = [sys.executable, "-m", "ragjax"]
+RATES = {"examples_per_second", "tokens_per_second"}
+
+
+def environment(world: Path, devices: int) -> dict[str, str]:
+    own = {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "RAGJAX_CACHE": str(world.parent / "cache"),
+        "RAGJAX": " ".join(RAGJAX),
+        "PYTHONPATH": str(ROOT),
+    }
+    return os.environ | own
+
+
+def launch(world: Path, count: int, devices: int, output: Path, *settings: str) -> str:
+    """Trains and evaluates in `count` processes by launch/processes.sh; what it wrote on standard error."""
+    command = [
+        ROOT / "launch/processes.sh",
+        str(count),
+        world / "config.yaml",
+        f"output={output}",
+        *SETTINGS,
+        *settings,
+    ]
+    env = environment(world, devices) | {"DEVICES": str(devices), "STAGES": "train evaluate"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "Gloo" not in done.stdout + done.stderr
+    return done.stderr
+
+
+def start(world: Path, count: int, *arguments: str, own: dict[int, list[str]] | None = None) -> list[subprocess.Popen]:
+    """`count` processes of two devices each; `own` adds arguments to some of them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    processes = []
+    for i in range(count):
+        of_this = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(i)}
+        command = [*RAGJAX, *arguments, *(own or {}).get(i, []), "--distributed"]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        processes.append(subprocess.Popen(command, env=environment(world, 2) | of_this, **pipes))  # type: ignore[call-overload]
+    return processes
+
+
+def ends(processes: list[subprocess.Popen], within: float) -> list[tuple[int, str]]:
+    """The exit code and standard error of each; fails if one is still there after so many seconds."""
+    limit = time.monotonic() + within
+    try:
+        return [(p.wait(max(0.1, limit - time.monotonic())), p.communicate()[1]) for p in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def logged(run: Path) -> list[dict[str, float]]:
+    path = run / "train.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [{k: v for k, v in json.loads(line).items() if k not in RATES} for line in lines]
+
+
+def wait_for_step(run: Path, step: int, processes: list[subprocess.Popen]) -> None:
+    limit = time.monotonic() + 120
+    while len(logged(run)) < step:
+        assert time.monotonic() < limit and all(p.poll() is None for p in processes)
+        time.sleep(0.05)
+
+
+def assert_same(run: Path, reference: Path) -> None:
+    """The same losses to 1e-5, and the same answers."""
+    ours, theirs = logged(run), logged(reference)
+    assert [line["step"] for line in ours] == list(range(1, STEPS + 1))
+    for one, other in zip(ours, theirs, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert one["recall"] == other["recall"] and one["distinct_documents"] == other["distinct_documents"]
+        assert one == pytest.approx(other, rel=1e-3)
+    predicted = [[json.loads(line) for line in (r / "predictions.jsonl").open()] for r in (run, reference)]
+    assert len(predicted[0]) == len(predicted[1]) == 5
+    for a, b in zip(*predicted, strict=True):
+        assert (a["id"], a["answers"]) == (b["id"], b["answers"])
+        assert a["p_answer"] == pytest.approx(b["p_answer"], rel=1e-3)
+    metrics = [json.loads((r / "metrics.json").read_text())["models"]["trained"] for r in (run, reference)]
+    assert metrics[0]["recall@1"] == metrics[1]["recall@1"]
+    assert metrics[0]["top_k_mass"] == pytest.approx(metrics[1]["top_k_mass"], rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def reference(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """One process with one device."""
+    folder = tmp_path_factory.mktemp("reference")
+    launch(world, 1, 1, folder)
+    yield folder
+
+
+@pytest.mark.parametrize(
+    ("processes", "devices", "settings"),
+    [
+        (1, 8, ["mesh.fsdp=true"]),
+        (2, 2, []),
+        pytest.param(2, 2, ["mesh.fsdp=true"], marks=pytest.mark.slow),
+        pytest.param(1, 8, [], marks=pytest.mark.slow),
+        pytest.param(2, 4, [], marks=pytest.mark.slow),
+        pytest.param(2, 4, ["mesh.fsdp=true", "mesh.model=2"], marks=pytest.mark.slow),
+        pytest.param(4, 2, ["mesh.fsdp=true"], marks=pytest.mark.slow),
+        pytest.param(4, 2, ["mesh.model=8"], marks=pytest.mark.slow),
+    ],
+)
+def test_the_same_numbers_on_any_layout(
+    world: Path, reference: Path, tmp_path: Path, processes: int, devices: int, settings: list[str]
+) -> None:
+    err = launch(world, processes, devices, tmp_path, *settings)
+    assert err.count("train: 20/20 steps") == 1, "only one process tells of progress"
+    assert_same(tmp_path, reference)
+
+
+def test_a_machine_of_two_is_taken_away_and_one_goes_on(world: Path, reference: Path, tmp_path: Path) -> None:
+    """SIGTERM to either process stops both at one step, saved; another number of processes goes on from there."""
+    arguments = ["train", str(world / "config.yaml"), f"output={tmp_path}", *SETTINGS]
+    processes = start(world, 2, *arguments)
+    wait_for_step(tmp_path, 2, processes)
+    processes[1].send_signal(signal.SIGTERM)
+    told = ends(processes, within=30)
+    assert [code for code, _ in told] == [143, 143], told
+    step = len(logged(tmp_path))
+    assert step < STEPS and (tmp_path / "checkpoints" / str(step)).is_dir()
+    assert all(f"stopped and saved at step {step}" in err for _, err in told)
+    assert "going on from step" in launch(world, 1, 2, tmp_path)
+    assert_same(tmp_path, reference)
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_process_that_dies_stops_the_other(world: Path, tmp_path: Path, lost: int) -> None:
+    arguments = ["train", str(world / "config.yaml"), f"output={tmp_path}", *SETTINGS, "train.steps=100000"]
+    processes = start(world, 2, *arguments)
+    wait_for_step(tmp_path, 2, processes)
+    processes[lost].kill()
+    code, err = ends(processes, within=90)[1 - lost]
+    assert code in (75, -signal.SIGABRT), (code, err)  # Python's own end, or that of JAX's thread, whichever is first
+    assert "lost another process" in err if code == 75 else "another task died" in err, err
+
+
+def test_processes_that_disagree_say_so_and_stop(world: Path, tmp_path: Path) -> None:
+    arguments = ["train", str(world / "config.yaml"), f"output={tmp_path / 'run'}", *SETTINGS]
+    told = ends(start(world, 2, *arguments, own={1: ["train.k=2", "seed=7"]}), within=90)
+    assert [code for code, _ in told] == [2, 2], told
+    for _, err in told:
+        assert "process 1 differs: seed is 0 in process 0 and 7 there; train.k is 3 in process 0 and 2 there" in err
+        assert "Traceback" not in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_one_process_finds_wrong_is_told_by_all(world: Path, tmp_path: Path) -> None:
+    """The lock and the folder are tried by process 0 alone."""
+    shutil.copy(world / "config.yaml", tmp_path / "taken")
+    told = ends(start(world, 2, "train", str(world / "config.yaml"), f"output={tmp_path / 'taken'}"), within=90)
+    assert [code for code, _ in told] == [2, 2], told
+    assert all(f"{tmp_path / 'taken'}: cannot be created" in err and "Traceback" not in err for _, err in told)
