@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # launch/local.sh on a machine that may vanish: runs/ is fetched from BUCKET first and copied there every minute.
+# With --distributed the hosts need one folder: runs/ is the bucket itself.
 set -euo pipefail
 
 usage() {
@@ -13,14 +14,18 @@ do=()
 [[ "$1" != --dry-run ]] || do=(show)
 # a checkpoint that is still being written has a temporary name, and stays here
 copy() { "${do[@]}" gcloud storage rsync --recursive --exclude='.*orbax-checkpoint-tmp.*' "$1" "$2"; }
-here="$(dirname "$0")"
+here="$(dirname "$0")" bucket="${BUCKET-}"; bucket="${bucket#gs://}"
 
-if [[ -n "${BUCKET-}" ]]; then
+if [[ -n "$bucket" ]]; then
   "${do[@]}" mkdir -p runs
-  copy "$BUCKET" runs
-  if [[ "$1" != --dry-run ]]; then
-    while sleep 60; do copy runs "$BUCKET" || true; done &
-    trap 'kill %1; copy runs "$BUCKET"' EXIT
+  if [[ " $* " == *" --distributed "* ]]; then
+    mountpoint -q runs || "${do[@]}" gcsfuse --implicit-dirs --only-dir "${bucket#*/}" "${bucket%%/*}" runs
+  else
+    copy "$BUCKET" runs
+    if [[ "$1" != --dry-run ]]; then
+      while sleep 60; do copy runs "$BUCKET" || true; done &
+      trap 'kill %1; copy runs "$BUCKET"' EXIT
+    fi
   fi
 fi
 "$here/local.sh" "$@"

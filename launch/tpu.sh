@@ -7,7 +7,7 @@ usage: [NAME=… ZONE=… TYPE=… VERSION=… BUCKET=gs://…] launch/tpu.sh [-
 
   create [--spot|--queued]   a machine of TYPE (default v5litepod-8), on demand, pre-emptible, or from the queue
   install                    this checkout, as committed, and JAX for TPU
-  run CONFIG [key=value …]   index, train, evaluate; runs/ goes to BUCKET every minute and is fetched from there first
+  run CONFIG [key=value …]   index, train, evaluate, with runs/ kept in BUCKET; on more than one host add --distributed
   logs | state | delete      follow the log, PREEMPTED or READY or …, give the machine back
 TEXT
 }
@@ -29,7 +29,7 @@ case "${1-}" in
   install)
     "${do[@]}" git archive --prefix=ragjax/ -o /tmp/ragjax.tar HEAD
     vm scp /tmp/ragjax.tar "$name:" "$zone" --worker=all
-    on_it "tar xf ragjax.tar && python3 -m venv env && env/bin/pip install -q -e ./ragjax 'jax[tpu]'" ;;
+    on_it "tar xf ragjax.tar && curl -LsSf https://astral.sh/uv/install.sh | sh && .local/bin/uv venv -q --seed -p 3.13 env && env/bin/pip install -q -e ./ragjax 'jax[tpu]'" ;;
   run)
     shift; kept="BUCKET='${BUCKET-}' RAGJAX=../env/bin/ragjax launch/kept.sh ${*@Q}"
     on_it "set -o pipefail; cd ragjax; $kept 2>&1 | tee -a ~/ragjax.log" ;;

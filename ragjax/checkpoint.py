@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -24,19 +25,20 @@ class DamagedCheckpoint(InputError):
 
 
 class Checkpoints:
-    """The checkpoints under one folder, of which the newest `keep` stay.
+    """The checkpoints under one folder, of which the newest `keep` stay, and with `best` the one of lowest loss.
 
     A save goes on in the background while training continues; a checkpoint appears under its name only when it is
     whole. One process may write, which clears away what an interrupted save left; others read meanwhile. Use as a
     context manager, or call `close`.
     """
 
-    def __init__(self, folder: str | Path, keep: int = 2, *, writing: bool) -> None:
+    def __init__(self, folder: str | Path, keep: int = 2, *, best: bool = False, writing: bool) -> None:
         from orbax.checkpoint import v1 as ocp
 
         logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs each step of its work and its tracebacks
         self.folder = Path(folder).absolute()
         self.keep = keep
+        self.best = best
         self.writing = writing
         self._ocp = ocp
         self._saving: tuple[int, Any] | None = None
@@ -47,8 +49,12 @@ class Checkpoints:
             for leftover in self.folder.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(leftover, ignore_errors=True)
         wait_for_all("checkpoints")
-        newest = self._ocp.training.preservation_policies.LatestN(self.keep)
-        self._checkpointer = self._ocp.training.Checkpointer(self.folder, preservation_policy=newest)
+        policies = self._ocp.training.preservation_policies
+        kept = [policies.LatestN(n=self.keep)]
+        if self.best:
+            kept.append(policies.BestN(get_metric_fn=_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False))
+        policy = policies.AnyPreservationPolicy(kept)
+        self._checkpointer = self._ocp.training.Checkpointer(self.folder, preservation_policy=policy)
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -69,8 +75,20 @@ class Checkpoints:
         out of the way, else it would be kept as the newest. Raises `InputError` if none is left, or as `load` does.
         """
         self.wait()
+        return self._first_readable([saved.step for saved in self._by_age()], load)
+
+    def lowest(self, load: Callable[[int], Loaded]) -> tuple[int, Loaded] | None:
+        """As `newest`, of the step whose loss was the lowest; steps without one come last."""
+        self.wait()
+        order = sorted(self._by_age(), key=lambda saved: _loss(saved.metrics))
+        return self._first_readable([saved.step for saved in order], load)
+
+    def _by_age(self) -> list[Any]:
+        return sorted(self._checkpointer.checkpoints, key=lambda saved: saved.step, reverse=True)
+
+    def _first_readable(self, order: list[int], load: Callable[[int], Loaded]) -> tuple[int, Loaded] | None:
         damaged: list[tuple[int, str]] = []
-        for step in sorted((saved.step for saved in self._checkpointer.checkpoints), reverse=True):
+        for step in order:
             found, why = None, ""
             try:
                 found = load(step)
@@ -99,14 +117,17 @@ class Checkpoints:
             terminal.print(f"the damaged checkpoint is now {aside / f'{step}-{count + 1}'}", soft_wrap=True)
         self._open()
 
-    def save(self, step: int, state: Any, metadata: dict[str, Any]) -> None:
+    def save(self, step: int, state: Any, metadata: dict[str, Any], loss: float | None = None) -> None:
         """Saves a tree of arrays, and JSON beside it; returns once `state` may be changed or donated.
 
         Raises `InputError` if it, or the save before it, cannot be written; the partial folder is removed.
         """
         self.wait()
         try:
-            response = self._checkpointer.save_async(step, state, force=True, overwrite=True, custom_metadata=metadata)
+            metrics = None if loss is None else {"loss": loss}
+            response = self._checkpointer.save_async(
+                step, state, force=True, overwrite=True, custom_metadata=metadata, metrics=metrics
+            )
         except Exception as error:  # tensorstore, Orbax and the operating system each have their own
             raise self._unwritable(step, error) from error
         self._saving = (step, response)
@@ -188,6 +209,10 @@ class Checkpoints:
             f"{self._path(step)}: the checkpoint could not be written ({_first_line(error)}); is the disk full? "
             "Make room, or lower train.keep, and run the same command again: it resumes"
         )
+
+
+def _loss(metrics: Any) -> float:
+    return math.inf if not metrics else float(metrics["loss"])
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:

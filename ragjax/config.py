@@ -104,6 +104,8 @@ class Train:
     save_every: int = 500
     save_minutes: float | None = None  # and after so many minutes without a save
     keep: int = 2  # newest checkpoints kept
+    dev_questions: int = 0  # of the dev split, whose dev_loss is measured at every save
+    keep_best: bool = False  # and the checkpoint of lowest dev_loss, which evaluate, answer and export then use
     log_every: int = 1
     tensorboard: bool = False
 
@@ -166,7 +168,7 @@ POSITIVE = (
 ).split()
 NOT_NEGATIVE = (
     "train.retriever_lr train.generator_lr train.warmup train.weight_decay train.dropout train.label_smoothing "
-    "decode.min_new_tokens evaluate.untrained_limit seed"
+    "train.dev_questions decode.min_new_tokens evaluate.untrained_limit seed"
 ).split()
 
 
@@ -255,6 +257,8 @@ def _check(config: Config, path: Path) -> None:
             f"retriever.prior=corpus needs every score, which index.kind={config.index.kind} does not give; "
             "use index.kind=exact or retriever.prior=top_k"
         )
+    if config.train.keep_best and config.train.dev_questions == 0:
+        problems.append("train.keep_best=true needs a dev_loss; set train.dev_questions, such as 200")
     problems += _check_model(config)
     if config.decode.min_new_tokens >= config.decode.max_new_tokens:
         problems.append("decode.min_new_tokens must be smaller than decode.max_new_tokens")

@@ -33,6 +33,8 @@ FREE = (
     "train.save_every",
     "train.save_minutes",
     "train.keep",
+    "train.keep_best",
+    "train.dev_questions",
     "train.log_every",
     "train.tensorboard",
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,7 +17,7 @@ from jaxtyping import Array, Float, Key
 from ragjax.config import InputError, Train
 from ragjax.mesh import SPLIT, parameter_spec
 from ragjax.models.layers import Params
-from ragjax.rag import Models, TrainBatch, loss
+from ragjax.rag import Models, TrainBatch, answer_nll, joint_logp, loss
 
 Flat = dict[tuple[str, ...], Any]  # parameters by path
 
@@ -183,3 +184,16 @@ def make_train_step(rag: Models, shardings: Any = None) -> jax.stages.Wrapped:
         return TrainState(state.step + 1, params, optimizer_state, state.key), metrics
 
     return train_step
+
+
+def make_nll(rag: Models) -> jax.stages.Wrapped:
+    """(params, batch, corpus | None) → −log p(y|x) [B] of each answer, in nats, without dropout and smoothing."""
+    plain = replace(rag.config.train, dropout=0.0, backward_documents=None)
+    without = Models(replace(rag.config, train=plain), rag.retriever, rag.generator, rag.special)
+
+    @jax.jit
+    def nll(params: Params, batch: TrainBatch, corpus: Float[Array, "N D"] | None = None) -> Float[Array, " B"]:
+        prior, scores = joint_logp(without, params, batch, jax.random.key(0), corpus)
+        return answer_nll(without, prior, scores, batch.answer, batch.answer_mask)
+
+    return nll

@@ -48,6 +48,7 @@ from ragjax.rag import Rag, TrainBatch, answer_tokens, open_rag, search, train_b
 from ragjax.step import (
     TrainState,
     initial_state,
+    make_nll,
     make_train_step,
     split_frozen,
     state_shardings,
@@ -76,7 +77,8 @@ def train(config: Config) -> Path:
     questions = read_split(config, "train")
     rag, index, store = open_world(config)
     check_k(config.train.k, len(index))
-    usable = _usable(rag, questions)
+    dev = read_questions(Path(config.questions.dev))[: config.train.dev_questions] if config.train.dev_questions else []
+    usable, usable_dev = _usable(rag, questions), _usable(rag, dev) if dev else None
     batches = QuestionBatches([len(a) for a in usable.answers], config.train.batch_size, config.seed)
     mesh = make_mesh(config.mesh.model)
     check_batch(mesh, config.train.batch_size, "train.batch_size")
@@ -85,12 +87,14 @@ def train(config: Config) -> Path:
 
     with (
         _alone(folder),
-        Checkpoints(folder / "checkpoints", keep=config.train.keep, writing=True) as checkpoints,
+        Checkpoints(
+            folder / "checkpoints", keep=config.train.keep, best=config.train.keep_best, writing=True
+        ) as checkpoints,
     ):
         state = _start(rag, checkpoints, batches, mesh)
         corpus = place(index.on_device, replicated(mesh)) if config.retriever.prior == "corpus" else None
         shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-        step_fn, done = make_train_step(rag, shardings), int(state.step)
+        step_fn, nll_fn, done = make_train_step(rag, shardings), make_nll(rag), int(state.step)
         with (
             _log(folder, done, config) as log,
             _stop_on_signals() as stopping,
@@ -106,12 +110,16 @@ def train(config: Config) -> Path:
                 _check_finite(step, metrics, [questions[usable.questions[i]].id for i in chosen.questions])
                 seconds = time.perf_counter() - started
                 rates = {"examples_per_second": len(batch.row) / seconds, "tokens_per_second": tokens / seconds}
-                log(step + 1, metrics | rates)
                 advance(1, f"loss {metrics['loss']:.3f}  recall@{config.train.k} {metrics['recall']:.2f}")
                 last, stop, minutes = step + 1 == config.train.steps, stopping(step + 1), config.train.save_minutes
                 due = minutes is not None and first_says(time.monotonic() - saved >= 60 * minutes)
-                if last or stop or due or (step + 1) % config.train.save_every == 0:
-                    checkpoints.save(step + 1, state, {"data": batches.state()})
+                saving, of_dev = last or stop or due or (step + 1) % config.train.save_every == 0, {}
+                if saving and not stop and usable_dev:  # what is taken away has no time for this
+                    loss = _dev_loss(rag, nll_fn, state, index, store, dev, usable_dev, corpus, mesh)
+                    of_dev = {"dev_loss": loss}
+                log(step + 1, metrics | rates | of_dev)
+                if saving:
+                    checkpoints.save(step + 1, state, {"data": batches.state()}, of_dev.get("dev_loss"))
                     saved = time.monotonic()
                 if stop and not last:
                     checkpoints.wait()
@@ -207,6 +215,28 @@ def _assemble(
     return shard_batch(mesh, widest, len(batch)), shown, int(of_rows[:, 1].sum())
 
 
+def _dev_loss(
+    rag: Rag,
+    nll_fn: Callable[..., Any],
+    state: TrainState,
+    index: Index,
+    store: PassageStore,
+    questions: Sequence[Question],
+    usable: UsableAnswers,
+    corpus: Any,
+    mesh: Mesh,
+) -> float:
+    """The mean of −log p(y|x), in nats, of the first usable answer to each question."""
+    size, count = rag.config.train.batch_size, len(usable.questions)
+    losses = []
+    for start in range(0, count, size):
+        part = np.arange(start, start + size) % count  # filled up with questions that are not counted
+        chosen = Batch(part, np.zeros(size, np.int64))
+        batch, _, _ = _assemble(rag, state, index, store, questions, usable, chosen, mesh)
+        losses.append(on_host(nll_fn(state.params, batch, corpus))[: count - start])
+    return float(np.concatenate(losses).mean())
+
+
 def _check_finite(step: int, metrics: dict[str, float], ids: Sequence[str]) -> None:
     bad = [name for name, value in metrics.items() if not math.isfinite(value)]
     if bad:
@@ -234,7 +264,7 @@ def _log(folder: Path, done: int, config: Config) -> Iterator[Callable[[int, dic
     with path.open("a", encoding="utf-8") as file:
 
         def log(step: int, metrics: dict[str, float]) -> None:
-            if step % config.train.log_every and step != config.train.steps:
+            if step % config.train.log_every and step != config.train.steps and "dev_loss" not in metrics:
                 return
             file.write(json.dumps({"step": step} | {k: float(f"{v:.6g}") for k, v in metrics.items()}) + "\n")
             file.flush()
@@ -306,7 +336,8 @@ def pretrained(rag: Rag, mesh: Mesh) -> Params:
 
 
 def restore_trained(rag: Rag, mesh: Mesh | None = None, step: int | None = None) -> tuple[Params, int] | None:
-    """The parameters of the newest checkpoint (or of `step`) in `output`, on the mesh or one device, and its step.
+    """The parameters of a checkpoint in `output`, on the mesh or one device, and its step: the newest, with
+    `train.keep_best` that of lowest dev loss, or `step`.
 
     None if there is none.
 
@@ -323,5 +354,6 @@ def restore_trained(rag: Rag, mesh: Mesh | None = None, step: int | None = None)
         def load(step: int) -> Any:
             return checkpoints.restore_params(step, like)
 
-        found = checkpoints.newest(load) if step is None else (step, load(step))
+        find = checkpoints.lowest if rag.config.train.keep_best else checkpoints.newest
+        found = find(load) if step is None else (step, load(step))
         return None if found is None else (found[1], found[0])

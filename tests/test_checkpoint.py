@@ -61,6 +61,23 @@ def test_only_the_newest_stay(tmp_path: Path) -> None:
             checkpoints.restore(1, make_state())
 
 
+def test_the_one_of_lowest_loss_stays_too(tmp_path: Path) -> None:
+    """It comes first where the best is asked for; what was saved without a loss, as on a signal, comes last."""
+    with Checkpoints(tmp_path, keep=1, best=True, writing=True) as checkpoints:
+        for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, None)):
+            checkpoints.save(step, make_state(step), {}, loss)
+        checkpoints.wait()
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "4"]
+    with Checkpoints(tmp_path, keep=1, best=True, writing=True) as checkpoints:
+        for find, step in ((checkpoints.lowest, 2), (checkpoints.newest, 4)):
+            found = find(lambda step: checkpoints.restore(step, make_state()))
+            assert found is not None and found[0] == step
+            chex.assert_trees_all_equal(found[1], make_state(step))
+        checkpoints.save(5, make_state(5), {}, 0.5)
+        checkpoints.wait()
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["5"]
+
+
 def test_a_step_can_be_saved_again(tmp_path: Path) -> None:
     with Checkpoints(tmp_path, writing=True) as checkpoints:
         checkpoints.save(1, make_state(1), {})

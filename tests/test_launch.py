@@ -48,27 +48,36 @@ def test_dry_runs_print_what_a_shell_would_read() -> None:
     kept = run("kept.sh", "--dry-run", "a.yaml", BUCKET="gs://b/r").stdout.splitlines()
     assert kept[0] == "+ mkdir -p runs" and kept[1].endswith("gs://b/r runs")
     assert kept[2:] == [f"+ ragjax {stage} a.yaml" for stage in ("index", "train", "evaluate")]
-    keep = run("tpu_keep.sh", "--dry-run", "a.yaml", BUCKET="gs://b/r").stdout.splitlines()
+    keep = run("keep.sh", "--dry-run", "tpu", "a.yaml", BUCKET="gs://b/r").stdout.splitlines()
     assert next(line.split()[4:6] for line in keep if "tpu-vm" in line) == ["tpu-vm", "create"]
+    keep = run("keep.sh", "--dry-run", "gpu", "a.yaml", BUCKET="gs://b/r").stdout.splitlines()
+    assert "instances create ragjax-gpu" in keep[0] and "--provisioning-model=SPOT" in keep[0]
+    assert any("cuda13" in line for line in keep) and "kept.sh" in keep[-1]
+    shared = run("kept.sh", "--dry-run", "a.yaml", "--distributed", BUCKET="gs://b/r/s").stdout.splitlines()
+    assert shared[1] == "+ gcsfuse --implicit-dirs --only-dir r/s b runs"
+    assert shared[2] == "+ ragjax index a.yaml --distributed"
+    several = run("processes.sh", "--dry-run", "4", "a.yaml", "train.k=2", RAGJAX="ragjax").stdout.splitlines()
+    assert several[1] == "+ 4 × ragjax train a.yaml train.k=2 --distributed" and len(several) == 3
 
 
 @pytest.mark.parametrize(
-    ("states", "codes", "ends", "created"),
+    ("kind", "states", "codes", "ends", "created"),
     [
-        ("READY", "0", 0, 0),
-        ("READY PREEMPTED READY", "143 1 0", 0, 1),  # taken away once, then a lost connection
-        ("READY", "2", 2, 0),  # the experiment is wrong: another machine would not help
+        ("tpu", "READY", "0", 0, 0),
+        ("tpu", "READY PREEMPTED READY", "143 1 0", 0, 1),  # taken away once, then a lost connection
+        ("gpu", "RUNNING TERMINATED RUNNING", "143 1 0", 0, 1),
+        ("tpu", "READY", "2", 2, 0),  # the experiment is wrong: another machine would not help
     ],
 )
 def test_a_machine_that_is_taken_away_is_made_anew(
-    states: str, codes: str, ends: int, created: int, tmp_path: Path
+    kind: str, states: str, codes: str, ends: int, created: int, tmp_path: Path
 ) -> None:
     (tmp_path / "gcloud").write_text(GCLOUD)
     (tmp_path / "gcloud").chmod(0o755)
     (tmp_path / "states").write_text("\n".join(states.split()) + "\n")
     (tmp_path / "codes").write_text("\n".join(codes.split()) + "\n")
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "BUCKET": "gs://b/r", "PAUSE": "0"}
-    keep = [str(LAUNCH / "tpu_keep.sh"), "a.yaml"]
+    keep = [str(LAUNCH / "keep.sh"), kind, "a.yaml"]
     (tmp_path / "git").write_text("#!/bin/sh\n")  # the checkout is not what is tested
     (tmp_path / "git").chmod(0o755)
     done = subprocess.run(keep, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)

@@ -36,16 +36,9 @@ def environment(world: Path, devices: int) -> dict[str, str]:
 
 def launch(world: Path, count: int, devices: int, output: Path, *settings: str) -> str:
     """Trains and evaluates in `count` processes by launch/processes.sh; what it wrote on standard error."""
-    command = [
-        ROOT / "launch/processes.sh",
-        str(count),
-        world / "config.yaml",
-        f"output={output}",
-        *SETTINGS,
-        *settings,
-    ]
+    command = [str(ROOT / "launch/processes.sh"), str(count), str(world / "config.yaml"), f"output={output}"]
     env = environment(world, devices) | {"DEVICES": str(devices), "STAGES": "train evaluate"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*command, *SETTINGS, *settings], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "Gloo" not in done.stdout + done.stderr
     return done.stderr

@@ -29,7 +29,7 @@ from ragjax.experiment import load_experiment
 from ragjax.models.layers import Params
 from ragjax.passages import read_questions, write_jsonl
 from ragjax.progress import progress_bar
-from ragjax.rag import Rag, open_rag
+from ragjax.rag import Rag, loss, open_rag, retrieve, train_batch
 from ragjax.step import TrainState, initial_state
 from ragjax.train import restore_trained, train
 
@@ -306,3 +306,21 @@ def test_without_a_run_nothing_is_restored(world: Path, tmp_path: Path) -> None:
 def test_bad_input_is_an_input_error_in_python_too(world: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="k is 31"):
         train(tiny_config(world, train__k=31, output=str(tmp_path / "run")))
+
+
+def test_the_loss_on_dev_questions_at_every_save(world: Path, tmp_path: Path) -> None:
+    """It is what the loss function says of the models saved; dropout plays no part."""
+    settings = {"train__steps": 4, "train__save_every": 2, "train__dev_questions": 3, "train__keep_best": True}
+    config = tiny_config(world, **settings, train__dropout=0.1, output=str(tmp_path))
+    train(config)
+    measured = {int(line["step"]): line["dev_loss"] for line in logged(tmp_path) if "dev_loss" in line}
+    assert list(measured) == [2, 4]
+    rag, index, store = train_module.open_world(config)
+    restored = restore_trained(rag)
+    assert restored is not None and restored[1] == min(measured, key=lambda step: measured[step])
+    plain, losses = dataclasses.replace(rag, config=tiny_config(world)), []
+    for question in read_questions(world / "dev.jsonl")[:3]:
+        found = retrieve(plain, restored[0], index, [question.question], config.train.k)
+        batch = train_batch(plain, index, store, [question.question], [question.answers[0]], found.ids)
+        losses.append(float(loss(plain, restored[0], jax.tree.map(jnp.asarray, batch), jax.random.key(0))[0]))
+    assert measured[restored[1]] == pytest.approx(np.mean(losses), rel=1e-4)

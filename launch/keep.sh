@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Runs an experiment on a spot machine to its end: one that was taken away is made anew, and the run goes on.
+set -euo pipefail
+
+usage() {
+  cat <<TEXT
+usage: BUCKET=gs://… [NAME=… ZONE=… TYPE=… …] launch/keep.sh [--dry-run] tpu|gpu CONFIG [key=value …]
+
+  tpu, gpu   on machines of launch/tpu.sh or launch/gpu.sh, which tell what else can be set
+  BUCKET     where runs/ survives the machine. It stops at once where the experiment itself fails (exit code 2)
+TEXT
+}
+
+dry=()
+[[ "${1-}" != --dry-run ]] || { dry=(--dry-run); shift; }
+[[ "${1-}" != -h && "${1-}" != --help ]] || { usage; exit 0; }
+[[ $# -ge 2 && "$1" =~ ^(tpu|gpu)$ && -n "${BUCKET-}" ]] || { usage >&2; exit 2; }
+script="$(dirname "$0")/$1.sh"; shift
+machine() { "$script" "${dry[@]}" "$@"; }
+
+while true; do
+  state=NONE
+  [[ -n "${dry[*]-}" ]] || state="$(machine state 2>/dev/null || echo NONE)"
+  if [[ "$state" != READY && "$state" != RUNNING ]]; then
+    [[ "$state" == NONE ]] || machine delete || true
+    if ! { machine create --spot && machine install; }; then
+      sleep "${PAUSE:-60}"
+      continue
+    fi
+  fi
+  code=0
+  machine run "$@" || code=$?
+  [[ -z "${dry[*]-}" ]] || exit 0
+  [[ $code -ne 0 && $code -ne 2 ]] || { machine delete; exit $code; }
+  echo "the run ended with $code; looking at the machine again" >&2
+  sleep "${PAUSE:-60}"
+done
