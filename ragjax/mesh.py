@@ -5,11 +5,12 @@ Parameters are whole along `data`, or, with FSDP, split there as well. XLA does 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ragjax.config import InputError
@@ -80,3 +81,30 @@ def enable_compilation_cache(folder: Path) -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+def local_mesh() -> Mesh:
+    """The devices of this process alone, along `data`."""
+    devices = jax.local_devices()
+    return jax.make_mesh((len(devices),), ("data",), devices=devices, axis_types=(AxisType.Auto,))
+
+
+def on_each_device(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function(params, *rows)` applied by each device to its part of the rows, as if it were alone; jitted.
+
+    So what comes out for a row does not depend on how many devices there are, to the bit.
+    """
+    rows = PartitionSpec("data")
+
+    def whole(params: Any, *arrays: Any) -> Any:
+        specs = (PartitionSpec(), *(rows for _ in arrays))
+        return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)(params, *arrays)
+
+    jitted = jax.jit(whole)
+    return lambda params, *arrays: jitted(params, *jax.device_put(arrays, NamedSharding(mesh, rows)))
+
+
+def wait_for_all(name: str) -> None:
+    """Returns once every process has come to this place, which has a `name` of its own; at once where there is one."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)

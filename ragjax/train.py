@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import signal
@@ -24,7 +23,7 @@ from ragjax.hub import cache_folder
 from ragjax.index import Index, check_built, check_k, open_index
 from ragjax.mesh import enable_compilation_cache, make_mesh, replicate, shard_batch
 from ragjax.metrics import contains_answer
-from ragjax.passages import PassageStore, Question, atomic_write, read_questions
+from ragjax.passages import PassageStore, Question, alone, atomic_write, read_questions
 from ragjax.progress import progress_bar, terminal
 from ragjax.rag import Rag, answer_tokens, open_rag, retrieve, train_batch
 from ragjax.step import (
@@ -63,7 +62,7 @@ def train(config: Config) -> Path:
     folder = start_experiment(rag, index)
 
     with (
-        _alone(folder),
+        alone(folder, "trains here; wait for it, or choose another output"),
         Checkpoints(folder / "checkpoints", keep=config.train.keep, writing=True) as checkpoints,
     ):
         state = _start(rag, checkpoints, batches, mesh)
@@ -213,17 +212,6 @@ def _log(folder: Path, done: int, config: Config) -> Iterator[Callable[[int, dic
         finally:
             if writer:
                 writer.close()
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Raises `InputError` while another process trains in this output folder; its death frees the folder."""
-    with (folder / ".lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{folder}: another process trains here; wait for it, or choose another output") from None
-        yield
 
 
 @contextmanager
