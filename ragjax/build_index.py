@@ -162,11 +162,11 @@ def _building(new: Path, made_of: dict[str, Any]) -> Iterator[None]:
         for path in new.iterdir() if scan is None else (new / SHARDS).glob("*.partial"):
             if path.name != LOCK:
                 _remove(path)
-        (new / SHARDS).mkdir(exist_ok=True)
         try:
             yield
         except BaseException:
-            if not any(path.name.isdigit() for path in (new / SHARDS).iterdir()):
+            # with its manifest it may be on its way to its place
+            if not (new / MANIFEST).exists() and not any(p.name.isdigit() for p in (new / SHARDS).glob("*")):
                 shutil.rmtree(new, ignore_errors=True)
             raise
         shutil.rmtree(new, ignore_errors=True)
@@ -222,8 +222,8 @@ def _write_shards(rag: Rag, read: Read, count: int, new: Path) -> None:
     starts = range(0, count, size)
     there = [start for start in starts if shard_folder(new, start // size).is_dir()]
     if there:
-        passages = sum(min(size, count - start) for start in there)
-        terminal.print(f"going on with the index: {passages} of {count} passages are there", soft_wrap=True)
+        done = sum(min(size, count - start) for start in there)
+        terminal.print(f"going on with the index: {done} of {count} passages are there", soft_wrap=True)
     process, processes = jax.process_index(), jax.process_count()
     mine = starts[process::processes]
     missing = [start for start in mine if start not in there]

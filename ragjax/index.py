@@ -128,7 +128,7 @@ def _npy_dtype(dtype: str) -> np.dtype:
 class Embeddings:
     """[N, D] over the arrays [n, D] of the shards; `embeddings[ids]` copies rows out, `np.asarray` all of them."""
 
-    def __init__(self, shards: Sequence[Float[np.ndarray, "_ D"]]) -> None:
+    def __init__(self, shards: Sequence[np.ndarray]) -> None:
         self.shards = shards
         self._starts = np.cumsum([0, *map(len, shards)])
         self.shape = len(self), shards[0].shape[1]
@@ -160,16 +160,16 @@ class Embeddings:
         """All of them on the default device, in the type in which they are stored, without a copy on the host."""
         whole = jnp.zeros(self.shape, self.dtype)
         for start, shard in zip(self._starts[:-1].tolist(), self.shards, strict=True):
-            whole = _put(whole, jnp.asarray(shard), start)
+            whole = _put(whole, jnp.asarray(shard), jnp.int32(start))
         return whole
 
 
 @partial(jax.jit, donate_argnums=0)
-def _put(whole: Array, rows: Array, start: int) -> Array:
+def _put(whole: Array, rows: Array, start: Int[Array, ""]) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(whole, rows, start, 0)
 
 
-def _open_embeddings(path: Path, dtype: str) -> Float[np.ndarray, "n D"]:
+def _open_embeddings(path: Path, dtype: str) -> np.ndarray:
     where = f"{path.parent.parent.name}/{path.parent.name}/{path.name}"
     try:
         stored = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -177,8 +177,8 @@ def _open_embeddings(path: Path, dtype: str) -> Float[np.ndarray, "n D"]:
         raise ValueError(f"{where} is missing") from None
     except (ValueError, OSError, EOFError) as error:
         raise ValueError(f"{where}: {error}") from None
-    if stored.dtype != _npy_dtype(dtype):
-        raise ValueError(f"{where} holds {stored.dtype} and not {dtype}")
+    if stored.dtype != _npy_dtype(dtype) or stored.ndim != 2:
+        raise ValueError(f"{where} holds {stored.dtype}{list(stored.shape)} and not {dtype}[n, D]")
     return stored.view(dtype)
 
 
