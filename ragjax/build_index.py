@@ -166,7 +166,9 @@ def _building(new: Path, made_of: dict[str, Any]) -> Iterator[None]:
             yield
         except BaseException:
             # with its manifest it may be on its way to its place
-            if not (new / MANIFEST).exists() and not any(p.name.isdigit() for p in (new / SHARDS).glob("*")):
+            if (new / MANIFEST).exists() or any(path.name.isdigit() for path in (new / SHARDS).glob("*")):
+                terminal.print(f"{new} stays: run the same command again to go on", soft_wrap=True)
+            else:
                 shutil.rmtree(new, ignore_errors=True)
             raise
         shutil.rmtree(new, ignore_errors=True)

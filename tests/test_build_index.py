@@ -155,6 +155,7 @@ def test_a_build_that_fails_at_its_end_leaves_the_old_index_and_goes_on(
     with pytest.raises(KeyboardInterrupt):
         build(tiny_config(world, index__folder=str(folder), corpus__limit=7))
     assert files(folder) == before
+    assert "index.partial stays: run the same command again to go on" in capsys.readouterr().err
     monkeypatch.undo()
     monkeypatch.setattr(build_module, "scan_passages", fail)  # nothing is read or embedded again
     monkeypatch.setattr(build_module, "_shard_writer", fail)
