@@ -1,35 +1,84 @@
-"""`ragjax index`: read the corpus, tokenise it once, embed it, and make it searchable."""
+"""`ragjax index`: read the corpus, tokenise it once, embed it, and make it searchable.
+
+A first pass over the corpus checks and counts it; a second one writes the shards that are not there yet, each by
+itself: its bytes depend on its own passages only. All this happens in INDEX.partial, beside the index, where a build
+that was stopped goes on; when everything is there, it is moved into the folder, which lacks its manifest meanwhile.
+Several processes share the shards between them (on a file system that all of them see), and the first does the rest.
+"""
 
 from __future__ import annotations
 
+import json
 import os
-from array import array
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
-from jaxtyping import Int
 
 from ragjax import factbook, factbook_facts
 from ragjax.config import Config, Corpus, InputError
+from ragjax.experiment import check_processes_agree
 from ragjax.hub import Fetched, cache_folder, fetch, fingerprint_files, is_local
-from ragjax.index import FAISS_FILE, MANIFEST, check_kind, embed_passages, open_index, write_index
-from ragjax.mesh import enable_compilation_cache
-from ragjax.passages import FORMATS, Passage, PassageStore, partial_folder, read_passages, write_jsonl, write_store
+from ragjax.index import (
+    EMBEDDINGS,
+    FAISS_FILE,
+    MANIFEST,
+    Encode,
+    check_kind,
+    embed_passages,
+    open_index,
+    write_index,
+)
+from ragjax.mesh import (
+    enable_compilation_cache,
+    is_first,
+    local_mesh,
+    on_each_device,
+    on_first,
+    place,
+    replicated,
+    wait_for_all,
+)
+from ragjax.passages import (
+    FORMATS,
+    LOCK,
+    SHARDS,
+    STORE_FILES,
+    Passage,
+    PassageStore,
+    Scan,
+    alone,
+    atomic_write,
+    partial_folder,
+    read_passages,
+    scan_passages,
+    shard_folder,
+    write_jsonl,
+    write_store,
+)
 from ragjax.progress import progress_bar, terminal
 from ragjax.rag import Rag, encode, open_rag, passage_text
 from ragjax.text import Tokenizer, buckets_up_to
+
+BUILDING = "building.json"  # in INDEX.partial: what its shards were made of, and what the scan found
+
+Read = Callable[[], Iterable[Passage]]  # the corpus from its beginning
 
 
 def build_index(config: Config) -> Path:
     """Builds the folder `index.folder`: passages, the generator's tokens, embeddings, search structure, manifest.
 
     An index of the same contents that is there already stays; another one is replaced only once the new one is whole.
-    Raises `InputError` for bad input.
+    A build that was stopped goes on with the shards it has. Raises `InputError` for bad input.
     """
+    check_processes_agree(config)
     _check_corpus(config.corpus)
     enable_compilation_cache(cache_folder() / "xla")
     rag = open_rag(config)
@@ -37,11 +86,26 @@ def build_index(config: Config) -> Path:
     corpus = fetch(config.corpus.source)
     content = _content(config, corpus)
     folder = Path(config.index.folder)
+    new, made_of = _partial(folder), _made_of(rag, content)
     if _is_current(folder, rag, content):
+        if _found(new, made_of):  # by a build that was killed after its last step
+            shutil.rmtree(new, ignore_errors=True)
         terminal.print(f"{folder} holds this index already; delete it to build it anew", soft_wrap=True)
         return folder
-    with _replacing(folder) as new:
-        _build(rag, corpus, content, new)
+    with ExitStack() as stack:
+        on_first(lambda: stack.enter_context(_building(new, made_of)))
+        read, questions = _read_corpus(config, corpus)
+        scan, whole = _scan(new, made_of, read), _is_whole(new, rag)
+        if not whole:
+            _write_shards(rag, read, scan.count, new)
+        wait_for_all("ragjax index: the shards are written")
+
+        def finish() -> None:
+            if not whole:
+                _complete(rag, corpus, content, scan, questions, new)
+            _swap(new, folder)
+
+        on_first(finish)
     return folder
 
 
@@ -69,71 +133,70 @@ def _is_current(folder: Path, rag: Rag, content: str) -> bool:
     return index.manifest.get("corpus", {}).get("content") == content
 
 
-def _build(rag: Rag, corpus: Fetched, content: str, folder: Path) -> None:
-    config, params = rag.config, rag.passage_encoder.read()
-    passages = _passages(config, corpus, folder)
+def _partial(folder: Path) -> Path:
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: is a file; choose another index.folder")
+    folder = folder.absolute()
+    return folder.with_name(folder.name + ".partial")
 
-    with progress_bar("tokenise", None, "passages") as advance:
-        summary = write_store(
-            folder,
-            passages,
-            rag.generator_tokenizer.encode,
-            lambda passage: passage_text(config.generator.passage, passage),
-            advance,
-        )
-    store = PassageStore.open(folder)
-    rows = _encoder_rows(rag, store)
-    with progress_bar("embed", len(store), "passages") as advance:
-        embed_passages(
-            lambda tokens, mask: encode(rag.passage_encoder.graph, params, tokens, mask),
-            rows,
-            width_buckets=buckets_up_to(config.retriever.passage_tokens),
-            batch_size=config.index.batch_size,
-            pad_id=rag.passage_tokenizer.pad_id,
-            dtype=config.index.dtype,
-            path=folder / "embeddings.npy",
-            progress=advance,
-        )
-    write_index(
-        folder,
-        folder / "embeddings.npy",
-        config.index.kind,
-        config.index.dtype,
-        {
-            "corpus": {
-                "source": corpus.source,
-                "pin": corpus.pin,
-                "content": content,
-                "fingerprint": summary.fingerprint,
-            },
-            "generator_tokens": summary.tokens,
-            "fingerprints": rag.fingerprints,
-        },
-    )
+
+def _made_of(rag: Rag, content: str) -> dict[str, Any]:
+    """Everything that the bytes of the shards depend on; index.kind is not among it."""
+    config = rag.config
+    return {
+        "content": content,
+        "fingerprints": {name: of for name, of in rag.fingerprints.items() if name != "kind"},
+        "dtype": config.dtype,
+        "index": {name: getattr(config.index, name) for name in ("dtype", "batch_size", "shard")},
+        "jax": jax.__version__,
+        "device": f"{jax.default_backend()} {jax.local_devices()[0].device_kind}",
+    }
+
+
+def _found(new: Path, made_of: dict[str, Any]) -> Scan | None:
+    """What the scan of an earlier build of the same things found; None if there was none."""
+    try:
+        building = json.loads((new / BUILDING).read_text(encoding="utf-8"))
+        return Scan(**building["scan"]) if building["made_of"] == made_of else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 @contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder`: its files move there once they are all written, and go if anything fails."""
-    folder = folder.absolute()
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder}: is a file; choose another index.folder")
-    with partial_folder(folder) as new:
-        yield new
-        for old in (MANIFEST, FAISS_FILE):  # without its manifest a folder is known to be incomplete
-            (folder / old).unlink(missing_ok=True)
-        for path in sorted(new.rglob("*"), key=lambda path: (path.name == MANIFEST, path)):
-            target = folder / path.relative_to(new)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if path.is_file():
-                os.replace(path, target)
+def _building(new: Path, made_of: dict[str, Any]) -> Iterator[None]:
+    """INDEX.partial, held by this process alone, with the shards of an earlier build of the same things.
+
+    It is gone at the end. When anything fails it stays, if there is a shard to go on with.
+    """
+    with alone(new, "builds this index; wait for it, or choose another index.folder"):
+        scan = _found(new, made_of)
+        for path in new.iterdir() if scan is None else (new / SHARDS).glob("*.partial"):
+            if path.name != LOCK:
+                _remove(path)
+        try:
+            yield
+        except BaseException:
+            # with its manifest it may be on its way to its place
+            if (new / MANIFEST).exists() or any(path.name.isdigit() for path in (new / SHARDS).glob("*")):
+                terminal.print(f"{new} stays: run the same command again to go on", soft_wrap=True)
+            else:
+                shutil.rmtree(new, ignore_errors=True)
+            raise
+        shutil.rmtree(new, ignore_errors=True)
 
 
-def _passages(config: Config, corpus: Fetched, folder: Path) -> Iterable[Passage]:
-    """The corpus as a stream; the Factbook brings its questions, which are written beside the index."""
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _read_corpus(config: Config, corpus: Fetched) -> tuple[Read, dict[str, list[dict]]]:
+    """How to stream the corpus, and the questions that the Factbook brings, by split."""
     c = config.corpus
     if c.format != "factbook":
-        return read_passages(corpus.path, c.format, c.limit)
+        return lambda: read_passages(corpus.path, c.format, c.limit), {}
     passages, questions = factbook.build_factbook(corpus.path, c.passage_words, config.seed, c.categories)
     if c.limit is not None:
         passages = passages[: c.limit]
@@ -143,50 +206,135 @@ def _passages(config: Config, corpus: Fetched, folder: Path) -> Iterable[Passage
         }
     if not passages:
         raise InputError(f"{corpus.path}: no passages were found in this Factbook")
-    (folder / "questions").mkdir(parents=True, exist_ok=True)
-    for split, records in questions.items():
-        write_jsonl(folder / "questions" / f"{split}.jsonl", records)
-    return passages
+    return lambda: passages, questions
 
 
-@dataclass(frozen=True)
-class TokenRows(Sequence[np.ndarray]):
-    """N rows of token ids in one array: lists of Python integers would take some 100 GB for 21 million passages."""
-
-    tokens: np.ndarray
-    ends: Int[np.ndarray, " N_plus_1"]
-
-    def __len__(self) -> int:
-        return len(self.ends) - 1
-
-    def __getitem__(self, i: Any) -> Any:
-        return self.tokens[self.ends[i] : self.ends[i + 1]]
+def _scan(new: Path, made_of: dict[str, Any], read: Read) -> Scan:
+    """Checks and counts the corpus, before anything is embedded; once for a build and all that go on with it."""
+    scan = _found(new, made_of)
+    if scan is None:
+        with progress_bar("read", None, "passages") as advance:
+            scan = scan_passages(read, advance)
+        if is_first():
+            with atomic_write(new / BUILDING) as (file,):
+                file.write(json.dumps({"made_of": made_of, "scan": asdict(scan)}, indent=1).encode())
+    return scan
 
 
-def passage_rows(tokenizer: Tokenizer, template: str, passages: Sequence[Passage], longest: int) -> list[list[int]]:
+def _is_whole(new: Path, rag: Rag) -> bool:
+    """Whether only the swap is left to do, or the rest of it."""
+    try:
+        return json.loads((new / MANIFEST).read_text(encoding="utf-8"))["fingerprints"] == rag.fingerprints
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _write_shards(rag: Rag, read: Read, count: int, new: Path) -> None:
+    """Writes this process's part of the shards that are missing, in one pass over the corpus."""
+    size = rag.config.index.shard
+    starts = range(0, count, size)
+    there = [start for start in starts if shard_folder(new, start // size).is_dir()]
+    if there:
+        done = sum(min(size, count - start) for start in there)
+        terminal.print(f"going on with the index: {done} of {count} passages are there", soft_wrap=True)
+    process, processes = jax.process_index(), jax.process_count()
+    mine = starts[process::processes]
+    missing = [start for start in mine if start not in there]
+    if not missing:
+        return
+    name = "embed" if processes == 1 else f"embed, the part of one of {processes} processes"
+    total = sum(min(size, count - start) for start in mine)
+    todo = sum(min(size, count - start) for start in missing)
+    stream, position = iter(read()), 0
+    write = _shard_writer(rag)
+    with progress_bar(name, total, "passages", total - todo) as advance:
+        for start in missing:
+            passages = list(islice(stream, start - position, start - position + size))
+            position = start + len(passages)
+            if len(passages) != min(size, count - start):
+                raise InputError("the corpus became shorter while it was read; leave it alone, and start again")
+            folder = shard_folder(new, start // size)
+            with partial_folder(folder) as unfinished:
+                write(unfinished, passages, advance)
+                unfinished.rename(folder)
+
+
+def _shard_writer(rag: Rag) -> Callable[[Path, Sequence[Passage], Callable[[int], None]], None]:
+    """Writes the text, tokens and embeddings of some passages into a folder, with all devices of this process."""
+    settings, generator, tokenizer = rag.config.retriever, rag.config.generator, rag.passage_tokenizer
+    mesh = local_mesh()
+    params = place(rag.passage_encoder.read(), replicated(mesh))
+    encoder: Encode = partial(on_each_device(mesh, partial(encode, rag.passage_encoder.graph)), params)
+
+    def write(folder: Path, passages: Sequence[Passage], advance: Callable[[int], None]) -> None:
+        told = partial(passage_text, generator.passage)
+        write_store(folder, passages, rag.generator_tokenizer.encode, told)
+        embed_passages(
+            encoder,
+            passage_rows(tokenizer, settings.passage, passages, settings.passage_tokens),
+            width_buckets=buckets_up_to(settings.passage_tokens),
+            batch_size=rag.config.index.batch_size,
+            pad_id=tokenizer.pad_id,
+            dtype=rag.config.index.dtype,
+            path=folder / EMBEDDINGS,
+            progress=advance,
+            devices=mesh.size,
+        )
+
+    return write
+
+
+def passage_rows(
+    tokenizer: Tokenizer, template: str, passages: Sequence[Passage], longest: int, batch: int = 1024
+) -> list[np.ndarray]:
     """Passages as the retriever reads them, at most `longest` tokens each.
 
     A special token in the template is one, as in DPR's "{title} [SEP] {text}"; in a passage it never is.
     """
-    columns: list[list[list[int]]] = []
-    for piece in tokenizer.split_special(template):
-        if isinstance(piece, int):
-            columns.append([[piece]] * len(passages))
-        else:
-            columns.append(tokenizer.encode([passage_text(piece, passage) for passage in passages]))
-    before, after = tokenizer.frame
-    room = longest - len(before) - len(after)
-    return [[*before, *[t for part in parts for t in part][:room], *after] for parts in zip(*columns, strict=True)]
+    pieces, (before, after) = tokenizer.split_special(template), tokenizer.frame
+    room, rows = longest - len(before) - len(after), []
+    for start in range(0, len(passages), batch):  # as arrays, for lists of Python's integers take ten times the room
+        chunk = passages[start : start + batch]
+        columns: list[list[list[int]]] = []
+        for piece in pieces:
+            if isinstance(piece, int):
+                columns.append([[piece]] * len(chunk))
+            else:
+                columns.append(tokenizer.encode([passage_text(piece, passage) for passage in chunk]))
+        for parts in zip(*columns, strict=True):
+            rows.append(np.array([*before, *[t for part in parts for t in part][:room], *after], np.int32))
+    return rows
 
 
-def _encoder_rows(rag: Rag, store: PassageStore) -> TokenRows:
-    """Every passage as the retriever reads it."""
-    settings, tokenizer = rag.config.retriever, rag.passage_tokenizer
-    tokens = array("H" if tokenizer.vocab_size <= 2**16 else "i")
-    ends = array("q", [0])
-    for start in range(0, len(store), 1024):
-        chunk = [store[i] for i in range(start, min(start + 1024, len(store)))]
-        for row in passage_rows(tokenizer, settings.passage, chunk, settings.passage_tokens):
-            tokens.extend(row)
-            ends.append(len(tokens))
-    return TokenRows(np.frombuffer(tokens, tokens.typecode), np.frombuffer(ends, np.int64))
+def _complete(rag: Rag, corpus: Fetched, content: str, scan: Scan, questions: dict[str, list[dict]], new: Path) -> None:
+    """Adds the questions, the search structure and, last, the manifest to the shards."""
+    for split, records in questions.items():
+        (new / "questions").mkdir(exist_ok=True)
+        write_jsonl(new / "questions" / f"{split}.jsonl", records)
+    source = {"source": corpus.source, "pin": corpus.pin, "content": content, "fingerprint": scan.fingerprint}
+    about = {
+        "corpus": source,
+        "generator_tokens": PassageStore.open(new).token_count,
+        "fingerprints": rag.fingerprints,
+    }
+    write_index(new, rag.config.index.kind, rag.config.index.dtype, about)
+
+
+def _swap(new: Path, folder: Path) -> None:
+    """Moves a whole index to its place, piece by piece, the manifest last; begun before, it does the rest.
+
+    What else is in the folder stays.
+    """
+    kind = json.loads((new / MANIFEST).read_text(encoding="utf-8"))["kind"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MANIFEST).unlink(missing_ok=True)  # without it a folder is known to be incomplete
+    for old in (EMBEDDINGS, *STORE_FILES, *([FAISS_FILE] if kind == "exact" else [])):  # of before there were shards
+        (folder / old).unlink(missing_ok=True)
+    questions = (new / "questions").glob("*.jsonl")
+    for path in (new / SHARDS, *questions, new / FAISS_FILE, new / MANIFEST):
+        if path.exists():
+            target = folder / path.relative_to(new)
+            target.parent.mkdir(exist_ok=True)
+            if path.is_dir() and target.exists():
+                _remove(target)
+            os.replace(path, target)

@@ -60,7 +60,8 @@ class Index:
     folder: str = "${output}/index"
     kind: str = "exact"
     dtype: str = "float32"  # or bfloat16, float16: how embeddings are stored
-    batch_size: int = 64
+    batch_size: int = 64  # passages encoded together, on each device
+    shard: int = 16384  # passages a shard: a build that was stopped goes on after the last whole one
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ CHOICES = {
     "evaluate.split": ("train", "dev", "test"),
 }
 POSITIVE = (
-    "mesh.model "
+    "mesh.model index.shard "
     "corpus.passage_words retriever.scale retriever.question_tokens retriever.passage_tokens index.batch_size "
     "generator.source_tokens generator.answer_tokens train.steps train.batch_size train.accumulate train.k train.clip "
     "train.save_every train.save_minutes train.keep train.log_every decode.k decode.beams decode.max_new_tokens "

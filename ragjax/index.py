@@ -1,8 +1,9 @@
 """The index: embeddings of all passages on disk, and the search for the largest inner products q·d.
 
-index/embeddings.npy   [N, D] in corpus order; bfloat16 is kept as uint16, which .npy can name
-index/faiss.index      only for a FAISS kind
-index/manifest.json    written last: a folder without it is incomplete
+index/manifest.json                  written last: a folder without it is incomplete
+index/shards/00000/embeddings.npy    [n, D], 00001, …: consecutive passages, whose text and tokens lie beside them;
+                                     bfloat16 is kept as uint16, which .npy can name
+index/faiss.index                    only for a FAISS kind
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,13 +24,13 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from ragjax.config import InputError
-from ragjax.passages import atomic_write
+from ragjax.passages import atomic_write, may_map, shard_folder, shard_folders
 from ragjax.text import Ids, bucket, pad_rows
 
-FAISS_FILE, MANIFEST = "faiss.index", "manifest.json"
+EMBEDDINGS, FAISS_FILE, MANIFEST = "embeddings.npy", "faiss.index", "manifest.json"
 BLOCK = 8192  # passages scored at a time by the exact search
 TRAIN_SAMPLE = 200_000  # passages a FAISS structure is trained on, at most
-ADD_BATCH = 65_536  # fixed, because an HNSW graph depends on it
+ADD_BATCH = 65_536  # fixed, because an HNSW graph depends on it (and not on the number of threads, since FAISS 1.15)
 TRAIN_THREADS = 8  # fixed, because OPQ's rotation depends on it
 OVERSAMPLE = 4  # FAISS is asked for so many times k, of which exact scores choose
 
@@ -45,18 +47,17 @@ def embed_passages(
     dtype: str,
     path: Path,
     progress: Callable[[int], None],
+    devices: int = 1,
 ) -> None:
-    """Writes the embeddings [N, D] of N passages to `path`, in corpus order and in `dtype`.
+    """Writes the embeddings [n, D] of a shard's passages, at least one, to `path`, in their order and in `dtype`.
 
-    `encode` maps tokens[n, S] and mask[n, S] to an array [n, D]; n is always `batch_size`, S one of `width_buckets`.
-    `progress` is told how many passages each batch finished. Raises `InputError` for an empty corpus, a full disk or
-    embeddings that `dtype` cannot hold.
+    `encode` maps tokens[n, S] and mask[n, S] to an array [n, D]: n is `batch_size` for each of so many `devices`, S
+    one of `width_buckets`. `progress` is told how many passages each call finished. Raises `InputError` for a full
+    disk or embeddings that `dtype` cannot hold.
     """
-    if not len(token_rows):
-        raise InputError("the corpus is empty: there is no passage to index")
     embeddings: np.ndarray | None = None
     with atomic_write(path) as (file,):
-        for ids, result in _encoded_batches(encode, token_rows, width_buckets, batch_size, pad_id):
+        for ids, result in _encoded_batches(encode, token_rows, width_buckets, batch_size, pad_id, devices):
             batch = np.asarray(result)[: len(ids)].astype(np.float32)
             with np.errstate(over="ignore"):
                 stored = batch.astype(dtype)
@@ -68,27 +69,35 @@ def embed_passages(
             progress(len(ids))
         assert isinstance(embeddings, np.memmap)
         embeddings.flush()
-        path.with_name(MANIFEST).unlink(missing_ok=True)  # it describes the embeddings that are replaced now
 
 
 def _encoded_batches(
-    encode: Encode, token_rows: Sequence[Ids], width_buckets: Sequence[int], batch_size: int, pad_id: int
+    encode: Encode,
+    token_rows: Sequence[Ids],
+    width_buckets: Sequence[int],
+    batch_size: int,
+    pad_id: int,
+    devices: int,
 ) -> Iterator[tuple[np.ndarray, Any]]:
     """Passage ids and their embeddings, longest passages first, so that memory runs out at once or never.
 
-    A batch is dispatched before the previous one is awaited: the host writes while the device computes.
+    Each device has a whole batch, and batches of one width go together: so each is padded and encoded in the same way
+    whatever the number of devices. The next ones are dispatched before the previous ones are awaited: the host writes
+    while the devices compute.
     """
     lengths = np.array([len(row) for row in token_rows])
     order = np.argsort(-lengths, kind="stable")
+    batches = (order[start : start + batch_size] for start in range(0, len(order), batch_size))
     waiting = None
-    for start in range(0, len(order), batch_size):
-        ids = order[start : start + batch_size]
-        rows = [token_rows[i] for i in ids]
-        rows += [rows[-1]] * (batch_size - len(rows))
-        current = ids, encode(*pad_rows(rows, bucket(int(lengths[ids[0]]), width_buckets), pad_id))
-        if waiting is not None:
-            yield waiting
-        waiting = current
+    for width, group in groupby(batches, key=lambda ids: bucket(int(lengths[ids[0]]), width_buckets)):
+        while together := list(islice(group, devices)):
+            ids = np.concatenate(together)
+            rows = [token_rows[i] for i in ids]
+            rows += [rows[-1]] * (devices * batch_size - len(rows))
+            current = ids, encode(*pad_rows(rows, width, pad_id))
+            if waiting is not None:
+                yield waiting
+            waiting = current
     if waiting is not None:
         yield waiting
 
@@ -116,15 +125,68 @@ def _npy_dtype(dtype: str) -> np.dtype:
     return np.dtype(np.uint16) if np.dtype(dtype) == ml_dtypes.bfloat16 else np.dtype(dtype)
 
 
-def _open_embeddings(path: Path, dtype: str) -> Float[np.ndarray, "N D"]:
-    return np.load(path, mmap_mode="r", allow_pickle=False).view(dtype)
+class Embeddings:
+    """[N, D] over the arrays [n, D] of the shards; `embeddings[ids]` copies rows out, `np.asarray` all of them."""
+
+    def __init__(self, shards: Sequence[np.ndarray]) -> None:
+        self.shards = shards
+        self._starts = np.cumsum([0, *map(len, shards)])
+        self.shape = len(self), shards[0].shape[1]
+        self.dtype = shards[0].dtype
+
+    @classmethod
+    def open(cls, folders: Sequence[Path], dtype: str) -> Embeddings:
+        """Maps the files in the shards' folders. Raises `ValueError` for one that is missing or damaged."""
+        may_map(len(folders))
+        return cls([_open_embeddings(folder / EMBEDDINGS, dtype) for folder in folders])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, ids: Any) -> np.ndarray:
+        ids = np.asarray(ids)
+        numbers = np.searchsorted(self._starts, ids, "right") - 1
+        rows = np.empty((*ids.shape, self.shape[1]), self.dtype)
+        for number in np.unique(numbers):
+            here = numbers == number
+            rows[here] = self.shards[number][ids[here] - self._starts[number]]
+        return rows
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        whole = np.concatenate(self.shards)
+        return whole if dtype is None else whole.astype(dtype, copy=False)
+
+    def on_device(self) -> Float[Array, "N D"]:
+        """All of them on the default device, in the type in which they are stored, without a copy on the host."""
+        whole = jnp.zeros(self.shape, self.dtype)
+        for start, shard in zip(self._starts[:-1].tolist(), self.shards, strict=True):
+            whole = _put(whole, jnp.asarray(shard), jnp.int32(start))
+        return whole
+
+
+@partial(jax.jit, donate_argnums=0)
+def _put(whole: Array, rows: Array, start: Int[Array, ""]) -> Array:
+    return jax.lax.dynamic_update_slice_in_dim(whole, rows, start, 0)
+
+
+def _open_embeddings(path: Path, dtype: str) -> np.ndarray:
+    where = f"{path.parent.parent.name}/{path.parent.name}/{path.name}"
+    try:
+        stored = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise ValueError(f"{where} is missing") from None
+    except (ValueError, OSError, EOFError) as error:
+        raise ValueError(f"{where}: {error}") from None
+    if stored.dtype != _npy_dtype(dtype) or stored.ndim != 2:
+        raise ValueError(f"{where} holds {stored.dtype}{list(stored.shape)} and not {dtype}[n, D]")
+    return stored.view(dtype)
 
 
 @dataclass
 class Index:
     """Embeddings [N, D] with a way to search them: `kind` is `exact` or a FAISS index_factory string."""
 
-    embeddings: Float[np.ndarray, "N D"]
+    embeddings: Embeddings
     kind: str
     manifest: dict[str, Any]
     faiss_index: Any = None
@@ -162,7 +224,7 @@ class Index:
     @cached_property
     def on_device(self) -> Float[Array, "N D"]:
         """All embeddings, put on the device once, in the type in which they are stored."""
-        return jnp.asarray(self.embeddings)
+        return self.embeddings.on_device()
 
 
 @partial(jax.jit, static_argnames=("k", "block"))
@@ -191,20 +253,21 @@ def exact_search(
     return jax.lax.fori_loop(0, -(-count // block), merge, nothing)
 
 
-def write_index(folder: Path, embeddings_path: Path, kind: str, dtype: str, manifest_extra: Mapping[str, Any]) -> None:
-    """Builds the FAISS structure, if `kind` asks for one, and completes the folder with its manifest.
+def write_index(folder: Path, kind: str, dtype: str, manifest_extra: Mapping[str, Any]) -> None:
+    """Builds the FAISS structure over the shards in `folder`, if `kind` asks for one, and completes it with a manifest.
 
-    `embeddings_path` lies in `folder`. `manifest_extra` holds `fingerprints`, a name and a "sha256:…" for each thing
-    the index was built from. Raises `InputError` for a bad kind, too few passages to train it, or a full disk.
+    `manifest_extra` holds `fingerprints`, a name and a "sha256:…" for each thing the index was built from.
+    Raises `InputError` for a bad kind, too few passages to train it, or a full disk.
     """
-    embeddings = _open_embeddings(embeddings_path, dtype)
+    embeddings = Embeddings.open(shard_folders(folder), dtype)
     faiss_index = None if kind == "exact" else _build_faiss(embeddings, kind)
     for old in (MANIFEST, FAISS_FILE):
         (folder / old).unlink(missing_ok=True)
+    count, width = embeddings.shape
+    manifest = {"kind": kind, "dtype": dtype, "N": count, "D": width, "shards": [len(s) for s in embeddings.shards]}
     if faiss_index is not None:
         _write_faiss(folder / FAISS_FILE, faiss_index)
-    count, width = embeddings.shape
-    manifest = {"kind": kind, "dtype": dtype, "N": count, "D": width, "embeddings": embeddings_path.name}
+        manifest["faiss"] = _faiss_settings()
     with atomic_write(folder / MANIFEST) as (file,):
         file.write(json.dumps(manifest | dict(manifest_extra), indent=1, ensure_ascii=False).encode() + b"\n")
 
@@ -247,7 +310,15 @@ def faiss_bytes(kind: str, width: int, count: int) -> int | None:
     return count * index.code_size if isinstance(index, faiss.IndexFlatCodes) else None
 
 
-def _build_faiss(embeddings: Float[np.ndarray, "N D"], kind: str) -> Any:
+def _faiss_settings() -> dict[str, Any]:
+    """What a FAISS structure may depend on beside the embeddings and its kind."""
+    import faiss
+
+    settings = {"train_sample": TRAIN_SAMPLE, "train_threads": TRAIN_THREADS, "add_batch": ADD_BATCH}
+    return {"version": faiss.__version__} | settings | {"add_threads": _cores()}
+
+
+def _build_faiss(embeddings: Embeddings, kind: str) -> Any:
     import faiss
 
     count, width = embeddings.shape
@@ -266,7 +337,7 @@ def _build_faiss(embeddings: Float[np.ndarray, "N D"], kind: str) -> Any:
             ) from None
     faiss.omp_set_num_threads(_cores())
     for start in range(0, count, ADD_BATCH):
-        index.add(np.asarray(embeddings[start : start + ADD_BATCH], np.float32))
+        index.add(embeddings[np.arange(start, min(start + ADD_BATCH, count))].astype(np.float32))
     _search_widely(index)
     return index
 
@@ -328,12 +399,19 @@ def open_index(folder: Path, expected_fingerprints: Mapping[str, str]) -> Index:
     check_built(folder)
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if "shards" not in manifest and "embeddings" in manifest:
+            raise InputError(f"{folder}: the index was built by an older ragjax; run: ragjax index CONFIG")
         _check_fingerprints(folder, manifest["fingerprints"], expected_fingerprints)
-        embeddings = _open_embeddings(folder / manifest["embeddings"], manifest["dtype"])
-        if embeddings.shape != (manifest["N"], manifest["D"]):
-            raise ValueError(f"embeddings of shape {embeddings.shape}")
+        counts, width = manifest["shards"], manifest["D"]
+        folders = [shard_folder(folder, number) for number in range(len(counts))]
+        embeddings = Embeddings.open(folders, manifest["dtype"])
+        for path, count, shard in zip(folders, counts, embeddings.shards, strict=True):
+            if shard.shape != (count, width):
+                raise ValueError(f"shards/{path.name}: embeddings of shape {shard.shape}, not {(count, width)}")
+        if len(embeddings) != manifest["N"]:
+            raise ValueError(f"the shards hold {len(embeddings)} passages, not {manifest['N']}")
         faiss_index = None if manifest["kind"] == "exact" else _read_faiss(folder / FAISS_FILE, manifest["N"])
-    except (ValueError, KeyError, TypeError, OSError, EOFError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, OSError) as error:
         raise InputError(f"{folder}: the index is damaged ({error}); delete it and run: ragjax index CONFIG") from None
     return Index(embeddings, manifest["kind"], manifest, faiss_index)
 

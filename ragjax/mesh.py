@@ -222,6 +222,21 @@ def on_host(tree: Any) -> Any:
     return jax.tree.map(whole, tree)
 
 
+def on_each_device(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function(params, *rows)` applied by each device to its part of the rows, as if it were alone; jitted.
+
+    So what comes out for a row does not depend on how many devices there are, to the bit.
+    """
+    rows = PartitionSpec("data")
+
+    def whole(params: Any, *arrays: Any) -> Any:
+        specs = (PartitionSpec(), *(rows for _ in arrays))
+        return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)(params, *arrays)
+
+    jitted = jax.jit(whole)
+    return lambda params, *arrays: jitted(params, *jax.device_put(arrays, NamedSharding(mesh, rows)))
+
+
 def enable_compilation_cache(folder: Path) -> None:
     """Keeps compiled programs, small ones too, under `folder` for later processes; call it before any is compiled."""
     jax.config.update("jax_compilation_cache_dir", str(folder))

@@ -1,23 +1,27 @@
-"""The passage store: the text and the generator's tokens of every passage, read once, then memory-mapped.
+"""The passage store: the text and the generator's tokens of every passage, shard by shard, memory-mapped.
 
 Readers stream JSONL and DPR's psgs_w100.tsv, plain or gzipped; questions come as JSONL in the NQ-open form.
+Each folder index/shards/00000, 00001, … holds consecutive passages: text.bin has them as JSON, tokens.bin the
+generator's tokens as int32, and the two files of offsets [n + 1] say where each passage begins and ends.
 """
 
 from __future__ import annotations
 
 import csv
 import errno
+import fcntl
 import gzip
 import hashlib
 import itertools
 import json
 import os
+import resource
 import shutil
 import zlib
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,6 +30,7 @@ from jaxtyping import Int
 
 from ragjax.config import InputError
 
+LOCK, SHARDS = ".lock", "shards"
 STORE_FILES = ("text.bin", "text_offsets.npy", "tokens.bin", "token_offsets.npy")
 FORMATS = {
     "jsonl": 'passages as JSON lines, {"id": …, "title": …, "text": …}',
@@ -52,11 +57,10 @@ class Question:
 
 
 @dataclass(frozen=True)
-class StoreSummary:
-    """`count` passages with `tokens` tokens in all; `fingerprint` is "sha256:…" over their ids, titles and texts."""
+class Scan:
+    """What reading a corpus once tells: N, and "sha256:…" over the ids, titles and texts."""
 
     count: int
-    tokens: int
     fingerprint: str
 
 
@@ -74,6 +78,40 @@ def read_passages(path: Path, format: str, limit: int | None = None) -> Iterator
 def count_passages(path: Path, format: str) -> int:
     """The most passages that a `jsonl` or `dpr` file can hold: its lines. Raises `InputError` as `read_passages`."""
     return sum(1 for _, line in _lines(_corpus_file(path, format)) if line.strip()) - (format == "dpr")
+
+
+def scan_passages(
+    read: Callable[[], Iterable[Passage]],
+    progress: Callable[[int], object] = lambda count: None,
+    key: Callable[[str], int] = hash,
+) -> Scan:
+    """Reads a whole corpus, keeping 8 bytes of each passage, the `key` of its id; `read` gives a new stream each time.
+
+    `progress` is told how many passages were read. Raises `InputError` for a malformed passage, for two with one id and
+    for an empty corpus.
+    """
+    digest, hashes = hashlib.sha256(), array("q")
+    for passage in read():
+        digest.update(_record(passage))
+        hashes.append(key(passage.id))
+        if len(hashes) % 1024 == 0:
+            progress(1024)
+    progress(len(hashes) % 1024)
+    if not hashes:
+        raise InputError("the corpus holds no passages")
+    ordered = np.frombuffer(hashes, np.int64)  # no copy: the array itself is sorted
+    ordered.sort()
+    if twice := set(ordered[1:][ordered[1:] == ordered[:-1]].tolist()):
+        _check_ids(read(), twice, key)
+    return Scan(len(hashes), f"sha256:{digest.hexdigest()}")
+
+
+def _check_ids(passages: Iterable[Passage], twice: set[int], key: Callable[[str], int]) -> None:
+    """Raises `InputError` for two passages with one id, of those whose key occurs twice; else the keys collided."""
+    positions: dict[str, int] = {}
+    for position, passage in enumerate(passages, 1):
+        if key(passage.id) in twice and (first := positions.setdefault(passage.id, position)) != position:
+            raise InputError(f"passages {first} and {position} have the same id {passage.id!r}; ids must differ")
 
 
 def read_questions(path: Path) -> list[Question]:
@@ -122,6 +160,9 @@ def atomic_write(*paths: Path) -> Iterator[tuple[BinaryIO, ...]]:
         with ExitStack() as stack:
             files = tuple(stack.enter_context(partial.open("wb")) for partial in partials)
             yield files
+            for file in files:  # else a machine that dies later could leave an empty file under the final name
+                file.flush()
+                os.fsync(file.fileno())
         for partial, path in zip(partials, paths, strict=True):
             os.replace(partial, path)
     except OSError as error:
@@ -152,61 +193,93 @@ def partial_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+@contextmanager
+def alone(folder: Path, doing: str) -> Iterator[None]:
+    """Holds `folder`, created where there is none, until the end or the death of this process.
+
+    Raises `InputError` where it cannot be created, and while another process holds it, saying what that is `doing`.
+    """
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{folder}: cannot be created ({error.strerror}); choose another folder") from None
+        with (folder / LOCK).open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"{folder}: another process {doing}") from None
+            # one that held it may have deleted it together with its folder, and a third may lock a new file
+            if os.path.exists(lock.name) and os.path.samestat(os.stat(lock.name), os.fstat(lock.fileno())):
+                yield
+                return
+
+
+def shard_folder(folder: Path, number: int) -> Path:
+    """Where an index has a shard: the names sort as the numbers do."""
+    return folder / SHARDS / f"{number:05d}"
+
+
+def shard_folders(folder: Path) -> list[Path]:
+    """The shards of an index in order. Raises `InputError` where there are none, or one before the last is missing."""
+    found = {path.name for path in (folder / SHARDS).glob("[0-9]*") if path.name.isdigit()}
+    expected = [shard_folder(folder, number) for number in range(len(found))]
+    if missing := [path.name for path in expected if path.name not in found]:
+        raise InputError(f"{folder}: the index is damaged ({SHARDS}/{missing[0]} is missing); run `ragjax index` again")
+    if not expected:
+        raise InputError(f"{folder}: no passages here ({SHARDS}/00000 is missing); run `ragjax index`")
+    return expected
+
+
+def may_map(count: int) -> None:
+    """Lets this process map `count` files more: each holds a descriptor, of which shells allow only 1,024 or so."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = soft + count if hard == resource.RLIM_INFINITY else min(soft + count, hard)
+    if soft != resource.RLIM_INFINITY and wanted > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def write_store(
     folder: Path,
     passages: Iterable[Passage],
     encode: Callable[[list[str]], list[list[int]]],
     text_of: Callable[[Passage], str],
-    progress: Callable[[int], object] = lambda count: None,
     batch: int = 1024,
-) -> StoreSummary:
-    """Streams passages into `folder`; `encode` gives the token ids of `text_of(passage)`, N at a time.
+) -> None:
+    """Streams passages into a shard's `folder`; `encode` gives the token ids of `text_of(passage)`, `batch` at a time.
 
-    `progress` is told how many passages were added. Raises `InputError` for two passages with one id, for an empty
-    corpus and for a full disk; then the folder holds no new file.
+    Raises `InputError` for a full disk; then the folder holds no new file.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be created ({error.strerror})") from None
+    folder.mkdir(parents=True, exist_ok=True)
     text_ends, token_ends = array("q", [0]), array("q", [0])
-    positions: dict[str, int] = {}
-    digest = hashlib.sha256()
     stream = iter(passages)
     with atomic_write(*(folder / name for name in STORE_FILES)) as (text, text_offsets, tokens, token_offsets):
         while chunk := list(itertools.islice(stream, batch)):
-            for passage in chunk:
-                position = len(positions) + 1
-                if (first := positions.setdefault(passage.id, position)) != position:
-                    raise InputError(
-                        f"passages {first} and {position} have the same id {passage.id!r}; ids must differ"
-                    )
-                record = json.dumps(asdict(passage), ensure_ascii=False).encode() + b"\n"
+            for record in map(_record, chunk):
                 text.write(record)
-                digest.update(record)
                 text_ends.append(text_ends[-1] + len(record))
             for ids in encode([text_of(passage) for passage in chunk]):
                 tokens.write(np.asarray(ids, np.int32).tobytes())
                 token_ends.append(token_ends[-1] + len(ids))
-            progress(len(chunk))
-        if not positions:
-            raise InputError("the corpus holds no passages")
         np.save(text_offsets, np.asarray(text_ends, np.int64))
         np.save(token_offsets, np.asarray(token_ends, np.int64))
-    return StoreSummary(len(positions), token_ends[-1], f"sha256:{digest.hexdigest()}")
+
+
+def _record(passage: Passage) -> bytes:
+    return json.dumps(vars(passage), ensure_ascii=False).encode() + b"\n"
 
 
 @dataclass(frozen=True)
-class PassageStore:
-    """N passages, memory-mapped: `store[i]` is a `Passage`, `store.tokens(i)` its token ids."""
+class StoreShard:
+    """The passages of one shard, memory-mapped."""
 
     text: np.ndarray
-    text_offsets: Int[np.ndarray, " N_plus_1"]
+    text_offsets: Int[np.ndarray, " n_plus_1"]
     token_ids: np.ndarray
-    token_offsets: Int[np.ndarray, " N_plus_1"]
+    token_offsets: Int[np.ndarray, " n_plus_1"]
 
     @classmethod
-    def open(cls, folder: Path) -> PassageStore:
+    def open(cls, folder: Path) -> StoreShard:
         """Maps what `write_store` wrote; raises `InputError` when a file is missing or was cut short."""
         paths = [folder / name for name in STORE_FILES]
         if missing := [path.name for path in paths if not path.is_file()]:
@@ -225,18 +298,51 @@ class PassageStore:
         return len(self.text_offsets) - 1
 
     def __getitem__(self, i: int) -> Passage:
-        if not 0 <= i < len(self):  # -1 is FAISS' "no hit", never the last passage
-            raise IndexError(f"passage {i} of {len(self)}")
         return Passage(**json.loads(bytes(self.text[self.text_offsets[i] : self.text_offsets[i + 1]])))
+
+    def tokens(self, i: int) -> Int[np.ndarray, " S"]:
+        return self.token_ids[self.token_offsets[i] : self.token_offsets[i + 1]]
+
+
+class PassageStore:
+    """The N passages of an index: `store[i]` is a `Passage`, `store.tokens(i)` its token ids."""
+
+    def __init__(self, shards: Sequence[StoreShard]) -> None:
+        self._shards = shards
+        self._starts = np.cumsum([0, *map(len, shards)])
+
+    @classmethod
+    def open(cls, folder: Path) -> PassageStore:
+        """Maps the shards of an index; raises `InputError` when a file is missing or was cut short."""
+        folders = shard_folders(folder)
+        may_map(len(STORE_FILES) * len(folders))
+        return cls([StoreShard.open(shard) for shard in folders])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, i: int) -> Passage:
+        shard, place = self._find(i)
+        return shard[place]
 
     def __iter__(self) -> Iterator[Passage]:
         return (self[i] for i in range(len(self)))
 
     def tokens(self, i: int) -> Int[np.ndarray, " S"]:
         """The int32 token ids of passage `i`, a view of the file."""
-        if not 0 <= i < len(self):
+        shard, place = self._find(i)
+        return shard.tokens(place)
+
+    @property
+    def token_count(self) -> int:
+        """How many tokens all passages have."""
+        return sum(len(shard.token_ids) for shard in self._shards)
+
+    def _find(self, i: int) -> tuple[StoreShard, int]:
+        if not 0 <= i < len(self):  # -1 is FAISS' "no hit", never the last passage
             raise IndexError(f"passage {i} of {len(self)}")
-        return self.token_ids[self.token_offsets[i] : self.token_offsets[i + 1]]
+        number = int(np.searchsorted(self._starts, i, "right")) - 1
+        return self._shards[number], i - int(self._starts[number])
 
 
 def _map(path: Path, dtype: type) -> np.ndarray:

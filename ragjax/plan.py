@@ -30,12 +30,12 @@ from ragjax.hub import fetch_config, is_local
 from ragjax.index import MANIFEST, check_kind, faiss_bytes
 from ragjax.models.generator import Memory, SpecialTokens, empty_past
 from ragjax.models.layers import Params
-from ragjax.passages import STORE_FILES, count_passages
+from ragjax.passages import STORE_FILES, count_passages, shard_folders
 from ragjax.rag import Models, TrainBatch, check_lengths, encode
 from ragjax.step import TrainState, initial_state, make_train_step, split_frozen
 from ragjax.weights import Pretrained, bert_shape, generator_shape, open_generator
 
-ID_BYTES = 150  # what a passage's id takes in Python's dictionary (measured: 127), and its two offsets
+ID_BYTES = 8  # a hash of each passage's id
 SPECIAL = SpecialTokens(eos=0, pad=0)  # which tokens they are changes no size
 
 
@@ -137,17 +137,16 @@ class _Plan:
         def store() -> tuple[int, str]:
             if not built:
                 raise Unknown("the corpus as JSON and 4 bytes a token: known once it is read")
-            return sum((folder / name).stat().st_size for name in STORE_FILES), "as measured"
+            files = (shard / name for shard in shard_folders(folder) for name in STORE_FILES)
+            return sum(file.stat().st_size for file in files), "as measured"
 
         def tokens() -> tuple[int, str]:
-            count, counted = self.passages()
-            longest = self.config.retriever.passage_tokens
-            bytes_each = 2 if _known(self.passage_encoder, "passage encoder").config.vocabulary <= 2**16 else 4
-            return count * (longest * bytes_each + 8), f"{counted}, at most {longest} tokens of {bytes_each} bytes"
+            count, longest = min(self.passages()[0], settings.shard), self.config.retriever.passage_tokens
+            return count * 4 * longest, f"a shard of {count:,} passages, at most {longest} tokens of 4 bytes"
 
         def ids() -> tuple[int, str]:
             count, counted = self.passages()
-            return count * ID_BYTES, f"{counted}, about {ID_BYTES} bytes each"
+            return count * ID_BYTES, f"{counted}, {ID_BYTES} bytes each"
 
         def embedding() -> tuple[int, str]:
             model = _known(self.passage_encoder, "passage encoder")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
@@ -42,7 +41,7 @@ from ragjax.mesh import (
 )
 from ragjax.metrics import contains_answer
 from ragjax.models.layers import Params
-from ragjax.passages import PassageStore, Question, atomic_write, read_questions
+from ragjax.passages import PassageStore, Question, alone, atomic_write, read_questions
 from ragjax.progress import progress_bar, terminal
 from ragjax.rag import Rag, TrainBatch, answer_tokens, open_rag, search, train_batch, widen
 from ragjax.step import (
@@ -85,12 +84,10 @@ def train(config: Config) -> Path:
     split_frozen(rag.abstract_params(), config.train.freeze)
     folder = start_experiment(rag, index)
 
-    with (
-        _alone(folder),
-        Checkpoints(
-            folder / "checkpoints", keep=config.train.keep, best=config.train.keep_best, writing=True
-        ) as checkpoints,
-    ):
+    with ExitStack() as stack:
+        on_first(lambda: stack.enter_context(alone(folder, "trains here; wait for it, or choose another output")))
+        keep, best = config.train.keep, config.train.keep_best
+        checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", keep, best=best, writing=True))
         state = _start(rag, checkpoints, batches, mesh)
         corpus = place(index.on_device, replicated(mesh)) if config.retriever.prior == "corpus" else None
         shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
@@ -277,22 +274,6 @@ def _log(folder: Path, done: int, config: Config) -> Iterator[Callable[[int, dic
         finally:
             if writer:
                 writer.close()
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Raises `InputError` while another run trains in this output folder; its death frees the folder."""
-    with ExitStack() as stack:
-
-        def lock() -> None:
-            file = stack.enter_context((folder / ".lock").open("a"))
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(f"{folder}: another run trains here; wait for it, or choose another output") from None
-
-        on_first(lock)
-        yield
 
 
 @contextmanager

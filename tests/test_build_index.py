@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
+import json
+import os
 import shutil
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,9 +22,9 @@ from trained import files
 from world import build, tiny_config
 
 from ragjax import build_index as build_module
-from ragjax.config import Config, InputError
+from ragjax.config import Config, InputError, dump_config
 from ragjax.index import MANIFEST, Index, open_index
-from ragjax.passages import Passage, PassageStore, read_passages
+from ragjax.passages import Passage, PassageStore, alone, read_passages, shard_folder
 from ragjax.rag import encode, open_rag, passage_text, retrieve
 
 
@@ -48,14 +57,15 @@ def test_special_tokens_in_the_template_are_special(world: Path) -> None:
     """DPR reads [CLS] title [SEP] text [SEP]; what a passage says of itself stays text, and the end is cut."""
     tokenizer = open_rag(tiny_config(world)).retriever_tokenizer
     passages = [Passage("a", "One", "two [SEP] three"), Passage("b", "Four", "five " * 40)]
-    whole, cut = build_module.passage_rows(tokenizer, "{title} [SEP] {text}", passages, 64)
+    found = build_module.passage_rows(tokenizer, "{title} [SEP] {text}", passages, 64)
+    whole, cut = (row.tolist() for row in found)
     (cls,), (sep,) = tokenizer.frame
     title, text = tokenizer.encode(["One ", " two [SEP] three"])
     assert whole == [cls, *title, sep, *text, sep] and whole.count(sep) == 2
     assert len(cut) == 64 and cut[:1] == [cls] and cut[-1] == sep and cut.count(sep) == 2
-    plain = build_module.passage_rows(tokenizer, "{title}: {text}", passages, 64)
+    plain = build_module.passage_rows(tokenizer, "{title}: {text}", passages, 64, batch=1)
     texts = [passage_text("{title}: {text}", passage) for passage in passages]
-    assert plain == tokenizer.encode(texts, special=True, longest=64)
+    assert [row.tolist() for row in plain] == tokenizer.encode(texts, special=True, longest=64)
 
 
 def test_retrieval_is_the_largest_inner_products(world: Path, one_by_one: np.ndarray) -> None:
@@ -80,7 +90,7 @@ def test_text_and_tokens_are_kept(world: Path) -> None:
 
 def test_passages_are_stored_whole_whatever_a_prompt_holds(world: Path, tmp_path: Path) -> None:
     build(tiny_config(world, index__folder=str(tmp_path), generator__source_tokens=20))
-    assert (PassageStore.open(tmp_path).token_offsets == PassageStore.open(world / "index").token_offsets).all()
+    assert PassageStore.open(tmp_path).token_count == PassageStore.open(world / "index").token_count
 
 
 @pytest.mark.parametrize("kind", ["exact", "Flat"])
@@ -114,7 +124,7 @@ def test_an_index_of_the_same_contents_stays(world: Path, tmp_path: Path, capsys
 def test_half_precision(world: Path, tmp_path: Path, one_by_one: np.ndarray, dtype: str) -> None:
     config = tiny_config(world, index__folder=str(tmp_path), index__dtype=dtype)
     build(config)
-    stored = opened(config).embeddings
+    stored = np.asarray(opened(config).embeddings)
     assert stored.dtype == np.dtype(dtype)
     np.testing.assert_allclose(stored.astype(np.float32), one_by_one, atol=2e-3 if dtype == "bfloat16" else 3e-4)
 
@@ -131,8 +141,8 @@ def test_another_kind_leaves_nothing_of_the_old_one(world: Path, tmp_path: Path)
     np.testing.assert_allclose(approximate[0], exact[0], atol=1e-6)
 
 
-def test_a_build_that_fails_at_its_end_leaves_the_old_index_and_other_files(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_build_that_fails_at_its_end_leaves_the_old_index_and_goes_on(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(*_: object) -> None:
         raise KeyboardInterrupt
@@ -140,14 +150,19 @@ def test_a_build_that_fails_at_its_end_leaves_the_old_index_and_other_files(
     folder = tmp_path / "index"
     build(tiny_config(world, index__folder=str(folder)))
     (folder / "notes.txt").write_text("mine")
-    before = files(tmp_path)
+    before = files(folder)
     monkeypatch.setattr(build_module, "write_index", fail)
     with pytest.raises(KeyboardInterrupt):
         build(tiny_config(world, index__folder=str(folder), corpus__limit=7))
-    assert files(tmp_path) == before and [path.name for path in tmp_path.iterdir()] == ["index"]
+    assert files(folder) == before
+    assert "index.partial stays: run the same command again to go on" in capsys.readouterr().err
     monkeypatch.undo()
+    monkeypatch.setattr(build_module, "scan_passages", fail)  # nothing is read or embedded again
+    monkeypatch.setattr(build_module, "_shard_writer", fail)
     build(tiny_config(world, index__folder=str(folder), corpus__limit=7))
+    assert "going on with the index: 7 of 7 passages are there" in capsys.readouterr().err
     assert len(PassageStore.open(folder)) == 7 and (folder / "notes.txt").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["index"]
 
 
 def test_dpr_files_gzipped(world: Path, tmp_path: Path) -> None:
@@ -159,7 +174,229 @@ def test_dpr_files_gzipped(world: Path, tmp_path: Path) -> None:
     assert (len(store), store[0]) == (2, Passage("1", "Arland", "Its capital is Kesbourg."))
 
 
-def test_too_few_passages_for_a_kind(world: Path, tmp_path: Path) -> None:
+def test_too_few_passages_for_a_kind_and_then_another_kind(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(InputError, match=r"index\.kind=IVF64,Flat cannot be trained on the 30 passages"):
         build(tiny_config(world, index__folder=str(tmp_path / "index"), index__kind="IVF64,Flat"))
+    assert [path.name for path in tmp_path.iterdir()] == ["index.partial"]
+    build(tiny_config(world, index__folder=str(tmp_path / "index")))
+    assert "going on with the index: 30 of 30 passages are there" in capsys.readouterr().err
+    assert same_files(tmp_path / "index", world / "index")
+
+
+# shards
+
+
+def same_files(folder: Path, other: Path) -> bool:
+    """Whether two folders hold the same files, to the byte."""
+    ours, theirs = ({p.relative_to(f): content for p, content in files(f).items()} for f in (folder, other))
+    return ours == theirs
+
+
+@pytest.fixture(scope="module")
+def sharded(world: Path) -> Path:
+    """The world's index in shards of 7, 7, 7, 7 and 2 passages, with a graph: built without disturbance."""
+    return build(by_shards(world, world / "sharded"))
+
+
+def by_shards(world: Path, folder: Path, **settings: object) -> Config:
+    return tiny_config(world, **({"index__folder": str(folder), "index__shard": 7, "index__kind": "HNSW8"} | settings))
+
+
+def test_shards_are_one_index(world: Path, sharded: Path) -> None:
+    one, many = opened(tiny_config(world)), opened(by_shards(world, sharded))
+    assert many.manifest["shards"] == [7, 7, 7, 7, 2] and one.manifest["shards"] == [30]
+    assert many.manifest["corpus"] == one.manifest["corpus"]
+    assert many.manifest["generator_tokens"] == one.manifest["generator_tokens"]
+    np.testing.assert_allclose(many.embeddings, one.embeddings, atol=1e-6)
+    stores = PassageStore.open(sharded), PassageStore.open(world / "index")
+    assert list(stores[0]) == list(stores[1])
+    for i in range(30):
+        np.testing.assert_array_equal(stores[0].tokens(i), stores[1].tokens(i))
+    queries = np.random.default_rng(0).normal(size=(5, 32)).astype(np.float32)
+    for found, expected in zip(many.search(queries, 6), one.search(queries, 6), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_a_shard_depends_on_its_own_passages_only(world: Path, sharded: Path, tmp_path: Path) -> None:
+    fewer = build(by_shards(world, tmp_path / "index", corpus__limit=21))
+    for number in range(3):
+        assert same_files(shard_folder(fewer, number), shard_folder(sharded, number))
+
+
+@pytest.mark.parametrize("whole", [0, 1, 3])
+def test_a_build_that_was_interrupted_goes_on(
+    world: Path, sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: int
+) -> None:
+    """Within a shard, after so many whole ones."""
+    written: list[Path] = []
+    embed = build_module.embed_passages
+
+    def interrupted(*arguments: Any, path: Path, **more: Any) -> None:
+        if len(written) == whole:
+            raise KeyboardInterrupt
+        embed(*arguments, path=path, **more)
+        written.append(path)
+
+    config = by_shards(world, tmp_path / "index")
+    monkeypatch.setattr(build_module, "embed_passages", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build(config)
+    assert not (tmp_path / "index").exists()
+    if whole == 0:  # nothing to go on with
+        assert list(tmp_path.iterdir()) == []
+        return
+    shards = {p: p.stat().st_mtime_ns for p in files(tmp_path / "index.partial" / "shards")}
+    assert {path.parent.name for path in shards} == {f"{number:05d}" for number in range(whole)}
+    whole = -1
+    monkeypatch.setattr(build_module, "scan_passages", None)  # is not needed again
+    build(config)
+    assert same_files(tmp_path / "index", sharded) and len(written) == 5
+    for path, stamp in shards.items():  # the very files
+        assert (tmp_path / "index" / path.relative_to(tmp_path / "index.partial")).stat().st_mtime_ns == stamp
+    assert [path.name for path in tmp_path.iterdir()] == ["index"]
+
+
+def start(config: Config, tmp_path: Path) -> subprocess.Popen[bytes]:
+    """`ragjax index` in a process of its own, on one device, compiled as the tests' programs are."""
+    (tmp_path / "own.yaml").write_text(dump_config(config), encoding="utf-8")
+    environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    command = [sys.executable, "-m", "ragjax", "index", str(tmp_path / "own.yaml")]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+
+
+def test_a_build_that_was_killed_goes_on(world: Path, sharded: Path, tmp_path: Path) -> None:
+    """Killed at any moment, again and again; each process has one device, and the undisturbed one had eight."""
+    folder, generator = tmp_path / "index", np.random.default_rng()
+    finished = build(by_shards(world, tmp_path / "undisturbed", index__shard=1))
+    for shards in np.sort(generator.integers(0, 30, 3)):
+        with start(by_shards(world, folder, index__shard=1), tmp_path) as process:
+            while process.poll() is None:
+                if len(list((tmp_path / "index.partial" / "shards").glob("[0-9]*[0-9]"))) >= shards:
+                    time.sleep(generator.uniform(0, 0.02))
+                    process.kill()
+                    break
+                time.sleep(0.002)
+    build(by_shards(world, folder, index__shard=1))
+    assert same_files(folder, finished)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["index", "own.yaml", "undisturbed"]
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing is tidied up."""
+
+
+@pytest.mark.parametrize("moves", [0, 1, 6, 7, 8, 9, 10])  # six old files are deleted, then three things are moved
+@pytest.mark.parametrize("before", ["nothing", "one shard", "flat files"])
+def test_a_build_that_was_killed_in_the_swap_goes_on(
+    world: Path, sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moves: int, before: str
+) -> None:
+    folder = tmp_path / "index"
+    if before == "one shard":
+        shutil.copytree(world / "index", folder)
+    if before == "flat files":  # as before there were shards
+        shutil.copytree(shard_folder(world / "index", 0), folder)
+        (folder / MANIFEST).write_text("{}")
+    done = 0
+
+    def counted(move: Any) -> Any:
+        def act(*arguments: Any, **more: Any) -> Any:
+            nonlocal done
+            if str(folder) + "/" in f"{arguments[-1]}/":
+                if done == moves:
+                    raise Killed
+                done += 1
+            return move(*arguments, **more)
+
+        return act
+
+    config = by_shards(world, folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", counted(os.replace))
+        patch.setattr(shutil, "rmtree", counted(shutil.rmtree))
+        patch.setattr(Path, "unlink", counted(Path.unlink))
+        with contextlib.suppress(Killed):
+            build(config)
+    monkeypatch.setattr(build_module, "_shard_writer", None)  # nothing is embedded again
+    build(config)
+    assert same_files(folder, sharded)
+    assert [path.name for path in tmp_path.iterdir()] == ["index"]
+
+
+@pytest.mark.parametrize("settings", [{"index__shard": 5}, {"index__batch_size": 3}, {"retriever__pooling": "cls"}])
+def test_with_other_settings_a_build_starts_anew(
+    world: Path, tmp_path: Path, settings: dict[str, object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    leave_shards(by_shards(world, tmp_path / "index"))
+    config = by_shards(world, tmp_path / "index", **settings)
+    build(config)
+    assert "going on" not in capsys.readouterr().err
+    build(by_shards(world, tmp_path / "other", **settings))
+    assert same_files(tmp_path / "index", tmp_path / "other")
+
+
+def leave_shards(config: Config) -> None:
+    """What a build leaves that is interrupted before its manifest is written."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build_module, "write_index", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            build(config)
+
+
+def test_a_corpus_that_changed_is_embedded_anew(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus = Path(shutil.copy(world / "passages.jsonl", tmp_path))
+    config = by_shards(world, tmp_path / "index", corpus__source=str(corpus))
+    leave_shards(config)
+    corpus.write_text(corpus.read_text().replace("capital", "Capital"))
+    build(config)
+    assert "going on" not in capsys.readouterr().err
+    assert all("Capital" in passage.text for passage in PassageStore.open(tmp_path / "index"))
+
+
+def test_a_second_build_of_the_same_index_is_refused(world: Path, tmp_path: Path) -> None:
+    config = by_shards(world, tmp_path / "index")
+    with alone(tmp_path / "index.partial", "builds"), pytest.raises(InputError) as refusal:
+        build(config)
+    assert "index.partial: another process builds this index; wait for it, or choose another" in str(refusal.value)
+    build(config)
+
+
+def test_embeddings_that_are_no_numbers(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(params: Any, tokens: Any, mask: Any) -> np.ndarray:
+        return np.where(np.arange(32) == 3, np.nan, np.ones((len(tokens), 32)))
+
+    monkeypatch.setattr(build_module, "on_each_device", lambda *_: broken)
+    with pytest.raises(InputError, match=r"an embedding is not finite in index\.dtype=float32"):
+        build(by_shards(world, tmp_path / "index"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_no_more_than_a_shard_of_passages_is_held(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: weakref.WeakSet[Passage] = weakref.WeakSet()
+    most = 0
+
+    def counted(*arguments: Any) -> Iterator[Passage]:
+        nonlocal most
+        for passage in read_passages(*arguments):
+            alive.add(passage)
+            most = max(most, len(alive))
+            yield passage
+
+    monkeypatch.setattr(build_module, "read_passages", counted)
+    build(by_shards(world, tmp_path / "index", index__shard=4))
+    assert 4 <= most <= 2 * 4
+
+
+def test_an_index_of_before_there_were_shards_is_built_anew(world: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "index"
+    shutil.copytree(shard_folder(world / "index", 0), folder)
+    manifest = json.loads((world / "index" / MANIFEST).read_text()) | {"embeddings": "embeddings.npy"}
+    del manifest["shards"]
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="older ragjax; run: ragjax index CONFIG"):
+        opened(tiny_config(world, index__folder=str(folder)))
+    build(tiny_config(world, index__folder=str(folder)))
+    assert same_files(folder, world / "index")

@@ -25,7 +25,7 @@ from ragjax.hf_rag import DPR_PREFIX, import_rag
 from ragjax.marginal import hugging_face_nll, log_prior, marginal_logp
 from ragjax.models.generator import Memory, SpecialTokens, answer_hidden
 from ragjax.models.layers import Params
-from ragjax.passages import Passage, PassageStore, write_store
+from ragjax.passages import Passage, PassageStore, shard_folder, write_store
 from ragjax.rag import TrainBatch, loss, open_rag, passage_text, prompt_rows
 from ragjax.text import Tokenizer
 from ragjax.weights import bert_tensors, generator_tensors, open_bert, open_generator
@@ -360,9 +360,8 @@ def test_prompts_have_the_token_ids_of_rag_retriever(
         generator_tokenizer=tokenizer,
         special=SpecialTokens(tokenizer.eos_id, tokenizer.pad_id),
     )
-    (tmp_path / "store").mkdir()
-    write_store(tmp_path / "store", documents, tokenizer.encode, lambda p: passage_text(generator.passage, p))
-    tokens, mask = prompt_rows(rag, PassageStore.open(tmp_path / "store"), QUESTIONS, ids)
+    write_store(shard_folder(tmp_path, 0), documents, tokenizer.encode, lambda p: passage_text(generator.passage, p))
+    tokens, mask = prompt_rows(rag, PassageStore.open(tmp_path), QUESTIONS, ids)
     np.testing.assert_array_equal(tokens, expected["context_input_ids"])
     np.testing.assert_array_equal(mask, expected["context_attention_mask"] == 1)
     cut = mask.all(axis=1)

@@ -247,7 +247,7 @@ def test_passages_may_have_an_encoder_of_their_own(world: Path, tmp_path: Path, 
     write_random_checkpoint("bert", tmp_path / "passages", seed=9)
     own = [f"retriever.passage_source={tmp_path}/passages", f"index.folder={tmp_path}/index", f"output={tmp_path}/run"]
     assert main(["index", str(world / "config.yaml"), *own]) == 0
-    ours, shared = (np.load(folder / "embeddings.npy") for folder in (tmp_path / "index", world / "index"))
+    ours, shared = (np.load(folder / "shards/00000/embeddings.npy") for folder in (tmp_path / "index", world / "index"))
     assert ours.shape == shared.shape and np.abs(ours - shared).max() > 0.1
     assert "built by another encoder" in refused(
         capsys, tmp_path, "answer", str(world / "config.yaml"), "why?", "--set", f"index.folder={tmp_path}/index"

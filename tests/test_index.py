@@ -2,15 +2,18 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from trained import files
 
 from ragjax import index as index_module
 from ragjax.config import InputError
 from ragjax.index import (
+    Embeddings,
     Index,
     check_k,
     check_kind,
@@ -20,7 +23,7 @@ from ragjax.index import (
     open_index,
     write_index,
 )
-from ragjax.passages import atomic_write
+from ragjax.passages import atomic_write, shard_folder
 
 FINGERPRINTS = {"corpus": "sha256:c", "encoder": "sha256:e", "passage_tokenizer": "sha256:p"}
 
@@ -42,18 +45,31 @@ def table_encode(tokens, mask):
     return np.stack([kept.sum(1), (kept * places).sum(1), mask.sum(1)], 1)
 
 
-def embed(rows, path, dtype="float32", encode=table_encode, progress=lambda n: None):
+def embed(rows, path, dtype="float32", encode=table_encode, progress=lambda n: None, devices=1):
     embed_passages(
-        encode, rows, width_buckets=(4, 8), batch_size=3, pad_id=9, dtype=dtype, path=path, progress=progress
+        encode,
+        rows,
+        width_buckets=(4, 8),
+        batch_size=3,
+        pad_id=9,
+        dtype=dtype,
+        path=path,
+        progress=progress,
+        devices=devices,
     )
 
 
-def build(folder, embeddings, kind, dtype="float32"):
-    folder.mkdir(exist_ok=True)
-    path = folder / "embeddings.npy"
-    stored = embeddings.astype(dtype)
-    np.save(path, stored.view(np.uint16) if dtype == "bfloat16" else stored)
-    write_index(folder, path, kind, dtype, {"fingerprints": FINGERPRINTS})
+def save(folder, embeddings, dtype="float32", shard=1000):
+    for start in range(0, len(embeddings), shard):
+        path = shard_folder(folder, start // shard)
+        path.mkdir(parents=True, exist_ok=True)
+        stored = embeddings[start : start + shard].astype(dtype)
+        np.save(path / "embeddings.npy", stored.view(np.uint16) if dtype == "bfloat16" else stored)
+
+
+def build(folder, embeddings, kind, dtype="float32", shard=1000):
+    save(folder, embeddings, dtype, shard)
+    write_index(folder, kind, dtype, {"fingerprints": FINGERPRINTS})
     return open_index(folder, FINGERPRINTS)
 
 
@@ -100,7 +116,7 @@ def test_scores_are_those_of_the_stored_embeddings(tmp_path, dtype):
 
 def test_vectors_are_zero_where_there_is_no_passage():
     embeddings = random_vectors(5)
-    found = Index(embeddings, "exact", {}).vectors(np.array([[4, -1]], np.int32))
+    found = Index(Embeddings([embeddings]), "exact", {}).vectors(np.array([[4, -1]], np.int32))
     np.testing.assert_array_equal(found, [[embeddings[4], np.zeros(16)]])
 
 
@@ -142,8 +158,18 @@ def test_an_index_built_twice_is_the_same(tmp_path, kind):
     for name in ("a", "b"):
         build(tmp_path / name, random_vectors(500), kind)
     assert os.listdir(tmp_path / "a") == os.listdir(tmp_path / "b")
-    for file in (tmp_path / "a").iterdir():
-        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+    for file in files(tmp_path / "a"):
+        assert file.read_bytes() == (tmp_path / "b" / file.relative_to(tmp_path / "a")).read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["HNSW8", "IVF4,Flat", "OPQ4,IVF4,PQ4x4"])
+def test_a_faiss_structure_depends_on_neither_shards_nor_threads(tmp_path, kind, monkeypatch):
+    monkeypatch.setattr(index_module, "ADD_BATCH", 300)
+    for threads, shard in ((1, 1000), (2, 77), (8, 999)):
+        monkeypatch.setattr(index_module, "_cores", lambda threads=threads: threads)
+        build(tmp_path / str(shard), random_vectors(1000), kind, shard=shard)
+    one, *others = ((tmp_path / str(shard) / "faiss.index").read_bytes() for shard in (1000, 77, 999))
+    assert all(other == one for other in others)
 
 
 @pytest.mark.parametrize("kind", ["nonsense", "IVF", "", "PQ5"])
@@ -152,7 +178,7 @@ def test_a_bad_kind_is_named(tmp_path, kind):
         check_kind(kind, 16)
     with pytest.raises(InputError, match=f"index.kind is '{kind}'"):
         build(tmp_path, random_vectors(20), kind)
-    assert os.listdir(tmp_path) == ["embeddings.npy"]
+    assert os.listdir(tmp_path) == ["shards"]
 
 
 def test_a_good_kind_passes():
@@ -175,7 +201,7 @@ def test_a_rare_kind_is_not_foretold():
 def test_too_few_passages_to_train(tmp_path):
     with pytest.raises(InputError, match=r"IVF64,Flat cannot be trained on the 20 passages"):
         build(tmp_path, random_vectors(20), "IVF64,Flat")
-    assert os.listdir(tmp_path) == ["embeddings.npy"]
+    assert os.listdir(tmp_path) == ["shards"]
 
 
 def test_check_k():
@@ -201,34 +227,85 @@ def test_a_missing_or_incomplete_index_says_what_to_run(tmp_path):
         open_index(tmp_path, {})
 
 
-@pytest.mark.parametrize("file", ["manifest.json", "embeddings.npy", "faiss.index"])
+@pytest.mark.parametrize("file", ["manifest.json", "shards/00001/embeddings.npy", "faiss.index"])
 @pytest.mark.parametrize("keep", [0, 0.5, None])
 def test_a_damaged_index_is_named(tmp_path, file, keep):
-    build(tmp_path, random_vectors(200), "Flat")
+    build(tmp_path, random_vectors(200), "Flat", shard=80)
     path = tmp_path / file
     if keep is None and file != "manifest.json":
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[: int(path.stat().st_size * (keep or 0))])
-    with pytest.raises(InputError, match="damaged"):
+    with pytest.raises(InputError, match=f"damaged.*{file if file != 'manifest.json' else ''}.*run: ragjax index"):
         open_index(tmp_path, {})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (random_vectors(79), r"shards/00001: embeddings of shape \(79, 16\), not \(80, 16\)"),
+        (random_vectors(80, width=8), r"shards/00001: embeddings of shape \(80, 8\), not \(80, 16\)"),
+        (random_vectors(80)[0], r"shards/00001/embeddings.npy holds float32\[16\] and not float32\[n, D\]"),
+        (random_vectors(80).astype(np.float16), r"shards/00001/embeddings.npy holds float16\[80, 16\] and not float32"),
+    ],
+)
+def test_a_shard_that_does_not_belong_is_named(tmp_path, wrong, message):
+    build(tmp_path, random_vectors(200), "exact", shard=80)
+    np.save(shard_folder(tmp_path, 1) / "embeddings.npy", wrong)
+    with pytest.raises(InputError, match=f"damaged.*{message}.*delete it and run"):
+        open_index(tmp_path, {})
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_a_missing_shard_is_named(tmp_path, number):
+    build(tmp_path, random_vectors(200), "exact", shard=80)
+    shutil.rmtree(shard_folder(tmp_path, number))
+    with pytest.raises(InputError, match=f"damaged .shards/0000{number}/embeddings.npy is missing"):
+        open_index(tmp_path, {})
+
+
+def test_an_index_of_before_there_were_shards(tmp_path):
+    np.save(tmp_path / "embeddings.npy", random_vectors(5))
+    manifest = {"kind": "exact", "dtype": "float32", "N": 5, "D": 16, "embeddings": "embeddings.npy"}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"fingerprints": FINGERPRINTS}))
+    with pytest.raises(InputError, match="built by an older ragjax; run: ragjax index CONFIG"):
+        open_index(tmp_path, FINGERPRINTS)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shard", [1, 7, 30, 64])
+def test_shards_are_one_array(tmp_path, dtype, shard):
+    vectors = random_vectors(30).astype(dtype)
+    index = build(tmp_path, random_vectors(30), "exact", dtype, shard)
+    assert (index.embeddings.shape, index.embeddings.dtype, len(index)) == ((30, 16), np.dtype(dtype), 30)
+    ids = np.array([[29, 0, 7], [6, 7, 0]])
+    np.testing.assert_array_equal(index.embeddings[ids], vectors[ids])
+    np.testing.assert_array_equal(np.asarray(index.embeddings), vectors)
+    assert index.on_device.dtype == np.dtype(dtype)
+    np.testing.assert_array_equal(np.asarray(index.on_device), vectors)
+    one = Index(Embeddings([vectors]), "exact", {})
+    queries = random_vectors(4, seed=1)
+    for found, expected in zip(index.search(queries, 9), one.search(queries, 9), strict=True):
+        np.testing.assert_array_equal(found, expected)
 
 
 def test_the_manifest_describes_the_index(tmp_path):
     manifest = build(tmp_path, random_vectors(20), "Flat", "bfloat16").manifest
     assert manifest == json.loads((tmp_path / "manifest.json").read_text())
-    assert {key: manifest[key] for key in ("kind", "dtype", "N", "D", "fingerprints")} == {
+    assert {key: manifest[key] for key in ("kind", "dtype", "N", "D", "shards", "fingerprints")} == {
         "kind": "Flat",
         "dtype": "bfloat16",
         "N": 20,
         "D": 16,
+        "shards": [20],
         "fingerprints": FINGERPRINTS,
     }
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("count", [1, 3, 11])
-def test_embedding_in_batches_equals_one_by_one(tmp_path, count, dtype):
+@pytest.mark.parametrize("devices", [1, 2, 5])
+def test_embedding_in_batches_equals_one_by_one(tmp_path, count, dtype, devices):
     rng = np.random.default_rng(count)
     rows = [rng.integers(1, 9, size=rng.integers(1, 9)).tolist() for _ in range(count)]
     shapes, done = [], []
@@ -237,19 +314,31 @@ def test_embedding_in_batches_equals_one_by_one(tmp_path, count, dtype):
         shapes.append(tokens.shape)
         return jnp.asarray(table_encode(tokens, mask))
 
-    path = tmp_path / "embeddings.npy"
-    embed(rows, path, dtype, encode, done.append)
-    write_index(tmp_path, path, "exact", dtype, {"fingerprints": {}})
+    path = shard_folder(tmp_path, 0) / "embeddings.npy"
+    path.parent.mkdir(parents=True)
+    embed(rows, path, dtype, encode, done.append, devices)
+    write_index(tmp_path, "exact", dtype, {"fingerprints": {}})
     one_by_one = np.concatenate([table_encode(np.array([row]), np.ones((1, len(row)), bool)) for row in rows])
     np.testing.assert_array_equal(open_index(tmp_path, {}).embeddings, one_by_one.astype(dtype))
-    assert sum(done) == count and len(shapes) == -(-count // 3)
+    assert sum(done) == count and len(shapes) <= -(-count // (3 * devices)) + 1  # once more where the width changes
     assert shapes == sorted(shapes, reverse=True)  # longest first
-    assert set(shapes) <= {(3, 4), (3, 8)}
+    assert set(shapes) <= {(3 * devices, 4), (3 * devices, 8)}
 
 
-def test_an_empty_corpus(tmp_path):
-    with pytest.raises(InputError, match="corpus is empty"):
-        embed([], tmp_path / "embeddings.npy")
+def test_a_device_is_given_the_same_batches_whatever_their_number(tmp_path):
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(1, 9, size=rng.integers(1, 9)).tolist() for _ in range(50)]
+    given = []
+    for devices in (1, 3, 4):
+        batches = set()
+
+        def encode(tokens, mask, batches=batches, devices=devices):
+            batches |= {part.tobytes() for part in np.split(np.where(mask, tokens, 0), devices)}
+            return table_encode(tokens, mask)
+
+        embed(rows, tmp_path / "embeddings.npy", encode=encode, devices=devices)
+        given.append(batches)
+    assert given[0] <= given[1] and given[0] <= given[2]  # and there, copies of the last row fill what is left
 
 
 def test_embeddings_that_the_type_cannot_hold(tmp_path):
@@ -269,21 +358,6 @@ def test_a_full_disk_leaves_no_embeddings(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
-def test_a_full_disk_leaves_the_old_index_whole(tmp_path, monkeypatch):
-    old = build(tmp_path, random_vectors(5), "exact").search(random_vectors(2, seed=1), 3)
-    monkeypatch.setattr(index_module, "_reserve", full_disk)
-    with pytest.raises(InputError, match="disk is full"):
-        embed([[1, 2], [3]], tmp_path / "embeddings.npy")
-    np.testing.assert_array_equal(open_index(tmp_path, FINGERPRINTS).search(random_vectors(2, seed=1), 3)[1], old[1])
-
-
-def test_new_embeddings_make_the_old_manifest_void(tmp_path):
-    build(tmp_path, random_vectors(5), "exact")
-    embed([[1, 2], [3]], tmp_path / "embeddings.npy")
-    with pytest.raises(InputError, match="not complete"):
-        open_index(tmp_path, {})
-
-
 def test_a_full_disk_leaves_no_faiss_file(tmp_path, monkeypatch):
     class FullDisk:
         write = full_disk
@@ -293,12 +367,11 @@ def test_a_full_disk_leaves_no_faiss_file(tmp_path, monkeypatch):
         with atomic_write(*paths):
             yield (FullDisk(),)
 
-    path = tmp_path / "embeddings.npy"
-    np.save(path, random_vectors(50))
+    save(tmp_path, random_vectors(50))
     monkeypatch.setattr(index_module, "atomic_write", on_full_disk)
     with pytest.raises(InputError, match="disk is full"):
-        write_index(tmp_path, path, "Flat", "float32", {"fingerprints": {}})
-    assert os.listdir(tmp_path) == ["embeddings.npy"]
+        write_index(tmp_path, "Flat", "float32", {"fingerprints": {}})
+    assert os.listdir(tmp_path) == ["shards"]
 
 
 def test_bfloat16_is_stored_in_two_bytes(tmp_path):

@@ -18,12 +18,14 @@ from ragjax.mesh import (
     enable_compilation_cache,
     local_mesh,
     make_mesh,
+    on_each_device,
     on_host,
     parameter_spec,
     place,
     replicated,
     rows_here,
     shard_batch,
+    wait_for_all,
 )
 
 
@@ -40,6 +42,22 @@ def test_a_batch_is_split_and_parameters_are_whole() -> None:
     assert params["w"].sharding.is_fully_replicated and len(params["w"].sharding.device_set) == 8
     gradient = jax.jit(jax.grad(lambda w, x: jnp.mean(x @ w)))(params["w"], sharded["tokens"])
     chex.assert_trees_all_close(gradient, batch["tokens"].mean(axis=0).astype(np.float32))
+
+
+def test_each_device_works_as_if_alone() -> None:
+    def centred(w: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
+        return (x - x.mean(axis=0)) @ w + y  # the mean is over a device's own rows
+
+    w, x, y = (np.random.default_rng(0).normal(size=shape).astype(np.float32) for shape in ((3, 2), (16, 3), (16, 2)))
+    mesh = local_mesh()
+    assert mesh.size == 8
+    found = on_each_device(mesh, centred)(place(w, replicated(mesh)), x, y)
+    parts = [jax.jit(centred)(w, *part) for part in zip(np.split(x, 8), np.split(y, 8), strict=True)]
+    np.testing.assert_array_equal(found, np.concatenate(parts))
+
+
+def test_one_process_waits_for_none() -> None:
+    wait_for_all("here")
 
 
 @pytest.mark.parametrize(

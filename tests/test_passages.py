@@ -1,5 +1,11 @@
 import gzip
+import hashlib
 import json
+import resource
+import shutil
+import subprocess
+import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +17,13 @@ from ragjax.passages import (
     Passage,
     PassageStore,
     Question,
+    Scan,
+    alone,
     count_passages,
     read_passages,
     read_questions,
+    scan_passages,
+    shard_folder,
     write_jsonl,
     write_store,
 )
@@ -96,19 +106,22 @@ def test_bad_paths(tmp_path):
         read_passages(tmp_path, "xml")
 
 
+def write_shards(folder: Path, *shards: list[Passage]) -> Path:
+    for number, passages in enumerate(shards):
+        write_store(shard_folder(folder, number), passages, encode, text_of)
+    return folder
+
+
 @pytest.mark.parametrize("batch", [1, 2, 1024])
 def test_store_gives_back_what_was_written(tmp_path, batch):
-    seen = []
-    summary = write_store(tmp_path / "new" / "store", PASSAGES, encode, text_of, seen.append, batch)
-    assert (summary.count, summary.tokens, sum(seen)) == (3, 11, 3)
-    store = PassageStore.open(tmp_path / "new" / "store")
-    assert len(store) == 3
+    write_store(shard_folder(tmp_path / "new", 0), PASSAGES, encode, text_of, batch)
+    store = PassageStore.open(tmp_path / "new")
+    assert (len(store), store.token_count) == (3, 11)
     assert list(store) == PASSAGES
     for i, ids in enumerate(encode([text_of(passage) for passage in PASSAGES])):
         np.testing.assert_array_equal(store.tokens(i), ids)
         assert store.tokens(i).dtype == np.int32
         assert store.tokens(i).base is not None  # a view: nothing was copied
-    np.testing.assert_array_equal(np.diff(store.token_offsets), [4, 5, 2])
     for wrong in (-1, 3):
         with pytest.raises(IndexError):
             store[wrong]
@@ -116,29 +129,71 @@ def test_store_gives_back_what_was_written(tmp_path, batch):
             store.tokens(wrong)
 
 
-def test_fingerprint_follows_the_content(tmp_path):
-    def fingerprint(passages: list[Passage]) -> str:
-        return write_store(tmp_path, passages, encode, text_of).fingerprint
+@pytest.mark.parametrize("sizes", [(7,), (3, 3, 1), (1,) * 7, (6, 1)])
+def test_shards_read_as_one_store(tmp_path, sizes):
+    passages = [Passage(f"{i}", "T" * i, "x " * (i + 1)) for i in range(7)]
+    ends = np.cumsum(sizes)
+    store = PassageStore.open(write_shards(tmp_path, *(passages[e - n : e] for e, n in zip(ends, sizes, strict=True))))
+    assert list(store) == passages and store[6] == passages[6]
+    assert [store.tokens(i).tolist() for i in range(7)] == encode([text_of(passage) for passage in passages])
 
-    assert fingerprint(PASSAGES) == fingerprint(PASSAGES)
-    assert fingerprint(PASSAGES) != fingerprint(PASSAGES[::-1])
-    assert fingerprint(PASSAGES).startswith("sha256:")
+
+def scan(passages: list[Passage], **settings) -> Scan:
+    return scan_passages(lambda: iter(passages), **settings)
+
+
+def test_a_scan_counts_and_fingerprints(tmp_path):
+    seen: list[int] = []
+    first = scan(PASSAGES, progress=seen.append)
+    write_shards(tmp_path, PASSAGES)
+    text = (shard_folder(tmp_path, 0) / "text.bin").read_bytes()
+    assert first == Scan(3, f"sha256:{hashlib.sha256(text).hexdigest()}") and sum(seen) == 3
+    assert scan(PASSAGES) == first != scan(PASSAGES[::-1])
+
+
+def test_a_scan_refuses():
+    with pytest.raises(InputError, match="no passages"):
+        scan([])
+    with pytest.raises(InputError, match=r"passages 2 and 4 have the same id 'b'"):
+        scan([*PASSAGES, PASSAGES[1]])
+
+
+@pytest.mark.parametrize("key", [len, lambda identity: 0, lambda identity: -(2**63)])
+def test_ids_whose_hashes_collide(key):
+    assert scan(PASSAGES, key=key) == scan(PASSAGES)
+    with pytest.raises(InputError, match=r"passages 1 and 4 have the same id '1'"):
+        scan([*PASSAGES, PASSAGES[0], PASSAGES[2]], key=key)
+
+
+def test_a_scan_keeps_no_passages():
+    """A corpus as a stream, whose passages are gone once they were read."""
+    alive: weakref.WeakSet[Passage] = weakref.WeakSet()
+
+    def read():
+        for i in range(5000):
+            passage = Passage(f"{i}", "t", "x")
+            alive.add(passage)
+            assert len(alive) <= 2
+            yield passage
+
+    assert scan_passages(read).count == 5000
 
 
 def test_passages_without_tokens(tmp_path):
-    assert write_store(tmp_path, PASSAGES, lambda texts: [[] for _ in texts], text_of).tokens == 0
-    assert PassageStore.open(tmp_path).tokens(1).size == 0
+    write_store(shard_folder(tmp_path, 0), PASSAGES, lambda texts: [[] for _ in texts], text_of)
+    store = PassageStore.open(tmp_path)
+    assert store.token_count == 0 and store.tokens(1).size == 0
 
 
-@pytest.mark.parametrize(
-    ("passages", "message"),
-    [([], "no passages"), ([*PASSAGES, PASSAGES[1]], r"passages 2 and 4 have the same id 'b'")],
-)
-def test_a_refused_corpus_leaves_the_old_store(tmp_path, passages, message):
-    write_store(tmp_path, PASSAGES, encode, text_of)
-    with pytest.raises(InputError, match=message):
-        write_store(tmp_path, passages, encode, text_of, batch=1)
-    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(STORE_FILES)
+def test_passages_that_fail_leave_the_old_store(tmp_path):
+    def broken():
+        yield PASSAGES[0]
+        raise KeyboardInterrupt
+
+    write_shards(tmp_path, PASSAGES)
+    with pytest.raises(KeyboardInterrupt):
+        write_store(shard_folder(tmp_path, 0), broken(), encode, text_of, batch=1)
+    assert sorted(file.name for file in shard_folder(tmp_path, 0).iterdir()) == sorted(STORE_FILES)
     assert list(PassageStore.open(tmp_path)) == PASSAGES
 
 
@@ -155,14 +210,43 @@ def test_incomplete_or_damaged_store(tmp_path):
     with pytest.raises(InputError, match="run `ragjax index`"):
         PassageStore.open(tmp_path)
     for name in STORE_FILES:
-        write_store(tmp_path, PASSAGES, encode, text_of)
-        path = tmp_path / name
+        write_shards(tmp_path, PASSAGES[:2], PASSAGES[2:])
+        path = shard_folder(tmp_path, 1) / name
         path.write_bytes(path.read_bytes()[:-4])
-        with pytest.raises(InputError, match="damaged"):
+        with pytest.raises(InputError, match=r"shards/00001: .*damaged"):
             PassageStore.open(tmp_path)
         path.unlink()
-        with pytest.raises(InputError, match="missing"):
+        with pytest.raises(InputError, match=r"shards/00001: .*missing"):
             PassageStore.open(tmp_path)
+    shutil.rmtree(shard_folder(tmp_path, 0))
+    with pytest.raises(InputError, match="shards/00000 is missing"):
+        PassageStore.open(tmp_path)
+
+
+def test_files_are_mapped_beyond_the_usual_limit(tmp_path):
+    """Each map holds a descriptor; a shell allows 1,024 of them."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    write_shards(tmp_path, *([passage] for passage in PASSAGES * 40))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, before[1]), before[1]))
+    try:
+        assert len(list(PassageStore.open(tmp_path))) == 120
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_a_folder_is_held_by_one_process(tmp_path):
+    hold = "from pathlib import Path; from ragjax.passages import alone; import sys, time\n"
+    hold += "with alone(Path(sys.argv[1]), ''): print('held', flush=True); time.sleep(600)"
+    folder = tmp_path / "folder"
+    with subprocess.Popen([sys.executable, "-c", hold, str(folder)], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        with pytest.raises(InputError, match="folder: another process works here"), alone(folder, "works here"):
+            pass
+        other.kill()
+    with alone(folder, "works here"):  # its death frees the folder
+        shutil.rmtree(folder)
+        with alone(folder, "works here"):  # a new folder is not the old one
+            pass
 
 
 def test_questions(tmp_path):

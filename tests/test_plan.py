@@ -84,11 +84,12 @@ def test_parameters_and_state_are_those_of_real_arrays(world: Path) -> None:
 def test_embeddings_and_passages_are_the_files(world: Path) -> None:
     planned, folder = by_name(memory_plan(tiny_config(world))), world / "index"
     embeddings = planned["index", "embeddings", "disk"]
-    assert embeddings.size == (folder / "embeddings.npy").stat().st_size - 128  # the header
+    shard = folder / "shards" / "00000"
+    assert embeddings.size == (shard / "embeddings.npy").stat().st_size - 128  # the header
     assert embeddings.how == "30 passages × 32 in float32; it is there already"
     assert planned["train", "embeddings, for the exact search", "device"].size == embeddings.size
     store = planned["index", "passages: text and tokens", "disk"]
-    assert store.size == sum((folder / name).stat().st_size for name in STORE_FILES)
+    assert store.size == sum((shard / name).stat().st_size for name in STORE_FILES)
     assert not store.counted and not embeddings.counted
 
 

@@ -208,7 +208,7 @@ def test_two_processes_do_not_train_in_one_folder(
 
     at_step(monkeypatch, 1, another)
     assert main(command) == 130 and found == [2]
-    assert f"{tmp_path}: another run trains here" in " ".join(capsys.readouterr().err.split())
+    assert f"{tmp_path}: another process trains here" in " ".join(capsys.readouterr().err.split())
 
 
 def test_the_second_ctrl_c_stops_at_once(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
