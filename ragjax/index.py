@@ -8,6 +8,7 @@ index/faiss.index                    only for a FAISS kind
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -190,6 +191,12 @@ class Index:
     kind: str
     manifest: dict[str, Any]
     faiss_index: Any = None
+
+    @property
+    def version(self) -> str:
+        """ "sha256:…" over what it was built from: its passages, its encoder, its kind."""
+        parts = {"passages": self.manifest["corpus"]["fingerprint"], **self.manifest["fingerprints"]}
+        return f"sha256:{hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()}"
 
     def __len__(self) -> int:
         return len(self.embeddings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -88,7 +89,7 @@ def train(config: Config) -> Path:
         on_first(lambda: stack.enter_context(alone(folder, "trains here; wait for it, or choose another output")))
         keep, best = config.train.keep, config.train.keep_best
         checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", keep, best=best, writing=True))
-        state = _start(rag, checkpoints, batches, mesh)
+        state = _start(rag, checkpoints, batches, index, mesh)
         corpus = place(index.on_device, replicated(mesh)) if config.retriever.prior == "corpus" else None
         shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
         step_fn, nll_fn, done = make_train_step(rag, shardings), make_nll(rag), int(state.step)
@@ -116,7 +117,8 @@ def train(config: Config) -> Path:
                     of_dev = {"dev_loss": loss}
                 log(step + 1, metrics | rates | of_dev)
                 if saving:
-                    checkpoints.save(step + 1, state, {"data": batches.state()}, of_dev.get("dev_loss"))
+                    about = {"data": batches.state(), "index": index.version, "config": dataclasses.asdict(config)}
+                    checkpoints.save(step + 1, state, about, of_dev.get("dev_loss"))
                     saved = time.monotonic()
                 if stop and not last:
                     checkpoints.wait()
@@ -160,7 +162,7 @@ def _usable(rag: Rag, questions: Sequence[Question]) -> UsableAnswers:
     return usable
 
 
-def _start(rag: Rag, checkpoints: Checkpoints, batches: QuestionBatches, mesh: Mesh) -> TrainState:
+def _start(rag: Rag, checkpoints: Checkpoints, batches: QuestionBatches, index: Index, mesh: Mesh) -> TrainState:
     """The newest saved state, or step 0; restores the position in the data."""
     abstract = jax.eval_shape(lambda params: initial_state(rag, params), rag.abstract_params())
     shardings = state_shardings(rag, mesh, abstract)
@@ -173,6 +175,11 @@ def _start(rag: Rag, checkpoints: Checkpoints, batches: QuestionBatches, mesh: M
         # moments are born where they will lie: no device ever holds the whole state
         return jax.jit(lambda params: initial_state(rag, params), out_shardings=shardings)(params)
     step, (metadata, state) = newest
+    if metadata.get("index", index.version) != index.version:
+        raise InputError(
+            f"{rag.config.output}: step {step} was trained with another index than {rag.config.index.folder} is now; "
+            "bring that one back, or choose another output"
+        )
     batches.restore(metadata["data"])
     terminal.print(f"going on from step {step}")
     return state
