@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -60,24 +59,20 @@ class Soak:
         self.takes: dict[str, float] = {}  # seconds, undisturbed
 
     def begin(self, command: str, name: str, limit: int | None = None) -> list[subprocess.Popen]:
-        """`ragjax COMMAND` into the run `name`; `limit` is the largest file that it may write, in bytes."""
+        """`ragjax COMMAND` into the run `name`; `limit` is the largest file that it may write, in KiB."""
         run = self.world.parent / name
         settings = [f"output={run}", f"index.folder={run}/index", f"train.steps={self.steps}", *SETTINGS]
         arguments = [command, str(self.world / "config.yaml"), *settings]
         self.summary.started += 1
         if self.processes > 1 and limit is None:
             return start(self.world, self.processes, *arguments)
-
-        def few_bytes() -> None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit or 0, limit or 0))
-
+        limited = [] if limit is None else ["bash", "-c", f'ulimit -f {limit} && exec "$@"', "bash"]
         process = subprocess.Popen(
-            [*RAGJAX, *arguments],
+            [*limited, *RAGJAX, *arguments],
             env=environment(self.world, 2 * self.processes),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            preexec_fn=None if limit is None else few_bytes,
         )
         return [process]
 
@@ -174,7 +169,7 @@ class Soak:
 
     def fill_the_disk(self) -> None:
         """As on a full disk, no file grows beyond some kilobytes: it says so, and leaves nothing behind."""
-        [process] = self.begin("train", "disturbed", limit=self.random.choice([20_000, 60_000]))
+        [process] = self.begin("train", "disturbed", limit=self.random.choice([20, 60]))
         _, err = process.communicate()
         self.summary.kills["train: no room on the disk"] += 1
         if process.returncode != 2 or "Traceback" in err:
