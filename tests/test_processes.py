@@ -11,9 +11,13 @@ from pathlib import Path
 
 import pytest
 from processes import ROOT, ends, environment, logged, start, wait_for_step
+from trained import files
+
+from ragjax.cli import main
 
 STEPS = 20
-SETTINGS = [f"train.steps={STEPS}", "train.dropout=0.1", "evaluate.limit=5", "evaluate.untrained_limit=0"]
+SETTINGS = f"train.steps={STEPS} train.dropout=0.1 train.save_every=10 train.dev_questions=3 evaluate.limit=5".split()
+SETTINGS += ["evaluate.untrained_limit=0", "evaluate.closed_book=false"]
 
 
 def launch(world: Path, count: int, devices: int, output: Path, *settings: str) -> str:
@@ -33,7 +37,8 @@ def assert_same(run: Path, reference: Path) -> None:
     for one, other in zip(ours, theirs, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
         assert one["recall"] == other["recall"] and one["distinct_documents"] == other["distinct_documents"]
-        assert one == pytest.approx(other, rel=1e-3)
+        assert one["step"] % 10 or one["dev_loss"] == pytest.approx(other["dev_loss"], rel=1e-5)
+        assert one == pytest.approx({key: other.get(key, one[key]) for key in one}, rel=1e-3)
     predicted = [[json.loads(line) for line in (r / "predictions.jsonl").open()] for r in (run, reference)]
     assert len(predicted[0]) == len(predicted[1]) == 5
     for a, b in zip(*predicted, strict=True):
@@ -75,7 +80,7 @@ def test_the_same_numbers_on_any_layout(
 
 def test_a_machine_of_two_is_taken_away_and_one_goes_on(world: Path, reference: Path, tmp_path: Path) -> None:
     """SIGTERM to either process stops both at one step, saved; another number of processes goes on from there."""
-    arguments = ["train", str(world / "config.yaml"), f"output={tmp_path}", *SETTINGS]
+    arguments = ["train", str(world / "config.yaml"), f"output={tmp_path}", *SETTINGS, "train.save_minutes=1e-9"]
     processes = start(world, 2, *arguments)
     wait_for_step(tmp_path, 2, processes)
     processes[1].send_signal(signal.SIGTERM)
@@ -115,3 +120,19 @@ def test_what_one_process_finds_wrong_is_told_by_all(world: Path, tmp_path: Path
     told = ends(start(world, 2, "train", str(world / "config.yaml"), f"output={tmp_path / 'taken'}"), within=90)
     assert [code for code, _ in told] == [2, 2], told
     assert all(f"{tmp_path / 'taken'}: cannot be created" in err and "Traceback" not in err for _, err in told)
+
+
+def test_two_processes_build_the_same_index(world: Path, tmp_path: Path) -> None:
+    """To the byte: here one process with eight devices, there two with two each."""
+
+    def arguments(folder: str) -> list[str]:
+        return ["index", str(world / "config.yaml"), f"index.folder={tmp_path / folder}", "index.shard=7"]
+
+    told = ends(start(world, 2, *arguments("two")), within=120)
+    assert [code for code, _ in told] == [0, 0], told
+    assert main(arguments("one")) == 0
+    one, two = (tmp_path / "one", tmp_path / "two")
+    assert len(files(one)) == 5 * 5 + 1, "30 passages, seven in a shard of five files, and the manifest"
+    assert {p.relative_to(one): b for p, b in files(one).items()} == {
+        p.relative_to(two): b for p, b in files(two).items()
+    }
