@@ -18,15 +18,16 @@ from ragjax.config import InputError
 SPLIT = {"query": -1, "key": -1, "value": -1, "output": -2, "up": -1, "gate": -1, "down": -2}
 
 
-def make_mesh(model: int = 1) -> Mesh:
+def make_mesh(model: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """All devices, `model` of them along the axis of that name; XLA chooses the shardings inside a jitted function.
 
     Raises `InputError` if `model` does not divide their number.
     """
-    count = jax.device_count()
+    count = jax.device_count() if devices is None else len(devices)
     if count % model:
         raise InputError(f"mesh.model={model} does not divide the {count} devices; choose one of {_divisors(count)}")
-    return jax.make_mesh((count // model, model), ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
+    shape, names, types = (count // model, model), ("data", "model"), (AxisType.Auto, AxisType.Auto)
+    return jax.make_mesh(shape, names, axis_types=types, devices=devices)
 
 
 def _divisors(count: int) -> str:
@@ -62,12 +63,23 @@ def shard_batch(mesh: Mesh, batch: Any) -> Any:
     sharding = NamedSharding(mesh, PartitionSpec("data"))
     devices = mesh.local_mesh.shape["data"]
     for leaf in jax.tree.leaves(batch):
-        if leaf.shape[0] % devices:
-            raise InputError(
-                f"a batch of {leaf.shape[0]} questions cannot be split over {devices} devices; make train.batch_size / "
-                f"train.accumulate a multiple of {devices}"
-            )
+        check_split(leaf.shape[0], devices)
     return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, leaf), batch)
+
+
+def check_split(rows: int, devices: int) -> None:
+    """Raises `InputError` if the number of devices does not divide the number of rows."""
+    if rows % devices:
+        raise InputError(
+            f"a batch of {rows} questions cannot be split over {devices} devices; make train.batch_size / "
+            f"train.accumulate a multiple of {devices}"
+        )
+
+
+def lay(mesh: Mesh, tree: Any, *spec: str | None) -> Any:
+    """The shapes and types of a tree, each with its place on the mesh: along no axis unless `spec` names one."""
+    sharding = NamedSharding(mesh, PartitionSpec(*spec))
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
 
 
 def replicate(mesh: Mesh, tree: Any) -> Any:
