@@ -7,6 +7,7 @@ import errno
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from ragjax.config import Config, InputError, dump_config, load_config
 
@@ -119,16 +120,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _positive(number: Callable[[str], float]) -> Callable[[str], float]:
-    """For argparse: a number above 0."""
+def _positive(number: Callable[[str], Any]) -> Callable[[str], Any]:
+    """For argparse: an int or a float above 0."""
 
-    def read(text: str) -> float:
+    def above_zero(text: str) -> Any:
         if (value := number(text)) <= 0:
             raise ValueError
         return value
 
-    read.__name__ = "number above 0"
-    return read
+    above_zero.__name__ = f"{number.__name__} above 0"
+    return above_zero
 
 
 def _load(options: argparse.Namespace) -> Config:

@@ -67,13 +67,15 @@ def matmul_flops(jaxpr: Jaxpr) -> int:
     """
     total = 0
     for equation in jaxpr.eqns:
-        name, out = equation.primitive.name, equation.outvars[0].aval if equation.outvars else None
+        name = equation.primitive.name
+        read: list[Any] = [x.aval for x in equation.invars]
+        made: list[Any] = [x.aval for x in equation.outvars]
         if name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
-            total += 2 * out.size * math.prod(equation.invars[0].aval.shape[d] for d in contracted)
+            total += 2 * made[0].size * math.prod(read[0].shape[d] for d in contracted)
         elif name == "conv_general_dilated":
-            kernel, numbers = equation.invars[1].aval, equation.params["dimension_numbers"]
-            total += 2 * out.size * kernel.size // kernel.shape[numbers.rhs_spec[0]]
+            features = equation.params["dimension_numbers"].rhs_spec[0]
+            total += 2 * made[0].size * read[1].size // read[1].shape[features]
         else:
             inside = [matmul_flops(inner) for inner in _jaxprs(equation.params.values())] or [0]
             total += max(inside) if name == "cond" else sum(inside) * equation.params.get("length", 1)

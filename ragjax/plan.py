@@ -34,7 +34,7 @@ from ragjax.cost import Cost, NotCompiled, bytes_each, compiled_cost, matmul_flo
 from ragjax.decode import pad_answers, propose, propose_together, read, score_tokens
 from ragjax.hub import fetch_config, is_local
 from ragjax.index import MANIFEST, check_kind, faiss_bytes
-from ragjax.mesh import lay, make_mesh
+from ragjax.mesh import check_split, lay, make_mesh
 from ragjax.models.generator import Memory, SpecialTokens, empty_past
 from ragjax.models.layers import Params
 from ragjax.passages import STORE_FILES, count_passages
@@ -43,6 +43,14 @@ from ragjax.step import abstract_state, memory_advice, split_frozen, state_shard
 from ragjax.weights import Pretrained, bert_shape, generator_shape, open_generator
 
 ID_BYTES = 150  # what a passage's id takes in Python's dictionary (measured: 127), and its two offsets
+# for the TPU's compiler where there is none: else it asks, at length, which machine this is
+NO_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+}
+SMALL_FAISS = "IVF16384,SQ8"  # a byte for each number
 PLACES = {"device": "each device", "devices": "all devices"}  # as the table has them
 SPECIAL = SpecialTokens(eos=0, pad=0)  # which tokens they are changes no size
 
@@ -81,14 +89,14 @@ class Total:
 @dataclass(frozen=True)
 class Plan:
     rows: list[Row]
-    advice: dict[str, list[str]]  # for each command, settings that would lower what it needs of a device
+    advice: dict[tuple[str, str], list[str]]  # for each command and place, settings that would lower what it needs
 
 
 class Unknown(Exception):
     """Why a size cannot be told."""
 
 
-def memory_plan(config: Config, mesh: Mesh | None = None, peak: float | None = None) -> Plan:
+def memory_plan(config: Config, mesh: Mesh | None = None, peak: int | float | None = None) -> Plan:
     """What `ragjax index`, `train` and `evaluate` will need. Of a model on the hub only its config.json is fetched.
 
     The mesh, by default one device, may be of devices that are not there; `peak` is what each can compute, in TFLOP/s.
@@ -122,9 +130,7 @@ def planned_mesh(config: Config, devices: int | None, topology: str | None) -> M
 
 def _topology(name: str) -> Sequence[jax.Device]:
     """The devices of a TPU that need not be there, by its compiler alone."""
-    alone = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-8"}  # else it asks who this machine is
-    alone |= {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}
-    for variable, value in alone.items():
+    for variable, value in NO_TPU.items():
         os.environ.setdefault(variable, value)
     jax.config.update("jax_platforms", "cpu")
     from jax.experimental import topologies
@@ -140,9 +146,10 @@ def _topology(name: str) -> Sequence[jax.Device]:
 class _Plan:
     """What the rows are computed from. A model that cannot be had is the `InputError` that says why."""
 
-    def __init__(self, config: Config, mesh: Mesh, peak: float | None):
+    def __init__(self, config: Config, mesh: Mesh, peak: int | float | None):
         r, g, rate = config.retriever, config.generator, config.train.dropout
         self.config, self.mesh, self.peak = config, mesh, peak
+        check_split(config.train.batch_size, mesh.shape["data"])
         self.one = make_mesh(devices=[mesh.devices.flat[0]])  # for what runs on one device, or on each by itself
         self.kind = mesh.devices.flat[0].device_kind
         self.count = _count(config)
@@ -240,15 +247,19 @@ class _Plan:
             kinds = ", ".join(f"{kind} {size_text(size)}" for kind, size in sorted(cost.sent.items()) if size >= 2**20)
             return sum(cost.sent.values()), f"sent by each, and received, around a ring: {kinds or 'next to nothing'}"
 
+        def each_does(whole: int) -> float:
+            together = train.batch_size // train.accumulate  # in one micro-batch; fewer than devices leave some idle
+            return whole / together * -(-together // data) / self.mesh.shape["model"]
+
         def flops() -> tuple[int, str]:
             whole, _ = step(used)
-            each = f", {flops_text(whole / self.mesh.size)} for each of {self.mesh.size}" if self.mesh.size > 1 else ""
+            each = f", {flops_text(each_does(whole))} for each" if self.mesh.size > 1 else ""
             return whole, f"matrix products alone{', what is recomputed too' if used else ''}{each}"
 
         def seconds() -> tuple[float, str]:
             assert self.peak is not None
             whole, _ = step(used)
-            return whole / (self.mesh.size * self.peak * 1e12), f"at {self.peak:g} TFLOP/s each, nothing waiting"
+            return each_does(whole) / (self.peak * 1e12), f"at {self.peak:g} TFLOP/s each, nothing waiting"
 
         def checkpoints() -> tuple[int, str]:
             size, kept = bytes_each(abstract_state(self.models(), self.one)), train.keep + 1
@@ -376,8 +387,8 @@ class _Plan:
     def temporaries(self, jitted: Any, *arguments: Any) -> int:
         return _cost(jitted.lower(*arguments)).temporaries
 
-    def advice(self) -> dict[str, list[str]]:
-        """For each command, settings that would lower what it needs of a device."""
+    def advice(self) -> dict[tuple[str, str], list[str]]:
+        """For each command and place, settings that would lower what it needs there."""
         index, settings, exact = self.config.index, self.config.evaluate, self.config.index.kind == "exact"
         evaluate = ["index.kind=HNSW32 (the host then searches)"] if exact else []
         if exact and index.dtype == "float32":
@@ -386,10 +397,16 @@ class _Plan:
             evaluate.append(f"evaluate.batch_size={self.mesh.shape['data']}")
         if settings.untrained_limit != 0:
             evaluate.append("evaluate.untrained_limit=0")
-        evaluate += ["smaller decode.k or decode.beams", "more devices"]
-        found = {"index": ["a smaller index.batch_size"], "evaluate": evaluate}
+        evaluate.append("smaller decode.k or decode.beams")
+        found = {("index", "device"): ["a smaller index.batch_size"], ("evaluate", "device"): evaluate}
         with suppress(Unknown):
-            found["train"] = [*memory_advice(self.models(), self.mesh), "more devices"]
+            found["train", "device"] = memory_advice(self.models(), self.mesh)
+        with suppress(Unknown):
+            (count, _), model = self.passages(), _known(self.passage_encoder, "passage encoder")
+            size = faiss_bytes(SMALL_FAISS, model.config.embedding_width, count)
+            if not exact and size and size < self.faiss()[0]:
+                for command in ("index", "train", "evaluate"):
+                    found[command, "host"] = [f"index.kind={SMALL_FAISS} ({size_text(size)})"]
         return found
 
     def searched(self, command: str) -> Row:
@@ -527,7 +544,7 @@ def totals(rows: Sequence[Row], has: dict[str, int | None]) -> list[Total]:
     ]
 
 
-def flops_text(count: float) -> str:
+def flops_text(count: int | float) -> str:
     """Floating-point operations as people read them."""
     for unit, name in ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP")):
         if count >= unit:
@@ -546,12 +563,15 @@ def _amount(row: Row) -> str:
 def print_plan(plan: Plan, has: dict[str, int | None], as_json: bool) -> None:
     """The rows and their totals beside what there is (see `capacity`), as a table or as one JSON object.
 
-    Below the table: what would help where a command does not fit on a device.
+    Below the table: what would help where a command does not fit into memory.
     """
     rows, sums = plan.rows, totals(plan.rows, has)
-    helps = {
-        sum_.command: plan.advice.get(sum_.command, []) for sum_ in sums if sum_.place != "disk" and sum_.fits is False
-    }
+    helps: dict[str, list[str]] = {}
+    for total in sums:
+        if total.fits is False and total.place != "disk":
+            places = [total.place] if "device" in has else ["device", "host"]
+            if settings := [setting for place in places for setting in plan.advice.get((total.command, place), [])]:
+                helps.setdefault(total.command, []).extend(settings)
     if as_json:
         summed = [dataclasses.asdict(total) | {"fits": total.fits} for total in sums]
         told = {"rows": [dataclasses.asdict(row) for row in rows], "totals": summed, "advice": helps}
