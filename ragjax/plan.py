@@ -234,7 +234,7 @@ class _Plan:
 
         def temporaries(remat: bool) -> tuple[int, str]:
             _, cost = step(remat)
-            batch = f"{train.batch_size // data} questions, {train.k} documents each"
+            batch = f"{_questions(train.batch_size // data)}, {train.k} documents each"
             if train.accumulate > 1:
                 batch += f", in {train.accumulate} parts"
             refused = "; the compiler refuses" if cost.sent is None else ""
@@ -304,7 +304,7 @@ class _Plan:
                 whole = read(model.graph, *given)
                 return jax.tree.leaves((whole, empty_past(whole, decode.max_new_tokens * decode.beams)))
 
-            how = f"{questions} questions × {documents} documents × {longest} tokens, and the answers'"
+            how = f"{_questions(questions)} × {documents} documents × {longest} tokens, and the answers'"
             how += ", read twice" if copies > 1 else ""
             return copies * bytes_each(jax.eval_shape(kept, model.abstract, *sources)), how
 
@@ -339,7 +339,7 @@ class _Plan:
                 self.temporaries(search, params, whole),
                 self.temporaries(score, params, whole, *answers),
             )
-            how = f"XLA's analysis ({self.kind}): {questions} questions, at most {count} distinct candidates each"
+            how = f"XLA's analysis ({self.kind}): {_questions(questions)}, at most {count} distinct candidates each"
             return most, how
 
         models = 1 if settings.untrained_limit == 0 else 2
@@ -502,6 +502,10 @@ def _row(
     except Unknown as why:
         return Row(command, what, place, None, f"unknown ({why})", counted, unit)
     return Row(command, what, place, number, f"{how}; it is there already" if there else how, counted, unit)
+
+
+def _questions(count: int) -> str:
+    return "1 question" if count == 1 else f"{count} questions"
 
 
 def _shape(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:

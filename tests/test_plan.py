@@ -517,23 +517,21 @@ print(json.dumps({
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("libtpu") is None, reason="needs the TPU's compiler: pip install 'ragjax[tpu]'")
-@pytest.mark.parametrize("fsdp", [False, True])
-def test_the_papers_step_fits_a_tpu_that_is_not_there(tmp_path: Path, fsdp: bool) -> None:
+def test_the_papers_step_fits_a_tpu_that_is_not_there(tmp_path: Path) -> None:
     """Compiled for eight TPU v5e, at the paper's size; XLA says what a device needs and where its arguments lie."""
     for name, shape in PAPERS_MODELS.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(shape))
     models = [f"retriever.source={tmp_path}/dpr", f"retriever.passage_source={tmp_path}/dpr"]
-    settings = [*models, f"generator.source={tmp_path}/bart", f"mesh.fsdp={fsdp}"]
+    settings = [*models, f"generator.source={tmp_path}/bart", "mesh.fsdp=true"]
     config = str(Path(__file__).parents[1] / "configs" / "rag_sequence_nq.yaml")
     command = [sys.executable, "-c", ON_A_TPU, config, *settings]
     told = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert (told["kind"], told["platform"]) == ("TPU v5 lite", "cpu")
     assert told["as_asked"]
     whole = 3 * 4 * (108_891_648 + 406_341_721)  # parameters and two moments
-    assert told["state"] == pytest.approx(whole / 8 if fsdp else whole, rel=0.001)
+    assert told["state"] == pytest.approx(whole / 8, rel=0.001)
     assert told["arguments"] == pytest.approx(told["state"], rel=0.01)  # TPUs pad some arrays
     assert told["kept"] == pytest.approx(told["state"], rel=0.01)  # the new state lies where the old one did
     assert told["needs"] < V5E_MEMORY
-    # gradients of every micro-batch are summed over the devices, in bfloat16 at least
-    assert sum(told["sent"].values()) > 8 * 2 * (7 / 8) * 2 * 500e6
+    assert sum(told["sent"].values()) > whole / 3  # the parameters, at least, and their gradients
