@@ -324,7 +324,7 @@ def test_numbers_above_zero(capsys: Capture, world: Path) -> None:
 def test_a_cpu_plays_any_number_of_devices(world: Path, tmp_path: Path) -> None:
     """In a process of its own, as the command line does: JAX must not have started."""
     (tmp_path / "config.json").write_text('{"model_type": "roberta"}')  # unknown, so nothing is compiled
-    config = tiny_config(world, retriever__source=str(tmp_path), generator__source=str(tmp_path))
+    config = tiny_config(world, retriever__source=str(tmp_path), generator__source=str(tmp_path), train__batch_size=48)
     (tmp_path / "config.yaml").write_text(dump_config(config))
     command = [sys.executable, "-m", "ragjax", "plan", str(tmp_path / "config.yaml"), "--devices", "48"]
     ended = subprocess.run([*command, "mesh.model=5"], capture_output=True, text=True)
