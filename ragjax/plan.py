@@ -49,6 +49,7 @@ NO_TPU = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # else a second process is refused, as if both wanted the TPU
 }
 SMALL_FAISS = "IVF16384,SQ8"  # a byte for each number
 PLACES = {"device": "each device", "devices": "all devices"}  # as the table has them
