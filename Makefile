@@ -12,7 +12,7 @@ PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q
 # glibc puts large arrays on huge pages: less time goes into page faults.
 quickstart bench: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: quickstart test test-slow test-torch lint bench clean
+.PHONY: quickstart test test-slow test-torch test-tpu lint bench clean
 
 quickstart: $(VENV)/dev
 	$(BIN)/ragjax index configs/factbook.yaml
@@ -29,6 +29,10 @@ test-slow: $(VENV)/dev
 test-torch: $(VENV)/dev
 	$(PIP) -e '.[dev,torch]'
 	$(PYTEST) -n 2 tests/test_hf_live.py
+
+test-tpu: $(VENV)/dev
+	$(PIP) -e '.[dev,tpu]'
+	$(PYTEST) -m slow tests/test_plan.py
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -7,8 +7,9 @@ import errno
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from ragjax.config import Config, InputError, dump_config, load_config
 
@@ -118,10 +119,16 @@ def _parser() -> argparse.ArgumentParser:
     plan = command(
         "plan",
         _plan,
-        "tell what an experiment needs of disk and memory, before anything is built",
-        "ragjax plan configs/rag_sequence_nq.yaml index.kind=HNSW32",
+        "tell what an experiment needs of disk, memory, network and arithmetic, before anything is built",
+        "ragjax plan configs/rag_sequence_nq.yaml --devices 8 --memory 16 index.kind=HNSW32 mesh.fsdp=true",
     )
     overrides(plan)
+    plan.add_argument("--devices", type=_positive(int), metavar="N", help="plan for so many; default: this machine's")
+    plan.add_argument("--memory", type=_positive(float), metavar="GIB", help="of each device; default: what it reports")
+    plan.add_argument("--peak", type=_positive(float), metavar="TFLOPS", help="of each device, to tell a step's time")
+    plan.add_argument(
+        "--topology", metavar="TPU", help="compile for a TPU that is not there, such as v5e:2x4 (an extra)"
+    )
     plan.add_argument("--json", action="store_true", help=json_help)
     index = command("index", _index, "build the index of a corpus", "ragjax index configs/factbook.yaml")
     train = command(
@@ -163,18 +170,32 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _positive(number: Callable[[str], Any]) -> Callable[[str], Any]:
+    """For argparse: an int or a float above 0."""
+
+    def above_zero(text: str) -> Any:
+        if (value := number(text)) <= 0:
+            raise ValueError
+        return value
+
+    above_zero.__name__ = f"{number.__name__} above 0"
+    return above_zero
+
+
 def _load(options: argparse.Namespace) -> Config:
     return load_config(options.config, [*getattr(options, "overrides", []), *options.set])
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from ragjax.plan import capacity, memory_plan, print_plan
+    from ragjax.plan import capacity, memory_plan, planned_mesh, print_plan
     from ragjax.progress import terminal
 
     config = _load(options)
+    mesh = planned_mesh(config, options.devices, options.topology)
     with terminal.status("compiling from shapes alone, to learn what XLA needs …"):
-        rows = memory_plan(config)
-    print_plan(rows, capacity(config), as_json=options.json)
+        plan = memory_plan(config, mesh, options.peak)
+    memory = None if options.memory is None else round(options.memory * 2**30)
+    print_plan(plan, capacity(config, mesh, memory), as_json=options.json)
     return 0
 
 

@@ -111,12 +111,17 @@ def first_says(flag: bool) -> bool:
     return bool(multihost_utils.broadcast_one_to_all(np.int32(flag)))
 
 
-def make_mesh(model: int = 1) -> Mesh:
-    """All devices of all processes, `model` of them along the axis of that name.
+def make_mesh(model: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """All devices of all processes, or those given, `model` of them along the axis of that name.
 
     XLA chooses the shardings inside a jitted function. Raises `InputError` if `model` does not divide their number.
     """
-    return _mesh(jax.devices(), model)
+    devices = jax.devices() if devices is None else devices
+    count = len(devices)
+    if count % model:
+        raise InputError(f"mesh.model={model} does not divide the {count} devices; choose one of {_divisors(count)}")
+    types = (AxisType.Auto, AxisType.Auto)
+    return jax.make_mesh((count // model, model), ("data", "model"), axis_types=types, devices=devices)
 
 
 def local_mesh(model: int = 1, data: int | None = None) -> Mesh:
@@ -126,15 +131,7 @@ def local_mesh(model: int = 1, data: int | None = None) -> Mesh:
     """
     devices = jax.local_devices()
     model = math.gcd(model, len(devices))
-    return _mesh(devices if data is None else devices[: data * model], model)
-
-
-def _mesh(devices: Sequence[Any], model: int) -> Mesh:
-    count = len(devices)
-    if count % model:
-        raise InputError(f"mesh.model={model} does not divide the {count} devices; choose one of {_divisors(count)}")
-    types = (AxisType.Auto, AxisType.Auto)
-    return jax.make_mesh((count // model, model), ("data", "model"), axis_types=types, devices=devices)
+    return make_mesh(model, devices if data is None else devices[: data * model])
 
 
 def _divisors(count: int) -> str:
@@ -162,11 +159,12 @@ def parameter_spec(
     return PartitionSpec(*spec)
 
 
-def check_batch(mesh: Mesh, count: int, keys: str) -> None:
-    """Raises `InputError`, naming the `keys` of the configuration, if `data` does not divide `count` questions."""
-    if count % (devices := mesh.shape["data"]):
+def check_batch(mesh: Mesh, questions: int) -> None:
+    """Raises `InputError` if the axis `data` does not divide the number of questions in a micro-batch."""
+    if questions % (devices := mesh.shape["data"]):
         raise InputError(
-            f"a batch of {count} questions cannot be split over {devices} devices; make {keys} a multiple of {devices}"
+            f"{questions} questions cannot be split over {devices} devices; make train.batch_size / train.accumulate "
+            f"a multiple of {devices}"
         )
 
 
@@ -235,6 +233,12 @@ def on_each_device(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., An
 
     jitted = jax.jit(whole)
     return lambda params, *arrays: jitted(params, *jax.device_put(arrays, NamedSharding(mesh, rows)))
+
+
+def lay(mesh: Mesh, tree: Any, *spec: str | None) -> Any:
+    """The shapes and types of a tree, each with its place on the mesh: along no axis unless `spec` names one."""
+    sharding = NamedSharding(mesh, PartitionSpec(*spec))
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
 
 
 def enable_compilation_cache(folder: Path) -> None:

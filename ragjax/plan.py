@@ -1,54 +1,72 @@
 """`ragjax plan`: what an experiment needs of disk and memory, from each model's config.json, before anything is built.
 
-The sizes of parameters, of the training state and of embeddings are exact. Temporaries are what XLA says of the very
-programs that `ragjax train` and `ragjax evaluate` run, compiled here from shapes alone.
+The sizes of parameters, of the training state and of embeddings are exact. Temporaries, and the bytes that devices send
+to each other, are what XLA says of the very programs that `ragjax train` and `ragjax evaluate` run, compiled here from
+shapes alone: for virtual CPU devices as many as asked for, or for a TPU that need not be there.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from ragjax.answer import most_documents
 from ragjax.config import Config, InputError
+from ragjax.cost import Cost, NotCompiled, bytes_each, compiled_cost, matmul_flops, size_text
 from ragjax.decode import pad_answers, propose, propose_together, read, score_tokens
 from ragjax.hub import fetch_config, is_local
 from ragjax.index import MANIFEST, check_kind, faiss_bytes
+from ragjax.mesh import check_batch, lay, make_mesh
 from ragjax.models.generator import Memory, SpecialTokens, empty_past
 from ragjax.models.layers import Params
 from ragjax.passages import STORE_FILES, count_passages, shard_folders
-from ragjax.rag import Models, TrainBatch, check_lengths, encode
-from ragjax.step import TrainState, initial_state, make_train_step, split_frozen
+from ragjax.rag import Models, check_lengths, encode
+from ragjax.step import abstract_state, memory_advice, split_frozen, state_shardings, trace_step
 from ragjax.weights import Pretrained, bert_shape, generator_shape, open_generator
 
 ID_BYTES = 8  # a hash of each passage's id
+# for the TPU's compiler where there is none: else it asks, at length, which machine this is
+NO_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # else a second process is refused, as if both wanted the TPU
+}
+SMALL_FAISS = "IVF16384,SQ8"  # a byte for each number
+PLACES = {"device": "each device", "devices": "all devices"}  # as the table has them
 SPECIAL = SpecialTokens(eos=0, pad=0)  # which tokens they are changes no size
 
 
 @dataclass(frozen=True)
 class Row:
-    """One thing that takes room; `size` is in bytes, None where it is unknown, and then `how` says why."""
+    """One thing that takes room, or work; `size` is None where it is unknown, and then `how` says why."""
 
     command: str  # index, train or evaluate
     what: str
-    place: str  # disk, host, or device: each one, and the host itself where there is only a CPU
-    size: int | None
+    place: str  # disk, host, device: each one, and the host itself where there is only a CPU; devices: all together
+    size: int | float | None
     how: str
-    counted: bool = True  # in the totals: not what is there already, nor a part of another row
+    counted: bool = True  # in the totals: not what is there already, nor a part of another row, nor another setting's
+    unit: str = "bytes"  # or FLOP, seconds
 
 
 @dataclass(frozen=True)
@@ -69,50 +87,72 @@ class Total:
         return self.size <= self.has
 
 
+@dataclass(frozen=True)
+class Plan:
+    rows: list[Row]
+    advice: dict[tuple[str, str], list[str]]  # for each command and place, settings that would lower what it needs
+
+
 class Unknown(Exception):
     """Why a size cannot be told."""
 
 
-def memory_plan(config: Config) -> list[Row]:
+def memory_plan(config: Config, mesh: Mesh | None = None, peak: int | float | None = None) -> Plan:
     """What `ragjax index`, `train` and `evaluate` will need. Of a model on the hub only its config.json is fetched.
 
+    The mesh, by default one device, may be of devices that are not there; `peak` is what each can compute, in TFLOP/s.
     A model or a corpus that cannot be had makes the rows that depend on it unknown. Raises `InputError` for settings
     that do not go together.
     """
-    plan = _Plan(config)
-    return [*plan.index_rows(), *plan.train_rows(), *plan.evaluate_rows()]
+    plan = _Plan(config, mesh or make_mesh(config.mesh.model, jax.devices()[:1]), peak)
+    return Plan([*plan.index_rows(), *plan.train_rows(), *plan.evaluate_rows()], plan.advice())
 
 
-def abstract_batch(config: Config, width: int) -> TrainBatch:
-    """The widest batch of a training step, in shapes and types; D is the embeddings' `width`."""
-    questions, documents = config.train.batch_size, config.train.k
-    asked = questions, config.retriever.question_tokens
-    prompts = questions, documents, config.generator.source_tokens
-    answered = questions, config.generator.answer_tokens
-    return TrainBatch(
-        row=_shape(jnp.int32, questions),
-        question=_shape(jnp.int32, *asked),
-        question_mask=_shape(jnp.bool, *asked),
-        passages=_shape(jnp.float32, questions, documents, width),
-        valid=_shape(jnp.bool, questions, documents),
-        source=_shape(jnp.int32, *prompts),
-        source_mask=_shape(jnp.bool, *prompts),
-        answer=_shape(jnp.int32, *answered),
-        answer_mask=_shape(jnp.bool, *answered),
-    )
+def planned_mesh(config: Config, devices: int | None, topology: str | None) -> Mesh:
+    """The mesh to plan for: a TPU topology such as v5e:2x4, or so many devices, which a CPU can play.
+
+    By default the devices of this machine, and one where it has only a CPU. Call it before JAX is used.
+    Raises `InputError` where there are none such.
+    """
+    if topology is not None:
+        return make_mesh(config.mesh.model, _topology(topology))
+    if devices is not None:
+        with suppress(RuntimeError):  # JAX has started: then there are as many as there are
+            jax.config.update("jax_num_cpu_devices", devices)
+    found = jax.devices()
+    count = devices or (1 if jax.default_backend() == "cpu" else len(found))
+    if len(found) < count:
+        with suppress(RuntimeError):  # an accelerator alone may have been allowed
+            found = jax.devices("cpu")
+    if len(found) < count:
+        raise InputError(f"--devices {count}: this machine can play {len(found)} devices; try JAX_PLATFORMS=cpu")
+    return make_mesh(config.mesh.model, found[:count])
 
 
-def step_temporaries(models: Models, batch: TrainBatch, corpus: Any = None) -> int:
-    """Bytes that XLA sets aside for one training step beside its arguments, whose memory the new state takes over."""
-    return _temporaries(make_train_step(models), _abstract_state(models), batch, corpus)
+def _topology(name: str) -> Sequence[jax.Device]:
+    """The devices of a TPU that need not be there, by its compiler alone."""
+    for variable, value in NO_TPU.items():
+        os.environ.setdefault(variable, value)
+    jax.config.update("jax_platforms", "cpu")
+    from jax.experimental import topologies
+
+    try:
+        return topologies.get_topology_desc(name, "tpu").devices
+    except RuntimeError as error:
+        if importlib.util.find_spec("libtpu") is None:
+            raise InputError(f"--topology {name} needs an extra: pip install 'ragjax[tpu]'") from None
+        raise InputError(f"--topology {name}: {str(error).splitlines()[0]}; an example: v5e:2x4") from None
 
 
 class _Plan:
     """What the rows are computed from. A model that cannot be had is the `InputError` that says why."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, mesh: Mesh, peak: int | float | None):
         r, g, rate = config.retriever, config.generator, config.train.dropout
-        self.config = config
+        self.config, self.mesh, self.peak = config, mesh, peak
+        check_batch(mesh, config.train.batch_size // config.train.accumulate)
+        self.one = make_mesh(devices=[mesh.devices.flat[0]])  # for what runs on one device, or on each by itself
+        self.kind = mesh.devices.flat[0].device_kind
         self.count = _count(config)
         sources = {r.source, g.source, r.passage_source or r.source}
         with ThreadPoolExecutor() as pool:  # a hub that cannot be reached is asked several times before it is given up
@@ -152,8 +192,8 @@ class _Plan:
             model = _known(self.passage_encoder, "passage encoder")
             batch, longest = settings.batch_size, self.config.retriever.passage_tokens
             tokens = _shape(jnp.int32, batch, longest), _shape(jnp.bool, batch, longest)
-            size = _temporaries(encode, model.graph, model.abstract, *tokens)
-            return size, f"XLA's analysis ({_backend()}): {batch} passages of {longest} tokens"
+            size = self.temporaries(encode, model.graph, *lay(self.one, (model.abstract, *tokens)))
+            return size, f"XLA's analysis ({self.kind}): one device, {batch} passages of {longest} tokens"
 
         rows = [
             _row("index", "passages: text and tokens", "disk", store, there=built),
@@ -171,43 +211,82 @@ class _Plan:
         return rows
 
     def train_rows(self) -> list[Row]:
-        train = self.config.train
+        train, (data, _) = self.config.train, self.mesh.devices.shape
+        used, other = train.remat, not train.remat
+
+        @cache
+        def step(remat: bool) -> tuple[int, Cost]:
+            """FLOPs and cost of the step. Both ways are compiled: what recomputing saves is the question."""
+            models, passages = self.models(), 0
+            if self.config.retriever.prior == "corpus":
+                passages, _ = self.passages()
+            config = replace(self.config, train=replace(train, remat=remat))
+            traced = trace_step(replace(models, config=config), self.mesh, passages)
+            return matmul_flops(traced.jaxpr.jaxpr), _cost(traced.lower())
 
         def gradients() -> tuple[int, str]:
-            trained, _ = split_frozen(self.models().abstract_params(), train.freeze)
-            return _bytes(trained), "float32, of what is trained; part of the temporaries below"
+            trained, _ = split_frozen(abstract_state(self.models(), self.mesh).params, train.freeze)
+            return bytes_each(trained), "float32, of what is trained; part of the temporaries below"
 
         def optimizer() -> tuple[int, str]:
-            return _bytes(_abstract_state(self.models()).optimizer), "AdamW: two float32 moments of what is trained"
+            state = abstract_state(self.models(), self.mesh)
+            return bytes_each(state.optimizer), f"AdamW: two float32 moments of what is trained{self.split}"
 
-        def temporaries() -> tuple[int, str]:
-            models, corpus = self.models(), None
-            width = models.retriever.config.embedding_width
-            if self.config.retriever.prior == "corpus":
-                corpus = _shape(self.config.index.dtype, self.passages()[0], width)
-            batch = f"{train.batch_size} questions, {train.k} documents each"
+        def temporaries(remat: bool) -> tuple[int, str]:
+            _, cost = step(remat)
+            batch = f"{_questions(train.batch_size // data)}, {train.k} documents each"
             if train.accumulate > 1:
                 batch += f", in {train.accumulate} parts"
-            size = step_temporaries(models, abstract_batch(self.config, width), corpus)
-            return size, f"XLA's analysis ({_backend()}): one device with the whole batch, {batch}"
+            refused = "; the compiler refuses" if cost.sent is None else ""
+            return cost.temporaries, f"XLA's analysis ({self.kind}): {batch}{refused}"
+
+        def network() -> tuple[int, str]:
+            _, cost = step(used)
+            if cost.sent is None:
+                raise Unknown("the compiler refuses what does not fit")
+            kinds = ", ".join(f"{kind} {size_text(size)}" for kind, size in sorted(cost.sent.items()) if size >= 2**20)
+            return sum(cost.sent.values()), f"sent by each, and received, around a ring: {kinds or 'next to nothing'}"
+
+        def flops() -> tuple[int, str]:
+            whole, _ = step(used)
+            each = f", {flops_text(whole / self.mesh.size)} for each" if self.mesh.size > 1 else ""
+            return whole, f"matrix products alone{', what is recomputed too' if used else ''}{each}"
+
+        def seconds() -> tuple[float, str]:
+            assert self.peak is not None
+            whole, _ = step(used)
+            return whole / (self.mesh.size * self.peak * 1e12), f"at {self.peak:g} TFLOP/s each, nothing waiting"
 
         def checkpoints() -> tuple[int, str]:
-            size, kept = _bytes(_abstract_state(self.models())), train.keep + 1
+            size, kept = bytes_each(abstract_state(self.models(), self.one)), train.keep + 1
             return kept * size, f"at most: {train.keep} kept and one being written, {size_text(size)} each"
 
-        return [
+        def recomputing(remat: bool) -> str:
+            return "activations recomputed" if remat else "activations kept"
+
+        instead = f" (train.remat={str(other).lower()})"
+        rows = [
             self.parameters("train", "retriever"),
             self.parameters("train", "generator"),
             _row("train", "optimiser state", "device", optimizer),
             _row("train", "gradients", "device", gradients, part=True),
-            _row("train", "temporaries of a step", "device", temporaries),
+            _row("train", f"temporaries, {recomputing(used)}", "device", lambda: temporaries(used)),
+            _row(
+                "train", f"temporaries, {recomputing(other)}{instead}", "device", lambda: temporaries(other), part=True
+            ),
             self.searched("train"),
             _row("train", "checkpoints", "disk", checkpoints),
         ]
+        if self.mesh.size > 1:
+            rows.append(_row("train", "over the network, a step", "device", network, part=True))
+        rows.append(_row("train", "floating-point operations, a step", "devices", flops, part=True, unit="FLOP"))
+        if self.peak is not None:
+            rows.append(_row("train", "time of a step, at least", "devices", seconds, part=True, unit="seconds"))
+        return rows
 
     def evaluate_rows(self) -> list[Row]:
         decode, settings = self.config.decode, self.config.evaluate
-        questions, longest = settings.batch_size, self.config.generator.source_tokens
+        questions, longest = -(-settings.batch_size // self.mesh.shape["data"]), self.config.generator.source_tokens
         together, hugging_face = self.config.model == "rag_token", self.config.hf_compatible
         documents = most_documents(self.config)
         copies = 2 if hugging_face and not together else 1  # with the padding unmasked and masked
@@ -221,18 +300,24 @@ class _Plan:
                 whole = read(model.graph, *given)
                 return jax.tree.leaves((whole, empty_past(whole, decode.max_new_tokens * decode.beams)))
 
-            how = f"{questions} questions × {documents} documents × {longest} tokens, and the answers'"
+            how = f"{_questions(questions)} × {documents} documents × {longest} tokens, and the answers'"
             how += ", read twice" if copies > 1 else ""
-            return copies * _bytes(jax.eval_shape(kept, model.abstract, *sources)), how
+            return copies * bytes_each(jax.eval_shape(kept, model.abstract, *sources)), how
+
+        def logits() -> tuple[int, str]:
+            rows, vocabulary = shape[0] * decode.beams, _known(self.generator, "generator").config.vocabulary
+            how = f"{rows:,} beams × {vocabulary:,} in float32; scoring goes by blocks; part of the temporaries below"
+            return rows * vocabulary * 4, how
 
         def temporaries() -> tuple[int, str]:
             model = _known(self.generator, "generator")
-            graph, params = model.graph, model.abstract
+            graph, params = model.graph, lay(self.one, model.abstract)
             # a memory is passed by its leaves: it is checked to hold arrays, which shapes are not
             whole = jax.eval_shape(lambda *given: jax.tree.leaves(read(graph, *given)), params, *sources)
+            whole = lay(self.one, whole)
             count = decode.beams if together else documents * decode.beams
             candidates = [[((0,) * decode.max_new_tokens, False)] * count] * questions
-            answers = [_shape(x.dtype, *x.shape) for x in pad_answers(candidates, SPECIAL, decode.max_new_tokens)]
+            answers = lay(self.one, pad_answers(candidates, SPECIAL, decode.max_new_tokens))
 
             @jax.jit
             def search(params: Params, whole: list[Any]) -> Any:
@@ -246,17 +331,19 @@ class _Plan:
                 return score_tokens(graph, params, Memory(*whole), *answers)
 
             most = max(
-                _temporaries(read, graph, params, *sources),
-                _temporaries(search, params, whole),
-                _temporaries(score, params, whole, *answers),
+                self.temporaries(read, graph, params, *lay(self.one, sources)),
+                self.temporaries(search, params, whole),
+                self.temporaries(score, params, whole, *answers),
             )
-            return most, f"XLA's analysis ({_backend()}): at most {count} distinct candidates a question"
+            how = f"XLA's analysis ({self.kind}): {_questions(questions)}, at most {count} distinct candidates each"
+            return most, how
 
         models = 1 if settings.untrained_limit == 0 else 2
         return [
             self.parameters("evaluate", "retriever", models),
             self.parameters("evaluate", "generator", models),
             _row("evaluate", "documents' keys and values", "device", memory),
+            _row("evaluate", "logits of a step of the beam search", "device", logits, part=True),
             _row("evaluate", "temporaries of answering", "device", temporaries),
             self.searched("evaluate"),
         ]
@@ -265,16 +352,58 @@ class _Plan:
         retriever, generator = _known(self.retriever, "retriever"), _known(self.generator, "generator")
         return Models(self.config, retriever, generator, SPECIAL)
 
+    @property
+    def split(self) -> str:
+        """How parameters and optimiser state lie on several devices, for people."""
+        if self.mesh.size == 1:
+            return ""
+        axes = ["data"] if self.config.mesh.fsdp else []
+        axes += ["model"] if self.mesh.shape["model"] > 1 else []
+        return f", split over {' and '.join(axes)}" if axes else ", whole on each"
+
     def parameters(self, command: str, name: str, copies: int = 1) -> Row:
         def size() -> tuple[int, str]:
             model: Pretrained | InputError = getattr(self, name.replace(" ", "_"))
             if isinstance(model, InputError):
                 raise Unknown(str(model).split(";")[0])
-            each = _bytes(model.abstract)
             twice = ", before and after training" if copies > 1 else ""
-            return copies * each, f"{each // 4:,} in float32{twice}"
+            count = f"{bytes_each(model.abstract) // 4:,} in float32{twice}"
+            if command == "index":
+                return bytes_each(model.abstract), count
+            # the other model's configuration is not asked for: it may be unknown
+            alone = Models(self.config, model, model, SPECIAL)
+            at = state_shardings(alone, self.mesh, {name: model.abstract})[name]
+            placed = jax.tree.map(
+                lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), model.abstract, at
+            )
+            return copies * bytes_each(placed), f"{count}{self.split}"
 
         return _row(command, f"{name} parameters", "device", size)
+
+    def temporaries(self, jitted: Any, *arguments: Any) -> int:
+        return _cost(jitted.lower(*arguments)).temporaries
+
+    def advice(self) -> dict[tuple[str, str], list[str]]:
+        """For each command and place, settings that would lower what it needs there."""
+        index, settings, exact = self.config.index, self.config.evaluate, self.config.index.kind == "exact"
+        evaluate = ["index.kind=HNSW32 (the host then searches)"] if exact else []
+        if exact and index.dtype == "float32":
+            evaluate.append("index.dtype=bfloat16")
+        if settings.batch_size > self.mesh.shape["data"]:
+            evaluate.append(f"evaluate.batch_size={self.mesh.shape['data']}")
+        if settings.untrained_limit != 0:
+            evaluate.append("evaluate.untrained_limit=0")
+        evaluate.append("smaller decode.k or decode.beams")
+        found = {("index", "device"): ["a smaller index.batch_size"], ("evaluate", "device"): evaluate}
+        with suppress(Unknown):
+            found["train", "device"] = memory_advice(self.models(), self.mesh)
+        with suppress(Unknown):
+            (count, _), model = self.passages(), _known(self.passage_encoder, "passage encoder")
+            size = faiss_bytes(SMALL_FAISS, model.config.embedding_width, count)
+            if not exact and size and size < self.faiss()[0]:
+                for command in ("index", "train", "evaluate"):
+                    found[command, "host"] = [f"index.kind={SMALL_FAISS} ({size_text(size)})"]
+        return found
 
     def searched(self, command: str) -> Row:
         """What is searched: all embeddings on a device, or the FAISS structure (its embeddings stay on the disk)."""
@@ -357,82 +486,96 @@ def _row(
     command: str,
     what: str,
     place: str,
-    size: Callable[[], tuple[int, str]],
+    size: Callable[[], tuple[int | float, str]],
     *,
     there: bool = False,
     part: bool = False,
+    unit: str = "bytes",
 ) -> Row:
     counted = not (there or part)
     try:
         number, how = size()
     except Unknown as why:
-        return Row(command, what, place, None, f"unknown ({why})", counted)
-    return Row(command, what, place, number, f"{how}; it is there already" if there else how, counted)
+        return Row(command, what, place, None, f"unknown ({why})", counted, unit)
+    return Row(command, what, place, number, f"{how}; it is there already" if there else how, counted, unit)
+
+
+def _questions(count: int) -> str:
+    return "1 question" if count == 1 else f"{count} questions"
 
 
 def _shape(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def _bytes(tree: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def _abstract_state(models: Models) -> TrainState:
-    return jax.eval_shape(lambda params: initial_state(models, params), models.abstract_params())
-
-
-def _temporaries(jitted: Any, *arguments: Any) -> int:
+def _cost(lowered: jax.stages.Lowered) -> Cost:
     try:
-        analysis = jitted.lower(*arguments).compile().memory_analysis()
-    except jax.errors.JaxRuntimeError as error:
-        raise Unknown(f"XLA cannot compile it: {str(error).splitlines()[0]}") from None
-    if analysis is None:
-        raise Unknown(f"XLA has no analysis for {_backend()}")
-    return int(analysis.temp_size_in_bytes)
+        return compiled_cost(lowered)
+    except NotCompiled as why:
+        raise Unknown(str(why)) from None
 
 
-def _backend() -> str:
-    return jax.local_devices()[0].device_kind
+def capacity(config: Config, mesh: Mesh, memory: int | None = None) -> dict[str, int | None]:
+    """Bytes that this machine has: free where `index.folder` will lie, of the host, and of each device, or `memory`.
 
-
-def capacity(config: Config) -> dict[str, int | None]:
-    """Bytes that this machine has: free where `index.folder` will lie, of the host, and of a device (None on a CPU)."""
+    Where the one device is this machine's CPU there is no entry for it: it is the host.
+    """
     folder = Path(config.index.folder).absolute()
     existing = next(path for path in (folder, *folder.parents) if path.is_dir())
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
-    device = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    return {"disk": shutil.disk_usage(existing).free, "host": host, "device": device}
+    has: dict[str, int | None] = {"disk": shutil.disk_usage(existing).free, "host": host}
+    if memory is not None or mesh.size > 1 or mesh.devices.flat[0].platform != "cpu":
+        has["device"] = memory
+        if memory is None and mesh.devices.flat[0] in jax.local_devices():
+            has["device"] = (mesh.devices.flat[0].memory_stats() or {}).get("bytes_limit")
+    return has
 
 
 def totals(rows: Sequence[Row], has: dict[str, int | None]) -> list[Total]:
-    """What each command needs in memory, and all of them on the disk; a CPU's device is the host."""
-    on_host = jax.default_backend() == "cpu"
+    """What each command needs in memory, and all of them on the disk; `has` is of `capacity`."""
     sums: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        place = "host" if on_host and row.place == "device" else row.place
+        place = "host" if row.place == "device" and "device" not in has else row.place
         if row.counted:
             sums.setdefault(("all" if place == "disk" else row.command, place), []).append(row)
     return [
-        Total(command, place, sum(r.size or 0 for r in of), all(r.size is not None for r in of), has[place])
+        Total(command, place, sum(int(r.size or 0) for r in of), all(r.size is not None for r in of), has[place])
         for (command, place), of in sorted(sums.items(), key=lambda item: item[0][0] == "all")
     ]
 
 
-def size_text(size: int) -> str:
-    """Bytes as people read them."""
-    for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
-        if size >= unit:
-            return f"{size / unit:,.2f} {name}"
-    return f"{size / 2**10:.1f} KiB"
+def flops_text(count: int | float) -> str:
+    """Floating-point operations as people read them."""
+    for unit, name in ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP")):
+        if count >= unit:
+            return f"{count / unit:,.2f} {name}"
+    return f"{count / 1e6:.1f} MFLOP"
 
 
-def print_plan(rows: Sequence[Row], has: dict[str, int | None], as_json: bool) -> None:
-    """The rows and their totals beside what the machine `has` (see `capacity`), as a table or as one JSON object."""
-    sums = totals(rows, has)
+def _amount(row: Row) -> str:
+    if row.size is None:
+        return "?"
+    if row.unit == "seconds":
+        return f"{row.size:.3g} s"
+    return flops_text(row.size) if row.unit == "FLOP" else size_text(int(row.size))
+
+
+def print_plan(plan: Plan, has: dict[str, int | None], as_json: bool) -> None:
+    """The rows and their totals beside what there is (see `capacity`), as a table or as one JSON object.
+
+    Below the table: what would help where a command does not fit into memory.
+    """
+    rows, sums = plan.rows, totals(plan.rows, has)
+    helps: dict[str, list[str]] = {}
+    for total in sums:
+        if total.fits is False and total.place != "disk":
+            places = [total.place] if "device" in has else ["device", "host"]
+            if settings := [setting for place in places for setting in plan.advice.get((total.command, place), [])]:
+                helps.setdefault(total.command, []).extend(settings)
     if as_json:
         summed = [dataclasses.asdict(total) | {"fits": total.fits} for total in sums]
-        print(json.dumps({"rows": [dataclasses.asdict(row) for row in rows], "totals": summed}, ensure_ascii=False))
+        told = {"rows": [dataclasses.asdict(row) for row in rows], "totals": summed, "advice": helps}
+        print(json.dumps(told, ensure_ascii=False))
         return
     table = Table("command", "what", "where", "size", "how", box=box.SIMPLE_HEAD)
     table.columns[3].justify = "right"
@@ -440,20 +583,22 @@ def print_plan(rows: Sequence[Row], has: dict[str, int | None], as_json: bool) -
         first = before is None or before.command != row.command
         if first and before is not None:
             table.add_section()
-        size = "?" if row.size is None else size_text(row.size)
-        size = size if row.counted else f"({size})"
-        place = "each device" if row.place == "device" else row.place
-        table.add_row(row.command if first else "", row.what, place, size, row.how)
+        size = _amount(row) if row.counted or row.unit != "bytes" else f"({_amount(row)})"
+        table.add_row(row.command if first else "", row.what, PLACES.get(row.place, row.place), size, row.how)
     for total in sums:
         table.add_section() if total is sums[0] else None
         table.add_row("", *_verdict(total))
-    Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 132).print(table)
+    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 132)
+    console.print(table)
+    for command, settings in helps.items():
+        console.print(f"what would help to {command}: {'; '.join(settings)}", soft_wrap=True)
 
 
 def _verdict(total: Total) -> tuple[str, str, str, str]:
-    place = "each device" if total.place == "device" else total.place
+    place = PLACES.get(total.place, total.place)
     words = {True: "fits", False: "DOES NOT FIT", None: "whether it fits is unknown"}
-    there = "what there is is unknown" if total.has is None else f"this machine has {size_text(total.has)}"
+    owner = "each" if total.place == "device" else "this machine"
+    there = "what there is is unknown" if total.has is None else f"{owner} has {size_text(total.has)}"
     size = ("" if total.complete else "≥ ") + size_text(total.size)
     name = "in all, on the disk" if total.command == "all" else f"in all, to {total.command}"
     return name, place, size, f"{there}: {words[total.fits]}"

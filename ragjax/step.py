@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -14,8 +15,9 @@ from flax import nnx, struct
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Key
 
-from ragjax.config import InputError, Train
-from ragjax.mesh import SPLIT, parameter_spec
+from ragjax.config import Config, InputError, Train
+from ragjax.cost import NotCompiled, bytes_each, compiled_cost, size_text
+from ragjax.mesh import SPLIT, check_batch, lay, parameter_spec
 from ragjax.models.layers import Params
 from ragjax.rag import Models, TrainBatch, answer_nll, joint_logp, loss
 
@@ -197,3 +199,114 @@ def make_nll(rag: Models) -> jax.stages.Wrapped:
         return answer_nll(without, prior, scores, batch.answer, batch.answer_mask)
 
     return nll
+
+
+# before a run: the same step on abstract arrays
+
+
+def abstract_state(rag: Models, mesh: Mesh) -> TrainState:
+    """The shapes, types and places of a training state. Raises `InputError` as `split_frozen` does."""
+    state = jax.eval_shape(lambda params: initial_state(rag, params), rag.abstract_params())
+    return jax.tree.map(
+        lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at),
+        state,
+        state_shardings(rag, mesh, state),
+    )
+
+
+def abstract_batch(config: Config, width: int) -> TrainBatch:
+    """The widest batch of a training step, in shapes and types; D is the embeddings' `width`."""
+    questions, documents = config.train.batch_size, config.train.k
+    asked = questions, config.retriever.question_tokens
+    prompts = questions, documents, config.generator.source_tokens
+    answered = questions, config.generator.answer_tokens
+    shape = jax.ShapeDtypeStruct
+    return TrainBatch(
+        row=shape((questions,), jnp.int32),
+        question=shape(asked, jnp.int32),
+        question_mask=shape(asked, jnp.bool),
+        passages=shape((questions, documents, width), jnp.float32),
+        valid=shape((questions, documents), jnp.bool),
+        source=shape(prompts, jnp.int32),
+        source_mask=shape(prompts, jnp.bool),
+        answer=shape(answered, jnp.int32),
+        answer_mask=shape(answered, jnp.bool),
+    )
+
+
+def trace_step(rag: Models, mesh: Mesh, passages: int) -> jax.stages.Traced:
+    """The training step at its widest, traced with every argument where it would lie on the mesh; allocates nothing.
+
+    `passages` is N, which matters where the prior is over the corpus. Raises `InputError` as training would.
+    """
+    check_batch(mesh, rag.config.train.batch_size // rag.config.train.accumulate)
+    state, width = abstract_state(rag, mesh), rag.retriever.config.embedding_width
+    corpus = None
+    if rag.config.retriever.prior == "corpus":
+        corpus = lay(mesh, jax.ShapeDtypeStruct((passages, width), rag.config.index.dtype))
+    batch = lay(mesh, abstract_batch(rag.config, width), "data")
+    return make_train_step(rag, jax.tree.map(lambda leaf: leaf.sharding, state)).trace(state, batch, corpus)
+
+
+def check_fits(rag: Models, mesh: Mesh, passages: int, limit: int | None = None) -> None:
+    """Raises `InputError`, with advice, if training needs more memory of a device than the `limit` (bytes) it has.
+
+    Without a limit it is what the device reports. A CPU reports none: there the state alone, of all its devices, is
+    held against the machine's memory, and nothing is compiled. `passages` is N.
+    """
+    config, state = rag.config, bytes_each(abstract_state(rag, mesh))
+    if limit is None:
+        limit = (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
+    if limit is None:
+        memory, need = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), state * len(mesh.local_devices)
+        if need > memory:
+            has = f"parameters and optimiser state take {size_text(need)}, and this machine has {size_text(memory)}"
+            raise InputError(f"training does not fit: {has}; use smaller models or train.freeze")
+        return
+    searched = 0
+    if config.index.kind == "exact":
+        searched = passages * rag.retriever.config.embedding_width * jnp.dtype(config.index.dtype).itemsize
+    try:
+        temporaries = compiled_cost(trace_step(rag, mesh, passages).lower()).temporaries
+    except NotCompiled:
+        return  # then the step itself will tell
+    if (need := state + temporaries + searched) > limit:
+        parts = f"parameters and optimiser state {size_text(state)}, temporaries {size_text(temporaries)}"
+        parts += f", embeddings of the exact search {size_text(searched)}" if searched else ""
+        raise InputError(
+            f"training does not fit: it needs {size_text(need)} of a device that has {size_text(limit)} ({parts}); "
+            f"what would help: {'; '.join(memory_advice(rag, mesh))}"
+        )
+
+
+def memory_advice(rag: Models, mesh: Mesh) -> list[str]:
+    """Settings that would lower what training needs of each device, the least costly first."""
+    config, train, (data, _) = rag.config, rag.config.train, mesh.devices.shape
+    found = []
+    if config.index.kind == "exact" and config.retriever.prior == "top_k":
+        found.append("index.kind=HNSW32 (the host then searches)")
+    if not config.mesh.fsdp and data > 1:
+        split = replace(rag, config=replace(config, mesh=replace(config.mesh, fsdp=True)))
+        before, after = (size_text(bytes_each(abstract_state(models, mesh))) for models in (rag, split))
+        found.append(f"mesh.fsdp=true (parameters and optimiser state {after} instead of {before})")
+    if config.dtype == "float32":
+        found.append("dtype=bfloat16")
+    if not train.remat:
+        found.append("train.remat=true")
+    # of one micro-batch every device should have as few questions as can be, and at least one
+    parts = [
+        n for n in range(1, train.batch_size + 1) if train.batch_size % n == 0 and train.batch_size // n % data == 0
+    ]
+    if parts and train.accumulate not in parts:
+        found.append(
+            f"train.accumulate={parts[-1]} (now {data} devices share {train.batch_size // train.accumulate} questions)"
+        )
+    elif more := [n for n in parts if n > train.accumulate]:
+        found.append(f"train.accumulate={more[0]}")
+    elif train.k > 1:
+        found.append(f"train.k below {train.k}")
+    if train.backward_documents is None and config.model == "rag_sequence" and train.k > 1:
+        found.append("train.backward_documents=1")
+    if config.retriever.prior == "corpus" and config.index.dtype == "float32":
+        found.append("index.dtype=bfloat16")
+    return [*found, "smaller models"]

@@ -47,6 +47,8 @@ from ragjax.progress import progress_bar, terminal
 from ragjax.rag import Rag, TrainBatch, answer_tokens, open_rag, search, train_batch, widen
 from ragjax.step import (
     TrainState,
+    abstract_state,
+    check_fits,
     initial_state,
     make_nll,
     make_train_step,
@@ -81,8 +83,9 @@ def train(config: Config) -> Path:
     usable, usable_dev = _usable(rag, questions), _usable(rag, dev) if dev else None
     batches = QuestionBatches([len(a) for a in usable.answers], config.train.batch_size, config.seed)
     mesh = make_mesh(config.mesh.model)
-    check_batch(mesh, config.train.batch_size, "train.batch_size")
+    check_batch(mesh, config.train.batch_size // config.train.accumulate)
     split_frozen(rag.abstract_params(), config.train.freeze)
+    check_fits(rag, mesh, len(index))
     folder = start_experiment(rag, index)
 
     with ExitStack() as stack:
@@ -164,15 +167,14 @@ def _usable(rag: Rag, questions: Sequence[Question]) -> UsableAnswers:
 
 def _start(rag: Rag, checkpoints: Checkpoints, batches: QuestionBatches, index: Index, mesh: Mesh) -> TrainState:
     """The newest saved state, or step 0; restores the position in the data."""
-    abstract = jax.eval_shape(lambda params: initial_state(rag, params), rag.abstract_params())
-    shardings = state_shardings(rag, mesh, abstract)
     if whole := whole_on_every_device(rag, mesh):
         terminal.print(f"not split over mesh.model={mesh.shape['model']}: {', '.join(whole)}", soft_wrap=True)
-    like = _abstract(abstract, shardings)
+    like = abstract_state(rag, mesh)
     newest = checkpoints.newest(lambda step: (checkpoints.metadata(step), checkpoints.restore(step, like)))
     if newest is None:
         params = pretrained(rag, mesh)
         # moments are born where they will lie: no device ever holds the whole state
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
         return jax.jit(lambda params: initial_state(rag, params), out_shardings=shardings)(params)
     step, (metadata, state) = newest
     if metadata.get("index", index.version) != index.version:
@@ -183,10 +185,6 @@ def _start(rag: Rag, checkpoints: Checkpoints, batches: QuestionBatches, index: 
     batches.restore(metadata["data"])
     terminal.print(f"going on from step {step}")
     return state
-
-
-def _abstract(tree: Any, shardings: Any) -> Any:
-    return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree, shardings)
 
 
 def _assemble(
@@ -335,8 +333,7 @@ def restore_trained(rag: Rag, mesh: Mesh | None = None, step: int | None = None)
     if not folder.is_dir():
         return None
     check_same_models(rag.config)
-    shardings = state_shardings(rag, mesh or local_mesh(data=1), rag.abstract_params())
-    like = _abstract(rag.abstract_params(), shardings)
+    like = abstract_state(rag, mesh or local_mesh(data=1)).params
     with Checkpoints(folder, keep=rag.config.train.keep, writing=False) as checkpoints:
 
         def load(step: int) -> Any:

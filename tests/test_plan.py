@@ -4,30 +4,40 @@ from __future__ import annotations
 
 import gzip
 import json
+import subprocess
+import sys
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 from trained import refused
 from world import open_world, tiny_config
 
 from ragjax import plan
 from ragjax.cli import main
-from ragjax.config import Config, InputError, load_config
+from ragjax.config import Config, InputError, MeshConfig, dump_config, load_config
+from ragjax.cost import Cost, bytes_each, bytes_sent, size_text
 from ragjax.decode import pad_answers, propose, propose_together, read, score_tokens
+from ragjax.mesh import make_mesh
 from ragjax.models.generator import Memory, empty_past
 from ragjax.passages import STORE_FILES
-from ragjax.plan import SPECIAL, Row, abstract_batch, memory_plan, print_plan, size_text, step_temporaries, totals
-from ragjax.rag import open_rag, prompt_rows, train_batch
+from ragjax.plan import SPECIAL, Row, memory_plan, print_plan, totals
+from ragjax.rag import open_rag, prompt_rows
 from ragjax.random_checkpoint import write_random_checkpoint
-from ragjax.step import initial_state, make_train_step, split_frozen
+from ragjax.step import abstract_state, initial_state, split_frozen, state_shardings, trace_step
 
 CONFIGS = ("rag_sequence_nq", "rag_token_nq", "rag_sequence_t5")
-TEMPORARIES = plan._temporaries
+V5E_MEMORY = 15.75 * 2**30  # what XLA may use of its 16 GiB
+COST, TEMPORARIES = plan._cost, plan._Plan.temporaries
+RECOMPUTED, KEPT = "temporaries, activations recomputed", "temporaries, activations kept"
+NETWORK, FLOPS = "over the network, a step", "floating-point operations, a step"
+LOGITS = "logits of a step of the beam search"
 Capture = pytest.CaptureFixture[str]
 
 
@@ -35,8 +45,12 @@ def by_name(rows: list[Row]) -> dict[tuple[str, str, str], Row]:
     return {(row.command, row.what, row.place): row for row in rows}
 
 
-def sizes(config: Config) -> dict[tuple[str, str, str], int | None]:
-    return {name: row.size for name, row in by_name(memory_plan(config)).items()}
+def rows_of(config: Config, mesh: Mesh | None = None) -> dict[tuple[str, str, str], Row]:
+    return by_name(memory_plan(config, mesh).rows)
+
+
+def sizes(config: Config, mesh: Mesh | None = None) -> dict[tuple[str, str, str], int]:
+    return {name: int(row.size or 0) for name, row in rows_of(config, mesh).items()}
 
 
 def in_bytes(tree: Any) -> int:
@@ -54,13 +68,18 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiling takes the most time: only the tests of temporaries do."""
-    monkeypatch.setattr(plan, "_temporaries", lambda *_: 1)
+    """Tracing and compiling take the most time: only the tests of temporaries do. A step is a product of matrices."""
+    product = jax.jit(jnp.dot).trace(jnp.ones((8, 50)), jnp.ones((50, 100)))
+    monkeypatch.setattr(plan, "trace_step", lambda *_: product)
+    monkeypatch.setattr(plan, "_cost", lambda _: Cost(1, {"all-reduce": 2**21}))
+    monkeypatch.setattr(plan._Plan, "temporaries", lambda *_: 1)
 
 
 @pytest.fixture
 def compiled(uncompiled: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "_temporaries", TEMPORARIES)
+    monkeypatch.setattr(plan, "trace_step", trace_step)
+    monkeypatch.setattr(plan, "_cost", COST)
+    monkeypatch.setattr(plan._Plan, "temporaries", TEMPORARIES)
 
 
 # what is really taken
@@ -82,7 +101,7 @@ def test_parameters_and_state_are_those_of_real_arrays(world: Path) -> None:
 
 
 def test_embeddings_and_passages_are_the_files(world: Path) -> None:
-    planned, folder = by_name(memory_plan(tiny_config(world))), world / "index"
+    planned, folder = rows_of(tiny_config(world)), world / "index"
     embeddings = planned["index", "embeddings", "disk"]
     shard = folder / "shards" / "00000"
     assert embeddings.size == (shard / "embeddings.npy").stat().st_size - 128  # the header
@@ -93,35 +112,47 @@ def test_embeddings_and_passages_are_the_files(world: Path) -> None:
     assert not store.counted and not embeddings.counted
 
 
-def test_temporaries_are_those_of_the_real_step(compiled: None, world: Path) -> None:
-    config = tiny_config(world, retriever__question_tokens=24, generator__source_tokens=80, train__remat=False)
-    rag, index, store = open_world(config)
-    texts = [f"What is the capital of land {i}, and why?" for i in range(config.train.batch_size)]
-    batch = train_batch(rag, index, store, texts, ["x"] * len(texts), np.zeros((len(texts), config.train.k), np.int32))
-    batch = jax.tree.map(jnp.asarray, batch)
-    abstract = abstract_batch(config, 32)
-    chex.assert_trees_all_equal_shapes_and_dtypes(batch, abstract)
+@pytest.mark.parametrize("mesh", [MeshConfig(), MeshConfig(model=2, fsdp=True)])
+def test_on_several_devices_each_has_its_part(world: Path, mesh: MeshConfig) -> None:
+    config = replace(tiny_config(world), mesh=mesh)
+    rag, devices = open_rag(config), make_mesh(mesh.model)
     state = initial_state(rag, rag.initial_params())
-    analysis = make_train_step(rag).lower(state, batch, None).compile().memory_analysis()
-    assert analysis is not None
-    assert step_temporaries(rag, abstract) == analysis.temp_size_in_bytes > in_bytes(state.params)
-    assert analysis.alias_size_in_bytes >= in_bytes(state) - 64  # the new state lies where the old one did
+    placed = jax.device_put(state, state_shardings(rag, devices, state))
+    found = sizes(config, devices)
+
+    def on_the_first(tree: Any) -> int:
+        return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
+
+    for model in ("retriever", "generator"):
+        assert found["train", f"{model} parameters", "device"] == on_the_first(placed.params[model])
+        assert found["evaluate", f"{model} parameters", "device"] == 2 * on_the_first(placed.params[model])
+    assert found["train", "optimiser state", "device"] == on_the_first(placed.optimizer)
+    assert found["train", "checkpoints", "disk"] == 3 * in_bytes(state)  # whole
+    assert found["index", "passage encoder parameters", "device"] == in_bytes(state.params["retriever"])
+    assert found["train", NETWORK, "device"] == 2**21
+    whole = sizes(replace(config, mesh=MeshConfig()))
+    assert ("train", NETWORK, "device") not in whole
+    assert found["train", FLOPS, "devices"] == whole["train", FLOPS, "devices"] == 2 * 8 * 50 * 100
+    # 8 questions, 3 documents and 2 beams over 259 tokens: a device has 1 of them, with the axis `model` 2
+    assert whole["evaluate", LOGITS, "device"] == 8 * 3 * 2 * 259 * 4
+    assert found["evaluate", LOGITS, "device"] == mesh.model * 3 * 2 * 259 * 4
 
 
-def test_the_step_is_planned_at_its_widest(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled: list[tuple[Any, ...]] = []
-
-    def compile_nothing(*arguments: Any) -> int:
-        compiled.append(arguments)
-        return len(compiled)
-
-    monkeypatch.setattr(plan, "_temporaries", compile_nothing)
-    config = tiny_config(world, retriever__prior="corpus")
-    planned = sizes(config)["train", "temporaries of a step", "device"]
-    assert planned is not None
-    _, state, batch, corpus = compiled[planned - 1]
-    chex.assert_trees_all_equal_shapes_and_dtypes(batch, abstract_batch(config, 32))
-    assert state.step.shape == () and corpus == jax.ShapeDtypeStruct((30, 32), jnp.float32)
+def test_temporaries_and_network_are_those_of_the_compiled_step(
+    compiled: None, world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(world, mesh__fsdp=True, train__remat=False, train__k=1)
+    rag, mesh = open_rag(config), make_mesh(devices=jax.devices()[:2])
+    monkeypatch.setattr(plan._Plan, "temporaries", lambda *_: 1)  # evaluation is not the question here
+    found = sizes(config, mesh)
+    for remat, row in ((False, KEPT), (True, f"{RECOMPUTED} (train.remat=true)")):
+        told = replace(rag, config=replace(config, train=replace(config.train, remat=remat)))
+        step = trace_step(told, mesh, 30).lower().compile()
+        analysis = step.memory_analysis()
+        assert analysis is not None
+        assert found["train", row, "device"] == analysis.temp_size_in_bytes
+        if not remat:
+            assert found["train", NETWORK, "device"] == sum(bytes_sent(step.as_text() or "").values()) > 2**16
 
 
 def test_the_documents_memory_is_that_of_real_prompts(world: Path) -> None:
@@ -140,7 +171,7 @@ def test_the_documents_memory_is_that_of_real_prompts(world: Path) -> None:
 def test_temporaries_of_answering_are_compiled(
     compiled: None, world: Path, monkeypatch: pytest.MonkeyPatch, model: str
 ) -> None:
-    monkeypatch.setattr(plan, "step_temporaries", lambda *_: 1)
+    monkeypatch.setattr(plan, "trace_step", lambda *_: jax.jit(jnp.sin).trace(1.0))  # not the question here
     config = tiny_config(world, model=model, evaluate__batch_size=1, decode__beams=1)
     rag, planned = open_rag(config), sizes(config)
     graph, params, settings = rag.generator.graph, rag.initial_params()["generator"], config.decode
@@ -163,9 +194,9 @@ def test_temporaries_of_answering_are_compiled(
         return score_tokens(graph, params, Memory(*leaves), answers, lengths)
 
     most = max(
-        TEMPORARIES(read, graph, params, *source),
-        TEMPORARIES(search, params, prior, *leaves),
-        TEMPORARIES(score, params, answers, lengths, *leaves),
+        COST(read.lower(graph, params, *source)).temporaries,
+        COST(search.lower(params, prior, *leaves)).temporaries,
+        COST(score.lower(params, answers, lengths, *leaves)).temporaries,
     )
     assert planned["evaluate", "temporaries of answering", "device"] == pytest.approx(most, rel=0.02)
     assert planned["index", "temporaries of embedding", "device"]
@@ -179,7 +210,7 @@ def test_every_family_and_a_folder_with_config_json_alone(
     config = tiny_config(world, generator__source=f"random:{family}", retriever__source=str(tmp_path / "bert"))
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert" / "config.json").write_bytes((world / "retriever" / "config.json").read_bytes())
-    assert all(row.size for row in memory_plan(config))
+    assert all(row.size for row in memory_plan(config).rows)
 
 
 # how many passages there are
@@ -188,7 +219,7 @@ def test_every_family_and_a_folder_with_config_json_alone(
 def test_passages_are_counted_by_the_index_the_limit_or_the_lines(world: Path, tmp_path: Path) -> None:
     def embeddings(**overrides: object) -> Row:
         config = tiny_config(world, **({"index__folder": str(tmp_path / "none")} | overrides))
-        return by_name(memory_plan(config))["index", "embeddings", "disk"]
+        return rows_of(config)["index", "embeddings", "disk"]
 
     by_index = embeddings(index__folder=str(world / "index"), corpus__limit=7)
     assert (by_index.size, by_index.how[:11]) == (30 * 128, "30 passages")
@@ -215,9 +246,7 @@ def test_a_faiss_structure_is_held_by_the_host(world: Path, tmp_path: Path) -> N
     planned = sizes(tiny_config(world, index__kind="Flat", index__folder=str(tmp_path / "none")))
     for command, place in (("index", "disk"), ("index", "host"), ("train", "host"), ("evaluate", "host")):
         assert planned[command, "FAISS structure Flat", place] == 30 * 128
-    rare = by_name(memory_plan(tiny_config(world, index__kind="IDMap,Flat")))[
-        "train", "FAISS structure IDMap,Flat", "host"
-    ]
+    rare = rows_of(tiny_config(world, index__kind="IDMap,Flat"))["train", "FAISS structure IDMap,Flat", "host"]
     assert rare.size is None and "measured only when it is built" in rare.how
 
 
@@ -225,15 +254,18 @@ def test_a_faiss_structure_is_held_by_the_host(world: Path, tmp_path: Path) -> N
 
 
 def test_an_unreachable_model_leaves_the_other_rows(no_hub: None, world: Path) -> None:
-    rows = by_name(memory_plan(tiny_config(world, generator__source="hf:org/bart@main")))
+    rows = rows_of(tiny_config(world, generator__source="hf:org/bart@main"))
     unknown = {name[1] for name, row in rows.items() if row.size is None}
     assert unknown == {
         "generator parameters",
         "optimiser state",
         "gradients",
-        "temporaries of a step",
+        RECOMPUTED,
+        f"{KEPT} (train.remat=false)",
+        FLOPS,
         "checkpoints",
         "documents' keys and values",
+        LOGITS,
         "temporaries of answering",
     }
     why = rows["train", "generator parameters", "device"].how
@@ -256,6 +288,68 @@ def test_settings_that_do_not_go_together(
     assert message in refused(capsys, tmp_path, "plan", str(world / "config.yaml"), override)
 
 
+# which devices
+
+
+def test_devices_and_memory_are_given(capsys: Capture, world: Path) -> None:
+    command = "plan", str(world / "config.yaml"), "--json", "--devices", "4", "--memory", "0.25", "--peak", "0.5"
+    assert main(command) == 0
+    told = json.loads(capsys.readouterr().out)
+    rows = {(row["command"], row["what"]): row for row in told["rows"]}
+    flops, seconds = rows["train", FLOPS], rows["train", "time of a step, at least"]
+    assert (flops["unit"], seconds["unit"]) == ("FLOP", "seconds")
+    assert seconds["size"] == flops["size"] / (4 * 0.5e12)
+    assert {t["has"] for t in told["totals"] if t["place"] == "device"} == {2**28}
+    assert "2 questions, 3 documents" in rows["train", RECOMPUTED]["how"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--devices", "3"], "8 questions cannot be split over 3 devices"),
+        (["--devices", "8", "mesh.model=3"], "mesh.model=3 does not divide the 8 devices; choose one of 1, 2, 4, 8"),
+        (["--devices", "9"], "--devices 9: this machine can play 8 devices"),
+    ],
+)
+def test_devices_that_cannot_be(capsys: Capture, tmp_path: Path, world: Path, options: list[str], message: str) -> None:
+    assert message in refused(capsys, tmp_path, "plan", str(world / "config.yaml"), *options)
+
+
+def test_numbers_above_zero(capsys: Capture, world: Path) -> None:
+    for option, kind in (("--devices", "int"), ("--memory", "float"), ("--peak", "float")):
+        with pytest.raises(SystemExit, match="2"):
+            main(["plan", str(world / "config.yaml"), option, "0"])
+        assert f"argument {option}: invalid {kind} above 0 value: '0'" in capsys.readouterr().err
+
+
+def test_a_cpu_plays_any_number_of_devices(world: Path, tmp_path: Path) -> None:
+    """In a process of its own, as the command line does: JAX must not have started."""
+    (tmp_path / "config.json").write_text('{"model_type": "roberta"}')  # unknown, so nothing is compiled
+    config = tiny_config(world, retriever__source=str(tmp_path), generator__source=str(tmp_path), train__batch_size=48)
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    command = [sys.executable, "-m", "ragjax", "plan", str(tmp_path / "config.yaml"), "--devices", "48"]
+    ended = subprocess.run([*command, "mesh.model=5"], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert "mesh.model=5 does not divide the 48 devices" in ended.stderr
+    ended = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
+    assert {t["has"] for t in json.loads(ended.stdout)["totals"] if t["place"] == "device"} == {None}
+
+
+def test_a_topology_needs_the_compiler(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, world: Path
+) -> None:
+    def absent(*_: object) -> None:
+        raise RuntimeError("JAX TPU support not installed\nmore")
+
+    monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", absent)
+    for variable in plan.NO_TPU:
+        monkeypatch.setenv(variable, "")  # restores them afterwards
+    command = "plan", str(world / "config.yaml"), "--topology", "v5e:2x4"
+    for there, message in ((None, "needs an extra: pip install 'ragjax[tpu]'"), (1, "JAX TPU support not installed; ")):
+        monkeypatch.setattr("importlib.util.find_spec", lambda name, there=there: there)
+        assert f"--topology v5e:2x4{': ' if there else ' '}{message}" in refused(capsys, tmp_path, *command)
+
+
 # what is printed
 
 
@@ -268,21 +362,44 @@ def test_totals_and_what_fits() -> None:
         Row("train", "structure", "host", 20, ""),
         Row("train", "checkpoints", "disk", None, "unknown"),
     ]
-    summed = {(t.command, t.place): t for t in totals(rows, {"disk": 99, "host": 50, "device": None})}
+    summed = {(t.command, t.place): t for t in totals(rows, {"disk": 99, "host": 50})}
     assert {name: (t.size, t.complete, t.fits) for name, t in summed.items()} == {
         ("index", "host"): (10, True, True),
         ("train", "host"): (50, True, True),  # a CPU is the host
         ("all", "disk"): (100, False, False),
     }
-    [unsure] = [t for t in totals(rows, {"disk": 101, "host": 1, "device": 1}) if t.place == "disk"]
-    assert unsure.fits is None
+    summed = {(t.command, t.place): t for t in totals(rows, {"disk": 101, "host": 19, "device": 29})}
+    assert {name: (t.size, t.fits) for name, t in summed.items()} == {
+        ("index", "host"): (10, True),
+        ("train", "device"): (30, False),
+        ("train", "host"): (20, False),
+        ("all", "disk"): (100, None),
+    }
 
 
-def test_the_table_says_what_does_not_fit(capsys: Capture, world: Path) -> None:
-    print_plan(memory_plan(tiny_config(world)), {"disk": 1, "host": 2**40, "device": None}, as_json=False)
+def test_the_table_says_what_does_not_fit_and_what_would_help(capsys: Capture, world: Path) -> None:
+    config = tiny_config(world, train__accumulate=2, evaluate__batch_size=16)
+    told = memory_plan(config, make_mesh(1, jax.devices()[:2]), peak=1.0)
+    print_plan(told, {"disk": 1, "host": 2**40, "device": 1000}, as_json=False)
     out = capsys.readouterr().out
-    assert "this machine has 1,024.00 GiB: fits" in out and "DOES NOT FIT" in out
+    assert "this machine has 1,024.00 GiB: fits" in out and "each has 1.0 KiB: DOES NOT FIT" in out
+    advice = out[out.index("what would help to train") :]
+    state = abstract_state(open_rag(config), make_mesh(1, jax.devices()[:2]))
+    split = abstract_state(open_rag(replace(config, mesh=MeshConfig(fsdp=True))), make_mesh(1, jax.devices()[:2]))
+    saved = f"{size_text(bytes_each(split))} instead of {size_text(bytes_each(state))}"
+    for setting in ("index.kind=HNSW32", f"optimiser state {saved}", "dtype=bfloat16", "train.accumulate=4;"):
+        assert setting in advice
+    assert "train.remat" not in advice
+    assert "what would help to evaluate: " in advice and "evaluate.batch_size=2;" in advice
+    print_plan(told, {"disk": 1, "host": 2**40, "device": 2**40}, as_json=False)
+    assert "what would help" not in capsys.readouterr().out
     assert [size_text(size) for size in (512, 3 * 2**20, 2**31)] == ["0.5 KiB", "3.00 MiB", "2.00 GiB"]
+    assert [plan.flops_text(n) for n in (5e5, 2e9, 3.5e12, 1.25e15)] == [
+        "0.5 MFLOP",
+        "2.00 GFLOP",
+        "3.50 TFLOP",
+        "1.25 PFLOP",
+    ]
 
 
 def test_json(capsys: Capture, world: Path) -> None:
@@ -293,7 +410,7 @@ def test_json(capsys: Capture, world: Path) -> None:
         *((command, "host") for command in ("index", "train", "evaluate")),
         ("all", "disk"),
     }
-    assert all(t["fits"] is True for t in told["totals"])
+    assert all(t["fits"] is True for t in told["totals"]) and told["advice"] == {}
 
 
 # the configurations of the paper
@@ -340,13 +457,14 @@ def test_questions_are_looked_for_before_models(capsys: Capture, no_hub: None, t
 
 def test_a_model_of_another_family_is_unknown(world: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "roberta"}')
-    rows = by_name(memory_plan(tiny_config(world, retriever__source=str(tmp_path))))
+    rows = rows_of(tiny_config(world, retriever__source=str(tmp_path)))
     assert "model_type 'roberta' is not bert or dpr" in rows["train", "retriever parameters", "device"].how
     with pytest.raises(InputError, match="no such configuration"):
         load_config(tmp_path / "none.yaml")
 
 
-def test_hugging_face_reads_more_documents_twice(compiled: None, world: Path, tmp_path: Path) -> None:
+def test_hugging_face_reads_more_documents_twice(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan._Plan, "temporaries", TEMPORARIES)
     write_random_checkpoint("bart", tmp_path / "bart")
     found = {}
     for hf_compatible in (False, True):
@@ -357,3 +475,64 @@ def test_hugging_face_reads_more_documents_twice(compiled: None, world: Path, tm
     assert found[True] == pytest.approx(6 * found[False], rel=1e-3)
     with pytest.raises(InputError, match="hf_compatible=true needs BART or T5"):
         memory_plan(tiny_config(world, hf_compatible=True))
+
+
+# a TPU that is not there
+
+PAPERS_MODELS = {
+    "dpr": {"model_type": "dpr", "vocab_size": 30522, "hidden_size": 768, "num_hidden_layers": 12}
+    | {"num_attention_heads": 12, "intermediate_size": 3072, "max_position_embeddings": 512, "type_vocab_size": 2}
+    | {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "projection_dim": 0},
+    "bart": {"model_type": "bart", "vocab_size": 50265, "d_model": 1024, "max_position_embeddings": 1024}
+    | {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("layers", 12), ("ffn_dim", 4096))}
+    | {"encoder_attention_heads": 16, "decoder_attention_heads": 16, "activation_function": "gelu"}
+    | {"scale_embedding": False, "decoder_start_token_id": 2, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1},
+}
+ON_A_TPU = """
+import json, sys
+import jax
+from ragjax.config import load_config
+from ragjax.cost import bytes_each, bytes_sent
+from ragjax.plan import _Plan, planned_mesh
+from ragjax.step import abstract_state, trace_step
+config = load_config(sys.argv[1], sys.argv[2:])
+mesh = planned_mesh(config, None, "v5e:2x4")
+models = _Plan(config, mesh, None).models()
+state = abstract_state(models, mesh)
+compiled = trace_step(models, mesh, 1).lower().compile()
+memory, ((placed, *_), _) = compiled.memory_analysis(), compiled.input_shardings
+same = jax.tree.map(lambda leaf, at: leaf.sharding.is_equivalent_to(at, len(leaf.shape)), state, placed)
+print(json.dumps({
+    "kind": mesh.devices.flat[0].device_kind,
+    "platform": jax.default_backend(),
+    "state": bytes_each(state),
+    "as_asked": all(jax.tree.leaves(same)),
+    "arguments": memory.argument_size_in_bytes,
+    "kept": memory.alias_size_in_bytes,
+    "needs": memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    + memory.output_size_in_bytes - memory.alias_size_in_bytes,
+    "sent": bytes_sent(compiled.as_text()),
+}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("libtpu") is None, reason="needs the TPU's compiler: pip install 'ragjax[tpu]'")
+def test_the_papers_step_fits_a_tpu_that_is_not_there(tmp_path: Path) -> None:
+    """Compiled for eight TPU v5e, at the paper's size; XLA says what a device needs and where its arguments lie."""
+    for name, shape in PAPERS_MODELS.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(shape))
+    models = [f"retriever.source={tmp_path}/dpr", f"retriever.passage_source={tmp_path}/dpr"]
+    settings = [*models, f"generator.source={tmp_path}/bart", "mesh.fsdp=true"]
+    config = str(Path(__file__).parents[1] / "configs" / "rag_sequence_nq.yaml")
+    command = [sys.executable, "-c", ON_A_TPU, config, *settings]
+    told = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert (told["kind"], told["platform"]) == ("TPU v5 lite", "cpu")
+    assert told["as_asked"]
+    whole = 3 * 4 * (108_891_648 + 406_341_721)  # parameters and two moments
+    assert told["state"] == pytest.approx(whole / 8, rel=0.001)
+    assert told["arguments"] == pytest.approx(told["state"], rel=0.01)  # TPUs pad some arrays
+    assert told["kept"] == pytest.approx(told["state"], rel=0.01)  # the new state lies where the old one did
+    assert told["needs"] < V5E_MEMORY
+    assert sum(told["sent"].values()) > whole / 3  # the parameters, at least, and their gradients

@@ -18,19 +18,24 @@ from flax import nnx
 from world import open_world, tiny_config
 
 from ragjax.config import InputError, MeshConfig, Train
+from ragjax.cost import Cost, NotCompiled, bytes_each, size_text
 from ragjax.mesh import make_mesh, place, replicated, shard_batch
 from ragjax.models.generator import answer_hidden
 from ragjax.models.layers import Params
 from ragjax.passages import read_questions
-from ragjax.rag import Rag, TrainBatch, answer_nll, joint_logp, loss, retrieve, train_batch
+from ragjax.rag import Rag, TrainBatch, answer_nll, joint_logp, loss, open_rag, retrieve, train_batch
 from ragjax.step import (
     TrainState,
+    abstract_batch,
+    abstract_state,
+    check_fits,
     gradients,
     initial_state,
     make_optimizer,
     make_train_step,
     split_frozen,
     state_shardings,
+    trace_step,
     whole_on_every_device,
 )
 
@@ -501,3 +506,71 @@ def test_weight_decay_acts_on_matrices_only() -> None:
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
     expected = {path: jnp.full(2, -0.05 if path[-1] in ("kernel", "embedding") else 0.0) for path in params}
     chex.assert_trees_all_close(updates, expected, rtol=1e-6)
+
+
+# before a run
+
+
+@pytest.mark.parametrize(("prior", "mesh"), [("top_k", MeshConfig(fsdp=True)), ("corpus", MeshConfig(model=2))])
+def test_the_abstract_step_is_the_real_one(world: Path, prior: str, mesh: MeshConfig) -> None:
+    """Word for word the same program, where a batch is as wide as can be."""
+    config = tiny_config(world, retriever__question_tokens=24, generator__source_tokens=80, retriever__prior=prior)
+    config = replace(config, mesh=mesh)
+    rag, index, store = open_world(config)
+    texts = [f"What is the capital of land {i}, and why?" for i in range(config.train.batch_size)]
+    batch = train_batch(rag, index, store, texts, ["x"] * len(texts), np.zeros((len(texts), config.train.k), np.int32))
+    chex.assert_trees_all_equal_shapes_and_dtypes(batch, abstract_batch(config, 32))
+    devices = make_mesh(mesh.model)
+    state = initial_state(rag, rag.initial_params())
+    shardings = state_shardings(rag, devices, state)
+    state, corpus = jax.device_put(state, shardings), place(index.on_device, replicated(devices))
+    given = state, shard_batch(devices, batch, len(texts)), corpus if prior == "corpus" else None
+    real = make_train_step(rag, shardings).lower(*given)
+    abstract = trace_step(rag, devices, len(index)).lower()
+    assert abstract.as_text() == real.as_text()
+    assert bytes_each(abstract_state(rag, devices)) == bytes_each(state)
+
+
+def test_a_step_that_cannot_be_split_is_refused_as_in_training(world: Path) -> None:
+    rag = open_rag(tiny_config(world, train__batch_size=12))
+    with pytest.raises(InputError, match="12 questions cannot be split over 8 devices"):
+        trace_step(rag, make_mesh(), 30)
+
+
+def test_what_does_not_fit_is_refused_with_advice(world: Path) -> None:
+    rag, mesh = open_rag(tiny_config(world, train__remat=False)), make_mesh()
+    analysis = trace_step(rag, mesh, 30).lower().compile().memory_analysis()
+    assert analysis is not None
+    need = bytes_each(abstract_state(rag, mesh)) + analysis.temp_size_in_bytes + 30 * 32 * 4
+    check_fits(rag, mesh, 30, limit=need)
+    with pytest.raises(InputError, match="training does not fit") as refused:
+        check_fits(rag, mesh, 30, limit=need - 1)
+    message = str(refused.value)
+    assert f"it needs {size_text(need)} of a device" in message and "embeddings of the exact search 3.8 KiB" in message
+    for setting in ("index.kind=HNSW32", "mesh.fsdp=true", "dtype=bfloat16", "train.remat=true", "train.k below 3"):
+        assert setting in message
+
+
+def test_what_the_compiler_refuses_does_not_fit(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rag, mesh = open_rag(tiny_config(world)), make_mesh()
+
+    def refuse(_: object) -> Cost:
+        raise NotCompiled("XLA cannot compile it")
+
+    monkeypatch.setattr("ragjax.step.compiled_cost", refuse)
+    check_fits(rag, mesh, 30, limit=1)  # unknown: nothing is refused
+    monkeypatch.setattr("ragjax.step.compiled_cost", lambda _: Cost(2**34, None))
+    with pytest.raises(InputError, match=r"temporaries 16\.00 GiB"):
+        check_fits(rag, mesh, 30, limit=2**30)
+
+
+def test_on_a_cpu_the_state_alone_must_fit(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rag, mesh = open_rag(tiny_config(world, mesh__fsdp=True)), make_mesh()
+    need = 8 * bytes_each(abstract_state(rag, mesh))
+    machine = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": need}
+    monkeypatch.setattr("os.sysconf", machine.__getitem__)
+    monkeypatch.setattr("ragjax.step.trace_step", lambda *_: pytest.fail("nothing is compiled"))
+    check_fits(rag, mesh, 30)
+    machine["SC_PHYS_PAGES"] -= 1
+    with pytest.raises(InputError, match=r"and this machine has .*; use smaller models or train.freeze"):
+        check_fits(rag, mesh, 30)
