@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx, struct
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, use_abstract_mesh
 from jaxtyping import Array, Float, Key
 
 from ragjax.config import Config, InputError, Train
@@ -176,7 +177,8 @@ def make_train_step(rag: Models, shardings: Any = None) -> jax.stages.Wrapped:
         state: TrainState, batch: TrainBatch, corpus: Float[Array, "N D"] | None = None
     ) -> tuple[TrainState, dict[str, Any]]:
         key = jax.random.fold_in(state.key, state.step)
-        grads, metrics = gradients(rag, state.params, batch, key, corpus)
+        with nullcontext() if shardings is None else use_abstract_mesh(shardings.step.mesh.abstract_mesh):
+            grads, metrics = gradients(rag, state.params, batch, key, corpus)
         for part in ("retriever", "generator"):
             of_part = [leaf for path, leaf in grads.items() if path[0] == part]
             metrics[f"gradient_norm_{part}"] = optax.tree.norm(of_part)

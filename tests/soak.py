@@ -123,7 +123,7 @@ class Soak:
     def some_time(self, run: Path) -> Callable[[], bool]:
         """After some steps more and a moment, or by the clock; an index has no steps."""
         log, more, moment = run / "train.jsonl", self.random.randint(1, 6), self.random.uniform(0.0, 0.3)
-        limit = time.monotonic() + self.random.uniform(0.0, self.takes["index"])
+        limit = time.monotonic() + self.random.uniform(0.0, 0.8 * self.takes["index"])
         if not (run / "index" / MANIFEST).exists() or self.random.random() < 0.3:
             return lambda: time.monotonic() > limit
         first = lines(log)
@@ -243,6 +243,7 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and their children
     folder = Path(tempfile.mkdtemp(prefix="soak-"))
     begun = time.monotonic()
     summary = soak(folder, options.kills, options.seed, options.processes, options.steps)

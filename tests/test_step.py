@@ -18,7 +18,7 @@ from flax import nnx
 from world import open_world, tiny_config
 
 from ragjax.config import InputError, MeshConfig, Train
-from ragjax.cost import Cost, NotCompiled, bytes_each, size_text
+from ragjax.cost import Cost, NotCompiled, bytes_each, compiled_cost, size_text
 from ragjax.mesh import make_mesh, place, replicated, shard_batch
 from ragjax.models.generator import answer_hidden
 from ragjax.models.layers import Params
@@ -529,6 +529,16 @@ def test_the_abstract_step_is_the_real_one(world: Path, prior: str, mesh: MeshCo
     abstract = trace_step(rag, devices, len(index)).lower()
     assert abstract.as_text() == real.as_text()
     assert bytes_each(abstract_state(rag, devices)) == bytes_each(state)
+
+
+def test_fsdp_sends_parameters_and_gradients_not_activations(world: Path) -> None:
+    """Twice gathered, going forward and backward, and once summed: at most 2 + 2 times their bytes, and a little."""
+    rag, mesh = open_rag(tiny_config(world, mesh__fsdp=True, train__batch_size=64)), make_mesh()
+    sent = compiled_cost(trace_step(rag, mesh, 30).lower()).sent
+    assert sent is not None
+    parameters = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(rag.abstract_params()))
+    activations = 64 * rag.config.train.k * rag.config.generator.source_tokens * 32 * 4
+    assert 1.5 * parameters < sum(sent.values()) < 4.5 * parameters < activations / 2, "of one layer alone"
 
 
 def test_a_step_that_cannot_be_split_is_refused_as_in_training(world: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
 Params = dict[str, Any]  # a nested dict of arrays, as `nnx.to_pure_dict` gives it
@@ -35,9 +36,32 @@ def scan_layers(layers: nnx.Module, step: Callable, carry: Any, xs: Any = None, 
 
     def body(carry: Any, inputs: tuple[Any, Any]) -> tuple[Any, Any]:
         layer_params, x = inputs
-        return step(nnx.merge(graph, layer_params), carry, x)
+        carry, y = step(nnx.merge(graph, layer_params), carry, x)
+        return split_by_rows(carry), y
 
-    return jax.lax.scan(jax.checkpoint(body) if remat else body, carry, (params, xs))
+    return jax.lax.scan(jax.checkpoint(body) if remat else body, split_by_rows(carry), (params, xs))
+
+
+def split_by_rows(activations: Any) -> Any:
+    """Keeps the leading axis of activations over the mesh's axis `data`, inside `use_abstract_mesh`; else the identity.
+
+    Left alone, XLA would follow parameters that lie over `data` (FSDP): split widths, and compute every row everywhere.
+    """
+    if AxisType.Auto not in jax.sharding.get_abstract_mesh().axis_types:
+        return activations
+
+    def rows(x: Array) -> Array:
+        free = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
+        return jax.lax.with_sharding_constraint(x, PartitionSpec("data", *free))
+
+    return jax.tree.map(rows, activations)
+
+
+def gather(parameter: Array) -> Array:
+    """Whole on every device, where `split_by_rows` splits; else the identity."""
+    if AxisType.Auto not in jax.sharding.get_abstract_mesh().axis_types:
+        return parameter
+    return jax.lax.with_sharding_constraint(parameter, PartitionSpec())
 
 
 def split_parameters(module: nnx.Module) -> tuple[nnx.GraphDef, Params]:
@@ -141,7 +165,7 @@ def token_logp(
     rows, vocabulary = targets.size, head.shape[0]
     block = min(vocabulary, max(1024, LOGIT_BUDGET // max(1, rows)))
     flat, goal = hidden.reshape(rows, -1), targets.reshape(rows)
-    head = head.astype(hidden.dtype)
+    head = gather(head.astype(hidden.dtype))  # once, not for every block
 
     @jax.checkpoint
     def visit(carry: tuple[Array, ...], number: Array) -> tuple[tuple[Array, ...], None]:
