@@ -12,7 +12,7 @@ PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q
 # glibc puts large arrays on huge pages: less time goes into page faults.
 quickstart bench: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: quickstart test test-slow test-torch test-tpu lint bench clean
+.PHONY: quickstart test test-slow test-torch test-tpu soak lint bench clean
 
 quickstart: $(VENV)/dev
 	$(BIN)/ragjax index configs/factbook.yaml
@@ -21,7 +21,7 @@ quickstart: $(VENV)/dev
 	$(BIN)/ragjax answer configs/factbook.yaml "What is the capital of France?"
 
 test: $(VENV)/dev
-	$(PYTEST) -n 2 --dist loadfile
+	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/dev
 	$(PYTEST) -m slow
@@ -30,9 +30,15 @@ test-torch: $(VENV)/dev
 	$(PIP) -e '.[dev,torch]'
 	$(PYTEST) -n 2 tests/test_hf_live.py
 
-test-tpu: $(VENV)/dev
-	$(PIP) -e '.[dev,tpu]'
-	$(PYTEST) -m slow tests/test_plan.py
+# in an environment of its own: where the TPU's library is, JAX looks for a TPU
+test-tpu:
+	@$(PYTHON) -m venv $(VENV)-tpu
+	@$(VENV)-tpu/bin/python -m pip install -q --disable-pip-version-check -e '.[dev,tpu]'
+	JAX_PLATFORMS=cpu $(VENV)-tpu/bin/python -m pytest -q -m slow tests/test_plan.py
+
+soak: $(VENV)/dev
+	$(BIN)/python tests/soak.py --kills 120
+	$(BIN)/python tests/soak.py --kills 40 --processes 2
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

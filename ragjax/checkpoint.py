@@ -198,17 +198,25 @@ class Checkpoints:
         return self.folder / str(step)
 
     def _unreadable(self, step: int, error: Exception) -> InputError:
+        _raise_unless_of_storage(error)
         if not self._path(step).exists():
             there = ", ".join(str(c.step) for c in self._checkpointer.checkpoints) or "none"
             return InputError(f"{self._path(step)}: there is no such checkpoint; the steps saved are: {there}")
         return DamagedCheckpoint(f"{self._path(step)}: the checkpoint is incomplete or damaged ({_first_line(error)})")
 
     def _unwritable(self, step: int, error: Exception) -> InputError:
+        _raise_unless_of_storage(error)
         self._open()  # Orbax would report the same failure for ever
         return InputError(
             f"{self._path(step)}: the checkpoint could not be written ({_first_line(error)}); is the disk full? "
             "Make room, or lower train.keep, and run the same command again: it resumes"
         )
+
+
+def _raise_unless_of_storage(error: Exception) -> None:
+    """Raises what JAX itself reports: a process that is gone, a device without memory."""
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        raise error
 
 
 def _loss(metrics: Any) -> float:

@@ -30,12 +30,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run_as_one_of_many(options: argparse.Namespace) -> int:
     """As `_run`; an error ends the process at once, since JAX's own end waits for others that wait for this one."""
+    import jax
+
     from ragjax.mesh import join_processes
 
     try:
         join_processes(stop_together=options.command == "train")
-        import jax
-
         if jax.process_count() > 1:
             options.name = f"ragjax (process {jax.process_index()} of {jax.process_count()})"
         code = _run(options)
@@ -43,17 +43,17 @@ def _run_as_one_of_many(options: argparse.Namespace) -> int:
         print(f"ragjax: {error}", file=sys.stderr)
         code = 2
     except Exception as error:
-        code = 1
-        if "JaxRuntimeError" in type(error).__name__ or "barrier" in str(error).lower():
-            code = 75
+        lost = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error)
+        code = 75 if lost else 1
+        if lost:
             print(
-                f"{options.name}: lost another process ({str(error).splitlines()[0]}); what it said itself tells why. "
+                f"{options.name}: lost another process ({str(error).splitlines()[0][:200]}); it may have said why. "
                 "Start the same command again in all processes: it goes on",
                 file=sys.stderr,
             )
         else:
             traceback.print_exc()
-    if code in (0, 130, 143):
+    if code == 0 or options.together:
         return code
     sys.stdout.flush()
     sys.stderr.flush()
@@ -99,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         )
         if config:
             sub.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/factbook.yaml")
-        sub.set_defaults(run=run, name="ragjax")
+        sub.set_defaults(run=run, name="ragjax", together=False)
         return sub
 
     def overrides(sub: argparse.ArgumentParser) -> None:
@@ -220,6 +220,7 @@ def _train(options: argparse.Namespace) -> int:
     try:
         _tell(f"run: {train(_load(options))}")
     except Interrupted as stop:
+        options.together = True
         print(f"{options.name}: {stop}", file=sys.stderr)
         return stop.code
     return 0

@@ -46,7 +46,8 @@ def evaluate(config: Config) -> dict[str, Any]:
     rag, index, store = open_world(config)
     check_k(most_documents(config), len(index))
     asked_from = Path(getattr(config.questions, config.evaluate.split))
-    mesh, folder = local_mesh(config.mesh.model), Path(config.output)
+    # more devices than questions in a batch would only repeat some
+    mesh, folder = local_mesh(config.mesh.model, data=config.evaluate.batch_size), Path(config.output)
     trained = restore_trained(rag, mesh)
     on_first(lambda: make_folder(folder))
     report: dict[str, Any] = {

@@ -111,17 +111,17 @@ def train(config: Config) -> Path:
                 _check_finite(step, metrics, [questions[usable.questions[i]].id for i in chosen.questions])
                 seconds = time.perf_counter() - started
                 rates = {"examples_per_second": len(batch.row) / seconds, "tokens_per_second": tokens / seconds}
+                log(step + 1, metrics | rates)
                 advance(1, f"loss {metrics['loss']:.3f}  recall@{config.train.k} {metrics['recall']:.2f}")
                 last, stop, minutes = step + 1 == config.train.steps, stopping(step + 1), config.train.save_minutes
                 due = minutes is not None and first_says(time.monotonic() - saved >= 60 * minutes)
-                saving, of_dev = last or stop or due or (step + 1) % config.train.save_every == 0, {}
-                if saving and not stop and usable_dev:  # what is taken away has no time for this
-                    loss = _dev_loss(rag, nll_fn, state, index, store, dev, usable_dev, corpus, mesh)
-                    of_dev = {"dev_loss": loss}
-                log(step + 1, metrics | rates | of_dev)
-                if saving:
+                if last or stop or due or (step + 1) % config.train.save_every == 0:
+                    dev_loss = None
+                    if usable_dev and not stop:  # what is taken away has no time for this
+                        dev_loss = _dev_loss(rag, nll_fn, state, index, store, dev, usable_dev, corpus, mesh)
+                        log(step + 1, {"dev_loss": dev_loss})
                     about = {"data": batches.state(), "index": index.version, "config": dataclasses.asdict(config)}
-                    checkpoints.save(step + 1, state, about, of_dev.get("dev_loss"))
+                    checkpoints.save(step + 1, state, about, dev_loss)
                     saved = time.monotonic()
                 if stop and not last:
                     checkpoints.wait()

@@ -30,3 +30,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def run(world: Path) -> Path:
     return trained_run(world)
+
+
+LONGEST = ["test_processes", "test_encoder_decoders", "test_step", "test_train", "test_plan", "test_soak"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Two workers end together if the longest files are not the last ones."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))

@@ -27,7 +27,7 @@ index: {{folder: {world}/index, batch_size: 16}}
 generator: {{source: {world}/generator, source_tokens: 128, answer_tokens: 12}}
 train: {{steps: 30, batch_size: 8, k: 3, retriever_lr: 1e-3, generator_lr: 1e-3}}
 decode: {{k: 3, beams: 2, max_new_tokens: 6}}
-evaluate: {{batch_size: 8}}
+evaluate: {{batch_size: 2}}
 """
 
 
