@@ -91,8 +91,8 @@ class Soak:
             before = len(logged(run))
             faults = [self.kill, self.kill, self.stop, self.kill_in_a_save if command == "train" else self.kill]
             fault = self.random.choice(faults)
-            if command == "train" and self.random.random() < 0.1:
-                self.fill_the_disk()
+            if command == "train" and self.random.random() < 0.12:
+                self.random.choice([self.fill_the_disk, self.fill_the_disk, self.refuse_to_write])()
                 continue
             processes = self.begin(command, "disturbed")
             kind = fault(processes, run)
@@ -177,6 +177,20 @@ class Soak:
         self.summary.kills["train: no room on the disk"] += 1
         if process.returncode != 2 or "Traceback" in err:
             self.summary.differences.append(f"full disk: ended with {process.returncode}: {err[-400:]}")
+
+    def refuse_to_write(self) -> None:
+        """An output that cannot be written is refused in one line."""
+        command = [
+            *RAGJAX,
+            "train",
+            str(self.world / "config.yaml"),
+            "output=/proc/ragjax",
+            f"index.folder={self.world.parent}/whole/index",
+        ]
+        done = subprocess.run(command, env=environment(self.world, 1), capture_output=True, text=True)
+        self.summary.kills["train: an output that cannot be written"] += 1
+        if done.returncode != 2 or "/proc/ragjax: cannot be created" not in done.stderr:
+            self.summary.differences.append(f"/proc/ragjax: ended with {done.returncode}: {done.stderr[-400:]}")
 
     def compare_index(self) -> None:
         ours, theirs = (files(self.world.parent / run / "index") for run in ("disturbed", "whole"))

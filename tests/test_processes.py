@@ -95,6 +95,19 @@ def test_a_machine_of_two_is_taken_away_and_one_goes_on(world: Path, reference: 
     assert_same(tmp_path, reference)
 
 
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_passed_over_by_all(world: Path, reference: Path, tmp_path: Path) -> None:
+    """Though a process may have read its own part of it well."""
+    launch(world, 2, 2, tmp_path)
+    newest = tmp_path / "checkpoints" / str(STEPS)
+    largest = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:1000])
+    err = launch(world, 2, 2, tmp_path)
+    assert err.count(f"{newest}: the checkpoint is incomplete or damaged") == 1 and "going on from step 10" in err
+    assert [path.name for path in (tmp_path / "damaged-checkpoints").iterdir()] == [f"{STEPS}-1"]
+    assert_same(tmp_path, reference)
+
+
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_process_that_dies_stops_the_other(world: Path, tmp_path: Path, lost: int) -> None:
     arguments = ["train", str(world / "config.yaml"), f"output={tmp_path}", *SETTINGS, "train.steps=100000"]
