@@ -72,6 +72,11 @@ def train(config: Config) -> Path:
     Raises `InputError` for bad input (before anything long starts), a loss that is no number, or a disk that is full,
     and `Interrupted` after Ctrl-C or SIGTERM.
     """
+    with _Signals() as signals:
+        return _train(config, signals)
+
+
+def _train(config: Config, signals: _Signals) -> Path:
     check_processes_agree(config)
     check_same_experiment(config)
     if config.train.tensorboard and find_spec("tensorboardX") is None:
@@ -98,10 +103,9 @@ def train(config: Config) -> Path:
         step_fn, nll_fn, done = make_train_step(rag, shardings), make_nll(rag), int(state.step)
         with (
             _log(folder, done, config) as log,
-            _stop_on_signals() as stopping,
             progress_bar("train", config.train.steps, "steps", done) as advance,
         ):
-            saved = time.monotonic()
+            signals.saving, saved = True, time.monotonic()
             for step in range(done, config.train.steps):
                 started = time.perf_counter()
                 chosen = next(batches)
@@ -113,7 +117,7 @@ def train(config: Config) -> Path:
                 rates = {"examples_per_second": len(batch.row) / seconds, "tokens_per_second": tokens / seconds}
                 log(step + 1, metrics | rates)
                 advance(1, f"loss {metrics['loss']:.3f}  recall@{config.train.k} {metrics['recall']:.2f}")
-                last, stop, minutes = step + 1 == config.train.steps, stopping(step + 1), config.train.save_minutes
+                last, stop, minutes = step + 1 == config.train.steps, signals.stop(step + 1), config.train.save_minutes
                 due = minutes is not None and first_says(time.monotonic() - saved >= 60 * minutes)
                 if last or stop or due or (step + 1) % config.train.save_every == 0:
                     dev_loss = None
@@ -281,39 +285,50 @@ def _log(folder: Path, done: int, config: Config) -> Iterator[Callable[[int, dic
                 writer.close()
 
 
-@contextmanager
-def _stop_on_signals() -> Iterator[Callable[[int], int]]:
-    """Yields a function that tells, after each step, which signal, Ctrl-C or SIGTERM, asks to stop, or 0.
+class _Signals:
+    """Which signal, Ctrl-C or SIGTERM, asks to stop; as a context, from the start of a command to its end.
 
-    A second Ctrl-C stops at once, without saving. Machines that are taken away send SIGTERM some time before. Of
-    several processes any may get it: JAX listens for SIGTERM, and names a step after which all of them stop.
+    Until `saving` is set Ctrl-C ends it at once, as ever, but is remembered: Python loses it where it falls into a
+    finalizer. Then either lets the step end, and a second Ctrl-C stops without saving. Machines that are taken away
+    send SIGTERM some time before. Of several processes any may get it: JAX listens for SIGTERM, and names a step after
+    which all of them stop.
     """
-    came, several = 0, jax.process_count() > 1
 
-    def handle(number: int, frame: FrameType | None) -> None:
-        nonlocal came
-        came = number
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background may ignore it by default
+    def __init__(self) -> None:
+        self.came = 0
+        self.saving = False
+        self._several = jax.process_count() > 1
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Signals:
+        listened = (signal.SIGINT,) if self._several else (signal.SIGINT, signal.SIGTERM)
+        try:
+            self._before = {number: signal.signal(number, self._handle) for number in listened}
+        except ValueError:  # not in the main thread, as under some notebooks
+            pass
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.came = number
+        if not self.saving:
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         terminal.print("finishing this step, then saving; Ctrl-C stops at once")
-        if several:
+        if self._several:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def stopping(step: int) -> int:
-        if several:
-            return (came or signal.SIGTERM) if reached_preemption_sync_point(step) else 0
-        return came
-
-    try:
-        listened = (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM)
-        previous = {number: signal.signal(number, handle) for number in listened}
-    except ValueError:  # not in the main thread, as under some notebooks
-        yield lambda step: 0
-        return
-    try:
-        yield stopping
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    def stop(self, step: int) -> int:
+        """After each step: the signal that asks to stop now, or 0."""
+        if self._several:
+            return (self.came or signal.SIGTERM) if reached_preemption_sync_point(step) else 0
+        return self.came
 
 
 def pretrained(rag: Rag, mesh: Mesh) -> Params:
