@@ -7,7 +7,7 @@ usage() {
 usage: BUCKET=gs://… [NAME=… ZONE=… TYPE=… …] launch/keep.sh [--dry-run] tpu|gpu CONFIG [key=value …]
 
   tpu, gpu   on machines of launch/tpu.sh or launch/gpu.sh, which tell what else can be set
-  BUCKET     where runs/ survives the machine. It stops at once where the experiment itself fails (exit code 2)
+  BUCKET     where runs/ survives the machine. It stops where the experiment itself fails (exit code 2, or 1 five times)
 TEXT
 }
 
@@ -18,6 +18,7 @@ dry=()
 script="$(dirname "$0")/$1.sh"; shift
 machine() { "$script" "${dry[@]}" "$@"; }
 
+failures=0
 while true; do
   state=NONE
   [[ -n "${dry[*]-}" ]] || state="$(machine state 2>/dev/null || echo NONE)"
@@ -31,7 +32,8 @@ while true; do
   code=0
   machine run "$@" || code=$?
   [[ -z "${dry[*]-}" ]] || exit 0
-  [[ $code -ne 0 && $code -ne 2 ]] || { machine delete; exit $code; }
+  if [[ $code -eq 1 ]]; then failures=$((failures + 1)); else failures=0; fi # a lost connection, or an error
+  [[ $code -ne 0 && $code -ne 2 && $failures -lt 5 ]] || { machine delete; exit $code; }
   echo "the run ended with $code; looking at the machine again" >&2
   sleep "${PAUSE:-60}"
 done

@@ -221,7 +221,7 @@ class Answerer:
 
 
 def load(run: str | Path, untrained: bool = False) -> Answerer:
-    """The newest checkpoint of a run (an `output` folder), or the pretrained models it started from.
+    """The newest checkpoint of a run (an `output` folder; with `train.keep_best` the best), or its pretrained models.
 
     Raises `InputError` if the folder holds no run, or its index or models are missing or do not fit.
     """

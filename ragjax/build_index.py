@@ -94,6 +94,8 @@ def build_index(config: Config) -> Path:
         return folder
     with ExitStack() as stack:
         on_first(lambda: stack.enter_context(_building(new, made_of)))
+        if not new.is_dir():
+            raise InputError(f"{new}: process {jax.process_index()} does not see what process 0 has made there")
         read, questions = _read_corpus(config, corpus)
         scan, whole = _scan(new, made_of, read), _is_whole(new, rag)
         if not whole:
@@ -136,7 +138,7 @@ def _is_current(folder: Path, rag: Rag, content: str) -> bool:
 def _partial(folder: Path) -> Path:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is a file; choose another index.folder")
-    folder = folder.absolute()
+    folder = folder.resolve()  # pieces are renamed: both must lie on one disk
     return folder.with_name(folder.name + ".partial")
 
 
@@ -170,6 +172,8 @@ def _building(new: Path, made_of: dict[str, Any]) -> Iterator[None]:
     """
     with alone(new, "builds this index; wait for it, or choose another index.folder"):
         scan = _found(new, made_of)
+        if scan is None and (made := len(list((new / SHARDS).glob("[0-9]*")))):
+            terminal.print(f"{new}: its {made} shards are of another corpus, model, setting, JAX or device; begun anew")
         for path in new.iterdir() if scan is None else (new / SHARDS).glob("*.partial"):
             if path.name != LOCK:
                 _remove(path)

@@ -14,10 +14,13 @@ import jax
 import jax.numpy as jnp
 
 from ragjax.config import InputError
-from ragjax.mesh import from_all, is_first, wait_for_all
+from ragjax.cost import size_text
+from ragjax.mesh import from_all, is_first, on_first, wait_for_all
 from ragjax.progress import terminal
 
 Loaded = TypeVar("Loaded")
+SLOWEST_SAVE = 1200.0  # seconds after which several processes give up a save, in which one may have failed
+MAKE_ROOM = "make room, or lower train.keep, and run the same command again: it resumes"
 
 
 class DamagedCheckpoint(InputError):
@@ -42,6 +45,7 @@ class Checkpoints:
         self.writing = writing
         self._ocp = ocp
         self._saving: tuple[int, Any] | None = None
+        self._lost = False
         self._open()
 
     def _open(self) -> None:
@@ -123,6 +127,9 @@ class Checkpoints:
         Raises `InputError` if it, or the save before it, cannot be written; the partial folder is removed.
         """
         self.wait()
+        if jax.process_count() > 1:  # one that fails to write leaves the others waiting
+            need = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(lambda: state)))
+            on_first(lambda: self._check_room(step, need))
         try:
             metrics = None if loss is None else {"loss": loss}
             response = self._checkpointer.save_async(
@@ -132,13 +139,18 @@ class Checkpoints:
             raise self._unwritable(step, error) from error
         self._saving = (step, response)
 
+    def _check_room(self, step: int, need: int) -> None:
+        if (free := shutil.disk_usage(self.folder).free) < need:
+            has = f"{size_text(need)} are needed and {size_text(free)} are free"
+            raise InputError(f"{self._path(step)}: the checkpoint could not be written ({has}); {MAKE_ROOM}")
+
     def wait(self) -> None:
         """Waits until the last save is on disk. Raises as `save` does."""
         if self._saving is None:
             return
         (step, response), self._saving = self._saving, None
         try:
-            response.result()
+            response.result(timeout=None if jax.process_count() == 1 else SLOWEST_SAVE)
         except Exception as error:
             raise self._unwritable(step, error) from error
 
@@ -162,13 +174,19 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            self._checkpointer.close()
+            if not self._lost:  # else Orbax waits on
+                self._checkpointer.close()
 
     def _load(self, step: int, like: Any, partial: bool) -> Any:
         self._check_fits(step, like, partial)
-        loading = self._ocp.options.PyTreeOptions.Loading(partial_load=partial)
+        options, here = self._ocp.options, jax.process_index()
+        loading = options.PyTreeOptions.Loading(partial_load=partial)
+        # each process by itself: one that finds its part damaged would leave the others waiting
+        alone = options.MultiprocessingOptions(primary_host=here, active_processes={here})
         try:
-            with self._ocp.Context(pytree_options=self._ocp.options.PyTreeOptions(loading=loading)):
+            with self._ocp.Context(
+                pytree_options=options.PyTreeOptions(loading=loading), multiprocessing_options=alone
+            ):
                 return self._ocp.load(self._path(step), jax.tree.map(_abstract, like))
         except Exception as error:
             raise self._unreadable(step, error) from error
@@ -206,10 +224,13 @@ class Checkpoints:
 
     def _unwritable(self, step: int, error: Exception) -> InputError:
         _raise_unless_of_storage(error)
-        self._open()  # Orbax would report the same failure for ever
+        if jax.process_count() == 1:
+            self._open()  # Orbax would report the same failure for ever
+        else:
+            self._lost = True
         return InputError(
             f"{self._path(step)}: the checkpoint could not be written ({_first_line(error)}); is the disk full? "
-            "Make room, or lower train.keep, and run the same command again: it resumes"
+            f"{MAKE_ROOM}"
         )
 
 

@@ -13,6 +13,9 @@ from typing import Any
 
 from ragjax.config import Config, InputError, dump_config, load_config
 
+# in what JAX, Gloo and the coordination service say when a process is gone
+SIGNS_OF_LOSS = ("Gloo", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED", "barrier", "coordination", "peer")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code: 0, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM.
@@ -43,7 +46,7 @@ def _run_as_one_of_many(options: argparse.Namespace) -> int:
         print(f"ragjax: {error}", file=sys.stderr)
         code = 2
     except Exception as error:
-        lost = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error)
+        lost = isinstance(error, jax.errors.JaxRuntimeError) and any(sign in str(error) for sign in SIGNS_OF_LOSS)
         code = 75 if lost else 1
         if lost:
             print(

@@ -34,7 +34,7 @@ RETRIEVAL_BATCH = 64
 
 
 def evaluate(config: Config) -> dict[str, Any]:
-    """Measures the pretrained models and the newest checkpoint, if there is one.
+    """Measures the pretrained models and the newest checkpoint (with `train.keep_best` the best), if there is one.
 
     Retrieval is measured on every question of the split, answers on the first `evaluate.limit` (before training:
     `evaluate.untrained_limit`). Questions are split over the devices of each process, and batches of them over the

@@ -19,7 +19,7 @@ import jax
 
 from ragjax.config import Config, InputError, Questions, dump_config, load_config
 from ragjax.hub import fingerprint_files
-from ragjax.index import Index
+from ragjax.index import MANIFEST, Index
 from ragjax.mesh import from_all, on_first
 from ragjax.passages import atomic_write
 from ragjax.rag import Rag
@@ -28,6 +28,7 @@ from ragjax.rag import Rag
 FREE = (
     "output",
     "mesh",
+    "index.shard",
     "decode",
     "evaluate",
     "train.save_every",
@@ -79,9 +80,14 @@ def make_folder(folder: Path) -> None:
 
 
 def check_processes_agree(config: Config) -> None:
-    """Raises `InputError` naming the keys in which a process was started with another configuration, or software."""
+    """Raises `InputError` naming in what a process differs: configuration, software, or the files that it sees."""
+    if jax.process_count() == 1:
+        return
     settings = {key: repr(value) for key, value in _leaves(dataclasses.asdict(config)).items()}
-    _check_agreement(settings | {package: importlib.metadata.version(package) for package in PACKAGES})
+    versions = {package: importlib.metadata.version(package) for package in PACKAGES}
+    shared = (Path(config.output, "checkpoints"), Path(config.index.folder, MANIFEST))
+    seen = {str(path): "there" if path.exists() else "missing" for path in shared}
+    _check_agreement(settings | versions | seen)
 
 
 def _check_agreement(settings: dict[str, str]) -> None:
@@ -96,7 +102,7 @@ def _check_agreement(settings: dict[str, str]) -> None:
                 f"{key} is {every[0].get(key)} in process 0 and {of_other.get(key)} there" for key in differ
             )
             raise InputError(
-                f"process {other} differs: {named}; start all processes with the same command and versions"
+                f"process {other} differs: {named}; start all with the same command and versions, and on shared storage"
             )
     if any(of_other != every[0] for of_other in every):
         raise InputError("other processes differ from process 0; their messages tell in what")

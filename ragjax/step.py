@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from ragjax.models.layers import Params
 from ragjax.rag import Models, TrainBatch, answer_nll, joint_logp, loss
 
 Flat = dict[tuple[str, ...], Any]  # parameters by path
+AnyModels = TypeVar("AnyModels", bound=Models)
 
 
 @struct.dataclass
@@ -101,6 +102,11 @@ def initial_state(rag: Models, params: Params) -> TrainState:
         optimizer=make_optimizer(train).init(trained),
         key=jax.random.key(rag.config.seed),
     )
+
+
+def for_answering(rag: AnyModels) -> AnyModels:
+    """The same models without FSDP: only a training step keeps its activations apart from it (`split_by_rows`)."""
+    return replace(rag, config=replace(rag.config, mesh=replace(rag.config.mesh, fsdp=False)))
 
 
 def state_shardings(rag: Models, mesh: Mesh, state: Any) -> Any:

@@ -9,7 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
@@ -49,6 +49,7 @@ from ragjax.step import (
     TrainState,
     abstract_state,
     check_fits,
+    for_answering,
     initial_state,
     make_nll,
     make_train_step,
@@ -176,7 +177,7 @@ def _start(rag: Rag, checkpoints: Checkpoints, batches: QuestionBatches, index: 
     like = abstract_state(rag, mesh)
     newest = checkpoints.newest(lambda step: (checkpoints.metadata(step), checkpoints.restore(step, like)))
     if newest is None:
-        params = pretrained(rag, mesh)
+        params = place(rag.initial_params(), jax.tree.map(lambda leaf: leaf.sharding, like.params))
         # moments are born where they will lie: no device ever holds the whole state
         shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
         return jax.jit(lambda params: initial_state(rag, params), out_shardings=shardings)(params)
@@ -233,7 +234,8 @@ def _dev_loss(
     mesh: Mesh,
 ) -> float:
     """The mean of −log p(y|x), in nats, of the first usable answer to each question."""
-    size, count = rag.config.train.batch_size, len(usable.questions)
+    # as many at once as the step does
+    size, count = rag.config.train.batch_size // rag.config.train.accumulate, len(usable.questions)
     losses = []
     for start in range(0, count, size):
         part = np.arange(start, start + size) % count  # filled up with questions that are not counted
@@ -302,10 +304,8 @@ class _Signals:
 
     def __enter__(self) -> _Signals:
         listened = (signal.SIGINT,) if self._several else (signal.SIGINT, signal.SIGTERM)
-        try:
+        with suppress(ValueError):  # not in the main thread, as under some notebooks
             self._before = {number: signal.signal(number, self._handle) for number in listened}
-        except ValueError:  # not in the main thread, as under some notebooks
-            pass
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -332,8 +332,8 @@ class _Signals:
 
 
 def pretrained(rag: Rag, mesh: Mesh) -> Params:
-    """The pretrained parameters, laid out on the mesh."""
-    return place(rag.initial_params(), state_shardings(rag, mesh, rag.abstract_params()))
+    """The pretrained parameters for answering, laid out on the mesh."""
+    return place(rag.initial_params(), state_shardings(for_answering(rag), mesh, rag.abstract_params()))
 
 
 def restore_trained(rag: Rag, mesh: Mesh | None = None, step: int | None = None) -> tuple[Params, int] | None:
@@ -348,7 +348,7 @@ def restore_trained(rag: Rag, mesh: Mesh | None = None, step: int | None = None)
     if not folder.is_dir():
         return None
     check_same_models(rag.config)
-    like = abstract_state(rag, mesh or local_mesh(data=1)).params
+    like = abstract_state(for_answering(rag), mesh or local_mesh(data=1)).params
     with Checkpoints(folder, keep=rag.config.train.keep, writing=False) as checkpoints:
 
         def load(step: int) -> Any:

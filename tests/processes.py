@@ -53,8 +53,8 @@ def ends(processes: list[subprocess.Popen], within: float) -> list[tuple[int, st
 
 def logged(run: Path) -> list[dict[str, float]]:
     path = run / "train.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [{k: v for k, v in json.loads(line).items() if k not in RATES} for line in lines]
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [{k: v for k, v in json.loads(line).items() if k not in RATES} for line in lines if line.endswith("\n")]
 
 
 def wait_for_step(run: Path, step: int, processes: list[subprocess.Popen]) -> None:

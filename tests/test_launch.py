@@ -66,6 +66,7 @@ def test_dry_runs_print_what_a_shell_would_read() -> None:
         ("tpu", "READY", "0", 0, 0),
         ("tpu", "READY PREEMPTED READY", "143 1 0", 0, 1),  # taken away once, then a lost connection
         ("gpu", "RUNNING TERMINATED RUNNING", "143 1 0", 0, 1),
+        ("tpu", "READY READY READY READY READY", "1 1 1 1 1", 1, 0),
         ("tpu", "READY", "2", 2, 0),  # the experiment is wrong: another machine would not help
     ],
 )
