@@ -105,7 +105,7 @@ class Train:
     save_every: int = 500
     save_minutes: float | None = None  # and after so many minutes without a save
     keep: int = 2  # newest checkpoints kept
-    dev_questions: int = 0  # of the dev split, whose dev_loss is measured at every save
+    dev_questions: int = 0  # of the dev split, whose dev_loss is measured at every save but one that a signal asks for
     keep_best: bool = False  # and the checkpoint of lowest dev_loss, which evaluate, answer and export then use
     log_every: int = 1
     tensorboard: bool = False

@@ -302,6 +302,7 @@ class _Plan:
 
             how = f"{_questions(questions)} × {documents} documents × {longest} tokens, and the answers'"
             how += ", read twice" if copies > 1 else ""
+            how += "; all devices in one process" if self.mesh.size > 1 else ""
             return copies * bytes_each(jax.eval_shape(kept, model.abstract, *sources)), how
 
         def logits() -> tuple[int, str]:

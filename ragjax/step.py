@@ -313,6 +313,7 @@ def memory_advice(rag: Models, mesh: Mesh) -> list[str]:
         found.append(f"train.accumulate={more[0]}")
     elif train.k > 1:
         found.append(f"train.k below {train.k}")
+    found.append(f"generator.source_tokens below {config.generator.source_tokens}")
     if train.backward_documents is None and config.model == "rag_sequence" and train.k > 1:
         found.append("train.backward_documents=1")
     if config.retriever.prior == "corpus" and config.index.dtype == "float32":

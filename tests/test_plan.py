@@ -30,7 +30,7 @@ from ragjax.passages import STORE_FILES
 from ragjax.plan import SPECIAL, Row, memory_plan, print_plan, totals
 from ragjax.rag import open_rag, prompt_rows
 from ragjax.random_checkpoint import write_random_checkpoint
-from ragjax.step import abstract_state, initial_state, split_frozen, state_shardings, trace_step
+from ragjax.step import abstract_state, for_answering, initial_state, split_frozen, state_shardings, trace_step
 
 CONFIGS = ("rag_sequence_nq", "rag_token_nq", "rag_sequence_t5")
 V5E_MEMORY = 15.75 * 2**30  # what XLA may use of its 16 GiB
@@ -114,10 +114,11 @@ def test_embeddings_and_passages_are_the_files(world: Path) -> None:
 
 @pytest.mark.parametrize("mesh", [MeshConfig(), MeshConfig(model=2, fsdp=True)])
 def test_on_several_devices_each_has_its_part(world: Path, mesh: MeshConfig) -> None:
-    config = replace(tiny_config(world), mesh=mesh)
+    config = replace(tiny_config(world, evaluate__batch_size=8), mesh=mesh)
     rag, devices = open_rag(config), make_mesh(mesh.model)
     state = initial_state(rag, rag.initial_params())
     placed = jax.device_put(state, state_shardings(rag, devices, state))
+    answering = jax.device_put(state.params, state_shardings(for_answering(rag), devices, state.params))
     found = sizes(config, devices)
 
     def on_the_first(tree: Any) -> int:
@@ -125,7 +126,7 @@ def test_on_several_devices_each_has_its_part(world: Path, mesh: MeshConfig) -> 
 
     for model in ("retriever", "generator"):
         assert found["train", f"{model} parameters", "device"] == on_the_first(placed.params[model])
-        assert found["evaluate", f"{model} parameters", "device"] == 2 * on_the_first(placed.params[model])
+        assert found["evaluate", f"{model} parameters", "device"] == 2 * on_the_first(answering[model])
     assert found["train", "optimiser state", "device"] == on_the_first(placed.optimizer)
     assert found["train", "checkpoints", "disk"] == 3 * in_bytes(state)  # whole
     assert found["index", "passage encoder parameters", "device"] == in_bytes(state.params["retriever"])
