@@ -72,6 +72,11 @@ def _run(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("ragjax: interrupted", file=sys.stderr)
         return 130
+    except ImportError as error:  # what a native extension makes of Ctrl-C while it is loaded
+        if not isinstance(error.__cause__ or error.__context__, KeyboardInterrupt):
+            raise
+        print("ragjax: interrupted", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         sys.stderr.close()
         return 0

@@ -164,8 +164,6 @@ class Soak:
                 expected = {0, -number, STOPPED.get(number, -number)}
                 if process is not victim:
                     expected |= {75, -signal.SIGABRT}
-                if number is signal.SIGINT and "initializing the extension" in err:
-                    continue  # what a library makes of Ctrl-C while it is imported
                 if process.returncode not in expected:
                     self.summary.differences.append(f"{name}: ended with {process.returncode}: {err[-400:]}")
         if number is not signal.SIGKILL:
