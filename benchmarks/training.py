@@ -22,6 +22,7 @@ from rich.table import Table
 
 from benchmarks.answering import or_input_error
 from ragjax.config import load_config
+from ragjax.mesh import local_mesh
 from ragjax.passages import read_questions
 from ragjax.rag import answer_tokens, retrieve, train_batch
 from ragjax.step import initial_state, make_train_step
@@ -52,7 +53,7 @@ def main() -> None:
         texts, answers = [q.question for q in some], [q.answers[0] for q in some]
         ids = retrieve(rag, params, index, texts, k).ids
         batches.append(train_batch(rag, index, store, texts, answers, ids))
-    corpus = index.on_device if config.retriever.prior == "corpus" else None
+    corpus = index.corpus(local_mesh(data=1)) if config.retriever.prior == "corpus" else None
 
     steps, states, compiling = {}, {}, {}
     for through in (k, 1):

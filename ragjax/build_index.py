@@ -23,7 +23,7 @@ import jax
 import numpy as np
 
 from ragjax import factbook, factbook_facts
-from ragjax.config import Config, Corpus, InputError
+from ragjax.config import Config, Corpus, InputError, structure
 from ragjax.experiment import check_processes_agree
 from ragjax.hub import Fetched, cache_folder, fetch, fingerprint_files, is_local
 from ragjax.index import (
@@ -321,7 +321,7 @@ def _complete(rag: Rag, corpus: Fetched, content: str, scan: Scan, questions: di
         "generator_tokens": PassageStore.open(new).token_count,
         "fingerprints": rag.fingerprints,
     }
-    write_index(new, rag.config.index.kind, rag.config.index.dtype, about)
+    write_index(new, structure(rag.config.index.kind), rag.config.index.dtype, about)
 
 
 def _swap(new: Path, folder: Path) -> None:

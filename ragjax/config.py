@@ -47,7 +47,7 @@ class Retriever:
     pooling: str = "mean"  # or cls
     normalize: bool = True  # L2-normalise the embeddings
     scale: float = 1.0  # unit-norm embeddings want about 20
-    prior: str = "top_k"  # what p(z|x) is normalised over: top_k, or corpus (exact search only)
+    prior: str = "top_k"  # what p(z|x) is normalised over: top_k, or corpus (not with FAISS)
     passage: str = "{title}: {text}"
     question_tokens: int = 64
     passage_tokens: int = 256
@@ -55,10 +55,15 @@ class Retriever:
 
 @dataclass(frozen=True)
 class Index:
-    """Embeddings, passages and tokens on disk. `kind` is `exact` or a FAISS index_factory string."""
+    """Embeddings, passages and tokens on disk.
+
+    `kind` is what searches: `exact` or `approximate` on the devices, which hold all embeddings between them, or, on
+    each host, a FAISS index_factory string.
+    """
 
     folder: str = "${output}/index"
     kind: str = "exact"
+    recall: float = 0.95  # approximate: what share of the k best accelerators find; a CPU finds all
     dtype: str = "float32"  # or bfloat16, float16: how embeddings are stored
     batch_size: int = 64  # passages encoded together, on each device
     shard: int = 16384  # passages a shard: a build that was stopped goes on after the last whole one
@@ -160,8 +165,9 @@ CHOICES = {
     "decode.mode": ("thorough", "fast"),
     "evaluate.split": ("train", "dev", "test"),
 }
+ON_DEVICES = ("exact", "approximate")  # an index.kind that the devices search; any other is FAISS's
 POSITIVE = (
-    "mesh.model index.shard "
+    "mesh.model index.shard index.recall "
     "corpus.passage_words retriever.scale retriever.question_tokens retriever.passage_tokens index.batch_size "
     "generator.source_tokens generator.answer_tokens train.steps train.batch_size train.accumulate train.k train.clip "
     "train.save_every train.save_minutes train.keep train.log_every decode.k decode.beams decode.max_new_tokens "
@@ -171,6 +177,11 @@ NOT_NEGATIVE = (
     "train.retriever_lr train.generator_lr train.warmup train.weight_decay train.dropout train.label_smoothing "
     "train.dev_questions decode.min_new_tokens evaluate.untrained_limit seed"
 ).split()
+
+
+def structure(kind: str) -> str:
+    """What an index of this kind consists of: `exact`, embeddings alone, for all that the devices search."""
+    return "exact" if kind in ON_DEVICES else kind
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -253,7 +264,9 @@ def _check(config: Config, path: Path) -> None:
     ):
         if part not in str(get_key(config, key)):
             problems.append(f"{key} must contain {part}")
-    if config.retriever.prior == "corpus" and config.index.kind != "exact":
+    if not config.index.recall <= 1:
+        problems.append(f"index.recall is {config.index.recall}; expected at most 1")
+    if config.retriever.prior == "corpus" and config.index.kind not in ON_DEVICES:
         problems.append(
             f"retriever.prior=corpus needs every score, which index.kind={config.index.kind} does not give; "
             "use index.kind=exact or retriever.prior=top_k"

@@ -120,12 +120,16 @@ def _measure_retrieval(answerer: Answerer, questions: Sequence[Question], name: 
         for batch, count in batches:
             found = retrieve(rag, answerer.params, index, [q.question for q in batch], max(5, k), answerer.mesh)
             hits = [has_answer(answerer.store, q, ids).tolist() for q, ids in zip(batch, found.ids, strict=True)]
-            masses = np.exp(log_mass(rag, index, found, k)).tolist() if index.kind == "exact" else [None] * len(batch)
+            masses = (
+                np.exp(log_mass(rag, index, found, k, answerer.mesh)).tolist()
+                if index.on_devices
+                else [None] * len(batch)
+            )
             made.append(list(zip(hits, masses, strict=True))[:count])
             advance(count)
     told = _from_all_batches(made)
     recall = {f"recall@{at}": float(np.mean([any(hits[:at]) for hits, _ in told])) for at in sorted({1, 5, k})}
-    mass = float(np.mean([mass for _, mass in told])) if index.kind == "exact" else None
+    mass = float(np.mean([mass for _, mass in told])) if index.on_devices else None
     return {"questions": len(questions)} | recall | {"top_k_mass": mass}
 
 

@@ -1,4 +1,4 @@
-"""The index: embeddings of all passages on disk, and the search for the largest inner products q·d.
+"""The index: embeddings of all passages on disk, searched on the devices (search.py) or by FAISS on the host.
 
 index/manifest.json                  written last: a folder without it is incomplete
 index/shards/00000/embeddings.npy    [n, D], 00001, …: consecutive passages, whose text and tokens lie beside them;
@@ -12,24 +12,23 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property, partial
+from dataclasses import dataclass, field
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32, Int, Int32
+from jax.sharding import Mesh
+from jaxtyping import Bool, Float, Float32, Int, Int32
 
-from ragjax.config import InputError
+from ragjax.config import ON_DEVICES, InputError
+from ragjax.mesh import local_mesh, on_host, place, replicated
 from ragjax.passages import atomic_write, may_map, shard_folder, shard_folders
+from ragjax.search import Corpus, log_normalizer, place_rows, search_corpus
 from ragjax.text import Ids, bucket, pad_rows
 
 EMBEDDINGS, FAISS_FILE, MANIFEST = "embeddings.npy", "faiss.index", "manifest.json"
-BLOCK = 8192  # passages scored at a time by the exact search
 TRAIN_SAMPLE = 200_000  # passages a FAISS structure is trained on, at most
 ADD_BATCH = 65_536  # fixed, because an HNSW graph depends on it (and not on the number of threads, since FAISS 1.15)
 TRAIN_THREADS = 8  # fixed, because OPQ's rotation depends on it
@@ -157,18 +156,6 @@ class Embeddings:
         whole = np.concatenate(self.shards)
         return whole if dtype is None else whole.astype(dtype, copy=False)
 
-    def on_device(self) -> Float[Array, "N D"]:
-        """All of them on the default device, in the type in which they are stored, without a copy on the host."""
-        whole = jnp.zeros(self.shape, self.dtype)
-        for start, shard in zip(self._starts[:-1].tolist(), self.shards, strict=True):
-            whole = _put(whole, jnp.asarray(shard), jnp.int32(start))
-        return whole
-
-
-@partial(jax.jit, donate_argnums=0)
-def _put(whole: Array, rows: Array, start: Int[Array, ""]) -> Array:
-    return jax.lax.dynamic_update_slice_in_dim(whole, rows, start, 0)
-
 
 def _open_embeddings(path: Path, dtype: str) -> np.ndarray:
     where = f"{path.parent.parent.name}/{path.parent.name}/{path.name}"
@@ -185,12 +172,16 @@ def _open_embeddings(path: Path, dtype: str) -> np.ndarray:
 
 @dataclass
 class Index:
-    """Embeddings [N, D] with a way to search them: `kind` is `exact` or a FAISS index_factory string."""
+    """Embeddings [N, D] with a way to search them: `kind` is `exact` or a FAISS index_factory string.
+
+    `recall`, for `exact`, lets the devices miss some (see `search_corpus`).
+    """
 
     embeddings: Embeddings
     kind: str
     manifest: dict[str, Any]
     faiss_index: Any = None
+    recall: float | None = None
 
     @property
     def version(self) -> str:
@@ -198,21 +189,27 @@ class Index:
         parts = {"passages": self.manifest["corpus"]["fingerprint"], **self.manifest["fingerprints"]}
         return f"sha256:{hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()}"
 
+    @property
+    def on_devices(self) -> bool:
+        """Whether the devices search, all of a mesh together, or FAISS does, for each process by itself."""
+        return self.kind == "exact"
+
     def __len__(self) -> int:
         return len(self.embeddings)
 
     def search(
-        self, queries: Float[np.ndarray, "B D"], k: int
+        self, queries: Float[np.ndarray, "B D"], k: int, mesh: Mesh | None = None
     ) -> tuple[Float32[np.ndarray, "B K"], Int32[np.ndarray, "B K"]]:
         """The k passages with the largest inner products: scores and ids, best first, equal ones by id.
 
         Where there are fewer hits than k, the id is -1 and the score -inf. A FAISS kind finds 4k candidates
         approximately; they are scored again from the stored embeddings, so that scores are exact, and sorted by that.
+        `mesh` is what searches otherwise, by default one device; all its processes ask the same then.
         """
         queries = np.asarray(queries, np.float32)
-        if self.kind == "exact":
-            scores, ids = exact_search(self.on_device, jnp.asarray(queries), k, min(BLOCK, len(self)))
-            return np.asarray(scores), np.asarray(ids)
+        if self.on_devices:
+            corpus = self.corpus(mesh or local_mesh(data=1))
+            return on_host(search_corpus(corpus, place(queries, replicated(corpus.mesh)), k, self.recall))
         import faiss
 
         faiss.omp_set_num_threads(_cores())
@@ -223,41 +220,27 @@ class Index:
         best = np.lexsort((ids, -scores), axis=-1)[:, :k]
         return np.take_along_axis(scores, best, 1), np.take_along_axis(ids, best, 1)
 
+    def log_normalizer(
+        self, queries: Float[np.ndarray, "B D"], scale: float, mesh: Mesh | None = None
+    ) -> Float32[np.ndarray, " B"]:
+        """log Σ exp(scale · q·d) over all passages, by the devices whatever the kind; `mesh` as in `search`."""
+        corpus = self.corpus(mesh or local_mesh(data=1))
+        return on_host(log_normalizer(corpus, place(np.asarray(queries, np.float32), replicated(corpus.mesh)), scale))
+
     def vectors(self, ids: Int[np.ndarray, "B K"]) -> Float32[np.ndarray, "B K D"]:
         """The embeddings of passages; zeros where the id is -1."""
         found = np.asarray(self.embeddings[np.maximum(ids, 0)], np.float32)
         return np.where(ids[..., None] >= 0, found, np.float32(0))
 
-    @cached_property
-    def on_device(self) -> Float[Array, "N D"]:
-        """All embeddings, put on the device once, in the type in which they are stored."""
-        return self.embeddings.on_device()
+    def corpus(self, mesh: Mesh) -> Corpus:
+        """All embeddings, put on the devices of a mesh once, in the type in which they are stored."""
+        if self._corpus is None or self._corpus.mesh != mesh:
+            self._corpus = None  # before the next one takes room
+            rows = place_rows(mesh, len(self), lambda start, stop: self.embeddings[np.arange(start, stop)])
+            self._corpus = Corpus(rows, len(self), mesh)
+        return self._corpus
 
-
-@partial(jax.jit, static_argnames=("k", "block"))
-def exact_search(
-    embeddings: Float[Array, "N D"], queries: Float[Array, "B D"], k: int, block: int
-) -> tuple[Float32[Array, "B K"], Int32[Array, "B K"]]:
-    """As `Index.search`, over `block` ≤ N passages at a time: memory grows with B·block, never with B·N."""
-    count = embeddings.shape[0]
-    queries = queries.astype(jnp.float32)
-
-    def merge(i: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
-        # The last block is moved back to lie within N; what an earlier block has seen is masked.
-        start = jnp.minimum(i * block, count - block)
-        passages = jax.lax.dynamic_slice_in_dim(embeddings, start, block).astype(jnp.float32)
-        scores = jnp.einsum("BD,nD->Bn", queries, passages, precision="highest", preferred_element_type=jnp.float32)
-        ids = start + jnp.arange(block, dtype=jnp.int32)
-        scores, columns = jax.lax.top_k(jnp.where(ids >= i * block, scores, -jnp.inf), min(k, block))
-        # top_k prefers the lower position among equals: earlier blocks stand first, so lower ids win.
-        scores = jnp.concatenate([best[0], scores], 1)
-        ids = jnp.concatenate([best[1], ids[columns]], 1)
-        scores, columns = jax.lax.top_k(scores, k)
-        return scores, jnp.take_along_axis(ids, columns, 1)
-
-    shape = (queries.shape[0], k)
-    nothing = jnp.full(shape, -jnp.inf, jnp.float32), jnp.full(shape, -1, jnp.int32)
-    return jax.lax.fori_loop(0, -(-count // block), merge, nothing)
+    _corpus: Corpus | None = field(default=None, repr=False)
 
 
 def write_index(folder: Path, kind: str, dtype: str, manifest_extra: Mapping[str, Any]) -> None:
@@ -280,8 +263,8 @@ def write_index(folder: Path, kind: str, dtype: str, manifest_extra: Mapping[str
 
 
 def check_kind(kind: str, width: int) -> None:
-    """Raises `InputError` when `kind` is neither `exact` nor a FAISS factory string for embeddings of width D."""
-    if kind != "exact":
+    """Raises `InputError` when `kind` is neither `exact`, `approximate` nor a FAISS factory string for width D."""
+    if kind not in ON_DEVICES:
         _empty_faiss(kind, width)
 
 
@@ -293,7 +276,7 @@ def _empty_faiss(kind: str, width: int) -> Any:
     except Exception as error:  # a RuntimeError, or an assertion of the bindings
         raise InputError(
             f"index.kind is {kind!r}, which FAISS does not accept for width {width} ({_faiss_reason(error)}); "
-            "use exact, or an index_factory string such as HNSW32 or IVF256,Flat"
+            "use exact, approximate, or an index_factory string such as HNSW32 or IVF256,Flat"
         ) from None
 
 
@@ -396,8 +379,8 @@ def check_built(folder: Path) -> None:
         raise InputError(f"{folder}: the index {state}; run: ragjax index CONFIG")
 
 
-def open_index(folder: Path, expected_fingerprints: Mapping[str, str]) -> Index:
-    """Opens an index, memory-mapped, after checking what it was built from.
+def open_index(folder: Path, expected_fingerprints: Mapping[str, str], recall: float | None = None) -> Index:
+    """Opens an index, memory-mapped, after checking what it was built from; `recall` as in `Index`.
 
     Raises `InputError` for a folder that is missing or incomplete, or whose manifest has another fingerprint than
     one of `expected_fingerprints`.
@@ -420,7 +403,7 @@ def open_index(folder: Path, expected_fingerprints: Mapping[str, str]) -> Index:
         faiss_index = None if manifest["kind"] == "exact" else _read_faiss(folder / FAISS_FILE, manifest["N"])
     except (ValueError, KeyError, TypeError, IndexError, OSError) as error:
         raise InputError(f"{folder}: the index is damaged ({error}); delete it and run: ragjax index CONFIG") from None
-    return Index(embeddings, manifest["kind"], manifest, faiss_index)
+    return Index(embeddings, manifest["kind"], manifest, faiss_index, recall)
 
 
 def _check_fingerprints(folder: Path, built: Mapping[str, str], expected: Mapping[str, str]) -> None:

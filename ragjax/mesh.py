@@ -219,6 +219,8 @@ def on_host(tree: Any) -> Any:
     """Arrays that may be split over devices and processes, whole on every host; all processes call it."""
 
     def whole(leaf: Any) -> np.ndarray:
+        if leaf.is_fully_replicated:
+            return np.asarray(leaf.addressable_data(0))
         return np.asarray(leaf) if leaf.is_fully_addressable else multihost_utils.process_allgather(leaf, tiled=True)
 
     return jax.tree.map(whole, tree)

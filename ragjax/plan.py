@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ragjax.answer import most_documents
-from ragjax.config import Config, InputError
+from ragjax.config import ON_DEVICES, Config, InputError
 from ragjax.cost import Cost, NotCompiled, bytes_each, compiled_cost, matmul_flops, size_text
 from ragjax.decode import pad_answers, propose, propose_together, read, score_tokens
 from ragjax.hub import fetch_config, is_local
@@ -39,7 +39,15 @@ from ragjax.models.generator import Memory, SpecialTokens, empty_past
 from ragjax.models.layers import Params
 from ragjax.passages import STORE_FILES, count_passages, shard_folders
 from ragjax.rag import Models, check_lengths, encode
-from ragjax.step import abstract_state, for_answering, memory_advice, split_frozen, state_shardings, trace_step
+from ragjax.step import (
+    abstract_corpus,
+    abstract_state,
+    for_answering,
+    memory_advice,
+    split_frozen,
+    state_shardings,
+    trace_step,
+)
 from ragjax.weights import Pretrained, bert_shape, generator_shape, open_generator
 
 ID_BYTES = 8  # a hash of each passage's id
@@ -203,7 +211,7 @@ class _Plan:
             self.parameters("index", "passage encoder"),
             _row("index", "temporaries of embedding", "device", embedding),
         ]
-        if settings.kind != "exact":
+        if settings.kind not in ON_DEVICES:
             rows += [
                 _row("index", f"FAISS structure {settings.kind}", "disk", self.faiss, there=built),
                 _row("index", f"FAISS structure {settings.kind}", "host", self.faiss),
@@ -387,7 +395,7 @@ class _Plan:
 
     def advice(self) -> dict[tuple[str, str], list[str]]:
         """For each command and place, settings that would lower what it needs there."""
-        index, settings, exact = self.config.index, self.config.evaluate, self.config.index.kind == "exact"
+        index, settings, exact = self.config.index, self.config.evaluate, self.config.index.kind in ON_DEVICES
         evaluate = ["index.kind=HNSW32 (the host then searches)"] if exact else []
         if exact and index.dtype == "float32":
             evaluate.append("index.dtype=bfloat16")
@@ -408,15 +416,16 @@ class _Plan:
         return found
 
     def searched(self, command: str) -> Row:
-        """What is searched: all embeddings on a device, or the FAISS structure (its embeddings stay on the disk)."""
-        if self.config.index.kind == "exact":
-            where = "on every device" if self.config.retriever.prior == "corpus" else "on one device"
+        """What is searched: all embeddings on the devices, or the FAISS structure (its embeddings stay on the disk)."""
+        if self.config.index.kind in ON_DEVICES:
 
             def size() -> tuple[int, str]:
-                bytes_, how = self.embeddings()
-                return bytes_, f"{where}: {how}"
+                (count, _), (_, how) = self.passages(), self.embeddings()
+                width = _known(self.passage_encoder, "passage encoder").config.embedding_width
+                size = bytes_each(abstract_corpus(self.config, width, self.mesh, count))
+                return size, how if self.mesh.size == 1 else f"split over all devices: {how}"
 
-            return _row(command, "embeddings, for the exact search", "device", size)
+            return _row(command, "embeddings, for the search", "device", size)
         return _row(command, f"FAISS structure {self.config.index.kind}", "host", self.faiss)
 
     def passages(self) -> tuple[int, str]:

@@ -20,7 +20,7 @@ from flax import nnx, struct
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from ragjax.config import Config, InputError
+from ragjax.config import Config, InputError, structure
 from ragjax.hub import Fetched, checkpoint_folder, fetch, fingerprint_files
 from ragjax.index import Index
 from ragjax.marginal import corpus_log_prior, hugging_face_nll, log_prior, marginal_logp, posterior, token_posterior
@@ -28,6 +28,7 @@ from ragjax.mesh import local_mesh, on_host, rows_here, shard_batch
 from ragjax.models.generator import Generator, Keys, SpecialTokens, answer_hidden
 from ragjax.models.layers import Params, fold, row_keys
 from ragjax.passages import Passage, PassageStore, is_unicode
+from ragjax.search import Corpus, log_normalizer
 from ragjax.text import Prompt, Tokenizer, assemble, assemble_closed_book, bucket, buckets_up_to, make_prompt, pad_rows
 from ragjax.weights import Pretrained, open_bert, open_generator, read_json
 
@@ -95,7 +96,7 @@ def open_rag(config: Config) -> Rag:
         corpus += f" passage_words={c.passage_words} categories={','.join(c.categories) or 'all'} seed={config.seed}"
     fingerprints = {
         "corpus": corpus,
-        "kind": f"{config.index.kind} {config.index.dtype}",
+        "kind": f"{structure(config.index.kind)} {config.index.dtype}",
         "encoder": f"{fingerprint_files(passage_encoder.files)} {r.pooling} normalize={r.normalize}",
         "encoder_tokenizer": f"{passage_tokenizer.fingerprint} {r.passage!r} {r.passage_tokens}",
         "generator_tokenizer": f"{generator_tokenizer.fingerprint} {g.passage!r}",
@@ -178,13 +179,6 @@ def encode(
     return nnx.merge(graph, params)(tokens, mask)
 
 
-@partial(jax.jit, static_argnums=2)
-def _log_normalizer(queries: Array, passages: Array, scale: float) -> Array:
-    # as exact as the search's scores: accelerators would round to bfloat16
-    scores = jnp.einsum("BD,ND->BN", queries, passages.astype(jnp.float32), precision="highest")
-    return jax.nn.logsumexp(scale * scores, axis=-1)
-
-
 @dataclass(frozen=True)
 class Retrieved:
     """The top-k of B questions, best first; id −1, score −inf and prior −inf where there was no hit."""
@@ -218,14 +212,16 @@ def search(
 ) -> tuple[Float[np.ndarray, "B D"], Float[np.ndarray, "B K"], Int[np.ndarray, "B K"]]:
     """The queries of B questions, and the scores and ids of their top-k, known to every process of the mesh.
 
-    `params` lie on the mesh (by default one device), whose axis `data` divides B. Each process searches for the
-    questions on its devices.
+    `params` lie on the mesh (by default one device), whose axis `data` divides B. All its devices search together; with
+    a FAISS kind each process searches for the questions on its own devices.
     """
     mesh = mesh or local_mesh(data=1)
     rows, count = question_rows(rag, questions), len(questions)
     mine = rows_here(mesh, count)
     asked = shard_batch(mesh, tuple(of_all[mine] for of_all in rows), count)
     queries = on_host(encode(rag.retriever.graph, params["retriever"], *asked))
+    if index.on_devices:
+        return queries, *index.search(queries, k, mesh)
     found = index.search(queries[mine], k)
     # whether others have other rows must not be judged by this process's own: all or none take part
     scores, ids = on_host(shard_batch(mesh, found, count)) if mesh.is_multi_process else found
@@ -239,17 +235,17 @@ def retrieve(
     queries, scores, ids = search(rag, params, index, questions, k, mesh)
     scale, valid = rag.config.retriever.scale, jnp.asarray(ids >= 0)
     if rag.config.retriever.prior == "corpus":
-        normalizer = _log_normalizer(queries, index.on_device, scale)
-        prior = corpus_log_prior(jnp.asarray(scale * scores), normalizer, valid)
+        normalizer = index.log_normalizer(queries, scale, mesh)
+        prior = corpus_log_prior(jnp.asarray(scale * scores), jnp.asarray(normalizer), valid)
     else:
         prior = log_prior(jnp.asarray(scale * scores), valid)
     return Retrieved(queries, ids, scores, np.asarray(prior))
 
 
-def log_mass(rag: Rag, index: Index, retrieved: Retrieved, k: int) -> Float[np.ndarray, " B"]:
+def log_mass(rag: Rag, index: Index, retrieved: Retrieved, k: int, mesh: Mesh | None = None) -> Float[np.ndarray, " B"]:
     """Log of the share of the whole corpus's softmax that the best k documents hold, at most 0 but for rounding."""
     scale = rag.config.retriever.scale
-    normalizer = _log_normalizer(retrieved.queries, index.on_device, scale)
+    normalizer = index.log_normalizer(retrieved.queries, scale, mesh)
     return np.asarray(jax.nn.logsumexp(jnp.asarray(scale * retrieved.scores[:, :k]), axis=-1) - normalizer)
 
 
@@ -375,11 +371,11 @@ class TokenScores:
 
 
 def joint_logp(
-    rag: Models, params: Params, batch: TrainBatch, key: Key[Array, ""], corpus: Float[Array, "N D"] | None = None
+    rag: Models, params: Params, batch: TrainBatch, key: Key[Array, ""], corpus: Corpus | None = None
 ) -> tuple[Float[Array, "B K"], TokenScores]:
     """log p_η(z|x), and log p_θ(y_t|y_<t,x,z) of the training answers; pure, to be differentiated.
 
-    `corpus` holds all N embeddings where the prior is normalised over the corpus. `key` draws the dropout masks.
+    `corpus` is there where the prior is normalised over it. `key` draws the dropout masks.
     With `train.backward_documents: m` below K, only the m documents of highest posterior pass a gradient to the
     generator. A document's gradient has its posterior for weight: what the others weigh together is all that is missed.
     """
@@ -406,7 +402,7 @@ def joint_logp(
 
 
 def _question_log_prior(
-    rag: Models, params: Params, batch: TrainBatch, keys: Keys | None, corpus: Array | None
+    rag: Models, params: Params, batch: TrainBatch, keys: Keys | None, corpus: Corpus | None
 ) -> Float[Array, "B K"]:
     """log p_η(z|x), the questions encoded anew so that the gradient reaches their encoder."""
     settings = rag.config.retriever
@@ -415,7 +411,7 @@ def _question_log_prior(
     if settings.prior == "top_k":
         return log_prior(scores, batch.valid)
     assert corpus is not None
-    return corpus_log_prior(scores, _log_normalizer(queries, corpus, settings.scale), batch.valid)
+    return corpus_log_prior(scores, log_normalizer(corpus, queries, settings.scale), batch.valid)
 
 
 def _token_scores(
@@ -487,7 +483,7 @@ def answer_nll(
 
 
 def loss(
-    rag: Models, params: Params, batch: TrainBatch, key: Key[Array, ""], corpus: Float[Array, "N D"] | None = None
+    rag: Models, params: Params, batch: TrainBatch, key: Key[Array, ""], corpus: Corpus | None = None
 ) -> tuple[Float[Array, ""], dict[str, Any]]:
     """The mean of −log p(y|x) over the batch, in nats, and what is worth watching (Lewis et al. 2020, section 2.4).
 

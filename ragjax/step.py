@@ -16,11 +16,12 @@ from flax import nnx, struct
 from jax.sharding import Mesh, NamedSharding, use_abstract_mesh
 from jaxtyping import Array, Float, Key
 
-from ragjax.config import Config, InputError, Train
+from ragjax.config import ON_DEVICES, Config, InputError, Train
 from ragjax.cost import NotCompiled, bytes_each, compiled_cost, size_text
 from ragjax.mesh import SPLIT, check_batch, lay, parameter_spec
 from ragjax.models.layers import Params
 from ragjax.rag import Models, TrainBatch, answer_nll, joint_logp, loss
+from ragjax.search import Corpus, rows_each, split_rows
 
 Flat = dict[tuple[str, ...], Any]  # parameters by path
 AnyModels = TypeVar("AnyModels", bound=Models)
@@ -147,7 +148,7 @@ def _heads(rag: Models, names: Sequence[str]) -> int | None:
 
 
 def gradients(
-    rag: Models, params: Params, batch: TrainBatch, key: Key[Array, ""], corpus: Float[Array, "N D"] | None = None
+    rag: Models, params: Params, batch: TrainBatch, key: Key[Array, ""], corpus: Corpus | None = None
 ) -> tuple[Flat, dict[str, Any]]:
     """The gradient of the mean loss by the trained parameters, and metrics, over `train.accumulate` micro-batches."""
     trained, frozen = split_frozen(params, rag.config.train.freeze)
@@ -180,7 +181,7 @@ def make_train_step(rag: Models, shardings: Any = None) -> jax.stages.Wrapped:
 
     @partial(jax.jit, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
     def train_step(
-        state: TrainState, batch: TrainBatch, corpus: Float[Array, "N D"] | None = None
+        state: TrainState, batch: TrainBatch, corpus: Corpus | None = None
     ) -> tuple[TrainState, dict[str, Any]]:
         key = jax.random.fold_in(state.key, state.step)
         with nullcontext() if shardings is None else use_abstract_mesh(shardings.step.mesh.abstract_mesh):
@@ -202,7 +203,7 @@ def make_nll(rag: Models) -> jax.stages.Wrapped:
     without = Models(replace(rag.config, train=plain), rag.retriever, rag.generator, rag.special)
 
     @jax.jit
-    def nll(params: Params, batch: TrainBatch, corpus: Float[Array, "N D"] | None = None) -> Float[Array, " B"]:
+    def nll(params: Params, batch: TrainBatch, corpus: Corpus | None = None) -> Float[Array, " B"]:
         prior, scores = joint_logp(without, params, batch, jax.random.key(0), corpus)
         return answer_nll(without, prior, scores, batch.answer, batch.answer_mask)
 
@@ -242,6 +243,12 @@ def abstract_batch(config: Config, width: int) -> TrainBatch:
     )
 
 
+def abstract_corpus(config: Config, width: int, mesh: Mesh, passages: int) -> Corpus:
+    """N passages on the devices, in shapes, types and places; D is the embeddings' `width`."""
+    shape, sharding = (rows_each(mesh, passages) * mesh.size, width), NamedSharding(mesh, split_rows(mesh))
+    return Corpus(jax.ShapeDtypeStruct(shape, config.index.dtype, sharding=sharding), passages, mesh)
+
+
 def trace_step(rag: Models, mesh: Mesh, passages: int) -> jax.stages.Traced:
     """The training step at its widest, traced with every argument where it would lie on the mesh; allocates nothing.
 
@@ -251,7 +258,7 @@ def trace_step(rag: Models, mesh: Mesh, passages: int) -> jax.stages.Traced:
     state, width = abstract_state(rag, mesh), rag.retriever.config.embedding_width
     corpus = None
     if rag.config.retriever.prior == "corpus":
-        corpus = lay(mesh, jax.ShapeDtypeStruct((passages, width), rag.config.index.dtype))
+        corpus = abstract_corpus(rag.config, width, mesh, passages)
     batch = lay(mesh, abstract_batch(rag.config, width), "data")
     return make_train_step(rag, jax.tree.map(lambda leaf: leaf.sharding, state)).trace(state, batch, corpus)
 
@@ -272,15 +279,15 @@ def check_fits(rag: Models, mesh: Mesh, passages: int, limit: int | None = None)
             raise InputError(f"training does not fit: {has}; use smaller models or train.freeze")
         return
     searched = 0
-    if config.index.kind == "exact":
-        searched = passages * rag.retriever.config.embedding_width * jnp.dtype(config.index.dtype).itemsize
+    if config.index.kind in ON_DEVICES:
+        searched = bytes_each(abstract_corpus(config, rag.retriever.config.embedding_width, mesh, passages))
     try:
         temporaries = compiled_cost(trace_step(rag, mesh, passages).lower()).temporaries
     except NotCompiled:
         return  # then the step itself will tell
     if (need := state + temporaries + searched) > limit:
         parts = f"parameters and optimiser state {size_text(state)}, temporaries {size_text(temporaries)}"
-        parts += f", embeddings of the exact search {size_text(searched)}" if searched else ""
+        parts += f", embeddings {size_text(searched)}" if searched else ""
         raise InputError(
             f"training does not fit: it needs {size_text(need)} of a device that has {size_text(limit)} ({parts}); "
             f"what would help: {'; '.join(memory_advice(rag, mesh))}"
@@ -291,7 +298,7 @@ def memory_advice(rag: Models, mesh: Mesh) -> list[str]:
     """Settings that would lower what training needs of each device, the least costly first."""
     config, train, (data, _) = rag.config, rag.config.train, mesh.devices.shape
     found = []
-    if config.index.kind == "exact" and config.retriever.prior == "top_k":
+    if config.index.kind in ON_DEVICES and config.retriever.prior == "top_k":
         found.append("index.kind=HNSW32 (the host then searches)")
     if not config.mesh.fsdp and data > 1:
         split = replace(rag, config=replace(config, mesh=replace(config.mesh, fsdp=True)))
@@ -316,6 +323,6 @@ def memory_advice(rag: Models, mesh: Mesh) -> list[str]:
     found.append(f"generator.source_tokens below {config.generator.source_tokens}")
     if train.backward_documents is None and config.model == "rag_sequence" and train.k > 1:
         found.append("train.backward_documents=1")
-    if config.retriever.prior == "corpus" and config.index.dtype == "float32":
+    if config.index.kind in ON_DEVICES and config.index.dtype == "float32":
         found.append("index.dtype=bfloat16")
     return [*found, "smaller models"]

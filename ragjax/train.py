@@ -36,7 +36,6 @@ from ragjax.mesh import (
     on_first,
     on_host,
     place,
-    replicated,
     rows_here,
     shard_batch,
 )
@@ -99,7 +98,7 @@ def _train(config: Config, signals: _Signals) -> Path:
         keep, best = config.train.keep, config.train.keep_best
         checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", keep, best=best, writing=True))
         state = _start(rag, checkpoints, batches, index, mesh)
-        corpus = place(index.on_device, replicated(mesh)) if config.retriever.prior == "corpus" else None
+        corpus = index.corpus(mesh) if config.retriever.prior == "corpus" else None
         shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
         step_fn, nll_fn, done = make_train_step(rag, shardings), make_nll(rag), int(state.step)
         with (
@@ -147,7 +146,8 @@ def open_world(config: Config) -> tuple[Rag, Index, PassageStore]:
     check_built(folder)  # before models are fetched
     enable_compilation_cache(cache_folder() / "xla")
     rag = open_rag(config)
-    return rag, open_index(folder, rag.fingerprints), PassageStore.open(folder)
+    recall = config.index.recall if config.index.kind == "approximate" else None
+    return rag, open_index(folder, rag.fingerprints, recall), PassageStore.open(folder)
 
 
 def has_answer(store: PassageStore, question: Question, ids: np.ndarray) -> np.ndarray:

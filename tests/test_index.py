@@ -18,11 +18,11 @@ from ragjax.index import (
     check_k,
     check_kind,
     embed_passages,
-    exact_search,
     faiss_bytes,
     open_index,
     write_index,
 )
+from ragjax.mesh import make_mesh
 from ragjax.passages import atomic_write, shard_folder
 
 FINGERPRINTS = {"corpus": "sha256:c", "encoder": "sha256:e", "passage_tokenizer": "sha256:p"}
@@ -71,33 +71,6 @@ def build(folder, embeddings, kind, dtype="float32", shard=1000):
     save(folder, embeddings, dtype, shard)
     write_index(folder, kind, dtype, {"fingerprints": FINGERPRINTS})
     return open_index(folder, FINGERPRINTS)
-
-
-@pytest.mark.parametrize(
-    ("count", "block", "k"), [(1, 1, 1), (7, 7, 3), (7, 4, 5), (64, 16, 10), (65, 16, 20), (100, 33, 100)]
-)
-def test_exact_search_is_brute_force(count, block, k):
-    embeddings, queries = random_vectors(count), random_vectors(5, seed=1)
-    scores, ids = exact_search(jnp.asarray(embeddings), jnp.asarray(queries), k, block)
-    expected_scores, expected_ids = brute_force(embeddings, queries, k)
-    np.testing.assert_array_equal(ids, expected_ids)
-    np.testing.assert_allclose(scores, expected_scores, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("block", [2, 5, 13])
-def test_equal_scores_come_by_lower_id(block):
-    embeddings = np.repeat(np.array([[1.0, 0.0], [2.0, 0.0]], np.float32), [4, 9], axis=0)
-    _, ids = exact_search(jnp.asarray(embeddings), jnp.array([[1.0, 0.0], [-1.0, 0.0], [0.0, 0.0]]), 6, block)
-    np.testing.assert_array_equal(ids, [[4, 5, 6, 7, 8, 9], [0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5]])
-
-
-@pytest.mark.parametrize("block", [1, 2, 3])
-def test_exact_search_never_wraps(block):
-    embeddings, queries = random_vectors(3), random_vectors(2, seed=1)
-    scores, ids = exact_search(jnp.asarray(embeddings), jnp.asarray(queries), 5, block)
-    np.testing.assert_array_equal(ids[:, :3], brute_force(embeddings, queries, 3)[1])
-    np.testing.assert_array_equal(ids[:, 3:], -1)
-    assert np.all(np.isneginf(scores[:, 3:]))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -281,8 +254,9 @@ def test_shards_are_one_array(tmp_path, dtype, shard):
     ids = np.array([[29, 0, 7], [6, 7, 0]])
     np.testing.assert_array_equal(index.embeddings[ids], vectors[ids])
     np.testing.assert_array_equal(np.asarray(index.embeddings), vectors)
-    assert index.on_device.dtype == np.dtype(dtype)
-    np.testing.assert_array_equal(np.asarray(index.on_device), vectors)
+    on_devices = index.corpus(make_mesh()).embeddings
+    assert on_devices.dtype == np.dtype(dtype)
+    np.testing.assert_array_equal(np.asarray(on_devices)[:30], vectors)
     one = Index(Embeddings([vectors]), "exact", {})
     queries = random_vectors(4, seed=1)
     for found, expected in zip(index.search(queries, 9), one.search(queries, 9), strict=True):

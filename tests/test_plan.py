@@ -106,7 +106,7 @@ def test_embeddings_and_passages_are_the_files(world: Path) -> None:
     shard = folder / "shards" / "00000"
     assert embeddings.size == (shard / "embeddings.npy").stat().st_size - 128  # the header
     assert embeddings.how == "30 passages × 32 in float32; it is there already"
-    assert planned["train", "embeddings, for the exact search", "device"].size == embeddings.size
+    assert planned["train", "embeddings, for the search", "device"].size == embeddings.size
     store = planned["index", "passages: text and tokens", "disk"]
     assert store.size == sum((shard / name).stat().st_size for name in STORE_FILES)
     assert not store.counted and not embeddings.counted

@@ -19,11 +19,12 @@ from world import open_world, tiny_config
 
 from ragjax.config import InputError, MeshConfig, Train
 from ragjax.cost import Cost, NotCompiled, bytes_each, compiled_cost, size_text
-from ragjax.mesh import make_mesh, place, replicated, shard_batch
+from ragjax.mesh import local_mesh, make_mesh, place, replicated, shard_batch
 from ragjax.models.generator import answer_hidden
 from ragjax.models.layers import Params
 from ragjax.passages import read_questions
 from ragjax.rag import Rag, TrainBatch, answer_nll, joint_logp, loss, open_rag, retrieve, train_batch
+from ragjax.search import Corpus
 from ragjax.step import (
     TrainState,
     abstract_batch,
@@ -52,7 +53,7 @@ class Setup:
     rag: Rag
     params: Params
     batch: TrainBatch
-    embeddings: jax.Array
+    corpus: Corpus
 
     def state(self) -> TrainState:
         return initial_state(self.rag, jax.tree.map(jnp.array, self.params))
@@ -66,7 +67,7 @@ def setup(world: Path, **overrides: object) -> Setup:
     texts = [question.question for question in chosen]
     ids = retrieve(rag, params, index, texts, config.train.k).ids
     batch = train_batch(rag, index, store, texts, [question.answers[0] for question in chosen], ids)
-    return Setup(rag, params, jax.tree.map(jnp.asarray, batch), index.on_device)
+    return Setup(rag, params, jax.tree.map(jnp.asarray, batch), index.corpus(local_mesh(data=1)))
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +80,7 @@ def dropping(world: Path) -> Setup:
     return setup(world, train__dropout=0.2, train__freeze=[KEY_BIAS], train__clip=1e9)
 
 
-def differentiate(rag: Rag, corpus: jax.Array | None = None) -> Callable[[Params, TrainBatch], Any]:
+def differentiate(rag: Rag, corpus: Corpus | None = None) -> Callable[[Params, TrainBatch], Any]:
     return jax.jit(lambda params, batch: gradients(rag, params, batch, KEY, corpus))
 
 
@@ -125,7 +126,7 @@ def flat(params: Params) -> dict[tuple[str, ...], np.ndarray]:
 # the gradient itself
 
 
-def sequence_logp(rag: Rag, params: Params, batch: TrainBatch, corpus: jax.Array | None = None) -> Any:
+def sequence_logp(rag: Rag, params: Params, batch: TrainBatch, corpus: Corpus | None = None) -> Any:
     """log p(z|x) and log p(y|x,z) [B,K]."""
     prior, scores = joint_logp(rag, params, batch, KEY, corpus)
     return prior, scores.logp.sum(axis=-1)
@@ -154,12 +155,12 @@ def test_gradient_is_the_posterior_weighted_sum(plain: Setup, plain_gradients: t
 
 def test_gradient_through_the_prior_over_the_corpus(world: Path, plain_gradients: tuple[Any, Any]) -> None:
     s = setup(world, retriever__prior="corpus", train__freeze=["generator"])
-    every = np.asarray(s.embeddings, np.float32)
+    every = np.asarray(s.corpus.embeddings, np.float32)
     ids = (
         np.abs(np.asarray(s.batch.passages)[:, :, None] - every).sum(axis=-1).argmin(axis=-1)
     )  # which passage each document is
 
-    logp = jax.jit(lambda p: sequence_logp(s.rag, p, s.batch, s.embeddings)[1])(s.params)
+    logp = jax.jit(lambda p: sequence_logp(s.rag, p, s.batch, s.corpus)[1])(s.params)
 
     def explicit(params: Params) -> jax.Array:
         encoder = nnx.merge(s.rag.retriever.graph, params)
@@ -169,7 +170,7 @@ def test_gradient_through_the_prior_over_the_corpus(world: Path, plain_gradients
         return -jax.nn.logsumexp(jax.nn.log_softmax(scores, axis=-1) + logp_of_all, axis=-1).mean()
 
     value, expected = jax.jit(jax.value_and_grad(explicit))(s.params["retriever"])
-    grads, metrics = differentiate(s.rag, s.embeddings)(s.params, s.batch)
+    grads, metrics = differentiate(s.rag, s.corpus)(s.params, s.batch)
     np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)
     assert_same(jax.device_get(grads), flat({"retriever": expected}))
     of_question = ("retriever", "norm", "scale")
@@ -523,7 +524,7 @@ def test_the_abstract_step_is_the_real_one(world: Path, prior: str, mesh: MeshCo
     devices = make_mesh(mesh.model)
     state = initial_state(rag, rag.initial_params())
     shardings = state_shardings(rag, devices, state)
-    state, corpus = jax.device_put(state, shardings), place(index.on_device, replicated(devices))
+    state, corpus = jax.device_put(state, shardings), index.corpus(devices)
     given = state, shard_batch(devices, batch, len(texts)), corpus if prior == "corpus" else None
     real = make_train_step(rag, shardings).lower(*given)
     abstract = trace_step(rag, devices, len(index)).lower()
@@ -551,12 +552,14 @@ def test_what_does_not_fit_is_refused_with_advice(world: Path) -> None:
     rag, mesh = open_rag(tiny_config(world, train__remat=False)), make_mesh()
     analysis = trace_step(rag, mesh, 30).lower().compile().memory_analysis()
     assert analysis is not None
-    need = bytes_each(abstract_state(rag, mesh)) + analysis.temp_size_in_bytes + 30 * 32 * 4
+    need = (
+        bytes_each(abstract_state(rag, mesh)) + analysis.temp_size_in_bytes + 4 * 32 * 4
+    )  # of 30 passages each device has 4
     check_fits(rag, mesh, 30, limit=need)
     with pytest.raises(InputError, match="training does not fit") as refused:
         check_fits(rag, mesh, 30, limit=need - 1)
     message = str(refused.value)
-    assert f"it needs {size_text(need)} of a device" in message and "embeddings of the exact search 3.8 KiB" in message
+    assert f"it needs {size_text(need)} of a device" in message and "embeddings 0.5 KiB" in message
     for setting in ("index.kind=HNSW32", "mesh.fsdp=true", "dtype=bfloat16", "train.remat=true", "train.k below 3"):
         assert setting in message
 

@@ -1,0 +1,179 @@
+"""Search on eight virtual devices: the brute force is NumPy in float64."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from ragjax.mesh import local_mesh, make_mesh
+from ragjax.search import (
+    Corpus,
+    block_log_normalizer,
+    block_search,
+    log_normalizer,
+    place_rows,
+    search_corpus,
+    take_rows,
+)
+
+
+def vectors(n: int, width: int = 16, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(n, width)).astype(np.float32)
+
+
+def brute_force(embeddings: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    scores = np.asarray(queries, np.float64) @ np.asarray(embeddings, np.float64).T
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(scores, order, 1), order
+
+
+def place_corpus(embeddings: np.ndarray, mesh: Mesh) -> Corpus:
+    return Corpus(place_rows(mesh, len(embeddings), lambda start, stop: embeddings[start:stop]), len(embeddings), mesh)
+
+
+def integers(n: int, width: int, seed: int) -> np.ndarray:
+    """Few different ones, so that many scores are equal, and every sum exact."""
+    return np.random.default_rng(seed).integers(-2, 3, size=(n, width)).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("count", "block", "group", "k"),
+    [
+        (1, 1, 64, 1),
+        (7, 7, 64, 3),
+        (7, 4, 2, 5),
+        (64, 16, 4, 10),
+        (64, 32, 4, 3),
+        (65, 16, 2, 7),
+        (100, 33, 11, 2),
+        (100, 33, 11, 100),
+        (300, 128, 8, 9),
+    ],
+)
+def test_search_by_blocks_and_groups_is_brute_force(count: int, block: int, group: int, k: int) -> None:
+    embeddings, queries = vectors(count), vectors(5, seed=1)
+    scores, ids = block_search(jnp.asarray(embeddings), jnp.asarray(queries), k, block=block, group=group)
+    expected_scores, expected_ids = brute_force(embeddings, queries, k)
+    np.testing.assert_array_equal(ids, expected_ids)
+    np.testing.assert_allclose(scores, expected_scores, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("block", "group"), [(2, 1), (5, 1), (12, 3), (64, 8), (64, 16), (100, 5)])
+@pytest.mark.parametrize("k", [1, 4, 9])
+def test_equal_scores_come_by_lower_id(block: int, group: int, k: int) -> None:
+    embeddings, queries = integers(150, 3, seed=2), integers(20, 3, seed=3)
+    _, ids = block_search(jnp.asarray(embeddings), jnp.asarray(queries), k, block=block, group=group)
+    np.testing.assert_array_equal(ids, brute_force(embeddings, queries, k)[1])
+
+
+@pytest.mark.parametrize("block", [1, 2, 3])
+def test_fewer_passages_than_asked_for(block: int) -> None:
+    embeddings, queries = vectors(3), vectors(2, seed=1)
+    scores, ids = block_search(jnp.asarray(embeddings), jnp.asarray(queries), 5, block=block)
+    np.testing.assert_array_equal(ids[:, :3], brute_force(embeddings, queries, 3)[1])
+    np.testing.assert_array_equal(ids[:, 3:], -1)
+    assert np.all(np.isneginf(scores[:, 3:]))
+
+
+@pytest.mark.parametrize("model", [1, 2])
+@pytest.mark.parametrize(("count", "k"), [(3, 2), (3, 5), (8, 3), (61, 10), (200, 61)])
+def test_search_over_a_mesh_is_brute_force(model: int, count: int, k: int) -> None:
+    """Also where some devices hold nothing but what fills them up, which would score higher than all passages."""
+    embeddings, queries = -np.abs(vectors(count)), np.abs(vectors(4, seed=1))
+    corpus = place_corpus(embeddings, make_mesh(model))
+    assert {shard.data.shape for shard in corpus.embeddings.addressable_shards} == {(-(-count // 8), 16)}
+    scores, ids = search_corpus(corpus, jnp.asarray(queries), k)
+    expected_scores, expected_ids = brute_force(embeddings, queries, k)
+    np.testing.assert_array_equal(ids[:, :count], expected_ids)
+    np.testing.assert_allclose(scores[:, :count], expected_scores, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(ids[:, count:], -1)
+
+
+def test_equal_scores_come_by_lower_id_over_a_mesh() -> None:
+    embeddings, queries = integers(150, 3, seed=2), integers(20, 3, seed=3)
+    _, ids = search_corpus(place_corpus(embeddings, make_mesh()), jnp.asarray(queries), 9)
+    np.testing.assert_array_equal(ids, brute_force(embeddings, queries, 9)[1])
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_the_approximate_search_is_exact_on_a_cpu(devices: int) -> None:
+    embeddings, queries = vectors(500), vectors(6, seed=1)
+    corpus = place_corpus(embeddings, make_mesh(devices=jax.devices()[:devices]))
+    scores, ids = search_corpus(corpus, jnp.asarray(queries), 20, recall=0.9)
+    expected_scores, expected_ids = brute_force(embeddings, queries, 20)
+    np.testing.assert_array_equal(ids, expected_ids)
+    np.testing.assert_allclose(scores, expected_scores, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_scores_are_float32_of_what_is_stored(dtype: str) -> None:
+    embeddings, queries = vectors(100).astype(dtype), vectors(4, seed=1)
+    scores, ids = search_corpus(place_corpus(embeddings, make_mesh()), jnp.asarray(queries), 7)
+    expected_scores, expected_ids = brute_force(embeddings, queries, 7)
+    np.testing.assert_array_equal(ids, expected_ids)
+    np.testing.assert_allclose(scores, expected_scores, rtol=1e-5, atol=1e-5)
+
+
+def test_memory_does_not_grow_with_queries_times_passages() -> None:
+    def temporaries(count: int) -> int:
+        corpus = place_corpus(np.zeros((count, 8), np.float32), local_mesh(data=1))
+        compiled = search_corpus.lower(corpus, jnp.zeros((64, 8)), 10).compile()
+        return compiled.memory_analysis().temp_size_in_bytes  # type: ignore[union-attr]
+
+    few, many = temporaries(20_000), temporaries(200_000)
+    assert many - few < 64 * 180_000  # bytes; scores would be four times as much
+
+
+@pytest.mark.parametrize("count", [3, 61, 200])
+def test_the_normaliser_and_its_gradient(count: int) -> None:
+    """Over a mesh, by blocks, and as if it were written down in one line, whatever fills up the devices."""
+    embeddings, queries, scale = vectors(count), jnp.asarray(vectors(4, seed=1)), 3.0
+
+    def plain(queries: jax.Array) -> jax.Array:
+        return jax.nn.logsumexp(scale * queries @ embeddings.T, axis=-1)
+
+    weights = jnp.arange(1.0, 5.0)
+    expected = plain(queries), jax.grad(lambda q: weights @ plain(q))(queries)
+    corpus = place_corpus(embeddings, make_mesh(2))
+
+    def by_blocks(queries: jax.Array) -> jax.Array:
+        return block_log_normalizer(jnp.asarray(embeddings), queries, scale, block=7)
+
+    for normalizer in (lambda q: log_normalizer(corpus, q, scale), by_blocks):
+        found = normalizer(queries), jax.grad(lambda q, f=normalizer: weights @ f(q))(queries)
+        for one, other in zip(found, expected, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_come_from_the_devices_that_hold_them() -> None:
+    embeddings = vectors(61).astype("bfloat16")
+    tokens = np.arange(61 * 3, dtype=np.uint16).reshape(61, 3)
+    mesh = make_mesh(2)
+    corpus = place_corpus(embeddings, mesh)
+    table = place_rows(mesh, 61, lambda start, stop: tokens[start:stop])
+    ids = np.array([[0, 60, -1], [7, 8, 8]], np.int32)
+    taken = jax.jit(
+        lambda corpus, table, ids: (take_rows(corpus, corpus.embeddings, ids), take_rows(corpus, table, ids))
+    )
+    of_embeddings, of_tokens = taken(corpus, table, ids)
+    assert (of_embeddings.dtype, of_tokens.dtype) == (jnp.float32, jnp.int32)
+    there = (ids >= 0)[:, :, None]
+    np.testing.assert_array_equal(of_embeddings, np.where(there, embeddings[ids].astype(np.float32), 0))
+    np.testing.assert_array_equal(of_tokens, np.where(there, tokens[ids], 0))
+
+
+def test_a_corpus_is_placed_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ragjax.search.UPLOAD", 5)
+    asked, embeddings = [], vectors(61)
+
+    def read(start: int, stop: int) -> np.ndarray:
+        asked.append(stop - start)
+        return embeddings[start:stop]
+
+    placed = place_rows(make_mesh(), 61, read)
+    assert max(asked) == 5 and placed.shape == (64, 16)
+    np.testing.assert_array_equal(placed[:61], embeddings)
+    np.testing.assert_array_equal(placed[61:], 0)
