@@ -22,22 +22,14 @@ from ragjax.config import Config, InputError
 from ragjax.decode import Candidates, decode, decode_as_hugging_face, decode_together, read, score_tokens
 from ragjax.experiment import load_experiment
 from ragjax.index import Index, check_k
+from ragjax.loss import TokenScores, answer_nll
 from ragjax.marginal import log_prior
 from ragjax.mesh import local_mesh, shard_batch
 from ragjax.models.generator import Memory
 from ragjax.models.layers import Params
 from ragjax.passages import PassageStore
 from ragjax.progress import terminal
-from ragjax.rag import (
-    Rag,
-    Retrieved,
-    TokenScores,
-    answer_nll,
-    answer_tokens,
-    check_questions,
-    prompt_rows,
-    retrieve,
-)
+from ragjax.rag import Rag, Retrieved, answer_tokens, check_questions, prompt_rows, retrieve
 from ragjax.text import bucket, buckets_up_to, pad_rows
 from ragjax.train import open_world, pretrained, restore_trained
 

@@ -18,9 +18,10 @@ from jaxtyping import Array, Float, Key
 
 from ragjax.config import ON_DEVICES, Config, InputError, Train
 from ragjax.cost import NotCompiled, bytes_each, compiled_cost, size_text
+from ragjax.loss import answer_nll, joint_logp, loss
 from ragjax.mesh import SPLIT, check_batch, lay, parameter_spec
 from ragjax.models.layers import Params
-from ragjax.rag import Models, TrainBatch, answer_nll, joint_logp, loss
+from ragjax.rag import Models, TrainBatch
 from ragjax.search import Corpus, rows_each, split_rows
 
 Flat = dict[tuple[str, ...], Any]  # parameters by path

@@ -34,10 +34,11 @@ from ragjax.cli import main
 from ragjax.config import Config, Decode, load_config
 from ragjax.decode import decode_as_hugging_face, propose_together, read
 from ragjax.hf_rag import import_rag
+from ragjax.loss import loss
 from ragjax.marginal import log_prior
 from ragjax.models.generator import SpecialTokens
 from ragjax.passages import read_questions
-from ragjax.rag import Rag, TrainBatch, loss, open_rag, retrieve, train_batch
+from ragjax.rag import Rag, TrainBatch, open_rag, retrieve, train_batch
 from ragjax.train import restore_trained
 from ragjax.weights import open_bert, open_generator
 

@@ -22,11 +22,12 @@ from world import tiny_config
 from ragjax.config import Decode
 from ragjax.decode import Candidates, decode_as_hugging_face, decode_together, propose_together, read
 from ragjax.hf_rag import DPR_PREFIX, import_rag
+from ragjax.loss import loss
 from ragjax.marginal import hugging_face_nll, log_prior, marginal_logp
 from ragjax.models.generator import Memory, SpecialTokens, answer_hidden
 from ragjax.models.layers import Params
 from ragjax.passages import Passage, PassageStore, shard_folder, write_store
-from ragjax.rag import TrainBatch, loss, open_rag, passage_text, prompt_rows
+from ragjax.rag import TrainBatch, open_rag, passage_text, prompt_rows
 from ragjax.text import Tokenizer
 from ragjax.weights import bert_tensors, generator_tensors, open_bert, open_generator
 

@@ -18,6 +18,7 @@ from world import open_world, tiny_config
 
 from ragjax.config import InputError
 from ragjax.index import Index
+from ragjax.loss import joint_logp, loss
 from ragjax.marginal import marginal_logp
 from ragjax.models.layers import Params
 from ragjax.passages import PassageStore, read_questions
@@ -26,9 +27,7 @@ from ragjax.rag import (
     TrainBatch,
     answer_tokens,
     encode,
-    joint_logp,
     log_mass,
-    loss,
     open_rag,
     prompt_rows,
     question_rows,

@@ -19,11 +19,12 @@ from world import open_world, tiny_config
 
 from ragjax.config import InputError, MeshConfig, Train
 from ragjax.cost import Cost, NotCompiled, bytes_each, compiled_cost, size_text
+from ragjax.loss import answer_nll, joint_logp, loss
 from ragjax.mesh import local_mesh, make_mesh, place, replicated, shard_batch
 from ragjax.models.generator import answer_hidden
 from ragjax.models.layers import Params
 from ragjax.passages import read_questions
-from ragjax.rag import Rag, TrainBatch, answer_nll, joint_logp, loss, open_rag, retrieve, train_batch
+from ragjax.rag import Rag, TrainBatch, open_rag, retrieve, train_batch
 from ragjax.search import Corpus
 from ragjax.step import (
     TrainState,

@@ -26,10 +26,11 @@ from ragjax.checkpoint import Checkpoints
 from ragjax.cli import main
 from ragjax.config import InputError
 from ragjax.experiment import load_experiment
+from ragjax.loss import loss
 from ragjax.models.layers import Params
 from ragjax.passages import read_questions, write_jsonl
 from ragjax.progress import progress_bar
-from ragjax.rag import Rag, loss, open_rag, retrieve, train_batch
+from ragjax.rag import Rag, open_rag, retrieve, train_batch
 from ragjax.step import TrainState, initial_state
 from ragjax.train import restore_trained, train
 
