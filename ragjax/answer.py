@@ -31,7 +31,7 @@ from ragjax.passages import PassageStore
 from ragjax.progress import terminal
 from ragjax.rag import Rag, Retrieved, answer_tokens, check_questions, prompt_rows, retrieve
 from ragjax.text import bucket, buckets_up_to, pad_rows
-from ragjax.train import open_world, pretrained, restore_trained
+from ragjax.train import open_world, pretrained, restore_trained, trained_index
 
 
 def answer_modes(config: Config) -> tuple[str, ...]:
@@ -230,6 +230,7 @@ def open_answerer(config: Config, untrained: bool = False) -> Answerer:
     mesh = local_mesh(config.mesh.model, data=1)
     trained = None if untrained else restore_trained(rag, mesh)
     params, step = trained or (pretrained(rag, mesh), None)
+    index = index if step is None else trained_index(rag, index, step)
     return Answerer(rag, params, index, store, step, mesh)
 
 

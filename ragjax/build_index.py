@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from ragjax import factbook, factbook_facts
 from ragjax.config import Config, Corpus, InputError, structure
@@ -30,9 +29,7 @@ from ragjax.index import (
     EMBEDDINGS,
     FAISS_FILE,
     MANIFEST,
-    Encode,
     check_kind,
-    embed_passages,
     open_index,
     write_index,
 )
@@ -40,7 +37,6 @@ from ragjax.mesh import (
     enable_compilation_cache,
     is_first,
     local_mesh,
-    on_each_device,
     on_first,
     place,
     replicated,
@@ -64,8 +60,7 @@ from ragjax.passages import (
     write_store,
 )
 from ragjax.progress import progress_bar, terminal
-from ragjax.rag import Rag, encode, open_rag, passage_text
-from ragjax.text import Tokenizer, buckets_up_to
+from ragjax.rag import Rag, embed_with, open_rag, passage_rows, passage_text
 
 BUILDING = "building.json"  # in INDEX.partial: what its shards were made of, and what the scan found
 
@@ -265,49 +260,16 @@ def _write_shards(rag: Rag, read: Read, count: int, new: Path) -> None:
 
 def _shard_writer(rag: Rag) -> Callable[[Path, Sequence[Passage], Callable[[int], None]], None]:
     """Writes the text, tokens and embeddings of some passages into a folder, with all devices of this process."""
-    settings, generator, tokenizer = rag.config.retriever, rag.config.generator, rag.passage_tokenizer
-    mesh = local_mesh()
-    params = place(rag.passage_encoder.read(), replicated(mesh))
-    encoder: Encode = partial(on_each_device(mesh, partial(encode, rag.passage_encoder.graph)), params)
+    settings = rag.config.retriever
+    told = partial(passage_text, rag.config.generator.passage)
+    params = place(rag.passage_encoder.read(), replicated(local_mesh()))
 
     def write(folder: Path, passages: Sequence[Passage], advance: Callable[[int], None]) -> None:
-        told = partial(passage_text, generator.passage)
         write_store(folder, passages, rag.generator_tokenizer.encode, told)
-        embed_passages(
-            encoder,
-            passage_rows(tokenizer, settings.passage, passages, settings.passage_tokens),
-            width_buckets=buckets_up_to(settings.passage_tokens),
-            batch_size=rag.config.index.batch_size,
-            pad_id=tokenizer.pad_id,
-            dtype=rag.config.index.dtype,
-            path=folder / EMBEDDINGS,
-            progress=advance,
-            devices=mesh.size,
-        )
+        rows = passage_rows(rag.passage_tokenizer, settings.passage, passages, settings.passage_tokens)
+        embed_with(rag, params, rows, folder / EMBEDDINGS, advance)
 
     return write
-
-
-def passage_rows(
-    tokenizer: Tokenizer, template: str, passages: Sequence[Passage], longest: int, batch: int = 1024
-) -> list[np.ndarray]:
-    """Passages as the retriever reads them, at most `longest` tokens each.
-
-    A special token in the template is one, as in DPR's "{title} [SEP] {text}"; in a passage it never is.
-    """
-    pieces, (before, after) = tokenizer.split_special(template), tokenizer.frame
-    room, rows = longest - len(before) - len(after), []
-    for start in range(0, len(passages), batch):  # as arrays, for lists of Python's integers take ten times the room
-        chunk = passages[start : start + batch]
-        columns: list[list[list[int]]] = []
-        for piece in pieces:
-            if isinstance(piece, int):
-                columns.append([[piece]] * len(chunk))
-            else:
-                columns.append(tokenizer.encode([passage_text(piece, passage) for passage in chunk]))
-        for parts in zip(*columns, strict=True):
-            rows.append(np.array([*before, *[t for part in parts for t in part][:room], *after], np.int32))
-    return rows
 
 
 def _complete(rag: Rag, corpus: Fetched, content: str, scan: Scan, questions: dict[str, list[dict]], new: Path) -> None:

@@ -6,6 +6,7 @@ import logging
 import math
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -168,6 +169,15 @@ class Checkpoints:
     def metadata(self, step: int) -> dict[str, Any]:
         """The JSON saved with the state. Raises `InputError` for an incomplete or damaged checkpoint."""
         return self._read_metadata(step).custom_metadata or {}
+
+    def every_metadata(self) -> list[dict[str, Any]]:
+        """The JSON of every checkpoint that can be read."""
+        self.wait()
+        found = []
+        for saved in self._checkpointer.checkpoints:
+            with suppress(DamagedCheckpoint):
+                found.append(self.metadata(saved.step))
+        return found
 
     def close(self) -> None:
         """Waits for the last save and frees what Orbax holds. Raises as `save` does."""

@@ -95,6 +95,7 @@ class Train:
     batch_size: int = 8  # questions a step, over all devices
     accumulate: int = 1  # micro-batches a step
     k: int = 5  # documents a question
+    fused: bool = False  # encode, search, read and learn in one program on the devices, which hold all tokens as well
     backward_documents: int | None = None  # the generator learns from so many of them, the likeliest; null means all
     retriever_lr: float = 3e-5
     generator_lr: float = 3e-5
@@ -102,6 +103,8 @@ class Train:
     decay: str = "cosine"  # or linear, constant
     weight_decay: float = 0.0
     clip: float = 1.0  # largest gradient norm of the retriever, and of the generator
+    passage_encoder: str = "frozen"  # or shared: the retriever's weights encode passages, too; own: weights of its own
+    search_ahead: bool = False  # FAISS finds the next step's documents while a step runs: its queries are a step old
     freeze: list[str] = field(default_factory=list)  # parameter prefixes, e.g. retriever, generator.embed
     dropout: float = 0.0
     label_smoothing: float = 0.0
@@ -114,6 +117,21 @@ class Train:
     keep_best: bool = False  # and the checkpoint of lowest dev_loss, which evaluate, answer and export then use
     log_every: int = 1
     tensorboard: bool = False
+
+
+@dataclass(frozen=True)
+class Refresh:
+    """How the index follows a passage encoder that is trained. At the end of training it always does.
+
+    Re-encoding begins `every` so many steps, or when the index has drifted, and is spread over `steps` steps, after
+    which the new index is searched; until then the old one is.
+    """
+
+    every: int | None = None  # steps; null means never
+    below: float | None = None  # begin when less than this share of the top k would stay under today's encoder
+    steps: int = 10  # over which a re-encoding is spread
+    probe_every: int | None = None  # measure the drift every so many steps
+    probe_questions: int = 64  # of the training questions, on which drift is measured
 
 
 @dataclass(frozen=True)
@@ -150,6 +168,7 @@ class Config:
     generator: Generator = field(default_factory=Generator)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     train: Train = field(default_factory=Train)
+    refresh: Refresh = field(default_factory=Refresh)
     decode: Decode = field(default_factory=Decode)
     evaluate: Evaluate = field(default_factory=Evaluate)
 
@@ -161,13 +180,14 @@ CHOICES = {
     "retriever.pooling": ("mean", "cls"),
     "retriever.prior": ("top_k", "corpus"),
     "index.dtype": ("float32", "bfloat16", "float16"),
+    "train.passage_encoder": ("frozen", "shared", "own"),
     "train.decay": ("cosine", "linear", "constant"),
     "decode.mode": ("thorough", "fast"),
     "evaluate.split": ("train", "dev", "test"),
 }
 ON_DEVICES = ("exact", "approximate")  # an index.kind that the devices search; any other is FAISS's
 POSITIVE = (
-    "mesh.model index.shard index.recall "
+    "mesh.model index.shard index.recall refresh.every refresh.steps refresh.probe_every refresh.probe_questions "
     "corpus.passage_words retriever.scale retriever.question_tokens retriever.passage_tokens index.batch_size "
     "generator.source_tokens generator.answer_tokens train.steps train.batch_size train.accumulate train.k train.clip "
     "train.save_every train.save_minutes train.keep train.log_every decode.k decode.beams decode.max_new_tokens "
@@ -271,6 +291,19 @@ def _check(config: Config, path: Path) -> None:
             f"retriever.prior=corpus needs every score, which index.kind={config.index.kind} does not give; "
             "use index.kind=exact or retriever.prior=top_k"
         )
+    if config.train.fused:
+        if config.index.kind not in ON_DEVICES:
+            problems.append(
+                f"train.fused=true searches on the devices, and index.kind={config.index.kind} on the host; "
+                "use index.kind=exact or approximate"
+            )
+        if config.hf_compatible:
+            problems.append(
+                "train.fused=true cannot make transformers' prompts, which are texts; use train.fused=false"
+            )
+        if config.train.passage_encoder != "frozen":
+            problems.append("train.fused=true has no texts to encode anew; use train.passage_encoder=frozen")
+    problems += _check_refresh(config)
     if config.train.keep_best and config.train.dev_questions == 0:
         problems.append("train.keep_best=true needs a dev_loss; set train.dev_questions, such as 200")
     problems += _check_model(config)
@@ -278,6 +311,31 @@ def _check(config: Config, path: Path) -> None:
         problems.append("decode.min_new_tokens must be smaller than decode.max_new_tokens")
     if problems:
         raise InputError(f"{path}: " + "; ".join(problems))
+
+
+def _check_refresh(config: Config) -> list[str]:
+    """What goes together with a passage encoder that is trained, or is not."""
+    problems, refresh, trained = [], config.refresh, config.train.passage_encoder
+    if trained == "frozen":
+        for key in ("refresh.every", "refresh.below", "refresh.probe_every"):
+            if get_key(config, key) is not None:
+                problems.append(f"{key} is for a passage encoder that is trained: train.passage_encoder=shared or own")
+    elif config.retriever.prior == "corpus":
+        problems.append(
+            f"train.passage_encoder={trained} with retriever.prior=corpus would divide new scores by a sum over old "
+            "embeddings; use retriever.prior=top_k"
+        )
+    if trained == "shared" and config.retriever.passage_source is not None:
+        problems.append("train.passage_encoder=shared has one encoder; leave out retriever.passage_source, or use own")
+    if refresh.below is not None and not 0 < refresh.below < 1:
+        problems.append(f"refresh.below is {refresh.below}; expected more than 0 and less than 1")
+    if refresh.below is not None and refresh.probe_every is None:
+        problems.append("refresh.below needs the drift to be measured; set refresh.probe_every, such as 20")
+    if refresh.every is not None and refresh.every < refresh.steps:
+        problems.append(f"refresh.every={refresh.every} is less than refresh.steps={refresh.steps} that each one takes")
+    if config.train.search_ahead and config.index.kind in ON_DEVICES:
+        problems.append("train.search_ahead=true is for a FAISS index.kind: the devices cannot search beside a step")
+    return problems
 
 
 def _check_model(config: Config) -> list[str]:

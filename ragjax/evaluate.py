@@ -28,7 +28,7 @@ from ragjax.metrics import bootstrap_interval, exact_match, expected_calibration
 from ragjax.passages import Question, atomic_write, write_jsonl
 from ragjax.progress import progress_bar
 from ragjax.rag import Retrieved, log_mass, retrieve
-from ragjax.train import has_answer, open_world, pretrained, read_split, restore_trained
+from ragjax.train import has_answer, open_world, pretrained, read_split, restore_trained, trained_index
 
 RETRIEVAL_BATCH = 64
 
@@ -67,6 +67,7 @@ def evaluate(config: Config) -> dict[str, Any]:
         report["models"]["untrained"], made = _measure(answerer, questions, asked, "untrained")
         predictions += made
     if trained is not None:
+        index = trained_index(rag, index, trained[1])
         answerer = Answerer(rag, trained[0], index, store, trained[1], mesh)
         report["models"]["trained"], made = _measure(answerer, questions, questions[:limit], "trained")
         predictions += made

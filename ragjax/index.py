@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, islice
 from pathlib import Path
@@ -35,51 +35,45 @@ TRAIN_THREADS = 8  # fixed, because OPQ's rotation depends on it
 OVERSAMPLE = 4  # FAISS is asked for so many times k, of which exact scores choose
 
 Encode = Callable[[Int[np.ndarray, "n S"], Bool[np.ndarray, "n S"]], Any]
+EncodedBatch = tuple[np.ndarray, np.ndarray]  # some places [n], and the embeddings [n, D] that belong there
 
 
 def embed_passages(
-    encode: Encode,
-    token_rows: Sequence[Ids],
-    *,
-    width_buckets: Sequence[int],
-    batch_size: int,
-    pad_id: int,
-    dtype: str,
-    path: Path,
-    progress: Callable[[int], None],
-    devices: int = 1,
+    batches: Iterable[EncodedBatch], count: int, *, dtype: str, path: Path, progress: Callable[[int], None]
 ) -> None:
     """Writes the embeddings [n, D] of a shard's passages, at least one, to `path`, in their order and in `dtype`.
 
-    `encode` maps tokens[n, S] and mask[n, S] to an array [n, D]: n is `batch_size` for each of so many `devices`, S
-    one of `width_buckets`. `progress` is told how many passages each call finished. Raises `InputError` for a full
-    disk or embeddings that `dtype` cannot hold.
+    `count` is n. `progress` is told how many passages each batch had. Raises `InputError` for a full disk or embeddings
+    that `dtype` cannot hold.
     """
     embeddings: np.ndarray | None = None
     with atomic_write(path) as (file,):
-        for ids, result in _encoded_batches(encode, token_rows, width_buckets, batch_size, pad_id, devices):
-            batch = np.asarray(result)[: len(ids)].astype(np.float32)
+        for ids, batch in batches:
             with np.errstate(over="ignore"):
                 stored = batch.astype(dtype)
             if not np.isfinite(stored.astype(np.float32)).all():
                 raise InputError(f"an embedding is not finite in index.dtype={dtype}; check retriever.source, or widen")
             if embeddings is None:
-                embeddings = _create(file, (len(token_rows), batch.shape[1]), dtype)
+                embeddings = _create(file, (count, batch.shape[1]), dtype)
             embeddings[ids] = stored
             progress(len(ids))
         assert isinstance(embeddings, np.memmap)
         embeddings.flush()
 
 
-def _encoded_batches(
+def encoded_batches(
     encode: Encode,
     token_rows: Sequence[Ids],
+    *,
     width_buckets: Sequence[int],
     batch_size: int,
     pad_id: int,
-    devices: int,
-) -> Iterator[tuple[np.ndarray, Any]]:
-    """Passage ids and their embeddings, longest passages first, so that memory runs out at once or never.
+    devices: int = 1,
+) -> Iterator[EncodedBatch]:
+    """Places of passages and their embeddings, longest passages first, so that memory runs out at once or never.
+
+    `encode` maps tokens[n, S] and mask[n, S] to an array [n, D]: n is `batch_size` for each of so many `devices`, S
+    one of `width_buckets`.
 
     Each device has a whole batch, and batches of one width go together: so each is padded and encoded in the same way
     whatever the number of devices. The next ones are dispatched before the previous ones are awaited: the host writes
@@ -96,10 +90,14 @@ def _encoded_batches(
             rows += [rows[-1]] * (devices * batch_size - len(rows))
             current = ids, encode(*pad_rows(rows, width, pad_id))
             if waiting is not None:
-                yield waiting
+                yield _finished(*waiting)
             waiting = current
     if waiting is not None:
-        yield waiting
+        yield _finished(*waiting)
+
+
+def _finished(ids: Int[np.ndarray, " n"], result: Any) -> EncodedBatch:
+    return ids, np.asarray(result)[: len(ids)].astype(np.float32)
 
 
 def _create(file: BinaryIO, shape: tuple[int, int], dtype: str) -> np.memmap:
@@ -187,6 +185,8 @@ class Index:
     def version(self) -> str:
         """ "sha256:…" over what it was built from: its passages, its encoder, its kind."""
         parts = {"passages": self.manifest["corpus"]["fingerprint"], **self.manifest["fingerprints"]}
+        if "refreshed" in self.manifest:  # by an encoder that is trained
+            parts["refreshed"] = self.manifest["refreshed"]
         return f"sha256:{hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()}"
 
     @property
@@ -239,6 +239,10 @@ class Index:
             rows = place_rows(mesh, len(self), lambda start, stop: self.embeddings[np.arange(start, stop)])
             self._corpus = Corpus(rows, len(self), mesh)
         return self._corpus
+
+    def release(self) -> None:
+        """Frees what lies on devices."""
+        self._corpus = None
 
     _corpus: Corpus | None = field(default=None, repr=False)
 

@@ -40,7 +40,7 @@ def joint_logp(
     """
     questions, documents = batch.source.shape[:2]
     keys = row_keys(key, batch.row) if rag.config.train.dropout > 0 else None
-    prior = _question_log_prior(rag, params, batch, fold(keys, 0), corpus)
+    prior = _question_log_prior(rag, params, batch, keys, corpus)
     document_keys = None
     if keys is not None:
         document_keys = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, 1), documents))(keys)
@@ -63,14 +63,40 @@ def joint_logp(
 def _question_log_prior(
     rag: Models, params: Params, batch: TrainBatch, keys: Keys | None, corpus: Corpus | None
 ) -> Float[Array, "B K"]:
-    """log p_η(z|x), the questions encoded anew so that the gradient reaches their encoder."""
+    """log p_η(z|x), the questions encoded anew so that the gradient reaches their encoder, as it may the passages'."""
     settings = rag.config.retriever
-    queries = nnx.merge(rag.retriever.graph, params["retriever"])(batch.question, batch.question_mask, keys)
-    scores = settings.scale * jnp.einsum("BD,BKD->BK", queries, batch.passages, precision="highest")
+    queries = nnx.merge(rag.retriever.graph, params["retriever"])(batch.question, batch.question_mask, fold(keys, 0))
+    passages = batch.passages
+    if batch.passage is not None and batch.passage_mask is not None:
+        passages = embed(rag, params, batch.passage, batch.passage_mask, keys)
+    scores = settings.scale * jnp.einsum("BD,BKD->BK", queries, passages, precision="highest")
     if settings.prior == "top_k":
         return log_prior(scores, batch.valid)
     assert corpus is not None
     return corpus_log_prior(scores, log_normalizer(corpus, queries, settings.scale), batch.valid)
+
+
+def embed(
+    rag: Models, params: Params, passage: Int[Array, "B K P"], mask: Bool[Array, "B K P"], keys: Keys | None = None
+) -> Float[Array, "B K D"]:
+    """Embeddings of passages by the encoder as it is trained; `keys`, one a question, draw the dropout."""
+    questions, documents, length = passage.shape
+    rows, of_rows = questions * documents, None
+    if keys is not None:
+        of_rows = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, 2), documents))(keys).reshape(rows)
+    encoder = jax.checkpoint(_encode, static_argnums=0) if rag.config.train.remat else _encode
+    tokens, shown = passage.reshape(rows, length), mask.reshape(rows, length)
+    found = encoder(rag.passage_encoder.graph, passage_params(rag, params), tokens, shown, of_rows)
+    return found.reshape(questions, documents, -1)
+
+
+def passage_params(rag: Models, params: Params) -> Params:
+    """The parameters that encode passages while they are trained."""
+    return params["passage_encoder" if rag.config.train.passage_encoder == "own" else "retriever"]
+
+
+def _encode(graph: nnx.GraphDef, params: Params, tokens: Array, mask: Array, keys: Keys | None) -> Array:
+    return nnx.merge(graph, params)(tokens, mask, keys)
 
 
 def _token_scores(

@@ -341,6 +341,26 @@ class PassageStore:
         shard, place = self._find(i)
         return shard.tokens(place)
 
+    def token_rows(self, start: int, stop: int, width: int) -> tuple[Int[np.ndarray, "n P"], Int[np.ndarray, " n"]]:
+        """The first `width` tokens of passages [start, stop), 0 after their end, and how many each has of these."""
+        rows, lengths = np.zeros((stop - start, width), np.int32), np.zeros(stop - start, np.int32)
+        at = start
+        while at < stop:
+            shard, first = self._find(at)
+            count = min(stop - at, len(shard) - first)
+            offsets = np.asarray(shard.token_offsets[first : first + count + 1])
+            here = slice(at - start, at - start + count)
+            lengths[here] = np.minimum(np.diff(offsets), width)
+            kept = np.arange(width) < lengths[here, None]
+            rows[here][kept] = shard.token_ids[(offsets[:-1, None] + np.arange(width))[kept]]
+            at += count
+        return rows, lengths
+
+    @property
+    def longest(self) -> int:
+        """The tokens of the longest passage."""
+        return max(int(np.diff(shard.token_offsets).max()) for shard in self._shards)
+
     @property
     def token_count(self) -> int:
         """How many tokens all passages have."""

@@ -32,6 +32,7 @@ from ragjax.answer import most_documents
 from ragjax.config import ON_DEVICES, Config, InputError
 from ragjax.cost import Cost, NotCompiled, bytes_each, compiled_cost, matmul_flops, size_text
 from ragjax.decode import pad_answers, propose, propose_together, read, score_tokens
+from ragjax.fused import abstract_corpus
 from ragjax.hub import fetch_config, is_local
 from ragjax.index import MANIFEST, check_kind, faiss_bytes
 from ragjax.mesh import check_batch, lay, make_mesh
@@ -40,7 +41,6 @@ from ragjax.models.layers import Params
 from ragjax.passages import STORE_FILES, count_passages, shard_folders
 from ragjax.rag import Models, check_lengths, encode
 from ragjax.step import (
-    abstract_corpus,
     abstract_state,
     for_answering,
     memory_advice,
@@ -48,6 +48,7 @@ from ragjax.step import (
     state_shardings,
     trace_step,
 )
+from ragjax.text import Prompt
 from ragjax.weights import Pretrained, bert_shape, generator_shape, open_generator
 
 ID_BYTES = 8  # a hash of each passage's id
@@ -62,6 +63,7 @@ NO_TPU = {
 SMALL_FAISS = "IVF16384,SQ8"  # a byte for each number
 PLACES = {"device": "each device", "devices": "all devices"}  # as the table has them
 SPECIAL = SpecialTokens(eos=0, pad=0)  # which tokens they are changes no size
+NO_PROMPT = Prompt((), (), (), question_first=False, closed_book=((), ()))  # nor do those around a passage
 
 
 @dataclass(frozen=True)
@@ -357,9 +359,17 @@ class _Plan:
             self.searched("evaluate"),
         ]
 
+    def searching(self, with_tokens: bool) -> Models:
+        """What tells how an embedding is stored; how a token is, only the generator knows."""
+        encoder = _known(self.passage_encoder, "passage encoder")
+        generator = _known(self.generator, "generator") if with_tokens else encoder
+        config = replace(self.config, train=replace(self.config.train, fused=with_tokens))
+        return Models(config, encoder, generator, SPECIAL, NO_PROMPT, encoder)
+
     def models(self) -> Models:
         retriever, generator = _known(self.retriever, "retriever"), _known(self.generator, "generator")
-        return Models(self.config, retriever, generator, SPECIAL)
+        encoder = _known(self.passage_encoder, "passage encoder")
+        return Models(self.config, retriever, generator, SPECIAL, NO_PROMPT, encoder)
 
     @property
     def split(self) -> str:
@@ -380,7 +390,7 @@ class _Plan:
             if command == "index":
                 return bytes_each(model.abstract), count
             # the other model's configuration is not asked for: it may be unknown
-            alone = Models(self.config, model, model, SPECIAL)
+            alone = Models(self.config, model, model, SPECIAL, NO_PROMPT, model)
             alone = for_answering(alone) if command == "evaluate" else alone
             at = state_shardings(alone, self.mesh, {name: model.abstract})[name]
             placed = jax.tree.map(
@@ -417,15 +427,16 @@ class _Plan:
 
     def searched(self, command: str) -> Row:
         """What is searched: all embeddings on the devices, or the FAISS structure (its embeddings stay on the disk)."""
+        with_tokens = command == "train" and self.config.train.fused
         if self.config.index.kind in ON_DEVICES:
 
             def size() -> tuple[int, str]:
                 (count, _), (_, how) = self.passages(), self.embeddings()
-                width = _known(self.passage_encoder, "passage encoder").config.embedding_width
-                size = bytes_each(abstract_corpus(self.config, width, self.mesh, count))
+                size = bytes_each(abstract_corpus(self.searching(with_tokens), self.mesh, count))
+                how += f", and at most {self.config.generator.source_tokens} tokens each" if with_tokens else ""
                 return size, how if self.mesh.size == 1 else f"split over all devices: {how}"
 
-            return _row(command, "embeddings, for the search", "device", size)
+            return _row(command, f"embeddings{' and tokens' if with_tokens else ', for the search'}", "device", size)
         return _row(command, f"FAISS structure {self.config.index.kind}", "host", self.faiss)
 
     def passages(self) -> tuple[int, str]:

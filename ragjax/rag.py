@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,45 +18,61 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ragjax.config import Config, InputError, structure
 from ragjax.hub import Fetched, checkpoint_folder, fetch, fingerprint_files
-from ragjax.index import Index
+from ragjax.index import EncodedBatch, Index, embed_passages, encoded_batches
 from ragjax.marginal import corpus_log_prior, log_prior
-from ragjax.mesh import local_mesh, on_host, rows_here, shard_batch
+from ragjax.mesh import local_mesh, on_each_device, on_host, rows_here, shard_batch
 from ragjax.models.generator import SpecialTokens
 from ragjax.models.layers import Params
 from ragjax.passages import Passage, PassageStore, is_unicode
-from ragjax.text import Prompt, Tokenizer, assemble, assemble_closed_book, bucket, buckets_up_to, make_prompt, pad_rows
+from ragjax.text import (
+    Ids,
+    Prompt,
+    Tokenizer,
+    assemble,
+    assemble_closed_book,
+    bucket,
+    buckets_up_to,
+    make_prompt,
+    pad_rows,
+)
 from ragjax.weights import Pretrained, open_bert, open_generator, read_json
 
 
 @dataclass(frozen=True)
 class Models:
-    """Both models opened (not read): all that the loss and the training step are made of."""
+    """The models opened (not read): all that the loss and the training step are made of."""
 
     config: Config
     retriever: Pretrained
     generator: Pretrained
     special: SpecialTokens  # the generator's
+    prompt: Prompt
+    passage_encoder: Pretrained  # the retriever itself, unless `retriever.passage_source` names another
+
+    @property
+    def parts(self) -> dict[str, Pretrained]:
+        """What has parameters in a training state: retriever, generator, and a passage encoder with its own weights."""
+        own = {"passage_encoder": self.passage_encoder} if self.config.train.passage_encoder == "own" else {}
+        return {"retriever": self.retriever, "generator": self.generator, **own}
 
     def abstract_params(self) -> Params:
         """The shapes and types of {"retriever": …, "generator": …}."""
-        return {"retriever": self.retriever.abstract, "generator": self.generator.abstract}
+        return {name: model.abstract for name, model in self.parts.items()}
 
 
 @dataclass(frozen=True)
 class Rag(Models):
-    """With them the encoder of the passages, the tokenizers, the prompt, and what pins all of them."""
+    """With them the tokenizers, and what pins all of them."""
 
-    passage_encoder: Pretrained  # the retriever itself, unless `retriever.passage_source` names another
     retriever_tokenizer: Tokenizer
     passage_tokenizer: Tokenizer
     generator_tokenizer: Tokenizer
-    prompt: Prompt
     sources: tuple[Fetched, ...]
     fingerprints: dict[str, str]  # of everything that an index is built from
 
     def initial_params(self) -> Params:
         """The pretrained parameters: {"retriever": …, "generator": …}."""
-        params = {"retriever": self.retriever.read(), "generator": self.generator.read()}
+        params = {name: model.read() for name, model in self.parts.items()}
         # bound to a device, as restored ones are: JAX would compile everything twice for one of each
         return jax.device_put(params, jax.local_devices()[0])
 
@@ -75,7 +91,7 @@ def open_rag(config: Config) -> Rag:
     retriever_tokenizer, generator_tokenizer = Tokenizer.load(encoder), Tokenizer.load(decoder)
     passage_encoder, passage_tokenizer = retriever, retriever_tokenizer
     for other in others:
-        passage_encoder = open_bert(other, r.pooling, r.normalize, 0.0, config.dtype)
+        passage_encoder = open_bert(other, r.pooling, r.normalize, rate, config.dtype)
         passage_tokenizer = Tokenizer.load(other)
         _check_vocabulary(other, passage_tokenizer, passage_encoder)
     if passage_encoder.config.embedding_width != retriever.config.embedding_width:
@@ -193,12 +209,14 @@ def check_questions(questions: Sequence[str]) -> None:
             raise InputError(f"the question {question!a} is not Unicode text; give it in UTF-8")
 
 
-def question_rows(rag: Rag, questions: Sequence[str]) -> tuple[Int[np.ndarray, "B S"], Bool[np.ndarray, "B S"]]:
-    """Questions as the retriever reads them, padded. Raises `InputError` as `check_questions` does."""
+def question_rows(
+    rag: Rag, questions: Sequence[str], width: int | None = None
+) -> tuple[Int[np.ndarray, "B S"], Bool[np.ndarray, "B S"]]:
+    """Questions as the retriever reads them, padded to a bucket or to `width`. Raises as `check_questions` does."""
     check_questions(questions)
     longest = rag.config.retriever.question_tokens
     rows = rag.retriever_tokenizer.encode(questions, special=True, longest=longest)
-    width = bucket(max(len(row) for row in rows), buckets_up_to(longest))
+    width = width or bucket(max(len(row) for row in rows), buckets_up_to(longest))
     return pad_rows(rows, width, rag.retriever_tokenizer.pad_id)
 
 
@@ -211,16 +229,25 @@ def search(
     a FAISS kind each process searches for the questions on its own devices.
     """
     mesh = mesh or local_mesh(data=1)
+    queries = encode_questions(rag, params, questions, mesh)
+    if index.on_devices:
+        return queries, *index.search(queries, k, mesh)
+    found = index.search(queries[rows_here(mesh, len(questions))], k)
+    return queries, *from_all_rows(mesh, found, len(questions))
+
+
+def encode_questions(rag: Rag, params: Params, questions: Sequence[str], mesh: Mesh) -> Float[np.ndarray, "B D"]:
+    """The queries of B questions, known to every process; `params` and mesh as in `search`."""
     rows, count = question_rows(rag, questions), len(questions)
     mine = rows_here(mesh, count)
     asked = shard_batch(mesh, tuple(of_all[mine] for of_all in rows), count)
-    queries = on_host(encode(rag.retriever.graph, params["retriever"], *asked))
-    if index.on_devices:
-        return queries, *index.search(queries, k, mesh)
-    found = index.search(queries[mine], k)
+    return on_host(encode(rag.retriever.graph, params["retriever"], *asked))
+
+
+def from_all_rows(mesh: Mesh, arrays: Any, count: int) -> Any:
+    """A tree of host arrays, which hold the `rows_here` of `count`, whole on every host."""
     # whether others have other rows must not be judged by this process's own: all or none take part
-    scores, ids = on_host(shard_batch(mesh, found, count)) if mesh.is_multi_process else found
-    return queries, scores, ids
+    return on_host(shard_batch(mesh, arrays, count)) if mesh.is_multi_process else arrays
 
 
 def retrieve(
@@ -292,6 +319,73 @@ def answer_tokens(rag: Rag, answer: str) -> list[int]:
     return tokens if framed and tokens[-1:] == [eos] else [*tokens, eos]
 
 
+def passage_rows(
+    tokenizer: Tokenizer, template: str, passages: Sequence[Passage], longest: int, batch: int = 1024
+) -> list[np.ndarray]:
+    """Passages as the retriever reads them, at most `longest` tokens each.
+
+    A special token in the template is one, as in DPR's "{title} [SEP] {text}"; in a passage it never is.
+    """
+    pieces, (before, after) = tokenizer.split_special(template), tokenizer.frame
+    room, rows = longest - len(before) - len(after), []
+    for start in range(0, len(passages), batch):  # as arrays: lists of Python's integers take ten times the room
+        chunk = passages[start : start + batch]
+        columns: list[list[list[int]]] = []
+        for piece in pieces:
+            if isinstance(piece, int):
+                columns.append([[piece]] * len(chunk))
+            else:
+                columns.append(tokenizer.encode([passage_text(piece, passage) for passage in chunk]))
+        for parts in zip(*columns, strict=True):
+            rows.append(np.array([*before, *[t for part in parts for t in part][:room], *after], np.int32))
+    return rows
+
+
+def passage_batch(
+    rag: Rag, store: PassageStore, ids: Int[np.ndarray, "*n"]
+) -> tuple[Int[np.ndarray, "*n P"], Bool[np.ndarray, "*n P"]]:
+    """Passages as their encoder reads them, padded to a bucket; nothing where the id is -1."""
+    settings, tokenizer = rag.config.retriever, rag.passage_tokenizer
+    every = ids.reshape(-1)
+    found = [store[int(i)] for i in every if i >= 0]
+    told = iter(passage_rows(tokenizer, settings.passage, found, settings.passage_tokens))
+    rows = [next(told) if i >= 0 else np.zeros(0, np.int32) for i in every]
+    width = bucket(max(len(row) for row in rows), buckets_up_to(settings.passage_tokens))
+    tokens, mask = pad_rows(rows, width, tokenizer.pad_id)
+    return tokens.reshape(*ids.shape, width), mask.reshape(*ids.shape, width)
+
+
+def embed_with(
+    rag: Rag, params: Params, token_rows: Sequence[Ids], path: Path, progress: Callable[[int], None]
+) -> None:
+    """Writes the embeddings of passages to a file with all devices of this process; see `embed_passages`.
+
+    `params` are the passage encoder's, whole on every device of `local_mesh()`.
+    """
+    batches = _encoded(rag, params, token_rows)
+    embed_passages(batches, len(token_rows), dtype=rag.config.index.dtype, path=path, progress=progress)
+
+
+def embeddings_with(rag: Rag, params: Params, token_rows: Sequence[Ids]) -> Float[np.ndarray, "n D"]:
+    """As `embed_with`, in memory and in float32."""
+    found = np.zeros((len(token_rows), rag.passage_encoder.config.embedding_width), np.float32)
+    for ids, vectors in _encoded(rag, params, token_rows):
+        found[ids] = vectors
+    return found
+
+
+def _encoded(rag: Rag, params: Params, token_rows: Sequence[Ids]) -> Iterator[EncodedBatch]:
+    mesh = local_mesh()
+    return encoded_batches(
+        partial(on_each_device(mesh, partial(encode, rag.passage_encoder.graph)), params),
+        token_rows,
+        width_buckets=buckets_up_to(rag.config.retriever.passage_tokens),
+        batch_size=rag.config.index.batch_size,
+        pad_id=rag.passage_tokenizer.pad_id,
+        devices=mesh.size,
+    )
+
+
 Rows = Any  # NumPy's arrays until they are sharded, then JAX's
 
 
@@ -308,6 +402,9 @@ class TrainBatch:
     source_mask: Bool[Rows, "... B K S"]
     answer: Int[Rows, "... B T"]
     answer_mask: Bool[Rows, "... B T"]
+    # as the passage encoder reads the documents, where it is trained: then `passages` are not looked at
+    passage: Int[Rows, "... B K P"] | None = None
+    passage_mask: Bool[Rows, "... B K P"] | None = None
 
 
 def train_batch(
@@ -328,6 +425,9 @@ def train_batch(
     written = [answer_tokens(rag, answer) for answer in answers]
     answer, answer_mask = pad_rows(written, rag.config.generator.answer_tokens, rag.special.pad)
     shape = (*ids.shape, source.shape[1])
+    passage, passage_mask = None, None
+    if rag.config.train.passage_encoder != "frozen":
+        passage, passage_mask = passage_batch(rag, store, ids)
     return TrainBatch(
         row=(np.arange(len(questions)) if rows is None else rows).astype(np.int32),
         question=question,
@@ -338,19 +438,26 @@ def train_batch(
         source_mask=source_mask.reshape(shape),
         answer=answer,
         answer_mask=answer_mask,
+        passage=passage,
+        passage_mask=passage_mask,
     )
 
 
-def widen(batch: TrainBatch, question: int, source: int) -> TrainBatch:
+WIDTHS = ("question", "source", "passage")  # of a batch: padded to buckets, each with its mask
+
+
+def widths(batch: TrainBatch) -> list[int]:
+    """To how many tokens each of `WIDTHS` is padded, 0 where the batch has no such rows."""
+    rows = [getattr(batch, name) for name in WIDTHS]
+    return [0 if row is None else row.shape[-1] for row in rows]
+
+
+def widen(batch: TrainBatch, widths: Sequence[int]) -> TrainBatch:
     """Host arrays padded to so many tokens; the masks hide whatever the padding is."""
 
     def padded(rows: np.ndarray, width: int) -> np.ndarray:
         return np.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, width - rows.shape[-1])])
 
-    return replace(
-        batch,
-        question=padded(batch.question, question),
-        question_mask=padded(batch.question_mask, question),
-        source=padded(batch.source, source),
-        source_mask=padded(batch.source_mask, source),
-    )
+    named = [(kind, width) for name, width in zip(WIDTHS, widths, strict=True) for kind in (name, f"{name}_mask")]
+    there = [(name, width) for name, width in named if getattr(batch, name) is not None]
+    return replace(batch, **{name: padded(getattr(batch, name), width) for name, width in there})

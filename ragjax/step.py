@@ -18,11 +18,12 @@ from jaxtyping import Array, Float, Key
 
 from ragjax.config import ON_DEVICES, Config, InputError, Train
 from ragjax.cost import NotCompiled, bytes_each, compiled_cost, size_text
-from ragjax.loss import answer_nll, joint_logp, loss
+from ragjax.fused import Asked, abstract_asked, abstract_corpus, retrieve_in_step
+from ragjax.loss import answer_nll, joint_logp, loss, passage_params
 from ragjax.mesh import SPLIT, check_batch, lay, parameter_spec
 from ragjax.models.layers import Params
 from ragjax.rag import Models, TrainBatch
-from ragjax.search import Corpus, rows_each, split_rows
+from ragjax.search import Corpus
 
 Flat = dict[tuple[str, ...], Any]  # parameters by path
 AnyModels = TypeVar("AnyModels", bound=Models)
@@ -39,6 +40,7 @@ class TrainState:
     params: Params
     optimizer: Any  # of the trained parameters only
     key: Any  # Key[Array, ""]
+    indexed: Any = None  # with `refresh`: the passage encoder of the index that is being built, or was built last
 
 
 def split_frozen(params: Params, freeze: Sequence[str]) -> tuple[Flat, Flat]:
@@ -63,7 +65,7 @@ def split_frozen(params: Params, freeze: Sequence[str]) -> tuple[Flat, Flat]:
 
 
 def make_optimizer(train: Train) -> optax.GradientTransformation:
-    """For retriever and generator apart: clipping by the global norm, then AdamW with a learning rate of its own.
+    """For each model apart: clipping by the global norm, then AdamW with the retriever's or the generator's rate.
 
     Clipped together, the generator's gradient, several times the larger, would set the scale of the retriever's, and
     another one in every step. Weight decay acts on matrices only. The rates rise linearly over `warmup` steps, then
@@ -89,7 +91,11 @@ def make_optimizer(train: Train) -> optax.GradientTransformation:
         return optax.chain(optax.clip_by_global_norm(train.clip), adamw)
 
     return optax.partition(
-        {"retriever": clipped_adamw(train.retriever_lr), "generator": clipped_adamw(train.generator_lr)},
+        {
+            "retriever": clipped_adamw(train.retriever_lr),
+            "passage_encoder": clipped_adamw(train.retriever_lr),
+            "generator": clipped_adamw(train.generator_lr),
+        },
         lambda params: {path: path[0] for path in params},
     )
 
@@ -103,7 +109,13 @@ def initial_state(rag: Models, params: Params) -> TrainState:
         params=params,
         optimizer=make_optimizer(train).init(trained),
         key=jax.random.key(rag.config.seed),
+        indexed=passage_params(rag, params) if refreshes(rag.config) else None,
     )
+
+
+def refreshes(config: Config) -> bool:
+    """Whether the index is built anew during training, and not only at its end."""
+    return config.refresh.every is not None or config.refresh.below is not None
 
 
 def for_answering(rag: AnyModels) -> AnyModels:
@@ -143,7 +155,9 @@ def _heads(rag: Models, names: Sequence[str]) -> int | None:
     """The attention heads of a projection, None for what is none."""
     if len(names) < 2 or names[-2] not in ("query", "key", "value", "output"):
         return None
-    config = (rag.retriever if "retriever" in names else rag.generator).config
+    if "indexed" in names:
+        names = ["passage_encoder", *names]
+    config = next((model for name, model in rag.parts.items() if name in names), rag.passage_encoder).config
     heads = getattr(config, "encoder_heads" if "encoder" in names else "decoder_heads", None) or config.heads
     return getattr(config, "kv_heads", heads) if names[-2] in ("key", "value") else heads
 
@@ -175,25 +189,32 @@ def gradients(
 def make_train_step(rag: Models, shardings: Any = None) -> jax.stages.Wrapped:
     """(state, batch, corpus | None) → (state, metrics); the old state's memory is reused, and it stays where it lies.
 
-    `shardings` are those of the state. `gradient_norm_retriever` and `gradient_norm_generator` are before clipping.
+    `shardings` are those of the state. `gradient_norm_retriever` and the others are before clipping.
+    With `train.fused` the batch is an `Asked`, and what it retrieved is among the metrics: `ids` [B,K], and how many
+    `tokens` were read.
     """
     train = rag.config.train
     optimizer = make_optimizer(train)
 
     @partial(jax.jit, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
     def train_step(
-        state: TrainState, batch: TrainBatch, corpus: Corpus | None = None
+        state: TrainState, batch: TrainBatch | Asked, corpus: Corpus | None = None
     ) -> tuple[TrainState, dict[str, Any]]:
-        key = jax.random.fold_in(state.key, state.step)
+        key, found = jax.random.fold_in(state.key, state.step), {}
         with nullcontext() if shardings is None else use_abstract_mesh(shardings.step.mesh.abstract_mesh):
+            if isinstance(batch, Asked):
+                assert corpus is not None
+                batch, ids = retrieve_in_step(rag, state.params, batch, corpus)
+                found = {"ids": ids, "tokens": batch.source_mask.sum() + batch.answer_mask.sum() * ids.shape[1]}
             grads, metrics = gradients(rag, state.params, batch, key, corpus)
-        for part in ("retriever", "generator"):
+        metrics |= found
+        for part in rag.parts:
             of_part = [leaf for path, leaf in grads.items() if path[0] == part]
             metrics[f"gradient_norm_{part}"] = optax.tree.norm(of_part)
         trained, frozen = split_frozen(state.params, train.freeze)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, trained)
         params = nnx.traversals.unflatten_mapping(optax.apply_updates(trained, updates) | frozen)
-        return TrainState(state.step + 1, params, optimizer_state, state.key), metrics
+        return TrainState(state.step + 1, params, optimizer_state, state.key, state.indexed), metrics
 
     return train_step
 
@@ -201,7 +222,7 @@ def make_train_step(rag: Models, shardings: Any = None) -> jax.stages.Wrapped:
 def make_nll(rag: Models) -> jax.stages.Wrapped:
     """(params, batch, corpus | None) → −log p(y|x) [B] of each answer, in nats, without dropout and smoothing."""
     plain = replace(rag.config.train, dropout=0.0, backward_documents=None)
-    without = Models(replace(rag.config, train=plain), rag.retriever, rag.generator, rag.special)
+    without = replace(rag, config=replace(rag.config, train=plain))
 
     @jax.jit
     def nll(params: Params, batch: TrainBatch, corpus: Corpus | None = None) -> Float[Array, " B"]:
@@ -230,7 +251,9 @@ def abstract_batch(config: Config, width: int) -> TrainBatch:
     asked = questions, config.retriever.question_tokens
     prompts = questions, documents, config.generator.source_tokens
     answered = questions, config.generator.answer_tokens
+    encoded = questions, documents, config.retriever.passage_tokens
     shape = jax.ShapeDtypeStruct
+    trained = config.train.passage_encoder != "frozen"
     return TrainBatch(
         row=shape((questions,), jnp.int32),
         question=shape(asked, jnp.int32),
@@ -241,26 +264,26 @@ def abstract_batch(config: Config, width: int) -> TrainBatch:
         source_mask=shape(prompts, jnp.bool),
         answer=shape(answered, jnp.int32),
         answer_mask=shape(answered, jnp.bool),
+        passage=shape(encoded, jnp.int32) if trained else None,
+        passage_mask=shape(encoded, jnp.bool) if trained else None,
     )
 
 
-def abstract_corpus(config: Config, width: int, mesh: Mesh, passages: int) -> Corpus:
-    """N passages on the devices, in shapes, types and places; D is the embeddings' `width`."""
-    shape, sharding = (rows_each(mesh, passages) * mesh.size, width), NamedSharding(mesh, split_rows(mesh))
-    return Corpus(jax.ShapeDtypeStruct(shape, config.index.dtype, sharding=sharding), passages, mesh)
+def reads_corpus(config: Config) -> bool:
+    """Whether a training step reads all passages, and not only those that were retrieved."""
+    return config.train.fused or config.retriever.prior == "corpus"
 
 
 def trace_step(rag: Models, mesh: Mesh, passages: int) -> jax.stages.Traced:
     """The training step at its widest, traced with every argument where it would lie on the mesh; allocates nothing.
 
-    `passages` is N, which matters where the prior is over the corpus. Raises `InputError` as training would.
+    `passages` is N, which matters where the step reads the corpus. Raises `InputError` as training would.
     """
     check_batch(mesh, rag.config.train.batch_size // rag.config.train.accumulate)
     state, width = abstract_state(rag, mesh), rag.retriever.config.embedding_width
-    corpus = None
-    if rag.config.retriever.prior == "corpus":
-        corpus = abstract_corpus(rag.config, width, mesh, passages)
-    batch = lay(mesh, abstract_batch(rag.config, width), "data")
+    corpus = abstract_corpus(rag, mesh, passages) if reads_corpus(rag.config) else None
+    given = abstract_asked(rag.config) if rag.config.train.fused else abstract_batch(rag.config, width)
+    batch = lay(mesh, given, "data")
     return make_train_step(rag, jax.tree.map(lambda leaf: leaf.sharding, state)).trace(state, batch, corpus)
 
 
@@ -281,14 +304,14 @@ def check_fits(rag: Models, mesh: Mesh, passages: int, limit: int | None = None)
         return
     searched = 0
     if config.index.kind in ON_DEVICES:
-        searched = bytes_each(abstract_corpus(config, rag.retriever.config.embedding_width, mesh, passages))
+        searched = bytes_each(abstract_corpus(rag, mesh, passages))
     try:
         temporaries = compiled_cost(trace_step(rag, mesh, passages).lower()).temporaries
     except NotCompiled:
         return  # then the step itself will tell
     if (need := state + temporaries + searched) > limit:
         parts = f"parameters and optimiser state {size_text(state)}, temporaries {size_text(temporaries)}"
-        parts += f", embeddings {size_text(searched)}" if searched else ""
+        parts += f", passages {size_text(searched)}" if searched else ""
         raise InputError(
             f"training does not fit: it needs {size_text(need)} of a device that has {size_text(limit)} ({parts}); "
             f"what would help: {'; '.join(memory_advice(rag, mesh))}"

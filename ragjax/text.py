@@ -381,12 +381,17 @@ def assemble(prompt: Prompt, passage: Ids, question: Ids, longest: int) -> Int[n
 
     Raises `InputError` when the prompt does not fit even without its passage.
     """
+    cut = list(passage[: longest - check_prompt_fits(prompt, question, longest)])
+    first, second = (list(question), cut) if prompt.question_first else (cut, list(question))
+    return np.array([*prompt.head, *first, *prompt.middle, *second, *prompt.tail], np.int32)
+
+
+def check_prompt_fits(prompt: Prompt, question: Ids, longest: int) -> int:
+    """The tokens of a prompt without its passage. Raises `InputError` when these alone are more than `longest`."""
     fixed = len(prompt.head) + len(prompt.middle) + len(prompt.tail) + len(question)
     if fixed > longest:
         raise InputError(_too_long(fixed, len(question), longest))
-    cut = list(passage[: longest - fixed])
-    first, second = (list(question), cut) if prompt.question_first else (cut, list(question))
-    return np.array([*prompt.head, *first, *prompt.middle, *second, *prompt.tail], np.int32)
+    return fixed
 
 
 def assemble_closed_book(prompt: Prompt, question: Ids, longest: int) -> Int[np.ndarray, " S"]:

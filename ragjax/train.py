@@ -8,24 +8,30 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental.multihost_utils import reached_preemption_sync_point
 from jax.sharding import Mesh
+from jaxtyping import Int
 
 from ragjax.checkpoint import Checkpoints
 from ragjax.config import Config, InputError
 from ragjax.data import Batch, QuestionBatches, UsableAnswers, usable_answers
 from ragjax.experiment import check_processes_agree, check_same_experiment, check_same_models, start_experiment
+from ragjax.fused import Asked, asked_batch, corpus_with_tokens
 from ragjax.hub import cache_folder
 from ragjax.index import Index, check_built, check_k, open_index
+from ragjax.loss import passage_params
 from ragjax.mesh import (
     check_batch,
     enable_compilation_cache,
@@ -43,7 +49,19 @@ from ragjax.metrics import contains_answer
 from ragjax.models.layers import Params
 from ragjax.passages import PassageStore, Question, alone, atomic_write, read_questions
 from ragjax.progress import progress_bar, terminal
-from ragjax.rag import Rag, TrainBatch, answer_tokens, open_rag, search, train_batch, widen
+from ragjax.rag import (
+    Rag,
+    TrainBatch,
+    answer_tokens,
+    encode_questions,
+    from_all_rows,
+    open_rag,
+    search,
+    train_batch,
+    widen,
+    widths,
+)
+from ragjax.refresh import Refresh, refreshed_at, refreshed_index
 from ragjax.step import (
     TrainState,
     abstract_state,
@@ -52,10 +70,13 @@ from ragjax.step import (
     initial_state,
     make_nll,
     make_train_step,
+    reads_corpus,
     split_frozen,
     state_shardings,
     whole_on_every_device,
 )
+
+Pair = tuple[Question, str]  # and the answer to train on
 
 
 class Interrupted(Exception):
@@ -85,53 +106,105 @@ def _train(config: Config, signals: _Signals) -> Path:
     rag, index, store = open_world(config)
     check_k(config.train.k, len(index))
     dev = read_questions(Path(config.questions.dev))[: config.train.dev_questions] if config.train.dev_questions else []
-    usable, usable_dev = _usable(rag, questions), _usable(rag, dev) if dev else None
-    batches = QuestionBatches([len(a) for a in usable.answers], config.train.batch_size, config.seed)
+    asked, asked_dev = _answerable(rag, questions), _answerable(rag, dev) if dev else None
+    batches = QuestionBatches([len(a) for a in asked.usable.answers], config.train.batch_size, config.seed)
     mesh = make_mesh(config.mesh.model)
     check_batch(mesh, config.train.batch_size // config.train.accumulate)
     split_frozen(rag.abstract_params(), config.train.freeze)
     check_fits(rag, mesh, len(index))
+    reader = Reader(rag, index, store, mesh)
+    refresh = None
+    if config.train.passage_encoder != "frozen":
+        refresh = Refresh(rag, index, store, Path(config.output), mesh)
+    probe = [question.question for question in questions[: config.refresh.probe_questions]]
     folder = start_experiment(rag, index)
 
     with ExitStack() as stack:
         on_first(lambda: stack.enter_context(alone(folder, "trains here; wait for it, or choose another output")))
         keep, best = config.train.keep, config.train.keep_best
         checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", keep, best=best, writing=True))
-        state = _start(rag, checkpoints, batches, index, mesh)
-        corpus = index.corpus(mesh) if config.retriever.prior == "corpus" else None
+        state, saved = _start(rag, checkpoints, index, mesh)
+        supply = stack.enter_context(Supply(reader, batches, asked, saved))
+        done = int(state.step)
+        if refresh is not None:
+            refresh.restore(saved.get("refresh", {}), done, state.indexed)
+            reader.index = refresh.index
+        corpus = None
+        if config.train.fused:
+            corpus = corpus_with_tokens(rag, index, store, mesh)
+        elif reads_corpus(config):
+            corpus = index.corpus(mesh)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-        step_fn, nll_fn, done = make_train_step(rag, shardings), make_nll(rag), int(state.step)
+        step_fn, nll_fn = make_train_step(rag, shardings), make_nll(rag)
         with (
             _log(folder, done, config) as log,
             progress_bar("train", config.train.steps, "steps", done) as advance,
         ):
-            signals.saving, saved = True, time.monotonic()
+            signals.saving, last_save = True, time.monotonic()
             for step in range(done, config.train.steps):
                 started = time.perf_counter()
-                chosen = next(batches)
-                batch, shown, tokens = _assemble(rag, state, index, store, questions, usable, chosen, mesh)
+                pairs, ids = supply.take(state.params)
+                batch, shown, tokens = reader.read(pairs, ids)
+                last = step + 1 == config.train.steps
+                if config.train.search_ahead and not last:
+                    supply.look_ahead(state.params)
                 state, measured = step_fn(state, batch, corpus)
-                metrics = {name: float(value) for name, value in jax.device_get(measured).items()} | shown
-                _check_finite(step, metrics, [questions[usable.questions[i]].id for i in chosen.questions])
+                measured = on_host(measured)
+                if config.train.fused:
+                    shown, tokens = reader.shown(pairs, measured.pop("ids")), int(measured.pop("tokens"))
+                metrics = {name: float(value) for name, value in measured.items()} | shown
+                _check_finite(step, metrics, [question.id for question, _ in pairs])
                 seconds = time.perf_counter() - started
-                rates = {"examples_per_second": len(batch.row) / seconds, "tokens_per_second": tokens / seconds}
+                rates = {"examples_per_second": len(pairs) / seconds, "tokens_per_second": tokens / seconds}
+                stop, minutes = signals.stop(step + 1), config.train.save_minutes
+                if refresh is not None:
+                    state, told = _refresh(refresh, reader, state, step + 1, probe, last)
+                    metrics |= told
                 log(step + 1, metrics | rates)
                 advance(1, f"loss {metrics['loss']:.3f}  recall@{config.train.k} {metrics['recall']:.2f}")
-                last, stop, minutes = step + 1 == config.train.steps, signals.stop(step + 1), config.train.save_minutes
-                due = minutes is not None and first_says(time.monotonic() - saved >= 60 * minutes)
+                due = minutes is not None and first_says(time.monotonic() - last_save >= 60 * minutes)
                 if last or stop or due or (step + 1) % config.train.save_every == 0:
                     dev_loss = None
-                    if usable_dev and not stop:  # what is taken away has no time for this
-                        dev_loss = _dev_loss(rag, nll_fn, state, index, store, dev, usable_dev, corpus, mesh)
+                    if asked_dev and not stop:  # what is taken away has no time for this
+                        dev_loss = _dev_loss(reader, nll_fn, state, asked_dev, corpus)
                         log(step + 1, {"dev_loss": dev_loss})
-                    about = {"data": batches.state(), "index": index.version, "config": dataclasses.asdict(config)}
+                    about = supply.state() | {"index": index.version, "config": dataclasses.asdict(config)}
+                    about |= {"refresh": refresh.saved()} if refresh else {}
+                    if refresh is not None:
+                        refresh.keep_only(refreshed_at(of.get("refresh", {})) for of in checkpoints.every_metadata())
                     checkpoints.save(step + 1, state, about, dev_loss)
-                    saved = time.monotonic()
+                    last_save = time.monotonic()
                 if stop and not last:
                     checkpoints.wait()
                     message = f"stopped and saved at step {step + 1}; run the same command again to go on"
                     raise Interrupted(message, 128 + stop)
     return folder
+
+
+def _refresh(
+    refresh: Refresh, reader: Reader, state: TrainState, step: int, probe: Sequence[str], last: bool
+) -> tuple[TrainState, dict[str, float]]:
+    """What is to be done about the index after a step, and what is worth logging of it.
+
+    `index_age` counts the steps since the index was encoded. Of the probe questions' top k, `index_kept` is the share
+    that would stay if it were encoded now, and `index_overlap` the share that stayed when it was.
+    """
+    rag, told, kept = refresh.rag, {}, None
+    settings, k, before = rag.config.refresh, rag.config.train.k, refresh.index
+    if settings.probe_every is not None and step % settings.probe_every == 0:
+        kept = told["index_kept"] = refresh.overlap(state.params, passage_params(rag, state.params), probe, k)
+    if refresh.begins(step, kept):
+        refresh.begin(step)
+        state = replace(state, indexed=jax.tree.map(jnp.copy, passage_params(rag, state.params)))
+    if last:
+        refresh.all_at_once(step, passage_params(rag, state.params))
+    else:
+        refresh.go_on(step, state.indexed)
+    if refresh.index is not before:
+        told["index_overlap"] = refresh.compare(before, state.params, probe, k)
+        before.release()
+        reader.index = refresh.index
+    return state, told | {"index_age": step - (refresh.state.searched or 0)}
 
 
 def read_split(config: Config, split: str) -> list[Question]:
@@ -158,7 +231,22 @@ def has_answer(store: PassageStore, question: Question, ids: np.ndarray) -> np.n
     return np.array([p is not None and contains_answer(f"{p.title} {p.text}", question.answers) for p in found])
 
 
-def _usable(rag: Rag, questions: Sequence[Question]) -> UsableAnswers:
+@dataclass(frozen=True)
+class Answerable:
+    """Questions, and which of them and of their answers can be trained on."""
+
+    questions: Sequence[Question]
+    usable: UsableAnswers
+
+    def pairs(self, chosen: Batch) -> list[Pair]:
+        of = self.usable
+        return [
+            (question := self.questions[of.questions[i]], question.answers[of.answers[i][a]])
+            for i, a in zip(chosen.questions, chosen.answers, strict=True)
+        ]
+
+
+def _answerable(rag: Rag, questions: Sequence[Question]) -> Answerable:
     longest = rag.config.generator.answer_tokens
     usable = usable_answers(questions, lambda answer: answer_tokens(rag, answer), longest)
     if usable.answers_dropped:
@@ -167,11 +255,11 @@ def _usable(rag: Rag, questions: Sequence[Question]) -> UsableAnswers:
             f"on, for example {usable.example!r}; {usable.questions_dropped} questions have no other",
             soft_wrap=True,
         )
-    return usable
+    return Answerable(questions, usable)
 
 
-def _start(rag: Rag, checkpoints: Checkpoints, batches: QuestionBatches, index: Index, mesh: Mesh) -> TrainState:
-    """The newest saved state, or step 0; restores the position in the data."""
+def _start(rag: Rag, checkpoints: Checkpoints, index: Index, mesh: Mesh) -> tuple[TrainState, dict[str, Any]]:
+    """The newest saved state with its metadata, or step 0 without any."""
     if whole := whole_on_every_device(rag, mesh):
         terminal.print(f"not split over mesh.model={mesh.shape['model']}: {', '.join(whole)}", soft_wrap=True)
     like = abstract_state(rag, mesh)
@@ -180,67 +268,124 @@ def _start(rag: Rag, checkpoints: Checkpoints, batches: QuestionBatches, index: 
         params = place(rag.initial_params(), jax.tree.map(lambda leaf: leaf.sharding, like.params))
         # moments are born where they will lie: no device ever holds the whole state
         shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
-        return jax.jit(lambda params: initial_state(rag, params), out_shardings=shardings)(params)
+        return jax.jit(lambda params: initial_state(rag, params), out_shardings=shardings)(params), {}
     step, (metadata, state) = newest
     if metadata.get("index", index.version) != index.version:
         raise InputError(
             f"{rag.config.output}: step {step} was trained with another index than {rag.config.index.folder} is now; "
             "bring that one back, or choose another output"
         )
-    batches.restore(metadata["data"])
     terminal.print(f"going on from step {step}")
-    return state
+    return state, metadata
 
 
-def _assemble(
-    rag: Rag,
-    state: TrainState,
-    index: Index,
-    store: PassageStore,
-    questions: Sequence[Question],
-    usable: UsableAnswers,
-    chosen: Batch,
-    mesh: Mesh,
-) -> tuple[TrainBatch, dict[str, float], int]:
-    """Retrieves for one batch, and lays it out on the mesh; also what retrieval alone tells, and how many tokens.
+@dataclass
+class Reader:
+    """Makes batches on the mesh of questions and what is found for them. Each process reads for its own devices."""
 
-    Each process tokenises the rows on its own devices; widths are agreed, since all run one program.
+    rag: Rag
+    index: Index
+    store: PassageStore
+    mesh: Mesh
+
+    def search(self, params: Params, pairs: Sequence[Pair]) -> Int[np.ndarray, "B K"]:
+        texts = [question.question for question, _ in pairs]
+        return search(self.rag, params, self.index, texts, self.rag.config.train.k, self.mesh)[2]
+
+    def read(
+        self, pairs: Sequence[Pair], ids: Int[np.ndarray, "B K"] | None
+    ) -> tuple[TrainBatch | Asked, dict[str, float], int]:
+        """A batch, what retrieval alone tells, and how many tokens; without ids the step retrieves, and tells."""
+        mine = rows_here(self.mesh, len(pairs))
+        texts, answers = [pairs[i][0].question for i in mine], [pairs[i][1] for i in mine]
+        if ids is None:
+            return shard_batch(self.mesh, asked_batch(self.rag, texts, answers, mine), len(pairs)), {}, 0
+        arrays = train_batch(self.rag, self.index, self.store, texts, answers, ids[mine], mine)
+        tokens = arrays.source_mask.sum(axis=(1, 2)) + arrays.answer_mask.sum(axis=1) * ids.shape[1]
+        # widths are agreed, since all run one program
+        of_rows = np.stack([tokens, *(np.full(len(mine), width) for width in widths(arrays))], axis=1).astype(np.int32)
+        of_rows = from_all_rows(self.mesh, of_rows, len(pairs))
+        widest = widen(arrays, of_rows[:, 1:].max(axis=0).tolist())
+        return shard_batch(self.mesh, widest, len(pairs)), self.shown(pairs, ids), int(of_rows[:, 0].sum())
+
+    def shown(self, pairs: Sequence[Pair], ids: Int[np.ndarray, "B K"]) -> dict[str, float]:
+        """How many questions found a document that answers, and how many of the documents differ."""
+        mine = rows_here(self.mesh, len(pairs))
+        hits = np.array([has_answer(self.store, pairs[i][0], ids[i]).any() for i in mine])
+        valid = ids[ids >= 0]
+        return {
+            "recall": float(from_all_rows(self.mesh, hits, len(pairs)).mean()),
+            "distinct_documents": len(np.unique(valid)) / max(1, valid.size),
+        }
+
+
+class Supply:
+    """The questions of one step after the other, with their documents, unless the step itself retrieves.
+
+    With `train.search_ahead` FAISS looks for the next step's documents in a thread while a step runs. Checkpoints keep
+    what it found, so that a resumed run goes on with the very same. Use as a context manager.
     """
-    batch = [questions[usable.questions[i]] for i in chosen.questions]
-    answers = [q.answers[usable.answers[i][a]] for q, i, a in zip(batch, chosen.questions, chosen.answers, strict=True)]
-    texts = [q.question for q in batch]
-    _, _, ids = search(rag, state.params, index, texts, rag.config.train.k, mesh)
-    mine = rows_here(mesh, len(batch))
-    arrays = train_batch(rag, index, store, [texts[i] for i in mine], [answers[i] for i in mine], ids[mine], mine)
-    hits = [has_answer(store, batch[i], ids[i]).any() for i in mine]
-    tokens = arrays.source_mask.sum(axis=(1, 2)) + arrays.answer_mask.sum(axis=1) * ids.shape[1]
-    widths = [np.full(len(mine), width) for width in (arrays.question.shape[-1], arrays.source.shape[-1])]
-    of_rows = on_host(shard_batch(mesh, np.stack([hits, tokens, *widths], axis=1).astype(np.int32), len(batch)))
-    valid = ids[ids >= 0]
-    shown = {"recall": float(of_rows[:, 0].mean()), "distinct_documents": len(np.unique(valid)) / max(1, valid.size)}
-    widest = widen(arrays, *(int(width) for width in of_rows[:, 2:].max(axis=0)))
-    return shard_batch(mesh, widest, len(batch)), shown, int(of_rows[:, 1].sum())
+
+    def __init__(self, reader: Reader, batches: QuestionBatches, asked: Answerable, saved: Mapping[str, Any]) -> None:
+        """`saved` is a checkpoint's metadata, with what `state` gave."""
+        self.reader, self.batches, self.asked = reader, batches, asked
+        self._pool = ThreadPoolExecutor(max_workers=1)
+        self._ahead: tuple[list[Pair], Future[Any] | np.ndarray] | None = None
+        self._position: dict[str, Any] | None = None  # in the data, before what was looked ahead for
+        if saved:
+            batches.restore(saved["data"])
+        if saved.get("ahead") is not None:
+            self._position = saved["data"]
+            self._ahead = asked.pairs(next(batches)), np.array(saved["ahead"], np.int32)
+
+    def __enter__(self) -> Supply:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown()
+
+    def take(self, params: Params) -> tuple[list[Pair], Int[np.ndarray, "B K"] | None]:
+        """The next questions, and the ids of their documents, by the retriever's `params` if not sought before."""
+        if self._ahead is not None:
+            pairs, ids = self._ahead[0], self._found()
+            self._ahead = None
+            return pairs, ids
+        pairs = self.asked.pairs(next(self.batches))
+        return pairs, None if self.reader.rag.config.train.fused else self.reader.search(params, pairs)
+
+    def look_ahead(self, params: Params) -> None:
+        """Begins to search for what `take` gives next."""
+        reader, self._position = self.reader, self.batches.state()
+        pairs = self.asked.pairs(next(self.batches))
+        queries = encode_questions(reader.rag, params, [question.question for question, _ in pairs], reader.mesh)
+        mine = queries[rows_here(reader.mesh, len(pairs))]
+        self._ahead = pairs, self._pool.submit(lambda: reader.index.search(mine, reader.rag.config.train.k)[1])
+
+    def state(self) -> dict[str, Any]:
+        """As JSON, what a run needs to go on with the next step."""
+        if self._ahead is None:
+            return {"data": self.batches.state(), "ahead": None}
+        return {"data": self._position, "ahead": self._found().tolist()}
+
+    def _found(self) -> Int[np.ndarray, "B K"]:
+        assert self._ahead is not None
+        pairs, ids = self._ahead
+        if isinstance(ids, Future):
+            ids = from_all_rows(self.reader.mesh, ids.result(), len(pairs))
+            self._ahead = pairs, ids
+        return ids
 
 
-def _dev_loss(
-    rag: Rag,
-    nll_fn: Callable[..., Any],
-    state: TrainState,
-    index: Index,
-    store: PassageStore,
-    questions: Sequence[Question],
-    usable: UsableAnswers,
-    corpus: Any,
-    mesh: Mesh,
-) -> float:
+def _dev_loss(reader: Reader, nll_fn: Callable[..., Any], state: TrainState, asked: Answerable, corpus: Any) -> float:
     """The mean of −log p(y|x), in nats, of the first usable answer to each question."""
     # as many at once as the step does
-    size, count = rag.config.train.batch_size // rag.config.train.accumulate, len(usable.questions)
+    train, count = reader.rag.config.train, len(asked.usable.questions)
+    size = train.batch_size // train.accumulate
     losses = []
     for start in range(0, count, size):
         part = np.arange(start, start + size) % count  # filled up with questions that are not counted
-        chosen = Batch(part, np.zeros(size, np.int64))
-        batch, _, _ = _assemble(rag, state, index, store, questions, usable, chosen, mesh)
+        pairs = asked.pairs(Batch(part, np.zeros(size, np.int64)))
+        batch, _, _ = reader.read(pairs, reader.search(state.params, pairs))
         losses.append(on_host(nll_fn(state.params, batch, corpus))[: count - start])
     return float(np.concatenate(losses).mean())
 
@@ -334,6 +479,14 @@ class _Signals:
 def pretrained(rag: Rag, mesh: Mesh) -> Params:
     """The pretrained parameters for answering, laid out on the mesh."""
     return place(rag.initial_params(), state_shardings(for_answering(rag), mesh, rag.abstract_params()))
+
+
+def trained_index(rag: Rag, index: Index, step: int) -> Index:
+    """The index that the checkpoint of `step` searched: another than the first where passages were encoded anew."""
+    folder = Path(rag.config.output)
+    with Checkpoints(folder / "checkpoints", keep=rag.config.train.keep, writing=False) as checkpoints:
+        searched = refreshed_at(checkpoints.metadata(step).get("refresh", {})).searched
+    return index if searched is None else refreshed_index(rag, index, folder, searched)
 
 
 def restore_trained(rag: Rag, mesh: Mesh | None = None, step: int | None = None) -> tuple[Params, int] | None:

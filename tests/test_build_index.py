@@ -25,7 +25,7 @@ from ragjax import build_index as build_module
 from ragjax.config import Config, InputError, dump_config
 from ragjax.index import MANIFEST, Index, open_index
 from ragjax.passages import Passage, PassageStore, alone, read_passages, shard_folder
-from ragjax.rag import encode, open_rag, passage_text, retrieve
+from ragjax.rag import Rag, encode, open_rag, passage_rows, passage_text, retrieve
 
 
 def opened(config: Config) -> Index:
@@ -57,13 +57,13 @@ def test_special_tokens_in_the_template_are_special(world: Path) -> None:
     """DPR reads [CLS] title [SEP] text [SEP]; what a passage says of itself stays text, and the end is cut."""
     tokenizer = open_rag(tiny_config(world)).retriever_tokenizer
     passages = [Passage("a", "One", "two [SEP] three"), Passage("b", "Four", "five " * 40)]
-    found = build_module.passage_rows(tokenizer, "{title} [SEP] {text}", passages, 64)
+    found = passage_rows(tokenizer, "{title} [SEP] {text}", passages, 64)
     whole, cut = (row.tolist() for row in found)
     (cls,), (sep,) = tokenizer.frame
     title, text = tokenizer.encode(["One ", " two [SEP] three"])
     assert whole == [cls, *title, sep, *text, sep] and whole.count(sep) == 2
     assert len(cut) == 64 and cut[:1] == [cls] and cut[-1] == sep and cut.count(sep) == 2
-    plain = build_module.passage_rows(tokenizer, "{title}: {text}", passages, 64, batch=1)
+    plain = passage_rows(tokenizer, "{title}: {text}", passages, 64, batch=1)
     texts = [passage_text("{title}: {text}", passage) for passage in passages]
     assert [row.tolist() for row in plain] == tokenizer.encode(texts, special=True, longest=64)
 
@@ -231,16 +231,16 @@ def test_a_build_that_was_interrupted_goes_on(
 ) -> None:
     """Within a shard, after so many whole ones."""
     written: list[Path] = []
-    embed = build_module.embed_passages
+    embed = build_module.embed_with
 
-    def interrupted(*arguments: Any, path: Path, **more: Any) -> None:
+    def interrupted(rag: Rag, params: Any, rows: Any, path: Path, advance: Any) -> None:
         if len(written) == whole:
             raise KeyboardInterrupt
-        embed(*arguments, path=path, **more)
+        embed(rag, params, rows, path, advance)
         written.append(path)
 
     config = by_shards(world, tmp_path / "index")
-    monkeypatch.setattr(build_module, "embed_passages", interrupted)
+    monkeypatch.setattr(build_module, "embed_with", interrupted)
     with pytest.raises(KeyboardInterrupt):
         build(config)
     assert not (tmp_path / "index").exists()

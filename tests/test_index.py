@@ -18,6 +18,7 @@ from ragjax.index import (
     check_k,
     check_kind,
     embed_passages,
+    encoded_batches,
     faiss_bytes,
     open_index,
     write_index,
@@ -46,17 +47,8 @@ def table_encode(tokens, mask):
 
 
 def embed(rows, path, dtype="float32", encode=table_encode, progress=lambda n: None, devices=1):
-    embed_passages(
-        encode,
-        rows,
-        width_buckets=(4, 8),
-        batch_size=3,
-        pad_id=9,
-        dtype=dtype,
-        path=path,
-        progress=progress,
-        devices=devices,
-    )
+    batches = encoded_batches(encode, rows, width_buckets=(4, 8), batch_size=3, pad_id=9, devices=devices)
+    embed_passages(batches, len(rows), dtype=dtype, path=path, progress=progress)
 
 
 def save(folder, embeddings, dtype="float32", shard=1000):

@@ -1,0 +1,155 @@
+"""Retrieval inside the training step against the host's: FAISS's Flat index, the same documents, the same numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from processes import RATES, logged
+from world import build, open_world, tiny_config
+
+from ragjax.config import InputError, load_config
+from ragjax.fused import asked_batch, corpus_with_tokens, prompt_on_device, retrieve_in_step
+from ragjax.mesh import local_mesh, make_mesh, place, replicated, shard_batch
+from ragjax.passages import read_questions
+from ragjax.rag import search, train_batch, widen
+from ragjax.step import TrainState, initial_state, make_train_step, state_shardings
+from ragjax.text import Prompt, assemble
+from ragjax.train import train
+
+
+@pytest.mark.parametrize("question_first", [False, True])
+@pytest.mark.parametrize("empty", [False, True])
+def test_prompts_are_those_of_the_host(question_first: bool, empty: bool) -> None:
+    """Passages of every length, cut or whole, and questions of two lengths; some pieces of the prompt are empty."""
+    rng = np.random.default_rng(0)
+    head, middle, tail = ((), (7,), ()) if empty else ((1, 2), (3,), (4, 5, 6))
+    prompt, longest = Prompt(head, middle, tail, question_first, ((), ())), 14
+    questions = [[11, 12, 13], [14] * 7]
+    lengths = np.array([[0, 1, 5, 9], [2, 0, 1, 9]], np.int32)
+    passages = rng.integers(20, 90, (2, 4, 9)).astype(np.int32)
+    told, mask = np.zeros((2, 10), np.int32), np.zeros((2, 10), bool)
+    for b, question in enumerate(questions):
+        told[b, : len(question)], mask[b, : len(question)] = question, True
+    given = jnp.asarray(passages), jnp.asarray(lengths), jnp.asarray(told), jnp.asarray(mask)
+    source, source_mask = prompt_on_device(prompt, *given, longest, 99)
+    for b, question in enumerate(questions):
+        for k in range(4):
+            expected = assemble(prompt, passages[b, k, : lengths[b, k]], question, longest)
+            assert source[b, k][source_mask[b, k]].tolist() == expected.tolist()
+            assert source[b, k][~source_mask[b, k]].tolist() == [99] * (longest - len(expected))
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("prior", ["top_k", "corpus"])
+def test_the_step_retrieves_what_the_host_does(world: Path, tmp_path: Path, devices: int, prior: str) -> None:
+    """The batch made inside is the batch of the host with FAISS; one step from it gives the same parameters."""
+    config = tiny_config(world, retriever__prior=prior, train__fused=True)
+    rag, index, store = open_world(config)
+    flat_rag, flat, _ = open_world(tiny_config(world, index__kind="Flat", index__folder=str(tmp_path / "flat")))
+    chosen = read_questions(world / "train.jsonl")[: config.train.batch_size]
+    texts, answers = [q.question for q in chosen], [q.answers[0] for q in chosen]
+    params, mesh = rag.initial_params(), make_mesh(devices=jax.devices()[:devices])
+    _, _, ids = search(flat_rag, params, flat, texts, config.train.k)
+    on_host = train_batch(rag, flat, store, texts, answers, ids)
+
+    corpus = corpus_with_tokens(rag, index, store, mesh)
+    assert corpus.tokens.dtype == jnp.uint16
+    asked = shard_batch(mesh, asked_batch(rag, texts, answers), len(texts))
+    batch, found = jax.jit(lambda p, a, c: retrieve_in_step(rag, p, a, c))(
+        place(params, replicated(mesh)), asked, corpus
+    )
+    np.testing.assert_array_equal(found, ids)
+    wide = widen(on_host, [batch.question.shape[1], batch.source.shape[2], 0])
+    np.testing.assert_array_equal(batch.source_mask, wide.source_mask)
+    np.testing.assert_array_equal(
+        np.where(batch.source_mask, batch.source, 0), np.where(wide.source_mask, wide.source, 0)
+    )
+    chex.assert_trees_all_equal(batch.passages, wide.passages)
+    chex.assert_trees_all_equal((batch.answer, batch.valid), (wide.answer, wide.valid))
+
+    outside_given = shard_batch(mesh, on_host, len(texts)), corpus if prior == "corpus" else None
+    shardings = state_shardings(rag, mesh, initial_state(rag, params))
+
+    def start() -> TrainState:
+        return jax.device_put(initial_state(rag, rag.initial_params()), shardings)
+
+    fused, inside = make_train_step(rag, shardings)(start(), asked, corpus)
+    apart, outside = make_train_step(rag, shardings)(start(), *outside_given)
+    np.testing.assert_array_equal(inside.pop("ids"), ids)
+    assert inside.pop("tokens") == on_host.source_mask.sum() + on_host.answer_mask.sum() * config.train.k
+    chex.assert_trees_all_close(inside, outside, rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_close(fused.params, apart.params, rtol=1e-5, atol=1e-4)  # Adam's first steps are ±rate
+
+
+def test_nothing_comes_back_to_the_host(world: Path) -> None:
+    """The whole step is one program without callbacks; given what lies on the devices, JAX transfers nothing."""
+    config = tiny_config(world, train__fused=True)
+    rag, index, store = open_world(config)
+    mesh = make_mesh()
+    state = initial_state(rag, rag.initial_params())
+    shardings = state_shardings(rag, mesh, state)
+    chosen = read_questions(world / "train.jsonl")[: config.train.batch_size]
+    asked = asked_batch(rag, [q.question for q in chosen], [q.answers[0] for q in chosen])
+    given = (
+        jax.device_put(state, shardings),
+        shard_batch(mesh, asked, len(chosen)),
+        corpus_with_tokens(rag, index, store, mesh),
+    )
+    compiled = make_train_step(rag, shardings).lower(*given).compile()
+    assert "callback" not in (compiled.as_text() or "")
+    with jax.transfer_guard("disallow"):
+        jax.block_until_ready(compiled(*given))
+
+
+def test_fused_training_is_training(world: Path, tmp_path: Path) -> None:
+    """Run from the command's function: the same losses and recall as with the host's search, to rounding."""
+    settings = {"train__steps": 4, "train__save_every": 100, "train__dev_questions": 3}
+    apart, fused = (
+        train(tiny_config(world, output=str(tmp_path / name), train__fused=name == "fused", **settings))
+        for name in ("apart", "fused")
+    )
+    for one, other in zip(logged(apart), logged(fused), strict=True):
+        assert one.keys() == other.keys()
+        for key in one.keys() - RATES:
+            assert other[key] == pytest.approx(one[key], rel=1e-3, abs=1e-4), key
+
+
+def test_short_passages_take_little_room(world: Path) -> None:
+    rag, index, store = open_world(tiny_config(world, train__fused=True))
+    corpus = corpus_with_tokens(rag, index, store, local_mesh(data=1))
+    longest = max(len(store.tokens(i)) for i in range(len(store)))
+    assert corpus.tokens.shape == (30, longest) and longest < rag.config.generator.source_tokens
+    for i in range(30):
+        assert corpus.tokens[i, : int(corpus.lengths[i])].tolist() == store.tokens(i).tolist()
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("index.kind=Flat", "train.fused=true searches on the devices, and index.kind=Flat on the host"),
+        ("train.passage_encoder=shared", "no texts to encode anew"),
+        ("hf_compatible=true", "which are texts"),
+    ],
+)
+def test_what_does_not_go_together(world: Path, setting: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load_config(world / "config.yaml", ["train.fused=true", setting])
+
+
+def test_a_question_that_does_not_fit(world: Path) -> None:
+    rag, _, _ = open_world(tiny_config(world, train__fused=True, generator__source_tokens=24))
+    with pytest.raises(InputError, match="before any passage"):
+        asked_batch(rag, ["What is " + "very " * 30 + "long?"], ["x"])
+
+
+def test_built_once(world: Path) -> None:
+    """The same index serves both: nothing is built anew."""
+    exact, approximate = tiny_config(world), tiny_config(world, index__kind="approximate")
+    folder = build(exact)
+    before = (folder / "manifest.json").read_bytes()
+    assert build(approximate) == folder and (folder / "manifest.json").read_bytes() == before
