@@ -204,7 +204,7 @@ def _refresh(
         told["index_overlap"] = refresh.compare(before, state.params, probe, k)
         before.release()
         reader.index = refresh.index
-    return state, told | {"index_age": step - (refresh.state.searched or 0)}
+    return state, told | {"index_age": float(step - (refresh.state.searched or 0))}
 
 
 def read_split(config: Config, split: str) -> list[Question]:

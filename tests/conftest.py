@@ -32,7 +32,15 @@ def run(world: Path) -> Path:
     return trained_run(world)
 
 
-LONGEST = ["test_processes", "test_encoder_decoders", "test_step", "test_train", "test_plan", "test_soak"]
+LONGEST = [
+    "test_processes",
+    "test_refresh",
+    "test_encoder_decoders",
+    "test_step",
+    "test_train",
+    "test_plan",
+    "test_soak",
+]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,0 +1,355 @@
+"""An index that follows its passage encoder, and documents that are sought a step ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from processes import ends, logged, start
+from trained import files
+from world import open_world, tiny_config
+
+from ragjax.answer import open_answerer
+from ragjax.checkpoint import Checkpoints
+from ragjax.config import Config, InputError, load_config
+from ragjax.evaluate import evaluate
+from ragjax.index import open_index
+from ragjax.loss import loss, passage_params
+from ragjax.mesh import local_mesh, place, replicated
+from ragjax.models.layers import Params
+from ragjax.passages import PassageStore, read_questions
+from ragjax.rag import Rag, encode, encode_questions, open_rag, passage_batch, search, train_batch
+from ragjax.refresh import Refresh, Refreshed, version_folder
+from ragjax.step import abstract_state, initial_state
+from ragjax.train import restore_trained, train, trained_index
+
+KEY = jax.random.key(3)
+SLOW = pytest.mark.slow
+SETTINGS: dict[str, Any] = {
+    "train__steps": 14,
+    "train__save_every": 4,
+    "train__keep": 20,
+    "train__dropout": 0.1,
+    "train__passage_encoder": "shared",
+    "refresh__every": 5,
+    "refresh__steps": 3,
+    "refresh__probe_every": 2,
+    "refresh__probe_questions": 7,
+}
+
+
+def refreshing(world: Path, output: Path, **more: object) -> Config:
+    return tiny_config(world, output=str(output), **(SETTINGS | more))
+
+
+def state_at(config: Config, step: int) -> tuple[Any, dict[str, Any]]:
+    """What the checkpoint of a step holds, on one device."""
+    rag = open_rag(config)
+    with Checkpoints(Path(config.output) / "checkpoints", keep=20, writing=False) as checkpoints:
+        return checkpoints.restore(step, abstract_state(rag, local_mesh(data=1))), checkpoints.metadata(step)
+
+
+def encoded(rag: Rag, store: PassageStore, encoder: Params) -> np.ndarray:
+    """All passages, each alone."""
+    found = []
+    for i in range(len(store)):
+        tokens, mask = passage_batch(rag, store, np.array([i]))
+        found.append(encode(rag.passage_encoder.graph, encoder, jnp.asarray(tokens), jnp.asarray(mask))[0])
+    return np.stack(found)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(refreshing(world, tmp_path_factory.mktemp("undisturbed") / "run"))
+
+
+@pytest.mark.parametrize("encoder", ["shared", "own"])
+def test_the_gradient_reaches_the_passages_too(world: Path, encoder: str) -> None:
+    """As if the embeddings were written into the loss as functions of the parameters."""
+    config = tiny_config(world, train__passage_encoder=encoder, train__k=2, train__batch_size=4)
+    rag, index, store = open_world(config)
+    params = rag.initial_params()
+    chosen = read_questions(world / "train.jsonl")[:4]
+    ids = np.array([[0, 1], [1, 5], [9, -1], [3, 29]], np.int32)
+    made = train_batch(rag, index, store, [q.question for q in chosen], [q.answers[0] for q in chosen], ids)
+    batch = jax.tree.map(jnp.asarray, made)
+    assert not batch.passage_mask[2, 1].any()
+
+    def explicit(params: Params) -> jax.Array:
+        rows = encode(
+            rag.passage_encoder.graph,
+            passage_params(rag, params),
+            batch.passage.reshape(8, -1),
+            batch.passage_mask.reshape(8, -1),
+        )
+        given = replace(batch, passages=rows.reshape(4, 2, -1), passage=None, passage_mask=None)
+        return loss(rag, params, given, KEY)[0]
+
+    found = jax.jit(jax.value_and_grad(lambda params: loss(rag, params, batch, KEY)[0]))(params)
+    expected = jax.jit(jax.value_and_grad(explicit))(params)
+    chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-6)
+    own = found[1]["passage_encoder" if encoder == "own" else "retriever"]
+    assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(own)) > 1e-4
+
+
+def test_an_index_is_what_the_encoder_was_when_it_was_begun(world: Path, undisturbed: Path) -> None:
+    """Begun after step 5, spread over 5, 6 and 7, searched from step 8 on; again after 10; and whole after the last."""
+    config = refreshing(world, undisturbed)
+    rag, index, store = open_world(config)
+    searched = {step: state_at(config, step)[1]["refresh"] for step in (4, 8, 12, 14)}
+    assert searched[4] == {"searched": None, "building": None, "processes": 1}
+    assert searched[8] == {"searched": 5, "building": None, "processes": 1}
+    assert searched[12] == {"searched": 10, "building": None, "processes": 1}
+    assert searched[14]["searched"] == 14
+    state, _ = state_at(config, 8)
+    refreshed = open_index(version_folder(undisturbed, 5), rag.fingerprints)
+    assert refreshed.version != index.version and len(refreshed.manifest["shards"]) == 3
+    np.testing.assert_allclose(np.asarray(refreshed.embeddings), encoded(rag, store, state.indexed), atol=1e-5)
+    last, _ = state_at(config, 14)
+    newest = trained_index(rag, index, 14)
+    np.testing.assert_allclose(np.asarray(newest.embeddings), encoded(rag, store, last.params["retriever"]), atol=1e-5)
+    assert np.abs(np.asarray(newest.embeddings) - np.asarray(index.embeddings)).max() > 1e-3
+    ages = {line["step"]: line["index_age"] for line in logged(undisturbed) if "index_age" in line}
+    assert [ages[step] for step in range(1, 15)] == [1, 2, 3, 4, 5, 6, 2, 3, 4, 5, 6, 2, 3, 0]
+    kept = [line["step"] for line in logged(undisturbed) if "index_kept" in line]
+    switched = [line["step"] for line in logged(undisturbed) if "index_overlap" in line]
+    assert (kept, switched) == ([2, 4, 6, 8, 10, 12, 14], [7, 12, 14])
+
+
+def test_answers_come_from_the_index_of_the_checkpoint(world: Path, undisturbed: Path) -> None:
+    config = refreshing(world, undisturbed, evaluate__limit=2, evaluate__untrained_limit=0, evaluate__split="train")
+    rag, _, store = open_world(config)
+    answerer = open_answerer(config)
+    assert answerer.index.manifest["refreshed"] == 14
+    questions = read_questions(world / "train.jsonl")
+    restored = restore_trained(rag)
+    assert restored is not None
+    params, _ = restored
+    queries = encode_questions(rag, params, [q.question for q in questions], local_mesh(data=1))
+    best = np.argmax(queries @ encoded(rag, store, params["retriever"]).T, axis=1)
+    right = np.mean([q.answers[0] in store[int(i)].text for q, i in zip(questions, best, strict=True)])
+    assert evaluate(config)["models"]["trained"]["recall@1"] == pytest.approx(right)
+
+
+SLOWER = {"refresh__every": 6, "refresh__steps": 4}
+
+
+@pytest.fixture(scope="module")
+def slower(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(refreshing(world, tmp_path_factory.mktemp("slower") / "run", **SLOWER))
+
+
+@pytest.mark.parametrize("stop", [pytest.param(6, marks=SLOW), 8, pytest.param(9, marks=SLOW), 11])
+def test_a_run_killed_in_the_middle_of_a_refresh_resumes(
+    world: Path, slower: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
+) -> None:
+    """After a part was written, or before; the checkpoints are of steps 4, 8 and 12, the second of before a switch."""
+    config, reference = refreshing(world, tmp_path / "run", **SLOWER), slower
+    go_on = Refresh.go_on
+
+    def killed(self: Refresh, step: int, indexed: Any) -> bool:
+        if step == stop and stop % 2:
+            raise RuntimeError("the power went off")
+        switched = go_on(self, step, indexed)
+        if step == stop:
+            raise RuntimeError("the power went off")
+        return switched
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Refresh, "go_on", killed)
+        with pytest.raises(RuntimeError):
+            train(config)
+    train(config)
+    run = tmp_path / "run"
+    assert logged(run) == logged(reference)
+    for step in (8, 12, 14):
+        one, other = (state_at(replace(config, output=str(of)), step)[0] for of in (run, reference))
+        chex.assert_trees_all_equal(one.params, other.params)
+    ours, theirs = ({p.relative_to(of): data for p, data in files(of / "refreshed").items()} for of in (run, reference))
+    assert ours == theirs and len(ours) > 3
+
+
+def test_versions_that_no_checkpoint_needs_are_deleted(world: Path, tmp_path: Path) -> None:
+    run = train(refreshing(world, tmp_path / "run", train__keep=1, refresh__every=3, refresh__probe_every=None))
+    assert {path.name for path in (run / "refreshed").iterdir()} <= {"000009", "000014"}
+    config = refreshing(world, run, train__keep=1, refresh__every=3, refresh__probe_every=None)
+    rag, index, _ = open_world(config)
+    assert trained_index(rag, index, 14).manifest["refreshed"] == 14
+
+
+def test_drift_begins_a_refresh(world: Path, tmp_path: Path) -> None:
+    """At the first probe whose share is below, and not while one is going on."""
+    settings = {"refresh__every": None, "refresh__below": 0.999, "refresh__steps": 2, "train__retriever_lr": 1e-2}
+    run = train(refreshing(world, tmp_path / "run", **settings))
+    lines = [line for line in logged(run) if "loss" in line]
+    below = [line["step"] for line in lines if line.get("index_kept", 1) < 0.999 and line["step"] < 12]
+    switched = [line["step"] for line in lines if "index_overlap" in line]
+    assert below and switched[0] == below[0] + 1 and switched[-1] == 14
+    assert {line["step"]: line["index_age"] for line in lines}[switched[0]] == 1
+
+
+def test_overlap_is_what_would_stay(world: Path, tmp_path: Path) -> None:
+    """With 4k at least N nothing is overlooked: brute force over all passages."""
+    config = refreshing(world, tmp_path, train__passage_encoder="own", train__k=8)
+    rag, index, store = open_world(config)
+    refresh = Refresh(rag, index, store, tmp_path, local_mesh())
+    params = place(rag.initial_params(), replicated(local_mesh()))
+    questions = [question.question for question in read_questions(world / "train.jsonl")[:7]]
+    assert refresh.overlap(params, params["passage_encoder"], questions, 8) == 1.0
+    noise = np.random.default_rng(0)
+    moved = jax.tree.map(lambda x: x + 0.05 * noise.normal(size=x.shape).astype(np.float32), params["passage_encoder"])
+    queries = encode_questions(rag, rag.initial_params(), questions, local_mesh(data=1))
+    before, after = (
+        np.argsort(-queries @ vectors.T, axis=1, kind="stable")[:, :8]
+        for vectors in (np.asarray(index.embeddings), encoded(rag, store, moved))
+    )
+    expected = np.mean([len(set(a) & set(b)) / 8 for a, b in zip(before.tolist(), after.tolist(), strict=True)])
+    assert 0 < expected < 1
+    assert refresh.overlap(params, moved, questions, 8) == pytest.approx(expected)
+    refresh.all_at_once(1, moved)
+    assert refresh.compare(index, params, questions, 8) == pytest.approx(expected)
+    assert refresh.state == Refreshed(1, None)
+
+
+def test_a_faiss_index_is_built_anew(world: Path, tmp_path: Path) -> None:
+    config = refreshing(world, tmp_path / "run", index__kind="HNSW8", index__folder=str(tmp_path / "index"))
+    rag, index, store = open_world(config)
+    run = train(config)
+    state, about = state_at(config, 14)
+    newest = trained_index(rag, index, 14)
+    assert newest.kind == "HNSW8" and (version_folder(run, 14) / "faiss.index").exists()
+    every = encoded(rag, store, state.params["retriever"])
+    scores, ids = newest.search(every[:5], 3)
+    np.testing.assert_allclose(scores, np.take_along_axis(every[:5] @ every.T, ids, 1), atol=1e-5)
+    assert about["refresh"]["searched"] == 14
+
+
+def test_two_processes_switch_at_the_same_step(world: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """And each encodes its part; one that resumes alone makes its own parts."""
+    settings = [f"{key.replace('__', '.')}={value}" for key, value in SETTINGS.items()]
+    arguments = ["train", str(world / "config.yaml"), f"output={tmp_path / 'run'}", *settings]
+    for code, err in ends(start(world, 2, *arguments), 240):
+        assert code == 0, err
+    ours, theirs = (logged(run) for run in (tmp_path / "run", undisturbed))
+    assert [line.get("index_age") for line in ours] == [line.get("index_age") for line in theirs]
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.keys() == other.keys() and one.get("loss") == pytest.approx(other.get("loss"), rel=1e-4)
+    assert len(list((tmp_path / "run/refreshed/000010/shards").iterdir())) == 6
+    embeddings = [
+        np.asarray(open_index(version_folder(run, 10), {}).embeddings) for run in (tmp_path / "run", undisturbed)
+    ]
+    np.testing.assert_allclose(embeddings[0], embeddings[1], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["refresh.every=5"], "train.passage_encoder=shared or own"),
+        (["train.passage_encoder=own", "retriever.prior=corpus"], "use retriever.prior=top_k"),
+        (["train.passage_encoder=shared", "retriever.passage_source=x"], "leave out retriever.passage_source"),
+        (["train.passage_encoder=own", "refresh.below=0.5"], "set refresh.probe_every"),
+        (["train.passage_encoder=own", "refresh.below=1.5", "refresh.probe_every=2"], "less than 1"),
+        (["train.passage_encoder=own", "refresh.every=5", "refresh.steps=6"], "less than refresh.steps=6"),
+        (["train.search_ahead=true"], "is for a FAISS index.kind"),
+    ],
+)
+def test_what_does_not_go_together(world: Path, settings: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load_config(world / "config.yaml", settings)
+
+
+def test_more_parts_than_passages(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"refresh\.steps=31 would make 31 parts of 30 passages"):
+        train(refreshing(world, tmp_path / "run", refresh__steps=31, refresh__every=None))
+    assert not (tmp_path / "run").exists()
+
+
+# documents sought a step ahead
+
+
+AHEAD: dict[str, Any] = {
+    "train__steps": 6,
+    "train__search_ahead": True,
+    "train__save_every": 1,
+    "train__keep": 20,
+    "index__kind": "Flat",
+    "train__retriever_lr": 1e-2,
+}
+
+
+@pytest.fixture(scope="module")
+def ahead(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    folder = tmp_path_factory.mktemp("ahead")
+    config = tiny_config(world, output=str(folder / "run"), index__folder=str(folder / "index"), **AHEAD)
+    open_world(config)
+    train(config)
+    return config
+
+
+def test_queries_are_one_step_old(world: Path, ahead: Config) -> None:
+    """What a checkpoint keeps for the next step was found by the retriever of the step before."""
+    rag, index, _ = open_world(ahead)
+    questions = read_questions(world / "train.jsonl")
+    stale = 0
+    for step in range(2, 6):
+        now, about = state_at(ahead, step)
+        before, _ = state_at(ahead, step - 1)
+        chosen = next_questions(ahead, about["data"], len(questions))
+        texts = [questions[i].question for i in chosen]
+        _, _, expected = search(rag, before.params, index, texts, 3)
+        assert about["ahead"] == expected.tolist()
+        stale += about["ahead"] != search(rag, now.params, index, texts, 3)[2].tolist()
+    assert stale > 0  # else it could not be told which retriever was asked
+    assert state_at(ahead, 6)[1]["ahead"] is None
+
+
+def next_questions(config: Config, position: dict[str, Any], count: int) -> list[int]:
+    from ragjax.data import QuestionBatches
+
+    batches = QuestionBatches([1] * count, config.train.batch_size, config.seed)
+    batches.restore(position)
+    return next(batches).questions.tolist()
+
+
+@pytest.mark.parametrize("stop", [1, 4])
+def test_a_resumed_run_trains_on_what_was_in_flight(
+    world: Path, ahead: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
+) -> None:
+    config = replace(ahead, output=str(tmp_path / "run"))
+
+    def after(function: Callable[..., Any]) -> Callable[..., Any]:
+        def save(self: Checkpoints, step: int, *more: Any) -> None:
+            function(self, step, *more)
+            if step == stop:
+                raise RuntimeError("the power went off")
+
+        return save
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", after(Checkpoints.save))
+        with pytest.raises(RuntimeError):
+            train(config)
+    train(config)
+    assert logged(tmp_path / "run") == logged(Path(ahead.output))
+    chex.assert_trees_all_equal(*(state_at(of, 6)[0].params for of in (config, ahead)))
+
+
+def test_the_first_step_is_as_without(world: Path, ahead: Config, tmp_path: Path) -> None:
+    """Nothing could be sought before it; from the second step on the queries are old, and the numbers others."""
+    plain = train(replace(ahead, output=str(tmp_path / "run"), train=replace(ahead.train, search_ahead=False)))
+    ours, theirs = logged(Path(ahead.output)), logged(plain)
+    assert ours[0] == theirs[0] and ours[1:] != theirs[1:]
+
+
+def test_initial_state_copies_the_encoder(world: Path, tmp_path: Path) -> None:
+    rag = open_rag(refreshing(world, tmp_path))
+    state = initial_state(rag, rag.initial_params())
+    chex.assert_trees_all_equal(state.indexed, state.params["retriever"])
+    assert initial_state(open_rag(tiny_config(world)), rag.initial_params()).indexed is None
