@@ -32,15 +32,7 @@ def run(world: Path) -> Path:
     return trained_run(world)
 
 
-LONGEST = [
-    "test_processes",
-    "test_refresh",
-    "test_encoder_decoders",
-    "test_step",
-    "test_train",
-    "test_plan",
-    "test_soak",
-]
+LONGEST = [f"test_{name}" for name in "processes refresh encoder_decoders step train plan fused soak".split()]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
