@@ -95,6 +95,10 @@ class Train:
     batch_size: int = 8  # questions a step, over all devices
     accumulate: int = 1  # micro-batches a step
     k: int = 5  # documents a question
+    objective: str = (
+        "marginal"  # or contrastive: the retriever alone, one document that answers against k - 1 and others'
+    )
+    mined: int = 50  # contrastive: documents retrieved a question, among which these are sought
     fused: bool = False  # encode, search, read and learn in one program on the devices, which hold all tokens as well
     backward_documents: int | None = None  # the generator learns from so many of them, the likeliest; null means all
     retriever_lr: float = 3e-5
@@ -180,6 +184,7 @@ CHOICES = {
     "retriever.pooling": ("mean", "cls"),
     "retriever.prior": ("top_k", "corpus"),
     "index.dtype": ("float32", "bfloat16", "float16"),
+    "train.objective": ("marginal", "contrastive"),
     "train.passage_encoder": ("frozen", "shared", "own"),
     "train.decay": ("cosine", "linear", "constant"),
     "decode.mode": ("thorough", "fast"),
@@ -189,9 +194,9 @@ ON_DEVICES = ("exact", "approximate")  # an index.kind that the devices search; 
 POSITIVE = (
     "mesh.model index.shard index.recall refresh.every refresh.steps refresh.probe_every refresh.probe_questions "
     "corpus.passage_words retriever.scale retriever.question_tokens retriever.passage_tokens index.batch_size "
-    "generator.source_tokens generator.answer_tokens train.steps train.batch_size train.accumulate train.k train.clip "
-    "train.save_every train.save_minutes train.keep train.log_every decode.k decode.beams decode.max_new_tokens "
-    "evaluate.batch_size corpus.limit evaluate.limit train.backward_documents"
+    "generator.source_tokens generator.answer_tokens train.steps train.batch_size train.accumulate train.k train.mined "
+    "train.clip train.save_every train.save_minutes train.keep train.log_every decode.k decode.beams "
+    "decode.max_new_tokens evaluate.batch_size corpus.limit evaluate.limit train.backward_documents"
 ).split()
 NOT_NEGATIVE = (
     "train.retriever_lr train.generator_lr train.warmup train.weight_decay train.dropout train.label_smoothing "
@@ -303,7 +308,7 @@ def _check(config: Config, path: Path) -> None:
             )
         if config.train.passage_encoder != "frozen":
             problems.append("train.fused=true has no texts to encode anew; use train.passage_encoder=frozen")
-    problems += _check_refresh(config)
+    problems += _check_refresh(config) + _check_contrastive(config)
     if config.train.keep_best and config.train.dev_questions == 0:
         problems.append("train.keep_best=true needs a dev_loss; set train.dev_questions, such as 200")
     problems += _check_model(config)
@@ -335,6 +340,25 @@ def _check_refresh(config: Config) -> list[str]:
         problems.append(f"refresh.every={refresh.every} is less than refresh.steps={refresh.steps} that each one takes")
     if config.train.search_ahead and config.index.kind in ON_DEVICES:
         problems.append("train.search_ahead=true is for a FAISS index.kind: the devices cannot search beside a step")
+    return problems
+
+
+def _check_contrastive(config: Config) -> list[str]:
+    """What contrastive training, which has neither prior nor generator, has no use for."""
+    train, defaults, problems = config.train, Train(), []
+    if train.objective != "contrastive":
+        return []
+    for key in ("fused", "backward_documents", "label_smoothing", "exclude_bos"):
+        if getattr(train, key) != getattr(defaults, key):
+            problems.append(f"train.{key} is for train.objective=marginal; leave it out")
+    if train.accumulate != 1:
+        problems.append("train.objective=contrastive needs the whole batch at once; leave out train.accumulate")
+    if config.retriever.prior == "corpus":
+        problems.append("train.objective=contrastive has no prior over the corpus; use retriever.prior=top_k")
+    if train.mined < train.k:
+        problems.append(
+            f"train.mined={train.mined} is less than train.k={train.k}, of which all but one are sought there"
+        )
     return problems
 
 

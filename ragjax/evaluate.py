@@ -24,11 +24,11 @@ from ragjax.experiment import check_processes_agree, make_folder
 from ragjax.hub import fingerprint_files
 from ragjax.index import check_k
 from ragjax.mesh import from_all, local_mesh, on_first
-from ragjax.metrics import bootstrap_interval, exact_match, expected_calibration_error, f1
+from ragjax.metrics import bootstrap_interval, exact_match, expected_calibration_error, f1, has_answer
 from ragjax.passages import Question, atomic_write, write_jsonl
 from ragjax.progress import progress_bar
 from ragjax.rag import Retrieved, log_mass, retrieve
-from ragjax.train import has_answer, open_world, pretrained, read_split, restore_trained, trained_index
+from ragjax.train import open_world, pretrained, read_split, restore_trained, trained_index
 
 RETRIEVAL_BATCH = 64
 

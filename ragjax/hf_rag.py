@@ -11,6 +11,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,16 @@ from safetensors.numpy import save_file
 from ragjax.config import Config, InputError
 from ragjax.experiment import load_experiment
 from ragjax.hub import checkpoint_folder, fetch
+from ragjax.models.layers import Params
 from ragjax.passages import partial_folder
 from ragjax.progress import terminal
 from ragjax.rag import Rag, open_rag
+from ragjax.text import Tokenizer
 from ragjax.train import restore_trained
-from ragjax.weights import bert_tensors, generator_tensors, open_safetensors, read_json
+from ragjax.weights import Pretrained, bert_tensors, generator_tensors, open_safetensors, read_json
 
 PARTS = {"question_encoder": "question_encoder_tokenizer", "generator": "generator_tokenizer"}
-DPR_PREFIX = "question_encoder.bert_model."
+DPR_PREFIX, CONTEXT_PREFIX = "question_encoder.bert_model.", "ctx_encoder.bert_model."
 KEPT = "rag.json"  # the settings of the RAG checkpoint, for the way back
 
 CONFIG = """\
@@ -97,35 +100,56 @@ def import_rag(source: str, out: Path) -> Path:
 def export_rag(run: Path, out: Path) -> Path:
     """Writes a run's newest checkpoint (or else its pretrained models) into the new folder `out`, and returns it.
 
-    With BART or T5, `out` is a folder that Hugging Face's RagSequenceForGeneration loads; with a decoder-only generator
-    it holds two folders, question_encoder/ and generator/, that transformers loads each by itself. Raises `InputError`.
+    With BART or T5, `out` is a folder that Hugging Face's RagSequenceForGeneration loads; otherwise it holds a folder
+    for each model, question_encoder/ and generator/, that transformers loads by itself. Contrastive training leaves no
+    generator; passages' own encoder, where it was trained, is in passage_encoder/. Raises `InputError`.
     """
     config = load_experiment(run)
     rag = open_rag(config)
     trained = restore_trained(rag)
     params = jax.device_get(trained[0] if trained else rag.initial_params())
-    whole, kind = rag.generator.config.encoder_decoder, rag.retriever.hf.get("model_type")
+    whole = rag.generator.config.encoder_decoder and config.train.objective == "marginal"
     if whole:
         _check_expressible(rag)
-    configs = {"question_encoder": rag.retriever.hf, "generator": rag.generator.hf}
-    tensors = {
-        "question_encoder": bert_tensors(params["retriever"], DPR_PREFIX if kind == "dpr" else ""),
-        "generator": generator_tensors(rag.generator.hf, params["generator"]),
+    parts = {
+        "question_encoder": _Part(
+            rag.retriever.hf, _tensors(rag.retriever, params["retriever"]), rag.retriever_tokenizer
+        )
     }
-    tokenizers = {"question_encoder": rag.retriever_tokenizer, "generator": rag.generator_tokenizer}
+    if config.train.objective == "marginal":
+        tensors = generator_tensors(rag.generator.hf, params["generator"])
+        parts["generator"] = _Part(rag.generator.hf, tensors, rag.generator_tokenizer)
+    if config.train.passage_encoder == "own":
+        tensors = _tensors(rag.passage_encoder, params["passage_encoder"])
+        parts["passage_encoder"] = _Part(rag.passage_encoder.hf, tensors, rag.passage_tokenizer)
     with _writing(out) as partial:
+        joined = PARTS if whole else {}
         if whole:
-            joined = {f"rag.{part}.{name}": value for part in PARTS for name, value in tensors[part].items()}
-            save_file(joined, partial / "model.safetensors", metadata={"format": "pt"})
-            _write_json(partial / "config.json", _rag_config(rag, configs))
-        for part, subfolder in PARTS.items():
-            place = partial / (subfolder if whole else part)
+            named = {f"rag.{part}.{name}": value for part in joined for name, value in parts[part].tensors.items()}
+            save_file(named, partial / "model.safetensors", metadata={"format": "pt"})
+            _write_json(partial / "config.json", _rag_config(rag, {part: parts[part].hf for part in joined}))
+        for name, part in parts.items():
+            place = partial / joined.get(name, name)
             place.mkdir()
-            tokenizers[part].save(place)
-            if not whole:
-                save_file(tensors[part], place / "model.safetensors", metadata={"format": "pt"})
-                _write_json(place / "config.json", configs[part])
+            part.tokenizer.save(place)
+            if name not in joined:
+                save_file(part.tensors, place / "model.safetensors", metadata={"format": "pt"})
+                _write_json(place / "config.json", part.hf)
     return out
+
+
+@dataclass(frozen=True)
+class _Part:
+    hf: Mapping[str, Any]  # its config.json
+    tensors: dict[str, np.ndarray]
+    tokenizer: Tokenizer
+
+
+def _tensors(encoder: Pretrained, params: Params) -> dict[str, np.ndarray]:
+    """Under the names that its own checkpoint has."""
+    context = "DPRContextEncoder" in (encoder.hf.get("architectures") or ())
+    prefix = CONTEXT_PREFIX if context else DPR_PREFIX
+    return bert_tensors(params, prefix if encoder.hf.get("model_type") == "dpr" else "")
 
 
 def _check_expressible(rag: Rag) -> None:

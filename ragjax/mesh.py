@@ -241,7 +241,7 @@ def on_each_device(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., An
     return lambda params, *arrays: jitted(params, *jax.device_put(arrays, NamedSharding(mesh, rows)))
 
 
-def lay(mesh: Mesh, tree: Any, *spec: str | None) -> Any:
+def lay(mesh: Mesh, tree: Any, *spec: str | tuple[str, ...] | None) -> Any:
     """The shapes and types of a tree, each with its place on the mesh: along no axis unless `spec` names one."""
     sharding = NamedSharding(mesh, PartitionSpec(*spec))
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)

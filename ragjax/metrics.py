@@ -12,7 +12,9 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
+
+from ragjax.passages import PassageStore, Question
 
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -49,6 +51,14 @@ def contains_answer(text: str, answers: Sequence[str]) -> bool:
     """
     words = f" {_words(text)} "
     return any(f" {sought} " in words for answer in answers if (sought := _words(answer)))
+
+
+def has_answer(store: PassageStore, question: Question, ids: Int[np.ndarray, " K"]) -> Bool[np.ndarray, " K"]:
+    """Which documents answer a question: the passages it names, or else those that contain an answer; not id -1."""
+    found = [store[int(i)] if i >= 0 else None for i in ids]
+    if question.passages:
+        return np.array([p is not None and p.id in question.passages for p in found])
+    return np.array([p is not None and contains_answer(f"{p.title} {p.text}", question.answers) for p in found])
 
 
 def _words(text: str) -> str:

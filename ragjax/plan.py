@@ -44,6 +44,7 @@ from ragjax.step import (
     abstract_state,
     for_answering,
     memory_advice,
+    refreshes,
     split_frozen,
     state_shardings,
     trace_step,
@@ -277,7 +278,9 @@ class _Plan:
         instead = f" (train.remat={str(other).lower()})"
         rows = [
             self.parameters("train", "retriever"),
-            self.parameters("train", "generator"),
+            *([] if train.objective == "contrastive" else [self.parameters("train", "generator")]),
+            *([self.parameters("train", "passage encoder")] if train.passage_encoder == "own" else []),
+            *([self.parameters("train", "passage encoder", indexed=True)] if refreshes(self.config) else []),
             _row("train", "optimiser state", "device", optimizer),
             _row("train", "gradients", "device", gradients, part=True),
             _row("train", f"temporaries, {recomputing(used)}", "device", lambda: temporaries(used)),
@@ -380,7 +383,9 @@ class _Plan:
         axes += ["model"] if self.mesh.shape["model"] > 1 else []
         return f", split over {' and '.join(axes)}" if axes else ", whole on each"
 
-    def parameters(self, command: str, name: str, copies: int = 1) -> Row:
+    def parameters(self, command: str, name: str, copies: int = 1, indexed: bool = False) -> Row:
+        """`indexed` is the encoder as it was when the index was begun that is being built."""
+
         def size() -> tuple[int, str]:
             model: Pretrained | InputError = getattr(self, name.replace(" ", "_"))
             if isinstance(model, InputError):
@@ -392,13 +397,15 @@ class _Plan:
             # the other model's configuration is not asked for: it may be unknown
             alone = Models(self.config, model, model, SPECIAL, NO_PROMPT, model)
             alone = for_answering(alone) if command == "evaluate" else alone
-            at = state_shardings(alone, self.mesh, {name: model.abstract})[name]
+            part = "indexed" if indexed else name.replace(" ", "_")
+            at = state_shardings(alone, self.mesh, {part: model.abstract})[part]
             placed = jax.tree.map(
                 lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), model.abstract, at
             )
             return copies * bytes_each(placed), count if command == "evaluate" else f"{count}{self.split}"
 
-        return _row(command, f"{name} parameters", "device", size)
+        of_which = ", of the index being built" if indexed else ""
+        return _row(command, f"{name} parameters{of_which}", "device", size)
 
     def temporaries(self, jitted: Any, *arguments: Any) -> int:
         return _cost(jitted.lower(*arguments)).temporaries

@@ -51,9 +51,14 @@ class Models:
 
     @property
     def parts(self) -> dict[str, Pretrained]:
-        """What has parameters in a training state: retriever, generator, and a passage encoder with its own weights."""
-        own = {"passage_encoder": self.passage_encoder} if self.config.train.passage_encoder == "own" else {}
-        return {"retriever": self.retriever, "generator": self.generator, **own}
+        """What has parameters in a training state: a passage encoder with weights of its own, and no idle generator."""
+        train = self.config.train
+        parts = {"retriever": self.retriever}
+        if train.objective == "marginal":
+            parts["generator"] = self.generator
+        if train.passage_encoder == "own":
+            parts["passage_encoder"] = self.passage_encoder
+        return parts
 
     def abstract_params(self) -> Params:
         """The shapes and types of {"retriever": …, "generator": …}."""
@@ -446,18 +451,18 @@ def train_batch(
 WIDTHS = ("question", "source", "passage")  # of a batch: padded to buckets, each with its mask
 
 
-def widths(batch: TrainBatch) -> list[int]:
+def widths(batch: Any) -> list[int]:
     """To how many tokens each of `WIDTHS` is padded, 0 where the batch has no such rows."""
-    rows = [getattr(batch, name) for name in WIDTHS]
+    rows = [getattr(batch, name, None) for name in WIDTHS]
     return [0 if row is None else row.shape[-1] for row in rows]
 
 
-def widen(batch: TrainBatch, widths: Sequence[int]) -> TrainBatch:
+def widen(batch: Any, widths: Sequence[int]) -> Any:
     """Host arrays padded to so many tokens; the masks hide whatever the padding is."""
 
     def padded(rows: np.ndarray, width: int) -> np.ndarray:
         return np.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, width - rows.shape[-1])])
 
     named = [(kind, width) for name, width in zip(WIDTHS, widths, strict=True) for kind in (name, f"{name}_mask")]
-    there = [(name, width) for name, width in named if getattr(batch, name) is not None]
+    there = [(name, width) for name, width in named if getattr(batch, name, None) is not None]
     return replace(batch, **{name: padded(getattr(batch, name), width) for name, width in there})

@@ -17,6 +17,13 @@ from jax.sharding import Mesh, NamedSharding, use_abstract_mesh
 from jaxtyping import Array, Float, Key
 
 from ragjax.config import ON_DEVICES, Config, InputError, Train
+from ragjax.contrastive import (
+    ContrastiveBatch,
+    abstract_contrastive,
+    contrastive_logp,
+    contrastive_loss,
+    contrastive_nll,
+)
 from ragjax.cost import NotCompiled, bytes_each, compiled_cost, size_text
 from ragjax.fused import Asked, abstract_asked, abstract_corpus, retrieve_in_step
 from ragjax.loss import answer_nll, joint_logp, loss, passage_params
@@ -25,6 +32,7 @@ from ragjax.models.layers import Params
 from ragjax.rag import Models, TrainBatch
 from ragjax.search import Corpus
 
+AnyBatch = TrainBatch | ContrastiveBatch
 Flat = dict[tuple[str, ...], Any]  # parameters by path
 AnyModels = TypeVar("AnyModels", bound=Models)
 
@@ -119,8 +127,12 @@ def refreshes(config: Config) -> bool:
 
 
 def for_answering(rag: AnyModels) -> AnyModels:
-    """The same models without FSDP: only a training step keeps its activations apart from it (`split_by_rows`)."""
-    return replace(rag, config=replace(rag.config, mesh=replace(rag.config.mesh, fsdp=False)))
+    """The same models with a generator, and without FSDP, from which only a training step keeps its activations apart.
+
+    See `split_by_rows`.
+    """
+    mesh, train = replace(rag.config.mesh, fsdp=False), replace(rag.config.train, objective="marginal")
+    return replace(rag, config=replace(rag.config, mesh=mesh, train=train))
 
 
 def state_shardings(rag: Models, mesh: Mesh, state: Any) -> Any:
@@ -163,13 +175,16 @@ def _heads(rag: Models, names: Sequence[str]) -> int | None:
 
 
 def gradients(
-    rag: Models, params: Params, batch: TrainBatch, key: Key[Array, ""], corpus: Corpus | None = None
+    rag: Models, params: Params, batch: AnyBatch, key: Key[Array, ""], corpus: Corpus | None = None
 ) -> tuple[Flat, dict[str, Any]]:
     """The gradient of the mean loss by the trained parameters, and metrics, over `train.accumulate` micro-batches."""
     trained, frozen = split_frozen(params, rag.config.train.freeze)
 
-    def of_trained(trained: Flat, part: TrainBatch) -> tuple[Array, dict[str, Any]]:
-        return loss(rag, nnx.traversals.unflatten_mapping(trained | frozen), part, key, corpus)
+    def of_trained(trained: Flat, part: AnyBatch) -> tuple[Array, dict[str, Any]]:
+        whole = nnx.traversals.unflatten_mapping(trained | frozen)
+        if isinstance(part, ContrastiveBatch):
+            return contrastive_loss(rag, whole, part, key)
+        return loss(rag, whole, part, key, corpus)
 
     differentiate = jax.grad(of_trained, has_aux=True)
     count = rag.config.train.accumulate
@@ -180,7 +195,7 @@ def gradients(
     first = jax.tree.map(lambda x: x[0], parts)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(differentiate, trained, first))
 
-    def add(total: Any, part: TrainBatch) -> tuple[Any, None]:
+    def add(total: Any, part: AnyBatch) -> tuple[Any, None]:
         return jax.tree.map(lambda t, x: t + x / count, total, differentiate(trained, part)), None
 
     return jax.lax.scan(add, zeros, parts)[0]
@@ -198,7 +213,7 @@ def make_train_step(rag: Models, shardings: Any = None) -> jax.stages.Wrapped:
 
     @partial(jax.jit, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
     def train_step(
-        state: TrainState, batch: TrainBatch | Asked, corpus: Corpus | None = None
+        state: TrainState, batch: AnyBatch | Asked, corpus: Corpus | None = None
     ) -> tuple[TrainState, dict[str, Any]]:
         key, found = jax.random.fold_in(state.key, state.step), {}
         with nullcontext() if shardings is None else use_abstract_mesh(shardings.step.mesh.abstract_mesh):
@@ -220,12 +235,18 @@ def make_train_step(rag: Models, shardings: Any = None) -> jax.stages.Wrapped:
 
 
 def make_nll(rag: Models) -> jax.stages.Wrapped:
-    """(params, batch, corpus | None) → −log p(y|x) [B] of each answer, in nats, without dropout and smoothing."""
+    """(params, batch, corpus | None) → −log p(y|x) [B] of each answer, in nats, without dropout and smoothing.
+
+    Of a contrastive batch −log of the positive's probability, NaN where there is none.
+    """
     plain = replace(rag.config.train, dropout=0.0, backward_documents=None)
     without = replace(rag, config=replace(rag.config, train=plain))
 
     @jax.jit
-    def nll(params: Params, batch: TrainBatch, corpus: Corpus | None = None) -> Float[Array, " B"]:
+    def nll(params: Params, batch: AnyBatch, corpus: Corpus | None = None) -> Float[Array, " B"]:
+        if isinstance(batch, ContrastiveBatch):
+            of_positive = contrastive_nll(batch, contrastive_logp(without, params, batch, jax.random.key(0)))
+            return jnp.where(batch.has_positive, of_positive, jnp.nan)
         prior, scores = joint_logp(without, params, batch, jax.random.key(0), corpus)
         return answer_nll(without, prior, scores, batch.answer, batch.answer_mask)
 
@@ -282,8 +303,13 @@ def trace_step(rag: Models, mesh: Mesh, passages: int) -> jax.stages.Traced:
     check_batch(mesh, rag.config.train.batch_size // rag.config.train.accumulate)
     state, width = abstract_state(rag, mesh), rag.retriever.config.embedding_width
     corpus = abstract_corpus(rag, mesh, passages) if reads_corpus(rag.config) else None
-    given = abstract_asked(rag.config) if rag.config.train.fused else abstract_batch(rag.config, width)
-    batch = lay(mesh, given, "data")
+    if rag.config.train.fused:
+        batch: Any = abstract_asked(rag.config)
+    elif rag.config.train.objective == "contrastive":
+        batch = abstract_contrastive(rag.config, width)
+    else:
+        batch = abstract_batch(rag.config, width)
+    batch = lay(mesh, batch, "data")
     return make_train_step(rag, jax.tree.map(lambda leaf: leaf.sharding, state)).trace(state, batch, corpus)
 
 
@@ -332,6 +358,9 @@ def memory_advice(rag: Models, mesh: Mesh) -> list[str]:
         found.append("dtype=bfloat16")
     if not train.remat:
         found.append("train.remat=true")
+    if train.objective == "contrastive":
+        smaller = [f"train.batch_size below {train.batch_size}", f"train.k below {train.k}"]
+        return [*found, *smaller, f"retriever.passage_tokens below {config.retriever.passage_tokens}", "smaller models"]
     # of one micro-batch every device should have as few questions as can be, and at least one
     parts = [
         n for n in range(1, train.batch_size + 1) if train.batch_size % n == 0 and train.batch_size // n % data == 0

@@ -26,6 +26,7 @@ from jaxtyping import Int
 
 from ragjax.checkpoint import Checkpoints
 from ragjax.config import Config, InputError
+from ragjax.contrastive import ContrastiveBatch, choose_passages, contrastive_batch, label_positions
 from ragjax.data import Batch, QuestionBatches, UsableAnswers, usable_answers
 from ragjax.experiment import check_processes_agree, check_same_experiment, check_same_models, start_experiment
 from ragjax.fused import Asked, asked_batch, corpus_with_tokens
@@ -45,7 +46,7 @@ from ragjax.mesh import (
     rows_here,
     shard_batch,
 )
-from ragjax.metrics import contains_answer
+from ragjax.metrics import has_answer
 from ragjax.models.layers import Params
 from ragjax.passages import PassageStore, Question, alone, atomic_write, read_questions
 from ragjax.progress import progress_bar, terminal
@@ -112,7 +113,8 @@ def _train(config: Config, signals: _Signals) -> Path:
     check_batch(mesh, config.train.batch_size // config.train.accumulate)
     split_frozen(rag.abstract_params(), config.train.freeze)
     check_fits(rag, mesh, len(index))
-    reader = Reader(rag, index, store, mesh)
+    positions = label_positions(store, [*questions, *dev]) if config.train.objective == "contrastive" else {}
+    reader = Reader(rag, index, store, mesh, positions)
     refresh = None
     if config.train.passage_encoder != "frozen":
         refresh = Refresh(rag, index, store, Path(config.output), mesh)
@@ -223,14 +225,6 @@ def open_world(config: Config) -> tuple[Rag, Index, PassageStore]:
     return rag, open_index(folder, rag.fingerprints, recall), PassageStore.open(folder)
 
 
-def has_answer(store: PassageStore, question: Question, ids: np.ndarray) -> np.ndarray:
-    """Which retrieved documents answer a question [K]: the passages it names, or else those that contain an answer."""
-    found = [store[int(i)] if i >= 0 else None for i in ids]
-    if question.passages:
-        return np.array([p is not None and p.id in question.passages for p in found])
-    return np.array([p is not None and contains_answer(f"{p.title} {p.text}", question.answers) for p in found])
-
-
 @dataclass(frozen=True)
 class Answerable:
     """Questions, and which of them and of their answers can be trained on."""
@@ -287,30 +281,56 @@ class Reader:
     index: Index
     store: PassageStore
     mesh: Mesh
+    positions: dict[str, int]  # for contrastive training, of the passages that questions name
 
-    def search(self, params: Params, pairs: Sequence[Pair]) -> Int[np.ndarray, "B K"]:
+    @property
+    def depth(self) -> int:
+        """How many documents are retrieved for a question: those to train on, or among which to look for them."""
+        train = self.rag.config.train
+        return min(train.mined, len(self.index)) if train.objective == "contrastive" else train.k
+
+    def search(self, params: Params, pairs: Sequence[Pair]) -> Int[np.ndarray, "B M"]:
         texts = [question.question for question, _ in pairs]
-        return search(self.rag, params, self.index, texts, self.rag.config.train.k, self.mesh)[2]
+        return search(self.rag, params, self.index, texts, self.depth, self.mesh)[2]
 
     def read(
-        self, pairs: Sequence[Pair], ids: Int[np.ndarray, "B K"] | None
-    ) -> tuple[TrainBatch | Asked, dict[str, float], int]:
+        self, pairs: Sequence[Pair], ids: Int[np.ndarray, "B M"] | None
+    ) -> tuple[TrainBatch | ContrastiveBatch | Asked, dict[str, float], int]:
         """A batch, what retrieval alone tells, and how many tokens; without ids the step retrieves, and tells."""
         mine = rows_here(self.mesh, len(pairs))
         texts, answers = [pairs[i][0].question for i in mine], [pairs[i][1] for i in mine]
         if ids is None:
             return shard_batch(self.mesh, asked_batch(self.rag, texts, answers, mine), len(pairs)), {}, 0
-        arrays = train_batch(self.rag, self.index, self.store, texts, answers, ids[mine], mine)
-        tokens = arrays.source_mask.sum(axis=(1, 2)) + arrays.answer_mask.sum(axis=1) * ids.shape[1]
+        arrays: TrainBatch | ContrastiveBatch
+        if self.rag.config.train.objective == "contrastive":
+            arrays = self._contrast([pairs[i][0] for i in mine], ids, mine)
+            tokens = arrays.question_mask.sum(axis=1)
+            if arrays.passage_mask is not None:
+                tokens = tokens + arrays.passage_mask.sum(axis=(1, 2))
+        else:
+            arrays = train_batch(self.rag, self.index, self.store, texts, answers, ids[mine], mine)
+            tokens = arrays.source_mask.sum(axis=(1, 2)) + arrays.answer_mask.sum(axis=1) * ids.shape[1]
         # widths are agreed, since all run one program
         of_rows = np.stack([tokens, *(np.full(len(mine), width) for width in widths(arrays))], axis=1).astype(np.int32)
         of_rows = from_all_rows(self.mesh, of_rows, len(pairs))
         widest = widen(arrays, of_rows[:, 1:].max(axis=0).tolist())
         return shard_batch(self.mesh, widest, len(pairs)), self.shown(pairs, ids), int(of_rows[:, 0].sum())
 
-    def shown(self, pairs: Sequence[Pair], ids: Int[np.ndarray, "B K"]) -> dict[str, float]:
-        """How many questions found a document that answers, and how many of the documents differ."""
-        mine = rows_here(self.mesh, len(pairs))
+    def _contrast(
+        self, questions: Sequence[Question], ids: Int[np.ndarray, "B M"], mine: Int[np.ndarray, " n"]
+    ) -> ContrastiveBatch:
+        """What these questions learn from is chosen here, and known to all: it counts for every question."""
+        k = self.rag.config.train.k
+        chosen = [
+            choose_passages(self.store, question, ids[i], k, self.positions)
+            for question, i in zip(questions, mine, strict=True)
+        ]
+        of_all = from_all_rows(self.mesh, np.stack(chosen), len(ids))
+        return contrastive_batch(self.rag, self.index, self.store, questions, of_all, mine)
+
+    def shown(self, pairs: Sequence[Pair], ids: Int[np.ndarray, "B M"]) -> dict[str, float]:
+        """How many questions found a document that answers among the top k, and how many of these differ."""
+        mine, ids = rows_here(self.mesh, len(pairs)), ids[:, : self.rag.config.train.k]
         hits = np.array([has_answer(self.store, pairs[i][0], ids[i]).any() for i in mine])
         valid = ids[ids >= 0]
         return {
@@ -359,7 +379,7 @@ class Supply:
         pairs = self.asked.pairs(next(self.batches))
         queries = encode_questions(reader.rag, params, [question.question for question, _ in pairs], reader.mesh)
         mine = queries[rows_here(reader.mesh, len(pairs))]
-        self._ahead = pairs, self._pool.submit(lambda: reader.index.search(mine, reader.rag.config.train.k)[1])
+        self._ahead = pairs, self._pool.submit(lambda: reader.index.search(mine, reader.depth)[1])
 
     def state(self) -> dict[str, Any]:
         """As JSON, what a run needs to go on with the next step."""
@@ -377,7 +397,7 @@ class Supply:
 
 
 def _dev_loss(reader: Reader, nll_fn: Callable[..., Any], state: TrainState, asked: Answerable, corpus: Any) -> float:
-    """The mean of −log p(y|x), in nats, of the first usable answer to each question."""
+    """The mean of −log p(y|x), in nats, of the first usable answer to each question, or the contrastive loss."""
     # as many at once as the step does
     train, count = reader.rag.config.train, len(asked.usable.questions)
     size = train.batch_size // train.accumulate
@@ -387,7 +407,8 @@ def _dev_loss(reader: Reader, nll_fn: Callable[..., Any], state: TrainState, ask
         pairs = asked.pairs(Batch(part, np.zeros(size, np.int64)))
         batch, _, _ = reader.read(pairs, reader.search(state.params, pairs))
         losses.append(on_host(nll_fn(state.params, batch, corpus))[: count - start])
-    return float(np.concatenate(losses).mean())
+    every = np.concatenate(losses)
+    return float(every[~np.isnan(every)].mean())
 
 
 def _check_finite(step: int, metrics: dict[str, float], ids: Sequence[str]) -> None:
@@ -478,7 +499,8 @@ class _Signals:
 
 def pretrained(rag: Rag, mesh: Mesh) -> Params:
     """The pretrained parameters for answering, laid out on the mesh."""
-    return place(rag.initial_params(), state_shardings(for_answering(rag), mesh, rag.abstract_params()))
+    rag = for_answering(rag)
+    return place(rag.initial_params(), state_shardings(rag, mesh, rag.abstract_params()))
 
 
 def trained_index(rag: Rag, index: Index, step: int) -> Index:
@@ -501,7 +523,9 @@ def restore_trained(rag: Rag, mesh: Mesh | None = None, step: int | None = None)
     if not folder.is_dir():
         return None
     check_same_models(rag.config)
-    like = abstract_state(for_answering(rag), mesh or local_mesh(data=1)).params
+    mesh = mesh or local_mesh(data=1)
+    answering = for_answering(rag)
+    like = {name: of for name, of in abstract_state(answering, mesh).params.items() if name in rag.parts}
     with Checkpoints(folder, keep=rag.config.train.keep, writing=False) as checkpoints:
 
         def load(step: int) -> Any:
@@ -509,4 +533,10 @@ def restore_trained(rag: Rag, mesh: Mesh | None = None, step: int | None = None)
 
         find = checkpoints.lowest if rag.config.train.keep_best else checkpoints.newest
         found = find(load) if step is None else (step, load(step))
-        return None if found is None else (found[1], found[0])
+        if found is None:
+            return None
+    params = found[1]
+    if "generator" not in params:  # of contrastive training: it answers as it came
+        untrained = {"generator": rag.generator.read()}
+        params |= place(untrained, state_shardings(answering, mesh, {"generator": rag.generator.abstract}))
+    return params, found[0]
