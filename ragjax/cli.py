@@ -155,6 +155,16 @@ def _parser() -> argparse.ArgumentParser:
         overrides(sub)
         distributed(sub)
     evaluate.add_argument("--json", action="store_true", help=json_help)
+    report = command(
+        "index-report",
+        _index_report,
+        "measure an index: what it misses, its speed and size, and what share of the prior the top k hold",
+        "ragjax index-report configs/factbook.yaml --questions 200 --plot report.png",
+    )
+    overrides(report)
+    report.add_argument("--questions", type=_positive(int), default=200, metavar="N", help="of evaluate.split, drawn")
+    report.add_argument("--plot", type=Path, metavar="FILE", help="mass and recall over k, as .png or .svg (an extra)")
+    report.add_argument("--json", action="store_true", help=json_help)
     answer = command(
         "answer",
         _answer,
@@ -241,6 +251,13 @@ def _evaluate(options: argparse.Namespace) -> int:
     report = evaluate(_load(options))
     if is_first():
         print_metrics(report, as_json=options.json)
+    return 0
+
+
+def _index_report(options: argparse.Namespace) -> int:
+    from ragjax.index_report import index_report, print_report
+
+    print_report(index_report(_load(options), options.questions, options.plot), as_json=options.json)
     return 0
 
 
