@@ -20,9 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from ragjax import factbook, factbook_facts
-from ragjax.config import Config, Corpus, InputError, structure
+from ragjax.config import ON_DEVICES, Config, Corpus, InputError, structure
+from ragjax.cost import free_disk, host_memory, size_text
 from ragjax.experiment import check_processes_agree
 from ragjax.hub import Fetched, cache_folder, fetch, fingerprint_files, is_local
 from ragjax.index import (
@@ -30,7 +32,9 @@ from ragjax.index import (
     FAISS_FILE,
     MANIFEST,
     check_kind,
+    faiss_bytes,
     open_index,
+    smaller_kinds,
     write_index,
 )
 from ragjax.mesh import (
@@ -62,6 +66,8 @@ from ragjax.passages import (
 from ragjax.progress import progress_bar, terminal
 from ragjax.rag import Rag, embed_with, open_rag, passage_rows, passage_text
 
+SAMPLE = 1000  # passages whose tokens are counted before the index is built
+MANY = 2**20  # bytes of an earlier build that are worth telling of
 BUILDING = "building.json"  # in INDEX.partial: what its shards were made of, and what the scan found
 
 Read = Callable[[], Iterable[Passage]]  # the corpus from its beginning
@@ -94,6 +100,7 @@ def build_index(config: Config) -> Path:
         read, questions = _read_corpus(config, corpus)
         scan, whole = _scan(new, made_of, read), _is_whole(new, rag)
         if not whole:
+            on_first(lambda: _check_room(rag, read, scan, new))
             _write_shards(rag, read, scan.count, new)
         wait_for_all("ragjax index: the shards are written")
 
@@ -226,6 +233,50 @@ def _is_whole(new: Path, rag: Rag) -> bool:
         return json.loads((new / MANIFEST).read_text(encoding="utf-8"))["fingerprints"] == rag.fingerprints
     except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def _check_room(rag: Rag, read: Read, scan: Scan, new: Path) -> None:
+    """Tells what the index will take of disk and memory. Raises `InputError` where this machine cannot build it.
+
+    All but the tokens is known exactly; how many these are, the first passages tell.
+    """
+    index = rag.config.index
+    some = [passage_text(rag.config.generator.passage, passage) for passage in islice(read(), SAMPLE)]
+    tokens = sum(map(len, rag.generator_tokenizer.encode(some)))
+    width, offsets = rag.passage_encoder.config.embedding_width, 16 * (scan.count + -(-scan.count // index.shard))
+    disk = {
+        "text": scan.size + offsets,
+        "tokens": round(4 * tokens * scan.count / len(some)),
+        "embeddings": scan.count * width * np.dtype(index.dtype).itemsize,
+    }
+    of_faiss = None
+    if index.kind not in ON_DEVICES and (of_faiss := faiss_bytes(index.kind, width, scan.count)) is not None:
+        disk[index.kind] = of_faiss
+    there = sum(path.stat().st_size for path in new.rglob("*") if path.is_file())
+    need, free, memory = sum(disk.values()), free_disk(new), host_memory()
+    parts = ", ".join(f"{'about ' if part == 'tokens' else ''}{size_text(size)} {part}" for part, size in disk.items())
+    goes_on = f", of which {size_text(there)} are there" if there > MANY else ""
+    terminal.print(f"{scan.count} passages will take {size_text(need)} of disk ({parts}){goes_on}", soft_wrap=True)
+    if need - there > free:
+        half = size_text(disk["embeddings"] // 2)
+        halves = [f"index.dtype=bfloat16 ({half} less)"] if index.dtype == "float32" else []
+        leaner = smaller_kinds(width, scan.count, (of_faiss or 0) - (need - there - free)) if of_faiss else []
+        raise InputError(
+            f"{new.parent}: has {size_text(free)} free, and the index needs {size_text(need - there)} more; "
+            f"what would help: {'; '.join([*halves, *leaner, 'corpus.limit', 'another index.folder'])}"
+        )
+    searched = disk["embeddings"] if index.kind in ON_DEVICES else of_faiss
+    if searched is None or memory is None:
+        return
+    where = "all devices together, or the host's where these are CPUs" if index.kind in ON_DEVICES else "each host's"
+    terminal.print(f"to search it takes {size_text(searched)} of memory: {where}", soft_wrap=True)
+    if searched > memory:
+        fit = "; ".join(smaller_kinds(width, scan.count, memory)) or "none that is common"
+        has = f"{size_text(searched)} of memory, and this machine has {size_text(memory)}; kinds that would fit: {fit}"
+        if index.kind not in ON_DEVICES:
+            raise InputError(f"index.kind={index.kind}: building it takes {has}")
+        if jax.default_backend() == "cpu":
+            terminal.print(f"it can be built here, but not searched: that takes {has}", soft_wrap=True)
 
 
 def _write_shards(rag: Rag, read: Read, count: int, new: Path) -> None:

@@ -6,9 +6,12 @@ XLA's `cost_analysis` counts a loop's body once, and the layers run in a loop: s
 from __future__ import annotations
 
 import math
+import os
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -49,6 +52,17 @@ def bytes_each(tree: Any) -> int:
         return leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
 
     return sum(math.prod(part(leaf)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def free_disk(folder: Path) -> int:
+    """Bytes that are free where a folder lies, or will lie."""
+    folder = folder.absolute()
+    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.is_dir())).free
+
+
+def host_memory() -> int | None:
+    """Bytes of memory that this machine has; None where it does not tell."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
 
 
 def size_text(size: int) -> str:

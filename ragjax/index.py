@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,8 +24,10 @@ from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Float32, Int, Int32
 
 from ragjax.config import ON_DEVICES, InputError
+from ragjax.cost import size_text
 from ragjax.mesh import local_mesh, on_host, place, replicated
 from ragjax.passages import atomic_write, may_map, shard_folder, shard_folders
+from ragjax.progress import progress_bar
 from ragjax.search import Corpus, log_normalizer, place_rows, search_corpus
 from ragjax.text import Ids, bucket, pad_rows
 
@@ -150,6 +153,16 @@ class Embeddings:
             rows[here] = self.shards[number][ids[here] - self._starts[number]]
         return rows
 
+    def between(self, start: int, stop: int) -> np.ndarray:
+        """Rows [start, stop). Raises `InputError` where one is not finite, which no encoder's are that was written."""
+        rows = self[np.arange(start, stop)]
+        if not np.isfinite(rows.astype(np.float32)).all():
+            raise InputError(
+                f"the index is damaged: an embedding of passages {start} to {stop - 1} is not finite; delete its "
+                "folder and run: ragjax index CONFIG"
+            )
+        return rows
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         whole = np.concatenate(self.shards)
         return whole if dtype is None else whole.astype(dtype, copy=False)
@@ -236,7 +249,7 @@ class Index:
         """All embeddings, put on the devices of a mesh once, in the type in which they are stored."""
         if self._corpus is None or self._corpus.mesh != mesh:
             self._corpus = None  # before the next one takes room
-            rows = place_rows(mesh, len(self), lambda start, stop: self.embeddings[np.arange(start, stop)])
+            rows = place_rows(mesh, len(self), self.embeddings.between)
             self._corpus = Corpus(rows, len(self), mesh)
         return self._corpus
 
@@ -304,6 +317,17 @@ def faiss_bytes(kind: str, width: int, count: int) -> int | None:
     return count * index.code_size if isinstance(index, faiss.IndexFlatCodes) else None
 
 
+def smaller_kinds(width: int, count: int, room: int) -> list[str]:
+    """FAISS kinds whose structure fits into `room` bytes, the most exact first, each with its size."""
+    lists = 2 ** max(0, round(math.log2(4 * math.sqrt(count))))
+    parts = max(part for part in range(1, max(1, width // 6) + 1) if width % part == 0)
+    kinds = ("HNSW32", f"IVF{lists},SQ8", f"OPQ{parts},IVF{lists},PQ{parts}")
+    sizes = {kind: faiss_bytes(kind, width, count) for kind in kinds}
+    return [
+        f"index.kind={kind} ({size_text(size)})" for kind, size in sizes.items() if size is not None and size <= room
+    ]
+
+
 def _faiss_settings() -> dict[str, Any]:
     """What a FAISS structure may depend on beside the embeddings and its kind."""
     import faiss
@@ -330,8 +354,11 @@ def _build_faiss(embeddings: Embeddings, kind: str) -> Any:
                 f"({_faiss_reason(error)}); use exact, or fewer clusters"
             ) from None
     faiss.omp_set_num_threads(_cores())
-    for start in range(0, count, ADD_BATCH):
-        index.add(embeddings[np.arange(start, min(start + ADD_BATCH, count))].astype(np.float32))
+    with progress_bar(f"build {kind}", count, "passages") as advance:
+        for start in range(0, count, ADD_BATCH):
+            stop = min(start + ADD_BATCH, count)
+            index.add(embeddings.between(start, stop).astype(np.float32))
+            advance(stop - start)
     _search_widely(index)
     return index
 

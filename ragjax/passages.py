@@ -59,10 +59,11 @@ class Question:
 
 @dataclass(frozen=True)
 class Scan:
-    """What reading a corpus once tells: N, and "sha256:…" over the ids, titles and texts."""
+    """What reading a corpus once tells: N, "sha256:…" over the ids, titles and texts, and their bytes as JSON."""
 
     count: int
     fingerprint: str
+    size: int
 
 
 def read_passages(path: Path, format: str, limit: int | None = None) -> Iterator[Passage]:
@@ -91,9 +92,11 @@ def scan_passages(
     `progress` is told how many passages were read. Raises `InputError` for a malformed passage, for two with one id and
     for an empty corpus.
     """
-    digest, hashes = hashlib.sha256(), array("q")
+    digest, hashes, size = hashlib.sha256(), array("q"), 0
     for passage in read():
-        digest.update(_record(passage))
+        record = _record(passage)
+        digest.update(record)
+        size += len(record)
         hashes.append(key(passage.id))
         if len(hashes) % 1024 == 0:
             progress(1024)
@@ -104,7 +107,7 @@ def scan_passages(
     ordered.sort()
     if twice := set(ordered[1:][ordered[1:] == ordered[:-1]].tolist()):
         _check_ids(read(), twice, key)
-    return Scan(len(hashes), f"sha256:{digest.hexdigest()}")
+    return Scan(len(hashes), f"sha256:{digest.hexdigest()}", size)
 
 
 def _check_ids(passages: Iterable[Passage], twice: set[int], key: Callable[[str], int]) -> None:

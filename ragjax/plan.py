@@ -11,7 +11,6 @@ import dataclasses
 import importlib.util
 import json
 import os
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +29,7 @@ from rich.table import Table
 
 from ragjax.answer import most_documents
 from ragjax.config import ON_DEVICES, Config, InputError
-from ragjax.cost import Cost, NotCompiled, bytes_each, compiled_cost, matmul_flops, size_text
+from ragjax.cost import Cost, NotCompiled, bytes_each, compiled_cost, free_disk, host_memory, matmul_flops, size_text
 from ragjax.decode import pad_answers, propose, propose_together, read, score_tokens
 from ragjax.fused import abstract_corpus
 from ragjax.hub import fetch_config, is_local
@@ -549,10 +548,7 @@ def capacity(config: Config, mesh: Mesh, memory: int | None = None) -> dict[str,
 
     Where the one device is this machine's CPU there is no entry for it: it is the host.
     """
-    folder = Path(config.index.folder).absolute()
-    existing = next(path for path in (folder, *folder.parents) if path.is_dir())
-    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
-    has: dict[str, int | None] = {"disk": shutil.disk_usage(existing).free, "host": host}
+    has: dict[str, int | None] = {"disk": free_disk(Path(config.index.folder)), "host": host_memory()}
     if memory is not None or mesh.size > 1 or mesh.devices.flat[0].platform != "cpu":
         has["device"] = memory
         if memory is None and mesh.devices.flat[0] in jax.local_devices():

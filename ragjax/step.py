@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -24,7 +23,7 @@ from ragjax.contrastive import (
     contrastive_loss,
     contrastive_nll,
 )
-from ragjax.cost import NotCompiled, bytes_each, compiled_cost, size_text
+from ragjax.cost import NotCompiled, bytes_each, compiled_cost, host_memory, size_text
 from ragjax.fused import Asked, abstract_asked, abstract_corpus, retrieve_in_step
 from ragjax.loss import answer_nll, joint_logp, loss, passage_params
 from ragjax.mesh import SPLIT, check_batch, lay, parameter_spec
@@ -323,8 +322,8 @@ def check_fits(rag: Models, mesh: Mesh, passages: int, limit: int | None = None)
     if limit is None:
         limit = (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
     if limit is None:
-        memory, need = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), state * len(mesh.local_devices)
-        if need > memory:
+        memory, need = host_memory(), state * len(mesh.local_devices)
+        if memory is not None and need > memory:
             has = f"parameters and optimiser state take {size_text(need)}, and this machine has {size_text(memory)}"
             raise InputError(f"training does not fit: {has}; use smaller models or train.freeze")
         return

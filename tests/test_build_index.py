@@ -6,6 +6,7 @@ import contextlib
 import gzip
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,8 @@ from trained import files
 from world import build, tiny_config
 
 from ragjax import build_index as build_module
+from ragjax import index as index_module
+from ragjax import rag as rag_module
 from ragjax.config import Config, InputError, dump_config
 from ragjax.index import MANIFEST, Index, open_index
 from ragjax.passages import Passage, PassageStore, alone, read_passages, shard_folder
@@ -368,7 +371,7 @@ def test_embeddings_that_are_no_numbers(world: Path, tmp_path: Path, monkeypatch
     def broken(params: Any, tokens: Any, mask: Any) -> np.ndarray:
         return np.where(np.arange(32) == 3, np.nan, np.ones((len(tokens), 32)))
 
-    monkeypatch.setattr(build_module, "on_each_device", lambda *_: broken)
+    monkeypatch.setattr(rag_module, "on_each_device", lambda *_: broken)
     with pytest.raises(InputError, match=r"an embedding is not finite in index\.dtype=float32"):
         build(by_shards(world, tmp_path / "index"))
     assert list(tmp_path.iterdir()) == []
@@ -388,6 +391,72 @@ def test_no_more_than_a_shard_of_passages_is_held(world: Path, tmp_path: Path, m
     monkeypatch.setattr(build_module, "read_passages", counted)
     build(by_shards(world, tmp_path / "index", index__shard=4))
     assert 4 <= most <= 2 * 4
+
+
+@pytest.mark.parametrize("kind", ["exact", "HNSW8"])
+def test_what_it_will_take_is_told_first(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    """The disk to the byte but for the tokens, of which the first thousand passages tell, here all; and the memory."""
+    folder = build(tiny_config(world, index__folder=str(tmp_path / "index"), index__kind=kind, index__shard=7))
+    told = capsys.readouterr().err
+    stored = {path: len(data) for path, data in files(folder).items() if path.suffix in (".bin", ".npy", ".index")}
+    headers = 128 * sum(path.suffix == ".npy" for path in stored)
+    found = re.search(r"30 passages will take ([0-9.]+) KiB of disk \((.*)\)", told)
+    assert found is not None and told.index("will take") < told.index("embed:")
+    assert float(found[1]) * 1024 == pytest.approx(sum(stored.values()) - headers, abs=600 if kind == "HNSW8" else 60)
+    assert "3.8 KiB embeddings" in found[2] and "about " in found[2] and (kind in found[2]) == (kind != "exact")
+    assert ("all devices together" if kind == "exact" else "each host's") in told
+
+
+def test_a_disk_that_is_too_small_is_refused(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(build_module, "free_disk", lambda folder: 9000)
+    monkeypatch.setattr(build_module, "embed_with", lambda *_: pytest.fail("nothing is embedded"))
+    config = tiny_config(world, index__folder=str(tmp_path / "index"))
+    with pytest.raises(InputError, match=r"has 8\.8 KiB free, and the index needs .* more; .*index\.dtype=bfloat16"):
+        build(config)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_there_already_needs_no_room(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = by_shards(world, tmp_path / "index")
+    monkeypatch.setattr(build_module, "write_index", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        build(config)
+    monkeypatch.undo()
+    monkeypatch.setattr(build_module, "free_disk", lambda folder: 5000)  # all of it takes more
+    build(config)
+
+
+def test_a_structure_that_memory_cannot_hold_is_refused(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And what only cannot be searched here is built: it may be meant for other machines."""
+    monkeypatch.setattr(build_module, "host_memory", lambda: 3000)
+    config = tiny_config(world, index__folder=str(tmp_path / "index"), index__kind="HNSW32")
+    with pytest.raises(InputError, match=r"building it takes .* and this machine has 2\.9 KiB; kinds .*OPQ"):
+        build(config)
+    assert list(tmp_path.iterdir()) == []
+    build(tiny_config(world, index__folder=str(tmp_path / "index")))
+    assert "it can be built here, but not searched" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["HNSW8", "IVF2,PQ4x4"])
+def test_a_killed_pass_of_faiss_starts_again(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Nothing is embedded again, and what comes out is what an undisturbed build makes."""
+    undisturbed = build(tiny_config(world, index__folder=str(tmp_path / "undisturbed"), index__kind=kind))
+    config = tiny_config(world, index__folder=str(tmp_path / "index"), index__kind=kind)
+    monkeypatch.setattr(index_module, "_search_widely", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        build(config)
+    monkeypatch.undo()
+    monkeypatch.setattr(build_module, "embed_with", lambda *_: pytest.fail("the shards are there"))
+    assert same_files(build(config), undisturbed)
+    assert json.loads((tmp_path / "index" / "manifest.json").read_text())["faiss"]["add_batch"] == 65_536
 
 
 def test_an_index_of_before_there_were_shards_is_built_anew(world: Path, tmp_path: Path) -> None:

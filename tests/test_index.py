@@ -21,6 +21,7 @@ from ragjax.index import (
     encoded_batches,
     faiss_bytes,
     open_index,
+    smaller_kinds,
     write_index,
 )
 from ragjax.mesh import make_mesh
@@ -227,6 +228,26 @@ def test_a_missing_shard_is_named(tmp_path, number):
     shutil.rmtree(shard_folder(tmp_path, number))
     with pytest.raises(InputError, match=f"damaged .shards/0000{number}/embeddings.npy is missing"):
         open_index(tmp_path, {})
+
+
+@pytest.mark.parametrize("kind", ["exact", "Flat"])
+def test_a_stored_embedding_that_is_no_number(tmp_path, kind):
+    """Found where it is put on a device, or into a FAISS structure; it would be in every answer, or in none."""
+    embeddings = random_vectors(20)
+    embeddings[13, 5] = np.nan
+    with pytest.raises(InputError, match=r"embedding of passages .* is not finite; delete its folder"):
+        build(tmp_path, embeddings, kind).search(random_vectors(1), 2)
+
+
+def test_kinds_that_fit_are_named():
+    def kinds(room):
+        return [advice.split(" ")[0].removeprefix("index.kind=") for advice in smaller_kinds(768, 21_015_324, room)]
+
+    assert kinds(2**40) == ["HNSW32", "IVF16384,SQ8", "OPQ128,IVF16384,PQ128"]
+    assert kinds(20 * 2**30) == ["IVF16384,SQ8", "OPQ128,IVF16384,PQ128"]
+    assert kinds(5 * 2**30) == ["OPQ128,IVF16384,PQ128"] and kinds(2**20) == []
+    for width in (1, 7, 32, 384):  # whatever the width, FAISS takes them
+        assert len(smaller_kinds(width, 1000, 2**40)) == 3
 
 
 def test_an_index_of_before_there_were_shards(tmp_path):

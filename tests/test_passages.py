@@ -147,7 +147,7 @@ def test_a_scan_counts_and_fingerprints(tmp_path):
     first = scan(PASSAGES, progress=seen.append)
     write_shards(tmp_path, PASSAGES)
     text = (shard_folder(tmp_path, 0) / "text.bin").read_bytes()
-    assert first == Scan(3, f"sha256:{hashlib.sha256(text).hexdigest()}") and sum(seen) == 3
+    assert first == Scan(3, f"sha256:{hashlib.sha256(text).hexdigest()}", len(text)) and sum(seen) == 3
     assert scan(PASSAGES) == first != scan(PASSAGES[::-1])
 
 
