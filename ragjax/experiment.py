@@ -4,6 +4,7 @@ OUTPUT/config.yaml      the resolved configuration
 OUTPUT/manifest.json    versions, git revision, devices, sources and fingerprints
 OUTPUT/checkpoints/     one folder a step (checkpoint.py)
 OUTPUT/train.jsonl      one line of metrics a logged step
+OUTPUT/refreshed/       the index anew, where passages' encoder is trained (refresh.py)
 """
 
 from __future__ import annotations

@@ -201,9 +201,15 @@ def version_folder(output: Path, step: int) -> Path:
 
 def refreshed_index(rag: Rag, base: Index, output: Path, step: int) -> Index:
     """The index begun after `step` of the run in `output`. Raises `InputError` where it is missing or damaged."""
-    index = open_index(version_folder(output, step), rag.fingerprints, base.recall)
+    folder = version_folder(output, step)
+    if not (folder / MANIFEST).is_file():
+        raise InputError(
+            f"{folder}: the index that this run searched after step {step} is gone; bring it back, or train anew with "
+            "another output"
+        )
+    index = open_index(folder, rag.fingerprints, base.recall)
     if len(index) != len(base):
-        raise InputError(f"{version_folder(output, step)}: holds {len(index)} passages and the index {len(base)}")
+        raise InputError(f"{folder}: holds {len(index)} passages and {rag.config.index.folder} {len(base)}")
     return index
 
 

@@ -508,7 +508,10 @@ def trained_index(rag: Rag, index: Index, step: int) -> Index:
     folder = Path(rag.config.output)
     with Checkpoints(folder / "checkpoints", keep=rag.config.train.keep, writing=False) as checkpoints:
         searched = refreshed_at(checkpoints.metadata(step).get("refresh", {})).searched
-    return index if searched is None else refreshed_index(rag, index, folder, searched)
+    if searched is None:
+        return index
+    index.release()
+    return refreshed_index(rag, index, folder, searched)
 
 
 def restore_trained(rag: Rag, mesh: Mesh | None = None, step: int | None = None) -> tuple[Params, int] | None:

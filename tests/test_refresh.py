@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -182,6 +183,13 @@ def test_versions_that_no_checkpoint_needs_are_deleted(world: Path, tmp_path: Pa
     config = refreshing(world, run, train__keep=1, refresh__every=3, refresh__probe_every=None)
     rag, index, _ = open_world(config)
     assert trained_index(rag, index, 14).manifest["refreshed"] == 14
+
+
+def test_an_index_that_is_gone_is_named(world: Path, undisturbed: Path, tmp_path: Path) -> None:
+    shutil.copytree(undisturbed, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "refreshed" / "000014")
+    with pytest.raises(InputError, match="000014: the index that this run searched after step 14 is gone"):
+        open_answerer(refreshing(world, tmp_path / "run"))
 
 
 def test_drift_begins_a_refresh(world: Path, tmp_path: Path) -> None:
