@@ -48,6 +48,8 @@ lint: $(VENV)/dev
 
 bench: $(VENV)/dev
 	$(BIN)/python -m benchmarks.scoring
+	$(BIN)/python -m benchmarks.index
+	$(BIN)/python -m benchmarks.building --count 1000000 --kind IVF1024,PQ16
 	$(BIN)/ragjax index configs/factbook.yaml
 	$(BIN)/python -m benchmarks.training configs/factbook.yaml
 	$(BIN)/python -m benchmarks.answering configs/factbook.yaml decode.k=5 decode.beams=4

@@ -6,10 +6,12 @@ lies on the devices of all processes; what answers questions and embeds passages
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +28,7 @@ Result = TypeVar("Result")
 
 # the dimension of a kernel, counted from its end, that is split over `model`: heads, or the feed-forward's inner width
 SPLIT = {"query": -1, "key": -1, "value": -1, "output": -2, "up": -1, "gate": -1, "down": -2}
+SIGN_OF_LIFE = 10.0  # seconds between two, while one process works and the others wait
 SILENT = 60  # seconds without a sign of life after which a process counts as dead, and the others stop
 
 
@@ -87,21 +90,31 @@ def from_all(text: str) -> list[str]:
 
 
 def on_first(action: Callable[[], Result]) -> Result | None:
-    """What `action` returns, run in process 0 alone while the others wait, who get None.
+    """What `action` returns, run in process 0 alone while the others wait, however long, who get None.
 
     An `InputError` that it raises is raised in all of them.
     """
-    result, message = None, ""
-    if is_first():
-        try:
-            result = action()
-        except InputError as error:
-            if jax.process_count() == 1:
-                raise
-            message = str(error)
-    if message := from_all(message)[0]:
-        raise InputError(message)
-    return result
+    if jax.process_count() == 1:
+        return action()
+    pool = ThreadPoolExecutor(max_workers=1)
+    try:
+        running = pool.submit(action) if is_first() else None
+        while True:
+            state = {"done": False, "message": ""}
+            if running is not None:
+                # a collective that others reach half a minute before is given up: so they are told that it goes on
+                state["done"] = running in wait([running], timeout=SIGN_OF_LIFE).done
+            if running is not None and state["done"] and (error := running.exception()) is not None:
+                if not isinstance(error, InputError):
+                    raise error
+                state["message"] = str(error)
+            state = json.loads(from_all(json.dumps(state))[0])
+            if state["message"]:
+                raise InputError(state["message"])
+            if state["done"]:
+                return None if running is None else running.result()
+    finally:
+        pool.shutdown(wait=False)
 
 
 def first_says(flag: bool) -> bool:

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -241,7 +242,8 @@ class Answerable:
 
 
 def _answerable(rag: Rag, questions: Sequence[Question]) -> Answerable:
-    longest = rag.config.generator.answer_tokens
+    # what is not generated may be as long as it likes
+    longest = rag.config.generator.answer_tokens if rag.config.train.objective == "marginal" else sys.maxsize
     usable = usable_answers(questions, lambda answer: answer_tokens(rag, answer), longest)
     if usable.answers_dropped:
         terminal.print(
@@ -438,7 +440,8 @@ def _log(folder: Path, done: int, config: Config) -> Iterator[Callable[[int, dic
     with path.open("a", encoding="utf-8") as file:
 
         def log(step: int, metrics: dict[str, float]) -> None:
-            if step % config.train.log_every and step != config.train.steps and "dev_loss" not in metrics:
+            rare = metrics.keys() & {"dev_loss", "index_kept", "index_overlap"}
+            if step % config.train.log_every and step != config.train.steps and not rare:
                 return
             file.write(json.dumps({"step": step} | {k: float(f"{v:.6g}") for k, v in metrics.items()}) + "\n")
             file.flush()

@@ -294,6 +294,13 @@ def test_what_does_not_go_together(world: Path, setting: str, message: str) -> N
         load_config(world / "config.yaml", ["train.objective=contrastive", setting])
 
 
+def test_answers_may_be_long_where_none_is_generated(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(contrasting(world, tmp_path / "run", generator__answer_tokens=1, train__steps=1))
+    assert "are not trained on" not in capsys.readouterr().err
+
+
 def test_a_plan_without_a_generator(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = ["train.objective=contrastive", "train.passage_encoder=own", "refresh.every=20"]
     assert main(["plan", str(world / "config.yaml"), "--json", *settings]) == 0
