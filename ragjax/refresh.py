@@ -5,7 +5,8 @@ OUTPUT/refreshed/000120/             begun after step 120, with the encoder as i
     faiss.index, manifest.json       as in an index; without the manifest it is not complete, and not searched
 
 A re-encoding is spread evenly over `refresh.steps` steps, so it is never late: all processes search the new index from
-the same step on, and so does a run that was resumed. Text and tokens stay where they are.
+the same step on, and so does a run that was resumed. After the last step the index is built anew once more, for what is
+asked then. Text and tokens stay where they are.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +25,21 @@ from jaxtyping import Float, Int
 
 from ragjax.config import InputError
 from ragjax.index import EMBEDDINGS, MANIFEST, Index, open_index, write_index
-from ragjax.mesh import local_mesh, on_first, on_host, place, replicated, wait_for_all
+from ragjax.mesh import first_says, local_mesh, on_first, on_host, place, replicated, wait_for_all
 from ragjax.models.layers import Params
 from ragjax.passages import PassageStore, shard_folder
 from ragjax.progress import progress_bar
 from ragjax.rag import Rag, embed_with, embeddings_with, encode_questions, passage_rows
 
 FOLDER = "refreshed"
+TOGETHER = 1024  # passages whose text is held at a time; of a part only the tokens are
 
 
 @dataclass(frozen=True)
 class Refreshed:
     """The steps after which the index was begun that is searched, and the one that is being built; None for neither.
 
-    The index that `ragjax index` built is the one searched at first.
+    The index that `ragjax index` built is the one searched at first. After the last step another one is begun.
     """
 
     searched: int | None = None
@@ -77,7 +80,7 @@ class Refresh:
         on_first(clear)
         if self.state.searched is not None:
             self.index = refreshed_index(self.rag, self.base, self.folder.parent, self.state.searched)
-        if self.state.building is not None:
+        if self.state.building is not None and self.state.building < self.rag.config.train.steps:
             self._encode(range(step - self.state.building + 1), indexed)
 
     def begins(self, step: int, kept: float | None) -> bool:
@@ -86,7 +89,7 @@ class Refresh:
         due = settings.every is not None and step % settings.every == 0
         drifted = settings.below is not None and kept is not None and kept < settings.below
         left = self.rag.config.train.steps - step  # at its end the index is built anew in any case
-        return self.state.building is None and (due or drifted) and left > settings.steps
+        return self.state.building is None and first_says(due or drifted) and left > settings.steps
 
     def begin(self, step: int) -> None:
         self.state = Refreshed(self.state.searched, step)
@@ -102,9 +105,12 @@ class Refresh:
         self._switch()
         return True
 
-    def all_at_once(self, step: int, encoder: Params) -> None:
-        """Encodes the whole corpus by the encoder after this step, and switches."""
-        self.state = Refreshed(self.state.searched, step)
+    def is_there(self, step: int) -> bool:
+        """Whether the index begun after this step is complete."""
+        return (version_folder(self.folder.parent, step) / MANIFEST).is_file()
+
+    def finish(self, encoder: Params) -> None:
+        """Encodes all parts that are missing of the index that was begun, and switches."""
         with progress_bar("refresh the index", len(self.base), "passages") as advance:
             self._encode(range(self.rag.config.refresh.steps), encoder, advance)
         self._switch()
@@ -144,9 +150,10 @@ class Refresh:
         return encode_questions(self.rag, params, [*questions, *[questions[0]] * missing], self.mesh)[: len(questions)]
 
     def _rows(self, ids: Iterable[int]) -> list[np.ndarray]:
-        settings = self.rag.config.retriever
-        passages = [self.store[i] for i in ids]
-        return passage_rows(self.rag.passage_tokenizer, settings.passage, passages, settings.passage_tokens)
+        settings, stream, rows = self.rag.config.retriever, iter(ids), list[np.ndarray]()
+        while some := [self.store[i] for i in islice(stream, TOGETHER)]:
+            rows += passage_rows(self.rag.passage_tokenizer, settings.passage, some, settings.passage_tokens)
+        return rows
 
     def _versions(self) -> list[Path]:
         return [path for path in self.folder.glob("*") if path.name.isdigit()]
@@ -162,10 +169,11 @@ class Refresh:
             number = part * processes + jax.process_index()
             start, stop = (len(self.base) * n // count for n in (number, number + 1))
             path = shard_folder(folder, number) / EMBEDDINGS
-            if not path.exists():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                embed_with(self.rag, self._placed[1], self._rows(range(start, stop)), path, lambda _: None)
-            advance(stop - start)
+            if path.exists():
+                advance(stop - start)
+                continue
+            path.parent.mkdir(parents=True, exist_ok=True)
+            embed_with(self.rag, self._placed[1], self._rows(range(start, stop)), path, advance)
 
     def _switch(self) -> None:
         begun = self.state.building

@@ -32,7 +32,7 @@ from ragjax.data import Batch, QuestionBatches, UsableAnswers, usable_answers
 from ragjax.experiment import check_processes_agree, check_same_experiment, check_same_models, start_experiment
 from ragjax.fused import Asked, asked_batch, corpus_with_tokens
 from ragjax.hub import cache_folder
-from ragjax.index import Index, check_built, check_k, open_index
+from ragjax.index import MANIFEST, Index, check_built, check_k, open_index
 from ragjax.loss import passage_params
 from ragjax.mesh import (
     check_batch,
@@ -63,7 +63,7 @@ from ragjax.rag import (
     widen,
     widths,
 )
-from ragjax.refresh import Refresh, refreshed_at, refreshed_index
+from ragjax.refresh import Refresh, refreshed_at, refreshed_index, version_folder
 from ragjax.step import (
     TrainState,
     abstract_state,
@@ -139,10 +139,8 @@ def _train(config: Config, signals: _Signals) -> Path:
             corpus = index.corpus(mesh)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
         step_fn, nll_fn = make_train_step(rag, shardings), make_nll(rag)
-        with (
-            _log(folder, done, config) as log,
-            progress_bar("train", config.train.steps, "steps", done) as advance,
-        ):
+        log = stack.enter_context(_log(folder, done, config))
+        with progress_bar("train", config.train.steps, "steps", done) as advance:
             signals.saving, last_save = True, time.monotonic()
             for step in range(done, config.train.steps):
                 started = time.perf_counter()
@@ -161,7 +159,7 @@ def _train(config: Config, signals: _Signals) -> Path:
                 rates = {"examples_per_second": len(pairs) / seconds, "tokens_per_second": tokens / seconds}
                 stop, minutes = signals.stop(step + 1), config.train.save_minutes
                 if refresh is not None:
-                    state, told = _refresh(refresh, reader, state, step + 1, probe, last)
+                    state, told = _refresh(refresh, reader, state, step + 1, probe)
                     metrics |= told
                 log(step + 1, metrics | rates)
                 advance(1, f"loss {metrics['loss']:.3f}  recall@{config.train.k} {metrics['recall']:.2f}")
@@ -170,7 +168,7 @@ def _train(config: Config, signals: _Signals) -> Path:
                     dev_loss = None
                     if asked_dev and not stop:  # what is taken away has no time for this
                         dev_loss = _dev_loss(reader, nll_fn, state, asked_dev, corpus)
-                        log(step + 1, {"dev_loss": dev_loss})
+                        log(step + 1, {} if dev_loss is None else {"dev_loss": dev_loss})
                     about = supply.state() | {"index": index.version, "config": dataclasses.asdict(config)}
                     about |= {"refresh": refresh.saved()} if refresh else {}
                     if refresh is not None:
@@ -181,11 +179,17 @@ def _train(config: Config, signals: _Signals) -> Path:
                     checkpoints.wait()
                     message = f"stopped and saved at step {step + 1}; run the same command again to go on"
                     raise Interrupted(message, 128 + stop)
+        if refresh is not None and not refresh.is_there(config.train.steps):
+            checkpoints.wait()  # what comes now may take long, and goes on where it was stopped
+            signals.saving = False
+            before = refresh.index
+            refresh.finish(passage_params(rag, state.params))
+            log(config.train.steps, {"index_overlap": refresh.compare(before, state.params, probe, config.train.k)})
     return folder
 
 
 def _refresh(
-    refresh: Refresh, reader: Reader, state: TrainState, step: int, probe: Sequence[str], last: bool
+    refresh: Refresh, reader: Reader, state: TrainState, step: int, probe: Sequence[str]
 ) -> tuple[TrainState, dict[str, float]]:
     """What is to be done about the index after a step, and what is worth logging of it.
 
@@ -199,8 +203,8 @@ def _refresh(
     if refresh.begins(step, kept):
         refresh.begin(step)
         state = replace(state, indexed=jax.tree.map(jnp.copy, passage_params(rag, state.params)))
-    if last:
-        refresh.all_at_once(step, passage_params(rag, state.params))
+    if step == rag.config.train.steps:
+        refresh.begin(step)
     else:
         refresh.go_on(step, state.indexed)
     if refresh.index is not before:
@@ -398,8 +402,13 @@ class Supply:
         return ids
 
 
-def _dev_loss(reader: Reader, nll_fn: Callable[..., Any], state: TrainState, asked: Answerable, corpus: Any) -> float:
-    """The mean of −log p(y|x), in nats, of the first usable answer to each question, or the contrastive loss."""
+def _dev_loss(
+    reader: Reader, nll_fn: Callable[..., Any], state: TrainState, asked: Answerable, corpus: Any
+) -> float | None:
+    """The mean of −log p(y|x), in nats, of the first usable answer to each question.
+
+    Or the contrastive loss, of the questions that have a positive; None where none has.
+    """
     # as many at once as the step does
     train, count = reader.rag.config.train, len(asked.usable.questions)
     size = train.batch_size // train.accumulate
@@ -410,7 +419,8 @@ def _dev_loss(reader: Reader, nll_fn: Callable[..., Any], state: TrainState, ask
         batch, _, _ = reader.read(pairs, reader.search(state.params, pairs))
         losses.append(on_host(nll_fn(state.params, batch, corpus))[: count - start])
     every = np.concatenate(losses)
-    return float(every[~np.isnan(every)].mean())
+    known = every[~np.isnan(every)]
+    return float(known.mean()) if known.size else None
 
 
 def _check_finite(step: int, metrics: dict[str, float], ids: Sequence[str]) -> None:
@@ -440,6 +450,8 @@ def _log(folder: Path, done: int, config: Config) -> Iterator[Callable[[int, dic
     with path.open("a", encoding="utf-8") as file:
 
         def log(step: int, metrics: dict[str, float]) -> None:
+            if not metrics:
+                return
             rare = metrics.keys() & {"dev_loss", "index_kept", "index_overlap"}
             if step % config.train.log_every and step != config.train.steps and not rare:
                 return
@@ -507,11 +519,18 @@ def pretrained(rag: Rag, mesh: Mesh) -> Params:
 
 
 def trained_index(rag: Rag, index: Index, step: int) -> Index:
-    """The index that the checkpoint of `step` searched: another than the first where passages were encoded anew."""
+    """The index for the checkpoint of `step`: begun after it, or else the one it searched; else the one given."""
     folder = Path(rag.config.output)
+    if (version_folder(folder, step) / MANIFEST).is_file():
+        index.release()
+        return refreshed_index(rag, index, folder, step)
     with Checkpoints(folder / "checkpoints", keep=rag.config.train.keep, writing=False) as checkpoints:
-        searched = refreshed_at(checkpoints.metadata(step).get("refresh", {})).searched
-    if searched is None:
+        then = refreshed_at(checkpoints.metadata(step).get("refresh", {}))
+    if then.building == step == rag.config.train.steps:
+        terminal.print(
+            "its index is not complete, and an older one is searched; run: ragjax train CONFIG", soft_wrap=True
+        )
+    if (searched := then.searched) is None:
         return index
     index.release()
     return refreshed_index(rag, index, folder, searched)
