@@ -18,7 +18,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 BLOCK = 8192  # passages scored at a time, by each device
-GROUP = 64  # of these the best are looked for only in the groups that hold them: a top-k of all would cost more
+GROUP = 32  # of so many of them only the best one is ranked: a top-k of all would cost more
+AGAIN = 8  # questions whose best groups are fetched at a time
 UPLOAD = 65_536  # passages sent to a device at a time
 NOTHING = -1e30  # the logarithm of nothing, whose differences are numbers
 
@@ -122,66 +123,62 @@ def block_search(
 ) -> tuple[Float32[Array, "B K"], Int32[Array, "B K"]]:
     """As `search_corpus`, among the first `count` rows of one array; ids count its rows.
 
-    Over `block` passages at a time: memory grows with B·block, never with B·n. `total` is of how many passages these
-    are a part, for the recall.
+    Over `block` passages at a time: memory grows with B·block, never with B·n. Of these only the best of each `group`
+    is kept; the k best groups hold the k best passages, and are scored again at the end. For if one of these lay in
+    another group, each of the k would hold one before it. `total` is of how many passages these are a part, for the
+    recall.
     """
     rows = embeddings.shape[0]
     count, block = rows if count is None else count, min(block, rows)
-    group = math.gcd(block, group)
+    group = 1 if recall is not None else math.gcd(block, group)
+    groups = block // group
 
     def merge(i: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
-        scores, ids, fresh = _scores_of_block(embeddings, queries, i, block, count)
-        scores = jnp.where(fresh, scores, -jnp.inf)
-        if recall is not None:
-            scores, columns = jax.lax.approx_max_k(
-                scores, min(k, block), recall_target=recall, reduction_input_size_override=total or rows
-            )
-        elif block // group > k:
-            scores, columns = _in_best_groups(scores, k, group)
+        scores, _, fresh = _scores_of_block(embeddings, queries, i, block, count)
+        maxima = jnp.where(fresh[:, None], scores, -jnp.inf).reshape(groups, group, -1).max(axis=1).T
+        if recall is None:
+            which = jnp.broadcast_to(jnp.arange(groups), maxima.shape)
         else:
-            columns = jnp.broadcast_to(jnp.arange(block), scores.shape)
+            maxima, which = jax.lax.approx_max_k(
+                maxima, min(k, block), recall_target=recall, reduction_input_size_override=total or rows
+            )
         # top_k prefers the lower position among equals: earlier blocks stand first, so lower ids win.
-        return _best(jnp.concatenate([best[0], scores], 1), jnp.concatenate([best[1], ids[columns]], 1), k)
+        return _best(jnp.concatenate([best[0], maxima], 1), jnp.concatenate([best[1], i * groups + which], 1), k)
 
+    def among(query_and_groups: tuple[Array, Array]) -> tuple[Array, Array]:
+        query, which = query_and_groups
+        first = which // groups * block  # of its block, whose rows before are another's: see _scores_of_block
+        ids = (jnp.minimum(first, rows - block) + which % groups * group)[:, None] + jnp.arange(group)
+        scores = jnp.einsum("KmD,D->Km", embeddings[ids].astype(jnp.float32), query, precision="highest")
+        fresh = (which >= 0)[:, None] & (ids >= first[:, None]) & (ids < count)
+        return _best(jnp.where(fresh, scores, -jnp.inf).ravel(), ids.ravel(), k)
+
+    queries = queries.astype(jnp.float32)
     shape = (queries.shape[0], k)
     nothing = jnp.full(shape, -jnp.inf, jnp.float32), jnp.full(shape, -1, jnp.int32)
-    return jax.lax.fori_loop(0, -(-rows // block), merge, nothing)
+    _, best = jax.lax.fori_loop(0, -(-rows // block), merge, nothing)
+    return jax.lax.map(among, (queries, jnp.sort(best)), batch_size=AGAIN)
 
 
 def _scores_of_block(
     embeddings: Float[Array, "n D"], queries: Float[Array, "B D"], i: Array, block: int, count: Array | int
-) -> tuple[Float32[Array, "B m"], Int32[Array, " m"], Bool[Array, " m"]]:
+) -> tuple[Float32[Array, "m B"], Int32[Array, " m"], Bool[Array, " m"]]:
     """Scores and ids of block i, and which of them count: no row beyond `count`, and none that an earlier block had.
 
-    The last block is moved back to lie within n.
+    The last block is moved back to lie within n. With the passages first, a CPU takes a fifth less time.
     """
     start = jnp.minimum(i * block, embeddings.shape[0] - block)
     passages = jax.lax.dynamic_slice_in_dim(embeddings, start, block).astype(jnp.float32)
     scores = jnp.einsum(
-        "BD,mD->Bm", queries.astype(jnp.float32), passages, precision="highest", preferred_element_type=jnp.float32
+        "mD,BD->mB", passages, queries.astype(jnp.float32), precision="highest", preferred_element_type=jnp.float32
     )
     ids = start + jnp.arange(block, dtype=jnp.int32)
     return scores, ids, (ids >= i * block) & (ids < count)
 
 
-def _in_best_groups(
-    scores: Float32[Array, "B m"], k: int, group: int
-) -> tuple[Float32[Array, "B n"], Int32[Array, "B n"]]:
-    """The scores, and their columns in order, of the k groups with the largest maxima: these hold the k largest.
-
-    For if one of the k largest lay in another group, each of these k groups would hold one before it.
-    """
-    grouped = scores.reshape(scores.shape[0], -1, group)
-    _, groups = jax.lax.top_k(grouped.max(axis=-1), k)
-    groups = jnp.sort(groups, axis=-1)[:, :, None]
-    columns = groups * group + jnp.arange(group, dtype=jnp.int32)
-    kept = jnp.take_along_axis(grouped, groups, 1)
-    return kept.reshape(scores.shape[0], -1), columns.reshape(scores.shape[0], -1)
-
-
-def _best(scores: Float32[Array, "B n"], ids: Int32[Array, "B n"], k: int) -> tuple[Array, Array]:
+def _best(scores: Float32[Array, "*B n"], ids: Int32[Array, "*B n"], k: int) -> tuple[Array, Array]:
     scores, columns = jax.lax.top_k(scores, k)
-    return scores, jnp.where(scores > -jnp.inf, jnp.take_along_axis(ids, columns, 1), -1)
+    return scores, jnp.where(scores > -jnp.inf, jnp.take_along_axis(ids, columns, -1), -1)
 
 
 @partial(jax.jit, static_argnames="scale")
@@ -219,9 +216,10 @@ def block_log_normalizer(
     def visit(carry: tuple[Array, Array], i: Array) -> tuple[tuple[Array, Array], None]:
         top, total = carry
         scores, _, fresh = _scores_of_block(embeddings, queries, i, block, limit)
+        fresh = fresh[:, None]
         scores = jnp.where(fresh, scale * scores, NOTHING)
-        new_top = jax.lax.stop_gradient(jnp.maximum(top, scores.max(axis=-1)))
-        added = jnp.where(fresh, jnp.exp(scores - new_top[:, None]), 0.0).sum(axis=-1)
+        new_top = jax.lax.stop_gradient(jnp.maximum(top, scores.max(axis=0)))
+        added = jnp.where(fresh, jnp.exp(scores - new_top), 0.0).sum(axis=0)
         return (new_top, total * jnp.exp(top - new_top) + added), None
 
     start = jnp.full(queries.shape[0], NOTHING), jnp.zeros(queries.shape[0])
