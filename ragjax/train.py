@@ -157,12 +157,12 @@ def _train(config: Config, signals: _Signals) -> Path:
                 _check_finite(step, metrics, [question.id for question, _ in pairs])
                 seconds = time.perf_counter() - started
                 rates = {"examples_per_second": len(pairs) / seconds, "tokens_per_second": tokens / seconds}
-                stop, minutes = signals.stop(step + 1), config.train.save_minutes
                 if refresh is not None:
                     state, told = _refresh(refresh, reader, state, step + 1, probe)
                     metrics |= told
                 log(step + 1, metrics | rates)
                 advance(1, f"loss {metrics['loss']:.3f}  recall@{config.train.k} {metrics['recall']:.2f}")
+                stop, minutes = signals.stop(step + 1), config.train.save_minutes
                 due = minutes is not None and first_says(time.monotonic() - last_save >= 60 * minutes)
                 if last or stop or due or (step + 1) % config.train.save_every == 0:
                     dev_loss = None

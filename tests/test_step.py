@@ -560,7 +560,7 @@ def test_what_does_not_fit_is_refused_with_advice(world: Path) -> None:
     with pytest.raises(InputError, match="training does not fit") as refused:
         check_fits(rag, mesh, 30, limit=need - 1)
     message = str(refused.value)
-    assert f"it needs {size_text(need)} of a device" in message and "embeddings 0.5 KiB" in message
+    assert f"it needs {size_text(need)} of a device" in message and "passages 0.5 KiB" in message
     for setting in ("index.kind=HNSW32", "mesh.fsdp=true", "dtype=bfloat16", "train.remat=true", "train.k below 3"):
         assert setting in message
 
