@@ -150,7 +150,7 @@ def test_a_run_in_pieces_equals_the_whole_one_bit_for_bit(
     def started(*_: object) -> None:
         raise AssertionError("a finished run trains no more")
 
-    monkeypatch.setattr(train_module, "_assemble", started)
+    monkeypatch.setattr(train_module.Reader, "read", started)
     assert go("whole") == 0
 
 
