@@ -232,6 +232,28 @@ def test_overlap_is_what_would_stay(world: Path, tmp_path: Path) -> None:
     assert refresh.state == Refreshed(1, None)
 
 
+def test_parts_of_another_number_of_processes_are_encoded_again(world: Path, tmp_path: Path) -> None:
+    config = refreshing(world, tmp_path / "run")
+    rag, index, store = open_world(config)
+    encoder = place(rag.initial_params()["retriever"], replicated(local_mesh()))
+
+    def parts(saved: dict[str, Any]) -> dict[str, int]:
+        again = Refresh(rag, index, store, tmp_path / "run", local_mesh())
+        again.restore(saved, 6, encoder)
+        assert again.state == Refreshed(None, 5)
+        shards = version_folder(tmp_path / "run", 5) / "shards"
+        return {path.name: (path / "embeddings.npy").stat().st_mtime_ns for path in sorted(shards.iterdir())}
+
+    refresh = Refresh(rag, index, store, tmp_path / "run", local_mesh())
+    refresh.begin(5)
+    refresh.go_on(5, encoder)
+    stays, other = {"searched": None, "building": 5, "processes": 1}, {"searched": None, "building": 5, "processes": 2}
+    first = parts(stays)
+    assert list(first) == ["00000", "00001"] and parts(stays) == first
+    again = parts(other)
+    assert list(again) == ["00000", "00001"] and all(again[part] > first[part] for part in first)
+
+
 def test_a_faiss_index_is_built_anew(world: Path, tmp_path: Path) -> None:
     config = refreshing(world, tmp_path / "run", index__kind="HNSW8", index__folder=str(tmp_path / "index"))
     rag, index, store = open_world(config)
