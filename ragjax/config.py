@@ -63,7 +63,7 @@ class Index:
 
     folder: str = "${output}/index"
     kind: str = "exact"
-    recall: float = 0.95  # approximate: what share of the k best accelerators find; a CPU finds all
+    recall: float = 0.95  # approximate: what share of the k best TPUs find; other devices find all
     dtype: str = "float32"  # or bfloat16, float16: how embeddings are stored
     batch_size: int = 64  # passages encoded together, on each device
     shard: int = 16384  # passages a shard: a build that was stopped goes on after the last whole one

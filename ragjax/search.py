@@ -89,9 +89,11 @@ def search_corpus(
 ) -> tuple[Float32[Array, "B K"], Int32[Array, "B K"]]:
     """The k passages with the largest inner products: scores and ids, best first, equal ones by id.
 
-    Where there are fewer than k, the id is -1 and the score -inf. With a `recall`, accelerators find that share of them
-    on average (`jax.lax.approx_max_k`), and equal ones come in any order; a CPU finds all.
+    Where there are fewer than k, the id is -1 and the score -inf. With a `recall`, TPUs find that share of them on
+    average (`jax.lax.approx_max_k`), and equal ones come in any order. Other devices, where JAX would sort, find all.
     """
+    if corpus.mesh.devices.flat[0].platform != "tpu":
+        recall = None
 
     def best_here(embeddings: Array, queries: Array) -> tuple[Array, Array]:
         first, count = corpus.here()
