@@ -95,9 +95,7 @@ class Train:
     batch_size: int = 8  # questions a step, over all devices
     accumulate: int = 1  # micro-batches a step
     k: int = 5  # documents a question
-    objective: str = (
-        "marginal"  # or contrastive: the retriever alone, one document that answers against k - 1 and others'
-    )
+    objective: str = "marginal"  # or contrastive: the retriever alone learns to tell what answers from what does not
     mined: int = 50  # contrastive: documents retrieved a question, among which these are sought
     fused: bool = False  # encode, search, read and learn in one program on the devices, which hold all tokens as well
     backward_documents: int | None = None  # the generator learns from so many of them, the likeliest; null means all

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -379,10 +379,15 @@ def embeddings_with(rag: Rag, params: Params, token_rows: Sequence[Ids]) -> Floa
     return found
 
 
+@cache  # compiled once, not for every shard or part
+def _encoder(graph: nnx.GraphDef, mesh: Mesh) -> Callable[..., Any]:
+    return on_each_device(mesh, partial(encode, graph))
+
+
 def _encoded(rag: Rag, params: Params, token_rows: Sequence[Ids]) -> Iterator[EncodedBatch]:
     mesh = local_mesh()
     return encoded_batches(
-        partial(on_each_device(mesh, partial(encode, rag.passage_encoder.graph)), params),
+        partial(_encoder(rag.passage_encoder.graph, mesh), params),
         token_rows,
         width_buckets=buckets_up_to(rag.config.retriever.passage_tokens),
         batch_size=rag.config.index.batch_size,

@@ -371,7 +371,7 @@ def test_embeddings_that_are_no_numbers(world: Path, tmp_path: Path, monkeypatch
     def broken(params: Any, tokens: Any, mask: Any) -> np.ndarray:
         return np.where(np.arange(32) == 3, np.nan, np.ones((len(tokens), 32)))
 
-    monkeypatch.setattr(rag_module, "on_each_device", lambda *_: broken)
+    monkeypatch.setattr(rag_module, "_encoder", lambda *_: broken)
     with pytest.raises(InputError, match=r"an embedding is not finite in index\.dtype=float32"):
         build(by_shards(world, tmp_path / "index"))
     assert list(tmp_path.iterdir()) == []
@@ -391,6 +391,21 @@ def test_no_more_than_a_shard_of_passages_is_held(world: Path, tmp_path: Path, m
     monkeypatch.setattr(build_module, "read_passages", counted)
     build(by_shards(world, tmp_path / "index", index__shard=4))
     assert 4 <= most <= 2 * 4
+
+
+def test_the_encoder_is_compiled_once_for_all_shards(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, on_each_device = [], rag_module.on_each_device
+
+    def count(*given: Any) -> Any:
+        made.append(given)
+        return on_each_device(*given)
+
+    rag_module._encoder.cache_clear()
+    monkeypatch.setattr(rag_module, "on_each_device", count)
+    build(by_shards(world, tmp_path / "index"))
+    assert len(made) == 1
 
 
 @pytest.mark.parametrize("kind", ["exact", "HNSW8"])
