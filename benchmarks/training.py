@@ -26,7 +26,7 @@ from ragjax.mesh import local_mesh
 from ragjax.passages import read_questions
 from ragjax.rag import answer_tokens, retrieve, train_batch
 from ragjax.step import initial_state, make_train_step
-from ragjax.train import open_world
+from ragjax.world import open_world
 
 
 def main() -> None:

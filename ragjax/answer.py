@@ -31,7 +31,7 @@ from ragjax.passages import PassageStore
 from ragjax.progress import terminal
 from ragjax.rag import Rag, Retrieved, answer_tokens, check_questions, prompt_rows, retrieve
 from ragjax.text import bucket, buckets_up_to, pad_rows
-from ragjax.train import open_world, pretrained, restore_trained, trained_index
+from ragjax.world import open_world, pretrained, restore_trained, trained_index
 
 
 def answer_modes(config: Config) -> tuple[str, ...]:

@@ -28,7 +28,7 @@ from ragjax.metrics import bootstrap_interval, exact_match, expected_calibration
 from ragjax.passages import Question, atomic_write, write_jsonl
 from ragjax.progress import progress_bar
 from ragjax.rag import Retrieved, log_mass, retrieve
-from ragjax.train import open_world, pretrained, read_split, restore_trained, trained_index
+from ragjax.world import open_world, pretrained, read_split, restore_trained, trained_index
 
 RETRIEVAL_BATCH = 64
 

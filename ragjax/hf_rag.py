@@ -27,8 +27,8 @@ from ragjax.passages import partial_folder
 from ragjax.progress import terminal
 from ragjax.rag import Rag, open_rag
 from ragjax.text import Tokenizer
-from ragjax.train import restore_trained
 from ragjax.weights import Pretrained, bert_tensors, generator_tensors, open_safetensors, read_json
+from ragjax.world import restore_trained
 
 PARTS = {"question_encoder": "question_encoder_tokenizer", "generator": "generator_tokenizer"}
 DPR_PREFIX, CONTEXT_PREFIX = "question_encoder.bert_model.", "ctx_encoder.bert_model."

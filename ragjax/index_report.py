@@ -27,7 +27,7 @@ from ragjax.passages import SHARDS, STORE_FILES, atomic_write
 from ragjax.progress import progress_bar
 from ragjax.rag import encode_questions
 from ragjax.search import block_log_normalizer, block_search
-from ragjax.train import open_world, pretrained, read_split, restore_trained, trained_index
+from ragjax.world import open_world, pretrained, read_split, restore_trained, trained_index
 
 KS = (1, 2, 5, 10, 20, 50, 100)
 BATCHES = (1, 8, 64)

@@ -7,12 +7,10 @@ import json
 import math
 import os
 import signal
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
@@ -23,62 +21,33 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.multihost_utils import reached_preemption_sync_point
 from jax.sharding import Mesh
-from jaxtyping import Int
 
 from ragjax.checkpoint import Checkpoints
 from ragjax.config import Config, InputError
-from ragjax.contrastive import ContrastiveBatch, choose_passages, contrastive_batch, label_positions
-from ragjax.data import Batch, QuestionBatches, UsableAnswers, usable_answers
-from ragjax.experiment import check_processes_agree, check_same_experiment, check_same_models, start_experiment
-from ragjax.fused import Asked, asked_batch, corpus_with_tokens
-from ragjax.hub import cache_folder
-from ragjax.index import MANIFEST, Index, check_built, check_k, open_index
+from ragjax.contrastive import label_positions
+from ragjax.data import Batch, QuestionBatches
+from ragjax.experiment import check_processes_agree, check_same_experiment, start_experiment
+from ragjax.fused import corpus_with_tokens
+from ragjax.index import Index, check_k
 from ragjax.loss import passage_params
-from ragjax.mesh import (
-    check_batch,
-    enable_compilation_cache,
-    first_says,
-    is_first,
-    local_mesh,
-    make_mesh,
-    on_first,
-    on_host,
-    place,
-    rows_here,
-    shard_batch,
-)
-from ragjax.metrics import has_answer
-from ragjax.models.layers import Params
-from ragjax.passages import PassageStore, Question, alone, atomic_write, read_questions
+from ragjax.mesh import check_batch, first_says, is_first, make_mesh, on_first, on_host, place
+from ragjax.passages import alone, atomic_write, read_questions
 from ragjax.progress import progress_bar, terminal
-from ragjax.rag import (
-    Rag,
-    TrainBatch,
-    answer_tokens,
-    encode_questions,
-    from_all_rows,
-    open_rag,
-    search,
-    train_batch,
-    widen,
-    widths,
-)
-from ragjax.refresh import Refresh, refreshed_at, refreshed_index, version_folder
+from ragjax.rag import Rag
+from ragjax.refresh import Refresh, refreshed_at
 from ragjax.step import (
     TrainState,
     abstract_state,
     check_fits,
-    for_answering,
     initial_state,
     make_nll,
     make_train_step,
     reads_corpus,
     split_frozen,
-    state_shardings,
     whole_on_every_device,
 )
-
-Pair = tuple[Question, str]  # and the answer to train on
+from ragjax.supply import Answerable, Reader, Supply, answerable
+from ragjax.world import open_world, read_split
 
 
 class Interrupted(Exception):
@@ -108,7 +77,7 @@ def _train(config: Config, signals: _Signals) -> Path:
     rag, index, store = open_world(config)
     check_k(config.train.k, len(index))
     dev = read_questions(Path(config.questions.dev))[: config.train.dev_questions] if config.train.dev_questions else []
-    asked, asked_dev = _answerable(rag, questions), _answerable(rag, dev) if dev else None
+    asked, asked_dev = answerable(rag, questions), answerable(rag, dev) if dev else None
     batches = QuestionBatches([len(a) for a in asked.usable.answers], config.train.batch_size, config.seed)
     mesh = make_mesh(config.mesh.model)
     check_batch(mesh, config.train.batch_size // config.train.accumulate)
@@ -214,50 +183,6 @@ def _refresh(
     return state, told | {"index_age": float(step - (refresh.state.searched or 0))}
 
 
-def read_split(config: Config, split: str) -> list[Question]:
-    """The questions of a split. Raises `InputError` where these or the index are missing, before a model is fetched."""
-    check_built(Path(config.index.folder))
-    return read_questions(Path(getattr(config.questions, split)))
-
-
-def open_world(config: Config) -> tuple[Rag, Index, PassageStore]:
-    """Opens models, index and passages, and checks that they belong together. Raises `InputError`."""
-    folder = Path(config.index.folder)
-    check_built(folder)  # before models are fetched
-    enable_compilation_cache(cache_folder() / "xla")
-    rag = open_rag(config)
-    recall = config.index.recall if config.index.kind == "approximate" else None
-    return rag, open_index(folder, rag.fingerprints, recall), PassageStore.open(folder)
-
-
-@dataclass(frozen=True)
-class Answerable:
-    """Questions, and which of them and of their answers can be trained on."""
-
-    questions: Sequence[Question]
-    usable: UsableAnswers
-
-    def pairs(self, chosen: Batch) -> list[Pair]:
-        of = self.usable
-        return [
-            (question := self.questions[of.questions[i]], question.answers[of.answers[i][a]])
-            for i, a in zip(chosen.questions, chosen.answers, strict=True)
-        ]
-
-
-def _answerable(rag: Rag, questions: Sequence[Question]) -> Answerable:
-    # what is not generated may be as long as it likes
-    longest = rag.config.generator.answer_tokens if rag.config.train.objective == "marginal" else sys.maxsize
-    usable = usable_answers(questions, lambda answer: answer_tokens(rag, answer), longest)
-    if usable.answers_dropped:
-        terminal.print(
-            f"{usable.answers_dropped} answers are longer than generator.answer_tokens={longest} and are not trained "
-            f"on, for example {usable.example!r}; {usable.questions_dropped} questions have no other",
-            soft_wrap=True,
-        )
-    return Answerable(questions, usable)
-
-
 def _start(rag: Rag, checkpoints: Checkpoints, index: Index, mesh: Mesh) -> tuple[TrainState, dict[str, Any]]:
     """The newest saved state with its metadata, or step 0 without any."""
     if whole := whole_on_every_device(rag, mesh):
@@ -277,129 +202,6 @@ def _start(rag: Rag, checkpoints: Checkpoints, index: Index, mesh: Mesh) -> tupl
         )
     terminal.print(f"going on from step {step}")
     return state, metadata
-
-
-@dataclass
-class Reader:
-    """Makes batches on the mesh of questions and what is found for them. Each process reads for its own devices."""
-
-    rag: Rag
-    index: Index
-    store: PassageStore
-    mesh: Mesh
-    positions: dict[str, int]  # for contrastive training, of the passages that questions name
-
-    @property
-    def depth(self) -> int:
-        """How many documents are retrieved for a question: those to train on, or among which to look for them."""
-        train = self.rag.config.train
-        return min(train.mined, len(self.index)) if train.objective == "contrastive" else train.k
-
-    def search(self, params: Params, pairs: Sequence[Pair]) -> Int[np.ndarray, "B M"]:
-        texts = [question.question for question, _ in pairs]
-        return search(self.rag, params, self.index, texts, self.depth, self.mesh)[2]
-
-    def read(
-        self, pairs: Sequence[Pair], ids: Int[np.ndarray, "B M"] | None
-    ) -> tuple[TrainBatch | ContrastiveBatch | Asked, dict[str, float], int]:
-        """A batch, what retrieval alone tells, and how many tokens; without ids the step retrieves, and tells."""
-        mine = rows_here(self.mesh, len(pairs))
-        texts, answers = [pairs[i][0].question for i in mine], [pairs[i][1] for i in mine]
-        if ids is None:
-            return shard_batch(self.mesh, asked_batch(self.rag, texts, answers, mine), len(pairs)), {}, 0
-        arrays: TrainBatch | ContrastiveBatch
-        if self.rag.config.train.objective == "contrastive":
-            arrays = self._contrast([pairs[i][0] for i in mine], ids, mine)
-            tokens = arrays.question_mask.sum(axis=1)
-            if arrays.passage_mask is not None:
-                tokens = tokens + arrays.passage_mask.sum(axis=(1, 2))
-        else:
-            arrays = train_batch(self.rag, self.index, self.store, texts, answers, ids[mine], mine)
-            tokens = arrays.source_mask.sum(axis=(1, 2)) + arrays.answer_mask.sum(axis=1) * ids.shape[1]
-        # widths are agreed, since all run one program
-        of_rows = np.stack([tokens, *(np.full(len(mine), width) for width in widths(arrays))], axis=1).astype(np.int32)
-        of_rows = from_all_rows(self.mesh, of_rows, len(pairs))
-        widest = widen(arrays, of_rows[:, 1:].max(axis=0).tolist())
-        return shard_batch(self.mesh, widest, len(pairs)), self.shown(pairs, ids), int(of_rows[:, 0].sum())
-
-    def _contrast(
-        self, questions: Sequence[Question], ids: Int[np.ndarray, "B M"], mine: Int[np.ndarray, " n"]
-    ) -> ContrastiveBatch:
-        """What these questions learn from is chosen here, and known to all: it counts for every question."""
-        k = self.rag.config.train.k
-        chosen = [
-            choose_passages(self.store, question, ids[i], k, self.positions)
-            for question, i in zip(questions, mine, strict=True)
-        ]
-        of_all = from_all_rows(self.mesh, np.stack(chosen), len(ids))
-        return contrastive_batch(self.rag, self.index, self.store, questions, of_all, mine)
-
-    def shown(self, pairs: Sequence[Pair], ids: Int[np.ndarray, "B M"]) -> dict[str, float]:
-        """How many questions found a document that answers among the top k, and how many of these differ."""
-        mine, ids = rows_here(self.mesh, len(pairs)), ids[:, : self.rag.config.train.k]
-        hits = np.array([has_answer(self.store, pairs[i][0], ids[i]).any() for i in mine])
-        valid = ids[ids >= 0]
-        return {
-            "recall": float(from_all_rows(self.mesh, hits, len(pairs)).mean()),
-            "distinct_documents": len(np.unique(valid)) / max(1, valid.size),
-        }
-
-
-class Supply:
-    """The questions of one step after the other, with their documents, unless the step itself retrieves.
-
-    With `train.search_ahead` FAISS looks for the next step's documents in a thread while a step runs. Checkpoints keep
-    what it found, so that a resumed run goes on with the very same. Use as a context manager.
-    """
-
-    def __init__(self, reader: Reader, batches: QuestionBatches, asked: Answerable, saved: Mapping[str, Any]) -> None:
-        """`saved` is a checkpoint's metadata, with what `state` gave."""
-        self.reader, self.batches, self.asked = reader, batches, asked
-        self._pool = ThreadPoolExecutor(max_workers=1)
-        self._ahead: tuple[list[Pair], Future[Any] | np.ndarray] | None = None
-        self._position: dict[str, Any] | None = None  # in the data, before what was looked ahead for
-        if saved:
-            batches.restore(saved["data"])
-        if saved.get("ahead") is not None:
-            self._position = saved["data"]
-            self._ahead = asked.pairs(next(batches)), np.array(saved["ahead"], np.int32)
-
-    def __enter__(self) -> Supply:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._pool.shutdown()
-
-    def take(self, params: Params) -> tuple[list[Pair], Int[np.ndarray, "B K"] | None]:
-        """The next questions, and the ids of their documents, by the retriever's `params` if not sought before."""
-        if self._ahead is not None:
-            pairs, ids = self._ahead[0], self._found()
-            self._ahead = None
-            return pairs, ids
-        pairs = self.asked.pairs(next(self.batches))
-        return pairs, None if self.reader.rag.config.train.fused else self.reader.search(params, pairs)
-
-    def look_ahead(self, params: Params) -> None:
-        """Begins to search for what `take` gives next."""
-        reader, self._position = self.reader, self.batches.state()
-        pairs = self.asked.pairs(next(self.batches))
-        queries = encode_questions(reader.rag, params, [question.question for question, _ in pairs], reader.mesh)
-        mine = queries[rows_here(reader.mesh, len(pairs))]
-        self._ahead = pairs, self._pool.submit(lambda: reader.index.search(mine, reader.depth)[1])
-
-    def state(self) -> dict[str, Any]:
-        """As JSON, what a run needs to go on with the next step."""
-        if self._ahead is None:
-            return {"data": self.batches.state(), "ahead": None}
-        return {"data": self._position, "ahead": self._found().tolist()}
-
-    def _found(self) -> Int[np.ndarray, "B K"]:
-        assert self._ahead is not None
-        pairs, ids = self._ahead
-        if isinstance(ids, Future):
-            ids = from_all_rows(self.reader.mesh, ids.result(), len(pairs))
-            self._ahead = pairs, ids
-        return ids
 
 
 def _dev_loss(
@@ -510,58 +312,3 @@ class _Signals:
         if self._several:
             return (self.came or signal.SIGTERM) if reached_preemption_sync_point(step) else 0
         return self.came
-
-
-def pretrained(rag: Rag, mesh: Mesh) -> Params:
-    """The pretrained parameters for answering, laid out on the mesh."""
-    rag = for_answering(rag)
-    return place(rag.initial_params(), state_shardings(rag, mesh, rag.abstract_params()))
-
-
-def trained_index(rag: Rag, index: Index, step: int) -> Index:
-    """The index for the checkpoint of `step`: begun after it, or else the one it searched; else the one given."""
-    folder = Path(rag.config.output)
-    if (version_folder(folder, step) / MANIFEST).is_file():
-        index.release()
-        return refreshed_index(rag, index, folder, step)
-    with Checkpoints(folder / "checkpoints", keep=rag.config.train.keep, writing=False) as checkpoints:
-        then = refreshed_at(checkpoints.metadata(step).get("refresh", {}))
-    if then.building == step == rag.config.train.steps:
-        terminal.print(
-            "its index is not complete, and an older one is searched; run: ragjax train CONFIG", soft_wrap=True
-        )
-    if (searched := then.searched) is None:
-        return index
-    index.release()
-    return refreshed_index(rag, index, folder, searched)
-
-
-def restore_trained(rag: Rag, mesh: Mesh | None = None, step: int | None = None) -> tuple[Params, int] | None:
-    """The parameters of a checkpoint in `output`, on the mesh or one device, and its step: the newest, with
-    `train.keep_best` that of lowest dev loss, or `step`.
-
-    None if there is none.
-
-    Raises `InputError` for a checkpoint that is damaged, or was trained with other models than the configuration's.
-    """
-    folder = Path(rag.config.output) / "checkpoints"
-    if not folder.is_dir():
-        return None
-    check_same_models(rag.config)
-    mesh = mesh or local_mesh(data=1)
-    answering = for_answering(rag)
-    like = {name: of for name, of in abstract_state(answering, mesh).params.items() if name in rag.parts}
-    with Checkpoints(folder, keep=rag.config.train.keep, writing=False) as checkpoints:
-
-        def load(step: int) -> Any:
-            return checkpoints.restore_params(step, like)
-
-        find = checkpoints.lowest if rag.config.train.keep_best else checkpoints.newest
-        found = find(load) if step is None else (step, load(step))
-        if found is None:
-            return None
-    params = found[1]
-    if "generator" not in params:  # of contrastive training: it answers as it came
-        untrained = {"generator": rag.generator.read()}
-        params |= place(untrained, state_shardings(answering, mesh, {"generator": rag.generator.abstract}))
-    return params, found[0]

@@ -35,7 +35,8 @@ from ragjax.models.layers import Params
 from ragjax.passages import PassageStore, Question, read_questions, write_jsonl
 from ragjax.rag import encode, open_rag
 from ragjax.step import initial_state, make_train_step, state_shardings, trace_step
-from ragjax.train import restore_trained, train
+from ragjax.train import train
+from ragjax.world import restore_trained
 
 KEY = jax.random.key(0)
 SETTINGS: dict[str, Any] = {

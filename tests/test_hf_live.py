@@ -39,8 +39,8 @@ from ragjax.marginal import log_prior
 from ragjax.models.generator import SpecialTokens
 from ragjax.passages import read_questions
 from ragjax.rag import Rag, TrainBatch, open_rag, retrieve, train_batch
-from ragjax.train import restore_trained
 from ragjax.weights import open_bert, open_generator
+from ragjax.world import restore_trained
 
 CASES = [  # family, seed, documents, longest source, longest answer, how the models differ
     ("bart", 0, 2, 17, 5, {"d_model": 24, "encoder_layers": 1, "decoder_layers": 3, "scale_embedding": True}),

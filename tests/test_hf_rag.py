@@ -22,8 +22,8 @@ from ragjax.experiment import load_experiment
 from ragjax.hf_rag import import_rag
 from ragjax.rag import open_rag
 from ragjax.random_checkpoint import write_random_checkpoint
-from ragjax.train import restore_trained
 from ragjax.weights import open_bert, open_generator, read_json
+from ragjax.world import restore_trained
 
 Capture = pytest.CaptureFixture[str]
 GOLDEN = Path(__file__).parent / "golden"

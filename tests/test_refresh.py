@@ -29,7 +29,8 @@ from ragjax.passages import PassageStore, read_questions
 from ragjax.rag import Rag, embed_with, encode, encode_questions, open_rag, passage_batch, search, train_batch
 from ragjax.refresh import Refresh, Refreshed, version_folder
 from ragjax.step import abstract_state, initial_state
-from ragjax.train import restore_trained, train, trained_index
+from ragjax.train import train
+from ragjax.world import restore_trained, trained_index
 
 KEY = jax.random.key(3)
 SLOW = pytest.mark.slow

@@ -32,7 +32,8 @@ from ragjax.passages import read_questions, write_jsonl
 from ragjax.progress import progress_bar
 from ragjax.rag import Rag, open_rag, retrieve, train_batch
 from ragjax.step import TrainState, initial_state
-from ragjax.train import restore_trained, train
+from ragjax.train import train
+from ragjax.world import restore_trained
 
 Capture = pytest.CaptureFixture[str]
 PIECES = ["train.steps=5", "train.k=2", "train.dropout=0.1"]
