@@ -24,7 +24,7 @@ test: $(VENV)/dev
 	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/dev
-	$(PYTEST) -m slow
+	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder -m slow
 
 test-torch: $(VENV)/dev
 	$(PIP) -e '.[dev,torch]'

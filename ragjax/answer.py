@@ -36,8 +36,10 @@ from ragjax.world import open_world, pretrained, restore_trained, trained_index
 
 def answer_modes(config: Config) -> tuple[str, ...]:
     """The ways in which the configuration's model can answer."""
-    fast = ("fast",) if config.model == "rag_sequence" and not config.hf_compatible else ()
-    return ("thorough", *fast, "closed_book")
+    if config.model == "rag_token" or config.hf_compatible:
+        return ("thorough", "closed_book")
+    certified = ("certified",) if config.decode.length_penalty == 0 else ()
+    return ("thorough", *certified, "fast", "closed_book")
 
 
 def _check_mode(config: Config, mode: str | None) -> None:
@@ -77,6 +79,7 @@ class Candidate:
     proposed: list[float]  # p(y|x,z) by the beam search, 0 where z did not propose y
     given_document: list[float] | None  # p(y|x,z) under every document
     posterior: list[float] | None  # p(z|x,y)
+    between: list[float] | None = None  # certified: the thorough p(y|x) is at least and at most this
 
 
 @dataclass(frozen=True)
@@ -86,9 +89,10 @@ class Answer:
     question: str
     text: str
     mode: str
-    probability: float  # p(y|x) under the mode
+    probability: float  # p(y|x) under the mode; certified, what it is at least
     documents: list[Document]
     candidates: list[Candidate]
+    scores: list[int] | None = None  # certified: the p(y|x,z) computed beside the beam search, of how many for thorough
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,7 @@ class Answerer:
         )
 
     def answer(self, questions: Sequence[str], mode: str | None = None, n_best: int | None = None) -> list[Answer]:
-        """Answers questions in one batch, `thorough` (the default of the configuration), `fast` or `closed_book`.
+        """Answers questions in one batch: `thorough`, `certified`, `fast` or `closed_book`; by default as configured.
 
         `n_best` keeps so many candidates of each. Raises `InputError` for an empty question or an unknown mode.
         """
@@ -193,7 +197,7 @@ class Answerer:
     def _answer(
         self, question: str, mode: str, found: Candidates, documents: list[Document], n_best: int | None
     ) -> Answer:
-        count, by = len(documents), "thorough" if mode == "thorough" else "fast"
+        count, by = len(documents), "fast" if mode == "closed_book" else mode
         candidates = [
             Candidate(
                 text=self.text(found.tokens[c]),
@@ -203,13 +207,13 @@ class Answerer:
                 proposed=np.exp(found.proposed[:count, c]).tolist(),
                 given_document=None if found.scored is None else np.exp(found.scored[:count, c]).tolist(),
                 posterior=None if found.posterior is None else found.posterior[:count, c].tolist(),
+                between=None if found.bounds is None else np.exp(found.bounds[:, c]).tolist(),
             )
             for c in found.best(by, len(found.tokens) if n_best is None else n_best)
         ]
-        best = candidates[0]
-        probability = best.fast if best.thorough is None else best.thorough
-        assert probability is not None
-        return Answer(question, best.text, mode, probability, documents, candidates)
+        probability = math.exp(found.marginal(by)[found.best(by)[0]])
+        scores = None if found.needed is None else list(found.needed)
+        return Answer(question, candidates[0].text, mode, probability, documents, candidates, scores)
 
 
 def load(run: str | Path, untrained: bool = False) -> Answerer:
@@ -279,16 +283,23 @@ def print_answer(answer: Answer, console: Console) -> None:
             documents.add_row(f"z{z + 1}", f"{document.prior:.3f}", shown, *([proposals] if alone else []))
         console.print(documents)
     modes = [mode for mode in ("thorough", "fast") if getattr(answer.candidates[0], mode) is not None]
-    heads = ["candidate", *(f"{mode} p(y|x)" for mode in modes), "p(z|x,y) by document"]
-    candidates = Table(*heads, box=box.SIMPLE_HEAD)
+    last = "certified p(y|x)" if answer.mode == "certified" else "p(z|x,y) by document"
+    candidates = Table("candidate", *(f"{mode} p(y|x)" for mode in modes), last, box=box.SIMPLE_HEAD)
     for c in answer.candidates[:8]:
-        shares = " ".join(f"{share:.2f}" for share in c.posterior or [])
         name = (escape(c.text) or "(empty)") + ("" if c.finished else " … (unfinished)")
-        candidates.add_row(name, *(f"{getattr(c, mode):.4f}" for mode in modes), shares)
+        told = " ".join(f"{share:.2f}" for share in c.posterior or [])
+        if c.between is not None:
+            told = "{:.4f} … {:.4f}".format(*c.between)
+        candidates.add_row(name, *(f"{getattr(c, mode):.4f}" for mode in modes), told)
     console.print(candidates)
     if len(answer.candidates) > 8:
         console.print(f"  and {len(answer.candidates) - 8} less probable candidates")
-    console.print(f"answer ({answer.mode}): [bold]{escape(answer.text)}[/bold]   p(y|x) = {answer.probability:.3f}")
+    least = "=" if answer.candidates[0].between is None else "≥"
+    console.print(
+        f"answer ({answer.mode}): [bold]{escape(answer.text)}[/bold]   p(y|x) {least} {answer.probability:.3f}"
+    )
+    if answer.scores is not None:
+        console.print("the best for certain after {} of {} scores".format(*answer.scores))
 
 
 def _shorten(text: str, longest: int) -> str:

@@ -57,13 +57,14 @@ def beam_search(
     forced_bos: int | None = None,
     forced_eos: int | None = None,
     hugging_face: bool = False,
-) -> Beams:
+) -> tuple[Beams, Any]:
     """Searches until no running beam can enter the best W, or at `max_new_tokens`, which leaves unfinished prefixes.
 
     As in Hugging Face, the 2W best continuations are looked at in each step, and an end token finishes an answer if
     it is among the best W. Answers are ranked by logp / length**length_penalty. `early_stopping` ends with the first W
     answers. `forced_bos` is the only first token allowed, `forced_eos` the only one at the length limit; both count
-    with the probability that they have. Pure: call it inside `jax.jit`.
+    with the probability that they have. The cache as the last step left it is given back. Pure: call it inside
+    `jax.jit`.
 
     With `hugging_face` the search is transformers' to the letter: a forced token counts 0, a prefix cut at the length
     limit may push out a finished answer, and whether a running beam can still win is guessed from its present length.
@@ -132,12 +133,12 @@ def beam_search(
     )
     state = jax.lax.while_loop(lambda s: (s.step < longest) & s.open.any(), advance, state)
     if hugging_face:
-        return state.done
+        return state.done, state.cache
     # prefixes that ran into the limit fill the places that no finished answer takes
     length = jnp.full((n, width), longest, jnp.int32)
     cut = jnp.where(state.open[:, None], state.logp, -jnp.inf)
     prefixes = Beams(state.tokens, length, cut, jnp.zeros((n, width), bool))
-    return _best(width, rank, state.done, prefixes)
+    return _best(width, rank, state.done, prefixes), state.cache
 
 
 def _rows(flags: Bool[Array, " n"], like: Array) -> Array:

@@ -138,7 +138,7 @@ class Refresh:
 
 @dataclass(frozen=True)
 class Decode:
-    mode: str = "thorough"  # or fast
+    mode: str = "thorough"  # or certified: the same answer, proved with fewer scores; or fast
     k: int = 5
     beams: int = 4
     max_new_tokens: int = 16
@@ -185,7 +185,7 @@ CHOICES = {
     "train.objective": ("marginal", "contrastive"),
     "train.passage_encoder": ("frozen", "shared", "own"),
     "train.decay": ("cosine", "linear", "constant"),
-    "decode.mode": ("thorough", "fast"),
+    "decode.mode": ("thorough", "certified", "fast"),
     "evaluate.split": ("train", "dev", "test"),
 }
 ON_DEVICES = ("exact", "approximate")  # an index.kind that the devices search; any other is FAISS's
@@ -373,6 +373,8 @@ def _check_model(config: Config) -> list[str]:
         problems.append("hf_compatible=true needs a generator.prompt written out, not the word chat")
     if config.hf_compatible and config.retriever.prior == "corpus":
         problems.append("hf_compatible=true normalises over the top k; use retriever.prior=top_k")
-    if config.decode.mode == "fast" and (config.model == "rag_token" or config.hf_compatible):
-        problems.append("decode.mode=fast is for model=rag_sequence with hf_compatible=false")
+    if config.decode.mode != "thorough" and (config.model == "rag_token" or config.hf_compatible):
+        problems.append(f"decode.mode={config.decode.mode} is for model=rag_sequence with hf_compatible=false")
+    if config.decode.mode == "certified" and config.decode.length_penalty != 0:
+        problems.append("decode.mode=certified needs decode.length_penalty=0")
     return problems

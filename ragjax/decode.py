@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,10 +31,12 @@ from ragjax.marginal import (
     thorough_marginal,
     token_posterior,
 )
-from ragjax.models.generator import Memory, Past, SpecialTokens, empty_past, next_logp, score
+from ragjax.models.generator import Memory, SpecialTokens, score
 from ragjax.models.layers import Params
+from ragjax.prefixes import Known, Prefixes, Tokens, few_sizes, no_prefixes, read_step
 
-Answer = tuple[tuple[int, ...], bool]  # its tokens without the end token, and whether it was finished
+Answer = tuple[Tokens, bool]  # its tokens without the end token, and whether it was finished
+TIE = 1e-3  # nats: two marginals are the same for all that rounding can tell
 
 
 @dataclass(frozen=True)
@@ -52,10 +55,13 @@ class Candidates:
     thorough: Float[np.ndarray, " C"] | None = None
     posterior: Float[np.ndarray, "K C"] | None = None  # p(z|x,y), from `scored`
     ranked: bool = False  # the candidates stand in the order of choice
+    bounds: Float[np.ndarray, "2 C"] | None = None  # certified: log p(y|x), thorough, is at least and at most this
+    needed: tuple[int, int] | None = None  # certified: the scores that were computed, of how many for thorough
 
     def marginal(self, mode: str) -> Float[np.ndarray, " C"]:
-        """log p(y|x) of every candidate, `thorough` or `fast`."""
-        marginal = self.thorough if mode == "thorough" else self.fast
+        """log p(y|x) of every candidate, `thorough` or `fast`, or what `certified` has proved it to be at least."""
+        certified = None if self.bounds is None else self.bounds[0]
+        marginal = {"thorough": self.thorough, "fast": self.fast, "certified": certified}[mode]
         assert marginal is not None, f"these candidates have no {mode} marginal"
         return marginal
 
@@ -81,14 +87,15 @@ def propose(
     settings: Decode,
     special: SpecialTokens,
     hugging_face: bool = False,
-) -> Beams:
-    """Beam search under every document at once, in one program."""
+) -> tuple[Beams, Prefixes]:
+    """Beam search under every document at once, in one program, and what it read."""
     generator = nnx.merge(graph, params)
 
-    def step(tokens: Array, number: Array, visible: Array, past: Past) -> tuple[Array, Past]:
-        return next_logp(generator, memory, past, tokens, number, visible)
+    def step(tokens: Array, number: Array, visible: Array, prefixes: Prefixes) -> tuple[Array, Prefixes]:
+        return read_step(generator, memory, prefixes, tokens, number, visible)
 
-    return _search(step, memory, memory.start, settings, special, hugging_face)
+    nothing = no_prefixes(generator, memory, settings.max_new_tokens * settings.beams)
+    return _search(step, nothing, memory.start, settings, special, hugging_face)
 
 
 @partial(jax.jit, static_argnums=(0, 4, 5, 6))
@@ -100,24 +107,25 @@ def propose_together(
     settings: Decode,
     special: SpecialTokens,
     hugging_face: bool = False,
-) -> Beams:
-    """RAG-Token's beam search: B rows, each step's log-probabilities summed over the K documents."""
+) -> tuple[Beams, Prefixes]:
+    """RAG-Token's beam search: B rows, each step's log-probabilities summed over the K documents; and what was read."""
     generator, (questions, documents) = nnx.merge(graph, params), log_prior.shape
 
-    def step(tokens: Array, number: Array, visible: Array, past: Past) -> tuple[Array, Past]:
+    def step(tokens: Array, number: Array, visible: Array, prefixes: Prefixes) -> tuple[Array, Prefixes]:
         rows, seen = (jnp.repeat(x, documents, axis=0) for x in (tokens, visible))
-        logp, past = next_logp(generator, memory, past, rows, number, seen)
-        return marginal_logp(log_prior, logp.reshape(questions, documents, *logp.shape[1:])), past
+        logp, prefixes = read_step(generator, memory, prefixes, rows, number, seen)
+        return marginal_logp(log_prior, logp.reshape(questions, documents, *logp.shape[1:])), prefixes
 
-    return _search(step, memory, memory.start[::documents], settings, special, hugging_face)
+    nothing = no_prefixes(generator, memory, settings.max_new_tokens * settings.beams)
+    return _search(step, nothing, memory.start[::documents], settings, special, hugging_face)
 
 
 def _search(
-    step: NextLogp, memory: Memory, start: Array, settings: Decode, special: SpecialTokens, hugging_face: bool
-) -> Beams:
+    step: NextLogp, cache: Any, start: Array, settings: Decode, special: SpecialTokens, hugging_face: bool
+) -> tuple[Beams, Any]:
     return beam_search(
         step,
-        empty_past(memory, settings.max_new_tokens * settings.beams),
+        cache,
         start,
         beams=settings.beams,
         max_new_tokens=settings.max_new_tokens,
@@ -158,24 +166,32 @@ def decode(
 ) -> list[Candidates]:
     """Candidates of B questions whose B·K documents are in `memory`, question-major.
 
-    With `settings.mode` `thorough` both marginals are there, from one beam search; with `fast`, only the fast one.
-    Documents whose prior is −inf propose nothing.
+    The fast marginal is always there. With `settings.mode` `thorough` the thorough one is, too; with `certified` bounds
+    on it, as tight as it takes to know the best. Documents whose prior is −inf propose nothing.
     """
-    beams = jax.device_get(propose(graph, params, memory, settings, special))
+    beams, prefixes = propose(graph, params, memory, settings, special)
+    beams = jax.device_get(beams)
     documents = log_prior.shape[1]
     found = [_distinct(beams, b * documents, prior) for b, prior in enumerate(log_prior)]
-    answers, lengths = pad_answers([list(of) for of in found], special, settings.max_new_tokens)
-    proposed = np.full((len(found), documents, answers.shape[1]), -np.inf, np.float32)
+    width = few_sizes(max(map(len, found)))
+    proposed = np.full((len(found), documents, width), -np.inf, np.float32)
     for b, of_question in enumerate(found):
         for c, by_document in enumerate(of_question.values()):
             for document, logp in by_document.items():
                 proposed[b, document, c] = logp
     fast = np.asarray(_fast(log_prior, proposed))
-    scored = thorough = responsibility = None
+    scored = thorough = responsibility = bounds = None
+    needed = np.zeros((len(found), 2), int)
+    known = Known(graph, params, memory, prefixes)
+    answers = [with_end(list(of_question), special) for of_question in found]
     if settings.mode == "thorough":
-        scored = np.asarray(score_tokens(graph, params, memory, answers, lengths).sum(axis=-1))
-        thorough, responsibility = (np.array(x) for x in _thorough(log_prior, scored))
-        thorough[~(proposed > -np.inf).any(axis=1)] = -np.inf  # where nothing could be answered
+        scored = np.full_like(proposed, -np.inf)
+        every = [(log_prior[b] > -np.inf)[:, None] & np.full(len(of), True) for b, of in enumerate(answers)]
+        _score(known, answers, every, scored)
+        thorough, responsibility = (np.asarray(x) for x in _thorough(log_prior, scored))
+    elif settings.mode == "certified":
+        finished = [np.array([ends for _, ends in of_question]) for of_question in found]
+        bounds, needed = _certify(known, answers, finished, log_prior, width)
     return [
         Candidates(
             tokens=[tokens for tokens, _ in of_question],
@@ -185,9 +201,85 @@ def decode(
             scored=None if scored is None else scored[b, :, : len(of_question)],
             thorough=None if thorough is None else thorough[b, : len(of_question)],
             posterior=None if responsibility is None else responsibility[b, :, : len(of_question)],
+            bounds=None if bounds is None else bounds[:, b, : len(of_question)],
+            needed=None if bounds is None else (int(needed[b, 0]), int(needed[b, 1])),
         )
         for b, of_question in enumerate(found)
     ]
+
+
+def _score(
+    known: Known, answers: Sequence[Sequence[Tokens]], wanted: Sequence[Bool[np.ndarray, "K _"]], into: np.ndarray
+) -> None:
+    """Scores the wanted candidates of every question in one pass, `into` log p(y|x,z) [B,K,C]."""
+    documents = into.shape[1]
+    chosen = {
+        b * documents + z: np.flatnonzero(of_document).tolist()
+        for b, of_question in enumerate(wanted)
+        for z, of_document in enumerate(of_question)
+        if of_document.any()
+    }
+    found = known.score({row: [answers[row // documents][c] for c in which] for row, which in chosen.items()})
+    for row, of_row in found.items():
+        into[row // documents, row % documents, chosen[row]] = [logp.sum() for logp in of_row]
+
+
+def _certify(
+    known: Known,
+    answers: Sequence[Sequence[Tokens]],
+    finished: Sequence[Bool[np.ndarray, " _"]],
+    log_prior: Float[np.ndarray, "B K"],
+    width: int,
+) -> tuple[Float[np.ndarray, "2 B C"], Int[np.ndarray, "B 2"]]:
+    """Bounds on log p(y|x) that tell which candidate is best, and the scores it took, of how many for all.
+
+    Under a document an answer is never likelier than its prefixes, some of which the beam search has read. Documents
+    are scored in rounds, the likeliest first, twice as many a round, for the candidates that can still be the best.
+    """
+    questions, documents = log_prior.shape
+    logp, exact = (
+        np.full((questions, documents, width), -np.inf, np.float32),
+        np.full((questions, documents, width), True),
+    )
+    there = log_prior > -np.inf
+    rows = np.flatnonzero(there).tolist()
+    for row, (at_most, whole) in known.bounds({row: answers[row // documents] for row in rows}).items():
+        b, z = divmod(row, documents)
+        logp[b, z, : len(whole)], exact[b, z, : len(whole)] = at_most, whole
+    unknown, count = (~exact).sum(axis=(1, 2)), 1
+    order = np.argsort(-log_prior, axis=1, kind="stable")
+    while True:
+        wanted = []
+        for b, ends in enumerate(finished):
+            size = len(ends)
+            missing = next_scores(log_prior[b], logp[b, :, :size], exact[b, :, :size], ends if ends.any() else ~ends)
+            of_next = order[b][missing[order[b]].any(axis=1)][:count]
+            wanted.append(missing & np.isin(np.arange(documents), of_next)[:, None])
+        if not any(of_question.any() for of_question in wanted):
+            break
+        _score(known, answers, wanted, logp)
+        for b, of_question in enumerate(wanted):
+            exact[b, :, : of_question.shape[1]] |= of_question
+        count *= 2
+    upper, lower = (np.asarray(_thorough(log_prior, x)[0]) for x in (logp, np.where(exact, logp, -np.inf)))
+    return np.stack([lower, upper]), np.stack([unknown - (~exact).sum(axis=(1, 2)), unknown], axis=1)
+
+
+def next_scores(
+    log_prior: Float[np.ndarray, " K"],
+    logp: Float[np.ndarray, "K C"],
+    exact: Bool[np.ndarray, "K C"],
+    eligible: Bool[np.ndarray, " C"],
+) -> Bool[np.ndarray, "K C"]:
+    """Which log p(y|x,z) are missing to tell the best of the eligible candidates: none once it is certain.
+
+    `logp` is what it is at most, and, where it is `exact`, what it is. Within `TIE` of the best nothing is certain.
+    """
+    joint = log_prior[:, None].astype(np.float64) + logp
+    upper = np.logaddexp.reduce(joint, axis=0)
+    lower = np.logaddexp.reduce(np.where(exact, joint, -np.inf), axis=0)
+    possible = eligible & (upper > lower[eligible].max() - TIE)
+    return ~exact & possible & (possible.sum() > 1)
 
 
 def decode_together(
@@ -201,10 +293,19 @@ def decode_together(
 ) -> list[Candidates]:
     """RAG-Token: the beams of each question, best first, and what each is worth; `memory` as for `decode`."""
     prior = jnp.asarray(log_prior)
-    beams = jax.device_get(propose_together(graph, params, memory, prior, settings, special, hugging_face))
+    beams, prefixes = propose_together(graph, params, memory, prior, settings, special, hugging_face)
+    beams = jax.device_get(beams)
     found = [list(_distinct(beams, b, np.zeros(1))) for b in range(len(log_prior))]
     answers, lengths = pad_answers(found, special, settings.max_new_tokens)
-    tokens = score_tokens(graph, params, memory, answers, lengths)
+    # every prefix of a beam was read under every document
+    documents, rows = log_prior.shape[1], [with_end(of_question, special) for of_question in found]
+    known = Known(graph, params, memory, prefixes).score(
+        {b * documents + z: of_question for b, of_question in enumerate(rows) for z in range(documents)}
+    )
+    tokens = np.zeros((len(found), documents, *answers.shape[1:]), np.float32)
+    for row, of_row in known.items():
+        for c, logp in enumerate(of_row):
+            tokens[*divmod(row, documents), c, : len(logp)] = logp
     marginal, responsibility = (np.array(x) for x in _together(prior, tokens, lengths))
     marginal[lengths == 0] = -np.inf  # where nothing could be answered
     scored = np.asarray(tokens.sum(axis=-1))
@@ -239,10 +340,10 @@ def decode_as_hugging_face(
     what fills it up counts unless it is the padding token. `thorough` is −NLL: above 0, even, where an answer of one
     token has lost its prior.
     """
-    beams = jax.device_get(propose(graph, params, unmasked, settings, special, True))
+    beams = jax.device_get(propose(graph, params, unmasked, settings, special, True)[0])
     documents, (questions, scoring) = proposing.shape[1], log_prior.shape
     found = [_as_returned(beams, b * documents, proposing[b], special) for b in range(questions)]
-    count, longest = _few_sizes(max(map(len, found))), settings.max_new_tokens
+    count, longest = few_sizes(max(map(len, found))), settings.max_new_tokens
     targets = np.full((questions, count, longest), special.pad, np.int32)
     for b, of_question in enumerate(found):
         for c, row in enumerate(of_question):
@@ -309,8 +410,8 @@ def pad_answers(
 
     Few shapes, so that few programs are compiled; padding every question to K·W would undo deduplication.
     """
-    rows = [[(*tokens, special.eos) if ends else tokens for tokens, ends in of_question] for of_question in answers]
-    width = _few_sizes(max([1, *map(len, rows)]))
+    rows = [with_end(of_question, special) for of_question in answers]
+    width = few_sizes(max([1, *map(len, rows)]))
     needed = max((len(y) for of_question in rows for y in of_question), default=1)
     depth = next(size for size in (-(-longest // 4), -(-longest // 2), longest, needed) if size >= needed)
     tokens = np.full((len(rows), width, depth), special.pad, np.int32)
@@ -320,6 +421,11 @@ def pad_answers(
             tokens[b, c, : len(y)] = y
             lengths[b, c] = len(y)
     return tokens, lengths
+
+
+def with_end(answers: Sequence[Answer], special: SpecialTokens) -> list[tuple[int, ...]]:
+    """Answers as they are scored."""
+    return [(*tokens, special.eos) if ends else tokens for tokens, ends in answers]
 
 
 def _distinct(beams: Beams, first_row: int, log_prior: Float[np.ndarray, " K"]) -> dict[Answer, dict[int, float]]:
@@ -332,12 +438,6 @@ def _distinct(beams: Beams, first_row: int, log_prior: Float[np.ndarray, " K"]) 
             tokens = tuple(int(t) for t in beams.tokens[row, beam, : beams.length[row, beam] - ends])
             found.setdefault((tokens, ends), {})[int(document)] = float(beams.logp[row, beam])
     return found or {((), False): {}}  # without any document there is only the empty answer, of probability 0
-
-
-def _few_sizes(count: int) -> int:
-    """1, 2, 3, 4, 6, 8, 12, 16, …"""
-    power = 1 << (count - 1).bit_length()
-    return power * 3 // 4 if count <= power * 3 // 4 else power
 
 
 @jax.jit

@@ -159,7 +159,7 @@ def _prediction(
 ) -> dict[str, Any]:
     """One line of predictions.jsonl; probabilities are those of the thorough answer."""
     assert found.thorough is not None and found.scored is not None and found.posterior is not None
-    modes = [mode for mode in answer_modes(answerer.rag.config) if mode != "closed_book"]
+    modes = [mode for mode in answer_modes(answerer.rag.config) if mode in ("thorough", "fast")]
     best = {mode: found.best(mode)[0] for mode in modes}
     answers, thorough = {mode: answerer.text(found.tokens[c]) for mode, c in best.items()}, best["thorough"]
     if closed is not None:

@@ -14,7 +14,7 @@ from flax import nnx, struct
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from ragjax.marginal import corpus_log_prior, hugging_face_nll, log_prior, marginal_logp, posterior, token_posterior
-from ragjax.models.generator import Generator, Keys, answer_hidden
+from ragjax.models.generator import Generator, Keys, answer_hidden, token_logp
 from ragjax.models.layers import Params, fold, row_keys
 from ragjax.rag import Models, TrainBatch
 from ragjax.search import Corpus, log_normalizer
@@ -116,7 +116,7 @@ def _token_scores(
     memory = generator.prefill(source.reshape(rows, length), source_mask.reshape(rows, length), of_rows, remat)
     answers = jnp.repeat(batch.answer, documents, axis=0)[:, None]
     hidden = answer_hidden(generator, memory, answers, of_rows, remat)
-    logp, mean_logp = (x[:, 0].reshape(shape) for x in generator.token_logp(hidden, answers))
+    logp, mean_logp = (x[:, 0].reshape(shape) for x in token_logp(generator, hidden, answers))
     if rag.config.model == "rag_token" and rag.config.train.label_smoothing > 0:
         mean_logp = jnp.broadcast_to(_mean_marginal_logp(generator, hidden[:, 0], prior)[:, None], logp.shape)
     return TokenScores(jnp.where(batch.answer_mask[:, None], logp, 0.0), mean_logp)

@@ -59,7 +59,7 @@ def search(tables: jax.Array, beams: int, max_new_tokens: int = T, **settings: A
     pool = jnp.full((n, max_new_tokens * beams), -1000, jnp.int32)
     start = jnp.full(n, START, jnp.int32)
     settings |= {"beams": beams, "max_new_tokens": max_new_tokens, "eos": EOS, "pad": PAD}
-    return beam_search(toy_next_logp, (tables, pool), start, **settings)
+    return beam_search(toy_next_logp, (tables, pool), start, **settings)[0]
 
 
 def plain_search(
@@ -213,7 +213,7 @@ def test_stops_early() -> None:
         return toy_next_logp(tokens, step, visible, cache)
 
     pool, start = jnp.full((1, T), -1000, jnp.int32), jnp.full(1, START, jnp.int32)
-    found = beam_search(counting, (jnp.asarray(table), pool), start, beams=1, max_new_tokens=T, eos=EOS, pad=PAD)
+    found, _ = beam_search(counting, (jnp.asarray(table), pool), start, beams=1, max_new_tokens=T, eos=EOS, pad=PAD)
     jax.effects_barrier()
     assert asked == [0]
     assert as_lists(found) == [[((EOS,), 0.0, True)]]

@@ -81,7 +81,7 @@ def test_a_configuration_cannot_be_changed(tmp_path: Path) -> None:
         ("train.accumulate=3", r"train\.batch_size 8 is not divisible by train\.accumulate 3"),
         ("dtype=float64", r"dtype is 'float64'; expected one of float32, bfloat16"),
         ("corpus.format=csv", r"corpus\.format is 'csv'; expected one of jsonl, dpr, factbook"),
-        ("decode.mode=slow", r"decode\.mode is 'slow'; expected one of thorough, fast"),
+        ("decode.mode=slow", r"decode\.mode is 'slow'; expected one of thorough, certified, fast"),
         ("model=rag_words", r"model is 'rag_words'; expected one of rag_sequence, rag_token"),
         ("train.label_smoothing=1.0", r"train\.label_smoothing is 1\.0; expected less than 1"),
         ("decode.min_new_tokens=16", r"decode\.min_new_tokens must be smaller"),

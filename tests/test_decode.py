@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,9 +11,11 @@ import pytest
 from reference import GOLDEN, Small, answer_logp, log_softmax, random_llama
 from safetensors.numpy import load_file
 
+from ragjax import decode as decode_module
 from ragjax.config import Decode
 from ragjax.decode import Candidates, decode, decode_together, pad_answers, read
 from ragjax.models.generator import SpecialTokens
+from ragjax.prefixes import Known
 from ragjax.text import pad_rows
 from ragjax.weights import open_generator, read_json
 
@@ -158,6 +161,74 @@ def test_fast_mode_scores_nothing_more(
         assert fast.scored is None and fast.thorough is None and fast.posterior is None
         with pytest.raises(AssertionError, match="no thorough marginal"):
             fast.best("thorough")
+
+
+@pytest.mark.parametrize("beams", [1, 2, 4])
+def test_certified_is_thorough_with_fewer_scores(
+    beams: int, generator: Small, golden: dict[str, np.ndarray], golden_candidates: dict[int, list[Candidates]]
+) -> None:
+    settings = Decode(mode="certified", k=3, beams=beams, max_new_tokens=12)
+    found = decoded(generator, prompts_of(golden), golden["score/doc_logprobs"], settings)
+    computed = needed = 0
+    for certified, thorough in zip(found, golden_candidates[beams], strict=True):
+        assert with_end(certified) == with_end(thorough)
+        assert certified.best("certified") == thorough.best("thorough")
+        assert certified.bounds is not None and certified.needed is not None and certified.scored is None
+        assert (certified.bounds[0] - 1e-4 <= thorough.marginal("thorough")).all()
+        assert (thorough.marginal("thorough") <= certified.bounds[1] + 1e-4).all()
+        assert (thorough.proposed == -np.inf).sum() >= certified.needed[1]
+        computed, needed = computed + certified.needed[0], needed + certified.needed[1]
+    assert computed < 0.7 * needed if beams > 1 else computed <= needed
+
+
+class Told(Known):
+    """Stands for the generator: log p(y_t|y_<t,x,z) [B,K,C,T] of every answer, the first tokens of which are known."""
+
+    def __init__(self, rng: np.random.Generator, shape: tuple[int, int, int, int], sharpness: float) -> None:
+        self.tokens = -sharpness * rng.gamma(0.5, size=shape).astype(np.float32)
+        if rng.random() < 0.5:  # some answers are worth the same, or nearly
+            twin = rng.integers(0, shape[2], shape[2])
+            self.tokens = self.tokens[:, :, twin]
+            self.tokens[..., -1] -= rng.choice([0, 0, 5e-4, 2e-3], size=shape[2]).astype(np.float32)
+        self.depth = rng.integers(1, shape[3] + 1, shape[:3])
+        self.logp, self.scored = self.tokens.sum(axis=-1), 0
+        self.answers = [[(c,) for c in range(shape[2])] for _ in range(shape[0])]
+
+    def bounds(self, wanted: Any) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+        found = {}
+        for row in wanted:
+            tokens, depth = (x.reshape(-1, *x.shape[2:])[row] for x in (self.tokens, self.depth))
+            known = np.arange(tokens.shape[1]) < depth[:, None]
+            found[row] = np.where(known, tokens, 0).sum(axis=1), known.all(axis=1)
+        return found
+
+    def score(self, wanted: Any) -> dict[int, list[np.ndarray]]:
+        self.scored += sum(map(len, wanted.values()))
+        rows = self.tokens.reshape(-1, *self.tokens.shape[2:])
+        return {row: [rows[row][c] for (c,) in answers] for row, answers in wanted.items()}
+
+
+def test_certified_never_chooses_otherwise() -> None:
+    """Thousands of random cases against brute force, ties, absent documents and unfinished answers among them."""
+    rng = np.random.default_rng(0)
+    computed = needed = cases = 0
+    for _ in range(700):
+        questions, documents, count, longest = (int(rng.integers(1, most)) for most in (6, 7, 9, 5))
+        told = Told(rng, (questions, documents, count, longest), float(rng.choice([0.3, 1.0, 4.0])))
+        prior = log_softmax(rng.normal(size=(questions, documents)) * rng.choice([0.1, 1.0, 3.0])).astype(np.float32)
+        prior[rng.random(prior.shape) < 0.1] = -np.inf
+        finished = [rng.random(count) < 0.8 for _ in range(questions)]
+        answers = told.answers
+        bounds, needs = decode_module._certify(told, answers, finished, prior, count)
+        truth = np.asarray(decode_module._thorough(prior, told.logp)[0])
+        assert (bounds[0] <= truth + 1e-5).all() and (truth <= bounds[1] + 1e-5).all()
+        for b in range(questions):
+            shared: dict[str, Any] = {"tokens": answers[b], "finished": finished[b], "proposed": told.logp[b]}
+            certified = Candidates(**shared, bounds=bounds[:, b])
+            assert certified.best("certified") == Candidates(**shared, thorough=truth[b]).best("thorough")
+        assert needs[:, 0].sum() == told.scored and (needs[:, 0] <= needs[:, 1]).all()
+        computed, needed, cases = computed + told.scored, needed + int(needs[:, 1].sum()), cases + questions
+    assert cases > 2000 and 0 < computed < 0.5 * needed
 
 
 def test_exhaustive_decoding(tiny: Small) -> None:

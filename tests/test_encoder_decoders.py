@@ -21,10 +21,11 @@ from ragjax.cli import main
 from ragjax.config import InputError
 from ragjax.marginal import log_prior, marginal_logp
 from ragjax.models.bart import BartConfig
-from ragjax.models.generator import Generator, Memory, empty_past, next_logp, score
+from ragjax.models.generator import Generator, Memory, score
 from ragjax.models.layers import row_keys
 from ragjax.models.t5 import T5Config, distance_bucket
 from ragjax.passages import read_questions, write_jsonl
+from ragjax.prefixes import no_prefixes, read_step
 from ragjax.random_checkpoint import write_random_checkpoint
 from ragjax.weights import Pretrained, open_generator, read_json, save_generator
 
@@ -149,13 +150,14 @@ def test_beams_in_a_pool_score_as_whole_answers(golden: Golden) -> None:
 
     @jax.jit
     def run(params: Any) -> jax.Array:
-        model, past = nnx.merge(golden.pretrained.graph, params), empty_past(memory, beams * longest)
+        model = nnx.merge(golden.pretrained.graph, params)
+        read = no_prefixes(model, memory, beams * longest)
         tokens, found = jnp.broadcast_to(memory.start[:, None], (n, beams)), []
         visible = np.zeros((n, beams, longest, beams), bool)
         for step in range(longest):
             visible[:, 0, step, 0] = visible[:, 1, step, min(step, 1)] = True
             seen = jnp.asarray(visible.reshape(n, beams, -1).copy())
-            logp, past = next_logp(model, memory, past, tokens, jnp.asarray(step), seen)
+            logp, read = read_step(model, memory, read, tokens, jnp.asarray(step), seen)
             tokens = jnp.asarray(answers[:, :, step])
             found.append(jnp.take_along_axis(logp, tokens[..., None], -1)[..., 0])
         return jnp.stack(found, axis=-1)

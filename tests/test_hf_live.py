@@ -195,7 +195,7 @@ def test_fresh_models(
         sequences = token_model.generate(
             **given, num_beams=beams, max_length=9, forced_eos_token_id=forced.forced_eos
         ).numpy()
-        together = jax.device_get(propose_together(graph, weights, memory, prior, settings, forced, True))
+        together = jax.device_get(propose_together(graph, weights, memory, prior, settings, forced, True)[0])
         for b, generated in enumerate(sequences):
             length = together.length[b, 0]
             np.testing.assert_array_equal(together.tokens[b, 0, :length], generated[1 : 1 + length])

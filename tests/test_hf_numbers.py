@@ -24,7 +24,7 @@ from ragjax.decode import Candidates, decode_as_hugging_face, decode_together, p
 from ragjax.hf_rag import DPR_PREFIX, import_rag
 from ragjax.loss import loss
 from ragjax.marginal import hugging_face_nll, log_prior, marginal_logp
-from ragjax.models.generator import Memory, SpecialTokens, answer_hidden
+from ragjax.models.generator import Memory, SpecialTokens, answer_hidden, token_logp
 from ragjax.models.layers import Params
 from ragjax.passages import Passage, PassageStore, shard_folder, write_store
 from ragjax.rag import TrainBatch, open_rag, passage_text, prompt_rows
@@ -95,7 +95,7 @@ def golden(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @partial(jax.jit, static_argnums=0)
 def _scores(graph: nnx.GraphDef, params: Params, memory: Memory, answers: jax.Array) -> tuple[jax.Array, jax.Array]:
     generator = nnx.merge(graph, params)
-    return generator.token_logp(answer_hidden(generator, memory, answers), answers)
+    return token_logp(generator, answer_hidden(generator, memory, answers), answers)
 
 
 @pytest.mark.parametrize("name", LABELS)
@@ -228,7 +228,7 @@ def test_rag_token_decoding(golden: Golden, variant: str, beams: int) -> None:
         pytest.skip(f"{variant} is recorded for BART only")
     decode, special = golden.settings(variant, beams)
     memory, prior = golden.memory(), golden.prior
-    found = jax.device_get(propose_together(golden.graph, golden.params, memory, prior, decode, special, True))
+    found = jax.device_get(propose_together(golden.graph, golden.params, memory, prior, decode, special, True)[0])
     sequences = golden.values[f"rag_token/{variant}/b{beams}/sequences"]
     for question, row in enumerate(sequences):
         length = found.length[question, 0]

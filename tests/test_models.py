@@ -29,8 +29,9 @@ from ragjax.config import InputError
 from ragjax.marginal import log_prior, marginal_logp
 from ragjax.models import layers
 from ragjax.models.bert import BertConfig
-from ragjax.models.generator import Memory, empty_past, next_logp, score
+from ragjax.models.generator import Memory, score
 from ragjax.models.llama import LlamaConfig
+from ragjax.prefixes import no_prefixes, read_step
 from ragjax.text import pad_rows
 from ragjax.weights import Pretrained, open_bert, open_generator
 
@@ -223,21 +224,21 @@ def test_cached_equals_uncached(small: Small) -> None:
     answers = jnp.asarray(ANSWERS)
     memory = prefilled(small, *padded(PROMPTS, 9))
     n, width, longest = answers.shape
-    past, last = empty_past(memory, width * longest), jnp.broadcast_to(memory.start[:, None], (n, width))
+    read, last = no_prefixes(small.model, memory, width * longest), jnp.broadcast_to(memory.start[:, None], (n, width))
     slot = jnp.arange(width * longest)
     found = []
 
     @jax.jit
     def follow(params: Any, *given: Any) -> Any:
-        return next_logp(nnx.merge(small.graph, params), *given)
+        return read_step(nnx.merge(small.graph, params), *given)
 
     for t in range(longest):
         own = (slot % width == jnp.arange(width)[:, None]) & (slot // width <= t)
         visible = jnp.broadcast_to(own, (n, *own.shape))
-        logp, past = follow(small.params, memory, past, last, jnp.asarray(t), visible)
+        logp, read = follow(small.params, memory, read, last, jnp.asarray(t), visible)
         last = answers[:, :, t]
         found.append(jnp.take_along_axis(logp, last[..., None], axis=-1)[..., 0])
-    assert int(past.filled) == width * longest
+    assert int(read.past.filled) == width * longest
     np.testing.assert_allclose(jnp.stack(found, axis=-1), scored(small, memory, answers), atol=1e-5)
 
 
@@ -267,7 +268,7 @@ def test_prefix_tree_equals_separate_answers(small: Small) -> None:
 
 @pytest.mark.parametrize("vocabulary", [2500, 2048, 30])
 def test_blocks_of_the_vocabulary(vocabulary: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of 1024, the last one overlapping: values, smoothing means and both gradients as of log_softmax."""
+    """Blocks that overlap, that do not, and only one: values, smoothing means and both gradients as of log_softmax."""
     monkeypatch.setattr(layers, "LOGIT_BUDGET", 1)
     rng = np.random.default_rng(0)
     hidden = jnp.asarray(rng.normal(size=(2, 3, 8)), jnp.float32)
@@ -281,7 +282,8 @@ def test_blocks_of_the_vocabulary(vocabulary: int, monkeypatch: pytest.MonkeyPat
         return jnp.take_along_axis(logp, targets[..., None], axis=-1)[..., 0], logp.mean(axis=-1)
 
     def blocks(hidden: jax.Array, head: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return layers.token_logp(hidden, head, targets)
+        logsumexp, mean = layers.normalizer(hidden, head)
+        return layers.target_logits(hidden, head, targets) - logsumexp, mean - logsumexp
 
     def weighted(function: Any) -> Any:
         return lambda *args: sum((w * out).sum() for w, out in zip(weights, function(*args), strict=True))

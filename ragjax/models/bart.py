@@ -15,7 +15,18 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ragjax.config import InputError
 from ragjax.models.generator import Keys, Memory, Past
-from ragjax.models.layers import ACTIVATIONS, Attended, Attention, attend, dropout, fold, scan_layers, stack, token_logp
+from ragjax.models.layers import (
+    ACTIVATIONS,
+    Attended,
+    Attention,
+    attend,
+    dropout,
+    fold,
+    normalizer,
+    scan_layers,
+    stack,
+    target_logits,
+)
 
 OFFSET = 2  # the first rows of the position tables are unused
 EPSILON = 1e-5
@@ -182,10 +193,11 @@ class Bart(nnx.Module):
         head = self.embed.embedding[...].astype(hidden.dtype)
         return jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32) + self._bias()
 
-    def token_logp(
-        self, hidden: Float[Array, "... D"], targets: Int[Array, "..."]
-    ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-        return token_logp(hidden, self.embed.embedding[...], targets, self._bias())
+    def normalizer(self, hidden: Float[Array, "... D"]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+        return normalizer(hidden, self.embed.embedding[...], self._bias())
+
+    def target_logits(self, hidden: Float[Array, "... D"], targets: Int[Array, "..."]) -> Float[Array, "..."]:
+        return target_logits(hidden, self.embed.embedding[...], targets, self._bias())
 
     def _bias(self) -> Float[Array, " V"]:
         return jax.lax.stop_gradient(self.logits_bias[0])  # Hugging Face keeps it as a constant

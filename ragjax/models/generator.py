@@ -6,7 +6,7 @@ A document is read once, by `prefill`; all that is ever generated or scored afte
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,10 @@ class Memory:
     offset: Int[Array, " n"]  # absolute position of the start token
     start: Int[Array, " n"]  # the token from which the answer begins
 
+    def take(self, rows: Int[Array, " R"]) -> Memory:
+        """The memories of some rows."""
+        return Memory(self.keys[:, rows], self.values[:, rows], self.mask[rows], self.offset[rows], self.start[rows])
+
 
 @struct.dataclass
 class Past:
@@ -64,6 +68,10 @@ class Past:
         rows = positions.reshape(positions.shape[0], -1)
         return replace(self, positions=jax.lax.dynamic_update_slice(self.positions, rows, (0, self.filled)))
 
+    def take(self, rows: Int[Array, " R"]) -> Past:
+        """The pools of some rows."""
+        return replace(self, keys=self.keys[:, rows], values=self.values[:, rows], positions=self.positions[rows])
+
     def advance(self, count: int) -> Past:
         """With `count` more slots filled, once every layer has written them."""
         return replace(self, filled=self.filled + count)
@@ -72,6 +80,8 @@ class Past:
 @runtime_checkable
 class Generator(Protocol):
     """Families: `llama.py`, `bart.py`, `t5.py`. Positions count from the start token, which is 0."""
+
+    config: Any
 
     def prefill(
         self, source: Int[Array, "n S"], mask: Bool[Array, "n S"], keys: Keys | None = None, remat: bool = False
@@ -100,18 +110,28 @@ class Generator(Protocol):
         """Float32 logits."""
         ...
 
-    def token_logp(
-        self, hidden: Float[Array, "... D"], targets: Int[Array, "..."]
-    ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-        """Log-probability of each target and the mean over the vocabulary, in nats; never all logits at once."""
+    def normalizer(self, hidden: Float[Array, "... D"]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+        """The logsumexp of the logits and their mean over the vocabulary, never all of them at once."""
         ...
+
+    def target_logits(self, hidden: Float[Array, "... D"], targets: Int[Array, "..."]) -> Float[Array, "..."]:
+        """The logits of the targets alone."""
+        ...
+
+
+def token_logp(
+    generator: Generator, hidden: Float[Array, "... D"], targets: Int[Array, "..."]
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """Log-probability of each target and the mean over the vocabulary, in nats."""
+    normalizer, mean = generator.normalizer(hidden)
+    return generator.target_logits(hidden, targets) - normalizer, mean - normalizer
 
 
 def score(
     generator: Generator, memory: Memory, answers: Int[Array, "n C T"], keys: Keys | None = None, remat: bool = False
 ) -> Float[Array, "n C T"]:
     """log p(answers[t] | answers[<t], x, z) for C answers that share each memory; callers mask padding and sum."""
-    return generator.token_logp(answer_hidden(generator, memory, answers, keys, remat), answers)[0]
+    return token_logp(generator, answer_hidden(generator, memory, answers, keys, remat), answers)[0]
 
 
 def answer_hidden(

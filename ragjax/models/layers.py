@@ -1,4 +1,4 @@
-"""What every model family shares: stacked layers, dropout by row, positions, log-probabilities by vocabulary blocks."""
+"""What every model family shares: stacked layers, dropout by row, attention, the vocabulary visited by blocks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 Params = dict[str, Any]  # a nested dict of arrays, as `nnx.to_pure_dict` gives it
 NEGATIVE = -1e30  # masks attention logits: finite, so that a fully masked row gives no NaN
-LOGIT_BUDGET = 2**24  # at most so many logits at once when targets are scored
+LOGIT_BUDGET = 2**24  # at most so many logits at once when they are summed over the vocabulary
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": partial(jax.nn.gelu, approximate=False),
@@ -152,40 +152,48 @@ def _form(part: Attended) -> str:
     return "npkd" if part.keys.ndim == 4 else "ngpkd"
 
 
-def token_logp(
-    hidden: Float[Array, "... D"],
-    head: Float[Array, "V D"],
-    targets: Int[Array, "..."],
-    bias: Float[Array, " V"] | None = None,
+def normalizer(
+    hidden: Float[Array, "... D"], head: Float[Array, "V D"], bias: Float[Array, " V"] | None = None
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    """Float32 log-probability of each target, and the mean log-probability over the vocabulary (for smoothing).
+    """Float32 logsumexp of the logits, which normalises them, and their mean over the vocabulary (for smoothing).
 
     The vocabulary is visited in blocks, forward and backward, so that memory does not grow with rows times V.
     """
-    rows, vocabulary = targets.size, head.shape[0]
-    block = min(vocabulary, max(1024, LOGIT_BUDGET // max(1, rows)))
-    flat, goal = hidden.reshape(rows, -1), targets.reshape(rows)
+    flat, vocabulary = hidden.reshape(-1, hidden.shape[-1]), head.shape[0]
+    rows = flat.shape[0]
+    blocks = -(-vocabulary // max(1024, LOGIT_BUDGET // max(1, rows)))
+    block = -(-vocabulary // blocks)
     head = gather(head.astype(hidden.dtype))  # once, not for every block
 
-    @jax.checkpoint
-    def visit(carry: tuple[Array, ...], number: Array) -> tuple[tuple[Array, ...], None]:
-        top, total, picked, summed = carry
+    def visit(carry: tuple[Array, Array, Array], number: Array) -> tuple[tuple[Array, Array, Array], None]:
+        top, total, summed = carry
         first = jnp.minimum(number * block, vocabulary - block)  # the last block overlaps the one before
-        ids = first + jnp.arange(block)
         part = jax.lax.dynamic_slice_in_dim(head, first, block)
         logits = jnp.einsum("rd,vd->rv", flat, part, preferred_element_type=jnp.float32)
         if bias is not None:
             logits += jax.lax.dynamic_slice_in_dim(bias, first, block)
-        fresh = ids >= number * block
+        fresh = first + jnp.arange(block) >= number * block
         masked = jnp.where(fresh, logits, -jnp.inf)
         new_top = jax.lax.stop_gradient(jnp.maximum(top, masked.max(axis=-1)))
         total = total * jnp.exp(top - new_top) + jnp.exp(masked - new_top[:, None]).sum(axis=-1)
-        picked += jnp.where((ids == goal[:, None]) & fresh, logits, 0.0).sum(axis=-1)
         summed += jnp.where(fresh, logits, 0.0).sum(axis=-1)
-        return (new_top, total, picked, summed), None
+        return (new_top, total, summed), None
 
     zero = jnp.zeros(rows, jnp.float32)
-    start = (jnp.full(rows, NEGATIVE, jnp.float32), zero, zero, zero)
-    (top, total, picked, summed), _ = jax.lax.scan(visit, start, jnp.arange(-(-vocabulary // block)))
-    normalizer = top + jnp.log(total)
-    return (picked - normalizer).reshape(targets.shape), (summed / vocabulary - normalizer).reshape(targets.shape)
+    start = (jnp.full(rows, NEGATIVE, jnp.float32), zero, zero)
+    # logits that are few enough to be kept are not computed again going backward
+    (top, total, summed), _ = jax.lax.scan(visit if blocks == 1 else jax.checkpoint(visit), start, jnp.arange(blocks))
+    shape = hidden.shape[:-1]
+    return (top + jnp.log(total)).reshape(shape), (summed / vocabulary).reshape(shape)
+
+
+def target_logits(
+    hidden: Float[Array, "... D"],
+    head: Float[Array, "V D"],
+    targets: Int[Array, "..."],
+    bias: Float[Array, " V"] | None = None,
+) -> Float[Array, "..."]:
+    """The float32 logits of the targets alone."""
+    rows = gather(head.astype(hidden.dtype))[targets]
+    logits = jnp.einsum("...d,...d->...", hidden, rows, preferred_element_type=jnp.float32)
+    return logits if bias is None else logits + bias[targets]

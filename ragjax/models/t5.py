@@ -16,7 +16,18 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ragjax.config import InputError
 from ragjax.models.generator import Keys, Memory, Past
-from ragjax.models.layers import ACTIVATIONS, Attended, Attention, attend, dropout, fold, scan_layers, stack, token_logp
+from ragjax.models.layers import (
+    ACTIVATIONS,
+    Attended,
+    Attention,
+    attend,
+    dropout,
+    fold,
+    normalizer,
+    scan_layers,
+    stack,
+    target_logits,
+)
 
 
 @dataclass(frozen=True)
@@ -203,10 +214,11 @@ class T5(nnx.Module):
         head = self._head().astype(hidden.dtype)
         return jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
 
-    def token_logp(
-        self, hidden: Float[Array, "... D"], targets: Int[Array, "..."]
-    ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-        return token_logp(hidden, self._head(), targets)
+    def normalizer(self, hidden: Float[Array, "... D"]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+        return normalizer(hidden, self._head())
+
+    def target_logits(self, hidden: Float[Array, "... D"], targets: Int[Array, "..."]) -> Float[Array, "..."]:
+        return target_logits(hidden, self._head(), targets)
 
     def _head(self) -> Float[Array, "V D"]:
         return self.embed.embedding[...] if self.config.tied else self.head.embedding[...]
