@@ -116,7 +116,9 @@ class Known:
         if most == 0:
             hidden, normalizer = self.prefixes.hidden[np.array(rows)], self.prefixes.normalizer[np.array(rows)]
         else:
-            count, slots, width = len(chosen), self.prefixes.tokens.shape[1], few_sizes(most, 8)
+            count, slots = len(chosen), self.prefixes.tokens.shape[1]
+            step = max(16, 1 << max(0, most.bit_length() - 4))  # at most an eighth, or 15, is padding
+            width = -(-most // step) * step
             tokens, positions = np.zeros((2, count, width), np.int32)
             visible = np.zeros((count, width, slots + width), bool)
             for r, tree in enumerate(trees):

