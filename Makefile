@@ -47,12 +47,16 @@ lint: $(VENV)/dev
 	$(BIN)/shellcheck launch/*.sh
 
 bench: $(VENV)/dev
+	$(PIP) -e '.[dev,bench]'
+	$(BIN)/python -m benchmarks.hugging_face --model bart-small --folder runs/bench
+	$(BIN)/python -m benchmarks.hugging_face --model bart-base --folder runs/bench
 	$(BIN)/python -m benchmarks.scoring
 	$(BIN)/python -m benchmarks.index
 	$(BIN)/python -m benchmarks.building --count 1000000 --kind IVF1024,PQ16
 	$(BIN)/ragjax index configs/factbook.yaml
-	$(BIN)/python -m benchmarks.training configs/factbook.yaml
-	$(BIN)/python -m benchmarks.answering configs/factbook.yaml decode.k=5 decode.beams=4
+	$(BIN)/python -m benchmarks.encoding configs/factbook.yaml --folder runs/bench
+	$(BIN)/python -m benchmarks.training configs/factbook.yaml train.k=8 --through 2 --folder runs/bench
+	$(BIN)/python -m benchmarks.answering configs/factbook.yaml decode.k=10 decode.beams=5 --torch --folder runs/bench
 
 clean:
 	rm -rf .venv-* .pytest_cache .mypy_cache .ruff_cache *.egg-info dist

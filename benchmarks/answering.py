@@ -1,53 +1,159 @@
-"""How long one question takes, models loaded and programs compiled, and where the time goes.
+"""How long one question takes, models loaded and programs compiled, where the time goes, and whether modes agree.
 
-    python -m benchmarks.answering configs/factbook.yaml decode.k=5 decode.beams=4
+    python -m benchmarks.answering configs/factbook.yaml decode.k=10 decode.beams=5 --questions 20 --torch
 
-Questions of the test split are answered one by one, in turn thoroughly and fast; one round before compiles and does not
-count. Reading the documents and the beam search are timed apart on the same questions; scoring every candidate under
-every document is what thorough decoding takes more than fast decoding.
+Questions of the test split are answered one by one by every mode in turn, with the configuration's newest checkpoint,
+or else the pretrained models. The stages of thorough decoding are timed apart: retrieval, reading the documents, the
+beam search, and scoring what the beam search has not; beside it every candidate as a whole under every document, which
+must choose the same. `--torch` (extra `bench`) adds plain torch and transformers, written straightforwardly, with the
+same weights and documents: `generate` searches with beams under every document, then every distinct candidate is scored
+under every document as a whole sequence, a candidate at a time. Where answers differ the margin between them is told.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
-import time
-from collections.abc import Callable
+import ctypes
+import dataclasses
+import os
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
-from rich import box
-from rich.console import Console
-from rich.table import Table
+from rich.progress import track
 
+from benchmarks.report import Stage, flops_of, make_console, or_input_error, peak, show, timed, times_as_fast, write
 from ragjax.answer import Answerer, open_answerer
-from ragjax.config import InputError, load_config
-from ragjax.decode import propose, read
+from ragjax.config import load_config
+from ragjax.cost import size_text
+from ragjax.decode import Candidates, pad_answers, propose, read, score_tokens, with_end
 from ragjax.passages import read_questions
-from ragjax.rag import prompt_rows, retrieve
+from ragjax.prefixes import Known
+from ragjax.rag import Retrieved, prompt_rows
+from ragjax.weights import generator_tensors
+
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+MODES = ("thorough", "certified", "fast")
+STAGES = ("retrieval", "reading", "beam search", "scoring what is unread", "scoring all, whole")
+Answer = tuple[int, ...]  # with the end token
 
 
-def seconds(program: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    jax.block_until_ready(program())
-    return time.perf_counter() - started
+def on_torch(answerer: Answerer) -> Any:
+    """The same generator as transformers has it."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    hf = dict(answerer.rag.generator.hf)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(hf.pop("model_type"), **hf)).eval()
+    tensors = generator_tensors(answerer.rag.generator.hf, jax.device_get(answerer.params["generator"]))
+    missing, unexpected = model.load_state_dict(
+        {name: torch.tensor(np.asarray(value)) for name, value in tensors.items()}, strict=False
+    )
+    assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
+    model.tie_weights()
+    return model
 
 
-def measure(answerer: Answerer, question: str) -> dict[str, float]:
-    """Seconds of each stage, and of the whole in both modes."""
-    rag, params, settings = answerer.rag, answerer.params, answerer.rag.config.decode
-    graph, of_generator = rag.generator.graph, params["generator"]
-    found = retrieve(rag, params, answerer.index, [question], settings.k)
-    rows = prompt_rows(rag, answerer.store, [question], found.ids)
-    memory = read(graph, of_generator, *rows)
-    return {
-        "thorough": seconds(lambda: answerer.answer([question], mode="thorough")),
-        "fast": seconds(lambda: answerer.answer([question], mode="fast")),
-        "retrieval": seconds(lambda: retrieve(rag, params, answerer.index, [question], settings.k)),
-        "reading": seconds(lambda: read(graph, of_generator, *rows)),
-        "beam search": seconds(lambda: propose(graph, of_generator, memory, settings, rag.special)),
-    }
+def answer_on_torch(model: Any, answerer: Answerer, prompts: list[list[int]], prior: np.ndarray) -> dict[Answer, float]:
+    """Every candidate and its log p(y|x), nats."""
+    import torch
+
+    settings, special = answerer.rag.config.decode, answerer.rag.special
+    longest = max(map(len, prompts))
+    rows = torch.tensor([[special.pad] * (longest - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    with torch.no_grad():
+        found = model.generate(
+            rows,
+            attention_mask=mask,
+            num_beams=settings.beams,
+            num_return_sequences=settings.beams,
+            max_new_tokens=settings.max_new_tokens,
+            min_new_tokens=settings.min_new_tokens,
+            length_penalty=0.0,
+            early_stopping=False,
+            do_sample=False,
+            eos_token_id=special.eos,
+            pad_token_id=special.pad,
+        )[:, longest:].tolist()
+        candidates = {}
+        for row in found:
+            end = row.index(special.eos) + 1 if special.eos in row else len(row)
+            candidates[tuple(row[:end])] = 0.0
+        for y in candidates:
+            whole = torch.cat([rows, torch.tensor([y] * len(prompts))], dim=1)
+            seen = torch.cat([mask, torch.ones(len(prompts), len(y), dtype=torch.long)], dim=1)
+            places = (seen.cumsum(dim=1) - 1).clamp(min=0)
+            logits = model(whole, attention_mask=seen, position_ids=places).logits[:, longest - 1 : -1]
+            logp = torch.log_softmax(logits, dim=-1).gather(2, whole[:, longest:, None])[..., 0].sum(dim=1)
+            candidates[y] = float(torch.logsumexp(torch.tensor(prior) + logp, dim=0))
+    return candidates
+
+
+@dataclasses.dataclass
+class Measured:
+    """Of one question."""
+
+    seconds: dict[str, float]
+    found: dict[str, Candidates]  # by mode
+    whole: dict[Answer, float]  # every candidate scored as a whole under every document: log p(y|x), nats
+    flops: dict[str, float]
+    memory: int  # bytes by which scoring what is unread lets the process grow
+    prompts: list[list[int]]
+    retrieved: Retrieved
+
+
+def measure(answerer: Answerer, question: str, with_flops: bool) -> Measured:
+    rag, params, settings = answerer.rag, answerer.params["generator"], answerer.rag.config.decode
+    graph, special, seconds = rag.generator.graph, rag.special, {}
+    seconds["retrieval"], retrieved = timed(answerer.retrieve, [question])
+    prior = retrieved.log_prior[0]
+    source, mask = prompt_rows(rag, answerer.store, [question], retrieved.ids)
+    seconds["reading"], memory = timed(read, graph, params, source, mask)
+    seconds["beam search"], (_, prefixes) = timed(propose, graph, params, memory, settings, special)
+    found = {}
+    for mode in MODES:
+        seconds[mode], ([found[mode]], _) = timed(answerer.candidates, [question], retrieved, mode)
+        seconds[mode] += seconds["retrieval"]
+    of_question = list(zip(found["thorough"].tokens, found["thorough"].finished.tolist(), strict=True))
+    answers = with_end(of_question, special)
+    wanted = {z: answers for z in np.flatnonzero(prior > -np.inf).tolist()}
+    known = Known(graph, params, memory, prefixes)
+    known.score(wanted)  # compiles
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed counts as free
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+    before = _status("VmRSS")
+    seconds["scoring what is unread"], _ = timed(lambda: Known(graph, params, memory, prefixes).score(wanted))
+    grown = _status("VmHWM") - before
+    padded = pad_answers([of_question], special, settings.max_new_tokens)
+    score_tokens(graph, params, memory, *padded).block_until_ready()
+    seconds["scoring all, whole"], tokens = timed(score_tokens, graph, params, memory, *padded)
+    joint = prior[:, None].astype(np.float64) + np.asarray(tokens, np.float64)[0].sum(axis=-1)[:, : len(answers)]
+    flops = {}
+    if with_flops:
+        flops["reading"] = flops_of(partial(read, graph), params, source, mask) * mask.mean()
+        a_step = flops_of(lambda p, m: propose(graph, p, m, settings, special), params, memory)
+        flops["beam search"] = a_step * int(prefixes.past.filled) / settings.beams
+        # of each prefix the same is computed as in the beam search
+        flops["scoring what is unread"] = a_step / (len(prior) * settings.beams) * known.unread(wanted)
+        flops["thorough"] = sum(flops.values())
+        flops["fast"] = flops["reading"] + flops["beam search"]
+    return Measured(
+        seconds,
+        found,
+        dict(zip(answers, np.logaddexp.reduce(joint, axis=0).tolist(), strict=True)),
+        flops,
+        grown,
+        [row[shown].tolist() for row, shown in zip(source, mask, strict=True)],
+        retrieved,
+    )
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(name))
 
 
 def main() -> None:
@@ -58,34 +164,77 @@ def main() -> None:
     )
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--questions", type=int, default=20)
+    parser.add_argument("--questions", type=int, default=20, help="of the test split, spread over it")
+    parser.add_argument("--torch", action="store_true", help="plain torch, too: a minute or two a question")
+    parser.add_argument("--folder", type=Path, help="where to write answering.md and answering.png")
     options = parser.parse_args()
     config = load_config(options.config, options.overrides)
-    answerer = open_answerer(config)
-    questions = [q.question for q in read_questions(Path(config.questions.test))[: options.questions]]
-    for question in questions:
-        measure(answerer, question)
-    found = [measure(answerer, question) for question in questions]
-    times = {stage: np.array([m[stage] for m in found]) for stage in found[0]}
-    times["scoring"] = times["thorough"] - times["fast"]
-    table = Table(f"{len(questions)} questions", "median s", "min … max s", "of thorough", box=box.SIMPLE_HEAD)
-    whole = np.median(times["thorough"])
-    for stage in ("thorough", "fast", "retrieval", "reading", "beam search", "scoring"):
-        of_stage = times[stage]
-        share = f"{np.median(of_stage) / whole:.0%}"
-        table.add_row(stage, f"{np.median(of_stage):.2f}", f"{of_stage.min():.2f} … {of_stage.max():.2f}", share)
-    console = Console(highlight=False)
-    console.print(f"k = {config.decode.k}, {config.decode.beams} beams, {config.generator.source}, {jax.devices()[0]}")
-    console.print(table)
+    answerer, console = open_answerer(config), make_console()
+    every = [question.question for question in read_questions(Path(config.questions.test))]
+    questions = [every[i] for i in np.linspace(0, len(every) - 1, options.questions).astype(int)]
+    model = on_torch(answerer) if options.torch else None
+    eos = answerer.rag.special.eos
 
+    def answer(found: Candidates, mode: str) -> Answer:
+        best = found.best(mode)[0]
+        return (*found.tokens[best], *([eos] if found.finished[best] else []))
 
-def or_input_error(program: Callable[[], None]) -> None:
-    """Bad input ends as in the command line: one line, code 2."""
-    try:
-        program()
-    except InputError as error:
-        print(f"{error}", file=sys.stderr)
-        sys.exit(2)
+    stages = {name: Stage() for name in (*MODES, *STAGES, *(["plain torch"] if model else []))}
+    differ: list[str] = []
+
+    def compare(name: str, theirs: dict[Answer, float], chosen: Answer) -> None:
+        """Whether all candidates together, of which each has its log p(y|x), choose what thorough decoding chose."""
+        ended = {y: logp for y, logp in theirs.items() if y[-1] == eos} or theirs
+        best = max(ended, key=ended.__getitem__)
+        if best != chosen:
+            margin = ended[best] - theirs.get(chosen, -np.inf)
+            text = answerer.text(best[: -1 if best[-1] == eos else None])
+            differ.append(f"{name}: {question} {text!r}, {margin:.1e} nats apart")
+
+    measured = []
+    for question in track(questions, "answer", console=None, disable=not console.is_terminal):
+        measure(answerer, question, False)  # compiles what this question is the first to need
+        measured.append(of := measure(answerer, question, True))
+        for name, took in of.seconds.items():
+            stages[name].seconds.append(took)
+        chosen = answer(of.found["thorough"], "thorough")
+        if answer(of.found["certified"], "certified") != chosen:
+            differ.append(f"certified: {question}")
+        compare("scoring all, whole", of.whole, chosen)
+        if model is not None:
+            took, theirs = timed(answer_on_torch, model, answerer, of.prompts, of.retrieved.log_prior[0])
+            stages["plain torch"].seconds.append(took)
+            compare("plain torch", theirs, chosen)
+    for name in measured[0].flops:
+        stages[name].flops = float(np.mean([of.flops[name] for of in measured]))
+
+    d, most = config.decode, peak()
+    count = np.median([len(of.whole) for of in measured])
+    console.print(
+        f"{config.generator.source}, step {answerer.step}: k = {d.k}, {d.beams} beams, {d.max_new_tokens} new tokens, "
+        f"{count:.0f} candidates; {jax.devices()[0]}, {most / 1e9:.0f} GFLOP/s\n",
+        soft_wrap=True,
+    )
+    show(console, f"{len(questions)} questions", stages, "thorough", most)
+    thorough, certified, fast, scoring = (
+        np.array(stages[name].seconds) for name in ("thorough", "certified", "fast", "scoring what is unread")
+    )
+    console.print(
+        f"rescoring's share: {np.median(scoring / thorough):.0%} of thorough decoding, "
+        f"{np.median((certified - fast) / certified):.0%} of certified (medians)"
+    )
+    scores = [of.found["certified"].needed or (0, 0) for of in measured]
+    skipped = np.array([1 - computed / max(1, needed) for computed, needed in scores])
+    shares = ", ".join(f"{q} %: {np.percentile(skipped, q):.0%}" for q in (1, 10, 25, 50))
+    console.print(f"scores that certified skips: {skipped.mean():.0%} in the mean; percentiles over questions {shares}")
+    console.print(f"scoring what is unread takes at most {size_text(max(of.memory for of in measured))} of memory")
+    if model is not None:
+        ratio = times_as_fast(stages["plain torch"], stages["thorough"])
+        console.print(f"thorough: {ratio:.1f} times as fast as plain torch")
+    console.print(f"other answers than thorough's: {len(differ)} of {len(questions)} questions")
+    for line in differ:
+        console.print(f"  {line}", soft_wrap=True)
+    write(console, options.folder, "answering", {"one question": stages})
 
 
 if __name__ == "__main__":

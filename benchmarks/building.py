@@ -26,7 +26,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.answering import or_input_error
+from benchmarks.report import or_input_error
 from ragjax.cost import size_text
 from ragjax.factbook import build_factbook
 from ragjax.hub import fetch

@@ -14,7 +14,6 @@ import argparse
 import dataclasses
 import os
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,16 +22,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
+from benchmarks.report import Stage, flops_of, make_console, peak, show, timed, times_as_fast, write
 from ragjax.config import Config, Decode, Retriever, Train
-from ragjax.decode import decode, propose, read
+from ragjax.cost import matmul_flops
+from ragjax.decode import decode, propose, read, with_end
 from ragjax.hub import cache_folder
 from ragjax.marginal import log_prior
 from ragjax.mesh import enable_compilation_cache
 from ragjax.models.generator import SpecialTokens
+from ragjax.prefixes import Known
 from ragjax.rag import Models, TrainBatch
 from ragjax.step import initial_state, make_train_step
 from ragjax.text import Prompt
@@ -82,20 +82,6 @@ def hugging_face(shape: dict[str, int], documents: int) -> Any:
     ).eval()
 
 
-def timed(program: Callable[..., Any], *given: Any) -> tuple[float, Any]:
-    started = time.perf_counter()
-    found = jax.block_until_ready(program(*given))
-    return time.perf_counter() - started, found
-
-
-def peak() -> float:
-    """This machine's floating-point operations a second in a matrix product of XLA, float32."""
-    square = jnp.ones((4096, 4096))
-    product = jax.jit(jnp.matmul)
-    jax.block_until_ready(product(square, square))
-    return 2 * 4096**3 / min(timed(product, square, square)[0] for _ in range(3))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.hugging_face",
@@ -112,13 +98,15 @@ def main() -> None:
     parser.add_argument("--train-documents", type=int, default=5)
     parser.add_argument("--train-questions", type=int, default=2, help="in a training step")
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--folder", type=Path, help="where to write MODEL.md and MODEL.png")
     options = parser.parse_args()
-    console = Console(highlight=False)
-    for part in options.parts:
-        {"decoding": decoding, "training": training}[part](options, console)
+    console, most = make_console(), peak()
+    console.print(f"{options.model} on {jax.devices()[0]}, {most / 1e9:.0f} GFLOP/s\n")
+    parts = {"decoding": decoding, "training": training}
+    write(console, options.folder, options.model, {part: parts[part](options, console, most) for part in options.parts})
 
 
-def decoding(options: argparse.Namespace, console: Console) -> None:
+def decoding(options: argparse.Namespace, console: Console, most: float) -> dict[str, Stage]:
     import torch
 
     enable_compilation_cache(cache_folder() / "xla")
@@ -167,43 +155,54 @@ def decoding(options: argparse.Namespace, console: Console) -> None:
     for b in range(questions):  # compiles
         for program in programs.values():
             program(b)
-    seconds: dict[str, list[float]] = {name: [] for name in ["Hugging Face", *programs]}
+    stages = {name: Stage() for name in ["Hugging Face", *programs, "rescoring"]}
     same = dict.fromkeys(("Hugging Face", "certified"), 0)
-    flops = peak()
-    candidates, skipped = [], []
+    candidates, skipped, flops = [], [], []
+    of_reading = flops_of(
+        lambda p, s, m: read(ours.graph, p, s, m), params, sources[0], np.ones(sources[0].shape, bool)
+    )
+    of_step = flops_of(lambda p, m: propose(ours.graph, p, m, settings, SPECIAL), params, memories[0])
     for b in range(questions):
         took, chosen = timed(by_hugging_face, b)
-        seconds["Hugging Face"].append(took)
+        stages["Hugging Face"].seconds.append(took)
         found = {}
         for name, program in programs.items():
             took, found[name] = timed(program, b)
-            seconds[name].append(took)
+            stages[name].seconds.append(took)
         best = answer(found["thorough"], "thorough")
         same["Hugging Face"] += chosen[: len(best)] == best and set(chosen[len(best) :]) <= {SPECIAL.pad, SPECIAL.eos}
         same["certified"] += answer(found["certified"], "certified") == best
         candidates.append(len(found["thorough"].tokens))
         computed, needed = found["certified"].needed
         skipped.append(1 - computed / max(1, needed))
-    seconds["rescoring"] = [t - f for t, f in zip(seconds["thorough"], seconds["fast"], strict=True)]
-    whole = float(np.median(seconds["thorough"]))
-    table = Table("decoding", "median s", "min … max s", "of thorough", box=box.SIMPLE_HEAD)
-    for name, of in seconds.items():
-        median = float(np.median(of))
-        table.add_row(name, f"{median:.3f}", f"{min(of):.3f} … {max(of):.3f}", f"{median / whole:.2f}")
-    console.print(
-        f"{options.model}: {questions} questions, {k} documents of {options.source_tokens} tokens, "
-        f"{options.beams} beams, {longest} new tokens, "
-        f"{np.median(candidates):.0f} candidates; {jax.devices()[0]}, {flops / 1e9:.0f} GFLOP/s"
+        prefixes = found["beam search"][1]
+        known = Known(ours.graph, params, memories[b], prefixes)
+        answers = with_end(
+            list(zip(found["thorough"].tokens, found["thorough"].finished.tolist(), strict=True)), SPECIAL
+        )
+        unread = known.unread(dict.fromkeys(range(k), answers))
+        steps = int(prefixes.past.filled) / options.beams
+        flops.append((of_reading, of_step * steps, of_step / (k * options.beams) * unread))
+    stages["rescoring"].seconds = [
+        thorough - fast for thorough, fast in zip(stages["thorough"].seconds, stages["fast"].seconds, strict=True)
+    ]
+    reading, searching, rescoring = np.mean(flops, axis=0)
+    stages["reading"].flops, stages["beam search"].flops, stages["rescoring"].flops = reading, searching, rescoring
+    stages["fast"].flops, stages["thorough"].flops = reading + searching, reading + searching + rescoring
+    title = (
+        f"decoding: {questions} questions, {k} documents of {options.source_tokens} tokens, {options.beams} beams, "
+        f"{longest} new tokens, {np.median(candidates):.0f} candidates"
     )
-    console.print(table)
+    show(console, title, stages, "thorough", most)
     for name, count in same.items():
         console.print(f"{name} chooses what thorough does: {count} of {questions}")
     console.print(f"scores that certified skips: {np.mean(skipped):.0%} (least {min(skipped):.0%})")
-    ratio = float(np.median(np.array(seconds["Hugging Face"]) / np.array(seconds["thorough"])))
+    ratio = times_as_fast(stages["Hugging Face"], stages["thorough"])
     console.print(f"thorough: {ratio:.1f} times as fast as Hugging Face\n")
+    return stages
 
 
-def training(options: argparse.Namespace, console: Console) -> None:
+def training(options: argparse.Namespace, console: Console, most: float) -> dict[str, Stage]:
     import torch
 
     k, count, longest, rate = options.train_documents, options.train_questions, options.target_tokens, 1e-5
@@ -256,33 +255,30 @@ def training(options: argparse.Namespace, console: Console) -> None:
         optimizer.step()
         return loss.item() / count
 
-    seconds: dict[str, list[float]] = {"Hugging Face": [], "ragjax": []}
+    stages = {"Hugging Face": Stage(), "ragjax": Stage()}
+    stages["ragjax"].flops = matmul_flops(step.trace(state, draw(), None).jaxpr.jaxpr)
     losses = []
-    for _ in range(options.steps + 1):  # the first one compiles
+    for number in range(options.steps + 1):  # the first one compiles
         # in turn, two steps each, the second of which counts: the first one gets its memory back from the other library
         batches = draw(), draw()
         theirs_are = []
         for batch in batches:
             took, found = timed(by_hugging_face, batch)
             theirs_are.append(found)
-        seconds["Hugging Face"].append(took)
+        in_turn = {"Hugging Face": took}
         for batch, theirs_is in zip(batches, theirs_are, strict=True):
             took, (state, metrics) = timed(step, state, batch, None)
             losses.append((theirs_is, float(metrics["loss"])))
-        seconds["ragjax"].append(took)
-    flops = peak()
-    table = Table("training step", "median s", "min … max s", box=box.SIMPLE_HEAD)
-    for name, of in seconds.items():
-        table.add_row(name, f"{np.median(of[1:]):.3f}", f"{min(of[1:]):.3f} … {max(of[1:]):.3f}")
-    console.print(
-        f"{options.model}: {count} questions a step, {k} documents of {options.source_tokens} tokens, "
-        f"answers of {longest}; {jax.devices()[0]}, {flops / 1e9:.0f} GFLOP/s"
-    )
-    console.print(table)
+        in_turn["ragjax"] = took
+        for name, took in in_turn.items() if number else ():
+            stages[name].seconds.append(took)
+    title = f"a training step: {count} questions, {k} documents of {options.source_tokens} tokens, answers of {longest}"
+    show(console, title, stages, "ragjax", most)
     apart = max(abs(ours / theirs_is - 1) for theirs_is, ours in losses)
     console.print(f"largest relative difference of a loss over {len(losses)} steps: {apart:.1e}")
-    ratio = np.median(np.array(seconds["Hugging Face"][1:]) / np.array(seconds["ragjax"][1:]))
+    ratio = times_as_fast(stages["Hugging Face"], stages["ragjax"])
     console.print(f"a training step: {ratio:.1f} times as fast as Hugging Face")
+    return stages
 
 
 if __name__ == "__main__":

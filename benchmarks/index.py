@@ -27,7 +27,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.answering import or_input_error
+from benchmarks.report import or_input_error
 from ragjax.config import ON_DEVICES
 from ragjax.cost import size_text
 from ragjax.index import Embeddings, Index, _build_faiss, faiss_bytes

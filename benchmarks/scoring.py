@@ -7,7 +7,6 @@ The same parameters, prompts and candidates; both answers are compared, and medi
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 from functools import partial
 
@@ -15,10 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
+from benchmarks.report import Stage, make_console, peak, show, timed
 from ragjax.hub import cache_folder, checkpoint_folder, fetch
 from ragjax.mesh import enable_compilation_cache
 from ragjax.models.generator import score
@@ -39,12 +36,6 @@ def whole(model: Pretrained, params: Params, source: jax.Array, answer: jax.Arra
     generator = nnx.merge(model.graph, params)
     memory = generator.prefill(source, jnp.ones_like(source, bool))
     return score(generator, memory, jnp.broadcast_to(answer, (source.shape[0], 1, answer.size)))[:, 0].sum(axis=-1)
-
-
-def timed(program: Callable[[], jax.Array]) -> float:
-    started = time.perf_counter()
-    jax.block_until_ready(program())
-    return time.perf_counter() - started
 
 
 def main() -> None:
@@ -74,22 +65,17 @@ def main() -> None:
         "whole sequences": lambda: jnp.stack([one_by_one(params, source, answer) for answer in answers], axis=1),
     }
     values = {name: np.asarray(program()) for name, program in programs.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in programs}
+    stages = {name: Stage() for name in programs}
     for _ in range(options.repeats):  # alternating, so that a busy machine slows both
         for name, program in programs.items():
-            seconds[name].append(timed(program))
+            stages[name].seconds.append(timed(program)[0])
     first, second = values.values()
-    table = Table("scoring", "median s", "min … max s", "ratio", box=box.SIMPLE_HEAD)
-    base = float(np.median(next(iter(seconds.values()))))
-    for name, times in seconds.items():
-        median = float(np.median(times))
-        table.add_row(name, f"{median:.2f}", f"{min(times):.2f} … {max(times):.2f}", f"{median / base:.1f}")
-    console = Console(highlight=False)
+    console = make_console()
     console.print(
         f"{options.documents} documents of {options.source_tokens} tokens, {options.candidates} candidates of "
-        f"{options.target_tokens}: {options.source}"
+        f"{options.target_tokens}: {options.source}\n"
     )
-    console.print(table)
+    show(console, "scoring", stages, "each prompt read once", peak())
     console.print(f"largest difference of a log-probability: {np.abs(first - second).max():.1e} nats")
 
 

@@ -1,9 +1,10 @@
 """The training step with all of a question's documents going backward, and with the likeliest alone, side by side.
 
-    python -m benchmarks.training configs/factbook.yaml
+    python -m benchmarks.training configs/factbook.yaml train.k=8 --through 2
 
 Both compile the configuration's own step, start from the pretrained models and see the same batches, in turn. Needs the
-index. `GLIBC_TUNABLES= python -m benchmarks.training …` shows what huge pages are worth.
+index. `GLIBC_TUNABLES= python -m benchmarks.training …` shows what huge pages are worth. Of the operations that are
+counted, attention's products stand there twice where a backward pass recomputes them.
 """
 
 from __future__ import annotations
@@ -15,13 +16,10 @@ import time
 from pathlib import Path
 
 import jax
-import numpy as np
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
-from benchmarks.answering import or_input_error
+from benchmarks.report import Stage, make_console, or_input_error, peak, show, timed, times_as_fast, write
 from ragjax.config import load_config
+from ragjax.cost import matmul_flops
 from ragjax.mesh import local_mesh
 from ragjax.passages import read_questions
 from ragjax.rag import answer_tokens, retrieve, train_batch
@@ -37,7 +35,9 @@ def main() -> None:
     )
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--through", type=int, default=1, help="documents of a question that go backward")
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--folder", type=Path, help="where to write training.md and training.png")
     options = parser.parse_args()
     config = load_config(options.config, options.overrides)
     rag, index, store = open_world(config)
@@ -55,37 +55,31 @@ def main() -> None:
         batches.append(train_batch(rag, index, store, texts, answers, ids))
     corpus = index.corpus(local_mesh(data=1)) if config.retriever.prior == "corpus" else None
 
-    steps, states, compiling = {}, {}, {}
-    for through in (k, 1):
+    steps, states, compiling, stages = {}, {}, {}, {}
+    for through in (k, options.through):
         changed = dataclasses.replace(config.train, backward_documents=through)
         own = dataclasses.replace(rag, config=dataclasses.replace(config, train=changed))
         states[through] = initial_state(own, jax.tree.map(jax.numpy.array, params))
-        lowered = make_train_step(own).lower(states[through], batches[0], corpus)
-        started = time.perf_counter()
+        traced = make_train_step(own).trace(states[through], batches[0], corpus)
+        lowered, started = traced.lower(), time.perf_counter()
         steps[through] = lowered.compile()
         compiling[through] = time.perf_counter() - started
-    times: dict[int, list[float]] = {through: [] for through in steps}
-    for batch in batches:
+        stages[f"through {through} of {k}"] = Stage(flops=matmul_flops(traced.jaxpr.jaxpr))
+    for number, batch in enumerate(batches):
         for through, step in steps.items():
-            started = time.perf_counter()
-            states[through], _ = jax.block_until_ready(step(states[through], batch, corpus))
-            times[through].append(time.perf_counter() - started)
-
-    table = Table("gradient of the generator", "compile s", "median s", "min … max s", "ratio", box=box.SIMPLE_HEAD)
-    base = float(np.median(times[k][1:]))
-    for through, of in times.items():
-        seconds = np.array(of[1:])  # the first one warms up
-        table.add_row(
-            f"through {through} of {k} documents",
-            f"{compiling[through]:.1f}",
-            f"{np.median(seconds):.2f}",
-            f"{seconds.min():.2f} … {seconds.max():.2f}",
-            f"{np.median(seconds) / base:.2f}",
-        )
-    console = Console(highlight=False)
-    tunables = os.environ.get("GLIBC_TUNABLES") or "not set"
-    console.print(f"{size} questions a step, {config.generator.source}, {jax.devices()[0]}; GLIBC_TUNABLES {tunables}")
-    console.print(table)
+            took, (states[through], _) = timed(step, states[through], batch, corpus)
+            if number > 0:  # the first one warms up
+                stages[f"through {through} of {k}"].seconds.append(took)
+    console, most, tunables = make_console(), peak(), os.environ.get("GLIBC_TUNABLES") or "not set"
+    console.print(
+        f"{size} questions a step, {config.generator.source}, {jax.devices()[0]}, {most / 1e9:.0f} GFLOP/s; "
+        f"GLIBC_TUNABLES {tunables}; compiled in {', '.join(f'{seconds:.1f} s' for seconds in compiling.values())}\n",
+        soft_wrap=True,
+    )
+    whole, few = stages
+    show(console, "gradient of the generator", stages, whole, most)
+    console.print(f"{few}: {times_as_fast(stages[whole], stages[few]):.2f} times as fast as {whole}")
+    write(console, options.folder, "training", {"a training step": stages})
 
 
 if __name__ == "__main__":

@@ -128,6 +128,10 @@ class Known:
             hidden, normalizer = read_further(self.graph, self.params, self.memory, self.prefixes, *further)
         return dict(zip(rows, self._along(trees, paths, hidden, normalizer), strict=True))
 
+    def unread(self, wanted: Mapping[int, Sequence[Tokens]]) -> int:
+        """How many prefixes `score` has to read for these answers, under all of the memories together."""
+        return sum(len(tree.new) for tree in self._trees(wanted, grow=True)[0])
+
     def _trees(self, wanted: Mapping[int, Sequence[Tokens]], grow: bool) -> tuple[list[_Tree], list[list[list[int]]]]:
         slots = self.prefixes.tokens.shape[1]
         trees = [_Tree(self._tokens[row], self._parent[row], slots) for row in wanted]
