@@ -99,6 +99,7 @@ class Train:
     mined: int = 50  # contrastive: documents retrieved a question, among which these are sought
     fused: bool = False  # encode, search, read and learn in one program on the devices, which hold all tokens as well
     backward_documents: int | None = None  # the generator learns from so many of them, the likeliest; null means all
+    probe_every: int | None = None  # measure every so many steps what that leaves out of the generator's gradient
     retriever_lr: float = 3e-5
     generator_lr: float = 3e-5
     warmup: int = 0  # steps
@@ -194,7 +195,8 @@ POSITIVE = (
     "corpus.passage_words retriever.scale retriever.question_tokens retriever.passage_tokens index.batch_size "
     "generator.source_tokens generator.answer_tokens train.steps train.batch_size train.accumulate train.k train.mined "
     "train.clip train.save_every train.save_minutes train.keep train.log_every decode.k decode.beams "
-    "decode.max_new_tokens evaluate.batch_size corpus.limit evaluate.limit train.backward_documents"
+    "decode.max_new_tokens evaluate.batch_size corpus.limit evaluate.limit train.backward_documents "
+    "train.probe_every"
 ).split()
 NOT_NEGATIVE = (
     "train.retriever_lr train.generator_lr train.warmup train.weight_decay train.dropout train.label_smoothing "
@@ -309,6 +311,8 @@ def _check(config: Config, path: Path) -> None:
     problems += _check_refresh(config) + _check_contrastive(config)
     if config.train.keep_best and config.train.dev_questions == 0:
         problems.append("train.keep_best=true needs a dev_loss; set train.dev_questions, such as 200")
+    if config.train.probe_every is not None and config.train.backward_documents is None:
+        problems.append("train.probe_every measures what train.backward_documents leaves out; set that, too")
     problems += _check_model(config)
     if config.decode.min_new_tokens >= config.decode.max_new_tokens:
         problems.append("decode.min_new_tokens must be smaller than decode.max_new_tokens")
@@ -346,7 +350,7 @@ def _check_contrastive(config: Config) -> list[str]:
     train, defaults, problems = config.train, Train(), []
     if train.objective != "contrastive":
         return []
-    for key in ("fused", "backward_documents", "label_smoothing", "exclude_bos"):
+    for key in ("fused", "backward_documents", "probe_every", "label_smoothing", "exclude_bos"):
         if getattr(train, key) != getattr(defaults, key):
             problems.append(f"train.{key} is for train.objective=marginal; leave it out")
     if train.accumulate != 1:

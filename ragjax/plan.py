@@ -43,6 +43,7 @@ from ragjax.step import (
     abstract_state,
     for_answering,
     memory_advice,
+    programs,
     refreshes,
     split_frozen,
     state_shardings,
@@ -231,8 +232,10 @@ class _Plan:
             if self.config.retriever.prior == "corpus":
                 passages, _ = self.passages()
             config = replace(self.config, train=replace(train, remat=remat))
-            traced = trace_step(replace(models, config=config), self.mesh, passages)
-            return matmul_flops(traced.jaxpr.jaxpr), _cost(traced.lower())
+            traced = [trace_step(replace(models, config=config), self.mesh, passages, make) for make in programs(train)]
+            costs = [_cost(program.lower()) for program in traced]
+            most = max(cost.temporaries for cost in costs)
+            return matmul_flops(traced[0].jaxpr.jaxpr), replace(costs[0], temporaries=most)
 
         def gradients() -> tuple[int, str]:
             trained, _ = split_frozen(abstract_state(self.models(), self.mesh).params, train.freeze)

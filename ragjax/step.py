@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -214,12 +214,8 @@ def make_train_step(rag: Models, shardings: Any = None) -> jax.stages.Wrapped:
     def train_step(
         state: TrainState, batch: AnyBatch | Asked, corpus: Corpus | None = None
     ) -> tuple[TrainState, dict[str, Any]]:
-        key, found = jax.random.fold_in(state.key, state.step), {}
-        with nullcontext() if shardings is None else use_abstract_mesh(shardings.step.mesh.abstract_mesh):
-            if isinstance(batch, Asked):
-                assert corpus is not None
-                batch, ids = retrieve_in_step(rag, state.params, batch, corpus)
-                found = {"ids": ids, "tokens": batch.source_mask.sum() + batch.answer_mask.sum() * ids.shape[1]}
+        with _on_mesh(shardings):
+            batch, key, found = _drawn(rag, state, batch, corpus)
             grads, metrics = gradients(rag, state.params, batch, key, corpus)
         metrics |= found
         for part in rag.parts:
@@ -231,6 +227,47 @@ def make_train_step(rag: Models, shardings: Any = None) -> jax.stages.Wrapped:
         return TrainState(state.step + 1, params, optimizer_state, state.key, state.indexed), metrics
 
     return train_step
+
+
+def make_gradient_error(rag: Models, shardings: Any = None) -> jax.stages.Wrapped:
+    """(state, batch, corpus | None) → ‖g − g_m‖ / ‖g‖, of the generator's gradient before a step.
+
+    g goes through all K documents of each question and g_m, the step's own, through `train.backward_documents`. With
+    r_z the posterior and g_z the gradient of −log p(y|x,z), g − g_m is the mean over the questions of Σ r_z g_z over
+    the documents that are left out: at most their mass times the largest norm of a g_z. Raises `InputError` where the
+    generator is frozen.
+    """
+    every = replace(rag, config=replace(rag.config, train=replace(rag.config.train, backward_documents=None)))
+    trained, _ = split_frozen(rag.abstract_params(), rag.config.train.freeze)
+    if not any(path[0] == "generator" for path in trained):
+        raise InputError("train.probe_every: train.freeze leaves nothing of the generator to train; leave it out")
+
+    @jax.jit
+    def gradient_error(state: TrainState, batch: AnyBatch | Asked, corpus: Corpus | None = None) -> Float[Array, ""]:
+        with _on_mesh(shardings):
+            batch, key, _ = _drawn(rag, state, batch, corpus)
+            whole, few = (gradients(models, state.params, batch, key, corpus)[0] for models in (every, rag))
+        of_generator = [path for path in whole if path[0] == "generator"]
+        missed = optax.tree.norm([whole[path] - few[path] for path in of_generator])
+        return missed / jnp.maximum(optax.tree.norm([whole[path] for path in of_generator]), 1e-30)
+
+    return gradient_error
+
+
+def _on_mesh(shardings: Any) -> AbstractContextManager[Any]:
+    return nullcontext() if shardings is None else use_abstract_mesh(shardings.step.mesh.abstract_mesh)
+
+
+def _drawn(
+    rag: Models, state: TrainState, batch: AnyBatch | Asked, corpus: Corpus | None
+) -> tuple[AnyBatch, Key[Array, ""], dict[str, Any]]:
+    """The documents of a step, its random numbers, and what is to be told of its own retrieval."""
+    key = jax.random.fold_in(state.key, state.step)
+    if not isinstance(batch, Asked):
+        return batch, key, {}
+    assert corpus is not None
+    read, ids = retrieve_in_step(rag, state.params, batch, corpus)
+    return read, key, {"ids": ids, "tokens": read.source_mask.sum() + read.answer_mask.sum() * ids.shape[1]}
 
 
 def make_nll(rag: Models) -> jax.stages.Wrapped:
@@ -294,10 +331,13 @@ def reads_corpus(config: Config) -> bool:
     return config.train.fused or config.retriever.prior == "corpus"
 
 
-def trace_step(rag: Models, mesh: Mesh, passages: int) -> jax.stages.Traced:
-    """The training step at its widest, traced with every argument where it would lie on the mesh; allocates nothing.
+def trace_step(
+    rag: Models, mesh: Mesh, passages: int, make: Callable[..., jax.stages.Wrapped] = make_train_step
+) -> jax.stages.Traced:
+    """The training step, or what else `make` makes, at its widest; allocates nothing.
 
-    `passages` is N, which matters where the step reads the corpus. Raises `InputError` as training would.
+    It is traced with every argument where it would lie on the mesh. `passages` is N, which matters where the step reads
+    the corpus. Raises `InputError` as training would.
     """
     check_batch(mesh, rag.config.train.batch_size // rag.config.train.accumulate)
     state, width = abstract_state(rag, mesh), rag.retriever.config.embedding_width
@@ -309,7 +349,12 @@ def trace_step(rag: Models, mesh: Mesh, passages: int) -> jax.stages.Traced:
     else:
         batch = abstract_batch(rag.config, width)
     batch = lay(mesh, batch, "data")
-    return make_train_step(rag, jax.tree.map(lambda leaf: leaf.sharding, state)).trace(state, batch, corpus)
+    return make(rag, jax.tree.map(lambda leaf: leaf.sharding, state)).trace(state, batch, corpus)
+
+
+def programs(train: Train) -> list[Callable[..., jax.stages.Wrapped]]:
+    """What makes the programs that training runs, each of which must fit."""
+    return [make_train_step, *([] if train.probe_every is None else [make_gradient_error])]
 
 
 def check_fits(rag: Models, mesh: Mesh, passages: int, limit: int | None = None) -> None:
@@ -331,7 +376,9 @@ def check_fits(rag: Models, mesh: Mesh, passages: int, limit: int | None = None)
     if config.index.kind in ON_DEVICES:
         searched = bytes_each(abstract_corpus(rag, mesh, passages))
     try:
-        temporaries = compiled_cost(trace_step(rag, mesh, passages).lower()).temporaries
+        temporaries = max(
+            compiled_cost(trace_step(rag, mesh, passages, make).lower()).temporaries for make in programs(config.train)
+        )
     except NotCompiled:
         return  # then the step itself will tell
     if (need := state + temporaries + searched) > limit:

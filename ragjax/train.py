@@ -40,6 +40,7 @@ from ragjax.step import (
     abstract_state,
     check_fits,
     initial_state,
+    make_gradient_error,
     make_nll,
     make_train_step,
     reads_corpus,
@@ -82,6 +83,8 @@ def _train(config: Config, signals: _Signals) -> Path:
     mesh = make_mesh(config.mesh.model)
     check_batch(mesh, config.train.batch_size // config.train.accumulate)
     split_frozen(rag.abstract_params(), config.train.freeze)
+    if config.train.probe_every is not None:
+        make_gradient_error(rag)  # refuses a frozen generator now, and not later
     check_fits(rag, mesh, len(index))
     positions = label_positions(store, [*questions, *dev]) if config.train.objective == "contrastive" else {}
     reader = Reader(rag, index, store, mesh, positions)
@@ -108,6 +111,8 @@ def _train(config: Config, signals: _Signals) -> Path:
             corpus = index.corpus(mesh)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
         step_fn, nll_fn = make_train_step(rag, shardings), make_nll(rag)
+        probe_every = config.train.probe_every
+        error_fn = make_gradient_error(rag, shardings) if probe_every else None
         log = stack.enter_context(_log(folder, done, config))
         with progress_bar("train", config.train.steps, "steps", done) as advance:
             signals.saving, last_save = True, time.monotonic()
@@ -118,8 +123,11 @@ def _train(config: Config, signals: _Signals) -> Path:
                 last = step + 1 == config.train.steps
                 if config.train.search_ahead and not last:
                     supply.look_ahead(state.params)
+                missed = {}
+                if probe_every and error_fn and (step + 1) % probe_every == 0:
+                    missed = {"gradient_error_generator": error_fn(state, batch, corpus)}
                 state, measured = step_fn(state, batch, corpus)
-                measured = on_host(measured)
+                measured = on_host(measured | missed)
                 if config.train.fused:
                     shown, tokens = reader.shown(pairs, measured.pop("ids")), int(measured.pop("tokens"))
                 metrics = {name: float(value) for name, value in measured.items()} | shown
@@ -254,7 +262,7 @@ def _log(folder: Path, done: int, config: Config) -> Iterator[Callable[[int, dic
         def log(step: int, metrics: dict[str, float]) -> None:
             if not metrics:
                 return
-            rare = metrics.keys() & {"dev_loss", "index_kept", "index_overlap"}
+            rare = metrics.keys() & {"dev_loss", "gradient_error_generator", "index_kept", "index_overlap"}
             if step % config.train.log_every and step != config.train.steps and not rare:
                 return
             file.write(json.dumps({"step": step} | {k: float(f"{v:.6g}") for k, v in metrics.items()}) + "\n")

@@ -131,6 +131,7 @@ def test_a_missing_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (["train.probe_every=10"], r"train\.probe_every measures what train\.backward_documents leaves out"),
         (["model=rag_token", "train.backward_documents=1"], r"train\.backward_documents is for model=rag_sequence"),
         (["model=rag_token", "train.exclude_bos=true"], r"train\.exclude_bos is for model=rag_sequence"),
         (["model=rag_token", "retriever.prior=corpus"], r"retriever\.prior=corpus is for model=rag_sequence"),

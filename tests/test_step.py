@@ -33,6 +33,7 @@ from ragjax.step import (
     check_fits,
     gradients,
     initial_state,
+    make_gradient_error,
     make_optimizer,
     make_train_step,
     split_frozen,
@@ -266,6 +267,48 @@ def test_backward_through_the_likeliest_documents(
     assert_same({path: grads[path] for path in retriever}, {path: whole[path] for path in retriever})
     assert metrics.pop("posterior_skipped") == pytest.approx(1 - kept.mean(), abs=1e-5)
     chex.assert_trees_all_close(metrics, {name: whole_metrics[name] for name in metrics}, rtol=1e-5)
+
+
+@pytest.mark.parametrize("through", [1, 2])
+def test_what_the_generator_misses_is_measured(through: int, dropping: Setup) -> None:
+    rag = with_train(dropping.rag, backward_documents=through)
+    state = dropping.state()
+    measured = float(make_gradient_error(rag)(state, dropping.batch))
+
+    @jax.jit
+    def by_document(params: Params) -> tuple[jax.Array, Params]:
+        """The gradient of log p(y|x,z) of every document of every question, one after the other."""
+        key = jax.random.fold_in(state.key, state.step)
+
+        def logp(params: Params) -> tuple[jax.Array, jax.Array]:
+            prior, scores = joint_logp(dropping.rag, params, dropping.batch, key)
+            return scores.logp.sum(axis=-1), prior
+
+        (scores, prior), pull_back = jax.vjp(lambda p: logp(p), params)
+        one_hot = jnp.eye(scores.size).reshape(-1, *scores.shape)
+        every = jax.lax.map(lambda which: pull_back((which, jnp.zeros_like(prior)))[0]["generator"], one_hot)
+        return jax.nn.softmax(prior + scores, axis=1), every
+
+    weights, every = jax.device_get(by_document(dropping.params))
+    trained, _ = split_frozen(dropping.params, rag.config.train.freeze)
+    paths = [path for path in trained if path[0] == "generator"]
+    of_documents = np.concatenate(
+        [flat({"generator": every})[path].reshape(weights.size, -1) for path in paths], axis=1
+    )
+    skipped = weights < np.sort(weights, axis=1)[:, -through][:, None]
+    assert (np.where(skipped, weights, 0).sum(axis=1) > 0.02).any(), "nothing was skipped: the test would show nothing"
+    whole = weights.reshape(-1) @ of_documents / len(weights)
+    missed = np.where(skipped, weights, 0).reshape(-1) @ of_documents / len(weights)
+    assert measured == pytest.approx(np.linalg.norm(missed) / np.linalg.norm(whole), rel=1e-3)
+    largest = np.linalg.norm(of_documents, axis=1)[skipped.reshape(-1)].max()
+    mass = np.where(skipped, weights, 0).sum(axis=1).mean()
+    assert 0 < measured * np.linalg.norm(whole) <= mass * largest * (1 + 1e-5)
+
+
+def test_what_a_frozen_generator_misses_is_not_asked(dropping: Setup) -> None:
+    rag = with_train(dropping.rag, backward_documents=1, freeze=["generator"])
+    with pytest.raises(InputError, match=r"train\.probe_every: train\.freeze leaves nothing of the generator"):
+        make_gradient_error(rag)
 
 
 # layout
@@ -563,6 +606,20 @@ def test_what_does_not_fit_is_refused_with_advice(world: Path) -> None:
     assert f"it needs {size_text(need)} of a device" in message and "passages 0.5 KiB" in message
     for setting in ("index.kind=HNSW32", "mesh.fsdp=true", "dtype=bfloat16", "train.remat=true", "train.k below 3"):
         assert setting in message
+
+
+def test_a_step_that_measures_must_fit_too(world: Path) -> None:
+    """All documents go backward there: they take more than the step's own."""
+    mesh = make_mesh()
+    few, measuring = (
+        open_rag(tiny_config(world, train__remat=False, train__backward_documents=1, train__probe_every=every))
+        for every in (None, 10)
+    )
+    step = compiled_cost(trace_step(few, mesh, 30).lower()).temporaries
+    need = bytes_each(abstract_state(few, mesh)) + step + 4 * 32 * 4
+    check_fits(few, mesh, 30, limit=need)
+    with pytest.raises(InputError, match="training does not fit"):
+        check_fits(measuring, mesh, 30, limit=need)
 
 
 def test_what_the_compiler_refuses_does_not_fit(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -297,6 +297,22 @@ def test_the_corpus_prior_is_trained(world: Path, tmp_path: Path) -> None:
     assert first["prior_top"] < 1 / 3  # of the mass of all thirty passages
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_what_the_generator_misses_is_logged(world: Path, tmp_path: Path, fused: bool) -> None:
+    settings = {"train__backward_documents": 1, "train__probe_every": 2, "train__log_every": 10, "train__steps": 5}
+    lines = logged(train(tiny_config(world, train__fused=fused, output=str(tmp_path), **settings)))
+    assert [line["step"] for line in lines] == [2, 4, 5]
+    assert all(0 < line["gradient_error_generator"] < 1 for line in lines[:2])
+    assert "gradient_error_generator" not in lines[2]
+
+
+def test_a_frozen_generator_is_not_measured(world: Path, tmp_path: Path) -> None:
+    settings = {"train__backward_documents": 1, "train__probe_every": 2, "train__freeze": ["generator"]}
+    with pytest.raises(InputError, match=r"train\.probe_every: train\.freeze leaves nothing of the generator"):
+        train(tiny_config(world, output=str(tmp_path / "run"), **settings))
+    assert not (tmp_path / "run").exists()
+
+
 def test_without_a_run_nothing_is_restored(world: Path, tmp_path: Path) -> None:
     rag = open_rag(tiny_config(world, output=str(tmp_path / "none")))
     assert restore_trained(rag) is None
