@@ -24,7 +24,18 @@ import jax
 import numpy as np
 from rich.progress import track
 
-from benchmarks.report import Stage, flops_of, make_console, or_input_error, peak, show, timed, times_as_fast, write
+from benchmarks.report import (
+    Stage,
+    flops_of,
+    make_console,
+    or_input_error,
+    peak,
+    show,
+    timed,
+    times_as_fast,
+    torch_place,
+    write,
+)
 from ragjax.answer import Answerer, open_answerer
 from ragjax.config import load_config
 from ragjax.cost import size_text
@@ -35,6 +46,7 @@ from ragjax.rag import Retrieved, prompt_rows
 from ragjax.weights import generator_tensors
 
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+WARMING = 8  # questions
 MODES = ("thorough", "certified", "fast")
 STAGES = ("retrieval", "reading", "beam search", "scoring what is unread", "scoring all, whole")
 Answer = tuple[int, ...]  # with the end token
@@ -53,7 +65,7 @@ def on_torch(answerer: Answerer) -> Any:
     )
     assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
     model.tie_weights()
-    return model
+    return model.to(**torch_place(answerer.rag.config.dtype))
 
 
 def answer_on_torch(model: Any, answerer: Answerer, prompts: list[list[int]], prior: np.ndarray) -> dict[Answer, float]:
@@ -62,8 +74,8 @@ def answer_on_torch(model: Any, answerer: Answerer, prompts: list[list[int]], pr
 
     settings, special = answerer.rag.config.decode, answerer.rag.special
     longest = max(map(len, prompts))
-    rows = torch.tensor([[special.pad] * (longest - len(p)) + p for p in prompts])
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    rows = torch.tensor([[special.pad] * (longest - len(p)) + p for p in prompts], device=model.device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     with torch.no_grad():
         found = model.generate(
             rows,
@@ -83,12 +95,12 @@ def answer_on_torch(model: Any, answerer: Answerer, prompts: list[list[int]], pr
             end = row.index(special.eos) + 1 if special.eos in row else len(row)
             candidates[tuple(row[:end])] = 0.0
         for y in candidates:
-            whole = torch.cat([rows, torch.tensor([y] * len(prompts))], dim=1)
-            seen = torch.cat([mask, torch.ones(len(prompts), len(y), dtype=torch.long)], dim=1)
+            whole = torch.cat([rows, rows.new_tensor([y] * len(prompts))], dim=1)
+            seen = torch.cat([mask, mask.new_ones(len(prompts), len(y))], dim=1)
             places = (seen.cumsum(dim=1) - 1).clamp(min=0)
             logits = model(whole, attention_mask=seen, position_ids=places).logits[:, longest - 1 : -1]
-            logp = torch.log_softmax(logits, dim=-1).gather(2, whole[:, longest:, None])[..., 0].sum(dim=1)
-            candidates[y] = float(torch.logsumexp(torch.tensor(prior) + logp, dim=0))
+            logp = torch.log_softmax(logits.float(), dim=-1).gather(2, whole[:, longest:, None])[..., 0].sum(dim=1)
+            candidates[y] = float(torch.logsumexp(torch.tensor(prior) + logp.cpu(), dim=0))
     return candidates
 
 
@@ -100,12 +112,13 @@ class Measured:
     found: dict[str, Candidates]  # by mode
     whole: dict[Answer, float]  # every candidate scored as a whole under every document: log p(y|x), nats
     flops: dict[str, float]
-    memory: int  # bytes by which scoring what is unread lets the process grow
+    memory: int | None  # bytes by which scoring what is unread lets the process grow; on CPUs
     prompts: list[list[int]]
     retrieved: Retrieved
 
 
-def measure(answerer: Answerer, question: str, with_flops: bool) -> Measured:
+def measure(answerer: Answerer, question: str, costs: dict[tuple[int, ...], tuple[int, int]]) -> Measured:
+    """`costs` keeps the operations of reading and of a step of the beam search for each shape of prompts."""
     rag, params, settings = answerer.rag, answerer.params["generator"], answerer.rag.config.decode
     graph, special, seconds = rag.generator.graph, rag.special, {}
     seconds["retrieval"], retrieved = timed(answerer.retrieve, [question])
@@ -121,25 +134,26 @@ def measure(answerer: Answerer, question: str, with_flops: bool) -> Measured:
     answers = with_end(of_question, special)
     wanted = {z: answers for z in np.flatnonzero(prior > -np.inf).tolist()}
     known = Known(graph, params, memory, prefixes)
-    known.score(wanted)  # compiles
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed counts as free
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
-    before = _status("VmRSS")
+    on_host = jax.default_backend() == "cpu"
+    if on_host:
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed counts as free
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+        before = _status("VmRSS")
     seconds["scoring what is unread"], _ = timed(lambda: Known(graph, params, memory, prefixes).score(wanted))
-    grown = _status("VmHWM") - before
+    grown = _status("VmHWM") - before if on_host else None
     padded = pad_answers([of_question], special, settings.max_new_tokens)
-    score_tokens(graph, params, memory, *padded).block_until_ready()
     seconds["scoring all, whole"], tokens = timed(score_tokens, graph, params, memory, *padded)
     joint = prior[:, None].astype(np.float64) + np.asarray(tokens, np.float64)[0].sum(axis=-1)[:, : len(answers)]
-    flops = {}
-    if with_flops:
-        flops["reading"] = flops_of(partial(read, graph), params, source, mask) * mask.mean()
+    if source.shape not in costs:
         a_step = flops_of(lambda p, m: propose(graph, p, m, settings, special), params, memory)
-        flops["beam search"] = a_step * int(prefixes.past.filled) / settings.beams
-        # of each prefix the same is computed as in the beam search
-        flops["scoring what is unread"] = a_step / (len(prior) * settings.beams) * known.unread(wanted)
-        flops["thorough"] = sum(flops.values())
-        flops["fast"] = flops["reading"] + flops["beam search"]
+        costs[source.shape] = flops_of(partial(read, graph), params, source, mask), a_step
+    reading, a_step = costs[source.shape]
+    flops = {"reading": reading * mask.mean()}
+    flops["beam search"] = a_step * int(prefixes.past.filled) / settings.beams
+    # of each prefix the same is computed as in the beam search
+    flops["scoring what is unread"] = a_step / (len(prior) * settings.beams) * known.unread(wanted)
+    flops["thorough"] = sum(flops.values())
+    flops["fast"] = flops["reading"] + flops["beam search"]
     return Measured(
         seconds,
         found,
@@ -165,7 +179,7 @@ def main() -> None:
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--questions", type=int, default=20, help="of the test split, spread over it")
-    parser.add_argument("--torch", action="store_true", help="plain torch, too: a minute or two a question")
+    parser.add_argument("--torch", action="store_true", help="plain torch, too: on CPUs a minute or two a question")
     parser.add_argument("--folder", type=Path, help="where to write answering.md and answering.png")
     options = parser.parse_args()
     config = load_config(options.config, options.overrides)
@@ -191,10 +205,12 @@ def main() -> None:
             text = answerer.text(best[: -1 if best[-1] == eos else None])
             differ.append(f"{name}: {question} {text!r}, {margin:.1e} nats apart")
 
-    measured = []
+    measured: list[Measured] = []
+    costs: dict[tuple[int, ...], tuple[int, int]] = {}
+    for question in questions[:: max(1, len(questions) // WARMING)]:
+        measure(answerer, question, costs)  # compiles; a shape yet to come shows in the longest time, not in the median
     for question in track(questions, "answer", console=None, disable=not console.is_terminal):
-        measure(answerer, question, False)  # compiles what this question is the first to need
-        measured.append(of := measure(answerer, question, True))
+        measured.append(of := measure(answerer, question, costs))
         for name, took in of.seconds.items():
             stages[name].seconds.append(took)
         chosen = answer(of.found["thorough"], "thorough")
@@ -208,11 +224,11 @@ def main() -> None:
     for name in measured[0].flops:
         stages[name].flops = float(np.mean([of.flops[name] for of in measured]))
 
-    d, most = config.decode, peak()
+    d, most = config.decode, peak(config.dtype)
     count = np.median([len(of.whole) for of in measured])
     console.print(
         f"{config.generator.source}, step {answerer.step}: k = {d.k}, {d.beams} beams, {d.max_new_tokens} new tokens, "
-        f"{count:.0f} candidates; {jax.devices()[0]}, {most / 1e9:.0f} GFLOP/s\n",
+        f"{count:.0f} candidates; {jax.devices()[0]}, {config.dtype}, {most / 1e9:.0f} GFLOP/s\n",
         soft_wrap=True,
     )
     show(console, f"{len(questions)} questions", stages, "thorough", most)
@@ -227,7 +243,8 @@ def main() -> None:
     skipped = np.array([1 - computed / max(1, needed) for computed, needed in scores])
     shares = ", ".join(f"{q} %: {np.percentile(skipped, q):.0%}" for q in (1, 10, 25, 50))
     console.print(f"scores that certified skips: {skipped.mean():.0%} in the mean; percentiles over questions {shares}")
-    console.print(f"scoring what is unread takes at most {size_text(max(of.memory for of in measured))} of memory")
+    if grown := [of.memory for of in measured if of.memory is not None]:
+        console.print(f"scoring what is unread takes at most {size_text(max(grown))} of memory")
     if model is not None:
         ratio = times_as_fast(stages["plain torch"], stages["thorough"])
         console.print(f"thorough: {ratio:.1f} times as fast as plain torch")

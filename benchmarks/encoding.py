@@ -18,7 +18,18 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from benchmarks.report import Stage, flops_of, make_console, or_input_error, peak, show, timed, times_as_fast, write
+from benchmarks.report import (
+    Stage,
+    flops_of,
+    make_console,
+    or_input_error,
+    peak,
+    show,
+    timed,
+    times_as_fast,
+    torch_place,
+    write,
+)
 from ragjax.config import InputError, load_config
 from ragjax.hub import checkpoint_folder, fetch
 from ragjax.mesh import local_mesh, place, replicated
@@ -51,7 +62,8 @@ def main() -> None:
     passages = [store[int(i)] for i in np.linspace(0, len(store) - 1, options.passages).astype(int)]
     params = place(rag.passage_encoder.read(), replicated(local_mesh()))
     folder = checkpoint_folder(fetch(settings.source).path)
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+    place_there = torch_place(config.dtype)
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval().to(**place_there)
     texts = [settings.passage.format(title=passage.title, text=passage.text) for passage in passages]
 
     def rows() -> list:
@@ -72,10 +84,10 @@ def main() -> None:
                     truncation=True,
                     max_length=settings.passage_tokens,
                     return_tensors="pt",
-                )
+                ).to(place_there["device"])
                 states, mask = model(**given).last_hidden_state, given["attention_mask"][..., None]
                 pooled = (states * mask).sum(dim=1) / mask.sum(dim=1)
-                found[ids] = torch.nn.functional.normalize(pooled, dim=1).numpy()
+                found[ids] = torch.nn.functional.normalize(pooled, dim=1).float().cpu().numpy()
         return found
 
     programs: dict[str, Callable[[], np.ndarray]] = {
@@ -93,10 +105,10 @@ def main() -> None:
     flops = flops_of(partial(encode, rag.passage_encoder.graph), params, *shape) / width * count
     for stage in stages.values():
         stage.flops = flops
-    console, most = make_console(), peak()
+    console, most = make_console(), peak(config.dtype)
     console.print(
         f"{settings.source}: {len(passages)} passages of {count / len(passages):.0f} tokens, batches of {size}; "
-        f"{jax.devices()[0]}, {most / 1e9:.0f} GFLOP/s\n",
+        f"{jax.devices()[0]}, {config.dtype}, {most / 1e9:.0f} GFLOP/s\n",
         soft_wrap=True,
     )
     show(console, "embedding passages", stages, "ragjax", most)

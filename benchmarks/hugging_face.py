@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from benchmarks.report import Stage, flops_of, make_console, peak, show, timed, times_as_fast, write
+from benchmarks.report import Stage, flops_of, make_console, peak, show, timed, times_as_fast, torch_place, write
 from ragjax.config import Config, Decode, Retriever, Train
 from ragjax.cost import matmul_flops
 from ragjax.decode import decode, propose, read, with_end
@@ -98,10 +98,11 @@ def main() -> None:
     parser.add_argument("--train-documents", type=int, default=5)
     parser.add_argument("--train-questions", type=int, default=2, help="in a training step")
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of both")
     parser.add_argument("--folder", type=Path, help="where to write MODEL.md and MODEL.png")
     options = parser.parse_args()
-    console, most = make_console(), peak()
-    console.print(f"{options.model} on {jax.devices()[0]}, {most / 1e9:.0f} GFLOP/s\n")
+    console, most = make_console(), peak(options.dtype)
+    console.print(f"{options.model} on {jax.devices()[0]}, {options.dtype}, {most / 1e9:.0f} GFLOP/s\n")
     parts = {"decoding": decoding, "training": training}
     write(console, options.folder, options.model, {part: parts[part](options, console, most) for part in options.parts})
 
@@ -114,8 +115,10 @@ def decoding(options: argparse.Namespace, console: Console, most: float) -> dict
     theirs = hugging_face(SHAPES[options.model], k)
     with tempfile.TemporaryDirectory() as folder:
         theirs.generator.save_pretrained(folder)
-        ours = open_generator(Path(folder))
+        ours = open_generator(Path(folder), dtype=options.dtype)
         params = jax.tree.map(jnp.asarray, ours.read())
+    there = torch_place(options.dtype)
+    theirs.to(**there)
     rng = np.random.default_rng(0)
     sources = rng.integers(4, ours.config.vocabulary, (questions, k, options.source_tokens)).astype(np.int32)
     scores = rng.normal(size=(questions, k)).astype(np.float32)
@@ -124,9 +127,9 @@ def decoding(options: argparse.Namespace, console: Console, most: float) -> dict
     def by_hugging_face(b: int) -> tuple[int, ...]:
         with torch.no_grad():
             found = theirs.generate(
-                context_input_ids=torch.tensor(sources[b]).long(),
-                context_attention_mask=torch.ones(sources[b].shape, dtype=torch.long),
-                doc_scores=torch.tensor(scores[b : b + 1]),
+                context_input_ids=torch.tensor(sources[b], dtype=torch.long, device=there["device"]),
+                context_attention_mask=torch.ones(sources[b].shape, dtype=torch.long, device=there["device"]),
+                doc_scores=torch.tensor(scores[b : b + 1], **there),
                 n_docs=k,
                 num_beams=options.beams,
                 max_length=longest + 1,
@@ -211,11 +214,13 @@ def training(options: argparse.Namespace, console: Console, most: float) -> dict
     with tempfile.TemporaryDirectory() as folder:
         theirs.generator.save_pretrained(Path(folder) / "generator")
         theirs.question_encoder.save_pretrained(Path(folder) / "retriever")
-        retriever = open_bert(Path(folder) / "retriever", "cls", normalize=False)
-        generator = open_generator(Path(folder) / "generator")
-        config = Config(output="", train=settings, retriever=Retriever(source="", scale=1.0))
+        retriever = open_bert(Path(folder) / "retriever", "cls", normalize=False, dtype=options.dtype)
+        generator = open_generator(Path(folder) / "generator", dtype=options.dtype)
+        config = Config(output="", dtype=options.dtype, train=settings, retriever=Retriever(source="", scale=1.0))
         models = Models(config, retriever, generator, SPECIAL, Prompt((), (), (), False, ((), ())), retriever)
         params = jax.tree.map(jnp.asarray, {name: model.read() for name, model in models.parts.items()})
+    there = torch_place(options.dtype)
+    theirs.to(there["device"])
     optimizer = torch.optim.AdamW(theirs.parameters(), lr=rate, weight_decay=0.0)
     rng = np.random.default_rng(0)
     width, state, step = retriever.config.embedding_width, initial_state(models, params), make_train_step(models)
@@ -239,15 +244,20 @@ def training(options: argparse.Namespace, console: Console, most: float) -> dict
         )
 
     def by_hugging_face(batch: TrainBatch) -> float:
-        query = theirs.question_encoder(torch.tensor(batch.question).long())[0]
+        def placed(array: np.ndarray) -> Any:
+            return torch.tensor(array, device=there["device"])
+
         labels = np.concatenate([np.full((count, 1), SPECIAL.eos), batch.answer], axis=1)  # the start token before
-        loss = theirs(
-            context_input_ids=torch.tensor(batch.source.reshape(count * k, -1)).long(),
-            context_attention_mask=torch.ones(count * k, options.source_tokens, dtype=torch.long),
-            doc_scores=torch.einsum("bd,bkd->bk", query, torch.tensor(batch.passages)),
-            labels=torch.tensor(labels).long(),
-            reduce_loss=True,
-        ).loss
+        # the parameters stay float32, as in ragjax
+        with torch.autocast(there["device"], there["dtype"], enabled=options.dtype != "float32"):
+            query = theirs.question_encoder(placed(batch.question).long())[0]
+            loss = theirs(
+                context_input_ids=placed(batch.source.reshape(count * k, -1)).long(),
+                context_attention_mask=placed(batch.source_mask.reshape(count * k, -1)).long(),
+                doc_scores=torch.einsum("bd,bkd->bk", query, placed(batch.passages)),
+                labels=placed(labels).long(),
+                reduce_loss=True,
+            ).loss
         optimizer.zero_grad()
         (loss / count).backward()
         for part in (theirs.question_encoder, theirs.generator):

@@ -39,12 +39,20 @@ def timed(program: Callable[..., Any], *given: Any) -> tuple[float, Any]:
     return time.perf_counter() - started, found
 
 
-def peak() -> float:
-    """This machine's floating-point operations a second in XLA's product of two large matrices, float32."""
-    square = jnp.ones((4096, 4096))
+def peak(dtype: str) -> float:
+    """This device's floating-point operations a second in XLA's product of two large matrices."""
+    size = 4096 if jax.default_backend() == "cpu" else 16384  # so large that the call itself takes no time beside it
+    square = jax.random.normal(jax.random.key(0), (size, size), dtype)
     product = jax.jit(jnp.matmul)
     jax.block_until_ready(product(square, square))
-    return 2 * 4096**3 / min(timed(product, square, square)[0] for _ in range(5))
+    return 2 * size**3 / min(timed(product, square, square)[0] for _ in range(5))
+
+
+def torch_place(dtype: str) -> dict[str, Any]:
+    """What torch's models and tensors are moved to, to compute where and in what JAX does."""
+    import torch
+
+    return {"device": {"gpu": "cuda"}.get(jax.default_backend(), "cpu"), "dtype": getattr(torch, dtype)}
 
 
 def flops_of(program: Callable[..., Any], *given: Any) -> int:

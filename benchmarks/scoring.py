@@ -75,7 +75,7 @@ def main() -> None:
         f"{options.documents} documents of {options.source_tokens} tokens, {options.candidates} candidates of "
         f"{options.target_tokens}: {options.source}\n"
     )
-    show(console, "scoring", stages, "each prompt read once", peak())
+    show(console, "scoring", stages, "each prompt read once", peak("float32"))
     console.print(f"largest difference of a log-probability: {np.abs(first - second).max():.1e} nats")
 
 

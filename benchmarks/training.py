@@ -70,10 +70,11 @@ def main() -> None:
             took, (states[through], _) = timed(step, states[through], batch, corpus)
             if number > 0:  # the first one warms up
                 stages[f"through {through} of {k}"].seconds.append(took)
-    console, most, tunables = make_console(), peak(), os.environ.get("GLIBC_TUNABLES") or "not set"
+    console, most, tunables = make_console(), peak(config.dtype), os.environ.get("GLIBC_TUNABLES") or "not set"
     console.print(
-        f"{size} questions a step, {config.generator.source}, {jax.devices()[0]}, {most / 1e9:.0f} GFLOP/s; "
-        f"GLIBC_TUNABLES {tunables}; compiled in {', '.join(f'{seconds:.1f} s' for seconds in compiling.values())}\n",
+        f"{size} questions a step, {config.generator.source}, {jax.devices()[0]}, {config.dtype}, "
+        f"{most / 1e9:.0f} GFLOP/s; GLIBC_TUNABLES {tunables}; "
+        f"compiled in {', '.join(f'{seconds:.1f} s' for seconds in compiling.values())}\n",
         soft_wrap=True,
     )
     whole, few = stages
