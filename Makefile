@@ -54,6 +54,7 @@ bench: $(VENV)/dev
 	$(BIN)/python -m benchmarks.index
 	$(BIN)/python -m benchmarks.building --count 1000000 --kind IVF1024,PQ16
 	$(BIN)/ragjax index configs/factbook.yaml
+	$(BIN)/python -m benchmarks.starting configs/factbook.yaml --folder runs/bench
 	$(BIN)/python -m benchmarks.encoding configs/factbook.yaml --folder runs/bench
 	$(BIN)/python -m benchmarks.training configs/factbook.yaml train.k=8 --through 2 --folder runs/bench
 	$(BIN)/python -m benchmarks.answering configs/factbook.yaml decode.k=10 decode.beams=5 --torch --folder runs/bench
