@@ -26,7 +26,9 @@ from rich.progress import track
 
 from benchmarks.report import (
     Stage,
+    count_read,
     flops_of,
+    flops_of_search,
     make_console,
     or_input_error,
     peak,
@@ -117,8 +119,8 @@ class Measured:
     retrieved: Retrieved
 
 
-def measure(answerer: Answerer, question: str, costs: dict[tuple[int, ...], tuple[int, int]]) -> Measured:
-    """`costs` keeps the operations of reading and of a step of the beam search for each shape of prompts."""
+def measure(answerer: Answerer, question: str, costs: dict[tuple[int, ...], tuple[int, float]]) -> Measured:
+    """`costs` keeps the operations of reading and of a prefix in the beam search for each shape of prompts."""
     rag, params, settings = answerer.rag, answerer.params["generator"], answerer.rag.config.decode
     graph, special, seconds = rag.generator.graph, rag.special, {}
     seconds["retrieval"], retrieved = timed(answerer.retrieve, [question])
@@ -145,13 +147,13 @@ def measure(answerer: Answerer, question: str, costs: dict[tuple[int, ...], tupl
     seconds["scoring all, whole"], tokens = timed(score_tokens, graph, params, memory, *padded)
     joint = prior[:, None].astype(np.float64) + np.asarray(tokens, np.float64)[0].sum(axis=-1)[:, : len(answers)]
     if source.shape not in costs:
-        a_step = flops_of(lambda p, m: propose(graph, p, m, settings, special), params, memory)
-        costs[source.shape] = flops_of(partial(read, graph), params, source, mask), a_step
-    reading, a_step = costs[source.shape]
+        of_prefix = flops_of_search(graph, params, memory, settings, special)
+        costs[source.shape] = flops_of(partial(read, graph), params, source, mask), of_prefix
+    reading, of_prefix = costs[source.shape]
     flops = {"reading": reading * mask.mean()}
-    flops["beam search"] = a_step * int(prefixes.past.filled) / settings.beams
+    flops["beam search"] = of_prefix * count_read(prefixes, settings.beams)
     # of each prefix the same is computed as in the beam search
-    flops["scoring what is unread"] = a_step / (len(prior) * settings.beams) * known.unread(wanted)
+    flops["scoring what is unread"] = of_prefix * known.unread(wanted)
     flops["thorough"] = sum(flops.values())
     flops["fast"] = flops["reading"] + flops["beam search"]
     return Measured(
@@ -206,7 +208,7 @@ def main() -> None:
             differ.append(f"{name}: {question} {text!r}, {margin:.1e} nats apart")
 
     measured: list[Measured] = []
-    costs: dict[tuple[int, ...], tuple[int, int]] = {}
+    costs: dict[tuple[int, ...], tuple[int, float]] = {}
     for question in questions[:: max(1, len(questions) // WARMING)]:
         measure(answerer, question, costs)  # compiles; a shape yet to come shows in the longest time, not in the median
     for question in track(questions, "answer", console=None, disable=not console.is_terminal):

@@ -24,7 +24,19 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from benchmarks.report import Stage, flops_of, make_console, peak, show, timed, times_as_fast, torch_place, write
+from benchmarks.report import (
+    Stage,
+    count_read,
+    flops_of,
+    flops_of_search,
+    make_console,
+    peak,
+    show,
+    timed,
+    times_as_fast,
+    torch_place,
+    write,
+)
 from ragjax.config import Config, Decode, Retriever, Train
 from ragjax.cost import matmul_flops
 from ragjax.decode import decode, propose, read, with_end
@@ -164,7 +176,7 @@ def decoding(options: argparse.Namespace, console: Console, most: float) -> dict
     of_reading = flops_of(
         lambda p, s, m: read(ours.graph, p, s, m), params, sources[0], np.ones(sources[0].shape, bool)
     )
-    of_step = flops_of(lambda p, m: propose(ours.graph, p, m, settings, SPECIAL), params, memories[0])
+    of_prefix = flops_of_search(ours.graph, params, memories[0], settings, SPECIAL)
     for b in range(questions):
         took, chosen = timed(by_hugging_face, b)
         stages["Hugging Face"].seconds.append(took)
@@ -184,8 +196,7 @@ def decoding(options: argparse.Namespace, console: Console, most: float) -> dict
             list(zip(found["thorough"].tokens, found["thorough"].finished.tolist(), strict=True)), SPECIAL
         )
         unread = known.unread(dict.fromkeys(range(k), answers))
-        steps = int(prefixes.past.filled) / options.beams
-        flops.append((of_reading, of_step * steps, of_step / (k * options.beams) * unread))
+        flops.append((of_reading, of_prefix * count_read(prefixes, options.beams), of_prefix * unread))
     stages["rescoring"].seconds = [
         thorough - fast for thorough, fast in zip(stages["thorough"].seconds, stages["fast"].seconds, strict=True)
     ]

@@ -12,12 +12,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ragjax.config import InputError
+from ragjax.beam import batch_sizes
+from ragjax.config import Decode, InputError
 from ragjax.cost import matmul_flops
+from ragjax.decode import propose
+from ragjax.models.generator import Memory, SpecialTokens
+from ragjax.models.layers import Params
+from ragjax.prefixes import Prefixes
 
 
 @dataclass
@@ -58,6 +64,19 @@ def torch_place(dtype: str) -> dict[str, Any]:
 def flops_of(program: Callable[..., Any], *given: Any) -> int:
     """As `matmul_flops`: the body of a loop that ends when it is done counts once."""
     return matmul_flops(jax.make_jaxpr(program)(*given).jaxpr)
+
+
+def flops_of_search(
+    graph: nnx.GraphDef, params: Params, memory: Memory, settings: Decode, special: SpecialTokens
+) -> float:
+    """Of the beam search after n memories, for each prefix that it reads, in the mean."""
+    flops = flops_of(lambda p, m: propose(graph, p, m, settings, special), params, memory)
+    return flops / settings.beams / sum(batch_sizes(memory.start.shape[0]))  # a step of each size counts once
+
+
+def count_read(prefixes: Prefixes, beams: int) -> int:
+    """How many prefixes a beam search has read after all of its memories, the start token once for each beam."""
+    return int((prefixes.parent >= 0).sum()) + prefixes.parent.shape[0] * beams
 
 
 def make_console() -> Console:

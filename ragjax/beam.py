@@ -1,13 +1,16 @@
 """Beam search; knows nothing of retrieval.
 
 Beams are never copied: a token is written once into a pool of T·W slots, and each beam keeps its ancestry, the slot
-that it occupies at every earlier step. A score is the sum of log-probabilities, the end token included.
+that it occupies at every earlier step. A score is the sum of log-probabilities, the end token included. Once half of
+the rows are finished, and again when three quarters are, the others go on by themselves.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -41,6 +44,33 @@ class _State:
     open: Bool[Array, " n"]  # rows whose best answers can still change
     cache: Any
 
+    def take(self, rows: Int[Array, " R"]) -> _State:
+        """The search of some rows alone."""
+        return replace(
+            self, cache=self.cache.take(rows), **{name: _pick(getattr(self, name), rows) for name in _OF_ROWS}
+        )
+
+    def put(self, rows: Int[Array, " R"], part: _State) -> _State:
+        """With these rows as the search of them alone left them."""
+
+        def put(whole: Any, some: Any) -> Any:
+            return jax.tree.map(lambda x, new: x.at[rows].set(new), whole, some)
+
+        own = {name: put(getattr(self, name), getattr(part, name)) for name in _OF_ROWS}
+        return replace(part, cache=self.cache.put(rows, part.cache), **own)
+
+
+_OF_ROWS = ("last", "tokens", "ancestry", "logp", "done", "open")
+
+
+def _pick(tree: Any, rows: Array) -> Any:
+    return jax.tree.map(lambda x: x[rows], tree)
+
+
+def batch_sizes(rows: int) -> list[int]:
+    """Of how many rows the steps of a search are that lets finished rows leave: first all, then those still open."""
+    return [rows, *(size for size in (rows // 2, rows // 4) if size > 1)]
+
 
 def beam_search(
     next_logp: NextLogp,
@@ -57,6 +87,7 @@ def beam_search(
     forced_bos: int | None = None,
     forced_eos: int | None = None,
     hugging_face: bool = False,
+    for_rows: Callable[[Int[Array, " R"]], NextLogp] | None = None,
 ) -> tuple[Beams, Any]:
     """Searches until no running beam can enter the best W, or at `max_new_tokens`, which leaves unfinished prefixes.
 
@@ -66,17 +97,21 @@ def beam_search(
     with the probability that they have. The cache as the last step left it is given back. Pure: call it inside
     `jax.jit`.
 
+    `for_rows`, which gives `next_logp` for some of the rows, lets finished rows leave (`batch_sizes`); the cache then
+    has `take(rows)` and `put(rows, part)`.
+
     With `hugging_face` the search is transformers' to the letter: a forced token counts 0, a prefix cut at the length
     limit may push out a finished answer, and whether a running beam can still win is guessed from its present length.
     """
     n, width, longest = start.shape[0], beams, max_new_tokens
-    row = jnp.arange(n)[:, None]
     early_stopping = early_stopping or (hugging_face and width == 1)  # there, one beam is a greedy search
 
     def rank(logp: Array, length: Array | int) -> Array:
         return logp / jnp.asarray(length, jnp.float32) ** length_penalty
 
-    def advance(state: _State) -> _State:
+    def advance(next_logp: NextLogp, state: _State) -> _State:
+        n = state.last.shape[0]
+        row = jnp.arange(n)[:, None]
         step, last_step = state.step, state.step + 1 == longest
         here = jnp.arange(longest) == step
         ancestry = jnp.where(here, jnp.arange(width)[None, :, None], state.ancestry)
@@ -131,7 +166,21 @@ def beam_search(
         open=jnp.ones(n, bool),
         cache=cache,
     )
-    state = jax.lax.while_loop(lambda s: (s.step < longest) & s.open.any(), advance, state)
+    sizes = [*batch_sizes(n), 0] if for_rows else [n, 0]
+
+    def going(fewer: int, state: _State) -> Array:
+        return (state.step < longest) & (state.open.sum() > fewer)
+
+    state = jax.lax.while_loop(partial(going, sizes[1]), partial(advance, next_logp), state)
+    for size, fewer in pairwise(sizes[1:]):
+
+        def with_fewer(state: _State, size: int = size, fewer: int = fewer) -> _State:
+            rows = jnp.argsort(~state.open)[:size]  # those still open first
+            assert for_rows is not None
+            search = partial(advance, for_rows(rows))
+            return state.put(rows, jax.lax.while_loop(partial(going, fewer), search, state.take(rows)))
+
+        state = jax.lax.cond(going(0, state), with_fewer, lambda state: state, state)
     if hugging_face:
         return state.done, state.cache
     # prefixes that ran into the limit fill the places that no finished answer takes

@@ -9,7 +9,7 @@ Generation.generate` of transformers is here to the letter, for who must have it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
@@ -91,11 +91,15 @@ def propose(
     """Beam search under every document at once, in one program, and what it read."""
     generator = nnx.merge(graph, params)
 
-    def step(tokens: Array, number: Array, visible: Array, prefixes: Prefixes) -> tuple[Array, Prefixes]:
-        return read_step(generator, memory, prefixes, tokens, number, visible)
+    def step_after(memory: Memory) -> NextLogp:
+        def step(tokens: Array, number: Array, visible: Array, prefixes: Prefixes) -> tuple[Array, Prefixes]:
+            return read_step(generator, memory, prefixes, tokens, number, visible)
+
+        return step
 
     nothing = no_prefixes(generator, memory, settings.max_new_tokens * settings.beams)
-    return _search(step, nothing, memory.start, settings, special, hugging_face)
+    step, for_rows = step_after(memory), lambda rows: step_after(memory.take(rows))
+    return _search(step, nothing, memory.start, settings, special, hugging_face, for_rows)
 
 
 @partial(jax.jit, static_argnums=(0, 4, 5, 6))
@@ -121,7 +125,13 @@ def propose_together(
 
 
 def _search(
-    step: NextLogp, cache: Any, start: Array, settings: Decode, special: SpecialTokens, hugging_face: bool
+    step: NextLogp,
+    cache: Any,
+    start: Array,
+    settings: Decode,
+    special: SpecialTokens,
+    hugging_face: bool,
+    for_rows: Callable[[Array], NextLogp] | None = None,
 ) -> tuple[Beams, Any]:
     return beam_search(
         step,
@@ -137,6 +147,7 @@ def _search(
         forced_bos=special.forced_bos,
         forced_eos=special.forced_eos,
         hugging_face=hugging_face,
+        for_rows=for_rows,
     )
 
 

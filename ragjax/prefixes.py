@@ -9,6 +9,7 @@ some prefixes with it: these are not read again, and the others, each of them on
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -29,7 +30,7 @@ class Prefixes:
 
     past: Past
     tokens: Int[Array, "n P"]
-    parent: Int[Array, "n P"]  # the slot of the prefix without its last token; -1 for the start token
+    parent: Int[Array, "n P"]  # the slot of the prefix without its last token; -1 for the start token, and unwritten
     hidden: Float[Array, "n P D"]
     normalizer: Float[Array, "n P"]  # logsumexp of the logits of what follows
 
@@ -38,12 +39,21 @@ class Prefixes:
         others = (x[rows] for x in (self.tokens, self.parent, self.hidden, self.normalizer))
         return Prefixes(self.past.take(rows), *others)
 
+    def put(self, rows: Int[Array, " R"], part: Prefixes) -> Prefixes:
+        """With what was read after some of the memories; the others read nothing meanwhile."""
+
+        def put(name: str) -> Array:
+            return getattr(self, name).at[rows].set(getattr(part, name))
+
+        of_rows = {name: put(name) for name in ("tokens", "parent", "hidden", "normalizer")}
+        return replace(self, past=self.past.put(rows, part.past), **of_rows)
+
 
 def no_prefixes(generator: Generator, memory: Memory, slots: int) -> Prefixes:
     """`slots` unwritten slots beside each memory."""
     shape, config = (memory.start.shape[0], slots), generator.config
     nothing, states = jnp.zeros(shape, jnp.int32), jnp.zeros((*shape, config.width), config.dtype)
-    return Prefixes(empty_past(memory, slots), nothing, nothing, states, jnp.zeros(shape, jnp.float32))
+    return Prefixes(empty_past(memory, slots), nothing, nothing - 1, states, jnp.zeros(shape, jnp.float32))
 
 
 def read_step(

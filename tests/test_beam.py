@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import struct
 
 from ragjax.beam import Beams, beam_search
 
@@ -33,12 +34,29 @@ def place(prefix: tuple[int, ...]) -> int:
     return sum((token + 1) * (V + 1) ** t for t, token in enumerate(prefix))
 
 
-def toy_next_logp(tokens: jax.Array, step: jax.Array, visible: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+@struct.dataclass
+class Pool:
+    tokens: jax.Array  # [n, P]
+    steps: jax.Array  # [n], how often a row was asked for
+
+    def take(self, rows: jax.Array) -> Pool:
+        return Pool(self.tokens[rows], self.steps[rows])
+
+    def put(self, rows: jax.Array, part: Pool) -> Pool:
+        return Pool(self.tokens.at[rows].set(part.tokens), self.steps.at[rows].set(part.steps))
+
+
+def empty_pool(rows: int, slots: int) -> Pool:
+    return Pool(jnp.full((rows, slots), -1000, jnp.int32), jnp.zeros(rows, jnp.int32))
+
+
+def toy_next_logp(
+    tables: jax.Array, tokens: jax.Array, step: jax.Array, visible: jax.Array, cache: Pool
+) -> tuple[jax.Array, Pool]:
     """The distribution after a prefix is looked up by the prefix; NaN where `visible` shows no proper prefix."""
-    tables, pool = cache
     n, width = tokens.shape
-    depth = pool.shape[1] // width
-    pool = jax.lax.dynamic_update_slice(pool, tokens, (0, step * width))
+    depth = cache.tokens.shape[1] // width
+    pool = jax.lax.dynamic_update_slice(cache.tokens, tokens, (0, step * width))
     seen = visible.reshape(n, width, depth, width)
     prefix = (seen * pool.reshape(n, 1, depth, width)).sum(axis=-1)
     used = jnp.arange(depth) <= step
@@ -47,19 +65,26 @@ def toy_next_logp(tokens: jax.Array, step: jax.Array, visible: jax.Array, cache:
     powers = jnp.array([0, *((V + 1) ** np.arange(depth - 1))])
     where = (jnp.where(used, prefix + 1, 0) * powers).sum(axis=-1)
     logp = tables[jnp.arange(n)[:, None], where]
-    return jnp.where(proper[..., None], logp, jnp.nan), (tables, pool)
+    return jnp.where(proper[..., None], logp, jnp.nan), Pool(pool, cache.steps + 1)
 
 
 SETTINGS = "beams max_new_tokens min_new_tokens length_penalty early_stopping forced_bos forced_eos".split()
 
 
 @partial(jax.jit, static_argnames=SETTINGS)
-def search(tables: jax.Array, beams: int, max_new_tokens: int = T, **settings: Any) -> Beams:
+def search_and_pool(tables: jax.Array, beams: int, max_new_tokens: int = T, **settings: Any) -> tuple[Beams, Pool]:
     n = tables.shape[0]
-    pool = jnp.full((n, max_new_tokens * beams), -1000, jnp.int32)
-    start = jnp.full(n, START, jnp.int32)
+    pool, start = empty_pool(n, max_new_tokens * beams), jnp.full(n, START, jnp.int32)
     settings |= {"beams": beams, "max_new_tokens": max_new_tokens, "eos": EOS, "pad": PAD}
-    return beam_search(toy_next_logp, (tables, pool), start, **settings)[0]
+
+    def for_rows(rows: jax.Array) -> Any:
+        return partial(toy_next_logp, tables[rows])
+
+    return beam_search(partial(toy_next_logp, tables), pool, start, **settings, for_rows=for_rows)
+
+
+def search(tables: Table, beams: int, **settings: Any) -> Beams:
+    return search_and_pool(jnp.asarray(tables), beams, **settings)[0]
 
 
 def plain_search(
@@ -210,13 +235,26 @@ def test_stops_early() -> None:
 
     def counting(tokens: jax.Array, step: jax.Array, visible: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
         jax.debug.callback(lambda number: asked.append(int(number)), step)
-        return toy_next_logp(tokens, step, visible, cache)
+        return toy_next_logp(jnp.asarray(table), tokens, step, visible, cache)
 
-    pool, start = jnp.full((1, T), -1000, jnp.int32), jnp.full(1, START, jnp.int32)
-    found, _ = beam_search(counting, (jnp.asarray(table), pool), start, beams=1, max_new_tokens=T, eos=EOS, pad=PAD)
+    pool, start = empty_pool(1, T), jnp.full(1, START, jnp.int32)
+    found, _ = beam_search(counting, pool, start, beams=1, max_new_tokens=T, eos=EOS, pad=PAD)
     jax.effects_barrier()
     assert asked == [0]
     assert as_lists(found) == [[((EOS,), 0.0, True)]]
+
+
+def test_finished_rows_leave() -> None:
+    """Half of the rows end at once, a quarter after a token: they are not asked for longer than the company needs."""
+    tables = random_tables(16, seed=6).copy()
+    tables[8:, ..., EOS] = -20.0
+    tables[:8, place(())] = tables[8:12, 1 : V + 1] = np.log([0.001, 0.001, 0.997, 0.001])
+    order = np.random.default_rng(0).permutation(16)
+    found, pool = search_and_pool(jnp.asarray(tables[order]), beams=1)
+    steps = np.empty(16, int)
+    steps[order] = np.asarray(pool.steps)
+    assert steps.tolist() == [1] * 8 + [2] * 4 + [4] * 4
+    assert_same(as_lists(found), [plain_search(table, 1) for table in tables[order]])
 
 
 def test_min_new_tokens_forbids_the_empty_answer() -> None:

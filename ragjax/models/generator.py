@@ -72,6 +72,15 @@ class Past:
         """The pools of some rows."""
         return replace(self, keys=self.keys[:, rows], values=self.values[:, rows], positions=self.positions[rows])
 
+    def put(self, rows: Int[Array, " R"], part: Past) -> Past:
+        """With the pools of some rows; all are as full as theirs, and the others have nothing in the newest slots."""
+        return Past(
+            self.keys.at[:, rows].set(part.keys),
+            self.values.at[:, rows].set(part.values),
+            self.positions.at[rows].set(part.positions),
+            part.filled,
+        )
+
     def advance(self, count: int) -> Past:
         """With `count` more slots filled, once every layer has written them."""
         return replace(self, filled=self.filled + count)
