@@ -46,9 +46,8 @@ class _State:
 
     def take(self, rows: Int[Array, " R"]) -> _State:
         """The search of some rows alone."""
-        return replace(
-            self, cache=self.cache.take(rows), **{name: _pick(getattr(self, name), rows) for name in _OF_ROWS}
-        )
+        own = {name: jax.tree.map(lambda x: x[rows], getattr(self, name)) for name in _OF_ROWS}
+        return replace(self, cache=self.cache.take(rows), **own)
 
     def put(self, rows: Int[Array, " R"], part: _State) -> _State:
         """With these rows as the search of them alone left them."""
@@ -61,10 +60,6 @@ class _State:
 
 
 _OF_ROWS = ("last", "tokens", "ancestry", "logp", "done", "open")
-
-
-def _pick(tree: Any, rows: Array) -> Any:
-    return jax.tree.map(lambda x: x[rows], tree)
 
 
 def batch_sizes(rows: int) -> list[int]:
