@@ -34,6 +34,8 @@ from ragjax.rag import (
 )
 
 Pair = tuple[Question, str]  # and the answer to train on
+# a batch, what retrieval alone tells, and how many tokens
+Reading = tuple[TrainBatch | ContrastiveBatch | Asked, dict[str, float], int]
 
 
 @dataclass(frozen=True)
@@ -84,10 +86,8 @@ class Reader:
         texts = [question.question for question, _ in pairs]
         return search(self.rag, params, self.index, texts, self.depth, self.mesh)[2]
 
-    def read(
-        self, pairs: Sequence[Pair], ids: Int[np.ndarray, "B M"] | None
-    ) -> tuple[TrainBatch | ContrastiveBatch | Asked, dict[str, float], int]:
-        """A batch, what retrieval alone tells, and how many tokens; without ids the step retrieves, and tells."""
+    def read(self, pairs: Sequence[Pair], ids: Int[np.ndarray, "B M"] | None) -> Reading:
+        """The batch of these questions; without ids the step retrieves, and tells."""
         mine = rows_here(self.mesh, len(pairs))
         texts, answers = [pairs[i][0].question for i in mine], [pairs[i][1] for i in mine]
         if ids is None:
@@ -134,15 +134,17 @@ class Supply:
     """The questions of one step after the other, with their documents, unless the step itself retrieves.
 
     With `train.search_ahead` FAISS looks for the next step's documents in a thread while a step runs. Checkpoints keep
-    what it found, so that a resumed run goes on with the very same. Use as a context manager.
+    what it found, so that a resumed run goes on with the very same. What is known of the next step by then is also read
+    while a step runs, so that devices need not wait for it. Use as a context manager.
     """
 
     def __init__(self, reader: Reader, batches: QuestionBatches, asked: Answerable, saved: Mapping[str, Any]) -> None:
         """`saved` is a checkpoint's metadata, with what `state` gave."""
         self.reader, self.batches, self.asked = reader, batches, asked
         self._pool = ThreadPoolExecutor(max_workers=1)
-        self._ahead: tuple[list[Pair], Future[Any] | np.ndarray] | None = None
+        self._ahead: tuple[list[Pair], Future[Any] | np.ndarray | None] | None = None
         self._position: dict[str, Any] | None = None  # in the data, before what was looked ahead for
+        self._read: tuple[Index, Reading] | None = None  # with vectors of that index
         if saved:
             batches.restore(saved["data"])
         if saved.get("ahead") is not None:
@@ -155,14 +157,15 @@ class Supply:
     def __exit__(self, *error: object) -> None:
         self._pool.shutdown()
 
-    def take(self, params: Params) -> tuple[list[Pair], Int[np.ndarray, "B K"] | None]:
-        """The next questions, and the ids of their documents, by the retriever's `params` if not sought before."""
-        if self._ahead is not None:
-            pairs, ids = self._ahead[0], self._found()
-            self._ahead = None
-            return pairs, ids
-        pairs = self.asked.pairs(next(self.batches))
-        return pairs, None if self.reader.rag.config.train.fused else self.reader.search(params, pairs)
+    def take(self, params: Params) -> tuple[list[Pair], Reading]:
+        """The next questions, read with the documents that the retriever's `params` find if none were sought before."""
+        reader = self.reader
+        if self._ahead is None:
+            pairs = self.asked.pairs(next(self.batches))
+            return pairs, reader.read(pairs, None if reader.rag.config.train.fused else reader.search(params, pairs))
+        (pairs, _), ids, read = self._ahead, self._found(), self._read
+        self._ahead = self._read = None
+        return pairs, read[1] if read and read[0] is reader.index else reader.read(pairs, ids)
 
     def look_ahead(self, params: Params) -> None:
         """Begins to search for what `take` gives next."""
@@ -172,13 +175,22 @@ class Supply:
         mine = queries[rows_here(reader.mesh, len(pairs))]
         self._ahead = pairs, self._pool.submit(lambda: reader.index.search(mine, reader.depth)[1])
 
+    def read_ahead(self) -> None:
+        """Reads what `take` gives next, if it does not hang on the parameters of the step that runs."""
+        if self._ahead is None and self.reader.rag.config.train.fused:
+            self._position = self.batches.state()
+            self._ahead = self.asked.pairs(next(self.batches)), None
+        if self._ahead is not None:
+            self._read = self.reader.index, self.reader.read(self._ahead[0], self._found())
+
     def state(self) -> dict[str, Any]:
         """As JSON, what a run needs to go on with the next step."""
         if self._ahead is None:
             return {"data": self.batches.state(), "ahead": None}
-        return {"data": self._position, "ahead": self._found().tolist()}
+        ids = self._found()
+        return {"data": self._position, "ahead": None if ids is None else ids.tolist()}
 
-    def _found(self) -> Int[np.ndarray, "B K"]:
+    def _found(self) -> Int[np.ndarray, "B K"] | None:
         assert self._ahead is not None
         pairs, ids = self._ahead
         if isinstance(ids, Future):

@@ -118,8 +118,7 @@ def _train(config: Config, signals: _Signals) -> Path:
             signals.saving, last_save = True, time.monotonic()
             for step in range(done, config.train.steps):
                 started = time.perf_counter()
-                pairs, ids = supply.take(state.params)
-                batch, shown, tokens = reader.read(pairs, ids)
+                pairs, (batch, shown, tokens) = supply.take(state.params)
                 last = step + 1 == config.train.steps
                 if config.train.search_ahead and not last:
                     supply.look_ahead(state.params)
@@ -127,6 +126,8 @@ def _train(config: Config, signals: _Signals) -> Path:
                 if probe_every and error_fn and (step + 1) % probe_every == 0:
                     missed = {"gradient_error_generator": error_fn(state, batch, corpus)}
                 state, measured = step_fn(state, batch, corpus)
+                if not last:
+                    supply.read_ahead()
                 measured = on_host(measured | missed)
                 if config.train.fused:
                     shown, tokens = reader.shown(pairs, measured.pop("ids")), int(measured.pop("tokens"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,15 +21,17 @@ from world import open_world, tiny_config
 from ragjax.answer import open_answerer
 from ragjax.checkpoint import Checkpoints
 from ragjax.config import Config, InputError, load_config
+from ragjax.data import QuestionBatches
 from ragjax.evaluate import evaluate
 from ragjax.index import open_index
 from ragjax.loss import loss, passage_params
-from ragjax.mesh import local_mesh, place, replicated
+from ragjax.mesh import local_mesh, make_mesh, place, replicated
 from ragjax.models.layers import Params
 from ragjax.passages import PassageStore, read_questions
 from ragjax.rag import Rag, embed_with, encode, encode_questions, open_rag, passage_batch, search, train_batch
 from ragjax.refresh import Refresh, Refreshed, version_folder
 from ragjax.step import abstract_state, initial_state
+from ragjax.supply import Reader, Reading, Supply, answerable
 from ragjax.train import train
 from ragjax.world import restore_trained, trained_index
 
@@ -378,8 +381,6 @@ def test_queries_are_one_step_old(world: Path, ahead: Config) -> None:
 
 
 def next_questions(config: Config, position: dict[str, Any], count: int) -> list[int]:
-    from ragjax.data import QuestionBatches
-
     batches = QuestionBatches([1] * count, config.train.batch_size, config.seed)
     batches.restore(position)
     return next(batches).questions.tolist()
@@ -413,6 +414,48 @@ def test_the_first_step_is_as_without(world: Path, ahead: Config, tmp_path: Path
     plain = train(replace(ahead, output=str(tmp_path / "run"), train=replace(ahead.train, search_ahead=False)))
     ours, theirs = logged(Path(ahead.output)), logged(plain)
     assert ours[0] == theirs[0] and ours[1:] != theirs[1:]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_reading_ahead_changes_nothing(
+    world: Path, ahead: Config, monkeypatch: pytest.MonkeyPatch, fused: bool
+) -> None:
+    """While a step runs the next batch is read, as it would have been later, or again if the index changed since."""
+    config = tiny_config(world, train__fused=True) if fused else ahead
+    rag, index, store = open_world(config)
+    mesh = make_mesh()
+    reader, params = Reader(rag, index, store, mesh, {}), place(rag.initial_params(), replicated(mesh))
+    asked, reads = answerable(rag, read_questions(world / "train.jsonl")), 0
+
+    def counted(*given: Any) -> Reading:
+        nonlocal reads
+        reads += 1
+        return read(*given)
+
+    read = reader.read
+    monkeypatch.setattr(reader, "read", counted)
+
+    def supply() -> Supply:
+        return Supply(reader, QuestionBatches([len(a) for a in asked.usable.answers], 8, 0), asked, {})
+
+    with supply() as late, supply() as early:
+        for _ in range(3):
+            (pairs, expected), given = late.take(params), early.take(params)
+            chex.assert_trees_all_equal(given, (pairs, expected))
+            if not fused:
+                late.look_ahead(params)
+                early.look_ahead(params)
+            early.read_ahead()
+            assert early.state() == late.state()
+        assert reads == 3 + 3 + 1
+        early.take(params)
+        assert reads == 7
+        if not fused:
+            early.look_ahead(params)
+        early.read_ahead()
+        reader.index = copy.copy(index)
+        early.take(params)
+        assert reads == 9
 
 
 def test_initial_state_copies_the_encoder(world: Path, tmp_path: Path) -> None:
