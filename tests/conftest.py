@@ -19,7 +19,7 @@ from trained import quick_world, trained_run
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_disable_most_optimizations", True)  # tiny models: compiling is what takes the time
-if jax.__version_info__ < (0, 11):  # the older way to compile fusions takes 2.5 times less; later there is no other
+if jax.__version_info__ < (0, 11):  # the older way to compile fusions takes 2.5 times less; JAX 0.12 has no choice
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
 
 
