@@ -57,7 +57,7 @@ bench: $(VENV)/dev
 	$(BIN)/python -m benchmarks.starting configs/factbook.yaml --folder runs/bench
 	$(BIN)/python -m benchmarks.encoding configs/factbook.yaml --folder runs/bench
 	$(BIN)/python -m benchmarks.training configs/factbook.yaml train.k=8 --through 2 --folder runs/bench
-	$(BIN)/python -m benchmarks.answering configs/factbook.yaml decode.k=10 decode.beams=5 --torch --folder runs/bench
+	$(BIN)/python -m benchmarks.answering configs/factbook.yaml decode.k=10 decode.beams=5 --torch --compare 180 --folder runs/bench
 
 clean:
 	rm -rf .venv-* .pytest_cache .mypy_cache .ruff_cache *.egg-info dist

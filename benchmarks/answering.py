@@ -1,6 +1,6 @@
 """How long one question takes, models loaded and programs compiled, where the time goes, and whether modes agree.
 
-    python -m benchmarks.answering configs/factbook.yaml decode.k=10 decode.beams=5 --questions 20 --torch
+    python -m benchmarks.answering configs/factbook.yaml decode.k=10 decode.beams=5 --torch --compare 180
 
 Questions of the test split are answered one by one by every mode in turn, with the configuration's newest checkpoint,
 or else the pretrained models. The stages of thorough decoding are timed apart: retrieval, reading the documents, the
@@ -8,6 +8,8 @@ beam search, and scoring what the beam search has not; beside it every candidate
 must choose the same. `--torch` (extra `bench`) adds plain torch and transformers, written straightforwardly, with the
 same weights and documents: `generate` searches with beams under every document, then every distinct candidate is scored
 under every document as a whole sequence, a candidate at a time. Where answers differ the margin between them is told.
+`--compare` takes further questions on which only the choices are compared. In `--folder` every question's numbers are
+in answering.jsonl as soon as they are known.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import dataclasses
+import json
 import os
 from functools import partial
 from pathlib import Path
@@ -41,7 +44,8 @@ from benchmarks.report import (
 from ragjax.answer import Answerer, open_answerer
 from ragjax.config import load_config
 from ragjax.cost import size_text
-from ragjax.decode import Candidates, pad_answers, propose, read, score_tokens, with_end
+from ragjax.decode import Candidates, decode, pad_answers, propose, read, score_tokens, with_end
+from ragjax.models.generator import Memory
 from ragjax.passages import read_questions
 from ragjax.prefixes import Known
 from ragjax.rag import Retrieved, prompt_rows
@@ -119,6 +123,16 @@ class Measured:
     retrieved: Retrieved
 
 
+def score_whole(answerer: Answerer, memory: Memory, found: Candidates, prior: np.ndarray) -> dict[Answer, float]:
+    """Brute force: every candidate scored as a whole under every document, and its log p(y|x), nats."""
+    rag, special = answerer.rag, answerer.rag.special
+    of_question = list(zip(found.tokens, found.finished.tolist(), strict=True))
+    padded = pad_answers([of_question], special, rag.config.decode.max_new_tokens)
+    tokens = score_tokens(rag.generator.graph, answerer.params["generator"], memory, *padded)
+    joint = prior[:, None].astype(np.float64) + np.asarray(tokens, np.float64)[0].sum(axis=-1)[:, : len(of_question)]
+    return dict(zip(with_end(of_question, special), np.logaddexp.reduce(joint, axis=0).tolist(), strict=True))
+
+
 def measure(answerer: Answerer, question: str, costs: dict[tuple[int, ...], tuple[int, float]]) -> Measured:
     """`costs` keeps the operations of reading and of a prefix in the beam search for each shape of prompts."""
     rag, params, settings = answerer.rag, answerer.params["generator"], answerer.rag.config.decode
@@ -132,9 +146,8 @@ def measure(answerer: Answerer, question: str, costs: dict[tuple[int, ...], tupl
     for mode in MODES:
         seconds[mode], ([found[mode]], _) = timed(answerer.candidates, [question], retrieved, mode)
         seconds[mode] += seconds["retrieval"]
-    of_question = list(zip(found["thorough"].tokens, found["thorough"].finished.tolist(), strict=True))
-    answers = with_end(of_question, special)
-    wanted = {z: answers for z in np.flatnonzero(prior > -np.inf).tolist()}
+    seconds["scoring all, whole"], whole = timed(score_whole, answerer, memory, found["thorough"], prior)
+    wanted = {z: list(whole) for z in np.flatnonzero(prior > -np.inf).tolist()}
     known = Known(graph, params, memory, prefixes)
     on_host = jax.default_backend() == "cpu"
     if on_host:
@@ -143,9 +156,6 @@ def measure(answerer: Answerer, question: str, costs: dict[tuple[int, ...], tupl
         before = _status("VmRSS")
     seconds["scoring what is unread"], _ = timed(lambda: Known(graph, params, memory, prefixes).score(wanted))
     grown = _status("VmHWM") - before if on_host else None
-    padded = pad_answers([of_question], special, settings.max_new_tokens)
-    seconds["scoring all, whole"], tokens = timed(score_tokens, graph, params, memory, *padded)
-    joint = prior[:, None].astype(np.float64) + np.asarray(tokens, np.float64)[0].sum(axis=-1)[:, : len(answers)]
     if source.shape not in costs:
         of_prefix = flops_of_search(graph, params, memory, settings, special)
         costs[source.shape] = flops_of(partial(read, graph), params, source, mask), of_prefix
@@ -159,7 +169,7 @@ def measure(answerer: Answerer, question: str, costs: dict[tuple[int, ...], tupl
     return Measured(
         seconds,
         found,
-        dict(zip(answers, np.logaddexp.reduce(joint, axis=0).tolist(), strict=True)),
+        whole,
         flops,
         grown,
         [row[shown].tolist() for row, shown in zip(source, mask, strict=True)],
@@ -167,9 +177,25 @@ def measure(answerer: Answerer, question: str, costs: dict[tuple[int, ...], tupl
     )
 
 
+def choose(answerer: Answerer, question: str) -> tuple[dict[str, Candidates], dict[str, dict[Answer, float]]]:
+    """By the modes, and by brute force, for `compare`."""
+    rag, params, settings = answerer.rag, answerer.params["generator"], answerer.rag.config.decode
+    retrieved = answerer.retrieve([question])
+    memory = read(rag.generator.graph, params, *prompt_rows(rag, answerer.store, [question], retrieved.ids))
+    found = {}
+    for mode in ("thorough", "certified"):
+        by_mode = dataclasses.replace(settings, mode=mode)
+        [found[mode]] = decode(rag.generator.graph, params, memory, retrieved.log_prior, by_mode, rag.special)
+    return found, {"brute force": score_whole(answerer, memory, found["thorough"], retrieved.log_prior[0])}
+
+
 def _status(name: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(name))
+
+
+def spread(questions: list[str], count: int) -> list[str]:
+    return [questions[i] for i in np.linspace(0, len(questions) - 1, count).astype(int)]
 
 
 def main() -> None:
@@ -182,12 +208,17 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--questions", type=int, default=20, help="of the test split, spread over it")
     parser.add_argument("--torch", action="store_true", help="plain torch, too: on CPUs a minute or two a question")
-    parser.add_argument("--folder", type=Path, help="where to write answering.md and answering.png")
+    parser.add_argument("--compare", type=int, default=0, help="further questions on which only choices are compared")
+    parser.add_argument("--folder", type=Path, help="where to write answering.md, answering.png and answering.jsonl")
     options = parser.parse_args()
     config = load_config(options.config, options.overrides)
     answerer, console = open_answerer(config), make_console()
+    if options.folder:
+        options.folder.mkdir(parents=True, exist_ok=True)
+        (options.folder / "answering.jsonl").write_text("")
     every = [question.question for question in read_questions(Path(config.questions.test))]
-    questions = [every[i] for i in np.linspace(0, len(every) - 1, options.questions).astype(int)]
+    questions = spread(every, options.questions)
+    others = spread([question for question in every if question not in questions], options.compare)
     model = on_torch(answerer) if options.torch else None
     eos = answerer.rag.special.eos
 
@@ -195,17 +226,34 @@ def main() -> None:
         best = found.best(mode)[0]
         return (*found.tokens[best], *([eos] if found.finished[best] else []))
 
+    def text(y: Answer) -> str:
+        return answerer.text(y[: -1 if y[-1] == eos else None])
+
     stages = {name: Stage() for name in (*MODES, *STAGES, *(["plain torch"] if model else []))}
     differ: list[str] = []
+    skipped: list[float] = []
 
-    def compare(name: str, theirs: dict[Answer, float], chosen: Answer) -> None:
+    def compare(
+        question: str, found: dict[str, Candidates], scored: dict[str, dict[Answer, float]], **more: Any
+    ) -> None:
         """Whether all candidates together, of which each has its log p(y|x), choose what thorough decoding chose."""
-        ended = {y: logp for y, logp in theirs.items() if y[-1] == eos} or theirs
-        best = max(ended, key=ended.__getitem__)
-        if best != chosen:
-            margin = ended[best] - theirs.get(chosen, -np.inf)
-            text = answerer.text(best[: -1 if best[-1] == eos else None])
-            differ.append(f"{name}: {question} {text!r}, {margin:.1e} nats apart")
+        chosen = answer(found["thorough"], "thorough")
+        differing = []
+        if answer(found["certified"], "certified") != chosen:
+            differing.append("certified")
+        for name, theirs in scored.items():
+            ended = {y: logp for y, logp in theirs.items() if y[-1] == eos} or theirs
+            best = max(ended, key=ended.__getitem__)
+            if best != chosen:
+                margin = ended[best] - theirs.get(chosen, -np.inf)
+                differing.append(f"{name} {text(best)!r}, {margin:.1e} nats apart")
+        differ.extend(f"{question} {text(chosen)!r}: {name}" for name in differing)
+        computed, needed = found["certified"].needed or (0, 0)
+        skipped.append(1 - computed / max(1, needed))
+        if options.folder:
+            line = {"question": question, "answer": text(chosen), "differ": differing, "skipped": skipped[-1], **more}
+            with (options.folder / "answering.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     measured: list[Measured] = []
     costs: dict[tuple[int, ...], tuple[int, float]] = {}
@@ -215,14 +263,13 @@ def main() -> None:
         measured.append(of := measure(answerer, question, costs))
         for name, took in of.seconds.items():
             stages[name].seconds.append(took)
-        chosen = answer(of.found["thorough"], "thorough")
-        if answer(of.found["certified"], "certified") != chosen:
-            differ.append(f"certified: {question}")
-        compare("scoring all, whole", of.whole, chosen)
+        scored = {"brute force": of.whole}
         if model is not None:
-            took, theirs = timed(answer_on_torch, model, answerer, of.prompts, of.retrieved.log_prior[0])
+            took, scored["plain torch"] = timed(answer_on_torch, model, answerer, of.prompts, of.retrieved.log_prior[0])
             stages["plain torch"].seconds.append(took)
-            compare("plain torch", theirs, chosen)
+        compare(question, of.found, scored, seconds={name: stage.seconds[-1] for name, stage in stages.items()})
+    for question in track(others, "compare", console=None, disable=not console.is_terminal):
+        compare(question, *choose(answerer, question))
     for name in measured[0].flops:
         stages[name].flops = float(np.mean([of.flops[name] for of in measured]))
 
@@ -241,16 +288,17 @@ def main() -> None:
         f"rescoring's share: {np.median(scoring / thorough):.0%} of thorough decoding, "
         f"{np.median((certified - fast) / certified):.0%} of certified (medians)"
     )
-    scores = [of.found["certified"].needed or (0, 0) for of in measured]
-    skipped = np.array([1 - computed / max(1, needed) for computed, needed in scores])
     shares = ", ".join(f"{q} %: {np.percentile(skipped, q):.0%}" for q in (1, 10, 25, 50))
-    console.print(f"scores that certified skips: {skipped.mean():.0%} in the mean; percentiles over questions {shares}")
+    console.print(
+        f"scores that certified skips: {np.mean(skipped):.0%} in the mean; percentiles over questions {shares}"
+    )
     if grown := [of.memory for of in measured if of.memory is not None]:
         console.print(f"scoring what is unread takes at most {size_text(max(grown))} of memory")
     if model is not None:
         ratio = times_as_fast(stages["plain torch"], stages["thorough"])
         console.print(f"thorough: {ratio:.1f} times as fast as plain torch")
-    console.print(f"other answers than thorough's: {len(differ)} of {len(questions)} questions")
+        console.print(f"questions answered by plain torch, too: {len(questions)}")
+    console.print(f"answers other than thorough's, on {len(skipped)} questions: {len(differ)}")
     for line in differ:
         console.print(f"  {line}", soft_wrap=True)
     write(console, options.folder, "answering", {"one question": stages})
