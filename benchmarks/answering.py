@@ -238,15 +238,15 @@ def main() -> None:
     ) -> None:
         """Whether all candidates together, of which each has its log p(y|x), choose what thorough decoding chose."""
         chosen = answer(found["thorough"], "thorough")
-        differing = []
-        if answer(found["certified"], "certified") != chosen:
-            differing.append("certified")
+        choices = {"certified": (answer(found["certified"], "certified"), scored["brute force"])}
         for name, theirs in scored.items():
             ended = {y: logp for y, logp in theirs.items() if y[-1] == eos} or theirs
-            best = max(ended, key=ended.__getitem__)
-            if best != chosen:
-                margin = ended[best] - theirs.get(chosen, -np.inf)
-                differing.append(f"{name} {text(best)!r}, {margin:.1e} nats apart")
+            choices[name] = max(ended, key=ended.__getitem__), theirs
+        differing = [
+            f"{name} {text(best)!r}, {theirs[best] - theirs.get(chosen, -np.inf):.1e} nats apart"
+            for name, (best, theirs) in choices.items()
+            if best != chosen
+        ]
         differ.extend(f"{question} {text(chosen)!r}: {name}" for name in differing)
         computed, needed = found["certified"].needed or (0, 0)
         skipped.append(1 - computed / max(1, needed))
