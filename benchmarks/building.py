@@ -29,8 +29,9 @@ from rich.table import Table
 from benchmarks.report import or_input_error
 from ragjax.cost import size_text
 from ragjax.factbook import build_factbook
+from ragjax.files import write_jsonl
 from ragjax.hub import fetch
-from ragjax.passages import SHARDS, write_jsonl
+from ragjax.passages import SHARDS
 from ragjax.random_checkpoint import write_random_checkpoint
 
 FEW = 1000  # passages, whose build takes what the models take

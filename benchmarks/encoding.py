@@ -30,7 +30,8 @@ from benchmarks.report import (
     torch_place,
     write,
 )
-from ragjax.config import InputError, load_config
+from ragjax.config import load_config
+from ragjax.errors import InputError
 from ragjax.hub import checkpoint_folder, fetch
 from ragjax.mesh import local_mesh, place, replicated
 from ragjax.rag import embeddings_with, encode, passage_rows

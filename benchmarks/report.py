@@ -18,9 +18,10 @@ from rich.console import Console
 from rich.table import Table
 
 from ragjax.beam import batch_sizes
-from ragjax.config import Decode, InputError
+from ragjax.config import Decode
 from ragjax.cost import matmul_flops
 from ragjax.decode import propose
+from ragjax.errors import InputError
 from ragjax.models.generator import Memory, SpecialTokens
 from ragjax.models.layers import Params
 from ragjax.prefixes import Prefixes

@@ -41,7 +41,8 @@ def start(config: str, *overrides: str) -> dict[str, float]:
 
 def main() -> None:
     from benchmarks.report import Stage, make_console, peak, show, write
-    from ragjax.config import InputError, load_config
+    from ragjax.config import load_config
+    from ragjax.errors import InputError
     from ragjax.hub import cache_folder
 
     parser = argparse.ArgumentParser(

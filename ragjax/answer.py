@@ -18,8 +18,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ragjax.config import Config, InputError
+from ragjax.config import Config
 from ragjax.decode import Candidates, decode, decode_as_hugging_face, decode_together, read, score_tokens
+from ragjax.errors import InputError
 from ragjax.experiment import load_experiment
 from ragjax.index import Index, check_k
 from ragjax.loss import TokenScores, answer_nll

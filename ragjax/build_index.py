@@ -23,9 +23,11 @@ import jax
 import numpy as np
 
 from ragjax import factbook, factbook_facts
-from ragjax.config import ON_DEVICES, Config, Corpus, InputError, structure
+from ragjax.config import ON_DEVICES, Config, Corpus, structure
 from ragjax.cost import free_disk, host_memory, size_text
+from ragjax.errors import InputError
 from ragjax.experiment import check_processes_agree
+from ragjax.files import LOCK, alone, atomic_write, partial_folder, write_jsonl
 from ragjax.hub import Fetched, cache_folder, fetch, fingerprint_files, is_local
 from ragjax.index import (
     EMBEDDINGS,
@@ -48,19 +50,14 @@ from ragjax.mesh import (
 )
 from ragjax.passages import (
     FORMATS,
-    LOCK,
     SHARDS,
     STORE_FILES,
     Passage,
     PassageStore,
     Scan,
-    alone,
-    atomic_write,
-    partial_folder,
     read_passages,
     scan_passages,
     shard_folder,
-    write_jsonl,
     write_store,
 )
 from ragjax.progress import progress_bar, terminal

@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
-from ragjax.config import InputError
 from ragjax.cost import size_text
+from ragjax.errors import InputError
 from ragjax.mesh import from_all, is_first, on_first, wait_for_all
 from ragjax.progress import terminal
 

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ragjax.config import Config, InputError, dump_config, load_config
+from ragjax.config import Config, dump_config, load_config
+from ragjax.errors import InputError
 
 # in what JAX, Gloo and the coordination service say when a process is gone
 SIGNS_OF_LOSS = ("Gloo", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED", "barrier", "coordination", "peer")

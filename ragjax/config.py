@@ -13,9 +13,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-
-class InputError(Exception):
-    """Something the user gave us is wrong; the message says what and how to mend it (exit code 2)."""
+from ragjax.errors import InputError
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ import numpy as np
 from flax import nnx, struct
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from ragjax.config import Config, InputError
+from ragjax.config import Config
+from ragjax.errors import InputError
 from ragjax.index import Index
 from ragjax.loss import embed
 from ragjax.marginal import log_prior

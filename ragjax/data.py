@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from ragjax.config import InputError
+from ragjax.errors import InputError
 from ragjax.passages import Question
 
 

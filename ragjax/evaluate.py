@@ -21,11 +21,12 @@ from ragjax.answer import Answerer, answer_modes, most_documents
 from ragjax.config import Config
 from ragjax.decode import Candidates
 from ragjax.experiment import check_processes_agree, make_folder
+from ragjax.files import atomic_write, write_jsonl
 from ragjax.hub import fingerprint_files
 from ragjax.index import check_k
 from ragjax.mesh import from_all, local_mesh, on_first
 from ragjax.metrics import bootstrap_interval, exact_match, expected_calibration_error, f1, has_answer
-from ragjax.passages import Question, atomic_write, write_jsonl
+from ragjax.passages import Question
 from ragjax.progress import progress_bar
 from ragjax.rag import Retrieved, log_mass, retrieve
 from ragjax.world import open_world, pretrained, read_split, restore_trained, trained_index

@@ -18,11 +18,12 @@ from pathlib import Path
 
 import jax
 
-from ragjax.config import Config, InputError, Questions, dump_config, load_config
+from ragjax.config import Config, Questions, dump_config, load_config
+from ragjax.errors import InputError
+from ragjax.files import atomic_write
 from ragjax.hub import fingerprint_files
 from ragjax.index import MANIFEST, Index
 from ragjax.mesh import from_all, on_first
-from ragjax.passages import atomic_write
 from ragjax.rag import Rag
 
 # what may change between two calls on one output folder: nothing that the training of a step depends on

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ragjax.config import InputError
+from ragjax.errors import InputError
 from ragjax.factbook_facts import FACTS, in_sentence
 from ragjax.passages import Passage
 

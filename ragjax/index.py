@@ -23,10 +23,12 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Float32, Int, Int32
 
-from ragjax.config import ON_DEVICES, InputError
+from ragjax.config import ON_DEVICES
 from ragjax.cost import size_text
+from ragjax.errors import InputError
+from ragjax.files import atomic_write
 from ragjax.mesh import local_mesh, on_host, place, replicated
-from ragjax.passages import atomic_write, may_map, shard_folder, shard_folders
+from ragjax.passages import may_map, shard_folder, shard_folders
 from ragjax.progress import progress_bar
 from ragjax.search import Corpus, log_normalizer, place_rows, search_corpus
 from ragjax.text import Ids, bucket, pad_rows

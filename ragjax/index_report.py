@@ -16,14 +16,16 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ragjax.config import Config, InputError
+from ragjax.config import Config
 from ragjax.cost import size_text
+from ragjax.errors import InputError
 from ragjax.experiment import make_folder
+from ragjax.files import atomic_write
 from ragjax.hub import fingerprint_files
 from ragjax.index import EMBEDDINGS, FAISS_FILE, Embeddings, Index
 from ragjax.mesh import local_mesh
 from ragjax.metrics import has_answer
-from ragjax.passages import SHARDS, STORE_FILES, atomic_write
+from ragjax.passages import SHARDS, STORE_FILES
 from ragjax.progress import progress_bar
 from ragjax.rag import encode_questions
 from ragjax.search import block_log_normalizer, block_search

@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
 
-from ragjax.config import InputError
+from ragjax.errors import InputError
 from ragjax.progress import terminal
 
 Result = TypeVar("Result")

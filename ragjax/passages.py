@@ -8,29 +8,24 @@ generator's tokens as int32, and the two files of offsets [n + 1] say where each
 from __future__ import annotations
 
 import csv
-import errno
-import fcntl
 import gzip
 import hashlib
 import itertools
 import json
-import os
 import resource
-import shutil
 import zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import Int
 
-from ragjax.config import InputError
+from ragjax.errors import InputError
+from ragjax.files import atomic_write
 
-LOCK, SHARDS = ".lock", "shards"
+SHARDS = "shards"
 STORE_FILES = ("text.bin", "text_offsets.npy", "tokens.bin", "token_offsets.npy")
 FORMATS = {
     "jsonl": 'passages as JSON lines, {"id": …, "title": …, "text": …}',
@@ -144,79 +139,6 @@ def read_questions(path: Path) -> list[Question]:
     if not questions:
         raise InputError(f"{path}: holds no questions; expected one JSON object a line")
     return questions
-
-
-def write_jsonl(path: Path, records: Iterable[dict]) -> None:
-    """Writes one JSON object a line; `path` is whole or untouched."""
-    with atomic_write(path) as (file,):
-        for record in records:
-            file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-
-
-@contextmanager
-def atomic_write(*paths: Path) -> Iterator[tuple[BinaryIO, ...]]:
-    """Opens PATH.partial for each path and renames all of them at the end; removes them when anything fails.
-
-    Raises `InputError` for what the operating system refuses, such as a full disk.
-    """
-    partials = [path.with_name(path.name + ".partial") for path in paths]
-    try:
-        with ExitStack() as stack:
-            files = tuple(stack.enter_context(partial.open("wb")) for partial in partials)
-            yield files
-            for file in files:  # else a machine that dies later could leave an empty file under the final name
-                file.flush()
-                os.fsync(file.fileno())
-        for partial, path in zip(partials, paths, strict=True):
-            os.replace(partial, path)
-    except OSError as error:
-        where = paths[0].parent if len(paths) > 1 else paths[0]
-        if error.errno == errno.ENOSPC:
-            raise InputError(f"{where}: the disk is full; the partial file was removed; free some space") from None
-        raise InputError(f"{where}: cannot be written ({error.strerror or error})") from None
-    finally:
-        for partial in partials:
-            partial.unlink(missing_ok=True)
-
-
-@contextmanager
-def partial_folder(folder: Path) -> Iterator[Path]:
-    """A new empty folder beside `folder`, to be filled and then renamed or emptied; gone at the end.
-
-    Raises `InputError` where it cannot be created.
-    """
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be created ({error.strerror}); choose another folder") from None
-    try:
-        yield partial
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-@contextmanager
-def alone(folder: Path, doing: str) -> Iterator[None]:
-    """Holds `folder`, created where there is none, until the end or the death of this process.
-
-    Raises `InputError` where it cannot be created, and while another process holds it, saying what that is `doing`.
-    """
-    while True:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"{folder}: cannot be created ({error.strerror}); choose another folder") from None
-        with (folder / LOCK).open("a") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(f"{folder}: another process {doing}") from None
-            # one that held it may have deleted it together with its folder, and a third may lock a new file
-            if os.path.exists(lock.name) and os.path.samestat(os.stat(lock.name), os.fstat(lock.fileno())):
-                yield
-                return
 
 
 def shard_folder(folder: Path, number: int) -> Path:

@@ -28,9 +28,10 @@ from rich.console import Console
 from rich.table import Table
 
 from ragjax.answer import most_documents
-from ragjax.config import ON_DEVICES, Config, InputError
+from ragjax.config import ON_DEVICES, Config
 from ragjax.cost import Cost, NotCompiled, bytes_each, compiled_cost, free_disk, host_memory, matmul_flops, size_text
 from ragjax.decode import pad_answers, propose, propose_together, read, score_tokens
+from ragjax.errors import InputError
 from ragjax.fused import abstract_corpus
 from ragjax.hub import fetch_config, is_local
 from ragjax.index import MANIFEST, check_kind, faiss_bytes

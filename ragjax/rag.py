@@ -16,7 +16,9 @@ from flax import nnx, struct
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from ragjax.config import Config, InputError, structure
+from ragjax.config import Config, structure
+from ragjax.errors import InputError
+from ragjax.files import read_json
 from ragjax.hub import Fetched, checkpoint_folder, fetch, fingerprint_files
 from ragjax.index import EncodedBatch, Index, embed_passages, encoded_batches
 from ragjax.marginal import corpus_log_prior, log_prior
@@ -35,7 +37,7 @@ from ragjax.text import (
     make_prompt,
     pad_rows,
 )
-from ragjax.weights import Pretrained, open_bert, open_generator, read_json
+from ragjax.weights import Pretrained, open_bert, open_generator
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import tokenizers
 from flax import nnx
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from ragjax.config import InputError
+from ragjax.errors import InputError
 from ragjax.models.bert import Bert, BertConfig
 from ragjax.models.layers import split_parameters
 from ragjax.weights import GENERATORS, save_bert, save_generator

@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
-from ragjax.config import InputError
+from ragjax.errors import InputError
 from ragjax.index import EMBEDDINGS, MANIFEST, Index, open_index, write_index
 from ragjax.mesh import first_says, local_mesh, on_first, on_host, place, replicated, wait_for_all
 from ragjax.models.layers import Params

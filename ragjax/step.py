@@ -15,7 +15,7 @@ from flax import nnx, struct
 from jax.sharding import Mesh, NamedSharding, use_abstract_mesh
 from jaxtyping import Array, Float, Key
 
-from ragjax.config import ON_DEVICES, Config, InputError, Train
+from ragjax.config import ON_DEVICES, Config, Train
 from ragjax.contrastive import (
     ContrastiveBatch,
     abstract_contrastive,
@@ -24,6 +24,7 @@ from ragjax.contrastive import (
     contrastive_nll,
 )
 from ragjax.cost import NotCompiled, bytes_each, compiled_cost, host_memory, size_text
+from ragjax.errors import InputError
 from ragjax.fused import Asked, abstract_asked, abstract_corpus, retrieve_in_step
 from ragjax.loss import answer_nll, joint_logp, loss, passage_params
 from ragjax.mesh import SPLIT, check_batch, lay, parameter_spec

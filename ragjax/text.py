@@ -21,7 +21,8 @@ import tokenizers
 from jaxtyping import Bool, Int, Integer
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
-from ragjax.config import InputError
+from ragjax.errors import InputError
+from ragjax.files import read_json
 
 CHAT_MESSAGE = "{passage}\n\nQuestion: {question}\nAnswer briefly."
 CHAT_MESSAGE_CLOSED_BOOK = "Question: {question}\nAnswer briefly."
@@ -155,8 +156,10 @@ def _from_folder(folder: Path) -> Tokenizer:
         backend = tokenizers.Tokenizer.from_file(str(file)) if file.is_file() else _convert(folder)
     except Exception as error:  # the Rust library raises bare Exceptions
         raise InputError(f"{file if file.is_file() else folder}: not a tokenizer: {error}") from None
-    names = {**_read_json(folder / "special_tokens_map.json"), **_read_json(folder / "tokenizer_config.json")}
-    numbers = {**_read_json(folder / "config.json"), **_read_json(folder / "generation_config.json")}
+    names, numbers = (
+        {key: value for file in files if (folder / file).is_file() for key, value in read_json(folder / file).items()}
+        for files in (("special_tokens_map.json", "tokenizer_config.json"), ("config.json", "generation_config.json"))
+    )
 
     def find(kind: str) -> int | None:
         name = names.get(f"{kind}_token")
@@ -193,18 +196,6 @@ def _convert(folder: Path) -> tokenizers.Tokenizer:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False).backend_tokenizer
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{file}: not readable as JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{file}: expected a JSON object")
-    return value
 
 
 @lru_cache(maxsize=2)

@@ -23,15 +23,17 @@ from jax.experimental.multihost_utils import reached_preemption_sync_point
 from jax.sharding import Mesh
 
 from ragjax.checkpoint import Checkpoints
-from ragjax.config import Config, InputError
+from ragjax.config import Config
 from ragjax.contrastive import label_positions
 from ragjax.data import Batch, QuestionBatches
+from ragjax.errors import InputError
 from ragjax.experiment import check_processes_agree, check_same_experiment, start_experiment
+from ragjax.files import alone, atomic_write
 from ragjax.fused import corpus_with_tokens
 from ragjax.index import Index, check_k
 from ragjax.loss import passage_params
 from ragjax.mesh import check_batch, first_says, is_first, make_mesh, on_first, on_host, place
-from ragjax.passages import alone, atomic_write, read_questions
+from ragjax.passages import read_questions
 from ragjax.progress import progress_bar, terminal
 from ragjax.rag import Rag
 from ragjax.refresh import Refresh, refreshed_at

@@ -20,7 +20,8 @@ from flax import nnx
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from ragjax.config import InputError
+from ragjax.errors import InputError
+from ragjax.files import read_json
 from ragjax.models.bart import Bart, BartConfig
 from ragjax.models.bert import Bert, BertConfig
 from ragjax.models.layers import Params, split_parameters
@@ -272,19 +273,6 @@ def bert_tensors(params: Params, prefix: str = "") -> dict[str, np.ndarray]:
 def generator_tensors(config: Mapping[str, Any], params: Params) -> dict[str, np.ndarray]:
     """A generator's tensors under the Hugging Face names of the family that `config` (a config.json) names."""
     return _tensors(params, {ours: name for ours, name, _ in _generator_table(config)})
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; raises `InputError` naming the file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: missing; a Hugging Face checkpoint folder has one") from None
-    except ValueError as error:
-        raise InputError(f"{path}: not readable as JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: expected a JSON object")
-    return value
 
 
 def weight_files(checkpoint: Path) -> list[Path]:

@@ -19,7 +19,7 @@ from world import CAPITALS, LANDS, tiny_config
 import ragjax
 from ragjax.answer import Answer, Answerer, Candidate, Document, open_answerer, print_answer
 from ragjax.cli import main
-from ragjax.config import InputError
+from ragjax.errors import InputError
 
 Capture = pytest.CaptureFixture[str]
 QUESTIONS = [f"What is the capital of {land}?" for land in LANDS[:8]]

@@ -25,9 +25,11 @@ from world import build, tiny_config
 from ragjax import build_index as build_module
 from ragjax import index as index_module
 from ragjax import rag as rag_module
-from ragjax.config import Config, InputError, dump_config
+from ragjax.config import Config, dump_config
+from ragjax.errors import InputError
+from ragjax.files import alone
 from ragjax.index import MANIFEST, Index, open_index
-from ragjax.passages import Passage, PassageStore, alone, read_passages, shard_folder
+from ragjax.passages import Passage, PassageStore, read_passages, shard_folder
 from ragjax.rag import Rag, encode, open_rag, passage_rows, passage_text, retrieve
 
 

@@ -20,7 +20,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ragjax.checkpoint import Checkpoints, DamagedCheckpoint
-from ragjax.config import InputError
+from ragjax.errors import InputError
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["params", "optimizer", "step", "key"], meta_fields=[])

@@ -17,7 +17,7 @@ import pytest
 from trained import STEPS, files, refused
 
 from ragjax.cli import main
-from ragjax.passages import write_jsonl
+from ragjax.files import write_jsonl
 
 Capture = pytest.CaptureFixture[str]
 COMMANDS = ("plan", "index", "train", "evaluate", "answer", "config")

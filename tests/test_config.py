@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from ragjax.config import Config, InputError, dump_config, get_key, load_config
+from ragjax.config import Config, dump_config, get_key, load_config
+from ragjax.errors import InputError
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 SMALLEST = """\

@@ -19,7 +19,7 @@ from world import open_world, tiny_config
 from ragjax.answer import open_answerer
 from ragjax.checkpoint import Checkpoints
 from ragjax.cli import main
-from ragjax.config import Config, InputError, load_config
+from ragjax.config import Config, load_config
 from ragjax.contrastive import (
     abstract_contrastive,
     choose_passages,
@@ -28,11 +28,13 @@ from ragjax.contrastive import (
     count_passages,
     label_positions,
 )
+from ragjax.errors import InputError
 from ragjax.evaluate import evaluate
+from ragjax.files import write_jsonl
 from ragjax.loss import passage_params
 from ragjax.mesh import make_mesh, place, shard_batch
 from ragjax.models.layers import Params
-from ragjax.passages import PassageStore, Question, read_questions, write_jsonl
+from ragjax.passages import PassageStore, Question, read_questions
 from ragjax.rag import encode, open_rag
 from ragjax.step import initial_state, make_train_step, state_shardings, trace_step
 from ragjax.train import train

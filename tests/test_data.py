@@ -8,8 +8,8 @@ import json
 import numpy as np
 import pytest
 
-from ragjax.config import InputError
 from ragjax.data import QuestionBatches, usable_answers
+from ragjax.errors import InputError
 from ragjax.passages import Question
 
 NUM_ANSWERS = [1, 2, 3, 1, 5, 1, 2]

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from world import open_world, tiny_config
 
-from ragjax.config import Config, InputError, dump_config, load_config
+from ragjax.config import Config, dump_config, load_config
+from ragjax.errors import InputError
 from ragjax.experiment import (
     FREE,
     check_same_experiment,

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from ragjax.config import InputError
+from ragjax.errors import InputError
 from ragjax.factbook import SPLITS, build_factbook, split_of, split_text
 from ragjax.factbook_facts import FACTS
 

@@ -12,7 +12,8 @@ import pytest
 from processes import RATES, logged
 from world import build, open_world, tiny_config
 
-from ragjax.config import InputError, load_config
+from ragjax.config import load_config
+from ragjax.errors import InputError
 from ragjax.fused import asked_batch, corpus_with_tokens, prompt_on_device, retrieve_in_step
 from ragjax.mesh import local_mesh, make_mesh, place, replicated, shard_batch
 from ragjax.passages import read_questions

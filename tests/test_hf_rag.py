@@ -17,7 +17,8 @@ from safetensors.numpy import load_file, save_file
 from trained import refused
 
 from ragjax.cli import main
-from ragjax.config import InputError, dump_config, load_config
+from ragjax.config import dump_config, load_config
+from ragjax.errors import InputError
 from ragjax.experiment import load_experiment
 from ragjax.hf_rag import import_rag
 from ragjax.rag import open_rag

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ragjax import hub
-from ragjax.config import InputError
+from ragjax.errors import InputError
 from ragjax.hub import Fetched, cache_folder, checkpoint_folder, fetch, fetch_config, fingerprint_files
 
 
@@ -124,7 +124,7 @@ def test_a_full_disk_leaves_no_folder(shelf, tmp_path, monkeypatch):
 
 def test_unreachable_hub_is_one_line_within_seconds(tmp_path):
     program = """
-from ragjax.config import InputError
+from ragjax.errors import InputError
 from ragjax.hub import fetch
 try:
     fetch("hf:org/name@abc")

@@ -11,7 +11,8 @@ import pytest
 from trained import files
 
 from ragjax import index as index_module
-from ragjax.config import InputError
+from ragjax.errors import InputError
+from ragjax.files import atomic_write
 from ragjax.index import (
     Embeddings,
     Index,
@@ -25,7 +26,7 @@ from ragjax.index import (
     write_index,
 )
 from ragjax.mesh import make_mesh
-from ragjax.passages import atomic_write, shard_folder
+from ragjax.passages import shard_folder
 
 FINGERPRINTS = {"corpus": "sha256:c", "encoder": "sha256:e", "passage_tokenizer": "sha256:p"}
 

@@ -12,7 +12,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType
 
-from ragjax.config import InputError
+from ragjax.errors import InputError
 from ragjax.mesh import (
     check_batch,
     enable_compilation_cache,

@@ -25,7 +25,7 @@ from reference import (
 )
 from safetensors.numpy import load_file
 
-from ragjax.config import InputError
+from ragjax.errors import InputError
 from ragjax.marginal import log_prior, marginal_logp
 from ragjax.models import layers
 from ragjax.models.bert import BertConfig

@@ -11,20 +11,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ragjax.config import InputError
+from ragjax.errors import InputError
+from ragjax.files import alone, write_jsonl
 from ragjax.passages import (
     STORE_FILES,
     Passage,
     PassageStore,
     Question,
     Scan,
-    alone,
     count_passages,
     read_passages,
     read_questions,
     scan_passages,
     shard_folder,
-    write_jsonl,
     write_store,
 )
 

@@ -21,9 +21,10 @@ from world import open_world, tiny_config
 
 from ragjax import plan
 from ragjax.cli import main
-from ragjax.config import Config, InputError, MeshConfig, dump_config, load_config
+from ragjax.config import Config, MeshConfig, dump_config, load_config
 from ragjax.cost import Cost, bytes_each, bytes_sent, size_text
 from ragjax.decode import pad_answers, propose, propose_together, read, score_tokens
+from ragjax.errors import InputError
 from ragjax.mesh import make_mesh
 from ragjax.models.generator import Memory, empty_past
 from ragjax.passages import STORE_FILES

@@ -16,7 +16,7 @@ import pytest
 from safetensors.numpy import load_file
 from world import open_world, tiny_config
 
-from ragjax.config import InputError
+from ragjax.errors import InputError
 from ragjax.index import Index
 from ragjax.loss import joint_logp, loss
 from ragjax.marginal import marginal_logp

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from ragjax.config import InputError
+from ragjax.errors import InputError
 from ragjax.random_checkpoint import FAMILIES, write_random_checkpoint
 from ragjax.text import Tokenizer, make_prompt
 from ragjax.weights import open_bert, open_generator, read_json

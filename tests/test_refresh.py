@@ -20,8 +20,9 @@ from world import open_world, tiny_config
 
 from ragjax.answer import open_answerer
 from ragjax.checkpoint import Checkpoints
-from ragjax.config import Config, InputError, load_config
+from ragjax.config import Config, load_config
 from ragjax.data import QuestionBatches
+from ragjax.errors import InputError
 from ragjax.evaluate import evaluate
 from ragjax.index import open_index
 from ragjax.loss import loss, passage_params

@@ -17,8 +17,9 @@ import pytest
 from flax import nnx
 from world import open_world, tiny_config
 
-from ragjax.config import InputError, MeshConfig, Train
+from ragjax.config import MeshConfig, Train
 from ragjax.cost import Cost, NotCompiled, bytes_each, compiled_cost, size_text
+from ragjax.errors import InputError
 from ragjax.loss import answer_nll, joint_logp, loss
 from ragjax.mesh import local_mesh, make_mesh, place, replicated, shard_batch
 from ragjax.models.generator import answer_hidden

@@ -10,7 +10,7 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
-from ragjax.config import InputError
+from ragjax.errors import InputError
 from ragjax.text import (
     Prompt,
     Tokenizer,

@@ -24,11 +24,12 @@ from world import tiny_config
 from ragjax import train as train_module
 from ragjax.checkpoint import Checkpoints
 from ragjax.cli import main
-from ragjax.config import InputError
+from ragjax.errors import InputError
 from ragjax.experiment import load_experiment
+from ragjax.files import write_jsonl
 from ragjax.loss import loss
 from ragjax.models.layers import Params
-from ragjax.passages import read_questions, write_jsonl
+from ragjax.passages import read_questions
 from ragjax.progress import progress_bar
 from ragjax.rag import Rag, open_rag, retrieve, train_batch
 from ragjax.step import TrainState, initial_state

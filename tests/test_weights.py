@@ -19,8 +19,9 @@ from reference import Small, bert_embedding, random_bert, random_llama
 from safetensors.numpy import load_file, save_file
 
 from ragjax import weights
-from ragjax.config import Decode, InputError
+from ragjax.config import Decode
 from ragjax.decode import decode, read
+from ragjax.errors import InputError
 from ragjax.hub import checkpoint_folder, fetch
 from ragjax.models.generator import SpecialTokens
 from ragjax.random_checkpoint import write_random_checkpoint
@@ -176,7 +177,7 @@ def test_unreadable_files(family: str, checkpoint: Path, tmp_path: Path) -> None
     with pytest.raises(InputError, match="model_type 'gpt2' is not"):
         OPEN[family](other)
     (other / "config.json").write_text("{")
-    with pytest.raises(InputError, match=r"config\.json: not readable as JSON"):
+    with pytest.raises(InputError, match=r"config\.json: not JSON"):
         OPEN[family](other)
     (other / "config.json").write_text("[]")
     with pytest.raises(InputError, match=r"config\.json: expected a JSON object"):

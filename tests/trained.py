@@ -11,8 +11,9 @@ import pytest
 from world import shared_world
 
 from ragjax.cli import main
+from ragjax.files import write_jsonl
 from ragjax.index import MANIFEST
-from ragjax.passages import read_questions, write_jsonl
+from ragjax.passages import read_questions
 
 STEPS = 24
 

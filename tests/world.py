@@ -9,8 +9,9 @@ import pytest
 
 from ragjax.build_index import build_index
 from ragjax.config import Config, load_config
+from ragjax.files import write_jsonl
 from ragjax.index import MANIFEST, Index, open_index
-from ragjax.passages import PassageStore, write_jsonl
+from ragjax.passages import PassageStore
 from ragjax.rag import Rag, open_rag
 from ragjax.random_checkpoint import write_random_checkpoint
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from ragjax.config import InputError
+from ragjax.errors import InputError
 from ragjax.models.generator import Keys
 from ragjax.models.layers import ACTIVATIONS, attend_within, dropout, fold, scan_layers, stack
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from ragjax.config import InputError
+from ragjax.errors import InputError
 from ragjax.models.generator import Keys, Memory, Past
 from ragjax.models.layers import (
     ACTIVATIONS,

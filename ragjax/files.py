@@ -1,0 +1,118 @@
+"""Files that are whole or not there, and folders that one process holds alone."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ragjax.errors import InputError
+
+LOCK = ".lock"
+
+
+def parse_json(data: bytes | str, where: str | Path) -> Any:
+    """The value of a JSON text in UTF-8; `where` names it in errors. Raises `InputError` for anything malformed."""
+    try:
+        return json.loads(data)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: not UTF-8 ({error.reason})") from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}: not JSON ({error.msg} at line {error.lineno}, column {error.colno})") from None
+    except ValueError:  # Python's own bound on what it converts
+        raise InputError(f"{where}: not JSON: a number has thousands of digits") from None
+    except RecursionError:
+        raise InputError(f"{where}: not JSON: nested too deeply") from None
+
+
+def read_json(path: Path, what: str = "a Hugging Face checkpoint folder has one") -> dict[str, Any]:
+    """The JSON object in a file. Raises `InputError` naming it; `what` says why one is expected there."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise InputError(f"{path}: missing; {what}") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+    value = parse_json(data, path)
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a JSON object, not {type(value).__name__}")
+    return value
+
+
+@contextmanager
+def atomic_write(*paths: Path) -> Iterator[tuple[BinaryIO, ...]]:
+    """Opens PATH.partial for each path and renames all of them at the end; removes them when anything fails.
+
+    Raises `InputError` for what the operating system refuses, such as a full disk.
+    """
+    partials = [path.with_name(path.name + ".partial") for path in paths]
+    try:
+        with ExitStack() as stack:
+            files = tuple(stack.enter_context(partial.open("wb")) for partial in partials)
+            yield files
+            for file in files:  # else a machine that dies later could leave an empty file under the final name
+                file.flush()
+                os.fsync(file.fileno())
+        for partial, path in zip(partials, paths, strict=True):
+            os.replace(partial, path)
+    except OSError as error:
+        where = paths[0].parent if len(paths) > 1 else paths[0]
+        if error.errno == errno.ENOSPC:
+            raise InputError(f"{where}: the disk is full; the partial file was removed; free some space") from None
+        raise InputError(f"{where}: cannot be written ({error.strerror or error})") from None
+    finally:
+        for partial in partials:
+            partial.unlink(missing_ok=True)
+
+
+def write_jsonl(path: Path, records: Iterable[dict]) -> None:
+    """Writes one JSON object a line; `path` is whole or untouched."""
+    with atomic_write(path) as (file,):
+        for record in records:
+            file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+
+
+@contextmanager
+def partial_folder(folder: Path) -> Iterator[Path]:
+    """A new empty folder beside `folder`, to be filled and then renamed or emptied; gone at the end.
+
+    Raises `InputError` where it cannot be created.
+    """
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be created ({error.strerror}); choose another folder") from None
+    try:
+        yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def alone(folder: Path, doing: str) -> Iterator[None]:
+    """Holds `folder`, created where there is none, until the end or the death of this process.
+
+    Raises `InputError` where it cannot be created, and while another process holds it, saying what that is `doing`.
+    """
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{folder}: cannot be created ({error.strerror}); choose another folder") from None
+        with (folder / LOCK).open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"{folder}: another process {doing}") from None
+            # one that held it may have deleted it together with its folder, and a third may lock a new file
+            if os.path.exists(lock.name) and os.path.samestat(os.stat(lock.name), os.fstat(lock.fileno())):
+                yield
+                return
