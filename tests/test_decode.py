@@ -14,10 +14,11 @@ from safetensors.numpy import load_file
 from ragjax import decode as decode_module
 from ragjax.config import Decode
 from ragjax.decode import Candidates, decode, decode_together, pad_answers, read
+from ragjax.files import read_json
 from ragjax.models.generator import SpecialTokens
 from ragjax.prefixes import Known
 from ragjax.text import pad_rows
-from ragjax.weights import open_generator, read_json
+from ragjax.weights import open_generator
 
 ENDING = SpecialTokens(eos=2, pad=0)
 SETTINGS = Decode(k=3, beams=3, max_new_tokens=6)

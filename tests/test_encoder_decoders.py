@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from ragjax.cli import main
 from ragjax.errors import InputError
-from ragjax.files import write_jsonl
+from ragjax.files import read_json, write_jsonl
 from ragjax.marginal import log_prior, marginal_logp
 from ragjax.models.bart import BartConfig
 from ragjax.models.generator import Generator, Memory, score
@@ -28,7 +28,7 @@ from ragjax.models.t5 import T5Config, distance_bucket
 from ragjax.passages import read_questions
 from ragjax.prefixes import no_prefixes, read_step
 from ragjax.random_checkpoint import write_random_checkpoint
-from ragjax.weights import Pretrained, open_generator, read_json, save_generator
+from ragjax.weights import Pretrained, open_generator, save_generator
 
 Capture = pytest.CaptureFixture[str]
 GOLDEN = Path(__file__).parent / "golden"

@@ -20,10 +20,11 @@ from ragjax.cli import main
 from ragjax.config import dump_config, load_config
 from ragjax.errors import InputError
 from ragjax.experiment import load_experiment
+from ragjax.files import read_json
 from ragjax.hf_rag import import_rag
 from ragjax.rag import open_rag
 from ragjax.random_checkpoint import write_random_checkpoint
-from ragjax.weights import open_bert, open_generator, read_json
+from ragjax.weights import open_bert, open_generator
 from ragjax.world import restore_trained
 
 Capture = pytest.CaptureFixture[str]

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from ragjax.errors import InputError
+from ragjax.files import read_json
 from ragjax.random_checkpoint import FAMILIES, write_random_checkpoint
 from ragjax.text import Tokenizer, make_prompt
-from ragjax.weights import open_bert, open_generator, read_json
+from ragjax.weights import open_bert, open_generator
 
 
 def contents(folder: Path) -> dict[str, bytes]:
