@@ -223,7 +223,24 @@ def open_generator(checkpoint: Path, dropout: float = 0.0, dtype: str = "float32
     if copies and table["embed.embedding"] not in names:  # of tied tables any one may be the one that was saved
         table["embed.embedding"] = min(copies)
         names = names | {min(copies)}
-    return _with_weights(shape, checkpoint, table, names, read)
+    model = _with_weights(shape, checkpoint, table, names, read)
+
+    def read_checked() -> Params:
+        _check_copies(model, checkpoint, table["embed.embedding"], copies, read)
+        return model.read()
+
+    return replace(model, read=read_checked)
+
+
+def _check_copies(model: Pretrained, checkpoint: Path, used: str, copies: set[str], read: Read) -> None:
+    """Raises `InputError` for a copy of the one embedding table that holds something else."""
+    table = read(used) if copies - {used} else np.zeros(0)
+    for copy in sorted(copies - {used}):
+        if not np.array_equal(table, read(copy)):
+            cure = "ragjax has no such model with a table of its own there"
+            if copy == HEAD and hasattr(model.config, "tied"):
+                cure = "give tie_word_embeddings: false there if the head is the model's own, else leave the tensor out"
+            raise InputError(f"{checkpoint}: {copy} differs from {used}, but by config.json they are one table; {cure}")
 
 
 def generator_shape(path: Path, dropout: float = 0.0, dtype: str = "float32") -> Pretrained:
@@ -334,9 +351,9 @@ def _open_gguf(path: Path) -> tuple[dict[str, Any], set[str], Read]:
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     if "rope_freqs.weight" in tensors or field("rope.scaling.type", "none") != "none":
         raise InputError(f"{path}: scaled rotary positions in GGUF are not supported; use the Hugging Face folder")
-    heads = field("attention.head_count")
+    heads, window = field("attention.head_count"), field("attention.sliding_window")
     hf = {
-        "model_type": family,
+        "model_type": "mistral" if window and family == "llama" else family,  # in GGUF a Mistral is a Llama
         "vocab_size": int(embedding.shape[1]) if (embedding := tensors.get("token_embd.weight")) else None,
         "hidden_size": field("embedding_length"),
         "num_hidden_layers": field("block_count"),
@@ -348,8 +365,11 @@ def _open_gguf(path: Path) -> tuple[dict[str, Any], set[str], Read]:
         "rope_theta": field("rope.freq_base", 10000.0),
         "max_position_embeddings": field("context_length", 2048),
         "tie_word_embeddings": "output.weight" not in tensors,
+        "sliding_window": window,
+        "use_sliding_window": True if window and family != "llama" else None,
     }
-    hf |= {f"{kind}_token_id": token_id(kind) for kind in ("bos", "eos")}
+    ends = sorted({token_id(kind) for kind in ("eos", "eot", "eom")} - {None})  # of a text, a turn and a message
+    hf |= {"bos_token_id": token_id("bos"), "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None)}
 
     def read(name: str) -> np.ndarray:
         tensor = tensors[name]

@@ -32,6 +32,7 @@ from ragjax.models.bert import BertConfig
 from ragjax.models.generator import Memory, score
 from ragjax.models.llama import LlamaConfig
 from ragjax.prefixes import no_prefixes, read_step
+from ragjax.random_checkpoint import LLAMA
 from ragjax.text import pad_rows
 from ragjax.weights import Pretrained, open_bert, open_generator
 
@@ -372,6 +373,23 @@ def test_bert_equals_numpy(pooling: str, normalize: bool, projection: int, tmp_p
     chex.assert_shape(embeddings, (3, projection or 32))
 
 
+@pytest.mark.parametrize(
+    ("changes", "longest"),
+    [
+        ({"model_type": "mistral", "sliding_window": 64}, 64),
+        ({"model_type": "mistral", "sliding_window": None}, 9000),
+        ({"model_type": "mistral"}, 4096),  # transformers' own default
+        ({"model_type": "mistral", "sliding_window": 10_000}, 9000),
+        ({"model_type": "qwen2", "sliding_window": 64}, 9000),
+        ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64}, 64),
+        ({"model_type": "llama", "sliding_window": 64}, 9000),
+    ],
+)
+def test_a_sliding_window_is_as_far_as_a_model_reads(changes: dict[str, Any], longest: int) -> None:
+    hf = {**LLAMA, "vocab_size": 40, "max_position_embeddings": 9000, **changes}
+    assert LlamaConfig.from_hf(hf).longest == longest
+
+
 def test_other_families_are_refused() -> None:
     llama = {
         "vocab_size": 8,
@@ -384,7 +402,6 @@ def test_other_families_are_refused() -> None:
         ({"model_type": "gpt2"}, "'gpt2' is not of the Llama family"),
         ({"hidden_act": "gelu"}, "'gelu' is not silu"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "'yarn' is not default or llama3"),
-        ({"model_type": "mistral", "sliding_window": 4096}, "sliding-window"),
         ({"attention_bias": True}, "biases"),
     ):
         with pytest.raises(InputError, match=said):

@@ -215,6 +215,21 @@ def test_lengths_that_a_model_does_not_have(world: Path, key: str, value: int, n
     open_rag(tiny_config(world, **{key: value - 1 if value != 600 else 512}))
 
 
+def test_a_window_shorter_than_prompt_and_answer_is_refused(world: Path, tmp_path: Path) -> None:
+    """Full attention within a sliding window is the model; beyond it, another."""
+    folder = Path(shutil.copytree(world / "generator", tmp_path / "generator"))
+    for window, fits in ((139, False), (140, True)):  # 128 tokens of a prompt, 12 of an answer
+        hf = json.loads((folder / "config.json").read_text())
+        hf |= {"model_type": "mistral", "sliding_window": window}
+        (folder / "config.json").write_text(json.dumps(hf))
+        config = tiny_config(world, generator__source=str(folder))
+        if fits:
+            open_rag(config)
+        else:
+            with pytest.raises(InputError, match=r"is 140, .* 139 positions \(or a sliding window"):
+                open_rag(config)
+
+
 # golden values: Hugging Face's models, the paper's formula
 
 

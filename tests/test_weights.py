@@ -100,6 +100,53 @@ def test_biases_norms_and_an_untied_head_survive(kind: str, tmp_path: Path) -> N
     assert {"lm_head.weight"} | set(small.tensors) == set(small.tensors)
 
 
+SHARED = {  # the one table, copies of it, and what to do where one differs
+    "llama": ("model.embed_tokens.weight", ["lm_head.weight"], "tie_word_embeddings: false"),
+    "t5": (
+        "shared.weight",
+        ["lm_head.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"],
+        "tie_word_embeddings: false|no such model",
+    ),
+    "bart": (
+        "model.shared.weight",
+        ["lm_head.weight", "model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight"],
+        "no such model",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SHARED)
+def test_a_tied_table_has_one_value(kind: str, tmp_path: Path) -> None:
+    """Copies that are equal are one table, wherever it is; one that differs is another model."""
+    write_random_checkpoint(kind, tmp_path)
+    table, copies, cure = SHARED[kind]
+    tensors = {n: x for n, x in load_file(tmp_path / "model.safetensors").items() if n != "lm_head.weight"}
+    write(tmp_path, config_of(tmp_path) | {"tie_word_embeddings": True}, tensors)
+    params = open_generator(tmp_path).read()
+    save_file(tensors | {name: tensors[table] for name in copies}, tmp_path / "model.safetensors")
+    chex.assert_trees_all_equal(open_generator(tmp_path).read(), params)
+    for copy in copies:
+        other = tensors[table].copy()
+        other[-1, -1] += 1e-3
+        save_file(tensors | {name: tensors[table] for name in copies} | {copy: other}, tmp_path / "model.safetensors")
+        with pytest.raises(InputError, match=rf"{copy} differs from {table}, .*({cure})"):
+            open_generator(tmp_path).read()
+    without = {name: array for name, array in tensors.items() if name != table}
+    differ = dict(zip(copies, (tensors[table], tensors[table] + 1), strict=False))
+    save_file(without | differ, tmp_path / "model.safetensors")
+    if len(copies) > 1:  # none of them is the one that counts
+        with pytest.raises(InputError, match="differs from"):
+            open_generator(tmp_path).read()
+
+
+def test_an_untied_bart_is_refused(tmp_path: Path) -> None:
+    """A table each for encoder, decoder and head: another model than the one that would be loaded."""
+    write_random_checkpoint("bart", tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config_of(tmp_path) | {"tie_word_embeddings": False}))
+    with pytest.raises(InputError, match="tie_word_embeddings false"):
+        open_generator(tmp_path)
+
+
 def test_shards(family: str, checkpoint: Path, tmp_path: Path) -> None:
     tensors = load_file(checkpoint / "model.safetensors")
     names = sorted(tensors)
@@ -238,7 +285,14 @@ GGUF_NAMES = {
 }
 
 
-def write_gguf(path: Path, small: Small, kind: str, quantized: str) -> dict[str, np.ndarray]:
+def write_gguf(
+    path: Path,
+    small: Small,
+    kind: str,
+    quantized: str,
+    ends: Mapping[str, int] | None = None,
+    window: int | None = None,
+) -> dict[str, np.ndarray]:
     """Writes what llama.cpp would, and returns the tensors as Hugging Face names them, after quantisation."""
     import gguf
 
@@ -253,6 +307,10 @@ def write_gguf(path: Path, small: Small, kind: str, quantized: str) -> dict[str,
     writer.add_layer_norm_rms_eps(hf["rms_norm_eps"])
     writer.add_rope_freq_base(hf["rope_theta"])
     writer.add_context_length(hf["max_position_embeddings"])
+    for name, token in (ends or {}).items():
+        writer.add_uint32(f"tokenizer.ggml.{name}_token_id", token)
+    if window is not None:
+        writer.add_sliding_window(window)
     expected = {}
     for name, array in small.tensors.items():
         stem, leaf = name.rsplit(".", 1)
@@ -294,6 +352,17 @@ def test_gguf_equals_safetensors(kind: str, quantized: str, tied: bool, tmp_path
     if quantized != "F32":
         assert any(np.abs(a - b).max() > 1e-4 for a, b in zip(expected.values(), small.tensors.values(), strict=True))
     assert weight_files(tmp_path / "model.gguf") == [tmp_path / "model.gguf"]
+
+
+def test_a_gguf_tells_its_ends_and_its_window(tmp_path: Path) -> None:
+    small = random_llama(tmp_path / "hf")
+    write_gguf(tmp_path / "a.gguf", small, "llama", "F32", {"eos": 2, "eot": 9, "eom": 7}, window=48)
+    found = open_generator(tmp_path / "a.gguf")
+    assert found.hf["eos_token_id"] == [2, 7, 9] and found.config.longest == 48
+    chex.assert_trees_all_equal(found.read(), small.params)
+    write_gguf(tmp_path / "b.gguf", small, "llama", "F32", {"eos": 2, "eot": 2})
+    found = open_generator(tmp_path / "b.gguf")
+    assert found.hf["eos_token_id"] == 2 and found.config.longest == small.hf["max_position_embeddings"]
 
 
 def test_damaged_gguf(tmp_path: Path) -> None:

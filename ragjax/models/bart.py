@@ -54,7 +54,7 @@ class BartConfig:
 
     @classmethod
     def from_hf(cls, hf: dict[str, Any], dropout: float = 0.0, dtype: str = "float32") -> BartConfig:
-        """Raises `InputError` for another family, another activation or layers that are normalised first."""
+        """Raises `InputError` for another family or activation, layers that are normalised first or several tables."""
         problems = []
         if hf.get("model_type", "bart") != "bart":
             problems.append(f"model_type {hf['model_type']!r} is not bart")
@@ -64,6 +64,8 @@ class BartConfig:
             problems.append(
                 "normalize_before, add_final_layer_norm or no normalize_embedding, as in mBART, is not BART"
             )
+        if hf.get("tie_word_embeddings") is False:
+            problems.append("tie_word_embeddings false (three tables) is not BART; where they are equal, say true")
         if problems:
             raise InputError("generator config.json: " + "; ".join(problems))
         return cls(

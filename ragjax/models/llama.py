@@ -46,14 +46,14 @@ class LlamaConfig:
     tied: bool = True
     qkv_bias: bool = False
     qk_norm: bool = False
-    longest: int = 2048  # positions
+    longest: int = 2048  # positions, or its sliding window where that is shorter: within it attention is full
     dropout: float = 0.0
     dtype: str = "float32"
     encoder_decoder: ClassVar[bool] = False
 
     @classmethod
     def from_hf(cls, hf: dict[str, Any], dropout: float = 0.0, dtype: str = "float32") -> LlamaConfig:
-        """Raises `InputError` for what this family does not have (sliding windows, other activations or positions)."""
+        """Raises `InputError` for what this family does not have (other activations, positions or biases)."""
         kind = hf.get("model_type", "llama")
         rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
         scaling = rope.get("rope_type") or rope.get("type") or "default"
@@ -64,12 +64,14 @@ class LlamaConfig:
             problems.append(f"hidden_act {hf['hidden_act']!r} is not silu")
         if scaling not in ("default", "llama3"):
             problems.append(f"rope_type {scaling!r} is not default or llama3")
-        if hf.get("use_sliding_window") or (kind == "mistral" and hf.get("sliding_window")):
-            problems.append("sliding-window attention is not supported")
         if hf.get("mlp_bias") or (kind != "qwen2" and hf.get("attention_bias")):
             problems.append("biases outside Qwen2's query, key and value are not supported")
         if problems:
             raise InputError("generator config.json: " + "; ".join(problems))
+        # as transformers: a Mistral that does not say otherwise has a window
+        windowed = kind == "mistral" or hf.get("use_sliding_window")
+        window = hf.get("sliding_window", 4096) if windowed else None
+        positions = hf.get("max_position_embeddings", 2048)
         names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         heads = hf["num_attention_heads"]
         return cls(
@@ -86,7 +88,7 @@ class LlamaConfig:
             tied=hf.get("tie_word_embeddings", False),
             qkv_bias=kind == "qwen2",
             qk_norm=kind == "qwen3",
-            longest=hf.get("max_position_embeddings", 2048),
+            longest=min(positions, window or positions),
             dropout=dropout,
             dtype=dtype,
         )
