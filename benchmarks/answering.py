@@ -128,7 +128,7 @@ def score_whole(answerer: Answerer, memory: Memory, found: Candidates, prior: np
     rag, special = answerer.rag, answerer.rag.special
     of_question = list(zip(found.tokens, found.finished.tolist(), strict=True))
     padded = pad_answers([of_question], special, rag.config.decode.max_new_tokens)
-    tokens = score_tokens(rag.generator.graph, answerer.params["generator"], memory, *padded)
+    tokens = score_tokens(rag.generator.graph, answerer.params["generator"], memory, *padded, special)
     joint = prior[:, None].astype(np.float64) + np.asarray(tokens, np.float64)[0].sum(axis=-1)[:, : len(of_question)]
     return dict(zip(with_end(of_question, special), np.logaddexp.reduce(joint, axis=0).tolist(), strict=True))
 
@@ -148,13 +148,13 @@ def measure(answerer: Answerer, question: str, costs: dict[tuple[int, ...], tupl
         seconds[mode] += seconds["retrieval"]
     seconds["scoring all, whole"], whole = timed(score_whole, answerer, memory, found["thorough"], prior)
     wanted = {z: list(whole) for z in np.flatnonzero(prior > -np.inf).tolist()}
-    known = Known(graph, params, memory, prefixes)
+    known = Known(graph, params, memory, prefixes, special)
     on_host = jax.default_backend() == "cpu"
     if on_host:
         ctypes.CDLL(None).malloc_trim(0)  # what was freed counts as free
         Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
         before = _status("VmRSS")
-    seconds["scoring what is unread"], _ = timed(lambda: Known(graph, params, memory, prefixes).score(wanted))
+    seconds["scoring what is unread"], _ = timed(lambda: Known(graph, params, memory, prefixes, special).score(wanted))
     grown = _status("VmHWM") - before if on_host else None
     if source.shape not in costs:
         of_prefix = flops_of_search(graph, params, memory, settings, special)

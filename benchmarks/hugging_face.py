@@ -191,7 +191,7 @@ def decoding(options: argparse.Namespace, console: Console, most: float) -> dict
         computed, needed = found["certified"].needed
         skipped.append(1 - computed / max(1, needed))
         prefixes = found["beam search"][1]
-        known = Known(ours.graph, params, memories[b], prefixes)
+        known = Known(ours.graph, params, memories[b], prefixes, SPECIAL)
         answers = with_end(
             list(zip(found["thorough"].tokens, found["thorough"].finished.tolist(), strict=True)), SPECIAL
         )

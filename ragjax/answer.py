@@ -169,14 +169,14 @@ class Answerer:
         return found, None if gold is None else self._gold_logp(memory, prior, gold)
 
     def _gold_logp(self, memory: Memory, prior: np.ndarray, gold: Sequence[str]) -> np.ndarray:
-        """log p(gold|x) [B], in nats."""
+        """log p(gold|x) [B], in nats, as answering counts it: any of the generator's end tokens ends it."""
         rows = [answer_tokens(self.rag, answer) for answer in gold]
         longest = max(self.rag.config.generator.answer_tokens, *map(len, rows))
         width = bucket(longest, [self.rag.config.generator.answer_tokens, *buckets_up_to(longest + 32)])
         answers, counted = pad_rows(rows, width, self.rag.special.pad)
         lengths = counted.sum(axis=1, dtype=np.int32)[:, None]
         graph, params = self.rag.generator.graph, self.params["generator"]
-        logp = score_tokens(graph, params, memory, answers[:, None], lengths)[:, :, 0]
+        logp = score_tokens(graph, params, memory, answers[:, None], lengths, self.rag.special)[:, :, 0]
         scores = TokenScores(logp, jnp.zeros_like(logp))
         return -np.asarray(answer_nll(self.rag, jnp.asarray(prior), scores, jnp.asarray(answers), jnp.asarray(counted)))
 

@@ -31,7 +31,7 @@ from ragjax.marginal import (
     thorough_marginal,
     token_posterior,
 )
-from ragjax.models.generator import Memory, SpecialTokens, score
+from ragjax.models.generator import Memory, SpecialTokens, answer_hidden, event_logits, join_ends
 from ragjax.models.layers import Params
 from ragjax.prefixes import Known, Prefixes, Tokens, few_sizes, no_prefixes, read_step
 
@@ -93,7 +93,8 @@ def propose(
 
     def step_after(memory: Memory) -> NextLogp:
         def step(tokens: Array, number: Array, visible: Array, prefixes: Prefixes) -> tuple[Array, Prefixes]:
-            return read_step(generator, memory, prefixes, tokens, number, visible)
+            logp, prefixes = read_step(generator, memory, prefixes, tokens, number, visible)
+            return join_ends(logp, special), prefixes
 
         return step
 
@@ -117,8 +118,10 @@ def propose_together(
 
     def step(tokens: Array, number: Array, visible: Array, prefixes: Prefixes) -> tuple[Array, Prefixes]:
         rows, seen = (jnp.repeat(x, documents, axis=0) for x in (tokens, visible))
+        rows = jnp.where(number == 0, memory.start[:, None], rows)  # a prompt's last token: every document has its own
         logp, prefixes = read_step(generator, memory, prefixes, rows, number, seen)
-        return marginal_logp(log_prior, logp.reshape(questions, documents, *logp.shape[1:])), prefixes
+        logp = join_ends(logp, special).reshape(questions, documents, *logp.shape[1:])
+        return marginal_logp(log_prior, logp), prefixes
 
     nothing = no_prefixes(generator, memory, settings.max_new_tokens * settings.beams)
     return _search(step, nothing, memory.start[::documents], settings, special, hugging_face)
@@ -151,19 +154,25 @@ def _search(
     )
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jax.jit, static_argnums=(0, 5))
 def score_tokens(
     graph: nnx.GraphDef,
     params: Params,
     memory: Memory,
     answers: Int[Array, "B C T"],
     lengths: Int[Array, "B C"],
+    special: SpecialTokens,
 ) -> Float[Array, "B K C T"]:
-    """log p(y_t|y_<t,x,z) of C answers a question under all K documents, in one padded pass over B·K memories."""
+    """log p(y_t|y_<t,x,z) of C answers a question under all K documents, in one padded pass over B·K memories.
+
+    That of `special.eos` is that the answer ends, whichever token writes it.
+    """
     questions, count, longest = answers.shape
     documents = memory.start.shape[0] // questions
-    rows = jnp.repeat(answers, documents, axis=0)
-    logp = score(nnx.merge(graph, params), memory, rows).reshape(questions, documents, count, longest)
+    rows, generator = jnp.repeat(answers, documents, axis=0), nnx.merge(graph, params)
+    hidden = answer_hidden(generator, memory, rows)
+    logp = event_logits(generator, hidden, rows, special) - generator.normalizer(hidden)[0]
+    logp = logp.reshape(questions, documents, count, longest)
     return jnp.where(jnp.arange(longest) < lengths[:, None, :, None], logp, 0.0)
 
 
@@ -193,7 +202,7 @@ def decode(
     fast = np.asarray(_fast(log_prior, proposed))
     scored = thorough = responsibility = bounds = None
     needed = np.zeros((len(found), 2), int)
-    known = Known(graph, params, memory, prefixes)
+    known = Known(graph, params, memory, prefixes, special)
     answers = [with_end(list(of_question), special) for of_question in found]
     if settings.mode == "thorough":
         scored = np.full_like(proposed, -np.inf)
@@ -310,7 +319,7 @@ def decode_together(
     answers, lengths = pad_answers(found, special, settings.max_new_tokens)
     # every prefix of a beam was read under every document
     documents, rows = log_prior.shape[1], [with_end(of_question, special) for of_question in found]
-    known = Known(graph, params, memory, prefixes).score(
+    known = Known(graph, params, memory, prefixes, special).score(
         {b * documents + z: of_question for b, of_question in enumerate(rows) for z in range(documents)}
     )
     tokens = np.zeros((len(found), documents, *answers.shape[1:]), np.float32)
@@ -359,7 +368,8 @@ def decode_as_hugging_face(
     for b, of_question in enumerate(found):
         for c, row in enumerate(of_question):
             targets[b, c, : len(row)] = row
-    logp = score_tokens(graph, params, memory, targets, np.full((questions, count), longest, np.int32))[:, :scoring]
+    lengths = np.full((questions, count), longest, np.int32)
+    logp = score_tokens(graph, params, memory, targets, lengths, special)[:, :scoring]
     logp = jnp.where((log_prior > -np.inf)[..., None, None], logp, -jnp.inf)  # documents that are not there
     first_is_bos = [special.bos is not None and all(row[0] == special.bos for row in rows) for rows in found]
     counted, excluded = jnp.asarray(targets != special.pad), np.array(first_is_bos)

@@ -33,6 +33,7 @@ from ragjax.world import restore_trained
 
 PARTS = {"question_encoder": "question_encoder_tokenizer", "generator": "generator_tokenizer"}
 DPR_PREFIX, CONTEXT_PREFIX = "question_encoder.bert_model.", "ctx_encoder.bert_model."
+GENERATION = "generation_config.json"
 KEPT = "rag.json"  # the settings of the RAG checkpoint, for the way back
 
 CONFIG = """\
@@ -78,7 +79,7 @@ def import_rag(source: str, out: Path) -> Path:
     if hf.get("model_type") != "rag" or not all(isinstance(hf.get(part), dict) for part in PARTS):
         raise InputError(f"{checkpoint}: not a RAG checkpoint: its config.json has model_type {hf.get('model_type')!r}")
     tensors = _split(checkpoint)
-    generation = checkpoint / "generation_config.json"
+    generation = checkpoint / GENERATION
     given = read_json(generation) if generation.is_file() else {}
     with _writing(out) as partial:
         for part, tokenizer in PARTS.items():
@@ -119,7 +120,7 @@ def export_rag(run: Path, out: Path) -> Path:
     }
     if config.train.objective == "marginal":
         tensors = generator_tensors(rag.generator.hf, params["generator"])
-        parts["generator"] = _Part(rag.generator.hf, tensors, rag.generator_tokenizer)
+        parts["generator"] = _Part(rag.generator.hf, tensors, rag.generator_tokenizer, _generation(rag))
     if config.train.passage_encoder == "own":
         tensors = _tensors(rag.passage_encoder, params["passage_encoder"])
         parts["passage_encoder"] = _Part(rag.passage_encoder.hf, tensors, rag.passage_tokenizer)
@@ -136,6 +137,8 @@ def export_rag(run: Path, out: Path) -> Path:
             if name not in joined:
                 save_file(part.tensors, place / "model.safetensors", metadata={"format": "pt"})
                 _write_json(place / "config.json", part.hf)
+                if part.generation:
+                    _write_json(place / GENERATION, part.generation)
     return out
 
 
@@ -144,6 +147,15 @@ class _Part:
     hf: Mapping[str, Any]  # its config.json
     tensors: dict[str, np.ndarray]
     tokenizer: Tokenizer
+    generation: Mapping[str, Any] | None = None  # its generation_config.json
+
+
+def _generation(rag: Rag) -> dict[str, Any]:
+    """What the generator's own checkpoint says of generating, and its end tokens where there are several."""
+    file = rag.generator.files[0]
+    own = file.parent / GENERATION
+    given = read_json(own) if own.is_file() and file.suffix != ".gguf" else {}
+    return given | ({"eos_token_id": list(rag.special.ends)} if rag.special.other_ends else {})
 
 
 def _tensors(encoder: Pretrained, params: Params) -> dict[str, np.ndarray]:
@@ -258,6 +270,8 @@ def _rag_config(rag: Rag, parts: Mapping[str, Any]) -> dict[str, Any]:
         by_default = rag.special.eos if (kind, generator.get("model_type")) == ("eos", "bart") else None
         if forced != generator.get(key, by_default):
             generator = generator | {key: forced}
+    if rag.special.other_ends:
+        generator = generator | {"eos_token_id": list(rag.special.ends)}
     generator = {"bos_token_id": None} | generator  # T5's has none, and transformers' RAG fails where it is not said
     if config.model == "rag_sequence":  # RAG-Token has no use for it, and may have it all the same
         settings["exclude_bos_score"] = config.train.exclude_bos

@@ -2,6 +2,9 @@
 
 RAG-Sequence: log p(y|x) = logsumexp_z [ log p_η(z|x) + log p_θ(y|x,z) ]        p_η = softmax(scale · q(x)·d(z))
 RAG-Token:    log p(y|x) = Σ_t logsumexp_z [ log p_η(z|x) + log p_θ(y_t|y_<t,x,z) ]
+
+Training's y ends in the tokenizer's own end token. Where the generator has more than one, answering sums over all of
+them, so that the loss is an upper bound on its −log p(y|x).
 """
 
 from __future__ import annotations

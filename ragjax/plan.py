@@ -345,7 +345,7 @@ class _Plan:
 
             @jax.jit
             def score(params: Params, whole: list[Any], *answers: Any) -> Any:
-                return score_tokens(graph, params, Memory(*whole), *answers)
+                return score_tokens(graph, params, Memory(*whole), *answers, SPECIAL)
 
             most = max(
                 self.temporaries(read, graph, params, *lay(self.one, sources)),

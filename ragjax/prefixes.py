@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx, struct
 from jaxtyping import Array, Bool, Float, Int
 
-from ragjax.models.generator import Generator, Memory, Past, empty_past
+from ragjax.models.generator import Generator, Memory, Past, SpecialTokens, empty_past, event_logits
 from ragjax.models.layers import Params
 
 Tokens = tuple[int, ...]
@@ -91,8 +91,10 @@ def read_step(
 class Known:
     """What beam searches know of any answer under n memories, and what else must be read to know all. On the host."""
 
-    def __init__(self, graph: nnx.GraphDef, params: Params, memory: Memory, prefixes: Prefixes) -> None:
-        self.graph, self.params, self.memory, self.prefixes = graph, params, memory, prefixes
+    def __init__(
+        self, graph: nnx.GraphDef, params: Params, memory: Memory, prefixes: Prefixes, special: SpecialTokens
+    ) -> None:
+        self.graph, self.params, self.memory, self.prefixes, self.special = graph, params, memory, prefixes, special
         filled, tokens, parent = jax.device_get((prefixes.past.filled, prefixes.tokens, prefixes.parent))
         self._tokens, self._parent = tokens[:, :filled].tolist(), parent[:, :filled].tolist()
 
@@ -154,7 +156,7 @@ class Known:
         edges = np.zeros((2, hidden.shape[0], few_sizes(max(len(tree.edges) for tree in trees), 8)), np.int32)
         for r, tree in enumerate(trees):
             edges[:, r, : len(tree.edges)] = np.array(list(tree.edges), np.int32).reshape(-1, 2).T
-        logp = np.asarray(edge_logp(self.graph, self.params, hidden, normalizer, *edges))
+        logp = np.asarray(edge_logp(self.graph, self.params, self.special, hidden, normalizer, *edges))
         return [[of_row[path] for path in of_tree] for of_row, of_tree in zip(logp, paths, strict=False)]
 
 
@@ -232,18 +234,19 @@ def read_further(
     )
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jax.jit, static_argnums=(0, 2))
 def edge_logp(
     graph: nnx.GraphDef,
     params: Params,
+    special: SpecialTokens,
     hidden: Float[Array, "R Q D"],
     normalizer: Float[Array, "R Q"],
     slot: Int[Array, "R E"],
     token: Int[Array, "R E"],
 ) -> Float[Array, "R E"]:
-    """log p(token | the prefix in a slot)."""
+    """log p(token | the prefix in a slot); of `special.eos`, that the answer ends there."""
     states = jnp.take_along_axis(hidden, slot[..., None], axis=1)
-    logits = nnx.merge(graph, params).target_logits(states, token)
+    logits = event_logits(nnx.merge(graph, params), states, token, special)
     return logits - jnp.take_along_axis(normalizer, slot, axis=1)
 
 

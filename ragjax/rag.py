@@ -120,6 +120,12 @@ def open_rag(config: Config) -> Rag:
         "generator_tokenizer": f"{generator_tokenizer.fingerprint} {g.passage!r}",
     }
     prompt = make_prompt(generator_tokenizer, g.prompt, framed=generator.config.encoder_decoder)
+    special = _special_tokens(generator, generator_tokenizer)
+    if config.hf_compatible and special.other_ends:
+        raise InputError(
+            f"{g.source}: several tokens end an answer ({', '.join(map(str, special.ends))}), and hf_compatible=true "
+            "knows one; leave one in eos_token_id of its config.json and generation_config.json"
+        )
     return Rag(
         config=config,
         retriever=retriever,
@@ -128,7 +134,7 @@ def open_rag(config: Config) -> Rag:
         retriever_tokenizer=retriever_tokenizer,
         passage_tokenizer=passage_tokenizer,
         generator_tokenizer=generator_tokenizer,
-        special=_special_tokens(generator, generator_tokenizer),
+        special=special,
         prompt=prompt,
         sources=fetched,
         fingerprints=fingerprints,
@@ -136,20 +142,37 @@ def open_rag(config: Config) -> Rag:
 
 
 def _special_tokens(generator: Pretrained, tokenizer: Tokenizer) -> SpecialTokens:
-    """The tokenizer's, and what the checkpoint's generation_config.json or else its config.json forces."""
-    file = generator.files[0].parent / "generation_config.json"
-    given = generator.hf | (read_json(file) if file.is_file() else {})
+    """The tokenizer's, what the checkpoint's generation_config.json or else its config.json forces, and all their ends.
+
+    Raises `InputError` for an end that is no token.
+    """
+    folder, gguf = generator.files[0].parent, generator.files[0].suffix == ".gguf"
+    file = folder / "generation_config.json"
+    generation = read_json(file) if file.is_file() and not gguf else {}
+    ends = [tokenizer.eos_id]
+    for path, settings in ((generator.files[0] if gguf else folder / "config.json", generator.hf), (file, generation)):
+        ends += _end_tokens(settings.get("eos_token_id"), generator.config.vocabulary, path)
+    given = generator.hf | generation
     # transformers' BartConfig has this default; older checkpoints leave the key out
     given = {"forced_eos_token_id": tokenizer.eos_id if given.get("model_type") == "bart" else None} | given
 
     def one(key: str) -> int | None:
         value = given.get(key)
         if isinstance(value, list) and len(value) != 1:
-            raise InputError(f"{generator.files[0].parent}: {key} is {value}; expected one token")
+            raise InputError(f"{folder}: {key} is {value}; expected one token")
         return value[0] if isinstance(value, list) else value
 
     bos, forced_bos, forced_eos = (one(f"{kind}_token_id") for kind in ("bos", "forced_bos", "forced_eos"))
-    return SpecialTokens(tokenizer.eos_id, tokenizer.pad_id, bos, forced_bos, forced_eos)
+    forced_eos = tokenizer.eos_id if forced_eos in ends else forced_eos  # which stands for all of them
+    return SpecialTokens(tokenizer.eos_id, tokenizer.pad_id, bos, forced_bos, forced_eos, tuple(sorted({*ends})))
+
+
+def _end_tokens(given: Any, vocabulary: int, path: Path) -> list[int]:
+    """A file's `eos_token_id`: one, several or none."""
+    ends = given if isinstance(given, list) else [] if given is None else [given]
+    if any(type(end) is not int or not 0 <= end < vocabulary for end in ends):
+        raise InputError(f"{path}: eos_token_id is {given!r}; expected numbers of tokens, 0 to {vocabulary - 1}")
+    return ends
 
 
 def _check_vocabulary(checkpoint: Path, tokenizer: Tokenizer, model: Pretrained) -> None:
@@ -181,7 +204,9 @@ def check_lengths(config: Config, retriever: Pretrained, generator: Pretrained) 
         checked += [("generator.source_tokens + the longest answer", source + answer, longest)]
     for key, wanted, most in checked:
         if wanted > most:
-            raise InputError(f"{key} is {wanted}, but the model has {most} positions; lower it")
+            raise InputError(
+                f"{key} is {wanted}, but the model has {most} positions (or a sliding window of so many); lower it"
+            )
 
 
 def passage_text(template: str, passage: Passage) -> str:

@@ -6,20 +6,28 @@ import dataclasses
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 from rich.console import Console
+from safetensors.numpy import load_file, save_file
 from trained import STEPS
-from world import CAPITALS, LANDS, tiny_config
+from world import CAPITALS, LANDS, build, tiny_config
 
 import ragjax
-from ragjax.answer import Answer, Answerer, Candidate, Document, open_answerer, print_answer
+from ragjax.answer import Answer, Answerer, Candidate, Document, answer_modes, open_answerer, print_answer
 from ragjax.cli import main
+from ragjax.config import Config, dump_config
 from ragjax.errors import InputError
+from ragjax.files import read_json
+from ragjax.rag import open_rag
+from ragjax.random_checkpoint import write_random_checkpoint
 
 Capture = pytest.CaptureFixture[str]
 QUESTIONS = [f"What is the capital of {land}?" for land in LANDS[:8]]
@@ -198,3 +206,68 @@ def test_the_corpus_prior_leaves_mass_to_other_documents(world: Path, tmp_path: 
     answerer = open_answerer(tiny_config(world, retriever__prior="corpus", output=str(tmp_path)))
     [answer] = answerer.answer([QUESTIONS[0]], mode="fast")
     assert 0 < sum(document.prior for document in answer.documents) < 0.9
+
+
+@pytest.fixture(scope="module")
+def two_ends(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A generator that says "A" and <|eot_id|>, a second end token beside that of its tokenizer."""
+    folder = tmp_path_factory.mktemp("two-ends")
+    write_random_checkpoint("llama", source := folder / "generator")
+    backend = tokenizers.Tokenizer.from_file(str(source / "tokenizer.json"))
+    backend.add_special_tokens(["<|eot_id|>"])
+    backend.save(str(source / "tokenizer.json"))
+    vocabulary, eos = backend.get_vocab(), 2
+    eot, a = vocabulary["<|eot_id|>"], vocabulary["A"]
+    hf = read_json(source / "config.json") | {"vocab_size": eot + 1, "tie_word_embeddings": False}
+    tensors = load_file(source / "model.safetensors")
+    tensors = {name: x * (0 if "layers" in name and "norm" not in name else 1) for name, x in tensors.items()}
+    embed, head = np.zeros((2, eot + 1, hf["hidden_size"]), np.float32)
+    embed[:, 0], embed[a, 0], embed[a, 1] = 1, 0, 1
+    head[a, 0], head[eot, 1], head[eos, :2] = 3, 3, -1
+    tensors |= {"model.embed_tokens.weight": embed, "lm_head.weight": head}
+    tensors["model.norm.weight"] = np.ones(hf["hidden_size"], np.float32)
+    save_file(tensors, source / "model.safetensors")
+    (source / "config.json").write_text(json.dumps(hf))
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": [eos, eot]}))
+    config = tiny_config(
+        world,
+        output=str(folder / "run"),
+        index__folder=str(folder / "index"),
+        generator__source=str(source),
+        generator__answer="{answer}",
+    )
+    build(config)
+    return config
+
+
+@pytest.mark.parametrize("model", ["rag_sequence", "rag_token"])
+def test_every_end_token_ends_an_answer(two_ends: Config, model: str) -> None:
+    """It stops at <|eot_id|>; the gold answer, taught with the tokenizer's own end, is as likely."""
+    answerer = open_answerer(dataclasses.replace(two_ends, model=model), untrained=True)
+    for mode in answer_modes(answerer.rag.config):
+        [answer] = answerer.answer(["Who?"], mode)
+        assert (answer.text, answer.candidates[0].finished) == ("A", True)
+        np.testing.assert_allclose(answer.probability, 1, atol=1e-4)
+    _, gold = answerer.candidates(["Who?"], answerer.retrieve(["Who?"]), "thorough", gold=["A"])
+    assert gold is not None and abs(gold[0]) < 1e-4
+
+
+@pytest.mark.parametrize("ends", [[2, 900], [2, -1], ["2"], [True], 2.0, {"a": 2}])
+def test_an_end_that_is_no_token_is_refused(two_ends: Config, ends: Any, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(two_ends.generator.source, tmp_path / "generator"))
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    config = dataclasses.replace(two_ends, generator=dataclasses.replace(two_ends.generator, source=str(source)))
+    with pytest.raises(InputError, match=r"generation_config\.json: eos_token_id is .*; expected numbers of tokens"):
+        open_rag(config)
+
+
+def test_all_ends_are_exported(two_ends: Config, tmp_path: Path) -> None:
+    """What transformers and ragjax load again ends at the same tokens."""
+    run, eot = tmp_path / "run", read_json(Path(two_ends.generator.source) / "config.json")["vocab_size"] - 1
+    run.mkdir()
+    (run / "config.yaml").write_text(dump_config(two_ends))
+    assert main(["export", str(run), str(tmp_path / "exported")]) == 0
+    exported = tmp_path / "exported" / "generator"
+    assert read_json(exported / "generation_config.json")["eos_token_id"] == [2, eot]
+    again = dataclasses.replace(two_ends, generator=dataclasses.replace(two_ends.generator, source=str(exported)))
+    assert open_rag(again).special == open_rag(two_ends).special

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from reference import GOLDEN, Small, answer_logp, log_softmax, random_llama
 from safetensors.numpy import load_file
+from world import shared_world, tiny_config
 
 from ragjax import decode as decode_module
 from ragjax.config import Decode
 from ragjax.decode import Candidates, decode, decode_together, pad_answers, read
 from ragjax.files import read_json
+from ragjax.loss import joint_logp
 from ragjax.models.generator import SpecialTokens
 from ragjax.prefixes import Known
+from ragjax.rag import TrainBatch, open_rag
+from ragjax.step import make_nll
 from ragjax.text import pad_rows
 from ragjax.weights import open_generator
 
 ENDING = SpecialTokens(eos=2, pad=0)
+# the second end is the padding token, as in Llama 3; a third is no word of the tokenizer's
+SEVERAL = SpecialTokens(eos=2, pad=4, ends=(2, 4, 0))
 SETTINGS = Decode(k=3, beams=3, max_new_tokens=6)
 V, T = 6, 3
 
@@ -56,10 +64,32 @@ def decoded(
     prior: np.ndarray,
     settings: Decode = SETTINGS,
     width: int = 24,
+    special: SpecialTokens = ENDING,
 ) -> list[Candidates]:
     tokens, mask = pad_rows(prompts, width, 0)
     memory = read(small.graph, small.params, jnp.asarray(tokens), jnp.asarray(mask))
-    return decode(small.graph, small.params, memory, np.asarray(prior, np.float32), settings, ENDING)
+    return decode(small.graph, small.params, memory, np.asarray(prior, np.float32), settings, special)
+
+
+def all_answers(special: SpecialTokens) -> list[tuple[int, ...]]:
+    """Every answer of at most T tokens; `special.eos` is the end, whichever token writes it."""
+    return [
+        y
+        for length in range(1, T + 1)
+        for y in product(range(V), repeat=length)
+        if not {special.eos, *special.ends} & {*y[:-1]}
+        and y[-1] not in special.other_ends
+        and (y[-1] == special.eos or length == T)
+    ]
+
+
+def event_logp(small: Small, prompt: list[int], answer: tuple[int, ...], special: SpecialTokens) -> np.ndarray:
+    """log p of each token [T], the last one summed over all ends if it is one."""
+    logp = answer_logp(small.tensors, small.hf, prompt, list(answer))
+    if answer[-1] == special.eos:
+        ways = [answer_logp(small.tensors, small.hf, prompt, [*answer[:-1], end])[-1] for end in special.other_ends]
+        logp[-1] = np.logaddexp.reduce([logp[-1], *ways])
+    return logp
 
 
 def with_end(found: Candidates) -> list[tuple[int, ...]]:
@@ -232,19 +262,19 @@ def test_certified_never_chooses_otherwise() -> None:
     assert cases > 2000 and 0 < computed < 0.5 * needed
 
 
-def test_exhaustive_decoding(tiny: Small) -> None:
+PROMPTS = [[5, 1, 4], [3, 3, 1, 5, 1], [1, 5, 5, 3], [4, 1, 1, 5]]  # 2 questions of 2 documents
+
+
+@pytest.mark.parametrize("special", [ENDING, SEVERAL])
+def test_exhaustive_decoding(tiny: Small, special: SpecialTokens) -> None:
     """With beams for every answer of at most T tokens, the choice is the arg max of the true marginal."""
-    prompts = [[5, 1, 4], [3, 3, 1, 5, 4], [1, 5, 5, 3], [4, 1, 1, 3]]  # 2 questions of 2 documents
+    prompts = PROMPTS
     prior = log_softmax(np.array([[0.3, -0.2], [-0.5, 0.5]]))
-    answers = [
-        y
-        for length in range(1, T + 1)
-        for y in product(range(V), repeat=length)
-        if ENDING.eos not in y[:-1] and (y[-1] == ENDING.eos or length == T)
-    ]
+    answers = all_answers(special)
     settings = Decode(k=2, beams=len(answers), max_new_tokens=T)
-    for question, found in enumerate(decoded(tiny, prompts, prior, settings, width=8)):
-        logp = one_by_one(tiny, prompts[2 * question : 2 * question + 2], answers)
+    for question, found in enumerate(decoded(tiny, prompts, prior, settings, width=8, special=special)):
+        of_documents = prompts[2 * question : 2 * question + 2]
+        logp = np.array([[event_logp(tiny, x, y, special).sum() for y in answers] for x in of_documents])
         marginal = dict(zip(answers, np.logaddexp.reduce(prior[question][:, None] + logp, axis=0), strict=True))
         ours = with_end(found)
         assert sorted(ours) == sorted(answers)
@@ -321,23 +351,22 @@ def test_ties_go_to_the_first_proposed() -> None:
     assert found.best("fast") == [0]
 
 
-def test_rag_token_sums_over_documents_at_every_token(tiny: Small) -> None:
-    """With beams for every answer, the choice is the arg max of Π_t Σ_z p(z|x) p(y_t|y_<t,x,z)."""
-    prompts = [[5, 1, 4], [3, 3, 1, 5, 4], [1, 5, 5, 3], [4, 1, 1, 3]]
+@pytest.mark.parametrize("special", [ENDING, SEVERAL])
+def test_rag_token_sums_over_documents_at_every_token(tiny: Small, special: SpecialTokens) -> None:
+    """With beams for every answer, the choice is the arg max of Π_t Σ_z p(z|x) p(y_t|y_<t,x,z).
+
+    The documents end differently: each answer begins from each document's own last token.
+    """
+    prompts = PROMPTS
     prior = log_softmax(np.array([[0.3, -0.2], [-0.5, 0.5]]))
-    answers = [
-        y
-        for length in range(1, T + 1)
-        for y in product(range(V), repeat=length)
-        if ENDING.eos not in y[:-1] and (y[-1] == ENDING.eos or length == T)
-    ]
+    answers = all_answers(special)
     tokens, mask = pad_rows(prompts, 8, 0)
     memory = read(tiny.graph, tiny.params, jnp.asarray(tokens), jnp.asarray(mask))
     settings = Decode(k=2, beams=len(answers), max_new_tokens=T)
-    found = decode_together(tiny.graph, tiny.params, memory, np.asarray(prior, np.float32), settings, ENDING)
+    found = decode_together(tiny.graph, tiny.params, memory, np.asarray(prior, np.float32), settings, special)
     for question, of_question in enumerate(found):
         of_documents = prompts[2 * question : 2 * question + 2]
-        logp = {y: np.array([answer_logp(tiny.tensors, tiny.hf, x, list(y)) for x in of_documents]) for y in answers}
+        logp = {y: np.array([event_logp(tiny, x, y, special) for x in of_documents]) for y in answers}
         joint = {y: prior[question][:, None] + by_token for y, by_token in logp.items()}
         marginal = {y: np.logaddexp.reduce(x, axis=0).sum() for y, x in joint.items()}
         ours = with_end(of_question)
@@ -351,6 +380,42 @@ def test_rag_token_sums_over_documents_at_every_token(tiny: Small) -> None:
         finished = [y for y in answers if y[-1] == ENDING.eos]
         assert ours[of_question.best("thorough")[0]] == max(finished, key=marginal.__getitem__)
         assert of_question.fast is None and (of_question.proposed == -np.inf).all()
+
+
+def test_rag_token_is_what_training_has(
+    generator: Small, golden: dict[str, np.ndarray], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """An answer's log p is minus the training loss of it, though each document's prompt ends with another token."""
+    rng = np.random.default_rng(0)
+    source = rng.integers(3, 60, (2, 3, 12)).astype(np.int32)
+    assert all(len({*ends}) == 3 for ends in source[..., -1].tolist())
+    config = tiny_config(shared_world(tmp_path_factory), model="rag_token", retriever__scale=1.0)
+    rag = open_rag(config)
+    rag = replace(rag, generator=open_generator(generator.folder), special=ENDING)
+    params = rag.initial_params()
+    questions = rng.integers(3, 200, (2, 8)).astype(np.int32)
+    batch = TrainBatch(
+        row=np.arange(2),
+        question=questions,
+        question_mask=np.ones((2, 8), bool),
+        passages=rng.normal(size=(2, 3, rag.retriever.config.embedding_width)).astype(np.float32) / 4,
+        valid=np.ones((2, 3), bool),
+        source=source,
+        source_mask=np.ones(source.shape, bool),
+        answer=np.zeros((2, 6), np.int32),
+        answer_mask=np.zeros((2, 6), bool),
+    )
+    prior = np.asarray(joint_logp(rag, params, jax.tree.map(jnp.asarray, batch), jax.random.key(0))[0])
+    assert np.exp(prior).max() < 0.9
+    graph = rag.generator.graph
+    memory = read(graph, params["generator"], source.reshape(6, 12), np.ones((6, 12), bool))
+    found = decode_together(graph, params["generator"], memory, prior, SETTINGS, ENDING)
+    nll = make_nll(rag)
+    for c in range(SETTINGS.beams):
+        answer, mask = pad_rows([with_end(of_question)[c] for of_question in found], 6, 0)
+        trained = nll(params, replace(batch, answer=answer, answer_mask=mask))
+        decided = [of_question.marginal("thorough")[c] for of_question in found]
+        np.testing.assert_allclose(decided, -np.asarray(trained), rtol=1e-5, atol=1e-5)
 
 
 def test_pad_answers() -> None:

@@ -64,15 +64,14 @@ class Golden:
         """As Hugging Face's `generate` got them; its BART forces the end token unless told otherwise."""
         given = self.variants[variant]
         forced_eos = self.special.eos if self.special.bos is not None else None
-        forced = {"forced_bos": given.get("forced_bos_token_id"), "forced_eos": forced_eos}
-        forced |= {"forced_eos": None} if "forced_eos_token_id" in given else {}
+        forced_eos = None if "forced_eos_token_id" in given else forced_eos
         decode = Decode(
             beams=beams,
             max_new_tokens=11,
             length_penalty=given.get("length_penalty", 1.0),
             early_stopping=given.get("early_stopping", False),
         )
-        return decode, SpecialTokens(self.special.eos, self.special.pad, self.special.bos, **forced)
+        return decode, replace(self.special, forced_bos=given.get("forced_bos_token_id"), forced_eos=forced_eos)
 
 
 @pytest.fixture(scope="module", params=["bart-tiny", "t5-tiny"])

@@ -193,7 +193,7 @@ def test_temporaries_of_answering_are_compiled(
 
     @jax.jit
     def score(params: Any, answers: Any, lengths: Any, *leaves: jax.Array) -> Any:
-        return score_tokens(graph, params, Memory(*leaves), answers, lengths)
+        return score_tokens(graph, params, Memory(*leaves), answers, lengths, SPECIAL)
 
     most = max(
         COST(read.lower(graph, params, *source)).temporaries,

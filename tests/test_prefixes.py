@@ -39,7 +39,7 @@ class Read:
         self.memory: Memory = read(graph, self.params, jnp.asarray(tokens), jnp.asarray(mask))
         settings = Decode(k=ROWS, beams=BEAMS, max_new_tokens=LONGEST)
         self.beams, prefixes = propose(graph, self.params, self.memory, settings, SPECIAL)
-        self.known = Known(graph, self.params, self.memory, prefixes)
+        self.known = Known(graph, self.params, self.memory, prefixes, SPECIAL)
 
     def proposals(self, row: int) -> list[tuple[int, ...]]:
         rows = zip(self.beams.tokens[row].tolist(), self.beams.length[row].tolist(), strict=True)

@@ -18,13 +18,23 @@ Keys = Key[Array, " n"]
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """The tokens that end an answer, pad it, and that a checkpoint wants at its start and at the length limit."""
+    """The tokens that end an answer, pad it, and that a checkpoint wants at its start and at the length limit.
 
-    eos: int
+    Where several `ends` end an answer, the end is one event, whose probability is the sum of theirs; `eos` stands for
+    it in an answer's tokens, and is what training teaches.
+    """
+
+    eos: int  # the tokenizer's own
     pad: int
     bos: int | None = None
     forced_bos: int | None = None  # BART's and T5's `forced_bos_token_id`
     forced_eos: int | None = None
+    ends: tuple[int, ...] = ()  # all that end an answer, `eos` among them or not
+
+    @property
+    def other_ends(self) -> tuple[int, ...]:
+        """What ends an answer besides `eos`."""
+        return tuple(sorted({*self.ends} - {self.eos}))
 
 
 @struct.dataclass
@@ -134,6 +144,28 @@ def token_logp(
     """Log-probability of each target and the mean over the vocabulary, in nats."""
     normalizer, mean = generator.normalizer(hidden)
     return generator.target_logits(hidden, targets) - normalizer, mean - normalizer
+
+
+def join_ends(logp: Float[Array, "*n V"], special: SpecialTokens) -> Float[Array, "*n V"]:
+    """Log-probabilities of what follows, the end one event: `special.eos` has the sum of all ends, the others none."""
+    if not special.other_ends:
+        return logp
+    together = jax.nn.logsumexp(logp[..., jnp.array([special.eos, *special.other_ends])], axis=-1, keepdims=True)
+    token = jnp.arange(logp.shape[-1])
+    without = jnp.where(jnp.isin(token, jnp.array(special.other_ends)), -jnp.inf, logp)
+    return jnp.where(token == special.eos, together, without)
+
+
+def event_logits(
+    generator: Generator, hidden: Float[Array, "*n D"], targets: Int[Array, "*n"], special: SpecialTokens
+) -> Float[Array, "*n"]:
+    """The logits of the targets; where one is `special.eos`, the logsumexp of those of all ends."""
+    logits = generator.target_logits(hidden, targets)
+    if not special.other_ends:
+        return logits
+    others = [generator.target_logits(hidden, jnp.full_like(targets, other)) for other in special.other_ends]
+    together = jax.nn.logsumexp(jnp.stack([logits, *others]), axis=0)
+    return jnp.where(targets == special.eos, together, logits)
 
 
 def score(
