@@ -16,10 +16,13 @@ from jaxtyping import Array, Bool, Float
 def log_prior(scores: Float[Array, "B K"], valid: Bool[Array, "B K"]) -> Float[Array, "B K"]:
     """log p(z|x), normalised over the valid ones of the K documents; −inf for the others.
 
-    A question without any valid document gets −inf everywhere.
+    A score of −inf is a document of probability 0. A question without any possible document gets −inf everywhere.
+    However large the scores, the probabilities sum to 1 but for rounding.
     """
-    scores = _mask(scores, valid)
-    return _mask(_at_least_float32(scores) - _logsumexp(scores)[:, None], valid)
+    scores = _at_least_float32(scores)
+    possible = valid & (scores != -jnp.inf)
+    below = scores - _top(_mask(scores, possible))  # the largest is 0: nothing is rounded away beside it
+    return _mask(below - _logsumexp(_mask(below, possible))[:, None], possible)
 
 
 def corpus_log_prior(
@@ -27,9 +30,12 @@ def corpus_log_prior(
 ) -> Float[Array, "B K"]:
     """log p(z|x), normalised over the corpus: `log_normalizer` is the logsumexp of the scores of all N passages.
 
-    `exp` of a row sums to the prior mass that the K documents hold, at most 1.
+    `exp` of a row sums to the prior mass that the K documents hold, at most 1 but for rounding: the normalizer is
+    rounded as the scores are, so that each log p(z|x) is as uncertain as a score, by 1e-7 of the largest one.
     """
-    return _mask(_at_least_float32(scores) - _at_least_float32(log_normalizer)[:, None], valid)
+    scores = _at_least_float32(scores)
+    possible = valid & (scores != -jnp.inf)
+    return _mask(scores - _at_least_float32(log_normalizer)[:, None], possible)
 
 
 def marginal_logp(log_prior: Float[Array, "B K"], logp: Float[Array, "B K *C"]) -> Float[Array, "B *C"]:
@@ -44,9 +50,9 @@ def marginal_logp(log_prior: Float[Array, "B K"], logp: Float[Array, "B K *C"]) 
 def posterior(log_prior: Float[Array, "B K"], logp: Float[Array, "B K *C"]) -> Float[Array, "B K *C"]:
     """p(z|x,y), the responsibility of each document for the answer; all 0 where p(y|x) is 0."""
     joint = _joint(log_prior, logp)
-    possible = joint != -jnp.inf
-    total = jnp.expand_dims(_logsumexp(joint), 1)
-    return jnp.where(possible, jnp.exp(jnp.where(possible, joint - jnp.where(possible, total, 0), 0)), 0)
+    shares = _from_top(joint)
+    total = shares.sum(axis=1, keepdims=True)
+    return shares / jnp.where(total == 0, 1, total)
 
 
 def token_posterior(
@@ -125,12 +131,20 @@ def _joint(log_prior: Array, logp: Array) -> Array:
     return prior.reshape(prior.shape + (1,) * (logp.ndim - 2)) + _at_least_float32(logp)
 
 
+def _top(x: Array) -> Array:
+    """The largest over axis 1, which stays; 0 where all are −inf. No gradient goes through it."""
+    top = jax.lax.stop_gradient(jnp.max(x, axis=1, keepdims=True, initial=-jnp.inf))
+    return jnp.where(top == -jnp.inf, 0, top)
+
+
+def _from_top(x: Array) -> Array:
+    """exp(x − the largest over axis 1)."""
+    possible = x != -jnp.inf
+    return jnp.where(possible, jnp.exp(jnp.where(possible, x - _top(x), 0)), 0)
+
+
 def _logsumexp(x: Array) -> Array:
     """Over axis 1. `jax.nn.logsumexp` has NaN gradients where all the terms are −inf."""
     x = _at_least_float32(x)
-    possible = x != -jnp.inf
-    top = jax.lax.stop_gradient(jnp.max(x, axis=1, keepdims=True, initial=-jnp.inf))
-    top = jnp.where(top == -jnp.inf, 0, top)
-    total = jnp.sum(jnp.where(possible, jnp.exp(jnp.where(possible, x - top, 0)), 0), axis=1)
-    some = jnp.any(possible, axis=1)
-    return jnp.where(some, jnp.log(jnp.where(some, total, 1)) + jnp.squeeze(top, 1), -jnp.inf)
+    total, some = _from_top(x).sum(axis=1), jnp.any(x != -jnp.inf, axis=1)
+    return jnp.where(some, jnp.log(jnp.where(some, total, 1)) + jnp.squeeze(_top(x), 1), -jnp.inf)

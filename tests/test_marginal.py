@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ragjax.marginal import (
     corpus_log_prior,
@@ -200,3 +204,98 @@ def test_fast_never_exceeds_thorough() -> None:
     assert np.all(fast <= thorough + 1e-6)
     chex.assert_trees_all_close(fast_marginal(prior, logp, jnp.ones_like(proposed)), thorough)
     assert np.all(np.isneginf(fast_marginal(prior, logp, jnp.zeros_like(proposed))))
+
+
+# whatever the scale: against float64, which is given the same float32 numbers
+
+EPS = float(np.finfo(np.float32).eps)
+SHAPES = [(2, 1), (2, 2), (3, 5), (2, 33)]  # B and K; few, since each is compiled
+
+
+@st.composite
+def hard_scores(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Scores [B,K] of any size, equal, apart or impossible, which are valid, and log p(y|x,z) [B,K,2]."""
+    shape = draw(st.sampled_from(SHAPES))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    spread, offset, cost = (10.0 ** draw(st.integers(-3, 8)) for _ in range(3))
+    kind = draw(st.sampled_from(["equal", "apart", "two values"]))
+    noise = {"equal": np.ones(shape), "apart": rng.normal(size=shape), "two values": rng.integers(0, 2, shape)}[kind]
+    scores = (spread * noise + draw(st.sampled_from([-1, 0, 1])) * offset).astype(np.float32)
+    logp = (-cost * rng.exponential(size=(*shape, 2))).astype(np.float32)
+    for array in (scores, logp):
+        array[rng.random(array.shape) < draw(st.sampled_from([0.0, 0.3, 1.0]))] = -np.inf
+    return scores, rng.random(shape) >= draw(st.sampled_from([0.0, 0.3, 1.0])), logp
+
+
+def softmax64(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Over axis 1 in float64: the logsumexp, which stays an axis, and log-probabilities; −inf where all are."""
+    x = x.astype(np.float64)
+    total = np.logaddexp.reduce(x, axis=1, keepdims=True)
+    return total, np.where(np.isneginf(x), -np.inf, x - np.where(np.isneginf(total), 0, total))
+
+
+@jax.jit
+def prior_marginal_posterior(scores: jax.Array, valid: jax.Array, logp: jax.Array) -> Any:
+    """With what must have gradients: their finite parts, and the posterior."""
+
+    def finite(x: jax.Array) -> jax.Array:
+        return jnp.where(x > -jnp.inf, x, 0).sum()
+
+    def total(scores: jax.Array, logp: jax.Array) -> jax.Array:
+        prior = log_prior(scores, valid)
+        weighed = posterior(prior, logp) * jnp.arange(1.0, 1 + scores.shape[1])[:, None]
+        return finite(prior) + finite(marginal_logp(prior, logp)) + weighed.sum()
+
+    prior = log_prior(scores, valid)
+    return prior, marginal_logp(prior, logp), posterior(prior, logp), jax.grad(total, argnums=(0, 1))(scores, logp)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(hard_scores())
+def test_no_scale_and_no_impossibility_costs_precision(case: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
+    """Probabilities sum to 1 within K·eps, whatever the scores; what is impossible has 0, and nothing is NaN.
+
+    Each step's rounding is half an eps of its result: of log p itself, and of each of K terms of a sum.
+    """
+    scores, valid, logp = case
+    documents = scores.shape[1]
+    prior, marginal, r, gradients = jax.device_get(prior_marginal_posterior(scores, valid, logp))
+    _, expected = softmax64(np.where(valid, scores, -np.inf))
+    np.testing.assert_array_equal(np.isneginf(prior), np.isneginf(expected))
+    some = expected > -np.inf
+    assert (np.abs(prior[some] - expected[some]) <= EPS * (documents + np.abs(expected[some]))).all()
+    sums = np.exp(prior.astype(np.float64)).sum(axis=1)
+    assert (np.abs(sums - some.any(axis=1)) <= documents * EPS).all()
+
+    joint = prior[..., None] + logp  # rounded as there: at this magnitude nothing finer is known
+    total, expected = softmax64(joint)
+    total = total[:, 0]
+    np.testing.assert_array_equal(np.isneginf(marginal), np.isneginf(total))
+    there = total > -np.inf
+    assert (np.abs(marginal[there] - total[there]) <= EPS * (documents + np.abs(total[there]))).all()
+    share = np.exp(expected)
+    # exp's own error, some units in the last place, and that of x − top, at most eps·|x − top|/2, in the exponent
+    below = np.where(np.isneginf(expected), 0, np.abs(expected))
+    assert (np.abs(r - share) <= EPS * share * (documents + 4 + below) + 1e-37).all()
+    assert (np.abs(r.sum(axis=1, dtype=np.float64) - there) <= documents * EPS).all()
+    chex.assert_tree_all_finite(gradients)
+
+
+def test_three_large_equal_scores() -> None:
+    """They used to sum to 0.974: beside 1,000,000 float32 has no third decimal."""
+    scores = jnp.full((1, 3), 1e6)
+    np.testing.assert_allclose(np.exp(log_prior(scores, all_valid(scores))), np.full((1, 3), 1 / 3), rtol=2e-7)
+    joint = posterior(jnp.zeros((1, 3)), jnp.full((1, 3, 1), -1e6))
+    np.testing.assert_allclose(joint, np.full((1, 3, 1), 1 / 3), rtol=2e-7)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 80.0, 1e4, 1e6])
+def test_the_corpus_prior_is_as_certain_as_the_scores(scale: float) -> None:
+    """Its normalizer is rounded to eps/2 of itself: so far may the whole corpus's probabilities be from 1, in nats."""
+    scores = jnp.asarray(scale * np.random.default_rng(0).normal(size=(4, 50)), jnp.float32)
+    normalizer = jax.nn.logsumexp(scores, axis=1)
+    prior = np.asarray(corpus_log_prior(scores, normalizer, all_valid(scores)), np.float64)
+    uncertain = EPS * (50 + np.abs(scores).max(axis=1))
+    assert (np.abs(np.logaddexp.reduce(prior, axis=1)) <= uncertain).all()
+    impossible = corpus_log_prior(jnp.full((1, 2), -INF), jnp.full(1, -INF), jnp.ones((1, 2), bool))
+    np.testing.assert_array_equal(impossible, np.full((1, 2), -INF))
