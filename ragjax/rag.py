@@ -194,6 +194,7 @@ def check_lengths(config: Config, retriever: Pretrained, generator: Pretrained) 
         )
     answer = max(config.generator.answer_tokens, config.decode.max_new_tokens)
     source, longest = config.generator.source_tokens, generator.config.longest
+    both = "generator.source_tokens + the longest answer"
     checked = [
         ("retriever.question_tokens", config.retriever.question_tokens, retriever.config.positions),
         ("retriever.passage_tokens", config.retriever.passage_tokens, retriever.config.positions),
@@ -201,12 +202,11 @@ def check_lengths(config: Config, retriever: Pretrained, generator: Pretrained) 
     if generator.config.encoder_decoder:  # each side has positions of its own
         checked += [("generator.source_tokens", source, longest), ("the longest answer", answer, longest)]
     else:
-        checked += [("generator.source_tokens + the longest answer", source + answer, longest)]
+        checked += [(both, source + answer, longest)]
     for key, wanted, most in checked:
         if wanted > most:
-            raise InputError(
-                f"{key} is {wanted}, but the model has {most} positions (or a sliding window of so many); lower it"
-            )
+            window = " (or a sliding window of so many)" if key == both else ""
+            raise InputError(f"{key} is {wanted}, but the model has {most} positions{window}; lower it")
 
 
 def passage_text(template: str, passage: Passage) -> str:

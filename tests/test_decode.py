@@ -382,6 +382,19 @@ def test_rag_token_sums_over_documents_at_every_token(tiny: Small, special: Spec
         assert of_question.fast is None and (of_question.proposed == -np.inf).all()
 
 
+def test_the_end_is_forbidden_and_forced_as_one_event(tiny: Small) -> None:
+    """No end token at first, and any of them at the limit: answers of one token, each as likely as that says."""
+    special, settings = replace(SEVERAL, forced_eos=2), Decode(k=2, beams=16, max_new_tokens=2, min_new_tokens=1)
+    prior = log_softmax(np.array([[0.3, -0.2]]))
+    [found] = decoded(tiny, PROMPTS[:2], prior, settings, width=8, special=special)
+    assert found.scored is not None and found.thorough is not None and found.finished.all()
+    assert sorted(found.tokens) == [(1,), (3,), (5,)]
+    logp = np.array([[event_logp(tiny, x, (*y, 2), special).sum() for y in found.tokens] for x in PROMPTS[:2]])
+    np.testing.assert_allclose(found.scored, logp, atol=1e-4)
+    np.testing.assert_allclose(found.proposed, logp, atol=1e-4)
+    np.testing.assert_allclose(found.thorough, np.logaddexp.reduce(prior.T + logp, axis=0), atol=1e-4)
+
+
 def test_rag_token_is_what_training_has(
     generator: Small, golden: dict[str, np.ndarray], tmp_path_factory: pytest.TempPathFactory
 ) -> None:

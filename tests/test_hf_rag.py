@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,10 @@ def test_what_rag_token_generates_by_is_in_a_file_of_its_own(checkpoint: Path, t
     (out / "generator" / "generation_config.json").write_text('{"forced_bos_token_id": [0, 2]}')
     with pytest.raises(InputError, match=r"forced_bos_token_id is \[0, 2\]; expected one token"):
         open_rag(config)
+    (out / "generator" / "generation_config.json").write_text(json.dumps({"eos_token_id": [rag.special.eos, 9]}))
+    assert open_rag(config).special.ends == (rag.special.eos, 9)
+    with pytest.raises(InputError, match="several tokens end an answer"):
+        open_rag(replace(config, hf_compatible=True))
 
 
 def test_what_was_changed_in_a_run_is_exported(checkpoint: Path, tmp_path: Path, capsys: Capture) -> None:
