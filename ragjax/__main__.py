@@ -1,7 +1,20 @@
-"""`python -m ragjax`."""
+"""`ragjax`, and `python -m ragjax`. Nothing else is imported before it is known what Ctrl-C does."""
 
 import sys
 
-from ragjax.cli import main
+from ragjax.signals import guarded, leave_at_once
 
-sys.exit(main())
+
+def main() -> int:
+    leave_at_once()
+
+    def command() -> int:
+        from ragjax.cli import main
+
+        return main()
+
+    return guarded(command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

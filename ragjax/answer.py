@@ -31,6 +31,7 @@ from ragjax.models.layers import Params
 from ragjax.passages import PassageStore
 from ragjax.progress import terminal
 from ragjax.rag import Rag, Retrieved, answer_tokens, check_questions, prompt_rows, retrieve
+from ragjax.signals import check
 from ragjax.text import bucket, buckets_up_to, pad_rows
 from ragjax.world import open_world, pretrained, restore_trained, trained_index
 
@@ -250,6 +251,7 @@ def answer_from_command_line(
         why = "" if untrained else f": no checkpoint in {config.output}"
         terminal.print(f"these are the pretrained models{why}", soft_wrap=True)
     for question in _questions(questions):
+        check()
         [answer] = answerer.answer([question], mode)
         if as_json:
             print(json.dumps(dataclasses.asdict(answer), ensure_ascii=False), flush=True)

@@ -197,7 +197,8 @@ class Checkpoints:
             with self._ocp.Context(
                 pytree_options=options.PyTreeOptions(loading=loading), multiprocessing_options=alone
             ):
-                return self._ocp.load(self._path(step), jax.tree.map(_abstract, like))
+                wanted = jax.tree.map(_abstract, like)
+                return jax.tree.map(_exactly_there, self._ocp.load(self._path(step), wanted), wanted)
         except Exception as error:
             raise self._unreadable(step, error) from error
 
@@ -258,6 +259,11 @@ def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     """Without a sharding of its own a leaf goes to the first device, wherever it was when it was saved."""
     sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _exactly_there(leaf: jax.Array, wanted: jax.ShapeDtypeStruct) -> jax.Array:
+    """An equivalent place is not enough: on one device a key comes back as if it had a dimension."""
+    return leaf if leaf.sharding == wanted.sharding else jax.device_put(leaf, wanted.sharding)
 
 
 def _shapes(tree: Any) -> dict[str, str]:

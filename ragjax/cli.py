@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 
 from ragjax.config import Config, dump_config, load_config
 from ragjax.errors import InputError
+from ragjax.signals import guarded, stopped
 
 # in what JAX, Gloo and the coordination service say when a process is gone
 SIGNS_OF_LOSS = ("Gloo", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED", "barrier", "coordination", "peer")
@@ -23,6 +25,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     With --distributed also 75, when another process has gone: the same command, started again in all, goes on.
     """
+    return guarded(lambda: _main(arguments))
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     parser = _parser()
     options, more = parser.parse_known_args(arguments)
     if more:  # after an option argparse takes no further KEY=VALUE
@@ -46,7 +52,12 @@ def _run_as_one_of_many(options: argparse.Namespace) -> int:
     except InputError as error:
         print(f"ragjax: {error}", file=sys.stderr)
         code = 2
-    except Exception as error:
+    except BaseException as error:
+        if number := stopped():
+            print(f"{options.name}: stopped by {signal.Signals(number).name}", file=sys.stderr)
+            os._exit(128 + number)
+        if not isinstance(error, Exception):
+            raise
         lost = isinstance(error, jax.errors.JaxRuntimeError) and any(sign in str(error) for sign in SIGNS_OF_LOSS)
         code = 75 if lost else 1
         if lost:
@@ -68,16 +79,10 @@ def _run(options: argparse.Namespace) -> int:
     try:
         return options.run(options)
     except InputError as error:
+        if stopped():  # it may be what a library made of that
+            raise
         print(f"{options.name}: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("ragjax: interrupted", file=sys.stderr)
-        return 130
-    except ImportError as error:  # what a native extension makes of Ctrl-C while it is loaded
-        if not isinstance(error.__cause__ or error.__context__, KeyboardInterrupt):
-            raise
-        print("ragjax: interrupted", file=sys.stderr)
-        return 130
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         sys.stderr.close()
         return 0
@@ -290,7 +295,3 @@ def _export(options: argparse.Namespace) -> int:
 def _config(options: argparse.Namespace) -> int:
     print(dump_config(_load(options)), end="")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ragjax.signals import check
+
 EVERY = 15.0  # seconds between two lines where there is no terminal
 
 terminal = Console(stderr=True, highlight=False, markup=False)
@@ -16,7 +18,7 @@ terminal = Console(stderr=True, highlight=False, markup=False)
 
 @contextmanager
 def progress_bar(name: str, total: int | None, unit: str, done: int = 0) -> Iterator[Callable[..., None]]:
-    """Yields `advance(count=1, note="")`; the rate is counted in `unit` a second."""
+    """Yields `advance(count=1, note="")`; the rate is counted in `unit` a second. A lost Ctrl-C is raised there."""
     started, count = time.monotonic(), done
 
     def rate() -> float:
@@ -34,6 +36,7 @@ def progress_bar(name: str, total: int | None, unit: str, done: int = 0) -> Iter
 
             def advance(step: int = 1, note: str = "") -> None:
                 nonlocal count
+                check()
                 count += step
                 of = f"/{total}" if total else ""
                 bar.update(task, advance=step, status=f"{count}{of} {unit}  {rate():.3g}/s  {note}")
@@ -44,6 +47,7 @@ def progress_bar(name: str, total: int | None, unit: str, done: int = 0) -> Iter
 
     def advance_quietly(step: int = 1, note: str = "") -> None:
         nonlocal count, last
+        check()
         count += step
         if time.monotonic() - last >= EVERY:
             last = time.monotonic()

@@ -9,11 +9,10 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
@@ -37,6 +36,7 @@ from ragjax.passages import read_questions
 from ragjax.progress import progress_bar, terminal
 from ragjax.rag import Rag
 from ragjax.refresh import Refresh, refreshed_at
+from ragjax.signals import Signals, listening
 from ragjax.step import (
     TrainState,
     abstract_state,
@@ -67,11 +67,15 @@ def train(config: Config) -> Path:
     Raises `InputError` for bad input (before anything long starts), a loss that is no number, or a disk that is full,
     and `Interrupted` after Ctrl-C or SIGTERM.
     """
-    with _Signals() as signals:
-        return _train(config, signals)
+    with listening(sigterm=jax.process_count() == 1) as signals:
+        before = signals.instead
+        try:
+            return _train(config, signals)
+        finally:
+            signals.instead = before
 
 
-def _train(config: Config, signals: _Signals) -> Path:
+def _train(config: Config, signals: Signals) -> Path:
     check_processes_agree(config)
     check_same_experiment(config)
     if config.train.tensorboard and find_spec("tensorboardX") is None:
@@ -111,13 +115,14 @@ def _train(config: Config, signals: _Signals) -> Path:
             corpus = corpus_with_tokens(rag, index, store, mesh)
         elif reads_corpus(config):
             corpus = index.corpus(mesh)
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(rag, mesh))
         step_fn, nll_fn = make_train_step(rag, shardings), make_nll(rag)
         probe_every = config.train.probe_every
         error_fn = make_gradient_error(rag, shardings) if probe_every else None
         log = stack.enter_context(_log(folder, done, config))
         with progress_bar("train", config.train.steps, "steps", done) as advance:
-            signals.saving, last_save = True, time.monotonic()
+            signals.check()
+            signals.instead, last_save = _finish_the_step, time.monotonic()
             for step in range(done, config.train.steps):
                 started = time.perf_counter()
                 pairs, (batch, shown, tokens) = supply.take(state.params)
@@ -142,7 +147,7 @@ def _train(config: Config, signals: _Signals) -> Path:
                     metrics |= told
                 log(step + 1, metrics | rates)
                 advance(1, f"loss {metrics['loss']:.3f}  recall@{config.train.k} {metrics['recall']:.2f}")
-                stop, minutes = signals.stop(step + 1), config.train.save_minutes
+                stop, minutes = _stop_after(step + 1, signals), config.train.save_minutes
                 due = minutes is not None and first_says(time.monotonic() - last_save >= 60 * minutes)
                 if last or stop or due or (step + 1) % config.train.save_every == 0:
                     dev_loss = None
@@ -161,7 +166,7 @@ def _train(config: Config, signals: _Signals) -> Path:
                     raise Interrupted(message, 128 + stop)
         if refresh is not None and not refresh.is_there(config.train.steps):
             checkpoints.wait()  # what comes now may take long, and goes on where it was stopped
-            signals.saving = False
+            signals.instead = None
             before = refresh.index
             refresh.finish(passage_params(rag, state.params))
             log(config.train.steps, {"index_overlap": refresh.compare(before, state.params, probe, config.train.k)})
@@ -281,45 +286,18 @@ def _log(folder: Path, done: int, config: Config) -> Iterator[Callable[[int, dic
                 writer.close()
 
 
-class _Signals:
-    """Which signal, Ctrl-C or SIGTERM, asks to stop; as a context, from the start of a command to its end.
+def _finish_the_step() -> None:
+    """What Ctrl-C or SIGTERM does while steps run; machines that are taken away send SIGTERM some time before.
 
-    Until `saving` is set Ctrl-C ends it at once, as ever, but is remembered: Python loses it where it falls into a
-    finalizer. Then either lets the step end, and a second Ctrl-C stops without saving. Machines that are taken away
-    send SIGTERM some time before. Of several processes any may get it: JAX listens for SIGTERM, and names a step after
-    which all of them stop.
+    Of several processes any may get it: JAX listens for SIGTERM, and names a step after which all of them stop.
     """
+    terminal.print("finishing this step, then saving; Ctrl-C stops at once")
+    if jax.process_count() > 1:
+        os.kill(os.getpid(), signal.SIGTERM)
 
-    def __init__(self) -> None:
-        self.came = 0
-        self.saving = False
-        self._several = jax.process_count() > 1
-        self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> _Signals:
-        listened = (signal.SIGINT,) if self._several else (signal.SIGINT, signal.SIGTERM)
-        with suppress(ValueError):  # not in the main thread, as under some notebooks
-            self._before = {number: signal.signal(number, self._handle) for number in listened}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.came = number
-        if not self.saving:
-            if number == signal.SIGINT:
-                raise KeyboardInterrupt
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        terminal.print("finishing this step, then saving; Ctrl-C stops at once")
-        if self._several:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    def stop(self, step: int) -> int:
-        """After each step: the signal that asks to stop now, or 0."""
-        if self._several:
-            return (self.came or signal.SIGTERM) if reached_preemption_sync_point(step) else 0
-        return self.came
+def _stop_after(step: int, signals: Signals) -> int:
+    """After each step: the signal that asks to stop now, or 0."""
+    if jax.process_count() > 1:
+        return (signals.came or signal.SIGTERM) if reached_preemption_sync_point(step) else 0
+    return signals.came

@@ -1,4 +1,4 @@
-"""Eight virtual CPU devices, no network and no compilation cache, whatever the machine that runs the tests.
+"""Eight virtual CPU devices (`--devices N`: N), no network and no compilation cache, whatever machine runs the tests.
 
 And what many tests share: a tiny world with its index, and a run that was trained on it.
 """
@@ -17,10 +17,23 @@ import jax
 import pytest
 from trained import quick_world, trained_run
 
-jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_disable_most_optimizations", True)  # tiny models: compiling is what takes the time
 if jax.__version_info__ < (0, 11):  # the older way to compile fusions takes 2.5 times less; JAX 0.12 has no choice
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
+
+
+DEVICES = 8
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    told = (
+        f"virtual CPU devices (default: {DEVICES}); with another number the tests marked any_devices run, and no others"
+    )
+    parser.addoption("--devices", type=int, default=DEVICES, help=told)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    jax.config.update("jax_num_cpu_devices", config.getoption("devices"))
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +50,9 @@ def run(world: Path) -> Path:
 LONGEST = [f"test_{name}" for name in "processes refresh encoder_decoders step train plan fused soak".split()]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Two workers end together if the longest files are not the last ones."""
+    if config.getoption("devices") != DEVICES:
+        config.hook.pytest_deselected(items=[item for item in items if not item.get_closest_marker("any_devices")])
+        items[:] = [item for item in items if item.get_closest_marker("any_devices")]
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))

@@ -1,4 +1,4 @@
-"""The short version of soak.py: some of everything that it does, on one process and on two."""
+"""The short version of soak.py: some of everything that it does, on one device, on several, and on two processes."""
 
 from __future__ import annotations
 
@@ -7,9 +7,23 @@ from pathlib import Path
 import pytest
 from soak import soak
 
+SLOW = pytest.mark.slow
 
-@pytest.mark.parametrize(("processes", "kills"), [(1, 5), pytest.param(2, 6, marks=pytest.mark.slow)])
-def test_whatever_is_killed_ends_as_if_nothing_had_been(tmp_path: Path, processes: int, kills: int) -> None:
-    summary = soak(tmp_path, kills, seed=4, processes=processes, steps=12)
+
+@pytest.mark.parametrize(
+    ("processes", "devices", "kills", "interrupts"),
+    [
+        (1, 1, 5, 6),
+        pytest.param(1, 2, 6, 0, marks=SLOW),
+        pytest.param(1, 8, 6, 0, marks=SLOW),
+        pytest.param(2, 2, 6, 0, marks=SLOW),
+    ],
+)
+def test_whatever_is_killed_ends_as_if_nothing_had_been(
+    tmp_path: Path, processes: int, devices: int, kills: int, interrupts: int
+) -> None:
+    """And a build that gets Ctrl-C ends with 130, or by that signal where Python itself begins or ends."""
+    summary = soak(tmp_path, kills, 4, processes, devices, steps=12, interrupts=interrupts)
     assert summary.differences == []
-    assert sum(summary.kills.values()) == kills and summary.started > kills
+    assert summary.kills.total() == kills and summary.started > kills
+    assert summary.interrupted.total() == interrupts and summary.interrupted.keys() <= {130, -2}

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from gradients import assert_same_gradients, moments
 from world import open_world, tiny_config
 
 from ragjax.config import MeshConfig, Train
@@ -113,15 +114,6 @@ def dropping_gradients(dropping_stepped: tuple[TrainState, Any]) -> tuple[Any, A
     return grads, {name: np.asarray(value) for name, value in metrics.items() if not name.startswith("gradient_norm")}
 
 
-def assert_same(ours: Any, theirs: Any, relative: float = 1e-5) -> None:
-    """Equal in the norm of each leaf; one below a thousandth of the whole is measured by that, being rounding."""
-    chex.assert_trees_all_equal_shapes_and_dtypes(ours, theirs)
-    floor = 1e-3 * float(optax.tree.norm(theirs))
-    for (path, value), other in zip(jax.tree.leaves_with_path(theirs), jax.tree.leaves(ours), strict=True):
-        difference = float(np.linalg.norm(other - value))
-        assert difference <= relative * max(float(np.linalg.norm(value)), floor), jax.tree_util.keystr(path)
-
-
 def flat(params: Params) -> dict[tuple[str, ...], np.ndarray]:
     return nnx.traversals.flatten_mapping(jax.device_get(params))
 
@@ -147,7 +139,7 @@ def test_gradient_is_the_posterior_weighted_sum(plain: Setup, plain_gradients: t
     posterior = np.exp(joint - np.logaddexp.reduce(joint, axis=1, keepdims=True))
     assert (posterior.max(axis=1) < 0.999).any(), "one document decides everything: the test would show nothing"
     grads, metrics = plain_gradients
-    assert_same(grads, flat(expected))
+    assert_same_gradients(grads, flat(expected))
     assert metrics["loss"] == pytest.approx(-np.logaddexp.reduce(joint, axis=1).mean(), rel=1e-5)
     entropy = -(posterior * np.log(posterior)).sum(axis=1).mean()
     assert metrics["posterior_entropy"] == pytest.approx(entropy, rel=1e-4)
@@ -175,7 +167,7 @@ def test_gradient_through_the_prior_over_the_corpus(world: Path, plain_gradients
     value, expected = jax.jit(jax.value_and_grad(explicit))(s.params["retriever"])
     grads, metrics = differentiate(s.rag, s.corpus)(s.params, s.batch)
     np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)
-    assert_same(jax.device_get(grads), flat({"retriever": expected}))
+    assert_same_gradients(jax.device_get(grads), flat({"retriever": expected}))
     of_question = ("retriever", "norm", "scale")
     top_k = plain_gradients[0][of_question]
     assert np.linalg.norm(grads[of_question] - top_k) > 0.05 * np.linalg.norm(top_k)
@@ -262,10 +254,10 @@ def test_backward_through_the_likeliest_documents(
 
     kept, expected = jax.device_get(explicit(dropping.params))
     assert (kept < 0.98).any(), "nothing was skipped: the test would show nothing"
-    assert_same(grads, {path: leaf for path, leaf in flat(expected).items() if path in grads})
+    assert_same_gradients(grads, {path: leaf for path, leaf in flat(expected).items() if path in grads})
     whole, whole_metrics = dropping_gradients
     retriever = [path for path in grads if path[0] == "retriever"]
-    assert_same({path: grads[path] for path in retriever}, {path: whole[path] for path in retriever})
+    assert_same_gradients({path: grads[path] for path in retriever}, {path: whole[path] for path in retriever})
     assert metrics.pop("posterior_skipped") == pytest.approx(1 - kept.mean(), abs=1e-5)
     chex.assert_trees_all_close(metrics, {name: whole_metrics[name] for name in metrics}, rtol=1e-5)
 
@@ -322,7 +314,7 @@ def test_eight_devices_give_the_gradients_of_one(plain: Setup, plain_gradients: 
         place(plain.params, replicated(mesh)), shard_batch(mesh, jax.device_get(plain.batch), len(plain.batch.row))
     )
     assert all(len(leaf.sharding.device_set) == 8 for leaf in jax.tree.leaves(grads))
-    assert_same(jax.device_get(grads), plain_gradients[0])
+    assert_same_gradients(jax.device_get(grads), plain_gradients[0])
     chex.assert_trees_all_close(metrics, plain_gradients[1], rtol=1e-5)
 
 
@@ -338,7 +330,7 @@ def test_a_step_on_eight_devices_equals_one_with_dropout(
     leaf = eight.params["generator"]["embed"]["embedding"]
     assert len(leaf.sharding.device_set) == 8 and leaf.sharding.is_fully_replicated
     chex.assert_trees_all_close(metrics_eight, metrics_one, rtol=1e-5)
-    assert_same(moments(eight.optimizer), moments(one.optimizer))
+    assert_same_gradients(moments(eight.optimizer), moments(one.optimizer))
     difference = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), eight.params, one.params)
     assert optax.tree.norm(difference) <= 1e-5 * optax.tree.norm(jax.device_get(one.params))
 
@@ -356,7 +348,7 @@ def test_pmap_with_psum_gives_the_same_gradients(dropping: Setup, dropping_gradi
     rows = jax.tree.map(lambda x: x.reshape(8, 1, *x.shape[1:]), dropping.batch)
     value, grads = jax.tree.map(lambda x: x[0], jax.pmap(on_one_device, "data", in_axes=(None, 0))(trained, rows))
     assert value == pytest.approx(dropping_gradients[1]["loss"], rel=1e-5)
-    assert_same(jax.device_get(grads), dropping_gradients[0])
+    assert_same_gradients(jax.device_get(grads), dropping_gradients[0])
 
 
 @pytest.mark.parametrize(
@@ -378,7 +370,7 @@ def test_a_step_on_a_mesh_equals_one_on_a_device(
     chex.assert_trees_all_close(jax.device_get(metrics), jax.device_get(metrics_one), rtol=1e-4)
     assert float(metrics["loss"]) == pytest.approx(float(metrics_one["loss"]), rel=1e-5)
     ours, theirs = moments(after.optimizer)["mu"], moments(one.optimizer)["mu"]
-    assert_same(jax.device_get(ours), jax.device_get(theirs), relative=1e-4)
+    assert_same_gradients(jax.device_get(ours), jax.device_get(theirs), relative=1e-4)
     assert jax.tree.map(lambda x: x.sharding, after) == shardings, "the state stays where it lies"
 
 
@@ -393,7 +385,7 @@ def test_what_the_axis_does_not_divide_is_told(dropping: Setup) -> None:
 def test_accumulation_changes_nothing(count: int, dropping: Setup, dropping_gradients: tuple[Any, Any]) -> None:
     rag = with_train(dropping.rag, accumulate=count)
     grads, metrics = jax.device_get(differentiate(rag)(dropping.params, dropping.batch))
-    assert_same(grads, dropping_gradients[0])
+    assert_same_gradients(grads, dropping_gradients[0])
     chex.assert_trees_all_close(metrics, dropping_gradients[1], rtol=1e-5)
 
 
@@ -413,7 +405,9 @@ def test_dropout_is_drawn_by_key_and_row(
 def test_rematerialisation_changes_nothing(plain: Setup, plain_gradients: tuple[Any, Any]) -> None:
     rag = with_train(plain.rag, remat=not plain.rag.config.train.remat, freeze=["retriever"])
     grads, metrics = jax.device_get(differentiate(rag)(plain.params, plain.batch))
-    assert_same(grads, {path: leaf for path, leaf in plain_gradients[0].items() if path[0] == "generator"}, 1e-6)
+    assert_same_gradients(
+        grads, {path: leaf for path, leaf in plain_gradients[0].items() if path[0] == "generator"}, 1e-6
+    )
     chex.assert_trees_all_close(metrics, plain_gradients[1], rtol=1e-6)
 
 
@@ -486,16 +480,6 @@ def test_freezing_everything(plain: Setup) -> None:
 
 def with_train(rag: Rag, **changes: Any) -> Rag:
     return replace(rag, config=replace(rag.config, train=replace(rag.config.train, **changes)))
-
-
-def moments(optimizer_state: Any) -> dict[str, dict[tuple[str, ...], Any]]:
-    """Adam's first and second moments by path, of both parts."""
-    found: dict[str, dict[tuple[str, ...], Any]] = {"mu": {}, "nu": {}}
-    for part in optimizer_state.inner_states.values():
-        for name, by_path in found.items():
-            held = optax.tree.get(part, name)
-            by_path |= {path: leaf for path, leaf in held.items() if not isinstance(leaf, optax.MaskedNode)}
-    return jax.device_get(found)
 
 
 def rates(train: Train, steps: int) -> dict[str, list[float]]:

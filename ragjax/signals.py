@@ -1,0 +1,119 @@
+"""Ctrl-C and SIGTERM: whenever they come, a command ends with 130 or 143, and never as if nothing had been.
+
+Python raises `KeyboardInterrupt` between any two instructions, and drops it where these are of a finalizer, of a
+callback from native code, or of a library that catches everything. So a signal is raised at once, and remembered, too:
+what was dropped is raised again by the next `check`, and counts when the command ends in any case.
+"""
+
+from __future__ import annotations
+
+import _thread
+import atexit
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import Any
+
+STOPPING = (signal.SIGINT, signal.SIGTERM)
+
+
+class Signals:
+    """What came since one began to listen. Handlers belong to the process, so there is one of these at a time."""
+
+    def __init__(self) -> None:
+        self.came = 0  # the first signal's number
+        self.raising = True  # else a signal is only remembered
+        self.instead: Callable[[], None] | None = None  # called by the first signal, which then does not interrupt
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        first, self.came = not self.came, self.came or number
+        if first and self.instead is not None:
+            self.instead()
+        elif self.raising and (first or number == signal.SIGINT):
+            raise KeyboardInterrupt
+
+    def check(self) -> None:
+        """Raises `KeyboardInterrupt` if a signal came that should have interrupted."""
+        if self.came and self.raising and self.instead is None:
+            raise KeyboardInterrupt
+
+    def dropped(self, unraisable: Any, otherwise: Callable[[Any], Any]) -> None:
+        """What Python calls where it drops an exception: Ctrl-C then comes again, a moment later."""
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            _thread.interrupt_main()
+        else:
+            otherwise(unraisable)
+
+
+_listening: Signals | None = None
+
+
+@contextmanager
+def listening(sigterm: bool = True) -> Iterator[Signals]:
+    """Handles Ctrl-C and, if so told, SIGTERM to its end. Inside another one it is that one."""
+    global _listening
+    if _listening is not None:
+        yield _listening
+        return
+    signals, hook, before = Signals(), sys.unraisablehook, dict[int, Any]()
+    with suppress(ValueError):  # not in the main thread, as under some notebooks
+        for number in STOPPING if sigterm else STOPPING[:1]:
+            before[number] = signal.signal(number, signals.handle)
+    sys.unraisablehook = lambda unraisable: signals.dropped(unraisable, hook)
+    _listening = signals
+    try:
+        yield signals
+    finally:
+        _listening, sys.unraisablehook = None, hook
+        for listened, handler in before.items():
+            signal.signal(listened, handler)
+
+
+def check() -> None:
+    """For long loops: raises `KeyboardInterrupt` if one has been lost."""
+    if _listening is not None:
+        _listening.check()
+
+
+def stopped() -> int:
+    """The signal that asks this command to stop, or 0."""
+    return 0 if _listening is None else _listening.came
+
+
+def guarded(command: Callable[[], int]) -> int:
+    """The exit code that a command returns; if a signal came while it ran, 128 + that, whatever the command made of it.
+
+    Any exception then counts as interrupted: native code makes others of a `KeyboardInterrupt`.
+    """
+    outermost = _listening is None
+    with listening() as signals:
+        code = 0
+        try:
+            code = command()
+            signals.raising = False
+        except BaseException:
+            signals.raising = False
+            if not signals.came:
+                raise
+        if signals.came and code < 128:
+            with suppress(OSError, ValueError):  # nobody reads any more
+                print(f"ragjax: {'interrupted' if signals.came == signal.SIGINT else 'terminated'}", file=sys.stderr)
+            code = 128 + signals.came
+        signals.raising = not outermost
+        return code
+
+
+def leave_at_once() -> None:
+    """From now on, where nobody listens, a signal ends the process without a word: at its start and at its end."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        with suppress(Exception):
+            sys.stdout.flush()
+        os._exit(128 + number)
+
+    for number in STOPPING:
+        signal.signal(number, leave)
+        atexit.register(signal.signal, number, signal.SIG_DFL)  # what then is left of Python calls no handler
