@@ -16,11 +16,11 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
-from ragjax.checksums import CHECKSUMS, damages, read_checksums, told, write_checksums
+from ragjax.checksums import CHECKSUMS, damages, read_checksums, told, total_size, write_checksums
 from ragjax.cost import size_text
 from ragjax.errors import InputError
 from ragjax.mesh import from_all, is_first, on_first
-from ragjax.progress import terminal
+from ragjax.progress import bytes_bar, terminal
 
 Loaded = TypeVar("Loaded")
 SLOWEST_SAVE = 1200.0  # seconds after which several processes give up a save, in which one may have failed
@@ -239,21 +239,17 @@ class Checkpoints:
         """Waits for the last save. Raises as `save` does."""
         self.wait()
 
-    def damage(self, step: int, progress: Callable[[int], object] = lambda size: None) -> dict[str, str] | None:
-        """What is wrong with each damaged file of a checkpoint, by name; None where it has no checksums.
-
-        `progress` is told how many bytes were read.
-        """
-        return self._damage(step, progress=progress)
-
-    def _damage(self, step: int, most: int | None = None, progress: Any = lambda size: None) -> dict[str, str] | None:
+    def _damage(self, step: int, most: int | None) -> dict[str, str]:
+        """What is wrong with each damaged file, by name; nothing is known to be where there are no checksums."""
         folder = self._path(step)
         if not (folder / CHECKSUMS).exists():
-            return None
+            return {}
         try:
-            return damages(folder, read_checksums(folder)["files"], progress, most)
+            records = read_checksums(folder)["files"]
         except InputError as error:
-            return {CHECKSUMS: f"{str(error).partition(': ')[2]}, so nothing vouches for the others"}
+            return {CHECKSUMS: f"{str(error).partition(': ')[2]}, so nothing vouches for the other files"}
+        with bytes_bar(f"check step {step}", 0 if most else total_size(records.values())) as advance:
+            return damages(folder, records, advance, most)
 
     def _check(self, step: int, most: int | None = None) -> None:
         """Raises `DamagedCheckpoint` for files that are not what was saved; those above `most` bytes are not read."""

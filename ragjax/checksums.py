@@ -29,15 +29,28 @@ def _quiet(size: int) -> None:
     pass
 
 
+class Digest:
+    """The record of what is written block by block."""
+
+    def __init__(self) -> None:
+        self._size, self._hash = 0, xxhash.xxh3_128()
+
+    def update(self, block: bytes | memoryview) -> None:
+        self._size += len(block)
+        self._hash.update(block)
+
+    def record(self) -> Record:
+        return {"size": self._size, "xxh3": self._hash.hexdigest()}
+
+
 def checksum(path: Path, progress: Progress = _quiet) -> Record:
     """The record of a file, read in blocks; `progress` is told the bytes of each. Raises `OSError`."""
-    digest, size, block = xxhash.xxh3_128(), 0, memoryview(bytearray(BLOCK))
+    digest, block = Digest(), memoryview(bytearray(BLOCK))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(block):
             digest.update(block[:count])
-            size += count
             progress(count)
-    return {"size": size, "xxh3": digest.hexdigest()}
+    return digest.record()
 
 
 def seal(value: Mapping[str, Any]) -> dict[str, Any]:
@@ -50,8 +63,10 @@ def seal(value: Mapping[str, Any]) -> dict[str, Any]:
 def read_sealed(path: Path) -> dict[str, Any]:
     """A JSON object that `seal` made. Raises `InputError` naming the file where it is missing or another one now."""
     value = read_json(path, "it is written last")
-    if seal(value)[SEAL] != value.get(SEAL):
-        raise InputError(f"{path}: is damaged (its contents are not those that its checksum is of)")
+    if SEAL not in value:
+        raise InputError(f"{path}: has no checksum of its own")
+    if seal(value)[SEAL] != value[SEAL]:
+        raise InputError(f"{path}: its contents have changed")
     return value
 
 
@@ -102,6 +117,53 @@ def damages(
     """What is wrong with each damaged file of a folder, by name; `most` as in `damage`."""
     found = {name: damage(folder / name, record, progress, most) for name, record in records.items()}
     return {name: what for name, what in found.items() if what is not None}
+
+
+class DamagedFolder(InputError):
+    """Files in `folder` are not what was written."""
+
+    def __init__(self, folder: Path, message: str) -> None:
+        super().__init__(message)
+        self.folder = folder
+
+
+class CheckedFiles:
+    """The files of a folder that `write_checksums` listed, each compared with its record when it is first asked for.
+
+    A folder without checksums is not held to be damaged. `mend` tells what to do about damage.
+    """
+
+    def __init__(self, folder: Path, mend: str) -> None:
+        self.folder = folder
+        self.mend = mend
+        self._known: dict[str, Record] | None = None
+        self._checked: set[str] = set()
+
+    def check(self, *names: str) -> None:
+        """Raises `InputError` where one of these files is not what was written."""
+        if self._checked.issuperset(names):
+            return
+        if self._known is None:
+            self._known = self._records()
+        known = {name: self._known[name] for name in names if name in self._known and name not in self._checked}
+        if found := damages(self.folder, known):
+            raise self.damaged(told(found))
+        self._checked.update(names)
+
+    def _records(self) -> dict[str, Record]:
+        if not (self.folder / CHECKSUMS).exists():
+            return {}
+        try:
+            about = read_checksums(self.folder)
+        except InputError as error:
+            raise self.damaged(str(error).removeprefix(f"{self.folder}/")) from None
+        if about.get("number", self.folder.name) not in (self.folder.name, int(self.folder.name)):
+            raise self.damaged(f"it is number {about['number']}")
+        return about["files"]
+
+    def damaged(self, what: str) -> DamagedFolder:
+        """An error that tells of damage in this folder."""
+        return DamagedFolder(self.folder, f"{self.folder}: is damaged ({what}); {self.mend}")
 
 
 def told(found: Mapping[str, str]) -> str:
