@@ -4,6 +4,9 @@ A first pass over the corpus checks and counts it; a second one writes the shard
 itself: its bytes depend on its own passages only. All this happens in INDEX.partial, beside the index, where a build
 that was stopped goes on; when everything is there, it is moved into the folder, which lacks its manifest meanwhile.
 Several processes share the shards between them (on a file system that all of them see), and the first does the rest.
+
+Of an index that is there already every file is compared with its checksum, and only what is damaged is made anew: its
+shards are written beside it as ever and then take their places, where they have the same bytes as before.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -23,6 +26,16 @@ import jax
 import numpy as np
 
 from ragjax import factbook, factbook_facts
+from ragjax.checksums import (
+    CHECKSUMS,
+    DamagedFolder,
+    damages,
+    read_checksums,
+    read_sealed,
+    told,
+    write_checksums,
+    write_sealed,
+)
 from ragjax.config import ON_DEVICES, Config, Corpus, structure
 from ragjax.cost import free_disk, host_memory, size_text
 from ragjax.errors import InputError
@@ -32,15 +45,18 @@ from ragjax.hub import Fetched, cache_folder, fetch, fingerprint_files, is_local
 from ragjax.index import (
     EMBEDDINGS,
     FAISS_FILE,
+    MADE_OF,
     MANIFEST,
     check_kind,
     faiss_bytes,
-    open_index,
+    index_damage,
+    read_manifest,
     smaller_kinds,
     write_index,
 )
 from ragjax.mesh import (
     enable_compilation_cache,
+    from_all,
     is_first,
     local_mesh,
     on_first,
@@ -65,7 +81,6 @@ from ragjax.rag import Rag, embed_with, open_rag, passage_rows, passage_text
 
 SAMPLE = 1000  # passages whose tokens are counted before the index is built
 MANY = 2**20  # bytes of an earlier build that are worth telling of
-BUILDING = "building.json"  # in INDEX.partial: what its shards were made of, and what the scan found
 
 Read = Callable[[], Iterable[Passage]]  # the corpus from its beginning
 
@@ -85,25 +100,36 @@ def build_index(config: Config) -> Path:
     content = _content(config, corpus)
     folder = Path(config.index.folder)
     new, made_of = _partial(folder), _made_of(rag, content)
-    if _is_current(folder, rag, content):
+    there = _agreed(lambda: _there(folder, new, rag, content, made_of))
+    if there is not None and not there.damage:
         if _found(new, made_of):  # by a build that was killed after its last step
             shutil.rmtree(new, ignore_errors=True)
         terminal.print(f"{folder} holds this index already; delete it to build it anew", soft_wrap=True)
         return folder
+    if there is not None:
+        terminal.print(f"{folder}: is damaged ({told(there.damage)}); only this is built anew", soft_wrap=True)
+        index = replace(rag.config.index, shard=there.shard)
+        rag = replace(rag, config=replace(rag.config, index=index))
+        made_of = _made_of(rag, content)
     with ExitStack() as stack:
         on_first(lambda: stack.enter_context(_building(new, made_of)))
         if not new.is_dir():
             raise InputError(f"{new}: process {jax.process_index()} does not see what process 0 has made there")
         read, questions = _read_corpus(config, corpus)
-        scan, whole = _scan(new, made_of, read), _is_whole(new, rag)
+        scan, whole = _scan(new, made_of, read), there is None and _is_whole(new, rag)
         if not whole:
-            on_first(lambda: _check_room(rag, read, scan, new))
-            _write_shards(rag, read, scan.count, new)
+            if there is None:
+                on_first(lambda: _check_room(rag, read, scan, new))
+            _write_shards(rag, read, scan.count, new, there.good if there else [])
         wait_for_all("ragjax index: the shards are written")
 
         def finish() -> None:
+            about = partial(_about, rag, corpus, content, scan)
+            if there is not None:
+                _mend(rag, about, questions, there, new, folder)
+                return
             if not whole:
-                _complete(rag, corpus, content, scan, questions, new)
+                _complete(rag, about, questions, new)
             _swap(new, folder)
 
         on_first(finish)
@@ -125,13 +151,56 @@ def _content(config: Config, corpus: Fetched) -> str:
     return f"{content} {fingerprint_files([Path(str(m.__file__)) for m in (factbook, factbook_facts)])}"
 
 
-def _is_current(folder: Path, rag: Rag, content: str) -> bool:
+@dataclass(frozen=True)
+class _There:
+    """An index of the same things that is there already."""
+
+    shard: int  # passages in each shard but the last
+    good: list[int]  # the shards that are what was written
+    damage: dict[str, str]  # what is wrong with each damaged file, by its name
+
+
+def _there(folder: Path, new: Path, rag: Rag, content: str, made_of: dict[str, Any]) -> _There | None:
+    """What is in the folder, after reading all of it; None where this index is yet to be built, or moved there.
+
+    Where the manifest is damaged, made_of.json tells what it is, and each shard's own checksums that it is whole.
+    """
+    if not folder.is_dir() or _is_whole(new, rag):
+        return None
     try:
-        index = open_index(folder, rag.fingerprints)
-        PassageStore.open(folder)
+        manifest = read_manifest(folder)
+    except InputError:
+        if (scan := _found(folder, made_of)) is None:
+            return None
+        shard = rag.config.index.shard
+        good = {number: _is_good(folder, number) for number in range(-(-scan.count // shard))}
+        damage = {f"{SHARDS}/{number:05d}": "is not whole" for number in good if not good[number]}
+        return _There(shard, [n for n in good if good[n]], {MANIFEST: "is not whole"} | damage)
+    if any(manifest["fingerprints"].get(part) != of for part, of in rag.fingerprints.items()):
+        return None
+    if manifest["corpus"]["content"] != content:
+        return None
+    damage = index_damage(folder, manifest)
+    bad = {Path(name).parent.name for name in damage if name.startswith(f"{SHARDS}/")}
+    counts = manifest["shards"]
+    return _There(counts[0], [n for n in range(len(counts)) if shard_folder(folder, n).name not in bad], damage)
+
+
+def _is_good(folder: Path, number: int, most: int | None = None) -> bool:
+    """Whether a shard has the files that it was written with; those above `most` bytes are not read."""
+    shard = shard_folder(folder, number)
+    try:
+        about = read_checksums(shard)
     except InputError:
         return False
-    return index.manifest.get("corpus", {}).get("content") == content
+    return about.get("number") == number and not damages(shard, about["files"], most=most)
+
+
+def _agreed(look: Callable[[], _There | None]) -> _There | None:
+    """What process 0 finds, told to all."""
+    found = on_first(look)
+    found = json.loads(from_all(json.dumps(found and asdict(found)))[0])
+    return None if found is None else _There(**found)
 
 
 def _partial(folder: Path) -> Path:
@@ -157,9 +226,9 @@ def _made_of(rag: Rag, content: str) -> dict[str, Any]:
 def _found(new: Path, made_of: dict[str, Any]) -> Scan | None:
     """What the scan of an earlier build of the same things found; None if there was none."""
     try:
-        building = json.loads((new / BUILDING).read_text(encoding="utf-8"))
+        building = read_sealed(new / MADE_OF)
         return Scan(**building["scan"]) if building["made_of"] == made_of else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (InputError, KeyError, TypeError):
         return None
 
 
@@ -219,16 +288,15 @@ def _scan(new: Path, made_of: dict[str, Any], read: Read) -> Scan:
         with progress_bar("read", None, "passages") as advance:
             scan = scan_passages(read, advance)
         if is_first():
-            with atomic_write(new / BUILDING) as (file,):
-                file.write(json.dumps({"made_of": made_of, "scan": asdict(scan)}, indent=1).encode())
+            write_sealed(new / MADE_OF, {"made_of": made_of, "scan": asdict(scan)})
     return scan
 
 
 def _is_whole(new: Path, rag: Rag) -> bool:
     """Whether only the swap is left to do, or the rest of it."""
     try:
-        return json.loads((new / MANIFEST).read_text(encoding="utf-8"))["fingerprints"] == rag.fingerprints
-    except (OSError, ValueError, KeyError, TypeError):
+        return read_sealed(new / MANIFEST)["fingerprints"] == rag.fingerprints
+    except (InputError, KeyError):
         return False
 
 
@@ -238,6 +306,7 @@ def _check_room(rag: Rag, read: Read, scan: Scan, new: Path) -> None:
     All but the tokens is known exactly; how many these are, the first passages tell.
     """
     index = rag.config.index
+    check_kind(index.kind, rag.passage_encoder.config.embedding_width, scan.count)
     some = [passage_text(rag.config.generator.passage, passage) for passage in islice(read(), SAMPLE)]
     tokens = sum(map(len, rag.generator_tokenizer.encode(some)))
     width, offsets = rag.passage_encoder.config.embedding_width, 16 * (scan.count + -(-scan.count // index.shard))
@@ -276,11 +345,14 @@ def _check_room(rag: Rag, read: Read, scan: Scan, new: Path) -> None:
             terminal.print(f"it can be built here, but not searched: that takes {has}", soft_wrap=True)
 
 
-def _write_shards(rag: Rag, read: Read, count: int, new: Path) -> None:
-    """Writes this process's part of the shards that are missing, in one pass over the corpus."""
+def _write_shards(rag: Rag, read: Read, count: int, new: Path, elsewhere: Sequence[int]) -> None:
+    """Writes this process's part of the shards that are missing here and `elsewhere`, in one pass over the corpus.
+
+    Those of an earlier build are not read again: their sizes are compared.
+    """
     size = rag.config.index.shard
     starts = range(0, count, size)
-    there = [start for start in starts if shard_folder(new, start // size).is_dir()]
+    there = [start for start in starts if start // size in elsewhere or _is_good(new, start // size, most=0)]
     if there:
         done = sum(min(size, count - start) for start in there)
         terminal.print(f"going on with the index: {done} of {count} passages are there", soft_wrap=True)
@@ -303,6 +375,8 @@ def _write_shards(rag: Rag, read: Read, count: int, new: Path) -> None:
             folder = shard_folder(new, start // size)
             with partial_folder(folder) as unfinished:
                 write(unfinished, passages, advance)
+                write_checksums(unfinished, number=start // size)
+                _remove(folder)
                 unfinished.rename(folder)
 
 
@@ -320,18 +394,63 @@ def _shard_writer(rag: Rag) -> Callable[[Path, Sequence[Passage], Callable[[int]
     return write
 
 
-def _complete(rag: Rag, corpus: Fetched, content: str, scan: Scan, questions: dict[str, list[dict]], new: Path) -> None:
-    """Adds the questions, the search structure and, last, the manifest to the shards."""
-    for split, records in questions.items():
-        (new / "questions").mkdir(exist_ok=True)
-        write_jsonl(new / "questions" / f"{split}.jsonl", records)
-    source = {"source": corpus.source, "pin": corpus.pin, "content": content, "fingerprint": scan.fingerprint}
-    about = {
-        "corpus": source,
-        "generator_tokens": PassageStore.open(new).token_count,
+def _about(rag: Rag, corpus: Fetched, content: str, scan: Scan, folder: Path) -> dict[str, Any]:
+    """What the manifest tells of the shards in `folder`."""
+    return {
+        "corpus": {"source": corpus.source, "pin": corpus.pin, "content": content, "fingerprint": scan.fingerprint},
+        "generator_tokens": PassageStore.open(folder).token_count,
         "fingerprints": rag.fingerprints,
     }
-    write_index(new, structure(rag.config.index.kind), rag.config.index.dtype, about)
+
+
+def _write_questions(folder: Path, questions: dict[str, list[dict]]) -> None:
+    for split, records in questions.items():
+        (folder / "questions").mkdir(exist_ok=True)
+        write_jsonl(folder / "questions" / f"{split}.jsonl", records)
+
+
+def _complete(
+    rag: Rag, about: Callable[[Path], dict[str, Any]], questions: dict[str, list[dict]], folder: Path
+) -> None:
+    """Adds the questions, the search structure and, last, the manifest to the shards."""
+    _write_questions(folder, questions)
+    try:
+        write_index(folder, structure(rag.config.index.kind), rag.config.index.dtype, about(folder))
+    except DamagedFolder as error:
+        _remove(error.folder)  # so that it is made again
+        raise
+
+
+def _mend(
+    rag: Rag,
+    about: Callable[[Path], dict[str, Any]],
+    questions: dict[str, list[dict]],
+    there: _There,
+    new: Path,
+    folder: Path,
+) -> None:
+    """Puts what was made anew into its place; where it is not what it was, the structure and the manifest follow."""
+    made = sorted(path for path in (new / SHARDS).glob("[0-9]*") if path.name.isdigit())
+    for path in made:
+        target = folder / path.relative_to(new)
+        target.parent.mkdir(exist_ok=True)
+        _remove(target)
+        os.replace(path, target)
+    if there.damage.keys() & {MANIFEST, MADE_OF}:
+        _copy(new / MADE_OF, folder / MADE_OF)
+    if MANIFEST not in there.damage:
+        records = read_manifest(folder)["files"]
+        again = {str((path / CHECKSUMS).relative_to(new)) for path in made} | there.damage.keys()
+        if any(name.startswith("questions/") for name in again):
+            _write_questions(folder, questions)
+        if not damages(folder, {name: record for name, record in records.items() if name in again}):
+            return
+    _complete(rag, about, questions, folder)
+
+
+def _copy(source: Path, target: Path) -> None:
+    with atomic_write(target) as (file,):
+        file.write(source.read_bytes())
 
 
 def _swap(new: Path, folder: Path) -> None:
@@ -339,9 +458,10 @@ def _swap(new: Path, folder: Path) -> None:
 
     What else is in the folder stays.
     """
-    kind = json.loads((new / MANIFEST).read_text(encoding="utf-8"))["kind"]
+    kind = read_manifest(new)["kind"]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / MANIFEST).unlink(missing_ok=True)  # without it a folder is known to be incomplete
+    for name in (MANIFEST, MADE_OF):  # without them a folder is known to be incomplete
+        (folder / name).unlink(missing_ok=True)
     for old in (EMBEDDINGS, *STORE_FILES, *([FAISS_FILE] if kind == "exact" else [])):  # of before there were shards
         (folder / old).unlink(missing_ok=True)
     questions = (new / "questions").glob("*.jsonl")
@@ -351,4 +471,6 @@ def _swap(new: Path, folder: Path) -> None:
             target.parent.mkdir(exist_ok=True)
             if path.is_dir() and target.exists():
                 _remove(target)
+            if path.name == MANIFEST:  # what was made of what stays here until all is there
+                _copy(new / MADE_OF, folder / MADE_OF)
             os.replace(path, target)

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 
+from ragjax.checksums import CHECKSUMS, damages, read_checksums, told, total_size, write_checksums
 from ragjax.cost import size_text
 from ragjax.errors import InputError
-from ragjax.mesh import from_all, is_first, on_first, wait_for_all
-from ragjax.progress import terminal
+from ragjax.mesh import from_all, is_first, on_first
+from ragjax.progress import bytes_bar, terminal
 
 Loaded = TypeVar("Loaded")
 SLOWEST_SAVE = 1200.0  # seconds after which several processes give up a save, in which one may have failed
+SMALL = 1 << 20  # bytes up to which a file is read when only the metadata are asked for
+UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a folder that is being written
+DAMAGED = "the checkpoint is incomplete or damaged"
 MAKE_ROOM = "make room, or lower train.keep, and run the same command again: it resumes"
 
 
@@ -32,8 +38,11 @@ class Checkpoints:
     """The checkpoints under one folder, of which the newest `keep` stay, and with `best` the one of lowest loss.
 
     A save goes on in the background while training continues; a checkpoint appears under its name only when it is
-    whole. One process may write, which clears away what an interrupted save left; others read meanwhile. Use as a
-    context manager, or call `close`.
+    whole, and is then summed: STEP/checksums.json has a checksum of each of its files. It is compared with them, once,
+    before anything is made of it. One without that file, as a kill just then leaves it, is not held to be damaged.
+
+    One process may write, which clears away what an interrupted save left; others read meanwhile. Use as a context
+    manager, or call `close`.
     """
 
     def __init__(self, folder: str | Path, keep: int = 2, *, best: bool = False, writing: bool) -> None:
@@ -46,20 +55,16 @@ class Checkpoints:
         self.writing = writing
         self._ocp = ocp
         self._saving: tuple[int, Any] | None = None
-        self._lost = False
-        self._open()
+        self._completing = Lock()
+        self._intact: set[int] = set()  # steps whose files are known to be what was saved
+        if writing:
+            on_first(self._clear)
 
-    def _open(self) -> None:
-        if self.writing and is_first():
-            for leftover in self.folder.glob("*.orbax-checkpoint-tmp*"):
-                shutil.rmtree(leftover, ignore_errors=True)
-        wait_for_all("checkpoints")
-        policies = self._ocp.training.preservation_policies
-        kept = [policies.LatestN(n=self.keep)]
-        if self.best:
-            kept.append(policies.BestN(get_metric_fn=_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False))
-        policy = policies.AnyPreservationPolicy(kept)
-        self._checkpointer = self._ocp.training.Checkpointer(self.folder, preservation_policy=policy)
+    def _clear(self) -> None:
+        """Removes what interrupted saves left."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for leftover in self.folder.glob(f"*{UNFINISHED}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -67,11 +72,18 @@ class Checkpoints:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
+    def steps(self) -> list[int]:
+        """The steps saved, damaged ones too, the newest first."""
+        self.wait()
+        return self._steps()
+
+    def _steps(self) -> list[int]:
+        found = (int(path.name) for path in self.folder.glob("[0-9]*") if path.name.isdecimal() and path.is_dir())
+        return sorted(found, reverse=True)
+
     def latest(self) -> int | None:
         """The newest step saved, or None."""
-        self.wait()
-        newest = self._checkpointer.latest
-        return None if newest is None else newest.step
+        return next(iter(self.steps()), None)
 
     def newest(self, load: Callable[[int], Loaded]) -> tuple[int, Loaded] | None:
         """The newest step that can be read, and what `load(step)` makes of it; None if nothing was saved.
@@ -79,48 +91,47 @@ class Checkpoints:
         A damaged checkpoint is reported, and the one before it is tried; where one may write, the damaged one is moved
         out of the way, else it would be kept as the newest. Raises `InputError` if none is left, or as `load` does.
         """
-        self.wait()
-        return self._first_readable([saved.step for saved in self._by_age()], load)
+        return self._first_readable(self.steps(), load)
 
     def lowest(self, load: Callable[[int], Loaded]) -> tuple[int, Loaded] | None:
         """As `newest`, of the step whose loss was the lowest; steps without one come last."""
-        self.wait()
-        order = sorted(self._by_age(), key=lambda saved: _loss(saved.metrics))
-        return self._first_readable([saved.step for saved in order], load)
-
-    def _by_age(self) -> list[Any]:
-        return sorted(self._checkpointer.checkpoints, key=lambda saved: saved.step, reverse=True)
+        return self._first_readable(sorted(self.steps(), key=self._loss), load)
 
     def _first_readable(self, order: list[int], load: Callable[[int], Loaded]) -> tuple[int, Loaded] | None:
+        order = json.loads(from_all(json.dumps(order))[0])  # the same in all processes
         damaged: list[tuple[int, str]] = []
         for step in order:
-            found, why = None, ""
-            try:
-                found = load(step)
-            except DamagedCheckpoint as error:
-                why = str(error)
-            # a process may have read its own parts well
-            if reasons := [of_one for of_one in from_all(why) if of_one]:
-                damaged.append((step, reasons[0]))
+            found, why = None, self._damage_for_all(step)
+            if not why:
+                try:
+                    found = load(step)
+                except DamagedCheckpoint as error:
+                    why = str(error)
+                # a process may have read its own parts well
+                why = next(filter(None, from_all(why)), "")
+            if why:
+                damaged.append((step, why))
                 continue
             for bad, why in damaged:
                 terminal.print(f"{why}; going back to step {step}", soft_wrap=True)
                 self._set_aside(bad)
+            if self.writing:
+                on_first(lambda: self._sum(step))  # noqa: B023  # it is called at once
             return step, found  # type: ignore[return-value]
         if damaged:
             raise InputError(f"{damaged[0][1]}; no other can be read: delete {self.folder} to start anew")
         return None
 
     def _set_aside(self, step: int) -> None:
-        if not self.writing:
-            return
-        if is_first():
+        def move() -> None:
             aside = self.folder.parent / "damaged-checkpoints"
             aside.mkdir(exist_ok=True)
             count = sum(path.name.startswith(f"{step}-") for path in aside.iterdir())
             self._path(step).rename(aside / f"{step}-{count + 1}")
             terminal.print(f"the damaged checkpoint is now {aside / f'{step}-{count + 1}'}", soft_wrap=True)
-        self._open()
+
+        if self.writing:
+            on_first(move)
 
     def save(self, step: int, state: Any, metadata: dict[str, Any], loss: float | None = None) -> None:
         """Saves a tree of arrays, and JSON beside it; returns once `state` may be changed or donated.
@@ -131,13 +142,14 @@ class Checkpoints:
         if jax.process_count() > 1:  # one that fails to write leaves the others waiting
             need = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(lambda: state)))
             on_first(lambda: self._check_room(step, need))
+        self._intact.discard(step)
         try:
-            metrics = None if loss is None else {"loss": loss}
-            response = self._checkpointer.save_async(
-                step, state, force=True, overwrite=True, custom_metadata=metadata, metrics=metrics
-            )
+            about = {"metadata": metadata, "loss": loss}
+            response = self._ocp.save_async(self._path(step), state, overwrite=True, custom_metadata=about)
         except Exception as error:  # tensorstore, Orbax and the operating system each have their own
             raise self._unwritable(step, error) from error
+        if is_first():
+            response.on_complete(lambda _: self._complete_early(step))
         self._saving = (step, response)
 
     def _check_room(self, step: int, need: int) -> None:
@@ -146,63 +158,142 @@ class Checkpoints:
             raise InputError(f"{self._path(step)}: the checkpoint could not be written ({has}); {MAKE_ROOM}")
 
     def wait(self) -> None:
-        """Waits until the last save is on disk. Raises as `save` does."""
+        """Waits until the last save is on disk, checksums and all. Raises as `save` does."""
         if self._saving is None:
             return
         (step, response), self._saving = self._saving, None
         try:
             response.result(timeout=None if jax.process_count() == 1 else SLOWEST_SAVE)
+            if is_first():
+                self._complete(step)
         except Exception as error:
             raise self._unwritable(step, error) from error
+
+    def _complete_early(self, step: int) -> None:
+        """As soon as a checkpoint is there, in the background; what goes wrong, `wait` meets again and tells."""
+        with suppress(InputError, OSError):
+            self._complete(step)
+
+    def _complete(self, step: int) -> None:
+        """Sums a checkpoint that has just been written, and only then deletes those that are no longer kept."""
+        with self._completing:
+            self._sum(step)
+            steps = self._steps()
+            kept = {step, *steps[: self.keep]}
+            if self.best:
+                kept.add(min(steps, key=self._loss))
+            for old in set(steps) - kept:
+                gone = self._path(old).with_name(f"{old}{UNFINISHED}-deleted")
+                self._path(old).rename(gone)  # it is there as a whole, or not at all
+                shutil.rmtree(gone)
+
+    def _sum(self, step: int) -> None:
+        if not (self._path(step) / CHECKSUMS).exists():
+            write_checksums(self._path(step))
 
     def restore(self, step: int, like: Any) -> Any:
         """The state saved at `step`, in the shapes, types and shardings of `like` (arrays or `ShapeDtypeStruct`s).
 
         Raises `InputError` for an incomplete or damaged checkpoint, and for one of another model.
         """
+        self.wait()
         return self._load(step, like, partial=False)
 
     def restore_params(self, step: int, like: Any) -> Any:
         """Only the subtree `params` of the state saved at `step`; `like` and errors as in `restore`."""
+        self.wait()
         return self._load(step, {"params": like}, partial=True)["params"]
 
     def metadata(self, step: int) -> dict[str, Any]:
-        """The JSON saved with the state. Raises `InputError` for an incomplete or damaged checkpoint."""
-        return self._read_metadata(step).custom_metadata or {}
+        """The JSON saved with the state. Raises `InputError` for an incomplete or damaged checkpoint.
+
+        Of its files only the small ones are compared with their checksums, unless all were before.
+        """
+        self.wait()
+        return self._about(step)["metadata"]
+
+    def _loss(self, step: int) -> float:
+        """The loss saved with a state; infinite where there is none, or it cannot be read."""
+        try:
+            loss = self._about(step)["loss"]
+        except InputError:
+            return math.inf
+        return math.inf if loss is None else loss
+
+    def _about(self, step: int) -> dict[str, Any]:
+        self._check(step, SMALL)
+        about = self._read_metadata(step).custom_metadata
+        if not isinstance(about, dict) or not {"metadata", "loss"} <= about.keys():
+            raise DamagedCheckpoint(f"{self._path(step)}: {DAMAGED} (it does not say where training was)")
+        return about
 
     def every_metadata(self) -> list[dict[str, Any]]:
         """The JSON of every checkpoint that can be read."""
-        self.wait()
         found = []
-        for saved in self._checkpointer.checkpoints:
-            with suppress(DamagedCheckpoint):
-                found.append(self.metadata(saved.step))
+        for step in self.steps():
+            with suppress(InputError):
+                found.append(self.metadata(step))
         return found
 
     def close(self) -> None:
-        """Waits for the last save and frees what Orbax holds. Raises as `save` does."""
+        """Waits for the last save. Raises as `save` does."""
+        self.wait()
+
+    def _damage(self, step: int, most: int | None) -> dict[str, str]:
+        """What is wrong with each damaged file, by name; nothing is known to be where there are no checksums."""
+        folder = self._path(step)
+        if not (folder / CHECKSUMS).exists():
+            return {}
         try:
-            self.wait()
-        finally:
-            if not self._lost:  # else Orbax waits on
-                self._checkpointer.close()
+            records = read_checksums(folder)["files"]
+        except InputError as error:
+            return {CHECKSUMS: f"{str(error).partition(': ')[2]}, so nothing vouches for the other files"}
+        with bytes_bar(f"check step {step}", 0 if most else total_size(records.values())) as advance:
+            return damages(folder, records, advance, most)
+
+    def _check(self, step: int, most: int | None = None) -> None:
+        """Raises `DamagedCheckpoint` for files that are not what was saved; those above `most` bytes are not read."""
+        if step in self._intact:
+            return
+        if found := self._damage(step, most):
+            raise DamagedCheckpoint(f"{self._path(step)}: {DAMAGED} ({told(found)})")
+        if most is None:
+            self._intact.add(step)
+
+    def _damage_for_all(self, step: int) -> str:
+        """What is wrong with a checkpoint, or "", as process 0 finds it for all."""
+
+        def check() -> str:
+            try:
+                self._check(step)
+            except DamagedCheckpoint as error:
+                return str(error)
+            return ""
+
+        why = from_all(on_first(check) or "")[0]
+        if not why:
+            self._intact.add(step)
+        return why
 
     def _load(self, step: int, like: Any, partial: bool) -> Any:
+        self._check(step)
         self._check_fits(step, like, partial)
-        options, here = self._ocp.options, jax.process_index()
-        loading = options.PyTreeOptions.Loading(partial_load=partial)
-        # each process by itself: one that finds its part damaged would leave the others waiting
-        alone = options.MultiprocessingOptions(primary_host=here, active_processes={here})
+        loading = self._ocp.options.PyTreeOptions.Loading(partial_load=partial)
         try:
-            with self._ocp.Context(
-                pytree_options=options.PyTreeOptions(loading=loading), multiprocessing_options=alone
-            ):
+            with self._alone(pytree_options=self._ocp.options.PyTreeOptions(loading=loading)):
                 wanted = jax.tree.map(_abstract, like)
                 return jax.tree.map(_exactly_there, self._ocp.load(self._path(step), wanted), wanted)
         except Exception as error:
             raise self._unreadable(step, error) from error
 
+    def _alone(self, **options: Any) -> Any:
+        """Each process reads by itself: one that finds its part damaged would leave the others waiting."""
+        here = jax.process_index()
+        alone = self._ocp.options.MultiprocessingOptions(primary_host=here, active_processes={here})
+        return self._ocp.Context(multiprocessing_options=alone, **options)
+
     def _check_fits(self, step: int, like: Any, partial: bool) -> None:
+        self._about(step)
         saved = _shapes(self._read_metadata(step).metadata)
         wanted = _shapes(like)
         missing = sorted(wanted.keys() - saved.keys())
@@ -217,9 +308,9 @@ class Checkpoints:
             )
 
     def _read_metadata(self, step: int) -> Any:
-        self.wait()
         try:
-            return self._checkpointer.metadata(step)
+            with self._alone():
+                return self._ocp.metadata(self._path(step))
         except Exception as error:
             raise self._unreadable(step, error) from error
 
@@ -229,16 +320,14 @@ class Checkpoints:
     def _unreadable(self, step: int, error: Exception) -> InputError:
         _raise_unless_of_storage(error)
         if not self._path(step).exists():
-            there = ", ".join(str(c.step) for c in self._checkpointer.checkpoints) or "none"
+            there = ", ".join(map(str, sorted(self._steps()))) or "none"
             return InputError(f"{self._path(step)}: there is no such checkpoint; the steps saved are: {there}")
-        return DamagedCheckpoint(f"{self._path(step)}: the checkpoint is incomplete or damaged ({_first_line(error)})")
+        return DamagedCheckpoint(f"{self._path(step)}: {DAMAGED} ({_first_line(error)})")
 
     def _unwritable(self, step: int, error: Exception) -> InputError:
         _raise_unless_of_storage(error)
         if jax.process_count() == 1:
-            self._open()  # Orbax would report the same failure for ever
-        else:
-            self._lost = True
+            self._clear()
         return InputError(
             f"{self._path(step)}: the checkpoint could not be written ({_first_line(error)}); is the disk full? "
             f"{MAKE_ROOM}"
@@ -249,10 +338,6 @@ def _raise_unless_of_storage(error: Exception) -> None:
     """Raises what JAX itself reports: a process that is gone, a device without memory."""
     if isinstance(error, jax.errors.JaxRuntimeError):
         raise error
-
-
-def _loss(metrics: Any) -> float:
-    return math.inf if not metrics else float(metrics["loss"])
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -17,8 +17,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from safetensors.numpy import save_file
 
+from ragjax.checksums import write_checksums
 from ragjax.config import Config
 from ragjax.errors import InputError
 from ragjax.experiment import load_experiment
@@ -28,7 +28,7 @@ from ragjax.models.layers import Params
 from ragjax.progress import terminal
 from ragjax.rag import Rag, open_rag
 from ragjax.text import Tokenizer
-from ragjax.weights import Pretrained, bert_tensors, generator_tensors, open_safetensors
+from ragjax.weights import Pretrained, bert_tensors, generator_tensors, open_safetensors, write_safetensors
 from ragjax.world import restore_trained
 
 PARTS = {"question_encoder": "question_encoder_tokenizer", "generator": "generator_tokenizer"}
@@ -84,7 +84,7 @@ def import_rag(source: str, out: Path) -> Path:
     with _writing(out) as partial:
         for part, tokenizer in PARTS.items():
             (partial / part).mkdir()
-            save_file(tensors[part], partial / part / "model.safetensors", metadata={"format": "pt"})
+            write_safetensors(partial / part / "model.safetensors", tensors[part])
             _write_json(partial / part / "config.json", hf[part])
             if (checkpoint / tokenizer).is_dir():
                 for file in (checkpoint / tokenizer).iterdir():
@@ -104,7 +104,8 @@ def export_rag(run: Path, out: Path) -> Path:
 
     With BART or T5, `out` is a folder that Hugging Face's RagSequenceForGeneration loads; otherwise it holds a folder
     for each model, question_encoder/ and generator/, that transformers loads by itself. Contrastive training leaves no
-    generator; passages' own encoder, where it was trained, is in passage_encoder/. Raises `InputError`.
+    generator; passages' own encoder, where it was trained, is in passage_encoder/. checksums.json is for
+    `ragjax verify`. Raises `InputError`.
     """
     config = load_experiment(run)
     rag = open_rag(config)
@@ -128,17 +129,18 @@ def export_rag(run: Path, out: Path) -> Path:
         joined = PARTS if whole else {}
         if whole:
             named = {f"rag.{part}.{name}": value for part in joined for name, value in parts[part].tensors.items()}
-            save_file(named, partial / "model.safetensors", metadata={"format": "pt"})
+            write_safetensors(partial / "model.safetensors", named)
             _write_json(partial / "config.json", _rag_config(rag, {part: parts[part].hf for part in joined}))
         for name, part in parts.items():
             place = partial / joined.get(name, name)
             place.mkdir()
             part.tokenizer.save(place)
             if name not in joined:
-                save_file(part.tensors, place / "model.safetensors", metadata={"format": "pt"})
+                write_safetensors(place / "model.safetensors", part.tensors)
                 _write_json(place / "config.json", part.hf)
                 if part.generation:
                     _write_json(place / GENERATION, part.generation)
+        write_checksums(partial)
     return out
 
 
@@ -291,12 +293,16 @@ def _rag_config(rag: Rag, parts: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _writing(out: Path) -> Iterator[Path]:
-    """A folder that becomes `out` once it is filled."""
+    """A folder that becomes `out` once it is filled. Raises `InputError` where that fails, as on a full disk."""
     if out.exists():
         raise InputError(f"{out}: exists already; choose another folder")
-    with partial_folder(out) as partial:
-        yield partial
-        partial.rename(out)
+    try:
+        with partial_folder(out) as partial:
+            yield partial
+            partial.rename(out)
+    except OSError as error:
+        why = error.strerror or error
+        raise InputError(f"{out}: cannot be written ({why}); free some space, or choose another folder") from None
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -3,7 +3,12 @@
 index/manifest.json                  written last: a folder without it is incomplete
 index/shards/00000/embeddings.npy    [n, D], 00001, …: consecutive passages, whose text and tokens lie beside them;
                                      bfloat16 is kept as uint16, which .npy can name
+index/shards/00000/checksums.json    of the shard's files; the manifest has this file's own, and that of all else
 index/faiss.index                    only for a FAISS kind
+index/made_of.json                   what the bytes of the shards depend on (build_index.py)
+
+Embeddings are compared with their checksums when they are put on devices, and passages when they are first read. What
+FAISS maps, it would take a full read to check: that is done up to CHECKED_AT_ONCE, and beyond by `ragjax verify`.
 """
 
 from __future__ import annotations
@@ -13,6 +18,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import groupby, islice
 from pathlib import Path
@@ -23,20 +29,39 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Float32, Int, Int32
 
+from ragjax.checksums import (
+    CHECKSUMS,
+    SEAL,
+    CheckedFiles,
+    Digest,
+    Record,
+    checksum,
+    damage,
+    damages,
+    read_checksums,
+    read_sealed,
+    total_size,
+    write_checksums,
+    write_sealed,
+)
 from ragjax.config import ON_DEVICES
 from ragjax.cost import size_text
 from ragjax.errors import InputError
-from ragjax.files import atomic_write
+from ragjax.files import atomic_write, read_json
 from ragjax.mesh import local_mesh, on_host, place, replicated
-from ragjax.passages import may_map, shard_folder, shard_folders
-from ragjax.progress import progress_bar
+from ragjax.passages import MEND, map_array, may_map, shard_folder, shard_folders
+from ragjax.progress import SOON, bytes_bar, progress_bar
 from ragjax.search import Corpus, log_normalizer, place_rows, search_corpus
 from ragjax.text import Ids, bucket, pad_rows
 
 EMBEDDINGS, FAISS_FILE, MANIFEST = "embeddings.npy", "faiss.index", "manifest.json"
+MADE_OF = "made_of.json"
+RUN = "run: ragjax index CONFIG"
 TRAIN_SAMPLE = 200_000  # passages a FAISS structure is trained on, at most
 ADD_BATCH = 65_536  # fixed, because an HNSW graph depends on it (and not on the number of threads, since FAISS 1.15)
+TRIAL = 256  # passages with which a kind is tried before anything is embedded
 TRAIN_THREADS = 8  # fixed, because OPQ's rotation depends on it
+CHECKED_AT_ONCE = 2**30  # bytes of files under a FAISS kind up to which they are checked when they are first read
 OVERSAMPLE = 4  # FAISS is asked for so many times k, of which exact scores choose
 
 Encode = Callable[[Int[np.ndarray, "n S"], Bool[np.ndarray, "n S"]], Any]
@@ -129,19 +154,29 @@ def _npy_dtype(dtype: str) -> np.dtype:
 
 
 class Embeddings:
-    """[N, D] over the arrays [n, D] of the shards; `embeddings[ids]` copies rows out, `np.asarray` all of them."""
+    """[N, D] over the arrays [n, D] of the shards; `embeddings[ids]` copies rows out, `np.asarray` all of them.
 
-    def __init__(self, shards: Sequence[np.ndarray]) -> None:
+    `files` are those of the shards, which are compared with their checksums when they are first read; those of which
+    only some rows are read, if `whole` says so.
+    """
+
+    def __init__(self, shards: Sequence[np.ndarray], files: Sequence[CheckedFiles] = (), whole: bool = True) -> None:
         self.shards = shards
+        self._files = files
+        self._whole = whole
         self._starts = np.cumsum([0, *map(len, shards)])
         self.shape = len(self), shards[0].shape[1]
         self.dtype = shards[0].dtype
 
     @classmethod
-    def open(cls, folders: Sequence[Path], dtype: str) -> Embeddings:
-        """Maps the files in the shards' folders. Raises `ValueError` for one that is missing or damaged."""
+    def open(cls, folders: Sequence[Path], dtype: str, mend: str = MEND, whole: bool = True) -> Embeddings:
+        """Maps the files in the shards' folders. Raises `ValueError` for one that is missing or damaged.
+
+        What reads rows raises `InputError` naming the shard where it is damaged, with how to `mend` it.
+        """
         may_map(len(folders))
-        return cls([_open_embeddings(folder / EMBEDDINGS, dtype) for folder in folders])
+        shards = [_open_embeddings(folder / EMBEDDINGS, dtype) for folder in folders]
+        return cls(shards, [CheckedFiles(folder, mend) for folder in folders], whole)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -151,18 +186,19 @@ class Embeddings:
         numbers = np.searchsorted(self._starts, ids, "right") - 1
         rows = np.empty((*ids.shape, self.shape[1]), self.dtype)
         for number in np.unique(numbers):
+            if self._whole and self._files:
+                self._files[number].check(EMBEDDINGS)
             here = numbers == number
             rows[here] = self.shards[number][ids[here] - self._starts[number]]
         return rows
 
     def between(self, start: int, stop: int) -> np.ndarray:
         """Rows [start, stop). Raises `InputError` where one is not finite, which no encoder's are that was written."""
+        first, last = np.searchsorted(self._starts, [start, max(start, stop - 1)], "right") - 1
+        for files in self._files[first : last + 1]:
+            files.check(EMBEDDINGS)
         rows = self[np.arange(start, stop)]
-        if not np.isfinite(rows.astype(np.float32)).all():
-            raise InputError(
-                f"the index is damaged: an embedding of passages {start} to {stop - 1} is not finite; delete its "
-                "folder and run: ragjax index CONFIG"
-            )
+        _check_finite(rows, f"passages {start} to {stop - 1}")
         return rows
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
@@ -170,17 +206,16 @@ class Embeddings:
         return whole if dtype is None else whole.astype(dtype, copy=False)
 
 
+def _check_finite(rows: np.ndarray, whose: str) -> None:
+    if not np.isfinite(rows.astype(np.float32, copy=False)).all():
+        raise InputError(f"the index is damaged: an embedding of {whose} is not finite; delete its folder and {RUN}")
+
+
 def _open_embeddings(path: Path, dtype: str) -> np.ndarray:
-    where = f"{path.parent.parent.name}/{path.parent.name}/{path.name}"
     try:
-        stored = np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        raise ValueError(f"{where} is missing") from None
-    except (ValueError, OSError, EOFError) as error:
-        raise ValueError(f"{where}: {error}") from None
-    if stored.dtype != _npy_dtype(dtype) or stored.ndim != 2:
-        raise ValueError(f"{where} holds {stored.dtype}{list(stored.shape)} and not {dtype}[n, D]")
-    return stored.view(dtype)
+        return map_array(path, _npy_dtype(dtype), 2).view(dtype)
+    except ValueError as error:
+        raise ValueError(f"{path.parent.parent.name}/{path.parent.name}/{error}") from None
 
 
 @dataclass
@@ -245,6 +280,7 @@ class Index:
     def vectors(self, ids: Int[np.ndarray, "B K"]) -> Float32[np.ndarray, "B K D"]:
         """The embeddings of passages; zeros where the id is -1."""
         found = np.asarray(self.embeddings[np.maximum(ids, 0)], np.float32)
+        _check_finite(found, "some passages that were found")
         return np.where(ids[..., None] >= 0, found, np.float32(0))
 
     def corpus(self, mesh: Mesh) -> Corpus:
@@ -266,32 +302,70 @@ def write_index(folder: Path, kind: str, dtype: str, manifest_extra: Mapping[str
     """Builds the FAISS structure over the shards in `folder`, if `kind` asks for one, and completes it with a manifest.
 
     `manifest_extra` holds `fingerprints`, a name and a "sha256:…" for each thing the index was built from.
-    Raises `InputError` for a bad kind, too few passages to train it, or a full disk.
+    Raises `InputError` for a bad kind, too few passages to train it, a damaged shard, or a full disk.
     """
-    embeddings = Embeddings.open(shard_folders(folder), dtype)
-    faiss_index = None if kind == "exact" else _build_faiss(embeddings, kind)
-    for old in (MANIFEST, FAISS_FILE):
-        (folder / old).unlink(missing_ok=True)
+    folders = shard_folders(folder)
+    for number, shard in enumerate(folders):
+        if not (shard / CHECKSUMS).exists():
+            write_checksums(shard, number=number)
+    embeddings = Embeddings.open(folders, dtype)
     count, width = embeddings.shape
     manifest = {"kind": kind, "dtype": dtype, "N": count, "D": width, "shards": [len(s) for s in embeddings.shards]}
-    if faiss_index is not None:
-        _write_faiss(folder / FAISS_FILE, faiss_index)
+    others = [shard / CHECKSUMS for shard in folders] + sorted((folder / "questions").glob("*.jsonl"))
+    files = {str(path.relative_to(folder)): checksum(path) for path in [*others, folder / MADE_OF] if path.exists()}
+    if kind == "exact":
+        (folder / FAISS_FILE).unlink(missing_ok=True)
+    else:
+        files[FAISS_FILE] = _write_faiss(folder / FAISS_FILE, _build_faiss(embeddings, kind))
         manifest["faiss"] = _faiss_settings()
-    with atomic_write(folder / MANIFEST) as (file,):
-        file.write(json.dumps(manifest | dict(manifest_extra), indent=1, ensure_ascii=False).encode() + b"\n")
+    write_sealed(folder / MANIFEST, manifest | dict(manifest_extra) | {"files": files})
 
 
-def check_kind(kind: str, width: int) -> None:
-    """Raises `InputError` when `kind` is neither `exact`, `approximate` nor a FAISS factory string for width D."""
-    if kind not in ON_DEVICES:
-        _empty_faiss(kind, width)
+def index_damage(folder: Path, manifest: Mapping[str, Any], soon: int = SOON) -> dict[str, str]:
+    """What is wrong with each damaged file of an index, by its name in the folder, once all have been read.
+
+    A progress bar shows this, unless they have fewer than `soon` bytes.
+    """
+    records: dict[str, Record] = dict(manifest["files"])
+    for name, record in manifest["files"].items():
+        if Path(name).name == CHECKSUMS and damage(folder / name, record) is None:
+            inside = read_checksums(folder / Path(name).parent)["files"]
+            records |= {str(Path(name).with_name(of)): record for of, record in inside.items()}
+    with bytes_bar("check the index", total_size(records.values()), soon) as advance:
+        return damages(folder, records, advance)
+
+
+def check_kind(kind: str, width: int, count: int | None = None) -> None:
+    """Raises `InputError` when `kind` is neither `exact`, `approximate` nor a FAISS factory string for width D.
+
+    Also, where `count` is given, when FAISS refuses to build it over so few passages, as far as a trial on random
+    vectors tells within a moment.
+    """
+    if kind in ON_DEVICES:
+        return
+    index = _empty_faiss(kind, width)
+    if count is None:
+        return
+    import faiss
+
+    clusters, sample = faiss.try_extract_index_ivf(index), min(count, TRAIN_SAMPLE)
+    if clusters is not None and clusters.nlist > sample:
+        raise _untrainable(kind, sample, f"it has {clusters.nlist} clusters")
+    if index.is_trained or count <= TRIAL:
+        few = np.random.default_rng(0).normal(size=(min(count, TRIAL), width)).astype(np.float32)
+        if not index.is_trained:
+            _train(index, kind, few)
+        _add(index, kind, few)
 
 
 def _empty_faiss(kind: str, width: int) -> Any:
     import faiss
 
     try:
-        return faiss.index_factory(width, kind, faiss.METRIC_INNER_PRODUCT)
+        index = faiss.index_factory(width, kind, faiss.METRIC_INNER_PRODUCT)
+        if isinstance(_inner(index), faiss.IndexIDMap | faiss.IndexIDMap2):
+            raise ValueError("passages have no other numbers than their places, which IDMap asks for")
+        return index
     except Exception as error:  # a RuntimeError, or an assertion of the bindings
         raise InputError(
             f"index.kind is {kind!r}, which FAISS does not accept for width {width} ({_faiss_reason(error)}); "
@@ -339,7 +413,6 @@ def _faiss_settings() -> dict[str, Any]:
 
 
 def _build_faiss(embeddings: Embeddings, kind: str) -> Any:
-    import faiss
 
     count, width = embeddings.shape
     index = _empty_faiss(kind, width)
@@ -347,22 +420,43 @@ def _build_faiss(embeddings: Embeddings, kind: str) -> Any:
         sample = np.arange(count)
         if count > TRAIN_SAMPLE:
             sample = np.sort(np.random.default_rng(0).choice(count, TRAIN_SAMPLE, replace=False))
-        faiss.omp_set_num_threads(TRAIN_THREADS)
-        try:
-            index.train(np.asarray(embeddings[sample], np.float32))
-        except RuntimeError as error:
-            raise InputError(
-                f"index.kind={kind} cannot be trained on the {len(sample)} passages there are "
-                f"({_faiss_reason(error)}); use exact, or fewer clusters"
-            ) from None
-    faiss.omp_set_num_threads(_cores())
+        _train(index, kind, np.asarray(embeddings[sample], np.float32))
     with progress_bar(f"build {kind}", count, "passages") as advance:
         for start in range(0, count, ADD_BATCH):
             stop = min(start + ADD_BATCH, count)
-            index.add(embeddings.between(start, stop).astype(np.float32))
+            _add(index, kind, embeddings.between(start, stop).astype(np.float32))
             advance(stop - start)
     _search_widely(index)
     return index
+
+
+def _train(index: Any, kind: str, vectors: Float[np.ndarray, "n D"]) -> None:
+    import faiss
+
+    faiss.omp_set_num_threads(TRAIN_THREADS)
+    try:
+        index.train(vectors)
+    except RuntimeError as error:
+        raise _untrainable(kind, len(vectors), _faiss_reason(error)) from None
+
+
+def _untrainable(kind: str, count: int, why: str) -> InputError:
+    return InputError(
+        f"index.kind={kind} cannot be trained on the {count} passages there are ({why}); use exact, or fewer clusters"
+    )
+
+
+def _add(index: Any, kind: str, vectors: Float[np.ndarray, "n D"]) -> None:
+    import faiss
+
+    faiss.omp_set_num_threads(_cores())
+    try:
+        index.add(vectors)
+    except RuntimeError as error:
+        why = _faiss_reason(error)
+        raise InputError(
+            f"index.kind={kind} cannot be built over the {len(vectors)} passages there are ({why}); use exact or HNSW32"
+        ) from None
 
 
 def _search_widely(index: Any) -> None:
@@ -387,13 +481,21 @@ def _inner(index: Any) -> Any:
     return inner
 
 
-def _write_faiss(path: Path, index: Any) -> None:
+def _write_faiss(path: Path, index: Any) -> Record:
+    """Writes a FAISS structure; the record of its file."""
     import faiss
 
+    digest = Digest()
     with atomic_write(path) as (file,):
+
+        def write(block: bytes) -> int:
+            digest.update(block)
+            return file.write(block)
+
         # FAISS's own writer overlooks a disk that fills up while it closes the file; ours raises.
-        writer = faiss.PyCallbackIOWriter(file.write, 1 << 20)  # type: ignore[attr-defined]  # not in its stubs
+        writer = faiss.PyCallbackIOWriter(write, 1 << 20)  # type: ignore[attr-defined]  # not in its stubs
         faiss.write_index(index, writer)
+    return digest.record()
 
 
 def _faiss_reason(error: Exception) -> str:
@@ -412,30 +514,43 @@ def check_built(folder: Path) -> None:
         raise InputError(f"{folder}: the index {state}; run: ragjax index CONFIG")
 
 
-def open_index(folder: Path, expected_fingerprints: Mapping[str, str], recall: float | None = None) -> Index:
-    """Opens an index, memory-mapped, after checking what it was built from; `recall` as in `Index`.
-
-    Raises `InputError` for a folder that is missing or incomplete, or whose manifest has another fingerprint than
-    one of `expected_fingerprints`.
-    """
-    folder = Path(folder)
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of an index. Raises `InputError` where it is missing, damaged or of an older ragjax."""
     check_built(folder)
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if "shards" not in manifest and "embeddings" in manifest:
-            raise InputError(f"{folder}: the index was built by an older ragjax; run: ragjax index CONFIG")
+        return read_sealed(folder / MANIFEST)
+    except InputError as error:
+        why = str(error).removeprefix(f"{folder}/")
+    with suppress(InputError):
+        if SEAL not in read_json(folder / MANIFEST):
+            why = "it was built by an older ragjax"
+    raise InputError(f"{folder}: the index cannot be used ({why}); {RUN}")
+
+
+def open_index(
+    folder: Path, expected_fingerprints: Mapping[str, str], recall: float | None = None, mend: str = MEND
+) -> Index:
+    """Opens an index, memory-mapped, after checking what it was built from; `recall` as in `Index`.
+
+    Raises `InputError` for a folder that is missing, incomplete or damaged, saying how to `mend` it, or whose manifest
+    has another fingerprint than one of `expected_fingerprints`.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    try:
         _check_fingerprints(folder, manifest["fingerprints"], expected_fingerprints)
-        counts, width = manifest["shards"], manifest["D"]
+        counts, width, on_devices = manifest["shards"], manifest["D"], manifest["kind"] == "exact"
         folders = [shard_folder(folder, number) for number in range(len(counts))]
-        embeddings = Embeddings.open(folders, manifest["dtype"])
+        size = manifest["N"] * width * np.dtype(manifest["dtype"]).itemsize
+        embeddings = Embeddings.open(folders, manifest["dtype"], mend, on_devices or size <= CHECKED_AT_ONCE)
         for path, count, shard in zip(folders, counts, embeddings.shards, strict=True):
             if shard.shape != (count, width):
                 raise ValueError(f"shards/{path.name}: embeddings of shape {shard.shape}, not {(count, width)}")
         if len(embeddings) != manifest["N"]:
             raise ValueError(f"the shards hold {len(embeddings)} passages, not {manifest['N']}")
-        faiss_index = None if manifest["kind"] == "exact" else _read_faiss(folder / FAISS_FILE, manifest["N"])
+        faiss_index = None if on_devices else _read_faiss(folder, manifest)
     except (ValueError, KeyError, TypeError, IndexError, OSError) as error:
-        raise InputError(f"{folder}: the index is damaged ({error}); delete it and run: ragjax index CONFIG") from None
+        raise InputError(f"{folder}: the index is damaged ({error}); {mend}") from None
     return Index(embeddings, manifest["kind"], manifest, faiss_index, recall)
 
 
@@ -449,14 +564,18 @@ def _check_fingerprints(folder: Path, built: Mapping[str, str], expected: Mappin
             )
 
 
-def _read_faiss(path: Path, count: int) -> Any:
+def _read_faiss(folder: Path, manifest: Mapping[str, Any]) -> Any:
     import faiss
 
+    path, record = folder / FAISS_FILE, manifest["files"][FAISS_FILE]
+    # one that is larger is mapped, and read where a search comes by
+    if (what := damage(path, record, most=CHECKED_AT_ONCE)) is not None:
+        raise ValueError(f"{path.name} {what}")
     try:
         index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
     except RuntimeError as error:
         raise ValueError(f"{path.name}: {_faiss_reason(error)}") from None
-    if index.ntotal != count:
+    if index.ntotal != manifest["N"]:
         raise ValueError(f"{path.name} holds {index.ntotal} passages")
     return index
 

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from ragjax.signals import check
 
 EVERY = 15.0  # seconds between two lines where there is no terminal
+SOON = 2**30  # bytes that are read too soon for a bar
 
 terminal = Console(stderr=True, highlight=False, markup=False)
 
@@ -55,6 +56,27 @@ def progress_bar(name: str, total: int | None, unit: str, done: int = 0) -> Iter
 
     yield advance_quietly
     terminal.print(f"{line('')}, {_clock(time.monotonic() - started)} in all", soft_wrap=True)
+
+
+@contextmanager
+def bytes_bar(name: str, total: int, soon: int = SOON) -> Iterator[Callable[[int], None]]:
+    """Yields `advance(size)` in bytes; the bar counts MiB, and there is none where `total` is less than `soon`."""
+    if total < soon:
+        yield lambda size: None
+        return
+    done = 0
+    with progress_bar(name, _mib(total), "MiB") as advance:
+
+        def count(size: int) -> None:
+            nonlocal done
+            before, done = done, done + size
+            advance(_mib(done) - _mib(before))
+
+        yield count
+
+
+def _mib(size: int) -> int:
+    return -(-size // 2**20)
 
 
 def _clock(seconds: float) -> str:

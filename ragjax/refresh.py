@@ -23,6 +23,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
+from ragjax.checksums import write_checksums
 from ragjax.errors import InputError
 from ragjax.index import EMBEDDINGS, MANIFEST, Index, open_index, write_index
 from ragjax.mesh import first_says, local_mesh, on_first, on_host, place, replicated, wait_for_all
@@ -174,6 +175,7 @@ class Refresh:
                 continue
             path.parent.mkdir(parents=True, exist_ok=True)
             embed_with(self.rag, self._placed[1], self._rows(range(start, stop)), path, advance)
+            write_checksums(path.parent, number=number)
 
     def _switch(self) -> None:
         begun = self.state.building
@@ -215,7 +217,8 @@ def refreshed_index(rag: Rag, base: Index, output: Path, step: int) -> Index:
             f"{folder}: the index that this run searched after step {step} is gone; bring it back, or train anew with "
             "another output"
         )
-    index = open_index(folder, rag.fingerprints, base.recall)
+    mend = f"delete {folder}; what was encoded after the last step, ragjax train CONFIG encodes again"
+    index = open_index(folder, rag.fingerprints, base.recall, mend)
     if len(index) != len(base):
         raise InputError(f"{folder}: holds {len(index)} passages and {rag.config.index.folder} {len(base)}")
     return index

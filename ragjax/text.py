@@ -89,7 +89,7 @@ class Tokenizer:
         config |= {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": self.adds_bos}
         if self.chat_template is not None:
             config["chat_template"] = self.chat_template
-        self._markup.save(str(folder / "tokenizer.json"))
+        (folder / "tokenizer.json").write_text(self._markup.to_str(pretty=True), encoding="utf-8")
         text = json.dumps(config, indent=1, ensure_ascii=False) + "\n"
         (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
 

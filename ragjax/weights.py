@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ragjax.errors import InputError
-from ragjax.files import read_json
+from ragjax.files import atomic_write, read_json
 from ragjax.models.bart import Bart, BartConfig
 from ragjax.models.bert import Bert, BertConfig
 from ragjax.models.layers import Params, split_parameters
@@ -435,13 +435,21 @@ def _tensors(params: Params, table: Mapping[str, str]) -> dict[str, np.ndarray]:
     return tensors
 
 
+def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes a file that transformers reads as PyTorch's. Raises `InputError` where it cannot, as on a full disk."""
+    try:
+        save_file(dict(tensors), path, metadata={"format": "pt"})
+    except (SafetensorError, OSError) as error:  # the first is what safetensors makes of a full disk
+        raise InputError(f"{path}: cannot be written ({error}); free some space, or choose another folder") from None
+
+
 def _save(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / ".partial"
     try:
-        save_file(dict(tensors), temporary, metadata={"format": "pt"})
+        write_safetensors(temporary, tensors)
         os.replace(temporary, folder / "model.safetensors")
-        temporary.write_text(json.dumps(dict(config), indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        os.replace(temporary, folder / "config.json")
     finally:
         temporary.unlink(missing_ok=True)
+    with atomic_write(folder / "config.json") as (file,):
+        file.write(json.dumps(dict(config), indent=1, sort_keys=True).encode() + b"\n")

@@ -34,7 +34,8 @@ def open_world(config: Config) -> tuple[Rag, Index, PassageStore]:
     enable_compilation_cache(cache_folder() / "xla")
     rag = open_rag(config)
     recall = config.index.recall if config.index.kind == "approximate" else None
-    return rag, open_index(folder, rag.fingerprints, recall), PassageStore.open(folder)
+    vocabulary = rag.generator.config.vocabulary
+    return rag, open_index(folder, rag.fingerprints, recall), PassageStore.open(folder, vocabulary)
 
 
 def pretrained(rag: Rag, mesh: Mesh) -> Params:

@@ -25,6 +25,7 @@ from world import build, tiny_config
 from ragjax import build_index as build_module
 from ragjax import index as index_module
 from ragjax import rag as rag_module
+from ragjax.checksums import CHECKSUMS
 from ragjax.config import Config, dump_config
 from ragjax.errors import InputError
 from ragjax.files import alone
@@ -103,7 +104,7 @@ def test_built_again_it_is_the_same_to_the_byte(world: Path, tmp_path: Path, kin
     config = tiny_config(world, index__folder=str(tmp_path / "index"), index__kind=kind)
     assert build(config) == tmp_path / "index"
     first = files(tmp_path)
-    (tmp_path / "index" / MANIFEST).unlink()
+    shutil.rmtree(tmp_path / "index")
     build(config)
     assert files(tmp_path) == first
     if kind == "exact":
@@ -179,15 +180,21 @@ def test_dpr_files_gzipped(world: Path, tmp_path: Path) -> None:
     assert (len(store), store[0]) == (2, Passage("1", "Arland", "Its capital is Kesbourg."))
 
 
-def test_too_few_passages_for_a_kind_and_then_another_kind(
-    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("IVF64,Flat", "cannot be trained on the 30 passages there are"),
+        ("IDMap,Flat", "which FAISS does not accept for width 32"),
+        ("NSG32,Flat", "cannot be built over the 30 passages there are"),
+    ],
+)
+def test_a_kind_that_cannot_be_built_is_refused_before_anything_is_embedded(
+    world: Path, tmp_path: Path, kind: str, why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(InputError, match=r"index\.kind=IVF64,Flat cannot be trained on the 30 passages"):
-        build(tiny_config(world, index__folder=str(tmp_path / "index"), index__kind="IVF64,Flat"))
-    assert [path.name for path in tmp_path.iterdir()] == ["index.partial"]
-    build(tiny_config(world, index__folder=str(tmp_path / "index")))
-    assert "going on with the index: 30 of 30 passages are there" in capsys.readouterr().err
-    assert same_files(tmp_path / "index", world / "index")
+    monkeypatch.setattr(build_module, "embed_with", lambda *_: pytest.fail("nothing is embedded"))
+    with pytest.raises(InputError, match=f"index.kind.*{kind}.*{why}") as refusal:
+        build(tiny_config(world, index__folder=str(tmp_path / "index"), index__kind=kind))
+    assert "\n" not in str(refusal.value) and list(tmp_path.iterdir()) == []
 
 
 # shards
@@ -292,7 +299,7 @@ class Killed(BaseException):
     """Stands for a kill: nothing is tidied up."""
 
 
-@pytest.mark.parametrize("moves", [0, 1, 6, 7, 8, 9, 10])  # six old files are deleted, then three things are moved
+@pytest.mark.parametrize("moves", [0, 1, 2, 7, 8, 9, 10, 11, 12])  # seven files are deleted, then four things moved
 @pytest.mark.parametrize("before", ["nothing", "one shard", "flat files"])
 def test_a_build_that_was_killed_in_the_swap_goes_on(
     world: Path, sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moves: int, before: str
@@ -302,6 +309,7 @@ def test_a_build_that_was_killed_in_the_swap_goes_on(
         shutil.copytree(world / "index", folder)
     if before == "flat files":  # as before there were shards
         shutil.copytree(shard_folder(world / "index", 0), folder)
+        (folder / CHECKSUMS).unlink()
         (folder / MANIFEST).write_text("{}")
     done = 0
 
@@ -479,8 +487,9 @@ def test_a_killed_pass_of_faiss_starts_again(
 def test_an_index_of_before_there_were_shards_is_built_anew(world: Path, tmp_path: Path) -> None:
     folder = tmp_path / "index"
     shutil.copytree(shard_folder(world / "index", 0), folder)
+    (folder / CHECKSUMS).unlink()
     manifest = json.loads((world / "index" / MANIFEST).read_text()) | {"embeddings": "embeddings.npy"}
-    del manifest["shards"]
+    del manifest["shards"], manifest["xxh3"]
     (folder / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(InputError, match="older ragjax; run: ragjax index CONFIG"):
         opened(tiny_config(world, index__folder=str(folder)))

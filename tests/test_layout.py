@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "ragjax"
 ORDER = (
-    "errors files signals config progress marginal mesh cost text models.layers models.generator models.bert "
+    "errors files signals checksums config progress marginal mesh cost text models.layers models.generator models.bert "
     "models.llama models.bart models.t5 weights random_checkpoint hub passages factbook_facts factbook search index "
     "data rag fused loss beam prefixes decode metrics contrastive checkpoint experiment step refresh world supply "
     "train answer evaluate build_index index_report plan hf_rag cli"

@@ -206,7 +206,7 @@ def test_full_disk_removes_the_partial_files(tmp_path, name):
 
 
 def test_incomplete_or_damaged_store(tmp_path):
-    with pytest.raises(InputError, match="run `ragjax index`"):
+    with pytest.raises(InputError, match="run: ragjax index CONFIG"):
         PassageStore.open(tmp_path)
     for name in STORE_FILES:
         write_shards(tmp_path, PASSAGES[:2], PASSAGES[2:])
@@ -234,7 +234,7 @@ def test_files_are_mapped_beyond_the_usual_limit(tmp_path):
 
 
 def test_a_folder_is_held_by_one_process(tmp_path):
-    hold = "from pathlib import Path; from ragjax.passages import alone; import sys, time\n"
+    hold = "from pathlib import Path; from ragjax.files import alone; import sys, time\n"
     hold += "with alone(Path(sys.argv[1]), ''): print('held', flush=True); time.sleep(600)"
     folder = tmp_path / "folder"
     with subprocess.Popen([sys.executable, "-c", hold, str(folder)], stdout=subprocess.PIPE, text=True) as other:

@@ -1,0 +1,159 @@
+"""Damage: single bits flipped, files cut short and deleted, one at a time, in a checkpoint and in an index.
+
+    python tests/damage.py --count 200 --seed 1
+
+Each time what is loaded afterwards is compared with what was saved. Damage is either noticed (an InputError, or the
+checkpoint before is used) or harmless: every array, number and text is the same to the bit. Anything else is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ragjax.checkpoint import Checkpoints
+
+KINDS = ("bit flipped", "cut short", "deleted")
+
+
+@dataclass
+class Tally:
+    """How often what was done to files came out how, and where it went unnoticed."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    unnoticed: list[str] = field(default_factory=list)
+
+
+def harm(file: Path, kind: str, chance: random.Random) -> str:
+    """Does one thing to a file, and says what."""
+    content = file.read_bytes()
+    if kind == "deleted":
+        file.unlink()
+        return kind
+    if kind == "cut short":
+        size = chance.randrange(len(content))
+        file.write_bytes(content[:size])
+        return f"cut to {size} of {len(content)} bytes"
+    at, bit = chance.randrange(len(content)), chance.randrange(8)
+    file.write_bytes(content[:at] + bytes([content[at] ^ 1 << bit]) + content[at + 1 :])
+    return f"bit {bit} of byte {at} flipped"
+
+
+def choose(folder: Path, chance: random.Random) -> Path:
+    """A file, each as likely as the others, or, every other time, as likely as it is large."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.stat().st_size]
+    weights = [path.stat().st_size for path in files] if chance.random() < 0.5 else None
+    return chance.choices(files, weights)[0]
+
+
+def attack(whole: Path, part: str, outcome: Callable[[Path], str], count: int, seed: int) -> Tally:
+    """Damages a copy of the folder `whole` in its folder `part`, `count` times anew; `outcome` loads the copy.
+
+    It says "noticed: …", "harmless" or what is wrong.
+    """
+    chance, tally = random.Random(seed), Tally()
+    with tempfile.TemporaryDirectory(prefix="damage-") as temporary:
+        for number in range(count):
+            copy = Path(temporary) / "copy"
+            shutil.copytree(whole, copy)
+            file, kind = choose(copy / part, chance), KINDS[number % len(KINDS)]
+            name, done = file.relative_to(copy), harm(file, kind, chance)
+            found = outcome(copy)
+            tally.counts[f"{kind}: {found.partition(':')[0]}"] += 1
+            if not found.startswith(("noticed", "harmless")):
+                tally.unnoticed.append(f"{name}: {done}: {found}")
+            shutil.rmtree(copy)
+    return tally
+
+
+# checkpoints
+
+
+def make_state(seed: int) -> dict[str, Any]:
+    """Parameters, Adam's moments, a step and a key, as training has them."""
+    keys = jax.random.split(jax.random.key(seed), 3)
+    params = {
+        "retriever": {"w": jax.random.normal(keys[0], (8, 64, 32)), "b": jax.random.normal(keys[1], (8, 32))},
+        "generator": {"w": jax.random.normal(keys[2], (64, 32), jnp.bfloat16)},
+    }
+    moments = jax.tree.map(jnp.sin, optax.adamw(1e-3).init(params))
+    return {"params": params, "optimizer": moments, "step": jnp.int32(seed), "key": jax.random.key(seed)}
+
+
+def make_checkpoints(folder: Path) -> Path:
+    """Two checkpoints, steps 1 and 2, in `folder`/checkpoints."""
+    with Checkpoints(folder / "checkpoints", best=True, writing=True) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, make_state(step), {"data": {"next": step}, "note": "é"}, loss=step / 2)
+    return folder
+
+
+def same_bits(one: Any, other: Any) -> bool:
+    """Whether two trees hold the same arrays to the bit."""
+
+    def raw(leaf: Any) -> bytes:
+        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        return np.asarray(jax.random.key_data(leaf) if is_key else leaf).tobytes()
+
+    return jax.tree.all(jax.tree.map(lambda a, b: raw(a) == raw(b), one, other))
+
+
+def checkpoint_outcome(folder: Path) -> str:
+    """What becomes of training, which goes on from the newest checkpoint, and of whoever wants the best or all."""
+    like = jax.eval_shape(lambda: make_state(1))
+    with Checkpoints(folder / "checkpoints", best=True, writing=True) as checkpoints:
+        told = checkpoints.every_metadata()
+        best = checkpoints.lowest(lambda step: checkpoints.restore_params(step, like["params"]))
+        newest = checkpoints.newest(lambda step: (checkpoints.metadata(step), checkpoints.restore(step, like)))
+        assert newest is not None and best is not None
+        step, (metadata, state) = newest
+        if not same_bits(state, make_state(step)) or metadata != {"data": {"next": step}, "note": "é"}:
+            return f"step {step} came back changed"
+        if best[0] != 1 or not same_bits(best[1], make_state(1)["params"]):
+            return f"of the best, step {best[0]}, other parameters came back"
+        if any(of != {"data": {"next": of["data"]["next"]}, "note": "é"} for of in told):
+            return f"the metadata read as {told}"
+        checkpoints.save(3, make_state(3), {}, loss=3.0)
+        checkpoints.wait()
+        if step == 1 and checkpoints.steps() != [3, 1]:
+            return f"the checkpoints are now those of steps {checkpoints.steps()}"
+    return "harmless" if step == 2 else "noticed: step 1 was used"
+
+
+def attack_checkpoint(count: int, seed: int) -> Tally:
+    with tempfile.TemporaryDirectory(prefix="damage-") as temporary:
+        return attack(make_checkpoints(Path(temporary)), "checkpoints/2", checkpoint_outcome, count, seed)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=200, help="of each")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    unnoticed = 0
+    for name, attacked in (("checkpoint", attack_checkpoint),):
+        tally = attacked(options.count, options.seed)
+        print(f"{name}: {options.count} times, {len(tally.unnoticed)} unnoticed")
+        for what, times in sorted(tally.counts.items()):
+            print(f"  {times:4} {what}")
+        for what in tally.unnoticed:
+            print(f"  UNNOTICED {what}")
+        unnoticed += len(tally.unnoticed)
+    return int(unnoticed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
