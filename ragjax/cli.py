@@ -251,7 +251,11 @@ def _evaluate(options: argparse.Namespace) -> int:
     from ragjax.evaluate import evaluate, print_metrics
     from ragjax.mesh import is_first
 
-    report = evaluate(_load(options))
+    try:
+        report = evaluate(_load(options))
+    except KeyboardInterrupt:
+        print(f"{options.name}: interrupted; the same command goes on with what was not measured yet", file=sys.stderr)
+        return 130
     if is_first():
         print_metrics(report, as_json=options.json)
     return 0

@@ -10,7 +10,7 @@ import pytest
 
 from ragjax.data import QuestionBatches, usable_answers
 from ragjax.errors import InputError
-from ragjax.passages import Question
+from ragjax.questions import Question
 
 NUM_ANSWERS = [1, 2, 3, 1, 5, 1, 2]
 

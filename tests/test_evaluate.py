@@ -13,7 +13,7 @@ from trained import STEPS
 from ragjax.cli import main
 from ragjax.evaluate import print_metrics
 from ragjax.metrics import exact_match, expected_calibration_error, f1
-from ragjax.passages import read_questions
+from ragjax.questions import read_questions
 
 Capture = pytest.CaptureFixture[str]
 MODES = ("thorough", "fast", "closed_book")

@@ -28,7 +28,8 @@ from ragjax.index import open_index
 from ragjax.loss import loss, passage_params
 from ragjax.mesh import local_mesh, make_mesh, place, replicated
 from ragjax.models.layers import Params
-from ragjax.passages import PassageStore, read_questions
+from ragjax.passages import PassageStore
+from ragjax.questions import read_questions
 from ragjax.rag import Rag, embed_with, encode, encode_questions, open_rag, passage_batch, search, train_batch
 from ragjax.refresh import Refresh, Refreshed, version_folder
 from ragjax.step import abstract_state, initial_state

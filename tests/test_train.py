@@ -29,8 +29,8 @@ from ragjax.experiment import load_experiment
 from ragjax.files import write_jsonl
 from ragjax.loss import loss
 from ragjax.models.layers import Params
-from ragjax.passages import read_questions
 from ragjax.progress import progress_bar
+from ragjax.questions import read_questions
 from ragjax.rag import Rag, open_rag, retrieve, train_batch
 from ragjax.step import TrainState, initial_state
 from ragjax.train import train
