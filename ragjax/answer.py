@@ -159,7 +159,7 @@ class Answerer:
             problems[i] = why
         return problems
 
-    def _mode(self, mode: str | None) -> str:
+    def _mode(self, mode: object) -> str:
         if mode is not None and not isinstance(mode, str):
             raise TypeError(f"mode: expected a text, not {type(mode).__name__}")
         mode = mode or self.rag.config.decode.mode

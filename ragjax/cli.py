@@ -149,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = command(
         "evaluate",
         _evaluate,
-        "measure answers and retrieval, before and after training",
+        "measure answers and retrieval, before and after training, going on where the same evaluation was stopped",
         "ragjax evaluate configs/factbook.yaml evaluate.limit=20",
     )
     for sub in (index, train, evaluate):
@@ -169,7 +169,7 @@ def _parser() -> argparse.ArgumentParser:
     answer = command(
         "answer",
         _answer,
-        "answer questions, with documents and probabilities",
+        "answer questions, with documents and probabilities; exit code 2 if there was one that cannot be answered",
         'ragjax answer configs/factbook.yaml "What is the capital of France?" --set decode.k=5',
     )
     answer.add_argument("questions", nargs="+", metavar="QUESTION", help="a question; - reads one a line from input")

@@ -340,7 +340,7 @@ def print_metrics(report: dict[str, Any], as_json: bool) -> None:
     first = next(iter(models.values()))
     heads = [
         f"{name}{'' if m['step'] is None else ', step ' + str(m['step'])}\n{m['answered']} answered"
-        + (f", {m['unanswerable']} could not be" if "unanswerable" in m else "")
+        + (f", {m['unanswerable']} not" if "unanswerable" in m else "")
         for name, m in models.items()
     ]
     table = Table(f"{first['questions']} {report['split']} questions", *heads, box=box.SIMPLE_HEAD)

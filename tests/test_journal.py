@@ -68,7 +68,7 @@ def test_a_full_disk_keeps_what_was_there(tmp_path: Path) -> None:
     path = kept(tmp_path / "j")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        with Journal(path, HEADER) as journal, pytest.raises(InputError, match="j: cannot be written .*: it goes on"):
+        with Journal(path, HEADER) as journal, pytest.raises(InputError, match=r"j: cannot be written .*: it goes on"):
             resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 20, before[1]))
             journal.add("much " * 100)
     finally:

@@ -87,7 +87,7 @@ def test_files_without_a_usable_question(tmp_path: Path) -> None:
     split = read_split(written(tmp_path / "q.jsonl", b"{}", b"{}"))
     with pytest.raises(InputError, match=r"none of its 2 questions can be used; the first: .*q\.jsonl:1: empty or mis"):
         split.checked(strict=False)
-    with pytest.raises(InputError, match="none.jsonl: no such file of questions"):
+    with pytest.raises(InputError, match=r"none\.jsonl: no such file of questions"):
         read_split(tmp_path / "none.jsonl")
     (tmp_path / "q.jsonl.gz").write_bytes(gzip.compress(json.dumps(GOOD).encode() * 50)[:-9])
     with pytest.raises(InputError, match=r"q\.jsonl\.gz:1: cannot be read"):
