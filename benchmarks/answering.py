@@ -46,8 +46,8 @@ from ragjax.config import load_config
 from ragjax.cost import size_text
 from ragjax.decode import Candidates, decode, pad_answers, propose, read, score_tokens, with_end
 from ragjax.models.generator import Memory
-from ragjax.passages import read_questions
 from ragjax.prefixes import Known
+from ragjax.questions import read_questions
 from ragjax.rag import Retrieved, prompt_rows
 from ragjax.weights import generator_tensors
 

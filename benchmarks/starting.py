@@ -25,7 +25,7 @@ def start(config: str, *overrides: str) -> dict[str, float]:
     marks = [time.perf_counter()]
     from ragjax.answer import open_answerer  # here, since that is what is measured
     from ragjax.config import load_config
-    from ragjax.passages import read_questions
+    from ragjax.questions import read_questions
 
     marks.append(time.perf_counter())
     settings = load_config(config, overrides)

@@ -21,7 +21,7 @@ from benchmarks.report import Stage, make_console, or_input_error, peak, show, t
 from ragjax.config import load_config
 from ragjax.cost import matmul_flops
 from ragjax.mesh import local_mesh
-from ragjax.passages import read_questions
+from ragjax.questions import read_questions
 from ragjax.rag import answer_tokens, retrieve, train_batch
 from ragjax.step import initial_state, make_train_step
 from ragjax.world import open_world

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ragjax.errors import InputError
+
 if TYPE_CHECKING:
     from ragjax.answer import Answer, Answerer, Candidate, Document, load
 
-__all__ = ["Answer", "Answerer", "Candidate", "Document", "load"]
+__all__ = ["Answer", "Answerer", "Candidate", "Document", "InputError", "load"]
 
 
 def __getattr__(name: str) -> Any:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import operator
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -29,11 +32,15 @@ from ragjax.mesh import local_mesh, shard_batch
 from ragjax.models.generator import Memory
 from ragjax.models.layers import Params
 from ragjax.passages import PassageStore
+from ragjax.prefixes import few_sizes
 from ragjax.progress import terminal
-from ragjax.rag import Rag, Retrieved, answer_tokens, check_questions, prompt_rows, retrieve
+from ragjax.questions import text_problem
+from ragjax.rag import Rag, Retrieved, answer_tokens, prompt_problems, prompt_rows, retrieve
 from ragjax.signals import check
 from ragjax.text import bucket, buckets_up_to, pad_rows
 from ragjax.world import open_world, pretrained, restore_trained, trained_index
+
+T = TypeVar("T")
 
 
 def answer_modes(config: Config) -> tuple[str, ...]:
@@ -123,26 +130,55 @@ class Answerer:
             found, log_prior=np.asarray(log_prior(jnp.asarray(found.log_prior), jnp.asarray(counted)))
         )
 
-    def answer(self, questions: Sequence[str], mode: str | None = None, n_best: int | None = None) -> list[Answer]:
-        """Answers questions in one batch: `thorough`, `certified`, `fast` or `closed_book`; by default as configured.
+    def answer(
+        self, questions: str | Sequence[str], mode: str | None = None, n_best: int | None = None
+    ) -> list[Answer]:
+        """Answers questions, `evaluate.batch_size` at a time; a text is one question, and gives a list of one answer.
 
-        `n_best` keeps so many candidates of each. Raises `InputError` for an empty question or an unknown mode.
+        `mode` is `thorough`, `certified`, `fast` or `closed_book`, by default as configured; `n_best` keeps so many
+        candidates of each. Raises `InputError` for an unknown mode, and, before any is answered, for a question that is
+        empty, no Unicode text or too long, naming it; `TypeError` for an argument of another type.
         """
+        asked = _texts(questions)
+        if n_best is not None and _whole_number("n_best", n_best) < 1:
+            raise InputError(f"n_best is {n_best}; expected 1 or more")
+        mode = self._mode(mode)
+        for i, why in enumerate(self.problems(asked, mode)):
+            if why:
+                raise InputError(f"questions[{i}]: {why}")
+        size = self.rag.config.evaluate.batch_size
+        parts = [asked[start : start + size] for start in range(0, len(asked), size)]
+        return [answer for part in parts for answer in self._batch(part, size, mode, n_best)]
+
+    def problems(self, questions: Sequence[str], mode: str | None = None) -> list[str | None]:
+        """Why each question cannot be answered, or None where it can."""
+        closed_book = self._mode(mode) == "closed_book"
+        problems = [text_problem(question) for question in questions]
+        sound = [i for i, why in enumerate(problems) if why is None]
+        told = prompt_problems(self.rag, [questions[i] for i in sound], not closed_book, closed_book)
+        for i, why in zip(sound, told, strict=True):
+            problems[i] = why
+        return problems
+
+    def _mode(self, mode: object) -> str:
+        if mode is not None and not isinstance(mode, str):
+            raise TypeError(f"mode: expected a text, not {type(mode).__name__}")
         mode = mode or self.rag.config.decode.mode
         _check_mode(self.rag.config, mode)
-        if n_best is not None and n_best < 1:
-            raise InputError(f"n_best is {n_best}; expected 1 or more")
-        check_questions(questions)
-        if not questions:
-            return []
+        return mode
+
+    def _batch(self, questions: Sequence[str], most: int, mode: str, n_best: int | None) -> list[Answer]:
+        """Filled up to one of a few sizes: each has programs of its own, which are compiled when it first comes."""
+        count = len(questions)
+        whole = fill_up(questions, min(few_sizes(count), max(most, count)))
         if mode == "closed_book":
-            return self._closed_book(questions, n_best)
-        retrieved = self.retrieve(questions)
-        found, _ = self.candidates(questions, retrieved, mode)
-        return [
-            self._answer(question, mode, of, self.documents(retrieved, b), n_best)
-            for b, (question, of) in enumerate(zip(questions, found, strict=True))
-        ]
+            found, _ = self.candidates(whole, None, "fast")
+            documents: list[list[Document]] = [[]] * count
+        else:
+            retrieved = self.retrieve(whole)
+            found, _ = self.candidates(whole, retrieved, mode)
+            documents = [self.documents(retrieved, b) for b in range(count)]
+        return [self._answer(questions[b], mode, found[b], documents[b], n_best) for b in range(count)]
 
     def candidates(
         self, questions: Sequence[str], retrieved: Retrieved | None, mode: str, gold: Sequence[str] | None = None
@@ -190,12 +226,6 @@ class Answerer:
         """An answer's tokens as text, on one line."""
         return " ".join(self.rag.generator_tokenizer.decode(tokens).split())
 
-    def _closed_book(self, questions: Sequence[str], n_best: int | None) -> list[Answer]:
-        found, _ = self.candidates(questions, None, "fast")
-        return [
-            self._answer(question, "closed_book", of, [], n_best) for question, of in zip(questions, found, strict=True)
-        ]
-
     def _answer(
         self, question: str, mode: str, found: Candidates, documents: list[Document], n_best: int | None
     ) -> Answer:
@@ -218,11 +248,39 @@ class Answerer:
         return Answer(question, candidates[0].text, mode, probability, documents, candidates, scores)
 
 
+def fill_up(items: Sequence[T], size: int) -> list[T]:
+    """Repeats the first until there are `size`."""
+    return [*items, *[items[0]] * (size - len(items))]
+
+
+def _texts(questions: object) -> list[str]:
+    """A text as a list of one, a list of texts as it is. Raises `TypeError` for anything else."""
+    if isinstance(questions, str):
+        return [questions]
+    if not isinstance(questions, Sequence) or isinstance(questions, bytes | bytearray | memoryview):
+        raise TypeError(f"questions: expected a text or a list of texts, not {type(questions).__name__}")
+    for i, question in enumerate(questions):
+        if not isinstance(question, str):
+            raise TypeError(f"questions[{i}]: expected a text, not {type(question).__name__}")
+    return list(questions)
+
+
+def _whole_number(name: str, value: object) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name}: expected a whole number, not {type(value).__name__}")
+    return operator.index(value)  # type: ignore[arg-type]
+
+
 def load(run: str | Path, untrained: bool = False) -> Answerer:
     """The newest checkpoint of a run (an `output` folder; with `train.keep_best` the best), or its pretrained models.
 
-    Raises `InputError` if the folder holds no run, or its index or models are missing or do not fit.
+    Raises `InputError` if the folder holds no run, or its index or models are missing or do not fit, and `TypeError`
+    for an argument of another type.
     """
+    if not isinstance(run, str | os.PathLike):
+        raise TypeError(f"run: expected the path of a folder, not {type(run).__name__}")
+    if not isinstance(untrained, bool):
+        raise TypeError(f"untrained: expected True or False, not {type(untrained).__name__}")
     return open_answerer(load_experiment(Path(run)), untrained)
 
 
@@ -240,34 +298,75 @@ def open_answerer(config: Config, untrained: bool = False) -> Answerer:
     return Answerer(rag, params, index, store, step, mesh)
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """A question from the command line: where it stands, and its text, or why it has none."""
+
+    where: dict[str, int]  # the line of standard input, or the argument, from 1
+    text: str
+    problem: str | None
+
+    def error(self, problem: str, as_json: bool) -> str:
+        if as_json:
+            return json.dumps(self.where | {"error": problem}, ensure_ascii=False)
+        [(name, number)] = self.where.items()
+        return f"ragjax: {name} {number}: {problem}"
+
+
 def answer_from_command_line(
     config: Config, questions: Sequence[str], mode: str, untrained: bool, as_json: bool
 ) -> int:
-    """Prints an answer with its documents and candidates for each question; `-` stands for standard input."""
-    check_questions(questions)
+    """Prints an answer with its documents and candidates for each question; `-` stands for standard input.
+
+    A question that cannot be answered costs itself alone: a line on standard error names it, or, `as_json`,
+    {"line": …, "error": …} stands in its place ("argument" where it is one). Returns 0, and 2 if there was one.
+    Raises `InputError` where standard input cannot be read, and at once where no question can be one.
+    """
     _check_mode(config, mode)
+    if "-" not in questions and all(of.problem for of in _questions(questions)):
+        raise InputError(str(next(_questions(questions)).problem))
     answerer = open_answerer(config, untrained)
     if answerer.step is None:
         why = "" if untrained else f": no checkpoint in {config.output}"
         terminal.print(f"these are the pretrained models{why}", soft_wrap=True)
-    for question in _questions(questions):
+    code = 0
+    for asked in _questions(questions):
         check()
-        [answer] = answerer.answer([question], mode)
+        if problem := asked.problem or answerer.problems([asked.text], mode)[0]:
+            print(asked.error(problem, as_json), file=sys.stdout if as_json else sys.stderr, flush=True)
+            code = 2
+            continue
+        [answer] = answerer.answer([asked.text], mode)
         if as_json:
             print(json.dumps(dataclasses.asdict(answer), ensure_ascii=False), flush=True)
         else:
             print_answer(answer, Console(highlight=False))
-    return 0
+    return code
 
 
-def _questions(given: Sequence[str]) -> Iterator[str]:
-    for question in given:
-        if question != "-":
-            yield question
-            continue
-        for line in sys.stdin:
-            if line.strip():
-                yield line.strip()
+def _questions(given: Sequence[str]) -> Iterator[_Asked]:
+    for number, question in enumerate(given, 1):
+        if question == "-":
+            yield from _input_lines()
+        else:
+            yield _Asked({"argument": number}, question, text_problem(question))
+
+
+def _input_lines() -> Iterator[_Asked]:
+    """The lines of standard input that are not empty, each as soon as it is there, decoded by itself."""
+    if sys.stdin is None:
+        raise InputError("standard input is closed; expected one question a line")
+    number = 0
+    try:
+        for number, line in enumerate(sys.stdin.buffer, 1):
+            try:
+                text, problem = line.decode("utf-8-sig" if number == 1 else "utf-8").strip(), None
+            except UnicodeDecodeError as error:
+                text, problem = "", f"not UTF-8 ({error.reason} at byte {error.start + 1})"
+            if text or problem:
+                yield _Asked({"line": number}, text, problem)
+    except OSError as error:
+        raise InputError(f"standard input, line {number + 1}: cannot be read ({error.strerror or error})") from None
 
 
 def print_answer(answer: Answer, console: Console) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -332,6 +333,20 @@ class Checkpoints:
             f"{self._path(step)}: the checkpoint could not be written ({_first_line(error)}); is the disk full? "
             f"{MAKE_ROOM}"
         )
+
+
+def newest_step(folder: Path) -> int:
+    """The newest step that was saved under `folder`, 0 where none was; whether it can be read is another question."""
+    return max((int(path.name) for path in folder.glob("*") if path.name.isdigit()), default=0)
+
+
+def fingerprint(folder: Path, step: int) -> str:
+    """ "sha256:…" of a checkpoint, which no two saves share. Raises `InputError` where it is gone."""
+    path = folder / str(step) / "_CHECKPOINT_METADATA"
+    try:
+        return f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"  # it holds when it was saved, in nanoseconds
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def _raise_unless_of_storage(error: Exception) -> None:

@@ -154,7 +154,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = command(
         "evaluate",
         _evaluate,
-        "measure answers and retrieval, before and after training",
+        "measure answers and retrieval, before and after training, going on where the same evaluation was stopped",
         "ragjax evaluate configs/factbook.yaml evaluate.limit=20",
     )
     for sub in (index, train, evaluate):
@@ -174,7 +174,7 @@ def _parser() -> argparse.ArgumentParser:
     answer = command(
         "answer",
         _answer,
-        "answer questions, with documents and probabilities",
+        "answer questions, with documents and probabilities; exit code 2 if there was one that cannot be answered",
         'ragjax answer configs/factbook.yaml "What is the capital of France?" --set decode.k=5',
     )
     answer.add_argument("questions", nargs="+", metavar="QUESTION", help="a question; - reads one a line from input")
@@ -256,7 +256,11 @@ def _evaluate(options: argparse.Namespace) -> int:
     from ragjax.evaluate import evaluate, print_metrics
     from ragjax.mesh import is_first
 
-    report = evaluate(_load(options))
+    try:
+        report = evaluate(_load(options))
+    except KeyboardInterrupt:
+        print(f"{options.name}: interrupted; the same command goes on with what was not measured yet", file=sys.stderr)
+        return 130
     if is_first():
         print_metrics(report, as_json=options.json)
     return 0

@@ -34,6 +34,7 @@ class Questions:
     train: str = "${index.folder}/questions/train.jsonl"
     dev: str = "${index.folder}/questions/dev.jsonl"
     test: str = "${index.folder}/questions/test.jsonl"
+    strict: bool = False  # refuse a file with a question that cannot be used; else such are left out and listed
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,7 @@ class Train:
     label_smoothing: float = 0.0
     exclude_bos: bool = False  # an answer's first token does not count where it is the generator's <s>
     remat: bool = True  # compute activations again in the backward pass; else matrix products are kept
+    start_from: str | None = None  # a run, an output folder, whose newest parameters (keep_best: best) are the first
     save_every: int = 500
     save_minutes: float | None = None  # and after so many minutes without a save
     keep: int = 2  # newest checkpoints kept

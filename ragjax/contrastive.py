@@ -23,8 +23,9 @@ from ragjax.loss import embed
 from ragjax.marginal import log_prior
 from ragjax.metrics import has_answer
 from ragjax.models.layers import Params, fold, row_keys
-from ragjax.passages import PassageStore, Question
+from ragjax.passages import PassageStore
 from ragjax.progress import progress_bar
+from ragjax.questions import Question
 from ragjax.rag import Models, Rag, Rows, passage_batch, question_rows
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Int
 
 from ragjax.errors import InputError
-from ragjax.passages import Question
+from ragjax.questions import Question
 
 
 @dataclass(frozen=True)
@@ -55,18 +55,19 @@ class QuestionBatches(Iterator[Batch]):
     """An endless stream of batches: one permutation of all questions after another.
 
     What is at a position of the stream depends on the seed and on that position only, hence neither on the batches
-    before it nor on where a run was resumed.
+    before it nor on where a run was resumed. A position counts questions.
     """
 
-    def __init__(self, num_answers: Sequence[int], batch_size: int, seed: int) -> None:
-        """`num_answers[i]` is how many accepted answers question i has (at least 1)."""
+    def __init__(self, num_answers: Sequence[int], batch_size: int, seed: int, fingerprint: str | None = None) -> None:
+        """`num_answers[i]` is how many accepted answers question i has, at least 1; `fingerprint` names them all."""
         import grain
 
         if not num_answers:
             raise InputError("there are no questions to train on")
         if seed < 0:
             raise InputError(f"seed is {seed}; expected 0 or more")
-        self._experiment = {"questions": len(num_answers), "batch_size": batch_size, "seed": seed}
+        self._experiment = {"batch_size": batch_size, "seed": seed}
+        self._questions = {"questions": len(num_answers), "fingerprint": fingerprint}
         # Grain shuffles epoch e by seed + e: without hashing, seed 1 would repeat the epochs of seed 0 one later.
         order, choice = (int(s) for s in np.random.SeedSequence(seed).generate_state(2))
         self._stream = iter(
@@ -83,14 +84,25 @@ class QuestionBatches(Iterator[Batch]):
 
     def state(self) -> dict[str, Any]:
         """The position, as JSON: what `restore` needs to go on with the next batch."""
-        return {**self._experiment, "grain": self._stream.get_state()}
+        return {**self._experiment, **self._questions, "grain": self._stream.get_state()}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Goes to a position from `state()`. Raises `InputError` if it belongs to other questions, batches or seed."""
+    def restore(self, state: dict[str, Any]) -> bool:
+        """Goes to a position from `state()`; whether it was one among the same questions.
+
+        Among others it goes on with the next epoch, in which each of them has its turn: a position within an epoch
+        means nothing there. Raises `InputError` if it belongs to other batches or another seed.
+        """
         for key, value in self._experiment.items():
             if state.get(key) != value:
                 raise InputError(
                     f"the saved position in the training data is for {key}={state.get(key)}, but this run has "
-                    f"{key}={value}; resume with the same data and settings, or choose another output folder"
+                    f"{key}={value}; resume with the same settings, or choose another output folder"
                 )
-        self._stream.set_state(state["grain"])
+        # checkpoints from before there was a fingerprint have none
+        same = all(state.get(key) in (value, None) for key, value in self._questions.items())
+        at = state["grain"]
+        if not same:
+            epochs = -(-at["next_index"] // state["questions"])
+            at = at | {"next_index": epochs * self._questions["questions"]}
+        self._stream.set_state(at)
+        return same

@@ -1,7 +1,8 @@
 """The output folder of a run: which experiment it holds, and everything needed to repeat it.
 
 OUTPUT/config.yaml      the resolved configuration
-OUTPUT/manifest.json    versions, git revision, devices, sources and fingerprints
+OUTPUT/manifest.json    versions, git revision, devices, sources and fingerprints; `history`: what was changed later
+OUTPUT/left_out.jsonl   the questions that training leaves out, each with its file, line and reason
 OUTPUT/checkpoints/     one folder a step (checkpoint.py)
 OUTPUT/train.jsonl      one line of metrics a logged step
 OUTPUT/refreshed/       the index anew, where passages' encoder is trained (refresh.py)
@@ -14,21 +15,28 @@ import importlib.metadata
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
-from ragjax.config import Config, Questions, dump_config, load_config
+from ragjax.checkpoint import newest_step
+from ragjax.config import Config, dump_config, load_config
 from ragjax.errors import InputError
-from ragjax.files import atomic_write
+from ragjax.files import atomic_write, write_jsonl
 from ragjax.hub import fingerprint_files
 from ragjax.index import MANIFEST, Index
 from ragjax.mesh import from_all, on_first
+from ragjax.questions import LeftOut, as_json
 from ragjax.rag import Rag
 
-# what may change between two calls on one output folder: nothing that the training of a step depends on
+# what may change between two calls on one output folder: nothing that the training of a step depends on, but for the
+# number of steps and the questions, whose changes are told and recorded
 FREE = (
     "output",
+    "questions",
+    "train.steps",
     "mesh",
     "index.shard",
     "decode",
@@ -42,14 +50,15 @@ FREE = (
     "train.tensorboard",
 )
 MODELS = ("retriever", "generator", "dtype", "model")  # what a trained model means nothing without
+LEFT_OUT = "left_out.jsonl"
 PACKAGES = "ragjax jax jaxlib flax optax orbax-checkpoint grain transformers tokenizers faiss-cpu numpy".split()
 
 
-def start_experiment(rag: Rag, index: Index) -> Path:
+def start_experiment(rag: Rag, index: Index, left_out: Sequence[LeftOut] = ()) -> Path:
     """Creates the output folder, or checks that it holds this very experiment on the very same inputs.
 
-    Raises `InputError` naming the keys or inputs that differ, if the folder cannot be written, or if another process
-    has other inputs or does not see it.
+    `left_out` are the questions that training leaves out. Raises `InputError` naming the keys or inputs that differ, if
+    the folder cannot be written, or if another process has other inputs or does not see it.
     """
     folder, inputs = Path(rag.config.output), _inputs(rag, index)
     check_same_experiment(rag.config)
@@ -60,8 +69,11 @@ def start_experiment(rag: Rag, index: Index) -> Path:
         if (folder / "config.yaml").exists():
             _check_same_inputs(folder / "manifest.json", inputs)
         else:
-            manifest = _manifest(rag, index, inputs)
-            _write(folder / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+            _write_json(folder / "manifest.json", _manifest(rag, index, inputs) | {"left_out": len(left_out)})
+        if left_out:
+            write_jsonl(folder / LEFT_OUT, as_json(left_out))
+        else:
+            (folder / LEFT_OUT).unlink(missing_ok=True)
         _write(folder / "config.yaml", dump_config(rag.config))
 
     on_first(write)
@@ -122,6 +134,11 @@ def check_same_experiment(config: Config) -> None:
             f"{config.output}: holds another experiment: {'; '.join(differ)}; "
             "go back to its settings, or choose another folder with output=…"
         )
+    if (done := newest_step(Path(config.output) / "checkpoints")) > config.train.steps:
+        raise InputError(
+            f"{config.output}: trained for {done} steps already, and train.steps is {config.train.steps}; give "
+            f"{done} or more, or choose another folder with output=…"
+        )
 
 
 def check_same_models(config: Config) -> None:
@@ -146,13 +163,46 @@ def _differences(path: Path, config: Config) -> dict[str, str]:
     }
 
 
-def _check_same_inputs(manifest: Path, inputs: dict[str, str]) -> None:
-    """A configuration names its files; whether these are still the same, the fingerprints tell."""
+def record_changes(folder: Path, step: int, changes: dict[str, Any]) -> None:
+    """Keeps in the manifest's `history` what is other from `step` on, {} where nothing is: what was before, and is now.
+
+    What was recorded of later steps is dropped: they are about to be trained again.
+    """
+
+    def write() -> None:
+        manifest = read_manifest(folder)
+        before = manifest.get("history", [])
+        now = [entry for entry in before if entry["step"] < step] + ([{"step": step} | changes] if changes else [])
+        if now != before:
+            _write_json(folder / "manifest.json", manifest | {"history": now})
+
+    on_first(write)
+
+
+def record_start(folder: Path, start: dict[str, Any]) -> None:
+    """Adds to the manifest from which run's parameters this one began."""
+    on_first(lambda: _write_json(folder / "manifest.json", read_manifest(folder) | {"start_from": start}))
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Raises `InputError` where it is missing or damaged."""
     try:
-        saved = json.loads(manifest.read_text(encoding="utf-8"))["fingerprints"]
-    except (OSError, ValueError, KeyError):
-        raise InputError(f"{manifest}: missing or damaged; choose another output folder") from None
-    if differ := [name for name, value in inputs.items() if saved.get(name) != value]:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        if not isinstance(manifest["fingerprints"], dict):
+            raise ValueError
+        return manifest
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(f"{folder / 'manifest.json'}: missing or damaged; choose another output folder") from None
+
+
+def _check_same_inputs(manifest: Path, inputs: dict[str, str]) -> None:
+    """A configuration names its files; whether these are still the same, the fingerprints tell.
+
+    Other questions are a change that `record_changes` tells of.
+    """
+    saved = read_manifest(manifest.parent)["fingerprints"]
+    held = inputs.keys() - {"questions.train"}
+    if differ := [name for name in inputs if name in held and saved.get(name) != inputs[name]]:
         raise InputError(
             f"{manifest.parent}: this run was started on other inputs: {', '.join(differ)} changed since; "
             "bring the old ones back, or choose another folder with output=…"
@@ -164,7 +214,7 @@ def load_experiment(folder: Path) -> Config:
     if not (folder / "config.yaml").is_file():
         raise InputError(f"{folder}: no run here (config.yaml is missing); run: ragjax train CONFIG")
     config = load_config(folder / "config.yaml")
-    before = Path(config.output)
+    before, asked = Path(config.output), config.questions
 
     def moved(path: str) -> str:
         """Where a path inside the output folder is now."""
@@ -174,13 +224,19 @@ def load_experiment(folder: Path) -> Config:
         config,
         output=str(folder),
         index=dataclasses.replace(config.index, folder=moved(config.index.folder)),
-        questions=Questions(*(moved(path) for path in dataclasses.astuple(config.questions))),
+        questions=dataclasses.replace(
+            config.questions, train=moved(asked.train), dev=moved(asked.dev), test=moved(asked.test)
+        ),
     )
 
 
 def _write(path: Path, text: str) -> None:
     with atomic_write(path) as (file,):
         file.write(text.encode())
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    _write(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def _leaves(tree: dict, prefix: str = "") -> dict[str, object]:

@@ -7,8 +7,9 @@ import fcntl
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -76,6 +77,24 @@ def write_jsonl(path: Path, records: Iterable[dict]) -> None:
     with atomic_write(path) as (file,):
         for record in records:
             file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+
+
+def check_writable(folder: Path) -> None:
+    """Raises `InputError` unless files can be written in `folder`, or in a new one of that name; leaves nothing."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be created ({error.strerror}); choose another output") from None
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"x")
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written ({error.strerror}); choose another output") from None
+    finally:
+        with suppress(OSError):  # another process may have put something there by now
+            for path in missing:
+                path.rmdir()
 
 
 @contextmanager

@@ -20,16 +20,17 @@ from ragjax.config import Config
 from ragjax.cost import size_text
 from ragjax.errors import InputError
 from ragjax.experiment import make_folder
-from ragjax.files import atomic_write
+from ragjax.files import atomic_write, check_writable
 from ragjax.hub import fingerprint_files
 from ragjax.index import EMBEDDINGS, FAISS_FILE, Embeddings, Index
 from ragjax.mesh import local_mesh
 from ragjax.metrics import has_answer
 from ragjax.passages import SHARDS, STORE_FILES
-from ragjax.progress import progress_bar
+from ragjax.progress import progress_bar, terminal
+from ragjax.questions import as_json
 from ragjax.rag import encode_questions
 from ragjax.search import block_log_normalizer, block_search
-from ragjax.world import open_world, pretrained, read_split, restore_trained, trained_index
+from ragjax.world import fitting, open_split, open_world, pretrained, restore_trained, trained_index
 
 KS = (1, 2, 5, 10, 20, 50, 100)
 BATCHES = (1, 8, 64)
@@ -47,13 +48,18 @@ def index_report(config: Config, count: int, plot: Path | None = None) -> dict[s
     """
     if plot is not None:
         _check_plot(plot)
-    questions = read_split(config, config.evaluate.split)
+    split = open_split(config, config.evaluate.split)
+    check_writable(Path(config.output))
     rag, index, store = open_world(config)
+    split = fitting(rag, split, documents=False, closed_book=False)
+    questions = split.questions
     mesh, folder = local_mesh(data=1), Path(config.output)
     trained = restore_trained(rag, mesh)
     params = pretrained(rag, mesh) if trained is None else trained[0]
     index = index if trained is None else trained_index(rag, index, trained[1])
     make_folder(folder)
+    for line in split.told(folder / "index_report.json"):
+        terminal.print(line, soft_wrap=True)
     drawn = np.sort(np.random.default_rng(config.seed).permutation(len(questions))[:count])
     sample = [questions[i] for i in drawn]
     ks = [k for k in KS if k <= len(index)]
@@ -85,6 +91,7 @@ def index_report(config: Config, count: int, plot: Path | None = None) -> dict[s
         "step": None if trained is None else trained[1],
         "split": config.evaluate.split,
         "questions": len(sample),
+        "left_out": as_json(split.left_out),
         "scale": scale,
         "bytes_per_passage": _bytes(Path(config.index.folder), index),
         "k": [_at(k, *(measured[name][:, i] for name in measured)) for i, k in enumerate(ks)],

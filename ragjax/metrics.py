@@ -14,7 +14,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from ragjax.passages import PassageStore, Question
+from ragjax.passages import PassageStore
+from ragjax.questions import Question
 
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 ARTICLES = re.compile(r"\b(a|an|the)\b")

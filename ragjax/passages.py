@@ -1,6 +1,6 @@
 """The passage store: the text and the generator's tokens of every passage, shard by shard, memory-mapped.
 
-Readers stream JSONL and DPR's psgs_w100.tsv, plain or gzipped; questions come as JSONL in the NQ-open form.
+Readers stream JSONL and DPR's psgs_w100.tsv, plain or gzipped.
 Each folder index/shards/00000, 00001, … holds consecutive passages: text.bin has them as JSON, tokens.bin the
 generator's tokens as int32, and the two files of offsets [n + 1] say where each passage begins and ends.
 """
@@ -46,14 +46,6 @@ class Passage:
     id: str
     title: str
     text: str
-
-
-@dataclass(frozen=True)
-class Question:
-    question: str
-    answers: tuple[str, ...]
-    id: str
-    passages: tuple[str, ...] = ()  # ids of those that answer it, where the file tells
 
 
 @dataclass(frozen=True)
@@ -115,34 +107,6 @@ def _check_ids(passages: Iterable[Passage], twice: set[int], key: Callable[[str]
     for position, passage in enumerate(passages, 1):
         if key(passage.id) in twice and (first := positions.setdefault(passage.id, position)) != position:
             raise InputError(f"passages {first} and {position} have the same id {passage.id!r}; ids must differ")
-
-
-def read_questions(path: Path) -> list[Question]:
-    """Reads JSONL lines {"question": …, "answer": [ … ]}; a lone string is one answer, the line number the default id.
-    `passages`, optional, lists the ids of the passages that answer the question.
-
-    Raises `InputError` naming file and line for anything malformed, and for a file without questions.
-    """
-    questions = []
-    if not path.is_file():
-        raise InputError(f'{path}: no such file of questions; expected JSON lines, {{"question": …, "answer": [ … ]}}')
-    for number, record in _json_lines(path):
-        text, answers = record.get("question"), record.get("answer")
-        answers = [answers] if isinstance(answers, str) else answers
-        if not isinstance(text, str) or not text.strip():
-            raise InputError(f'{path}:{number}: empty or missing "question"; expected a text')
-        if not isinstance(answers, list) or not answers:
-            raise InputError(f'{path}:{number}: empty or missing "answer"; expected a list of texts')
-        if not all(isinstance(answer, str) and answer.strip() for answer in answers):
-            raise InputError(f'{path}:{number}: "answer" must be a list of texts that are not empty')
-        passages = record.get("passages", [])
-        if not isinstance(passages, list) or not all(isinstance(p, str) for p in passages):
-            raise InputError(f'{path}:{number}: "passages" must be a list of passage ids')
-        id_ = _id(record.get("id", number), path, number)
-        questions.append(Question(text.strip(), tuple(answers), id_, tuple(passages)))
-    if not questions:
-        raise InputError(f"{path}: holds no questions; expected one JSON object a line")
-    return questions
 
 
 def shard_folder(folder: Path, number: int) -> Path:
@@ -370,19 +334,26 @@ def _corpus_file(path: Path, format: str) -> Path:
     return files[0]
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(line number from 1, text) of a UTF-8 file, gzipped or not."""
+def byte_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(line number from 1, bytes) of a file, gzipped or not. Raises `InputError` where it cannot be read."""
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     number = 0
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             for number, line in enumerate(file, 1):
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}:{number}: not UTF-8 ({error.reason})") from None
+                yield number, line
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}:{number + 1}: cannot be read ({error})") from None
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(line number from 1, text) of a UTF-8 file, gzipped or not."""
+    for number, line in byte_lines(path):
+        try:
+            yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path}:{number}: not UTF-8 ({error.reason})") from None
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, dict]]:

@@ -25,7 +25,8 @@ from ragjax.marginal import corpus_log_prior, log_prior
 from ragjax.mesh import local_mesh, on_each_device, on_host, rows_here, shard_batch
 from ragjax.models.generator import SpecialTokens
 from ragjax.models.layers import Params
-from ragjax.passages import Passage, PassageStore, is_unicode
+from ragjax.passages import Passage, PassageStore
+from ragjax.questions import text_problem
 from ragjax.text import (
     Ids,
     Prompt,
@@ -34,6 +35,7 @@ from ragjax.text import (
     assemble_closed_book,
     bucket,
     buckets_up_to,
+    check_prompt_fits,
     make_prompt,
     pad_rows,
 )
@@ -232,20 +234,37 @@ class Retrieved:
     log_prior: Float[np.ndarray, "B K"]
 
 
-def check_questions(questions: Sequence[str]) -> None:
-    """Raises `InputError` for an empty question, and for one that is no Unicode text."""
-    for question in questions:
-        if not question.strip():
-            raise InputError("an empty question; expected some text")
-        if not is_unicode(question):
-            raise InputError(f"the question {question!a} is not Unicode text; give it in UTF-8")
+def prompt_problems(
+    rag: Rag, questions: Sequence[str], documents: bool = True, closed_book: bool = False
+) -> list[str | None]:
+    """Why each question does not fit into `generator.source_tokens`, or None where it does.
+
+    `documents` and `closed_book` say into which prompts: with a passage, and without any.
+    """
+    longest, prompt = rag.config.generator.source_tokens, rag.prompt
+    cut = rag.config.hf_compatible  # there the question is
+    problems: list[str | None] = []
+    for tokens in rag.generator_tokenizer.encode([prompt.before_question + question for question in questions]):
+        try:
+            if documents and not cut:
+                check_prompt_fits(prompt, tokens, longest)
+            if closed_book:
+                assemble_closed_book(prompt, tokens, longest)
+            problems.append(None)
+        except InputError as error:
+            problems.append(str(error))
+    return problems
 
 
 def question_rows(
     rag: Rag, questions: Sequence[str], width: int | None = None
 ) -> tuple[Int[np.ndarray, "B S"], Bool[np.ndarray, "B S"]]:
-    """Questions as the retriever reads them, padded to a bucket or to `width`. Raises as `check_questions` does."""
-    check_questions(questions)
+    """Questions as the retriever reads them, padded to a bucket or to `width`.
+
+    Raises `InputError` naming the first that is empty or no Unicode text.
+    """
+    if bad := next(((i, why) for i, text in enumerate(questions) if (why := text_problem(text))), None):
+        raise InputError("questions[{}]: {}".format(*bad))
     longest = rag.config.retriever.question_tokens
     rows = rag.retriever_tokenizer.encode(questions, special=True, longest=longest)
     width = width or bucket(max(len(row) for row in rows), buckets_up_to(longest))

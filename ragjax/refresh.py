@@ -66,7 +66,8 @@ class Refresh:
         return asdict(self.state) | {"processes": jax.process_count()}
 
     def restore(self, saved: dict[str, Any], step: int, indexed: Params | None) -> None:
-        """Goes on as at the checkpoint of `step`, or begins: what is missing of an index being built is encoded again.
+        """Goes on as at the checkpoint of `step`, or begins: what is missing of an index being built is encoded again,
+        by the encoder `indexed`; without one it stays missing.
 
         Raises `InputError` where the index that was searched is gone.
         """
@@ -75,14 +76,15 @@ class Refresh:
         def clear() -> None:
             for path in self._versions():
                 other_parts = saved.get("processes") != jax.process_count() and int(path.name) == self.state.building
-                if int(path.name) > step or other_parts:  # of steps that are about to be repeated
+                if int(path.name) > step or step == 0 or other_parts:  # of steps that are about to be repeated
                     shutil.rmtree(path)
 
         on_first(clear)
         if self.state.searched is not None:
             self.index = refreshed_index(self.rag, self.base, self.folder.parent, self.state.searched)
-        if self.state.building is not None and self.state.building < self.rag.config.train.steps:
-            self._encode(range(step - self.state.building + 1), indexed)
+        begun = self.state.building
+        if indexed is not None and begun is not None and begun < self.rag.config.train.steps:
+            self._encode(range(step - begun + 1), indexed)
 
     def begins(self, step: int, kept: float | None) -> bool:
         """Whether a re-encoding begins after this step; `kept` is what `overlap` told, if it was asked."""
@@ -94,6 +96,11 @@ class Refresh:
 
     def begin(self, step: int) -> None:
         self.state = Refreshed(self.state.searched, step)
+
+    def begin_anew(self, step: int, encoder: Params) -> None:
+        """Encodes the whole index, as far as it is not there, and searches it from here on."""
+        self.begin(step)
+        self.finish(encoder)
 
     def go_on(self, step: int, indexed: Params | None) -> bool:
         """Encodes the part of this step; True when the new index is the one searched from now on."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,8 +21,9 @@ from ragjax.index import Index
 from ragjax.mesh import rows_here, shard_batch
 from ragjax.metrics import has_answer
 from ragjax.models.layers import Params
-from ragjax.passages import PassageStore, Question
+from ragjax.passages import PassageStore
 from ragjax.progress import terminal
+from ragjax.questions import Question, Split
 from ragjax.rag import (
     Rag,
     TrainBatch,
@@ -32,6 +35,7 @@ from ragjax.rag import (
     widen,
     widths,
 )
+from ragjax.world import fitting
 
 Pair = tuple[Question, str]  # and the answer to train on
 # a batch, what retrieval alone tells, and how many tokens
@@ -44,6 +48,13 @@ class Answerable:
 
     questions: Sequence[Question]
     usable: UsableAnswers
+
+    @property
+    def fingerprint(self) -> str:
+        """ "sha256:…" over what is trained on: a file from which only unusable questions were deleted has the same."""
+        chosen = zip(self.usable.questions, self.usable.answers, strict=True)
+        told = [[(q := self.questions[i]).question, [q.answers[a] for a in which], q.passages] for i, which in chosen]
+        return f"sha256:{hashlib.sha256(json.dumps(told).encode()).hexdigest()}"
 
     def pairs(self, chosen: Batch) -> list[Pair]:
         of = self.usable
@@ -64,6 +75,20 @@ def answerable(rag: Rag, questions: Sequence[Question]) -> Answerable:
             soft_wrap=True,
         )
     return Answerable(questions, usable)
+
+
+def trainable(rag: Rag, split: Split) -> tuple[Answerable, Split]:
+    """What of a split can be trained on, and the split, in which the rest is left out.
+
+    Raises `InputError` as `fitting` does, and where no answer fits.
+    """
+    marginal = rag.config.train.objective == "marginal"  # else the generator reads nothing
+    split = fitting(rag, split, documents=marginal, closed_book=False)
+    asked = answerable(rag, split.questions)
+    why = f"every answer is longer than generator.answer_tokens={rag.config.generator.answer_tokens}"
+    kept = set(asked.usable.questions)
+    problems = [None if i in kept else why for i in range(len(split.questions))]
+    return asked, split.without(problems).checked(rag.config.questions.strict)
 
 
 @dataclass
@@ -145,9 +170,8 @@ class Supply:
         self._ahead: tuple[list[Pair], Future[Any] | np.ndarray | None] | None = None
         self._position: dict[str, Any] | None = None  # in the data, before what was looked ahead for
         self._read: tuple[Index, Reading] | None = None  # with vectors of that index
-        if saved:
-            batches.restore(saved["data"])
-        if saved.get("ahead") is not None:
+        self.same_questions = batches.restore(saved["data"]) if saved else True
+        if self.same_questions and saved.get("ahead") is not None:
             self._position = saved["data"]
             self._ahead = asked.pairs(next(batches)), np.array(saved["ahead"], np.int32)
 

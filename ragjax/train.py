@@ -21,19 +21,28 @@ import numpy as np
 from jax.experimental.multihost_utils import reached_preemption_sync_point
 from jax.sharding import Mesh
 
-from ragjax.checkpoint import Checkpoints
+from ragjax.checkpoint import Checkpoints, newest_step
 from ragjax.config import Config
 from ragjax.contrastive import label_positions
 from ragjax.data import Batch, QuestionBatches
 from ragjax.errors import InputError
-from ragjax.experiment import check_processes_agree, check_same_experiment, start_experiment
+from ragjax.experiment import (
+    LEFT_OUT,
+    check_processes_agree,
+    check_same_experiment,
+    read_manifest,
+    record_changes,
+    record_start,
+    start_experiment,
+)
 from ragjax.files import alone, atomic_write
 from ragjax.fused import corpus_with_tokens
+from ragjax.hub import fingerprint_files
 from ragjax.index import Index, check_k
 from ragjax.loss import passage_params
 from ragjax.mesh import check_batch, first_says, is_first, make_mesh, on_first, on_host, place
-from ragjax.passages import read_questions
 from ragjax.progress import progress_bar, terminal
+from ragjax.questions import Split
 from ragjax.rag import Rag
 from ragjax.refresh import Refresh, refreshed_at
 from ragjax.signals import Signals, listening
@@ -49,8 +58,8 @@ from ragjax.step import (
     split_frozen,
     whole_on_every_device,
 )
-from ragjax.supply import Answerable, Reader, Supply, answerable
-from ragjax.world import open_world, read_split
+from ragjax.supply import Answerable, Reader, Supply, trainable
+from ragjax.world import check_start, open_split, open_world, start_params
 
 
 class Interrupted(Exception):
@@ -80,25 +89,32 @@ def _train(config: Config, signals: Signals) -> Path:
     check_same_experiment(config)
     if config.train.tensorboard and find_spec("tensorboardX") is None:
         raise InputError("train.tensorboard needs an extra: pip install 'ragjax[tensorboard]'")
-    questions = read_split(config, "train")
+    split, dev = open_split(config, "train"), open_split(config, "dev") if config.train.dev_questions else None
     rag, index, store = open_world(config)
     check_k(config.train.k, len(index))
-    dev = read_questions(Path(config.questions.dev))[: config.train.dev_questions] if config.train.dev_questions else []
-    asked, asked_dev = answerable(rag, questions), answerable(rag, dev) if dev else None
-    batches = QuestionBatches([len(a) for a in asked.usable.answers], config.train.batch_size, config.seed)
+    if newest_step(Path(config.output) / "checkpoints") == 0:
+        check_start(rag)
+    asked, split = trainable(rag, split)
+    asked_dev, dev = trainable(rag, dev.first(config.train.dev_questions)) if dev else (None, None)
+    answers = [len(of_question) for of_question in asked.usable.answers]
+    batches = QuestionBatches(answers, config.train.batch_size, config.seed, asked.fingerprint)
     mesh = make_mesh(config.mesh.model)
     check_batch(mesh, config.train.batch_size // config.train.accumulate)
     split_frozen(rag.abstract_params(), config.train.freeze)
     if config.train.probe_every is not None:
         make_gradient_error(rag)  # refuses a frozen generator now, and not later
     check_fits(rag, mesh, len(index))
-    positions = label_positions(store, [*questions, *dev]) if config.train.objective == "contrastive" else {}
+    every = [*split.questions, *(dev.questions if dev else [])]
+    positions = label_positions(store, every) if config.train.objective == "contrastive" else {}
     reader = Reader(rag, index, store, mesh, positions)
     refresh = None
     if config.train.passage_encoder != "frozen":
         refresh = Refresh(rag, index, store, Path(config.output), mesh)
-    probe = [question.question for question in questions[: config.refresh.probe_questions]]
-    folder = start_experiment(rag, index)
+    probe = [question.question for question in split.questions[: config.refresh.probe_questions]]
+    folder = start_experiment(rag, index, [*split.left_out, *(dev.left_out if dev else [])])
+    for line in [told for of in (split, dev) if of for told in of.told(folder / LEFT_OUT)]:
+        terminal.print(line, soft_wrap=True)
+    read_from = fingerprint_files([split.path])
 
     with ExitStack() as stack:
         on_first(lambda: stack.enter_context(alone(folder, "trains here; wait for it, or choose another output")))
@@ -107,8 +123,12 @@ def _train(config: Config, signals: Signals) -> Path:
         state, saved = _start(rag, checkpoints, index, mesh)
         supply = stack.enter_context(Supply(reader, batches, asked, saved))
         done = int(state.step)
+        record_changes(folder, done, _changes(rag, folder, done, saved, supply, read_from, split))
         if refresh is not None:
-            refresh.restore(saved.get("refresh", {}), done, state.indexed)
+            ended = done > 0 and saved.get("config", {}).get("train", {}).get("steps") == done < config.train.steps
+            refresh.restore(saved.get("refresh", {}), done, None if ended else state.indexed)
+            if ended or (config.train.start_from and done == 0):  # its index is that of its encoder as it is now
+                refresh.begin_anew(done, passage_params(rag, state.params))
             reader.index = refresh.index
         corpus = None
         if config.train.fused:
@@ -155,6 +175,7 @@ def _train(config: Config, signals: Signals) -> Path:
                         dev_loss = _dev_loss(reader, nll_fn, state, asked_dev, corpus)
                         log(step + 1, {} if dev_loss is None else {"dev_loss": dev_loss})
                     about = supply.state() | {"index": index.version, "config": dataclasses.asdict(config)}
+                    about["questions"] = read_from
                     about |= {"refresh": refresh.saved()} if refresh else {}
                     if refresh is not None:
                         refresh.keep_only(refreshed_at(of.get("refresh", {})) for of in checkpoints.every_metadata())
@@ -168,7 +189,7 @@ def _train(config: Config, signals: Signals) -> Path:
             checkpoints.wait()  # what comes now may take long, and goes on where it was stopped
             signals.instead = None
             before = refresh.index
-            refresh.finish(passage_params(rag, state.params))
+            refresh.begin_anew(config.train.steps, passage_params(rag, state.params))
             log(config.train.steps, {"index_overlap": refresh.compare(before, state.params, probe, config.train.k)})
     return folder
 
@@ -206,7 +227,12 @@ def _start(rag: Rag, checkpoints: Checkpoints, index: Index, mesh: Mesh) -> tupl
     like = abstract_state(rag, mesh)
     newest = checkpoints.newest(lambda step: (checkpoints.metadata(step), checkpoints.restore(step, like)))
     if newest is None:
-        params = place(rag.initial_params(), jax.tree.map(lambda leaf: leaf.sharding, like.params))
+        if rag.config.train.start_from is None:
+            params = place(rag.initial_params(), jax.tree.map(lambda leaf: leaf.sharding, like.params))
+        else:
+            params, start = start_params(rag, like.params)
+            record_start(Path(rag.config.output), start)
+            terminal.print(f"beginning with the parameters of {start['run']}, step {start['step']}", soft_wrap=True)
         # moments are born where they will lie: no device ever holds the whole state
         shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
         return jax.jit(lambda params: initial_state(rag, params), out_shardings=shardings)(params), {}
@@ -218,6 +244,27 @@ def _start(rag: Rag, checkpoints: Checkpoints, index: Index, mesh: Mesh) -> tupl
         )
     terminal.print(f"going on from step {step}")
     return state, metadata
+
+
+def _changes(
+    rag: Rag, folder: Path, done: int, saved: dict[str, Any], supply: Supply, read_from: str, split: Split
+) -> dict[str, Any]:
+    """What is other than before step `done`: the number of steps, the questions. Tells of it, too."""
+    steps, changes = rag.config.train.steps, {}
+    before = saved.get("config", {}).get("train", {}).get("steps", steps)
+    if before != steps:
+        changes["train.steps"] = {"before": before, "now": steps}
+        terminal.print(
+            f"train.steps was {before} and is {steps}: from here on the learning rates are those of {steps} steps, "
+            "unlike before: a run that begins with so many ends elsewhere",
+            soft_wrap=True,
+        )
+    read_before = saved.get("questions", read_manifest(folder)["fingerprints"].get("questions.train"))
+    if read_before != read_from:
+        changes["questions.train"] = {"before": read_before, "now": read_from, "left_out": len(split.left_out)}
+        then = "the order of those trained on stays" if supply.same_questions else "a new epoch begins with them"
+        terminal.print(f"{split.path}: other questions than before step {done}; {then}", soft_wrap=True)
+    return changes
 
 
 def _dev_loss(

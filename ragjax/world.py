@@ -2,29 +2,54 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
-from ragjax.checkpoint import Checkpoints
+from ragjax.checkpoint import Checkpoints, fingerprint, newest_step
 from ragjax.config import Config
-from ragjax.experiment import check_same_models
-from ragjax.hub import cache_folder
+from ragjax.errors import InputError
+from ragjax.experiment import check_same_models, load_experiment, read_manifest
+from ragjax.hub import cache_folder, fingerprint_files
 from ragjax.index import MANIFEST, Index, check_built, open_index
 from ragjax.mesh import enable_compilation_cache, local_mesh, place
 from ragjax.models.layers import Params
-from ragjax.passages import PassageStore, Question, read_questions
+from ragjax.passages import PassageStore
 from ragjax.progress import terminal
-from ragjax.rag import Rag, open_rag
+from ragjax.questions import Split, read_split
+from ragjax.rag import Rag, open_rag, prompt_problems
 from ragjax.refresh import refreshed_at, refreshed_index, version_folder
 from ragjax.step import abstract_state, for_answering, state_shardings
 
 
-def read_split(config: Config, split: str) -> list[Question]:
-    """The questions of a split. Raises `InputError` where these or the index are missing, before a model is fetched."""
+def open_split(config: Config, split: str) -> Split:
+    """The questions of a split, before a model is fetched.
+
+    Raises `InputError` where these or the index are missing or damaged, where none can be used, and, with
+    `questions.strict`, for the first that cannot.
+    """
     check_built(Path(config.index.folder))
-    return read_questions(Path(getattr(config.questions, split)))
+    return read_split(Path(getattr(config.questions, split))).checked(config.questions.strict)
+
+
+def fitting(rag: Rag, split: Split, documents: bool, closed_book: bool) -> Split:
+    """Without the questions that do not fit into the prompts, before a model runs; see `prompt_problems`.
+
+    Tells of those whose end the retriever does not read. Raises `InputError` as `open_split` does.
+    """
+    texts, longest = [question.question for question in split.questions], rag.config.retriever.question_tokens
+    split = split.without(prompt_problems(rag, texts, documents, closed_book)).checked(rag.config.questions.strict)
+    kept = [question.question for question in split.questions]
+    if cut := sum(len(row) > longest for row in rag.retriever_tokenizer.encode(kept, special=True)):
+        terminal.print(
+            f"{split.path}: {cut} questions are longer than retriever.question_tokens={longest}: "
+            "the retriever reads their beginning, the generator all of them",
+            soft_wrap=True,
+        )
+    return split
 
 
 def open_world(config: Config) -> tuple[Rag, Index, PassageStore]:
@@ -70,24 +95,70 @@ def restore_trained(rag: Rag, mesh: Mesh | None = None, step: int | None = None)
 
     Raises `InputError` for a checkpoint that is damaged, or was trained with other models than the configuration's.
     """
-    folder = Path(rag.config.output) / "checkpoints"
-    if not folder.is_dir():
+    if not (Path(rag.config.output) / "checkpoints").is_dir():
         return None
     check_same_models(rag.config)
     mesh = mesh or local_mesh(data=1)
     answering = for_answering(rag)
     like = {name: of for name, of in abstract_state(answering, mesh).params.items() if name in rag.parts}
-    with Checkpoints(folder, keep=rag.config.train.keep, writing=False) as checkpoints:
-
-        def load(step: int) -> Any:
-            return checkpoints.restore_params(step, like)
-
-        find = checkpoints.lowest if rag.config.train.keep_best else checkpoints.newest
-        found = find(load) if step is None else (step, load(step))
-        if found is None:
-            return None
+    found = _restored(rag.config, like, step)
+    if found is None:
+        return None
     params = found[1]
     if "generator" not in params:  # of contrastive training: it answers as it came
         untrained = {"generator": rag.generator.read()}
         params |= place(untrained, state_shardings(answering, mesh, {"generator": rag.generator.abstract}))
     return params, found[0]
+
+
+def _restored(config: Config, like: Params, step: int | None = None) -> tuple[int, Params] | None:
+    """The newest parameters in `output`, with `train.keep_best` the best, or those of `step`, laid out as in `like`."""
+    folder = Path(config.output) / "checkpoints"
+    with Checkpoints(folder, keep=config.train.keep, writing=False) as checkpoints:
+
+        def load(step: int) -> Any:
+            return checkpoints.restore_params(step, like)
+
+        find = checkpoints.lowest if config.train.keep_best else checkpoints.newest
+        return find(load) if step is None else (step, load(step))
+
+
+def check_start(rag: Rag) -> None:
+    """Raises `InputError` unless the run `train.start_from`, if there is one, has models that this one can go on with.
+
+    They come from the same pretrained ones, and passages were encoded in the same way.
+    """
+    if (run := rag.config.train.start_from) is None:
+        return
+    start, wanted = f"train.start_from: {run}", rag.config.train.passage_encoder
+    other = load_experiment(Path(run))
+    if (has := other.train.passage_encoder) != wanted:
+        raise InputError(
+            f"{start} has train.passage_encoder={has}, and this run {wanted}; use the same, or export that run and "
+            "give its encoders as sources"
+        )
+    theirs, ours = read_manifest(Path(run))["fingerprints"], {"encoder": rag.fingerprints["encoder"]}
+    ours |= {name: fingerprint_files(getattr(rag, name).files) for name in ("retriever", "generator")}
+    if differ := [name for name, value in ours.items() if theirs.get(name) != value]:
+        named = ", ".join("encoder of passages" if name == "encoder" else name for name in differ)
+        raise InputError(f"{start} was trained from another {named}; give the same sources, or export that run")
+    if newest_step(Path(run) / "checkpoints") == 0:
+        raise InputError(f"{start} has no checkpoint yet")
+
+
+def start_params(rag: Rag, like: Params) -> tuple[Params, dict[str, Any]]:
+    """The parameters of `train.start_from`, each laid out as `like` says, and what the manifest is to say of them.
+
+    What that run has not trained is as it came. See `check_start`.
+    """
+    assert rag.config.train.start_from is not None
+    run = Path(rag.config.train.start_from)
+    other = load_experiment(run)
+    parts = replace(rag, config=other).parts.keys() & like.keys()
+    found = _restored(other, {name: like[name] for name in parts})
+    if found is None:
+        raise InputError(f"train.start_from: {run} has no checkpoint yet")
+    step, params = found
+    untrained = {name: rag.parts[name].read() for name in like.keys() - parts}
+    params |= place(untrained, {name: jax.tree.map(lambda leaf: leaf.sharding, like[name]) for name in untrained})
+    return params, {"run": str(run), "step": step, "fingerprint": fingerprint(run / "checkpoints", step)}

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import io
 import json
+import logging
 import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import tokenizers
@@ -21,6 +25,7 @@ from trained import STEPS
 from world import CAPITALS, LANDS, build, tiny_config
 
 import ragjax
+from ragjax import answer as answer_module
 from ragjax.answer import Answer, Answerer, Candidate, Document, answer_modes, open_answerer, print_answer
 from ragjax.cli import main
 from ragjax.config import Config, dump_config
@@ -107,12 +112,83 @@ def test_n_best(answerer: Answerer, together: list[Answer]) -> None:
 def test_what_cannot_be_asked(answerer: Answerer) -> None:
     assert answerer.answer([]) == []
     for mode in ("thorough", "fast", "closed_book"):
-        with pytest.raises(InputError, match="an empty question"):
+        with pytest.raises(InputError, match=r"questions\[1\]: an empty question"):
             answerer.answer(["Where?", " "], mode=mode)
+        with pytest.raises(InputError, match=r"questions\[2\]: the question '\\udcff' is not Unicode text"):
+            answerer.answer(["Where?", "When?", "\udcff"], mode=mode)
+        with pytest.raises(InputError, match=r"questions\[0\]: a prompt needs 3\d\d tokens .*source_tokens is 128"):
+            answerer.answer("long " * 60, mode=mode)
     with pytest.raises(InputError, match=r"mode is .slow.; with model=rag_sequence .* of thorough, certified, fast"):
         answerer.answer(["Where?"], mode="slow")
     with pytest.raises(InputError, match="n_best is 0"):
         answerer.answer(["Where?"], n_best=0)
+
+
+def test_a_text_is_one_question(answerer: Answerer, together: list[Answer]) -> None:
+    [answer] = answerer.answer(QUESTIONS[0])
+    assert (answer.question, answer.text) == (QUESTIONS[0], together[0].text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"questions": None}, "questions: expected a text or a list of texts, not NoneType"),
+        ({"questions": 3}, "questions: expected a text or a list of texts, not int"),
+        ({"questions": b"Where?"}, "questions: expected a text or a list of texts, not bytes"),
+        ({"questions": (q for q in QUESTIONS)}, "questions: expected a text or a list of texts, not generator"),
+        ({"questions": {"Where?": 1}}, "questions: expected a text or a list of texts, not dict"),
+        ({"questions": np.array(QUESTIONS)}, "questions: expected a text or a list of texts, not ndarray"),
+        ({"questions": ["Where?", 3]}, r"questions\[1\]: expected a text, not int"),
+        ({"n_best": 2.0}, "n_best: expected a whole number, not float"),
+        ({"n_best": True}, "n_best: expected a whole number, not bool"),
+        ({"n_best": "2"}, "n_best: expected a whole number, not str"),
+        ({"mode": 1}, "mode: expected a text, not int"),
+    ],
+)
+def test_wrong_types_name_the_argument(answerer: Answerer, arguments: dict[str, Any], message: str) -> None:
+    """As users meet them: without the type checker of the tests, which would be quicker."""
+    with pytest.raises(TypeError, match=f"^{message}$"):
+        inspect.unwrap(Answerer.answer)(answerer, **({"questions": QUESTIONS[:1]} | arguments))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), [((None,), "run: .*, not NoneType"), (("run", 1), "untrained: .*, not int")]
+)
+def test_wrong_types_to_load(arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        inspect.unwrap(ragjax.load)(*arguments)
+
+
+def test_the_error_is_offered_without_waiting_for_jax() -> None:
+    program = "import sys, ragjax; assert issubclass(ragjax.InputError, Exception) and 'jax' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True)
+    assert ragjax.InputError is InputError and "InputError" in ragjax.__all__
+
+
+def test_sizes_share_their_programs(
+    answerer: Answerer, together: list[Answer], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Five questions are answered by the programs of six; larger lists in parts of `evaluate.batch_size`."""
+
+    asked = sorted(QUESTIONS, key=len, reverse=True)  # else the sixth may be read at another width
+    texts = {answer.question: answer.text for answer in together}
+
+    def compiled(count: int, most: int, mode: str) -> int:
+        config = answerer.rag.config
+        of_size = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, batch_size=most))
+        with_size = dataclasses.replace(answerer, rag=dataclasses.replace(answerer.rag, config=of_size))
+        caplog.clear()
+        with jax.log_compiles(), caplog.at_level(logging.WARNING):
+            answers = with_size.answer(asked[:count], mode=mode)
+        assert [answer.question for answer in answers] == asked[:count]
+        if mode == "thorough":
+            assert [answer.text for answer in answers] == [texts[question] for question in asked[:count]]
+        return sum(record.getMessage().startswith("Compiling ") for record in caplog.records)
+
+    for mode in ("thorough", "closed_book"):
+        assert compiled(6, 8, mode) > 0
+        assert compiled(5, 8, mode) == 0
+        assert compiled(6, 6, mode) == compiled(6, 6, mode) == 0
 
 
 def test_load_needs_a_run(tmp_path: Path) -> None:
@@ -128,6 +204,11 @@ def test_a_run_that_was_moved_is_loaded_from_where_it_is(run: Path, tmp_path: Pa
     (moved / "checkpoints").symlink_to(run / "checkpoints")
     assert ragjax.load(moved).step == STEPS
     assert ragjax.load(moved, untrained=True).step is None
+
+
+def given(data: bytes) -> io.TextIOWrapper:
+    """What stands on standard input."""
+    return io.TextIOWrapper(io.BytesIO(data))
 
 
 def ask(run: Path, *arguments: str) -> int:
@@ -150,7 +231,7 @@ def test_the_table_shows_it_all(run: Path, together: list[Answer], capsys: Captu
 def test_json_is_one_object_a_line_and_a_dash_reads_input(
     run: Path, together: list[Answer], capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO(f"{QUESTIONS[1]}\n\n{QUESTIONS[2]}\n"))
+    monkeypatch.setattr("sys.stdin", given(f"\ufeff{QUESTIONS[1]}\r\n\n{QUESTIONS[2]}".encode()))
     assert ask(run, QUESTIONS[0], "-", "--json") == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["question"] for line in lines] == QUESTIONS[:3]
@@ -158,6 +239,61 @@ def test_json_is_one_object_a_line_and_a_dash_reads_input(
         assert line.keys() == dataclasses.asdict(answer).keys()
         assert line["text"] == answer.text and line["probability"] == pytest.approx(answer.probability, rel=1e-3)
         assert [d["id"] for d in line["documents"]] == [d.id for d in answer.documents]
+
+
+def test_a_bad_line_costs_one_question(
+    run: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten questions, of which the third is too long and the seventh not UTF-8; and the same as arguments."""
+    asked = [question.encode() for question in [*QUESTIONS, *QUESTIONS[:2]]]
+    asked[2], asked[6] = b"word " * 10_000, b"Wo liegt K\xf6ln?"
+    monkeypatch.setattr("sys.stdin", given(b"\n".join(asked)))
+    assert ask(run, "-", "--json", "--mode", "fast") == 2
+    lines = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    assert [line.get("question") for line in lines] == [
+        None if i in (2, 6) else question.decode() for i, question in enumerate(asked)
+    ]
+    assert [line["line"] for line in lines if "error" in line] == [3, 7]
+    assert "a prompt needs 50019 tokens" in lines[2]["error"] and "generator.source_tokens is 128" in lines[2]["error"]
+    assert lines[6] == {"line": 7, "error": "not UTF-8 (invalid start byte at byte 11)"}
+
+    monkeypatch.setattr("sys.stdin", given(b"\n\xff\n"))
+    assert ask(run, " ", QUESTIONS[0], "-", "--mode", "fast") == 2
+    out, err = capfd.readouterr()
+    assert out.count("answer (fast)") == 1 and QUESTIONS[0] in out
+    assert err.splitlines() == [
+        "ragjax: argument 1: an empty question; expected some text",
+        "ragjax: line 2: not UTF-8 (invalid start byte at byte 1)",
+    ]
+    assert ask(run, "", QUESTIONS[0], "--json", "--mode", "fast") == 2
+    first, second = map(json.loads, capfd.readouterr().out.splitlines())
+    assert first == {"argument": 1, "error": "an empty question; expected some text"} and "text" in second
+
+
+def test_a_line_is_read_as_soon_as_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, writing = os.pipe()
+    late = threading.Timer(20, os.close, [writing])  # else one that waits for more would wait for ever
+    late.start()
+    with os.fdopen(reading) as pipe:
+        monkeypatch.setattr("sys.stdin", pipe)
+        lines = answer_module._input_lines()
+        for number, text in enumerate(("first", "second", "third"), 1):
+            os.write(writing, f"{text}\n".encode())
+            asked = next(lines)
+            assert (asked.where, asked.text) == ({"line": number}, text) and late.is_alive()
+        late.cancel()
+        os.close(writing)
+        assert list(lines) == []
+
+
+def test_standard_input_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    with os.fdopen(os.open("/proc/self/mem", os.O_RDONLY)) as unreadable:
+        monkeypatch.setattr("sys.stdin", unreadable)
+        with pytest.raises(InputError, match="standard input, line 1: cannot be read"):
+            next(answer_module._input_lines())
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(InputError, match="standard input is closed"):
+        next(answer_module._input_lines())
 
 
 COUNTING = """

@@ -206,8 +206,10 @@ def test_train_refuses(capsys: Capture, tmp_path: Path, world: Path, override: s
 
 
 def test_train_refuses_a_folder_with_another_experiment(capsys: Capture, own_run: Path) -> None:
-    message = refused(capsys, own_run, "train", str(own_run / "config.yaml"), "train.steps=99", "decode.k=2")
-    assert f"train.steps was {STEPS} and is 99" in message and "decode" not in message
+    message = refused(capsys, own_run, "train", str(own_run / "config.yaml"), "train.batch_size=16", "decode.k=2")
+    assert "train.batch_size was 8 and is 16" in message and "decode" not in message
+    message = refused(capsys, own_run, "train", str(own_run / "config.yaml"), "train.steps=3")
+    assert f"trained for {STEPS} steps already, and train.steps is 3; give {STEPS} or more" in message
     (own_run / "config.yaml").rename(own_run / "other.yaml")
     message = refused(capsys, own_run, "train", str(own_run / "other.yaml"))
     assert "has checkpoints but no config.yaml" in message
@@ -284,6 +286,39 @@ def test_evaluate_refuses_missing_questions_and_a_file_as_output(capsys: Capture
     assert "cannot be created" in message
 
 
+@pytest.mark.parametrize("command", ["evaluate", "index-report"])
+@pytest.mark.parametrize(
+    ("output", "message"), [("/proc/ragjax", "/proc/ragjax: cannot be created"), ("/proc", "/proc: cannot be written")]
+)
+def test_an_output_that_cannot_be_written_is_refused_before_any_work(
+    capsys: Capture,
+    tmp_path: Path,
+    world: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    output: str,
+    message: str,
+) -> None:
+    module = command.replace("-", "_")
+    monkeypatch.setattr(f"ragjax.{module}.open_world", lambda config: pytest.fail("models are opened"))
+    assert message in refused(capsys, tmp_path, command, str(world / "config.yaml"), f"output={output}")
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "index-report"])
+def test_a_bad_question_is_refused_on_request(capsys: Capture, tmp_path: Path, world: Path, command: str) -> None:
+    """By its line; what does not fit into a prompt is known once the tokenizers are."""
+    good = {"question": "Where?", "answer": ["there"]}
+    bad = lines(tmp_path / "bad.jsonl", good, {"question": "Where?", "answer": []})
+    settings = ["questions.strict=true", f"output={tmp_path / 'run'}"]
+    settings += [f"questions.{split}={bad}" for split in ("train", "test")]
+    message = refused(capsys, tmp_path, command, str(world / "config.yaml"), *settings)
+    assert f'{bad}:2: empty or missing "answer"' in message and "questions.strict=false" in message
+    if command != "index-report":
+        lines(bad, good, {"question": "long " * 60, "answer": ["x"]})
+        message = refused(capsys, tmp_path, command, str(world / "config.yaml"), *settings)
+        assert f"{bad}:2: a prompt needs" in message and "generator.source_tokens is 128" in message
+
+
 @pytest.mark.parametrize("command", ["evaluate", "answer"])
 def test_a_checkpoint_of_other_settings(capsys: Capture, own_run: Path, command: str) -> None:
     question = ["why?", "--set"] if command == "answer" else []
@@ -297,7 +332,7 @@ def test_a_question_that_is_no_text(capsys: Capture, tmp_path: Path, world: Path
     )
 
 
-@pytest.mark.parametrize("questions", [[""], ["Where?", " "]])
+@pytest.mark.parametrize("questions", [[""], [" ", "\t"]])
 def test_an_empty_question(capsys: Capture, tmp_path: Path, world: Path, questions: list[str]) -> None:
     assert "an empty question" in refused(capsys, tmp_path, "answer", str(world / "config.yaml"), *questions)
 

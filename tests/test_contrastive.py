@@ -35,7 +35,8 @@ from ragjax.files import write_jsonl
 from ragjax.loss import passage_params
 from ragjax.mesh import make_mesh, place, shard_batch
 from ragjax.models.layers import Params
-from ragjax.passages import PassageStore, Question, read_questions
+from ragjax.passages import PassageStore
+from ragjax.questions import Question, read_questions
 from ragjax.rag import encode, open_rag
 from ragjax.step import initial_state, make_train_step, state_shardings, trace_step
 from ragjax.train import train

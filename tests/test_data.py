@@ -10,7 +10,7 @@ import pytest
 
 from ragjax.data import QuestionBatches, usable_answers
 from ragjax.errors import InputError
-from ragjax.passages import Question
+from ragjax.questions import Question
 
 NUM_ANSWERS = [1, 2, 3, 1, 5, 1, 2]
 
@@ -79,8 +79,25 @@ def test_a_position_of_another_experiment_is_refused() -> None:
     state = QuestionBatches(NUM_ANSWERS, 3, seed=0).state()
     with pytest.raises(InputError, match=r"batch_size=3, but this run has batch_size=4"):
         QuestionBatches(NUM_ANSWERS, 4, seed=0).restore(state)
-    with pytest.raises(InputError, match="questions=7"):
-        QuestionBatches([1, 1], 3, seed=0).restore(state)
+    with pytest.raises(InputError, match=r"seed=0, but this run has seed=1"):
+        QuestionBatches(NUM_ANSWERS, 3, seed=1).restore(state)
+
+
+@pytest.mark.parametrize(("taken", "epoch"), [(0, 0), (1, 1), (2, 1), (3, 2), (7, 3)])  # 3 questions each, of 7
+def test_other_questions_begin_with_the_next_epoch(taken: int, epoch: int) -> None:
+    """Each of them has its turn, whatever was drawn of the others; the same ones go on where they were."""
+    first = QuestionBatches(NUM_ANSWERS, 3, seed=0, fingerprint="a")
+    take(first, taken)
+    other = QuestionBatches([2] * 5, 1, seed=0, fingerprint="b")
+    assert not other.restore(first.state() | {"batch_size": 1})
+    fresh = QuestionBatches([2] * 5, 5, seed=0, fingerprint="b")
+    [(questions, answers)] = take(fresh, epoch + 1)[-1:]
+    found = take(other, 5)
+    assert [q for [q], _ in found] == questions and [a for _, [a] in found] == answers
+    assert sorted(questions) == list(range(5))
+    again = QuestionBatches(NUM_ANSWERS, 3, seed=0, fingerprint="a")
+    assert again.restore(first.state()) and take(again, 5) == take(first, 5)
+    assert not QuestionBatches(NUM_ANSWERS, 3, seed=0, fingerprint="b").restore(first.state())
 
 
 def test_impossible_streams() -> None:

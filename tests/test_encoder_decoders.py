@@ -25,8 +25,8 @@ from ragjax.models.bart import BartConfig
 from ragjax.models.generator import Generator, Memory, score
 from ragjax.models.layers import row_keys
 from ragjax.models.t5 import T5Config, distance_bucket
-from ragjax.passages import read_questions
 from ragjax.prefixes import no_prefixes, read_step
+from ragjax.questions import read_questions
 from ragjax.random_checkpoint import write_random_checkpoint
 from ragjax.weights import Pretrained, open_generator, save_generator
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,16 @@ import numpy as np
 import pytest
 from trained import STEPS
 
+from ragjax import evaluate as evaluate_module
+from ragjax.answer import Answerer
 from ragjax.cli import main
 from ragjax.evaluate import print_metrics
+from ragjax.experiment import load_experiment
+from ragjax.files import write_jsonl
+from ragjax.mesh import local_mesh
 from ragjax.metrics import exact_match, expected_calibration_error, f1
-from ragjax.passages import read_questions
+from ragjax.questions import read_questions
+from ragjax.world import open_world
 
 Capture = pytest.CaptureFixture[str]
 MODES = ("thorough", "fast", "closed_book")
@@ -127,6 +135,163 @@ def test_fewer_questions_may_be_answered_before_training(
     for name in ("recall@1", "top_k_mass"):  # these are of all questions
         assert measured["untrained"][name] == report["models"]["untrained"][name]
     assert "closed book" not in capsys.readouterr().out
+
+
+SETTINGS = ["evaluate.split=test", "evaluate.untrained_limit=2", "evaluate.limit=10", "decode.beams=1"]
+
+
+def bad_questions(run: Path, folder: Path) -> Path:
+    """The eight questions, of which the first is learnt by heart, and four that cannot be asked among them."""
+    good = [json.dumps(json.loads(line)).encode() for line in (run.parent / "letters.jsonl").read_text().splitlines()]
+    long = json.dumps({"question": "long " * 60, "answer": ["x"], "id": "long"}).encode()
+    bad = [long, b'{"question": "caf\xe9?", "answer": ["x"]}', b"", b'{"question": "Where?", "answer": []}', b"{}"]
+    (folder / "test.jsonl").write_bytes(b"\n".join([good[0], *bad, *good[1:]]))
+    return folder / "test.jsonl"
+
+
+def evaluated(run: Path, output: Path, *settings: str) -> int:
+    """In a folder of its own, which has the checkpoints of `run`."""
+    output.mkdir(exist_ok=True)
+    if not (output / "checkpoints").exists():
+        (output / "checkpoints").symlink_to(run / "checkpoints")
+    return main(["evaluate", str(run / "config.yaml"), f"output={output}", *SETTINGS, *settings])
+
+
+def test_a_bad_question_costs_one_question(run: Path, tmp_path: Path, capsys: Capture) -> None:
+    """It counts as wrong and not found; the figures without it stand beside these, and equal those of a clean file."""
+    path = bad_questions(run, tmp_path)
+    assert evaluated(run, tmp_path / "bad", f"questions.test={path}") == 0
+    out, err = capsys.readouterr()
+    assert "4 of 12 questions cannot be used and are left out" in err and f"{path}:2: a prompt needs 3" in err
+    report = json.loads((tmp_path / "bad" / "metrics.json").read_text())
+    assert [of["line"] for of in report["left_out"]] == [2, 3, 5, 6] and report["left_out"][0]["id"] == "long"
+    clean = f"questions.test={run.parent / 'letters.jsonl'}"
+    assert evaluated(run, tmp_path / "clean", clean, "evaluate.limit=6", "evaluate.untrained_limit=1") == 0
+    theirs = json.loads((tmp_path / "clean" / "metrics.json").read_text())
+    assert "left_out" not in theirs and "could be" not in capsys.readouterr().out
+    for name, asked, answered in (("trained", 10, 6), ("untrained", 2, 1)):
+        ours, without = report["models"][name], theirs["models"][name]
+        assert (ours["questions"], ours["answered"], ours["unanswerable"]) == (12, answered, asked - answered)
+        for mode in MODES:
+            assert ours["answerable"][mode] == without[mode]
+            for figure in ("exact_match", "f1"):
+                assert ours[mode][figure] == pytest.approx(without[mode][figure] * answered / asked)
+            low, high = ours[mode]["exact_match_interval"]
+            assert low <= ours[mode]["exact_match"] <= high
+        for at in (1, 3, 5):
+            assert ours["answerable"][f"recall@{at}"] == without[f"recall@{at}"]
+            assert ours[f"recall@{at}"] == pytest.approx(without[f"recall@{at}"] * 8 / 12)
+        same = ("gold_nll", "calibration_error", "mean_candidates", "thorough_and_fast_differ", "top_k_mass")
+        assert all(ours[key] == without[key] for key in same)
+        assert "answerable" not in without and "unanswerable" not in without
+    table = " ".join(out.split())
+    assert "12 test questions 1 answered, 1 not 6 answered, 4 not" in table
+    assert table.count("of those that could be asked") == 3 + 2 * 3
+    lines = predictions(tmp_path / "bad")
+    assert {line["version"] for line in lines} == {1}
+    trained = [line for line in lines if line["model"] == "trained"]
+    assert [line["line"] for line in trained] == [1, 2, 3, 5, 6, 7, 8, 9, 10, 11]
+    assert [line["line"] for line in trained if "error" in line] == [2, 3, 5, 6]
+    assert trained[1].keys() == {"version", "model", "line", "id", "question", "gold", "error"}
+
+
+def test_questions_of_which_none_could_be_asked(run: Path, tmp_path: Path) -> None:
+    """Of the first `evaluate.limit`; what cannot be measured is null, not NaN."""
+    path = bad_questions(run, tmp_path)
+    first, *others = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([*others, first]))
+    assert (
+        evaluated(run, tmp_path / "run", f"questions.test={path}", "evaluate.limit=3", "evaluate.untrained_limit=0")
+        == 0
+    )
+    text = (tmp_path / "run" / "metrics.json").read_text()
+    measured = json.loads(text)["models"]["trained"]
+    assert (measured["answered"], measured["unanswerable"]) == (0, 3) and "NaN" not in text
+    assert measured["thorough"] == {"exact_match": 0.0, "exact_match_interval": [0.0, 0.0], "f1": 0.0}
+    assert measured["answerable"]["thorough"]["exact_match"] is None and measured["gold_nll"] is None
+
+
+def test_a_gold_answer_for_which_there_is_no_room(run: Path, tmp_path: Path) -> None:
+    """Is not measured, and costs nothing else."""
+    records = [json.loads(line) for line in (run.parent / "letters.jsonl").read_text().splitlines()[:2]]
+    records[0]["answer"] = ["x " * 500]
+    write_jsonl(tmp_path / "test.jsonl", records)
+    settings = [f"questions.test={tmp_path / 'test.jsonl'}", "evaluate.untrained_limit=0", "evaluate.closed_book=false"]
+    assert evaluated(run, tmp_path / "run", *settings) == 0
+    first, second = predictions(tmp_path / "run")
+    assert first["gold_nll"] is None and first["answer"] and second["gold_nll"] > 0
+    measured = json.loads((tmp_path / "run" / "metrics.json").read_text())["models"]["trained"]
+    assert measured["gold_nll"] == second["gold_nll"]
+
+
+def test_an_evaluation_goes_on_where_it_was_stopped(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """After Ctrl-C, and after a kill in the middle of a line; the files are those of one that was not, to the byte."""
+    asked = f"questions.test={bad_questions(run, tmp_path)}"
+    made, predict, retrieve = [], evaluate_module._predict, evaluate_module.retrieve
+
+    def counted(answerer: Answerer, batch: list[Any]) -> list[dict[str, Any]]:
+        made.append([question.line for question in batch])
+        if len(made) == stop:
+            raise KeyboardInterrupt
+        return predict(answerer, batch)
+
+    def searched(*given: Any) -> Any:
+        searches.append(1)
+        return retrieve(*given)
+
+    monkeypatch.setattr(evaluate_module, "_predict", counted)
+    monkeypatch.setattr(evaluate_module, "retrieve", searched)
+    stop, searches = 0, list[int]()
+    assert evaluated(run, tmp_path / "whole", asked) == 0
+    whole, of_whole = list(made), len(searches)
+    made.clear()
+
+    pieces, partial = tmp_path / "pieces", tmp_path / "pieces" / "predictions.0.partial"
+    stop = len(whole)
+    capsys.readouterr()
+    assert evaluated(run, pieces, asked) == 130
+    assert "interrupted; the same command goes on" in capsys.readouterr().err
+    assert sorted(path.name for path in pieces.iterdir()) == ["checkpoints", partial.name]
+    partial.write_bytes(partial.read_bytes()[:-10])
+    made.clear()
+    searches.clear()
+    stop = 0
+    assert evaluated(run, pieces, asked) == 0
+    assert made == whole[-2:], "the one that was stopped, and the one whose line was cut"
+    assert of_whole > 0 and len(searches) == 0
+    assert "going on with an evaluation that was stopped" in capsys.readouterr().err
+    for name in ("metrics.json", "predictions.jsonl"):
+        assert (pieces / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert sorted(path.name for path in pieces.iterdir()) == ["checkpoints", "metrics.json", "predictions.jsonl"]
+
+    made.clear()
+    stop = len(whole)
+    assert evaluated(run, pieces, asked) == 130
+    before = {name: (pieces / name).read_bytes() for name in ("metrics.json", "predictions.jsonl")}
+    made.clear()
+    stop = 0
+    assert evaluated(run, pieces, asked, "decode.max_new_tokens=5") == 0, "another one begins anew"
+    assert made == whole and not partial.exists()
+    assert all((pieces / name).read_bytes() != old for name, old in before.items())
+
+
+def test_an_evaluation_is_bound_to_its_checkpoint(run: Path, tmp_path: Path) -> None:
+    """And to its questions, settings, index and software."""
+    rag, _, _ = open_world(load_experiment(run))
+    mesh, prints = local_mesh(data=1), {"questions": "x"}
+    binding = evaluate_module._evaluation(rag, prints, STEPS, mesh)
+    assert binding == evaluate_module._evaluation(rag, prints, STEPS, mesh)
+    moved = dataclasses.replace(rag, config=dataclasses.replace(rag.config, output=str(tmp_path)))
+    shutil.copytree(run / "checkpoints", tmp_path / "checkpoints")
+    assert binding == evaluate_module._evaluation(moved, prints, STEPS, mesh)
+    saved = tmp_path / "checkpoints" / str(STEPS) / "_CHECKPOINT_METADATA"
+    saved.write_bytes(saved.read_bytes() + b" ")
+    other = dataclasses.replace(rag, config=dataclasses.replace(rag.config, model="rag_token"))
+    others = [(moved, prints, STEPS), (other, prints, STEPS), (rag, {"questions": "y"}, STEPS), (rag, prints, None)]
+    assert all(evaluate_module._evaluation(*given, mesh) != binding for given in others)
+    assert evaluate_module._evaluation(rag, prints, STEPS, local_mesh(data=2)) != binding
 
 
 def test_without_a_checkpoint_the_pretrained_models_are_measured(

@@ -19,6 +19,8 @@ from ragjax.experiment import (
     check_same_models,
     git_revision,
     load_experiment,
+    read_manifest,
+    record_changes,
     start_experiment,
 )
 from ragjax.hub import fingerprint_files
@@ -58,6 +60,31 @@ def test_the_same_experiment_may_go_on_with_what_is_free_changed(world: Path, tm
     start_experiment(*again)
     assert (tmp_path / "manifest.json").read_bytes() == manifest  # of the start
     assert load_experiment(tmp_path).decode.k == 1
+    more = tiny_config(world, output=str(tmp_path), train__retriever_lr=1e-5, train__steps=31, questions__strict=True)
+    check_same_experiment(more)
+
+
+def test_fewer_steps_than_were_trained_are_refused(world: Path, tmp_path: Path) -> None:
+    start_experiment(*opened(world, tmp_path, train__steps=7))
+    (tmp_path / "checkpoints" / "7").mkdir(parents=True)
+    check_same_experiment(tiny_config(world, output=str(tmp_path), train__steps=7))
+    with pytest.raises(InputError, match=r"trained for 7 steps already, and train\.steps is 6; give 7 or more"):
+        check_same_experiment(tiny_config(world, output=str(tmp_path), train__steps=6))
+
+
+def test_what_was_changed_later_is_recorded_once(world: Path, tmp_path: Path) -> None:
+    start_experiment(*opened(world, tmp_path))
+    before = read_manifest(tmp_path)
+    record_changes(tmp_path, 5, {})
+    assert read_manifest(tmp_path) == before
+    for _ in range(2):
+        record_changes(tmp_path, 5, {"train.steps": {"before": 5, "now": 9}})
+        record_changes(tmp_path, 7, {})
+    assert read_manifest(tmp_path)["history"] == [{"step": 5, "train.steps": {"before": 5, "now": 9}}]
+    record_changes(tmp_path, 7, {"train.steps": {"before": 9, "now": 8}})
+    assert [entry["step"] for entry in read_manifest(tmp_path)["history"]] == [5, 7]
+    record_changes(tmp_path, 5, {})  # from there on all is trained again, as it was begun
+    assert read_manifest(tmp_path)["history"] == []
 
 
 def test_a_run_from_before_a_key_was_there_may_go_on(world: Path, tmp_path: Path) -> None:
@@ -84,17 +111,17 @@ def test_another_experiment_is_refused_key_by_key(world: Path, tmp_path: Path) -
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-@pytest.mark.parametrize(("changed", "named"), [("train.jsonl", "questions.train"), ("index", "passages")])
+@pytest.mark.parametrize(("changed", "named"), [("generator/model.safetensors", "generator"), ("index", "passages")])
 def test_other_inputs_under_the_same_names_are_refused(world: Path, tmp_path: Path, changed: str, named: str) -> None:
     own = Path(shutil.copytree(world, tmp_path / "world", ignore=shutil.ignore_patterns("run")))
-    places = {"questions__train": str(own / "train.jsonl"), "index__folder": str(own / "index")}
+    places = {"generator__source": str(own / "generator"), "index__folder": str(own / "index")}
     rag, index = opened(world, tmp_path / "run", **places)
     start_experiment(rag, index)
     if changed == "index":
         index.manifest["corpus"]["fingerprint"] = "sha256:0"
     else:
-        text = (own / changed).read_text()
-        (own / changed).write_text(text.replace("capital", "Capital"))
+        data = (own / changed).read_bytes()
+        (own / changed).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     with pytest.raises(InputError, match=rf"started on other inputs: {named} changed since"):
         start_experiment(rag, index)
 
@@ -114,7 +141,15 @@ def test_everything_that_training_depends_on_is_held(world: Path) -> None:
     assert all(key.split(".")[0] in sections for key in FREE)
     train = {field.name for field in dataclasses.fields(tiny_config(world).train)}
     free = {key.removeprefix("train.") for key in FREE if key.startswith("train.")}
-    assert free <= train and not free & {"steps", "batch_size", "k", "retriever_lr", "freeze", "dropout", "accumulate"}
+    assert free <= train and not free & {
+        "start_from",
+        "batch_size",
+        "k",
+        "retriever_lr",
+        "freeze",
+        "dropout",
+        "accumulate",
+    }
 
 
 def test_a_folder_of_checkpoints_without_configuration_is_left_alone(world: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from ragjax.config import load_config
 from ragjax.errors import InputError
 from ragjax.fused import asked_batch, corpus_with_tokens, prompt_on_device, retrieve_in_step
 from ragjax.mesh import local_mesh, make_mesh, place, replicated, shard_batch
-from ragjax.passages import read_questions
+from ragjax.questions import read_questions
 from ragjax.rag import search, train_batch, widen
 from ragjax.step import TrainState, initial_state, make_train_step, state_shardings
 from ragjax.text import Prompt, assemble

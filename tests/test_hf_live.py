@@ -37,7 +37,7 @@ from ragjax.hf_rag import import_rag
 from ragjax.loss import loss
 from ragjax.marginal import log_prior
 from ragjax.models.generator import SpecialTokens
-from ragjax.passages import read_questions
+from ragjax.questions import read_questions
 from ragjax.rag import Rag, TrainBatch, open_rag, retrieve, train_batch
 from ragjax.weights import open_bert, open_generator
 from ragjax.world import restore_trained

@@ -18,7 +18,7 @@ from ragjax.index import Embeddings, Index
 from ragjax.index_report import exact_by_shards, index_report
 from ragjax.marginal import marginal_bounds
 from ragjax.mesh import local_mesh
-from ragjax.passages import read_questions
+from ragjax.questions import read_questions
 from ragjax.rag import encode_questions
 
 Capture = pytest.CaptureFixture[str]

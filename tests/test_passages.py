@@ -1,6 +1,5 @@
 import gzip
 import hashlib
-import json
 import resource
 import shutil
 import subprocess
@@ -17,11 +16,9 @@ from ragjax.passages import (
     STORE_FILES,
     Passage,
     PassageStore,
-    Question,
     Scan,
     count_passages,
     read_passages,
-    read_questions,
     scan_passages,
     shard_folder,
     write_store,
@@ -246,36 +243,6 @@ def test_a_folder_is_held_by_one_process(tmp_path):
         shutil.rmtree(folder)
         with alone(folder, "works here"):  # a new folder is not the old one
             pass
-
-
-def test_questions(tmp_path):
-    path = tmp_path / "q.jsonl"
-    write_jsonl(path, [{"question": "Où ?", "answer": ["a", "b"], "x": 1}, {"question": "q", "answer": "c", "id": "z"}])
-    assert "Où" in path.read_text(encoding="utf-8")
-    assert read_questions(path) == [Question("Où ?", ("a", "b"), "1"), Question("q", ("c",), "z")]
-    assert [file.name for file in tmp_path.iterdir()] == ["q.jsonl"]
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("{", "q.jsonl:2: not JSON"),
-        ('{"question": " ", "answer": ["a"]}', 'q.jsonl:2: empty or missing "question"'),
-        ('{"question": "q"}', 'q.jsonl:2: empty or missing "answer"'),
-        ('{"question": "q", "answer": []}', 'q.jsonl:2: empty or missing "answer"'),
-        ('{"question": "q", "answer": ["a", 3]}', "q.jsonl:2: .* must be a list of texts"),
-        ('{"question": "q", "answer": [""]}', "q.jsonl:2: .* not empty"),
-    ],
-)
-def test_bad_questions(tmp_path, line, message):
-    path = write(tmp_path / "q.jsonl", json.dumps({"question": "q", "answer": "a"}) + "\n" + line + "\n")
-    with pytest.raises(InputError, match=message):
-        read_questions(path)
-
-
-def test_no_questions(tmp_path):
-    with pytest.raises(InputError, match="holds no questions"):
-        read_questions(write(tmp_path / "q.jsonl", "\n"))
 
 
 def test_write_jsonl_keeps_the_old_file_when_it_fails(tmp_path):

@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -110,6 +111,37 @@ def test_a_damaged_checkpoint_is_passed_over_by_all(world: Path, reference: Path
     assert err.count(f"{newest}: the checkpoint is incomplete or damaged") == 1 and "going on from step 10" in err
     assert [path.name for path in (tmp_path / "damaged-checkpoints").iterdir()] == [f"{STEPS}-1"]
     assert_same(tmp_path, reference)
+
+
+@pytest.mark.slow
+def test_an_evaluation_that_was_killed_goes_on_whatever_the_number_of_processes(world: Path, tmp_path: Path) -> None:
+    """Two begin, one is killed, and three go on. No batch is made twice, and the files come out the same."""
+    settings = ["evaluate.split=train", "evaluate.batch_size=1", "evaluate.closed_book=false"]
+
+    def arguments(output: str) -> list[str]:
+        return ["evaluate", str(world / "config.yaml"), f"output={tmp_path / output}", *settings]
+
+    def kept() -> int:
+        return sum(path.read_bytes().count(b"answer (") for path in (tmp_path / "pieces").glob("*.partial"))
+
+    processes = start(world, 2, *arguments("pieces"))
+    limit = time.monotonic() + 120
+    while kept() < 4:
+        assert time.monotonic() < limit and all(p.poll() is None for p in processes)
+        time.sleep(0.01)
+    processes[1].kill()
+    ends(processes, within=120)
+    before = kept()
+    assert 4 <= before <= 20
+    told = ends(start(world, 3, *arguments("pieces")), within=180)
+    assert [code for code, _ in told] == [0, 0, 0], told
+    assert "going on with an evaluation that was stopped" in told[0][1]
+    [first] = re.findall(r"answer \(untrained\): (\d+)/\d+ questions", told[0][1])
+    assert int(first) == -(-(20 - before) // 3), "its share of what was missing"
+    assert [code for code, _ in ends(start(world, 2, *arguments("whole")), within=180)] == [0, 0]
+    ours, theirs = ((tmp_path / of / "predictions.jsonl").read_text() for of in ("pieces", "whole"))
+    assert ours == theirs and ours.count("\n") == 20
+    assert list((tmp_path / "pieces").glob("*.partial")) == []
 
 
 @pytest.mark.parametrize("lost", [0, 1])

@@ -21,7 +21,8 @@ from ragjax.index import Index
 from ragjax.loss import joint_logp, loss
 from ragjax.marginal import marginal_logp
 from ragjax.models.layers import Params
-from ragjax.passages import PassageStore, read_questions
+from ragjax.passages import PassageStore
+from ragjax.questions import read_questions
 from ragjax.rag import (
     Rag,
     TrainBatch,

@@ -28,7 +28,8 @@ from ragjax.index import open_index
 from ragjax.loss import loss, passage_params
 from ragjax.mesh import local_mesh, make_mesh, place, replicated
 from ragjax.models.layers import Params
-from ragjax.passages import PassageStore, read_questions
+from ragjax.passages import PassageStore
+from ragjax.questions import read_questions
 from ragjax.rag import Rag, embed_with, encode, encode_questions, open_rag, passage_batch, search, train_batch
 from ragjax.refresh import Refresh, Refreshed, version_folder
 from ragjax.step import abstract_state, initial_state
@@ -302,6 +303,49 @@ def test_a_run_killed_while_its_last_index_is_built_goes_on_with_it(
     assert files(tmp_path / "run").keys() == before.keys() and logged(tmp_path / "run") == logged(undisturbed)
 
 
+def test_a_run_with_more_steps_goes_on_with_the_index_of_its_end(
+    world: Path, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where that was not complete: the same is built before the first step."""
+    for name in ("one", "two"):
+        shutil.copytree(undisturbed, tmp_path / name)
+    (tmp_path / "two/refreshed/000014/manifest.json").unlink()
+    shutil.rmtree(tmp_path / "two/refreshed/000014/shards/00001")
+    for name in ("one", "two"):
+        train(refreshing(world, tmp_path / name, train__steps=16))
+    ours, theirs = (logged(tmp_path / name) for name in ("one", "two"))
+    assert ours == theirs and [line["step"] for line in ours][-3:] == [15, 16, 16]
+    assert [line["index_age"] for line in ours[-3:-1]] == [1, 2]
+    config = refreshing(world, tmp_path / "one", train__steps=16)
+    rag, index, store = open_world(config)
+    last, saved = state_at(config, 16)
+    assert saved["refresh"] == {"searched": 14, "building": 16, "processes": 1}
+    newest = trained_index(rag, index, 16)
+    np.testing.assert_allclose(np.asarray(newest.embeddings), encoded(rag, store, last.params["retriever"]), atol=1e-5)
+    assert "train.steps was 14 and is 16" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_run_that_begins_with_a_trained_encoder_searches_its_index(
+    world: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    """One that an earlier attempt has left is not trusted: it may be of another encoder."""
+    config = refreshing(
+        world, tmp_path / "run", train__steps=1, train__start_from=str(undisturbed), refresh__every=None
+    )
+    left = version_folder(tmp_path / "run", 0) / "shards/00000"
+    left.mkdir(parents=True)
+    (left / "embeddings.npy").write_bytes(b"?")
+    train(config)
+    before, _ = state_at(refreshing(world, undisturbed), 14)
+    rag, _, store = open_world(config)
+    begun = open_index(version_folder(tmp_path / "run", 0), rag.fingerprints)
+    expected = encoded(rag, store, before.params["retriever"])
+    np.testing.assert_allclose(np.asarray(begun.embeddings), expected, atol=1e-5)
+    assert state_at(config, 1)[1]["refresh"] == {"searched": 0, "building": 1, "processes": 1}
+    [line] = [line for line in logged(tmp_path / "run") if "index_age" in line]
+    assert line["index_age"] == 1
+
+
 def test_two_processes_switch_at_the_same_step(world: Path, undisturbed: Path, tmp_path: Path) -> None:
     """And each encodes its part; one that resumes alone makes its own parts."""
     settings = [f"{key.replace('__', '.')}={value}" for key, value in SETTINGS.items()]
@@ -384,7 +428,7 @@ def test_queries_are_one_step_old(world: Path, ahead: Config) -> None:
 
 def next_questions(config: Config, position: dict[str, Any], count: int) -> list[int]:
     batches = QuestionBatches([1] * count, config.train.batch_size, config.seed)
-    batches.restore(position)
+    batches.restore(position | {"fingerprint": None})
     return next(batches).questions.tolist()
 
 

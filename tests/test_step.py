@@ -25,7 +25,7 @@ from ragjax.loss import answer_nll, joint_logp, loss
 from ragjax.mesh import local_mesh, make_mesh, place, replicated, shard_batch
 from ragjax.models.generator import answer_hidden
 from ragjax.models.layers import Params
-from ragjax.passages import read_questions
+from ragjax.questions import read_questions
 from ragjax.rag import Rag, TrainBatch, open_rag, retrieve, train_batch
 from ragjax.search import Corpus
 from ragjax.step import (

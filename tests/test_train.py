@@ -27,12 +27,14 @@ from ragjax.cli import main
 from ragjax.errors import InputError
 from ragjax.experiment import load_experiment
 from ragjax.files import write_jsonl
+from ragjax.hub import fingerprint_files
 from ragjax.loss import loss
 from ragjax.models.layers import Params
-from ragjax.passages import read_questions
 from ragjax.progress import progress_bar
+from ragjax.questions import read_questions
 from ragjax.rag import Rag, open_rag, retrieve, train_batch
 from ragjax.step import TrainState, initial_state
+from ragjax.supply import Answerable
 from ragjax.train import train
 from ragjax.world import restore_trained
 
@@ -266,6 +268,168 @@ def test_answers_that_are_too_long_are_counted_and_not_cut(
     err = " ".join(capsys.readouterr().err.split())
     assert "9 answers are longer than generator.answer_tokens=12 and are not trained on" in err
     assert "for example 'a city of many words'; 1 questions have no other" in err
+
+
+LONG = {"question": "long " * 60, "answer": ["x"]}
+WITHOUT_ANSWER = {"question": "Where?", "answer": ["nowhere in particular"]}
+
+
+def test_bad_questions_are_left_out_and_listed(world: Path, tmp_path: Path, capsys: Capture) -> None:
+    """For more than an epoch none of them is drawn; of the dev questions they are counted, too."""
+    good = [json.loads(line) for line in (world / "train.jsonl").read_text().splitlines()[:6]]
+    path, dev = tmp_path / "bad.jsonl", tmp_path / "dev.jsonl"
+    write_jsonl(path, [good[0], LONG, *good[1:], {"question": "", "answer": ["x"]}, WITHOUT_ANSWER])
+    write_jsonl(dev, [LONG, good[0]])
+    settings = [
+        f"questions.train={path}",
+        f"questions.dev={dev}",
+        "train.dev_questions=2",
+        f"output={tmp_path / 'run'}",
+    ]
+    assert main(["train", str(world / "config.yaml"), *PIECES, *settings]) == 0
+    err = capsys.readouterr().err
+    assert "3 of 9 questions cannot be used and are left out" in err and f"{path}:8: empty or missing" in err
+    assert "1 of 2 questions cannot be used" in err
+    listed = [json.loads(line) for line in (tmp_path / "run" / "left_out.jsonl").read_text().splitlines()]
+    assert [(of["file"], of["line"]) for of in listed] == [
+        (str(path), 2),
+        (str(path), 8),
+        (str(path), 9),
+        (str(dev), 1),
+    ]
+    assert listed[0]["reason"].startswith("a prompt needs 3") and "every answer is longer" in listed[2]["reason"]
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["left_out"] == 4
+    assert math.isfinite([line for line in logged(tmp_path / "run") if "dev_loss" in line][-1]["dev_loss"])
+
+
+def test_a_contrastive_run_reads_questions_of_any_length(world: Path, tmp_path: Path, capsys: Capture) -> None:
+    """No generator reads them, and the retriever their beginning, which is told."""
+    good = [json.loads(line) for line in (world / "train.jsonl").read_text().splitlines()[:7]]
+    write_jsonl(tmp_path / "q.jsonl", [*good, LONG | {"answer": ["Kesbourg"]}])
+    settings = ["train.objective=contrastive", "train.mined=5", "train.steps=2", f"output={tmp_path / 'run'}"]
+    assert main(["train", str(world / "config.yaml"), *settings, f"questions.train={tmp_path / 'q.jsonl'}"]) == 0
+    err = " ".join(capsys.readouterr().err.split())
+    assert "1 questions are longer than retriever.question_tokens=64" in err and "left out" not in err
+    assert not (tmp_path / "run" / "left_out.jsonl").exists()
+
+
+def test_a_run_goes_on_with_cleaned_questions(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """Without those that were left out all stays as it was; others have their turn from the next epoch on."""
+    go, path = trainer(world, tmp_path), tmp_path / "q.jsonl"
+    good = [json.loads(line) for line in (world / "train.jsonl").read_text().splitlines()[:12]]
+    asked = f"questions.train={path}"
+    write_jsonl(path, [good[0], LONG, *good[1:]])
+    assert go("whole", asked) == 0
+    at_step(monkeypatch, 2, lambda: signal.raise_signal(signal.SIGINT))
+    assert go("cleaned", asked) == 130
+    shutil.copytree(tmp_path / "cleaned", tmp_path / "fewer")
+    at_step(monkeypatch, 0, crash)
+    capsys.readouterr()
+
+    cleaned = tmp_path / "cleaned.jsonl"
+    write_jsonl(cleaned, good)
+    assert go("cleaned", f"questions.train={cleaned}", "questions.strict=true") == 0
+    err = " ".join(capsys.readouterr().err.split())
+    assert f"{cleaned}: other questions than before step 2; the order of those trained on stays" in err
+    assert losses(tmp_path / "cleaned") == losses(tmp_path / "whole")
+    manifest = json.loads((tmp_path / "cleaned" / "manifest.json").read_text())
+    [entry] = manifest["history"]
+    assert entry["step"] == 2 and entry["questions.train"] == {
+        "before": manifest["fingerprints"]["questions.train"],
+        "now": fingerprint_files([cleaned]),
+        "left_out": 0,
+    }
+    assert not (tmp_path / "cleaned" / "left_out.jsonl").exists()
+
+    write_jsonl(cleaned, good[2:])
+    drawn: list[str] = []
+    pairs = Answerable.pairs
+
+    def watched(asked: Answerable, chosen: Any) -> Any:
+        found = pairs(asked, chosen)
+        drawn.extend(question.question for question, _ in found)
+        return found
+
+    monkeypatch.setattr(Answerable, "pairs", watched)
+    assert go("fewer", f"questions.train={cleaned}") == 0
+    assert "a new epoch begins with them" in " ".join(capsys.readouterr().err.split())
+    assert set(drawn[:10]) == {question["question"] for question in good[2:]}
+    [entry] = json.loads((tmp_path / "fewer" / "manifest.json").read_text())["history"]
+    assert entry["step"] == 2
+    assert [line["step"] for line in logged(tmp_path / "fewer")] == [1, 2, 3, 4, 5]
+
+
+def test_a_run_goes_on_with_more_steps(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """It says so, follows the rates of the new number, and is the same however often it is stopped from there on."""
+    go = trainer(world, tmp_path)
+    assert go("run", "train.steps=3") == 0
+    shutil.copytree(tmp_path / "run", tmp_path / "pieces")
+    capsys.readouterr()
+    assert go("run", "train.steps=5") == 0
+    err = " ".join(capsys.readouterr().err.split())
+    assert (
+        "going on from step 3" in err and "train.steps was 3 and is 5: from here on the learning rates are those" in err
+    )
+    assert [line["step"] for line in losses(tmp_path / "run")] == [1, 2, 3, 4, 5]
+    history = [{"step": 3, "train.steps": {"before": 3, "now": 5}}]
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["history"] == history
+    at_step(monkeypatch, 4, crash)
+    with pytest.raises(RuntimeError, match="power"):
+        go("pieces", "train.save_every=1")
+    at_step(monkeypatch, 0, crash)
+    assert go("pieces") == 0
+    assert losses(tmp_path / "run") == losses(tmp_path / "pieces")
+    assert json.loads((tmp_path / "pieces" / "manifest.json").read_text())["history"] == history
+    assert go("run", "train.steps=4") == 2
+    assert "trained for 5 steps already, and train.steps is 4" in capsys.readouterr().err
+
+
+def test_a_run_begins_with_the_parameters_of_another(
+    world: Path, run: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With rates of zero they stay what they were; sharded, too. Once there is a checkpoint, that run may be gone."""
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("config.yaml", "manifest.json"):
+        shutil.copy(run / name, other / name)
+    shutil.copytree(run / "checkpoints", other / "checkpoints")
+    still = ["train.retriever_lr=0", "train.generator_lr=0", f"train.start_from={other}"]
+    go = trainer(world, tmp_path)
+    monkeypatch.setattr(Rag, "initial_params", lambda rag: pytest.fail("the pretrained ones are read"))
+    assert go("new", *still, "train.steps=1", "mesh.fsdp=true", "mesh.model=2") == 0
+    assert f"beginning with the parameters of {other}, step {STEPS}" in " ".join(capsys.readouterr().err.split())
+    manifest = json.loads((tmp_path / "new" / "manifest.json").read_text())
+    assert (manifest["start_from"]["run"], manifest["start_from"]["step"]) == (str(other), STEPS)
+    assert manifest["start_from"]["fingerprint"].startswith("sha256:")
+    theirs, ours = (restore_trained(open_rag(tiny_config(world, output=str(of)))) for of in (other, tmp_path / "new"))
+    assert theirs is not None and ours is not None and (theirs[1], ours[1]) == (STEPS, 1)
+    chex.assert_trees_all_equal(jax.tree.map(np.asarray, ours[0]), jax.tree.map(np.asarray, theirs[0]))
+    shutil.rmtree(other)
+    assert go("new", *still, "train.steps=2") == 0
+    assert "beginning with" not in capsys.readouterr().err
+    assert go("third", *still) == 2
+    assert "no run here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["train.passage_encoder=own"], "has train.passage_encoder=frozen, and this run own; use the same, or export"),
+        (["generator.source=random:llama"], "was trained from another generator; give the same sources"),
+    ],
+)
+def test_a_run_does_not_begin_with_what_is_not_its_own(
+    run: Path, tmp_path: Path, capsys: Capture, settings: list[str], message: str
+) -> None:
+    more = [f"output={tmp_path}/run", f"index.folder={tmp_path}/index", f"train.start_from={run}", *settings]
+    assert main(["index", str(run / "config.yaml"), *more]) == 0
+    assert main(["train", str(run / "config.yaml"), *more]) == 2
+    assert f"train.start_from: {run} {message}" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_tensorboard_and_rare_logging(world: Path, tmp_path: Path) -> None:

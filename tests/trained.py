@@ -13,7 +13,7 @@ from world import shared_world
 from ragjax.cli import main
 from ragjax.files import write_jsonl
 from ragjax.index import MANIFEST
-from ragjax.passages import read_questions
+from ragjax.questions import read_questions
 
 STEPS = 24
 
