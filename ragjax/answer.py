@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -33,10 +32,11 @@ from ragjax.models.generator import Memory
 from ragjax.models.layers import Params
 from ragjax.passages import PassageStore
 from ragjax.prefixes import few_sizes
-from ragjax.progress import terminal
+from ragjax.progress import Screen, terminal
 from ragjax.questions import text_problem
 from ragjax.rag import Rag, Retrieved, answer_tokens, prompt_problems, prompt_rows, retrieve
 from ragjax.signals import check
+from ragjax.terminal_text import visible
 from ragjax.text import bucket, buckets_up_to, pad_rows
 from ragjax.world import open_world, pretrained, restore_trained, trained_index
 
@@ -333,14 +333,15 @@ def answer_from_command_line(
     for asked in _questions(questions):
         check()
         if problem := asked.problem or answerer.problems([asked.text], mode)[0]:
-            print(asked.error(problem, as_json), file=sys.stdout if as_json else sys.stderr, flush=True)
+            told = asked.error(problem, as_json)
+            print(told if as_json else visible(told), file=sys.stdout if as_json else sys.stderr, flush=True)
             code = 2
             continue
         [answer] = answerer.answer([asked.text], mode)
         if as_json:
             print(json.dumps(dataclasses.asdict(answer), ensure_ascii=False), flush=True)
         else:
-            print_answer(answer, Console(highlight=False))
+            print_answer(answer, Screen(highlight=False))
     return code
 
 
@@ -369,18 +370,18 @@ def _input_lines() -> Iterator[_Asked]:
         raise InputError(f"standard input, line {number + 1}: cannot be read ({error.strerror or error})") from None
 
 
-def print_answer(answer: Answer, console: Console) -> None:
+def print_answer(answer: Answer, console: Screen) -> None:
     """Documents with their priors and proposals, then candidates with both marginals, then the answer."""
-    console.print(f"\n[bold]{escape(answer.question)}[/bold]\n")
+    console.print(f"\n[bold]{_plain(answer.question)}[/bold]\n")
     if answer.documents:
         alone = any(p > 0 for c in answer.candidates for p in c.proposed)  # with RAG-Token no document proposes alone
         heads = ["", "p(z|x)", "document", *(["proposes  p(y|x,z)"] if alone else [])]
         documents = Table(*heads, box=box.SIMPLE_HEAD, title_justify="left")
         for z, document in enumerate(answer.documents):
             own = sorted(((c.proposed[z], c.text) for c in answer.candidates if c.proposed[z] > 0), reverse=True)
-            proposals = "\n".join(f"{escape(text) or '(empty)'}  {p:.3f}" for p, text in own)
+            proposals = "\n".join(f"{_plain(text) or '(empty)'}  {p:.3f}" for p, text in own)
             shown = (
-                f"[bold]{escape(document.title)}[/bold] {escape(document.id)}\n{escape(_shorten(document.text, 320))}"
+                f"[bold]{_plain(document.title)}[/bold] {_plain(document.id)}\n{_plain(_shorten(document.text, 320))}"
             )
             documents.add_row(f"z{z + 1}", f"{document.prior:.3f}", shown, *([proposals] if alone else []))
         console.print(documents)
@@ -388,7 +389,7 @@ def print_answer(answer: Answer, console: Console) -> None:
     last = "certified p(y|x)" if answer.mode == "certified" else "p(z|x,y) by document"
     candidates = Table("candidate", *(f"{mode} p(y|x)" for mode in modes), last, box=box.SIMPLE_HEAD)
     for c in answer.candidates[:8]:
-        name = (escape(c.text) or "(empty)") + ("" if c.finished else " … (unfinished)")
+        name = (_plain(c.text) or "(empty)") + ("" if c.finished else " … (unfinished)")
         told = " ".join(f"{share:.2f}" for share in c.posterior or [])
         if c.between is not None:
             told = "{:.4f} … {:.4f}".format(*c.between)
@@ -398,10 +399,15 @@ def print_answer(answer: Answer, console: Console) -> None:
         console.print(f"  and {len(answer.candidates) - 8} less probable candidates")
     least = "=" if answer.candidates[0].between is None else "≥"
     console.print(
-        f"answer ({answer.mode}): [bold]{escape(answer.text)}[/bold]   p(y|x) {least} {answer.probability:.3f}"
+        f"answer ({answer.mode}): [bold]{_plain(answer.text)}[/bold]   p(y|x) {least} {answer.probability:.3f}"
     )
     if answer.scores is not None:
         console.print("the best for certain after {} of {} scores".format(*answer.scores))
+
+
+def _plain(text: str) -> str:
+    """A text from outside, neither obeyed by the terminal nor read as markup."""
+    return escape(visible(text))
 
 
 def _shorten(text: str, longest: int) -> str:

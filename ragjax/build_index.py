@@ -71,6 +71,7 @@ from ragjax.passages import (
     Passage,
     PassageStore,
     Scan,
+    passage_place,
     read_passages,
     scan_passages,
     shard_folder,
@@ -116,7 +117,8 @@ def build_index(config: Config) -> Path:
         if not new.is_dir():
             raise InputError(f"{new}: process {jax.process_index()} does not see what process 0 has made there")
         read, questions = _read_corpus(config, corpus)
-        scan, whole = _scan(new, made_of, read), there is None and _is_whole(new, rag)
+        place = partial(passage_place, corpus.path, config.corpus.format)
+        scan, whole = _scan(new, made_of, read, place), there is None and _is_whole(new, rag)
         if not whole:
             if there is None:
                 on_first(lambda: _check_room(rag, read, scan, new))
@@ -227,9 +229,12 @@ def _found(new: Path, made_of: dict[str, Any]) -> Scan | None:
     """What the scan of an earlier build of the same things found; None if there was none."""
     try:
         building = read_sealed(new / MADE_OF)
-        return Scan(**building["scan"]) if building["made_of"] == made_of else None
+        scan = Scan(**building["scan"]) if building["made_of"] == made_of else None
     except (InputError, KeyError, TypeError):
         return None
+    if scan and type(scan.count) is type(scan.size) is int and min(scan.count, scan.size) > 0:
+        return scan if isinstance(scan.fingerprint, str) else None
+    return None
 
 
 @contextmanager
@@ -281,12 +286,12 @@ def _read_corpus(config: Config, corpus: Fetched) -> tuple[Read, dict[str, list[
     return lambda: passages, questions
 
 
-def _scan(new: Path, made_of: dict[str, Any], read: Read) -> Scan:
+def _scan(new: Path, made_of: dict[str, Any], read: Read, place: Callable[[int], str]) -> Scan:
     """Checks and counts the corpus, before anything is embedded; once for a build and all that go on with it."""
     scan = _found(new, made_of)
     if scan is None:
         with progress_bar("read", None, "passages") as advance:
-            scan = scan_passages(read, advance)
+            scan = scan_passages(read, advance, place=place)
         if is_first():
             write_sealed(new / MADE_OF, {"made_of": made_of, "scan": asdict(scan)})
     return scan

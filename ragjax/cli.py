@@ -10,11 +10,12 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ragjax.config import Config, dump_config, load_config
 from ragjax.errors import InputError
 from ragjax.signals import guarded, stopped
+from ragjax.terminal_text import visible
 
 # in what JAX, Gloo and the coordination service say when a process is gone
 SIGNS_OF_LOSS = ("Gloo", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED", "barrier", "coordination", "peer")
@@ -50,7 +51,7 @@ def _run_as_one_of_many(options: argparse.Namespace) -> int:
             options.name = f"ragjax (process {jax.process_index()} of {jax.process_count()})"
         code = _run(options)
     except InputError as error:
-        print(f"ragjax: {error}", file=sys.stderr)
+        print(visible(f"ragjax: {error}"), file=sys.stderr)
         code = 2
     except BaseException as error:
         if number := stopped():
@@ -81,7 +82,7 @@ def _run(options: argparse.Namespace) -> int:
     except InputError as error:
         if stopped():  # it may be what a library made of that
             raise
-        print(f"{options.name}: {error}", file=sys.stderr)
+        print(visible(f"{options.name}: {error}"), file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         sys.stderr.close()
@@ -89,12 +90,17 @@ def _run(options: argparse.Namespace) -> int:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        print(f"ragjax: {error.filename or 'output'}: the disk is full; free some space", file=sys.stderr)
+        print(visible(f"ragjax: {error.filename or 'output'}: the disk is full; free some space"), file=sys.stderr)
         return 2
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(visible(message))
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="ragjax",
         description="RAG-Sequence and RAG-Token in JAX: index a corpus, train end to end, decode, evaluate.",
         epilog="example:\n  ragjax train configs/factbook.yaml train.steps=100 output=runs/mine\n\n"
@@ -230,7 +236,7 @@ def _tell(text: str) -> None:
     from ragjax.mesh import is_first
 
     if is_first():
-        print(text)
+        print(visible(text))
 
 
 def _index(options: argparse.Namespace) -> int:
@@ -247,7 +253,7 @@ def _train(options: argparse.Namespace) -> int:
         _tell(f"run: {train(_load(options))}")
     except Interrupted as stop:
         options.together = True
-        print(f"{options.name}: {stop}", file=sys.stderr)
+        print(visible(f"{options.name}: {stop}"), file=sys.stderr)
         return stop.code
     return 0
 
@@ -285,14 +291,14 @@ def _answer(options: argparse.Namespace) -> int:
 def _import(options: argparse.Namespace) -> int:
     from ragjax.hf_rag import import_rag
 
-    print(f"imported: {import_rag(options.source, Path(options.out))}")
+    _tell(f"imported: {import_rag(options.source, Path(options.out))}")
     return 0
 
 
 def _export(options: argparse.Namespace) -> int:
     from ragjax.hf_rag import export_rag
 
-    print(f"exported: {export_rag(Path(options.source), Path(options.out))}")
+    _tell(f"exported: {export_rag(Path(options.source), Path(options.out))}")
     return 0
 
 

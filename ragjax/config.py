@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ragjax.errors import InputError
+from ragjax.files import shown
 
 
 @dataclass(frozen=True)
@@ -272,6 +273,13 @@ def _check(config: Config, path: Path) -> None:
     for key in NOT_NEGATIVE:
         if (value := get_key(config, key)) is not None and not value >= 0:  # type: ignore[operator]
             problems.append(f"{key} is {value}; expected 0 or more")
+    for key in (*POSITIVE, *NOT_NEGATIVE):  # what NumPy, JAX and Grain can count to
+        most = 2**32 - 1 if key == "seed" else 2**31 - 1
+        if isinstance(value := get_key(config, key), int) and value > most:
+            problems.append(f"{key} is {shown(value)}; expected at most {most}")
+    for key in ("corpus.categories", "train.freeze"):
+        if not all(isinstance(item, str) for item in get_key(config, key)):  # type: ignore[attr-defined]
+            problems.append(f"{key} is {shown(get_key(config, key))}; expected a list of texts")
     for key in ("train.dropout", "train.label_smoothing"):
         if (value := get_key(config, key)) >= 1:  # type: ignore[operator]
             problems.append(f"{key} is {value}; expected less than 1")

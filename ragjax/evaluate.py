@@ -15,7 +15,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from ragjax.answer import Answerer, answer_modes, fill_up, most_documents
@@ -29,7 +28,7 @@ from ragjax.index import check_k
 from ragjax.journal import Journal, read_journal
 from ragjax.mesh import from_all, is_first, local_mesh, on_first, wait_for_all
 from ragjax.metrics import bootstrap_interval, exact_match, expected_calibration_error, f1, has_answer
-from ragjax.progress import progress_bar, terminal
+from ragjax.progress import Screen, progress_bar, terminal
 from ragjax.questions import LeftOut, Question, Split, as_json
 from ragjax.rag import Rag, Retrieved, answer_tokens, log_mass, retrieve
 from ragjax.world import fitting, open_split, open_world, pretrained, restore_trained, trained_index
@@ -374,4 +373,4 @@ def print_metrics(report: dict[str, Any], as_json: bool) -> None:
         row("thorough and fast differ", "thorough_and_fast_differ", "questions")
         for mode in ("thorough", "fast"):
             row(f"  of these, {mode} right", "thorough_and_fast_differ", f"{mode}_right")
-    Console(highlight=False).print(table)
+    Screen(highlight=False, markup=False).print(table)

@@ -24,7 +24,7 @@ import jax
 from ragjax.checkpoint import newest_step
 from ragjax.config import Config, dump_config, load_config
 from ragjax.errors import InputError
-from ragjax.files import atomic_write, write_jsonl
+from ragjax.files import atomic_write, read_json, write_jsonl
 from ragjax.hub import fingerprint_files
 from ragjax.index import MANIFEST, Index
 from ragjax.mesh import from_all, on_first
@@ -186,13 +186,13 @@ def record_start(folder: Path, start: dict[str, Any]) -> None:
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Raises `InputError` where it is missing or damaged."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        if not isinstance(manifest["fingerprints"], dict):
-            raise ValueError
-        return manifest
-    except (OSError, ValueError, KeyError, TypeError):
-        raise InputError(f"{folder / 'manifest.json'}: missing or damaged; choose another output folder") from None
+    path = folder / "manifest.json"
+    manifest = read_json(path, "choose another output folder")
+    history = manifest.get("history", [])
+    steps = [entry.get("step") if isinstance(entry, dict) else None for entry in history if isinstance(history, list)]
+    if not isinstance(manifest.get("fingerprints"), dict) or not all(type(step) is int for step in steps):
+        raise InputError(f"{path}: damaged; choose another output folder")
+    return manifest
 
 
 def _check_same_inputs(manifest: Path, inputs: dict[str, str]) -> None:

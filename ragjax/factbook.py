@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import html
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from ragjax.errors import InputError
 from ragjax.factbook_facts import FACTS, in_sentence
+from ragjax.files import read_json
 from ragjax.passages import Passage
 
 SPLITS = ("train", "dev", "test")
@@ -120,13 +120,7 @@ def _country_files(folder: Path) -> list[Path]:
 
 
 def _read_country(file: Path) -> dict:
-    try:
-        book = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{file}: not a JSON file of the factbook ({error})") from None
-    if not isinstance(book, dict):
-        raise InputError(f"{file}: not a JSON file of the factbook (expected an object of categories)")
-    return book
+    return read_json(file, "the Factbook has one for each country")
 
 
 # -- from JSON to passages

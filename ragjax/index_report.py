@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Float32, Int32
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from ragjax.config import Config
@@ -26,7 +25,7 @@ from ragjax.index import EMBEDDINGS, FAISS_FILE, Embeddings, Index
 from ragjax.mesh import local_mesh
 from ragjax.metrics import has_answer
 from ragjax.passages import SHARDS, STORE_FILES
-from ragjax.progress import progress_bar, terminal
+from ragjax.progress import Screen, progress_bar, terminal
 from ragjax.questions import as_json
 from ragjax.rag import encode_questions
 from ragjax.search import block_log_normalizer, block_search
@@ -179,7 +178,7 @@ def print_report(report: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(report))
         return
-    console = Console(highlight=False, markup=False)
+    console = Screen(highlight=False, markup=False)
     about, each = report["index"], report["bytes_per_passage"]
     encoder = "the pretrained encoder" if report["step"] is None else f"the encoder of step {report['step']}"
     asked = f"{report['questions']} {report['split']} questions"

@@ -17,7 +17,7 @@ import zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ from jaxtyping import Int
 
 from ragjax.checksums import CheckedFiles
 from ragjax.errors import InputError
-from ragjax.files import atomic_write, parse_json
+from ragjax.files import atomic_write, parse_json, shown, unicode_json
 
 SHARDS = "shards"
 STORE_FILES = ("text.bin", "text_offsets.npy", "tokens.bin", "token_offsets.npy")
@@ -37,6 +37,7 @@ FORMATS = {
 }
 MEND = "run: ragjax index CONFIG, which builds anew what is damaged, alone"
 PASSAGE_FIELDS = ("id", "title", "text")
+LONGEST_LINE = 64 << 20  # bytes of a record
 FEW_FILES = 64  # that a process has open besides
 SUFFIXES = {"jsonl": (".jsonl", ".jsonl.gz"), "dpr": (".tsv", ".tsv.gz")}
 
@@ -65,7 +66,24 @@ def read_passages(path: Path, format: str, limit: int | None = None) -> Iterator
     if format not in SUFFIXES:
         raise InputError(f"{path}: unknown corpus format {format!r}; expected one of {', '.join(SUFFIXES)}")
     file = _corpus_file(path, format)
-    return itertools.islice(_read_jsonl(file) if format == "jsonl" else _read_dpr(file), limit)
+    return (passage for _, passage in itertools.islice(_numbered(file, format), limit))
+
+
+def passage_place(path: Path, format: str, position: int) -> str:
+    """FILE:LINE of the passage at a position, from 1, of what `read_passages` reads."""
+    file = _corpus_file(path, format)
+    number, _ = next(itertools.islice(_numbered(file, format), position - 1, None))
+    return f"{file}:{number}"
+
+
+def _numbered(file: Path, format: str) -> Iterator[tuple[int, Passage]]:
+    """The passages of a file with their lines."""
+    empty = True
+    for numbered in _read_jsonl(file) if format == "jsonl" else _read_dpr(file):
+        empty = False
+        yield numbered
+    if empty:
+        raise InputError(f"{file}: the corpus holds no passages; expected {FORMATS[format]}")
 
 
 def count_passages(path: Path, format: str) -> int:
@@ -77,11 +95,12 @@ def scan_passages(
     read: Callable[[], Iterable[Passage]],
     progress: Callable[[int], object] = lambda count: None,
     key: Callable[[str], int] = hash,
+    place: Callable[[int], str] = "passage {}".format,
 ) -> Scan:
     """Reads a whole corpus, keeping 8 bytes of each passage, the `key` of its id; `read` gives a new stream each time.
 
-    `progress` is told how many passages were read. Raises `InputError` for a malformed passage, for two with one id and
-    for an empty corpus.
+    `progress` is told how many passages were read; `place` says where the passage at a position, from 1, stands. Raises
+    `InputError` for a malformed passage, for two with one id and for an empty corpus.
     """
     digest, hashes, size = hashlib.sha256(), array("q"), 0
     for passage in read():
@@ -97,16 +116,20 @@ def scan_passages(
     ordered = np.frombuffer(hashes, np.int64)  # no copy: the array itself is sorted
     ordered.sort()
     if twice := set(ordered[1:][ordered[1:] == ordered[:-1]].tolist()):
-        _check_ids(read(), twice, key)
+        _check_ids(read(), twice, key, place)
     return Scan(len(hashes), f"sha256:{digest.hexdigest()}", size)
 
 
-def _check_ids(passages: Iterable[Passage], twice: set[int], key: Callable[[str], int]) -> None:
+def _check_ids(
+    passages: Iterable[Passage], twice: set[int], key: Callable[[str], int], place: Callable[[int], str]
+) -> None:
     """Raises `InputError` for two passages with one id, of those whose key occurs twice; else the keys collided."""
     positions: dict[str, int] = {}
     for position, passage in enumerate(passages, 1):
         if key(passage.id) in twice and (first := positions.setdefault(passage.id, position)) != position:
-            raise InputError(f"passages {first} and {position} have the same id {passage.id!r}; ids must differ")
+            raise InputError(
+                f"{place(first)} and {place(position)} have the same id {shown(passage.id)}; ids must differ"
+            )
 
 
 def shard_folder(folder: Path, number: int) -> Path:
@@ -341,7 +364,9 @@ def byte_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     number = 0
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(iter(partial(file.readline, LONGEST_LINE + 1), b""), 1):
+                if len(line) > LONGEST_LINE:
+                    raise InputError(f"{path}:{number}: longer than {LONGEST_LINE >> 20} MiB; expected a record a line")
                 yield number, line
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}:{number + 1}: cannot be read ({error})") from None
@@ -360,49 +385,48 @@ def _json_lines(path: Path) -> Iterator[tuple[int, dict]]:
     for number, line in _lines(path):
         if not line.strip():
             continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}:{number}: not JSON ({error.msg} at column {error.colno})") from None
+        record = unicode_json(line, f"{path}:{number}")
         if not isinstance(record, dict):
             raise InputError(f"{path}:{number}: expected a JSON object, not {type(record).__name__}")
-        if "\\u" in line and not is_unicode(json.dumps(record, ensure_ascii=False)):
-            raise InputError(f"{path}:{number}: holds half of a \\ud800-\\udfff pair, which is no Unicode text")
         yield number, record
 
 
-def _read_jsonl(path: Path) -> Iterator[Passage]:
+def _read_jsonl(path: Path) -> Iterator[tuple[int, Passage]]:
     for number, record in _json_lines(path):
         title = record.get("title") or ""
         if not isinstance(title, str):
             raise InputError(f'{path}:{number}: "title" must be a text')
-        yield Passage(_id(record.get("id"), path, number), title, _text(record.get("text"), path, number))
+        yield number, Passage(_id(record.get("id"), path, number), title, _text(record.get("text"), path, number))
 
 
-def _read_dpr(path: Path) -> Iterator[Passage]:
-    rows = csv.reader((line for _, line in _lines(path)), delimiter="\t", quotechar='"')
-    try:
-        header = next(rows, None)
-        if header is not None and header != ["id", "text", "title"]:
-            raise InputError(f"{path}:1: expected the header id, text, title, separated by tabs; found {header}")
-        for row in rows:
-            if not row:
-                continue
+def _read_dpr(path: Path) -> Iterator[tuple[int, Passage]]:
+    """A line is a record, as in psgs_w100.tsv: a quote that is not closed on it would swallow the passages after it."""
+    for number, line in _lines(path):
+        row = _columns(line.rstrip("\r\n"), path, number)
+        if number == 1:
+            if row != ["id", "text", "title"]:
+                raise InputError(
+                    f"{path}:1: expected the header id, text, title, separated by tabs; found {shown(row)}"
+                )
+        elif row:
             if len(row) != 3:
-                raise InputError(f"{path}:{rows.line_num}: expected 3 columns (id, text, title), found {len(row)}")
+                raise InputError(f"{path}:{number}: expected 3 columns (id, text, title), found {len(row)}")
             identity, text, title = row
-            yield Passage(_id(identity, path, rows.line_num), title, _text(text, path, rows.line_num))
-    except csv.Error as error:
-        raise InputError(f"{path}:{rows.line_num}: not readable as tab-separated columns ({error})") from None
+            yield number, Passage(_id(identity, path, number), title, _text(text, path, number))
 
 
-def is_unicode(text: str) -> bool:
-    """Whether a text can be written as UTF-8; JSON's escapes and the command line can bring lone surrogates."""
+def _columns(line: str, path: Path, number: int) -> list[str]:
+    if '"' not in line:
+        return line.split("\t") if line else []
+    csv.field_size_limit(LONGEST_LINE)  # else 128 KiB
     try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+        [row] = csv.reader([line], delimiter="\t", strict=True)
+    except (csv.Error, ValueError):
+        raise InputError(
+            f'{path}:{number}: a column opens with " and does not end with one on this line; in a quoted column quotes '
+            'are doubled, as in "a ""quoted"" word", and a record is one line'
+        ) from None
+    return row
 
 
 def _id(value: object, path: Path, number: int) -> str:

@@ -24,7 +24,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from ragjax.answer import most_documents
@@ -32,6 +31,7 @@ from ragjax.config import ON_DEVICES, Config
 from ragjax.cost import Cost, NotCompiled, bytes_each, compiled_cost, free_disk, host_memory, matmul_flops, size_text
 from ragjax.decode import pad_answers, propose, propose_together, read, score_tokens
 from ragjax.errors import InputError
+from ragjax.files import read_json
 from ragjax.fused import abstract_corpus
 from ragjax.hub import fetch_config, is_local
 from ragjax.index import MANIFEST, check_kind, faiss_bytes
@@ -39,6 +39,7 @@ from ragjax.mesh import check_batch, lay, make_mesh
 from ragjax.models.generator import Memory, SpecialTokens, empty_past
 from ragjax.models.layers import Params
 from ragjax.passages import STORE_FILES, count_passages, shard_folders
+from ragjax.progress import Screen
 from ragjax.rag import Models, check_lengths, encode
 from ragjax.step import (
     abstract_state,
@@ -498,10 +499,9 @@ def _count(config: Config) -> tuple[int, str] | Unknown:
     """N and where it is from: the index if there is one, else the limit, else the lines of the file."""
     corpus, manifest = config.corpus, Path(config.index.folder) / MANIFEST
     if manifest.is_file():
-        try:
-            count = int(json.loads(manifest.read_text(encoding="utf-8"))["N"])
-        except (OSError, ValueError, KeyError, TypeError):
-            raise InputError(f"{manifest}: damaged; delete its folder and run: ragjax index CONFIG") from None
+        count = read_json(manifest, "run: ragjax index CONFIG").get("N")
+        if type(count) is not int or not 0 < count < 2**31:
+            raise InputError(f"{manifest}: damaged; delete its folder and run: ragjax index CONFIG")
         return count, f"{count:,} passages"
     if corpus.limit is not None:
         return corpus.limit, f"at most {corpus.limit:,} passages"
@@ -617,7 +617,7 @@ def print_plan(plan: Plan, has: dict[str, int | None], as_json: bool) -> None:
     for total in sums:
         table.add_section() if total is sums[0] else None
         table.add_row("", *_verdict(total))
-    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 132)
+    console = Screen(highlight=False, markup=False, width=None if sys.stdout.isatty() else 132)
     console.print(table)
     for command, settings in helps.items():
         console.print(f"what would help to {command}: {'; '.join(settings)}", soft_wrap=True)

@@ -5,16 +5,28 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from ragjax.signals import check
+from ragjax.terminal_text import visible
 
 EVERY = 15.0  # seconds between two lines where there is no terminal
 SOON = 2**30  # bytes that are read too soon for a bar
 
-terminal = Console(stderr=True, highlight=False, markup=False)
+
+class Screen(Console):
+    """rich's Console; symbols stand for all that a terminal would obey, but for line breaks and its own styles."""
+
+    def render_str(self, text: str, **settings: Any) -> Text:
+        """Every text that is printed, and every cell of a table, comes through here."""
+        return super().render_str(visible(text, lines=True), **settings)
+
+
+terminal = Screen(stderr=True, highlight=False, markup=False)
 
 
 @contextmanager

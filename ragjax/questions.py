@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ragjax.errors import InputError
-from ragjax.files import parse_json
-from ragjax.passages import byte_lines, is_unicode
+from ragjax.files import is_unicode, parse_json
+from ragjax.passages import byte_lines
 
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")  # as JSON escapes it, two of them or one alone
 HALF = "holds half of a \\ud800-\\udfff pair, which is no Unicode text"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -27,6 +26,7 @@ from ragjax.models.generator import SpecialTokens
 from ragjax.models.layers import Params
 from ragjax.passages import Passage, PassageStore
 from ragjax.questions import text_problem
+from ragjax.sentence_transformers import check_sentence_transformers
 from ragjax.text import (
     Ids,
     Prompt,
@@ -36,6 +36,7 @@ from ragjax.text import (
     bucket,
     buckets_up_to,
     check_prompt_fits,
+    fill,
     make_prompt,
     pad_rows,
 )
@@ -94,6 +95,9 @@ def open_rag(config: Config) -> Rag:
     r, g, rate = config.retriever, config.generator, config.train.dropout
     fetched = tuple(fetch(source) for source in (r.source, g.source, r.passage_source) if source)
     encoder, decoder, *others = (checkpoint_folder(f.path) for f in fetched)
+    check_sentence_transformers(encoder, r, questions=True, passages=not others)
+    for other in others:
+        check_sentence_transformers(other, r, questions=False, passages=True)
     retriever = open_bert(encoder, r.pooling, r.normalize, rate, config.dtype)
     generator = open_generator(decoder, rate, config.dtype)
     check_lengths(config, retriever, generator)
@@ -213,7 +217,7 @@ def check_lengths(config: Config, retriever: Pretrained, generator: Pretrained) 
 
 def passage_text(template: str, passage: Passage) -> str:
     """A passage as `retriever.passage` or `generator.passage` lays it out."""
-    return template.replace("{title}", passage.title).replace("{text}", passage.text)
+    return fill(template, title=passage.title, text=passage.text)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -355,9 +359,7 @@ def _hugging_face_prompt_rows(
             passage = store[int(document)] if document >= 0 else Passage("", "", "")
             title = passage.title.removeprefix('"').removesuffix('"')
             told = passage_text(g.passage, replace(passage, title=title))
-            slots = {"{passage}": told, "{question}": question}
-            pieces = re.split(r"(\{passage\}|\{question\})", g.prompt)
-            texts.append("".join(slots.get(piece, piece) for piece in pieces).replace("  ", " "))
+            texts.append(fill(g.prompt, passage=told, question=question).replace("  ", " "))
     rows = rag.generator_tokenizer.encode(texts, special=True, longest=g.source_tokens)
     return pad_rows(rows, g.source_tokens, rag.special.pad)
 
@@ -365,7 +367,7 @@ def _hugging_face_prompt_rows(
 def answer_tokens(rag: Rag, answer: str) -> list[int]:
     """An answer as the generator writes it, the end token included; a decoder's <s>, where BART has one, too."""
     framed, eos = rag.generator.config.encoder_decoder, rag.generator_tokenizer.eos_id
-    text = rag.config.generator.answer.replace("{answer}", answer)
+    text = fill(rag.config.generator.answer, answer=answer)
     [tokens] = rag.generator_tokenizer.encode([text], special=framed)
     return tokens if framed and tokens[-1:] == [eos] else [*tokens, eos]
 

@@ -5,7 +5,6 @@ Text that comes from users never yields special tokens; only the prompt template
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import json
 import os
@@ -21,15 +20,16 @@ import tokenizers
 from jaxtyping import Bool, Int, Integer
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
-from ragjax.errors import InputError
-from ragjax.files import read_json
+from ragjax.chat_template import render_chat_template
+from ragjax.errors import InputError, library_errors
+from ragjax.files import read_json, shown
 
 CHAT_MESSAGE = "{passage}\n\nQuestion: {question}\nAnswer briefly."
 CHAT_MESSAGE_CLOSED_BOOK = "Question: {question}\nAnswer briefly."
 
 # GGUF token types, as gguf.TokenType has them
 CONTROL, USER_DEFINED = 3, 4
-
+MOST_GGUF_PARTS = 2**23  # pieces of metadata: a vocabulary of 256,000 takes a quarter of them
 
 Ids = Sequence[int] | Integer[np.ndarray, " _"]
 
@@ -75,12 +75,18 @@ class Tokenizer:
         """Reads a folder with `tokenizer.json`, or the metadata of a `.gguf` file. Raises `InputError`."""
         path = Path(path)
         if path.is_dir():
-            return _from_folder(path)
+            return _from_folder(path)._check(path)
         if not path.is_file():
             raise InputError(f"{path}: no such tokenizer; expected a Hugging Face folder or a .gguf file")
         if path.suffix != ".gguf":
             raise InputError(f"{path}: expected a Hugging Face folder with tokenizer.json, or a .gguf file")
-        return _from_gguf(path)
+        return _from_gguf(path)._check(path)
+
+    def _check(self, path: Path) -> Tokenizer:
+        for kind, i in (("end", self.eos_id), ("padding", self.pad_id), ("first", self.bos_id)):
+            if i is not None and not 0 <= i < self.vocab_size:
+                raise InputError(f"{path}: its {kind} token is number {i}; expected 0 to {self.vocab_size - 1}")
+        return self
 
     def save(self, folder: Path) -> None:
         """Writes tokenizer.json and tokenizer_config.json, from which `load` and transformers read it again."""
@@ -152,40 +158,62 @@ def _without_length_limits(backend: tokenizers.Tokenizer) -> tokenizers.Tokenize
 
 def _from_folder(folder: Path) -> Tokenizer:
     file = folder / "tokenizer.json"
-    try:
+    with library_errors(f"{file if file.is_file() else folder}: not a tokenizer", "fetch it again"):
         backend = tokenizers.Tokenizer.from_file(str(file)) if file.is_file() else _convert(folder)
-    except Exception as error:  # the Rust library raises bare Exceptions
-        raise InputError(f"{file if file.is_file() else folder}: not a tokenizer: {error}") from None
     names, numbers = (
-        {key: value for file in files if (folder / file).is_file() for key, value in read_json(folder / file).items()}
+        {
+            key: (folder / file, value)
+            for file in files
+            if (folder / file).is_file()
+            for key, value in read_json(folder / file).items()
+        }
         for files in (("special_tokens_map.json", "tokenizer_config.json"), ("config.json", "generation_config.json"))
     )
 
+    def take(key: str, kind: Any, expected: str) -> Any:
+        path, value = names.get(key, (folder, None))
+        if value is not None and not isinstance(value, kind):
+            raise InputError(f"{path}: {key} is {shown(value)}; expected {expected}")
+        return value
+
     def find(kind: str) -> int | None:
-        name = names.get(f"{kind}_token")
+        path, name = names.get(f"{kind}_token", (folder, None))
         name = name.get("content") if isinstance(name, dict) else name
         if name is not None:
+            if not isinstance(name, str):
+                raise InputError(f"{path}: {kind}_token is {shown(name)}; expected a token's text")
             return backend.token_to_id(name)
-        number = numbers.get(f"{kind}_token_id")  # one, or all that end a text
-        return next(iter(number), None) if isinstance(number, list) else number
+        path, number = numbers.get(f"{kind}_token_id", (folder, None))  # one, or all that end a text
+        number = next(iter(number), None) if isinstance(number, list) else number
+        if number is not None and type(number) is not int:
+            raise InputError(f"{path}: {kind}_token_id is {shown(number)}; expected a token's number")
+        return None if number == -1 else number  # older files' none
 
     eos_id = find("eos")
     eos_id = find("sep") if eos_id is None else eos_id
     if eos_id is None:
         raise InputError(f"{folder}: names no end token; give eos_token in tokenizer_config.json")
-    template = names.get("chat_template")
-    if isinstance(template, list):
-        template = next((t["template"] for t in template if t.get("name") == "default"), None)
-    if template is None and (folder / "chat_template.jinja").is_file():
-        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    return Tokenizer(
-        backend,
-        eos_id=eos_id,
-        pad_id=find("pad"),
-        bos_id=find("bos"),
-        adds_bos=names.get("add_bos_token"),
-        chat_template=template,
-    )
+    pad_id, bos_id, adds_bos = find("pad"), find("bos"), take("add_bos_token", bool, "true or false")
+    template = _chat_template(folder, take("chat_template", str | list, "a text or a list of them"))
+    with library_errors(f"{file}: the tokenizer does not work", "fetch it again"):
+        return Tokenizer(
+            backend, eos_id=eos_id, pad_id=pad_id, bos_id=bos_id, adds_bos=adds_bos, chat_template=template
+        )
+
+
+def _chat_template(folder: Path, given: str | list | None) -> str | None:
+    """The one in tokenizer_config.json, of several named ones the default; else that of chat_template.jinja."""
+    config, file = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+    if isinstance(given, list):
+        if not all(isinstance(one, dict) and isinstance(one.get("template"), str) for one in given):
+            raise InputError(f'{config}: chat_template is {shown(given)}; expected a list of {{"name", "template"}}')
+        given = next((one["template"] for one in given if one.get("name") == "default"), None)
+    if given is None and file.is_file():
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{file}: cannot be read ({error})") from None
+    return given
 
 
 def _convert(folder: Path) -> tokenizers.Tokenizer:
@@ -203,40 +231,66 @@ def read_gguf(file: Path) -> Any:
     """The `gguf.GGUFReader` of a file, memory-mapped. Kept, since opening one takes seconds. Raises `InputError`."""
     from gguf import GGUFReader
 
-    try:
-        return GGUFReader(file)
-    except Exception as error:  # a damaged header fails in many ways
-        raise InputError(f"{file}: not readable as a GGUF file ({error}); fetch it again") from None
+    class Bounded(GGUFReader):  # type: ignore[misc]  # whose own loops go on behind the end of the file
+        parts = 0
+
+        def _get(self, offset: int, dtype: Any, count: Any = 1, override_order: Any = None) -> Any:
+            self.parts += 1
+            if offset + int(count) * np.dtype(dtype).itemsize > len(self.data):
+                raise ValueError("it ends before what it announces")
+            if self.parts > MOST_GGUF_PARTS:
+                raise ValueError("its metadata has too many entries")
+            return super()._get(offset, dtype, count, override_order)
+
+    with library_errors(f"{file}: not readable as a GGUF file", "fetch it again"):
+        return Bounded(file)
+
+
+class GgufFields:
+    """The metadata of a GGUF file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self._fields = file, read_gguf(file).fields
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """A value as Python has it, or the default. Raises `InputError` for one that cannot be decoded."""
+        with library_errors(f"{self.file}: {shown(key)} is not readable", "fetch it again"):
+            return self._fields[key].contents() if key in self._fields else default
+
+    def take(self, key: str, kind: type, item: type | None = None) -> Any:
+        """A value of a type, if it is a list with items of a type; or None. Raises `InputError` for another type."""
+        value = self.get(key)
+        fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+        if value is not None and not (fits and (item is None or all(isinstance(one, item) for one in value))):
+            named = kind.__name__ if item is None else f"{kind.__name__} of {item.__name__}"
+            raise InputError(f"{self.file}: {key} is {shown(value)}; expected {named}; fetch it again")
+        return value
 
 
 def _from_gguf(file: Path) -> Tokenizer:
-    fields = read_gguf(file).fields
-
-    def read(key: str) -> Any:
-        return fields[key].contents() if key in fields else None
-
-    model, kind = read("tokenizer.ggml.model"), read("tokenizer.ggml.pre")
-    tokens, merges = read("tokenizer.ggml.tokens"), read("tokenizer.ggml.merges")
-    eos_id = read("tokenizer.ggml.eos_token_id")
+    read = GgufFields(file).take
+    model, kind = read("tokenizer.ggml.model", str), read("tokenizer.ggml.pre", str)
+    tokens, merges = read("tokenizer.ggml.tokens", list, str), read("tokenizer.ggml.merges", list, str)
+    eos_id = read("tokenizer.ggml.eos_token_id", int)
     if model != "gpt2" or tokens is None or merges is None or eos_id is None:
         raise InputError(
             f"{file}: its tokenizer (tokenizer.ggml.model = {model!r}) is not a byte-level BPE with merges and an "
             "end token; give the Hugging Face folder, with tokenizer.json, instead"
         )
     backend = _byte_level_bpe(str(kind), tokens, merges, file)
-    types = read("tokenizer.ggml.token_type") or []
-    for wanted, special in ((CONTROL, True), (USER_DEFINED, False)):
-        added = [t for t, type_ in zip(tokens, types, strict=False) if type_ == wanted]
-        backend.add_tokens([AddedToken(t, special=special, normalized=False) for t in added])
-    adds_bos = read("tokenizer.ggml.add_bos_token")
-    return Tokenizer(
-        backend,
-        eos_id=eos_id,
-        pad_id=read("tokenizer.ggml.padding_token_id"),
-        bos_id=read("tokenizer.ggml.bos_token_id"),
-        adds_bos=kind == "llama-bpe" if adds_bos is None else adds_bos,  # Llama 3 files leave the key out
-        chat_template=read("tokenizer.chat_template"),
-    )
+    types = read("tokenizer.ggml.token_type", list, int) or []
+    adds_bos = read("tokenizer.ggml.add_bos_token", bool)
+    given = {
+        "pad_id": read("tokenizer.ggml.padding_token_id", int),
+        "bos_id": read("tokenizer.ggml.bos_token_id", int),
+        "adds_bos": kind == "llama-bpe" if adds_bos is None else adds_bos,  # Llama 3 files leave the key out
+        "chat_template": read("tokenizer.chat_template", str),
+    }
+    with library_errors(f"{file}: the tokenizer does not work", "fetch it again"):
+        for wanted, special in ((CONTROL, True), (USER_DEFINED, False)):
+            added = [t for t, type_ in zip(tokens, types, strict=False) if type_ == wanted]
+            backend.add_tokens([AddedToken(t, special=special, normalized=False) for t in added])
+        return Tokenizer(backend, eos_id=eos_id, **given)
 
 
 def _byte_level_bpe(kind: str, tokens: list[str], merges: list[str], file: Path) -> tokenizers.Tokenizer:
@@ -263,17 +317,20 @@ def _byte_level_bpe(kind: str, tokens: list[str], merges: list[str], file: Path)
             "llama-bpe and qwen2; give the Hugging Face folder, with tokenizer.json, instead"
         )
     pairs = [(left, right) for left, _, right in (m.partition(" ") for m in merges)]
-    try:
+    with library_errors(f"{file}: its tokenizer's merges do not fit its tokens", "fetch it again"):
         vocabulary = {t: i for i, t in enumerate(tokens)}
         bpe = models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=kind == "llama-bpe")
-    except Exception as error:  # the Rust library raises bare Exceptions
-        raise InputError(f"{file}: its tokenizer's merges do not fit its tokens: {error}") from None
     backend = tokenizers.Tokenizer(bpe)
     if kind == "qwen2":
         backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = split
     backend.decoder = decoders.ByteLevel()
     return backend
+
+
+def fill(template: str, **slots: str) -> str:
+    """A template with a text for each {slot}; what such a text holds is never a slot."""
+    return re.sub(r"\{(" + "|".join(slots) + r")\}", lambda found: slots[found[1]], template)
 
 
 @dataclass(frozen=True)
@@ -338,28 +395,15 @@ def _without_passage(template: str) -> str:
 
 def _render_chat(tokenizer: Tokenizer, message: str) -> str:
     """One user message in the model's chat template, up to where the answer starts; the slots stay in the text."""
-    from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
     if tokenizer.chat_template is None:
         raise InputError("prompt chat: this generator's tokenizer has no chat template; write the prompt out")
-
-    def raise_exception(reason: str) -> None:
-        raise TemplateError(reason)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-    environment.globals["raise_exception"] = raise_exception
-    # A prompt must not change from day to day: the date is the one that Llama 3's templates fall back on.
-    environment.globals["strftime_now"] = datetime.date(2024, 7, 26).strftime
     names = {f"{kind}_token": tokenizer.token(getattr(tokenizer, f"{kind}_id")) for kind in ("bos", "eos", "pad")}
+    messages = [{"role": "user", "content": message}]
     try:
-        text = environment.from_string(tokenizer.chat_template).render(
-            messages=[{"role": "user", "content": message}], add_generation_prompt=True, **names
+        text = render_chat_template(
+            tokenizer.chat_template, {"messages": messages, "add_generation_prompt": True, **names}
         )
-    except (TemplateError, TypeError, ValueError) as error:
+    except InputError as error:
         raise InputError(f"prompt chat: the chat template fails: {error}; write the prompt out") from None
     for part in ("{passage}", "{question}"):
         if text.count(part) != message.count(part):

@@ -35,12 +35,13 @@ from ragjax.experiment import (
     record_start,
     start_experiment,
 )
-from ragjax.files import alone, atomic_write
+from ragjax.files import alone, atomic_write, parse_json
 from ragjax.fused import corpus_with_tokens
 from ragjax.hub import fingerprint_files
 from ragjax.index import Index, check_k
 from ragjax.loss import passage_params
 from ragjax.mesh import check_batch, first_says, is_first, make_mesh, on_first, on_host, place
+from ragjax.passages import byte_lines
 from ragjax.progress import progress_bar, terminal
 from ragjax.questions import Split
 from ragjax.rag import Rag
@@ -304,14 +305,13 @@ def _log(folder: Path, done: int, config: Config) -> Iterator[Callable[[int, dic
         yield lambda step, metrics: None
         return
     path = folder / "train.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     writer: Any = None
     if config.train.tensorboard:
         from tensorboardX import SummaryWriter
 
         writer = SummaryWriter(str(folder / "tensorboard"))
     with atomic_write(path) as (kept,):
-        kept.writelines(line.encode() for line in lines if line.endswith("\n") and json.loads(line)["step"] <= done)
+        kept.writelines(_lines_until(path, done))
     with path.open("a", encoding="utf-8") as file:
 
         def log(step: int, metrics: dict[str, float]) -> None:
@@ -331,6 +331,20 @@ def _log(folder: Path, done: int, config: Config) -> Iterator[Callable[[int, dic
         finally:
             if writer:
                 writer.close()
+
+
+def _lines_until(path: Path, done: int) -> list[bytes]:
+    """The lines of a log up to a step; a last one that was not written whole is left out."""
+    kept = []
+    for number, line in byte_lines(path) if path.exists() else ():
+        if not line.endswith(b"\n"):
+            break
+        record = parse_json(line, f"{path}:{number}")
+        if not isinstance(record, dict) or type(record.get("step")) is not int:
+            raise InputError(f"{path}:{number}: no line of this log; remove it")
+        if record["step"] <= done:
+            kept.append(line)
+    return kept
 
 
 def _finish_the_step() -> None:

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -20,14 +20,14 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from ragjax.errors import InputError
-from ragjax.files import atomic_write, read_json
+from ragjax.errors import InputError, library_errors
+from ragjax.files import atomic_write, read_json, shown
 from ragjax.models.bart import Bart, BartConfig
 from ragjax.models.bert import Bert, BertConfig
 from ragjax.models.layers import Params, split_parameters
 from ragjax.models.llama import Llama, LlamaConfig
 from ragjax.models.t5 import T5, T5Config
-from ragjax.text import read_gguf
+from ragjax.text import GgufFields, read_gguf
 
 Config = TypeVar("Config")
 NameTable = tuple[tuple[str, str, str | None], ...]
@@ -133,10 +133,10 @@ def _generator_table(hf: Mapping[str, Any]) -> NameTable:
     family = hf.get("model_type")
     if family == "bart":
         return BART
-    return _t5(hf.get("feed_forward_proj", "relu").startswith("gated")) if family == "t5" else LLAMA
+    return _t5((hf.get("feed_forward_proj") or "relu").startswith("gated")) if family == "t5" else LLAMA
 
 
-# by model_type; whatever else there is belongs to the Llama family, or is refused by it
+# by model_type; the Llama family has several, and refuses whatever else there is
 GENERATORS: dict[str, tuple[Any, Any]] = {
     "llama": (LlamaConfig, Llama),
     "bart": (BartConfig, Bart),
@@ -165,7 +165,22 @@ UNUSED = (
 )
 ZERO = {"final_logits_bias"}  # where it is missing
 
-Read = Callable[[str], np.ndarray]
+PRECISIONS = ("F32", "F16", "BF16", "F64")  # safetensors' names of what is read
+# what may stand before the names of a BERT encoder's tensors; a RoBERTa's, say, are called alike but for this
+BERT_PREFIXES = {"bert", "bert_model", "model", "module", "rag", "question_encoder", "ctx_encoder", "encoder"}
+
+
+@runtime_checkable
+class Read(Protocol):
+    """Reads a tensor by its name, in float32; knows its shape and where it lies before."""
+
+    def __call__(self, name: str) -> np.ndarray:
+        """Raises `InputError` for what is quantised, not finite or damaged."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Raises as reading does."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -249,7 +264,7 @@ def generator_shape(path: Path, dropout: float = 0.0, dtype: str = "float32") ->
 
 
 def _generator_shape(hf: dict[str, Any], path: Path, dropout: float, dtype: str, own_head: bool = False) -> Pretrained:
-    shape, module = GENERATORS.get(hf.get("model_type", ""), GENERATORS["llama"])
+    shape, module = GENERATORS.get(str(hf.get("model_type")), GENERATORS["llama"])
     tied = {"tie_word_embeddings": False} if own_head else {}
     config = _shape(lambda: shape.from_hf(hf | tied, dropout, dtype), path)
     return _unread(config, lambda: module(config, nnx.Rngs(0)), hf)
@@ -266,8 +281,9 @@ def _unread(config: Any, make: Callable[[], nnx.Module], hf: dict[str, Any]) -> 
 def _with_weights(
     shape: Pretrained, checkpoint: Path, table: Mapping[str, str], names: set[str], read: Read
 ) -> Pretrained:
+    _check_fit(shape.abstract, table, names, read, checkpoint)
     files = tuple(weight_files(checkpoint))
-    return replace(shape, files=files, read=lambda: _fill(shape.abstract, table, names, read, checkpoint))
+    return replace(shape, files=files, read=lambda: _fill(shape.abstract, table, names, read))
 
 
 def save_bert(folder: Path, config: Mapping[str, Any], params: Params) -> None:
@@ -296,65 +312,105 @@ def weight_files(checkpoint: Path) -> list[Path]:
     """The files that hold a checkpoint's tensors: a GGUF file itself, or the safetensors of a folder."""
     if checkpoint.is_file():
         return [checkpoint]
-    index = checkpoint / "model.safetensors.index.json"
+    index, single = checkpoint / "model.safetensors.index.json", checkpoint / "model.safetensors"
     if index.is_file():
         named = read_json(index).get("weight_map")
-        if not isinstance(named, dict):
+        if not isinstance(named, dict) or not named:
             raise InputError(f'{index}: has no "weight_map"; fetch it again')
-        return sorted({checkpoint / str(name) for name in named.values()})
+        for name in named.values():
+            if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+                raise InputError(f'{index}: "weight_map" names {shown(name)}; expected files beside it; fetch it again')
+        files = sorted({checkpoint / name for name in named.values()})
+        if single.is_file() and single not in files:
+            raise InputError(
+                f"{checkpoint}: has {single.name} and, by {index.name}, other files; remove one of the two"
+            )
+        return files
+    if single.is_file():
+        return [single]
     files = sorted(checkpoint.glob("*.safetensors"))
     if not files:
         raise InputError(f"{checkpoint}: no *.safetensors here; {HOW_TO_CONVERT}")
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files[:8]) + (", …" if len(files) > 8 else "")
+        raise InputError(f"{checkpoint}: has {names}, but no {index.name} that says which count; fetch it, too")
     return files
 
 
 def _shape(make: Callable[[], Config], path: Path) -> Config:
     try:
         return make()
-    except KeyError as error:
-        raise InputError(f"{path}: has no {error}, which the model's shape needs; fetch it again") from None
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 def open_safetensors(checkpoint: Path) -> tuple[set[str], Read]:
     """The names of a folder's tensors, and what reads one in float32. Raises `InputError` for a damaged file."""
-    where: dict[str, Any] = {}
-    for path in weight_files(checkpoint):
-        try:
-            handle = safe_open(path, framework="flax")  # unlike numpy's, it reads bfloat16
-        except Exception as error:
-            raise InputError(f"{path}: not readable as safetensors ({error}); fetch it again") from None
-        where |= dict.fromkeys(handle.keys(), handle)
+    read = _Safetensors(weight_files(checkpoint))
+    return set(read.where), read
 
-    def read(name: str) -> np.ndarray:
-        return np.asarray(where[name].get_tensor(name), dtype=np.float32)
 
-    return set(where), read
+class _Safetensors:
+    """The tensors of some files, by name; see `Read`."""
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        self.where: dict[str, tuple[Path, Any]] = {}
+        for path in paths:
+            if not path.is_file():
+                raise InputError(f"{path}: missing; fetch it again")
+            with library_errors(f"{path}: not readable as safetensors", "fetch it again"):
+                handle = safe_open(path, framework="flax")  # unlike numpy's, it reads bfloat16
+                names = handle.keys()
+            for name in names:
+                if name in self.where:
+                    raise InputError(f"{path}: has the tensor {shown(name)}, as {self.where[name][0].name} has")
+                self.where[name] = path, handle
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        path, handle = self.where[name]
+        with library_errors(f"{path}: {name} is not readable", "fetch it again"):
+            of = handle.get_slice(name)
+            kind, shape = of.get_dtype(), tuple(of.get_shape())
+        if kind not in PRECISIONS:
+            raise InputError(
+                f"{path}: {name} is stored as {kind}; quantised weights are not read: convert them to one of "
+                f"{', '.join(PRECISIONS[:3])} with the library that made them"
+            )
+        return shape
+
+    def __call__(self, name: str) -> np.ndarray:
+        path, handle = self.where[name]
+        self.shape(name)
+        with library_errors(f"{path}: {name} is not readable", "fetch it again"):
+            array = np.asarray(handle.get_tensor(name), dtype=np.float32)
+        return _finite(array, name, path)
+
+
+def _finite(array: np.ndarray, name: str, path: Path) -> np.ndarray:
+    if not np.isfinite(array).all():
+        bad = "NaN" if np.isnan(array).any() else "infinite"
+        raise InputError(f"{path}: {name} holds weights that are {bad}; fetch it again, or give another checkpoint")
+    return array
 
 
 def _open_gguf(path: Path) -> tuple[dict[str, Any], set[str], Read]:
     """The configuration in Hugging Face's terms, the tensor names, and a reader that dequantises."""
-    from gguf.quants import dequantize
-
-    reader = read_gguf(path)
-    if "general.architecture" not in reader.fields:
+    reader, fields = read_gguf(path), GgufFields(path)
+    family = fields.get("general.architecture")
+    if not isinstance(family, str):
         raise InputError(f"{path}: does not say of which architecture it is; fetch it again")
-    family = str(reader.fields["general.architecture"].contents())
 
     def field(name: str, default: Any = None) -> Any:
-        found = reader.fields.get(f"{family}.{name}")
-        return found.contents() if found else default
-
-    def token_id(kind: str) -> Any:
-        found = reader.fields.get(f"tokenizer.ggml.{kind}_token_id")
-        return found.contents() if found else None
+        return fields.get(f"{family}.{name}", default)
 
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     if "rope_freqs.weight" in tensors or field("rope.scaling.type", "none") != "none":
         raise InputError(f"{path}: scaled rotary positions in GGUF are not supported; use the Hugging Face folder")
     heads, window = field("attention.head_count"), field("attention.sliding_window")
+    embedding = tensors.get("token_embd.weight")
     hf = {
         "model_type": "mistral" if window and family == "llama" else family,  # in GGUF a Mistral is a Llama
-        "vocab_size": int(embedding.shape[1]) if (embedding := tensors.get("token_embd.weight")) else None,
+        "vocab_size": int(embedding.shape[-1]) if embedding else None,
         "hidden_size": field("embedding_length"),
         "num_hidden_layers": field("block_count"),
         "num_attention_heads": heads,
@@ -368,24 +424,43 @@ def _open_gguf(path: Path) -> tuple[dict[str, Any], set[str], Read]:
         "sliding_window": window,
         "use_sliding_window": True if window and family != "llama" else None,
     }
-    ends = sorted({token_id(kind) for kind in ("eos", "eot", "eom")} - {None})  # of a text, a turn and a message
-    hf |= {"bos_token_id": token_id("bos"), "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None)}
+    ids = {kind: fields.take(f"tokenizer.ggml.{kind}_token_id", int) for kind in ("bos", "eos", "eot", "eom")}
+    ends = sorted({ids[kind] for kind in ("eos", "eot", "eom")} - {None})  # of a text, a turn and a message
+    hf |= {"bos_token_id": ids["bos"], "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None)}
+    groups = {"attn_q.weight": heads, "attn_k.weight": hf["num_key_value_heads"]} if family == "llama" else {}
+    given = {name: value for name, value in hf.items() if value is not None}
+    return given, set(tensors), _Gguf(path, tensors, groups)
 
-    def read(name: str) -> np.ndarray:
-        tensor = tensors[name]
-        array = np.asarray(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
-        if family == "llama" and name.endswith(("attn_q.weight", "attn_k.weight")):
-            count = heads if "attn_q" in name else hf["num_key_value_heads"]
-            array = array.reshape(count, -1, 2, array.shape[-1]).swapaxes(1, 2).reshape(array.shape)
-        return array
 
-    return {name: value for name, value in hf.items() if value is not None}, set(tensors), read
+class _Gguf:
+    """The tensors of a GGUF file, dequantised; `groups` says how many heads' rotary pairs lie interleaved in which."""
+
+    def __init__(self, path: Path, tensors: Mapping[str, Any], groups: Mapping[str, Any]) -> None:
+        self.path, self.tensors, self.groups = path, tensors, groups
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(int(size) for size in reversed(self.tensors[name].shape))
+
+    def __call__(self, name: str) -> np.ndarray:
+        from gguf.quants import dequantize
+
+        tensor = self.tensors[name]
+        with library_errors(f"{self.path}: {name} is not readable", "fetch it again"):
+            array = np.asarray(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
+        if heads := self.groups.get(name.split(".", 2)[-1]):
+            array = array.reshape(heads, -1, 2, array.shape[-1]).swapaxes(1, 2).reshape(array.shape)
+        return _finite(array, name, self.path)
 
 
 def _prefix(names: Iterable[str], anchor: str, checkpoint: Path) -> str:
     found = [name.removesuffix(anchor) for name in names if name.endswith(anchor)]
     if len(found) != 1:
         raise InputError(f"{checkpoint}: {len(found)} tensors are called …{anchor}; expected one BERT encoder")
+    if other := set(found[0].split(".")[:-1]) - BERT_PREFIXES:
+        raise InputError(
+            f"{checkpoint}: its tensors are called {shown(found[0] + anchor)}, those of another model ({min(other)}) "
+            "than the BERT that its config.json names; give a BERT encoder"
+        )
     return found[0]
 
 
@@ -393,35 +468,42 @@ def _layer_names(name: str, count: int) -> list[str]:
     return [name.format(i) for i in range(count)] if "{}" in name else [name]
 
 
-def _fill(abstract: Params, table: Mapping[str, str], names: set[str], read: Read, checkpoint: Path) -> Params:
-    """Reads every leaf of an abstract tree; missing, unknown and misshapen tensors are reported together."""
-    problems, used, filled = [], set(), {}
+def _check_fit(abstract: Params, table: Mapping[str, str], names: set[str], read: Read, checkpoint: Path) -> None:
+    """Raises `InputError` for tensors that are missing, unknown or misshapen, together; reads headers only."""
+    problems, used = [], set()
     for path, leaf in nnx.traversals.flatten_mapping(abstract).items():
-        ours = ".".join(path)
         stacked = "layers" in path
-        wanted = _layer_names(table[ours], leaf.shape[0] if stacked else 1)
+        wanted = _layer_names(table[".".join(path)], leaf.shape[0] if stacked else 1)
         used |= set(wanted)
         if ZERO.issuperset(wanted) and not names.intersection(wanted):
-            filled[path] = jnp.zeros(leaf.shape, jnp.float32)
-            continue
-        if missing := [name for name in wanted if name not in names]:
-            problems += [f"missing {name}" for name in missing]
             continue
         shape = leaf.shape[1:] if stacked else leaf.shape
-        target = np.empty(leaf.shape, np.float32)
-        for i, name in enumerate(wanted):
-            array = read(name)
-            array = array.T if path[-1] == "kernel" else array
-            if array.shape != shape:
-                problems.append(f"{name} has shape {array.shape}, expected {shape} (as we lay it out)")
-                continue
-            target[i if stacked else ...] = array
-        filled[path] = jnp.asarray(target)
+        for name in wanted:
+            if name not in names:
+                problems.append(f"missing {name}")
+            elif (found := read.shape(name)[:: -1 if path[-1] == "kernel" else 1]) != shape:
+                problems.append(f"{name} has shape {found}, expected {shape} (as we lay it out)")
     unknown = [name for name in names - used if not any(part in name for part in UNUSED)]
     problems += [f"unknown {name}" for name in sorted(unknown)]
     if problems:
-        shown = "; ".join(problems[:20]) + (f"; and {len(problems) - 20} more" if len(problems) > 20 else "")
-        raise InputError(f"{checkpoint}: its tensors do not fit its config.json: {shown}")
+        listed = "; ".join(problems[:20]) + (f"; and {len(problems) - 20} more" if len(problems) > 20 else "")
+        raise InputError(f"{checkpoint}: its tensors do not fit its config.json: {listed}")
+
+
+def _fill(abstract: Params, table: Mapping[str, str], names: set[str], read: Read) -> Params:
+    """Reads every leaf of an abstract tree, whose tensors fit."""
+    filled = {}
+    for path, leaf in nnx.traversals.flatten_mapping(abstract).items():
+        stacked = "layers" in path
+        wanted = _layer_names(table[".".join(path)], leaf.shape[0] if stacked else 1)
+        if ZERO.issuperset(wanted) and not names.intersection(wanted):
+            filled[path] = jnp.zeros(leaf.shape, jnp.float32)
+            continue
+        target = np.empty(leaf.shape, np.float32)
+        for i, name in enumerate(wanted):
+            array = read(name)
+            target[i if stacked else ...] = array.T if path[-1] == "kernel" else array
+        filled[path] = jnp.asarray(target)
     return nnx.traversals.unflatten_mapping(filled)
 
 

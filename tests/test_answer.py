@@ -19,7 +19,6 @@ import jax
 import numpy as np
 import pytest
 import tokenizers
-from rich.console import Console
 from safetensors.numpy import load_file, save_file
 from trained import STEPS
 from world import CAPITALS, LANDS, build, tiny_config
@@ -31,6 +30,7 @@ from ragjax.cli import main
 from ragjax.config import Config, dump_config
 from ragjax.errors import InputError
 from ragjax.files import read_json
+from ragjax.progress import Screen
 from ragjax.rag import open_rag
 from ragjax.random_checkpoint import write_random_checkpoint
 
@@ -331,7 +331,7 @@ def test_text_that_looks_like_markup_is_shown_as_it_is() -> None:
     ]
     candidates[:2] = [dataclasses.replace(c, proposed=[0.2]) for c in candidates[:2]]
     documents = [Document("doc[/a]", "[i]title", "[u]text", 0.5)]
-    console = Console(file=io.StringIO(), width=200)
+    console = Screen(file=io.StringIO(), width=200)
     print_answer(Answer("[red]?", "[b]x[/b]", "fast", 0.5, documents, candidates), console)
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     for text in ("[red]?", "[b]x[/b] … (unfinished)", "\\[i]\\", "(empty)", "[i]title doc[/a]", "[u]text"):

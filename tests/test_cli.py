@@ -113,7 +113,7 @@ def test_the_module_runs(tmp_path: Path, world: Path) -> None:
         ([PASSAGES[0], "{not json"], "corpus.jsonl:2: "),
         ([PASSAGES[0], {"id": "1", "title": "x"}], "corpus.jsonl:2: "),
         ([PASSAGES[0], {"id": "1", "title": "x", "text": " "}], "corpus.jsonl:2: "),
-        ([*PASSAGES, PASSAGES[2]], "passages 3 and 5 have the same id '2'"),
+        ([*PASSAGES, PASSAGES[2]], "corpus.jsonl:5 have the same id '2'"),
     ],
     ids=["empty", "no JSON", "no text", "blank text", "twice the same id"],
 )

@@ -160,7 +160,7 @@ def test_bad_input(tmp_path):
         build_factbook(tmp_path, 10, 0)
     (tmp_path / "data" / "africa").mkdir(parents=True)
     (tmp_path / "data" / "africa" / "zz.json").write_text("{")
-    with pytest.raises(InputError, match=r"zz.json: not a JSON file"):
+    with pytest.raises(InputError, match=r"zz.json: not JSON"):
         build_factbook(tmp_path, 80, 0)
 
 

@@ -63,7 +63,7 @@ def save(folder, embeddings, dtype="float32", shard=1000):
 
 def build(folder, embeddings, kind, dtype="float32", shard=1000):
     save(folder, embeddings, dtype, shard)
-    write_index(folder, kind, dtype, {"fingerprints": FINGERPRINTS})
+    write_index(folder, kind, dtype, {"fingerprints": FINGERPRINTS, "corpus": {"fingerprint": "sha256:c"}})
     return open_index(folder, FINGERPRINTS)
 
 
@@ -307,7 +307,7 @@ def test_embedding_in_batches_equals_one_by_one(tmp_path, count, dtype, devices)
     path = shard_folder(tmp_path, 0) / "embeddings.npy"
     path.parent.mkdir(parents=True)
     embed(rows, path, dtype, encode, done.append, devices)
-    write_index(tmp_path, "exact", dtype, {"fingerprints": {}})
+    write_index(tmp_path, "exact", dtype, {"fingerprints": {}, "corpus": {"fingerprint": "sha256:c"}})
     one_by_one = np.concatenate([table_encode(np.array([row]), np.ones((1, len(row)), bool)) for row in rows])
     np.testing.assert_array_equal(open_index(tmp_path, {}).embeddings, one_by_one.astype(dtype))
     assert sum(done) == count and len(shapes) <= -(-count // (3 * devices)) + 1  # once more where the width changes
@@ -360,7 +360,7 @@ def test_a_full_disk_leaves_no_faiss_file(tmp_path, monkeypatch):
     save(tmp_path, random_vectors(50))
     monkeypatch.setattr(index_module, "atomic_write", on_full_disk)
     with pytest.raises(InputError, match="disk is full"):
-        write_index(tmp_path, "Flat", "float32", {"fingerprints": {}})
+        write_index(tmp_path, "Flat", "float32", {"fingerprints": {}, "corpus": {"fingerprint": "sha256:c"}})
     assert os.listdir(tmp_path) == ["shards"]
 
 

@@ -392,6 +392,7 @@ def test_a_sliding_window_is_as_far_as_a_model_reads(changes: dict[str, Any], lo
 
 def test_other_families_are_refused() -> None:
     llama = {
+        "model_type": "llama",
         "vocab_size": 8,
         "hidden_size": 8,
         "num_hidden_layers": 1,
@@ -399,17 +400,18 @@ def test_other_families_are_refused() -> None:
         "intermediate_size": 8,
     }
     for changes, said in (
-        ({"model_type": "gpt2"}, "'gpt2' is not of the Llama family"),
-        ({"hidden_act": "gelu"}, "'gelu' is not silu"),
-        ({"rope_scaling": {"rope_type": "yarn"}}, "'yarn' is not default or llama3"),
+        ({"model_type": "gpt2"}, "model_type is 'gpt2'; expected one of llama, mistral"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; expected one of silu"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_type is 'yarn'; expected one of default, llama3"),
         ({"attention_bias": True}, "biases"),
     ):
         with pytest.raises(InputError, match=said):
             LlamaConfig.from_hf({**llama, **changes})
+    bert = {key: llama[key] for key in llama} | {"model_type": "bert", "max_position_embeddings": 8}
     for changes, said in (
-        ({"model_type": "roberta"}, "'roberta' is not bert or dpr"),
-        ({"position_embedding_type": "relative_key"}, "is not absolute"),
-        ({"hidden_act": "swish"}, "'swish' is not one of gelu"),
+        ({"model_type": "roberta"}, "model_type is 'roberta'; expected one of bert, dpr"),
+        ({"position_embedding_type": "relative_key"}, "'relative_key'; expected one of absolute"),
+        ({"hidden_act": "swish"}, "'swish'; expected one of gelu"),
     ):
         with pytest.raises(InputError, match=said):
-            BertConfig.from_hf(changes, "mean", True)
+            BertConfig.from_hf(bert | changes, "mean", True)

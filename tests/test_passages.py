@@ -150,14 +150,14 @@ def test_a_scan_counts_and_fingerprints(tmp_path):
 def test_a_scan_refuses():
     with pytest.raises(InputError, match="no passages"):
         scan([])
-    with pytest.raises(InputError, match=r"passages 2 and 4 have the same id 'b'"):
+    with pytest.raises(InputError, match=r"passage 2 and passage 4 have the same id 'b'"):
         scan([*PASSAGES, PASSAGES[1]])
 
 
 @pytest.mark.parametrize("key", [len, lambda identity: 0, lambda identity: -(2**63)])
 def test_ids_whose_hashes_collide(key):
     assert scan(PASSAGES, key=key) == scan(PASSAGES)
-    with pytest.raises(InputError, match=r"passages 1 and 4 have the same id '1'"):
+    with pytest.raises(InputError, match=r"passage 1 and passage 4 have the same id '1'"):
         scan([*PASSAGES, PASSAGES[0], PASSAGES[2]], key=key)
 
 

@@ -199,9 +199,8 @@ def test_everything_that_does_not_fit_is_named(family: str, checkpoint: Path, tm
     del tensors[missing]
     tensors[short] = tensors[short][:-1]
     tensors["a.layer.too.many"] = np.zeros(1, np.float32)
-    pretrained = OPEN[family](write(tmp_path, config_of(checkpoint), tensors))
     with pytest.raises(InputError) as raised:
-        pretrained.read()
+        OPEN[family](write(tmp_path, config_of(checkpoint), tensors))
     said = str(raised.value)
     assert str(tmp_path) in said and "do not fit its config.json" in said
     assert f"missing {missing}" in said and f"{short} has shape" in said and "unknown a.layer.too.many" in said
@@ -221,7 +220,7 @@ def test_unreadable_files(family: str, checkpoint: Path, tmp_path: Path) -> None
     with pytest.raises(InputError, match=r"model\.safetensors: not readable as safetensors .* fetch it again"):
         OPEN[family](tmp_path / "damaged").read()
     other = write(tmp_path / "other", {**config, "model_type": "gpt2"}, tensors)
-    with pytest.raises(InputError, match="model_type 'gpt2' is not"):
+    with pytest.raises(InputError, match="model_type is 'gpt2'; expected one of"):
         OPEN[family](other)
     (other / "config.json").write_text("{")
     with pytest.raises(InputError, match=r"config\.json: not JSON"):
@@ -376,7 +375,7 @@ def test_damaged_gguf(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"cut\.gguf: not readable as a GGUF"):
         open_generator(cut)
     write_gguf(other, small, "gpt2", "F32")
-    with pytest.raises(InputError, match="model_type 'gpt2' is not of the Llama family"):
+    with pytest.raises(InputError, match="model_type is 'gpt2'; expected one of llama"):
         open_generator(other)
     bare = gguf.GGUFWriter(tmp_path / "bare.gguf", "llama")  # such as a vision projector's file
     bare.add_tensor("mm.weight", np.zeros((32, 32), np.float32))
@@ -384,7 +383,7 @@ def test_damaged_gguf(tmp_path: Path) -> None:
     bare.write_kv_data_to_file()
     bare.write_tensors_to_file()
     bare.close()
-    with pytest.raises(InputError, match=r"bare\.gguf: has no 'num_attention_heads'|bare\.gguf: has no 'vocab_size'"):
+    with pytest.raises(InputError, match=r"bare\.gguf: has no 'hidden_size'"):
         open_generator(tmp_path / "bare.gguf")
 
 

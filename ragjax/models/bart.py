@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from ragjax.errors import InputError
+from ragjax.models.fields import Fields
 from ragjax.models.generator import Keys, Memory, Past
 from ragjax.models.layers import (
     ACTIVATIONS,
@@ -54,33 +55,33 @@ class BartConfig:
 
     @classmethod
     def from_hf(cls, hf: dict[str, Any], dropout: float = 0.0, dtype: str = "float32") -> BartConfig:
-        """Raises `InputError` for another family or activation, layers that are normalised first or several tables."""
-        problems = []
-        if hf.get("model_type", "bart") != "bart":
-            problems.append(f"model_type {hf['model_type']!r} is not bart")
-        if (activation := hf.get("activation_function", "gelu")) not in ACTIVATIONS:
-            problems.append(f"activation_function {activation!r} is not one of {', '.join(ACTIVATIONS)}")
-        if hf.get("normalize_before") or hf.get("add_final_layer_norm") or not hf.get("normalize_embedding", True):
-            problems.append(
+        """Raises `InputError` for another family, layers normalised first, several tables or a wrong entry."""
+        fields = Fields(hf)
+        fields.text("model_type", among=("bart",))
+        fields.check_class("Bart")
+        mbart = fields.flag("normalize_before", False) or fields.flag("add_final_layer_norm", False)
+        if mbart or not fields.flag("normalize_embedding", True):
+            raise InputError(
                 "normalize_before, add_final_layer_norm or no normalize_embedding, as in mBART, is not BART"
             )
-        if hf.get("tie_word_embeddings") is False:
-            problems.append("tie_word_embeddings false (three tables) is not BART; where they are equal, say true")
-        if problems:
-            raise InputError("generator config.json: " + "; ".join(problems))
+        if not fields.flag("tie_word_embeddings", True):
+            raise InputError("tie_word_embeddings false (three tables) is not BART; where they are equal, say true")
+        vocabulary = fields.count("vocab_size")
+        fields.check_heads("d_model", "encoder_attention_heads")
+        fields.check_heads("d_model", "decoder_attention_heads")
         return cls(
-            vocabulary=hf["vocab_size"],
-            width=hf["d_model"],
-            encoder_layers=hf["encoder_layers"],
-            decoder_layers=hf["decoder_layers"],
-            encoder_heads=hf["encoder_attention_heads"],
-            decoder_heads=hf["decoder_attention_heads"],
-            encoder_ffn=hf["encoder_ffn_dim"],
-            decoder_ffn=hf["decoder_ffn_dim"],
-            start=hf["decoder_start_token_id"],
-            positions=hf.get("max_position_embeddings", 1024),
-            activation=activation,
-            scale_embedding=hf.get("scale_embedding", False),
+            vocabulary=vocabulary,
+            width=fields.count("d_model"),
+            encoder_layers=fields.layers("encoder_layers"),
+            decoder_layers=fields.layers("decoder_layers"),
+            encoder_heads=fields.count("encoder_attention_heads"),
+            decoder_heads=fields.count("decoder_attention_heads"),
+            encoder_ffn=fields.count("encoder_ffn_dim"),
+            decoder_ffn=fields.count("decoder_ffn_dim"),
+            start=fields.count("decoder_start_token_id", least=0, most=vocabulary - 1),
+            positions=fields.count("max_position_embeddings", 1024),
+            activation=fields.text("activation_function", "gelu", among=ACTIVATIONS),
+            scale_embedding=fields.flag("scale_embedding", False),
             dropout=dropout,
             dtype=dtype,
         )

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from ragjax.errors import InputError
+from ragjax.models.fields import Fields
 from ragjax.models.generator import Keys
 from ragjax.models.layers import ACTIVATIONS, attend_within, dropout, fold, scan_layers, stack
 
@@ -41,27 +41,23 @@ class BertConfig:
     def from_hf(
         cls, hf: dict[str, Any], pooling: str, normalize: bool, dropout: float = 0.0, dtype: str = "float32"
     ) -> BertConfig:
-        """Raises `InputError` for another family, another kind of positions or an unknown activation."""
-        problems = []
-        if hf.get("model_type", "bert") not in ("bert", "dpr"):
-            problems.append(f"model_type {hf['model_type']!r} is not bert or dpr")
-        if hf.get("position_embedding_type", "absolute") != "absolute":
-            problems.append(f"position_embedding_type {hf['position_embedding_type']!r} is not absolute")
-        if (activation := hf.get("hidden_act", "gelu")) not in ACTIVATIONS:
-            problems.append(f"hidden_act {activation!r} is not one of {', '.join(ACTIVATIONS)}")
-        if problems:
-            raise InputError("retriever config.json: " + "; ".join(problems))
+        """Raises `InputError` for another family, another kind of positions, or an entry of another type or size."""
+        fields = Fields(hf)
+        fields.text("model_type", among=("bert", "dpr"))
+        fields.text("position_embedding_type", "absolute", among=("absolute",))
+        fields.check_class("Bert", "DPR")
+        fields.check_heads("hidden_size", "num_attention_heads")
         return cls(
-            vocabulary=hf["vocab_size"],
-            width=hf["hidden_size"],
-            layers=hf["num_hidden_layers"],
-            heads=hf["num_attention_heads"],
-            ffn=hf["intermediate_size"],
-            positions=hf["max_position_embeddings"],
-            types=hf.get("type_vocab_size", 2),
-            activation=activation,
-            epsilon=hf.get("layer_norm_eps", 1e-12),
-            projection=hf.get("projection_dim", 0) or 0,
+            vocabulary=fields.count("vocab_size"),
+            width=fields.count("hidden_size"),
+            layers=fields.layers("num_hidden_layers"),
+            heads=fields.count("num_attention_heads"),
+            ffn=fields.count("intermediate_size"),
+            positions=fields.count("max_position_embeddings"),
+            types=fields.count("type_vocab_size", 2),
+            activation=fields.text("hidden_act", "gelu", among=ACTIVATIONS),
+            epsilon=fields.number("layer_norm_eps", 1e-12),
+            projection=fields.count("projection_dim", 0, least=0),
             pooling=pooling,
             normalize=normalize,
             dropout=dropout,

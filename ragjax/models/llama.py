@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from ragjax.errors import InputError
+from ragjax.models.fields import Fields
 from ragjax.models.generator import Keys, Memory, Past
 from ragjax.models.layers import (
     Attended,
@@ -27,6 +28,9 @@ from ragjax.models.layers import (
     stack,
     target_logits,
 )
+
+# by model_type: how the names of its classes begin
+KINDS = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 
 
 @dataclass(frozen=True)
@@ -53,42 +57,47 @@ class LlamaConfig:
 
     @classmethod
     def from_hf(cls, hf: dict[str, Any], dropout: float = 0.0, dtype: str = "float32") -> LlamaConfig:
-        """Raises `InputError` for what this family does not have (other activations, positions or biases)."""
-        kind = hf.get("model_type", "llama")
-        rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-        scaling = rope.get("rope_type") or rope.get("type") or "default"
-        problems = []
-        if kind not in ("llama", "mistral", "qwen2", "qwen3"):
-            problems.append(f"model_type {kind!r} is not of the Llama family (llama, mistral, qwen2, qwen3)")
-        if hf.get("hidden_act", "silu") != "silu":
-            problems.append(f"hidden_act {hf['hidden_act']!r} is not silu")
-        if scaling not in ("default", "llama3"):
-            problems.append(f"rope_type {scaling!r} is not default or llama3")
-        if hf.get("mlp_bias") or (kind != "qwen2" and hf.get("attention_bias")):
-            problems.append("biases outside Qwen2's query, key and value are not supported")
-        if problems:
-            raise InputError("generator config.json: " + "; ".join(problems))
+        """Raises `InputError` for what this family does not have (sliding windows, other activations or positions), and
+        for an entry of another type or size.
+        """
+        fields = Fields(hf)
+        kind = fields.text("model_type", among=KINDS)
+        fields.check_class(KINDS[kind])
+        fields.text("hidden_act", "silu", among=("silu",))
+        rope = fields.part("rope_parameters", "rope_scaling")
+        scaling = rope.text("rope_type" if rope.has("rope_type") else "type", "default", among=("default", "llama3"))
+        if fields.flag("mlp_bias", False) or (kind != "qwen2" and fields.flag("attention_bias", False)):
+            raise InputError("biases outside Qwen2's query, key and value are not supported")
+        positions = fields.count("max_position_embeddings", 2048)
         # as transformers: a Mistral that does not say otherwise has a window
-        windowed = kind == "mistral" or hf.get("use_sliding_window")
-        window = hf.get("sliding_window", 4096) if windowed else None
-        positions = hf.get("max_position_embeddings", 2048)
+        windowed = kind == "mistral" or fields.flag("use_sliding_window", False)
+        if windowed and ("sliding_window" not in hf or hf["sliding_window"] is not None):
+            positions = min(positions, fields.count("sliding_window", 4096))
         names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        heads = hf["num_attention_heads"]
+        width, heads = fields.count("hidden_size"), fields.count("num_attention_heads")
+        kv_heads = fields.count("num_key_value_heads", heads)
+        if heads % kv_heads:
+            raise InputError(f"num_attention_heads is {heads}, which num_key_value_heads={kv_heads} does not divide")
+        if not fields.has("head_dim"):
+            fields.check_heads("hidden_size", "num_attention_heads")
+        head_width = fields.count("head_dim", width // heads)
+        if head_width % 2:
+            raise InputError(f"head_dim is {head_width}; rotary positions need an even one")
         return cls(
-            vocabulary=hf["vocab_size"],
-            width=hf["hidden_size"],
-            layers=hf["num_hidden_layers"],
+            vocabulary=fields.count("vocab_size"),
+            width=width,
+            layers=fields.layers("num_hidden_layers"),
             heads=heads,
-            kv_heads=hf.get("num_key_value_heads") or heads,
-            head_width=hf.get("head_dim") or hf["hidden_size"] // heads,
-            ffn=hf["intermediate_size"],
-            epsilon=hf.get("rms_norm_eps", 1e-6),
-            rope_theta=float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0),
-            rope_scaling=tuple((name, float(rope[name])) for name in names) if scaling == "llama3" else (),
-            tied=hf.get("tie_word_embeddings", False),
+            kv_heads=kv_heads,
+            head_width=head_width,
+            ffn=fields.count("intermediate_size"),
+            epsilon=fields.number("rms_norm_eps", 1e-6),
+            rope_theta=(rope if rope.has("rope_theta") else fields).number("rope_theta", 10000.0),
+            rope_scaling=tuple((name, rope.number(name)) for name in names) if scaling == "llama3" else (),
+            tied=fields.flag("tie_word_embeddings", False),
             qkv_bias=kind == "qwen2",
             qk_norm=kind == "qwen3",
-            longest=min(positions, window or positions),
+            longest=positions,
             dropout=dropout,
             dtype=dtype,
         )

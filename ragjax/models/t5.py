@@ -15,6 +15,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from ragjax.errors import InputError
+from ragjax.files import shown
+from ragjax.models.fields import Fields
 from ragjax.models.generator import Keys, Memory, Past
 from ragjax.models.layers import (
     ACTIVATIONS,
@@ -54,32 +56,38 @@ class T5Config:
 
     @classmethod
     def from_hf(cls, hf: dict[str, Any], dropout: float = 0.0, dtype: str = "float32") -> T5Config:
-        """Raises `InputError` for another family or another feed-forward layer."""
-        problems = []
-        if hf.get("model_type", "t5") != "t5":
-            problems.append(f"model_type {hf['model_type']!r} is not t5")
-        gate, _, activation = hf.get("feed_forward_proj", "relu").rpartition("-")
+        """Raises `InputError` for another family or feed-forward layer, or an entry of another type or size."""
+        fields = Fields(hf)
+        fields.text("model_type", among=("t5",))
+        fields.check_class("T5")
+        ffn = fields.text("feed_forward_proj", "relu")
+        gate, _, activation = ffn.rpartition("-")
         activation = "gelu_new" if (gate, activation) == ("gated", "gelu") else activation
         if gate not in ("", "gated") or activation not in ACTIVATIONS:
-            problems.append(f"feed_forward_proj {hf['feed_forward_proj']!r} is not an activation, or gated- before one")
-        if problems:
-            raise InputError("generator config.json: " + "; ".join(problems))
+            raise InputError(f"feed_forward_proj is {shown(ffn)}; expected an activation, or gated- before one")
+        vocabulary, layers = fields.count("vocab_size"), fields.layers("num_layers")
+        buckets = fields.count("relative_attention_num_buckets", 32, least=4)
         return cls(
-            vocabulary=hf["vocab_size"],
-            width=hf["d_model"],
-            head_width=hf["d_kv"],
-            heads=hf["num_heads"],
-            ffn=hf["d_ff"],
-            encoder_layers=hf["num_layers"],
-            decoder_layers=hf.get("num_decoder_layers") or hf["num_layers"],
-            start=hf.get("decoder_start_token_id", hf.get("pad_token_id", 0)),
+            vocabulary=vocabulary,
+            width=fields.count("d_model"),
+            head_width=fields.count("d_kv"),
+            heads=fields.count("num_heads"),
+            ffn=fields.count("d_ff"),
+            encoder_layers=layers,
+            decoder_layers=fields.layers("num_decoder_layers", layers),
+            start=fields.count(
+                "decoder_start_token_id" if fields.has("decoder_start_token_id") else "pad_token_id",
+                0,
+                least=0,
+                most=vocabulary - 1,
+            ),
             activation=activation,
             gated=gate == "gated",
-            tied=(tied := hf.get("tie_word_embeddings", True)),
-            scaled=hf.get("scale_decoder_outputs", tied),  # said apart since transformers 5
-            buckets=hf.get("relative_attention_num_buckets", 32),
-            farthest=hf.get("relative_attention_max_distance", 128),
-            epsilon=hf.get("layer_norm_epsilon", 1e-6),
+            tied=(tied := fields.flag("tie_word_embeddings", True)),
+            scaled=fields.flag("scale_decoder_outputs", tied),  # said apart since transformers 5
+            buckets=buckets,
+            farthest=fields.count("relative_attention_max_distance", 128, least=buckets // 2 + 1),
+            epsilon=fields.number("layer_norm_epsilon", 1e-6),
             dropout=dropout,
             dtype=dtype,
         )

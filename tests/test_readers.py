@@ -1,0 +1,487 @@
+"""Whatever a file holds, its reader raises `InputError` naming it, or reads it: mutated files, by hypothesis.
+
+One kind of mutation works on bytes (flipped, cut, put in, doubled, replaced, in another encoding), the other on the
+JSON inside (a value becomes another type, huge, deep, not finite, or goes away). `make test` makes few of each, always
+the same; RAGJAX_MUTATIONS=2000 makes so many a reader, other ones each time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from tokenizers import pre_tokenizers
+
+from ragjax import chat_template, text
+from ragjax.build_index import MADE_OF, _found
+from ragjax.checksums import write_sealed
+from ragjax.config import Retriever
+from ragjax.errors import InputError
+from ragjax.experiment import _check_same_inputs
+from ragjax.index import open_index, write_index
+from ragjax.passages import Passage, PassageStore, read_passages, shard_folder, write_store
+from ragjax.questions import read_questions
+from ragjax.rag import _special_tokens
+from ragjax.random_checkpoint import write_random_checkpoint
+from ragjax.sentence_transformers import check_sentence_transformers
+from ragjax.text import Tokenizer, make_prompt
+from ragjax.train import _lines_until
+from ragjax.weights import open_bert, open_generator
+
+MUTATIONS = int(os.environ.get("RAGJAX_MUTATIONS", "0"))
+MEMORY, SECONDS = 4 << 30, 120  # what a reader of such small files may take beyond what is there, and how long
+FINGERPRINTS = {"encoder": "sha256:e"}
+BUILT_OF = {"content": "sha256:c"}
+CHAT = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] | trim + eos_token + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+# -- mutations
+
+# of JSON, as it is written: json.dumps could not write some of these
+FRAGMENTS = (
+    'null true false 0 -1 1 2 3 1.5 -0.5 NaN Infinity 1e999 1e30 4294967296 1000000000 99999999999999999999 "" "x" '
+    '"32" "\\ud800" "\\u0000" "{text}" [] {} [1] ["a"] [null] {"a":1} [[[]]] {"content":"x"} {"content":[]}'
+).split()
+FRAGMENTS += ["9" * 5000, "[" * 3000 + "]" * 3000, '{"a":' * 3000 + "1" + "}" * 3000, '"' + "x" * 100_000 + '"']
+GONE, HERE = "gone", "\x00here\x00"
+
+Dump = Callable[[Any], bytes]
+Split = Callable[[bytes], tuple[Any, Callable[[Dump], bytes]]]  # the JSON in a file, and the file around another one
+
+
+def as_json(data: bytes) -> tuple[Any, Callable[[Dump], bytes]]:
+    value = json.loads(data)
+    return value, lambda dump: dump(value)
+
+
+def as_lines(data: bytes) -> tuple[Any, Callable[[Dump], bytes]]:
+    values = [json.loads(line) for line in data.splitlines()]
+    return values, lambda dump: b"".join(dump(value) + b"\n" for value in values)
+
+
+def as_safetensors(data: bytes) -> tuple[Any, Callable[[Dump], bytes]]:
+    [size] = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + size])
+
+    def join(dump: Dump) -> bytes:
+        text = dump(header)
+        return struct.pack("<Q", len(text)) + text + data[8 + size :]
+
+    return header, join
+
+
+def as_gguf(data: bytes) -> tuple[Any, Callable[[Dump], bytes]]:
+    """Its metadata, which has types of its own; what these cannot hold is left out."""
+    metadata = gguf_metadata()
+
+    def join(dump: Dump) -> bytes:
+        try:
+            given = json.loads(dump(metadata))
+            return gguf_bytes(given if isinstance(given, dict) else {})
+        except (ValueError, RecursionError, struct.error, OverflowError, TypeError, AttributeError):
+            return data
+
+    return metadata, join
+
+
+def places(value: Any) -> list[tuple[Any, Any]]:
+    """Every (container, key) in a JSON value, those near the top first."""
+    found: list[tuple[Any, Any]] = []
+    level = [value]
+    while level:
+        here = [(of, key) for of in level for key in (list(of) if isinstance(of, dict) else range(len(of)))]
+        found += here
+        level = [of[key] for of, key in here if isinstance(of[key], dict | list)]
+    return found
+
+
+def mutate_json(split: Split, data: bytes, at: float, fragment: str) -> bytes:
+    """The file with one value replaced, or taken away."""
+    value, join = split(data)
+    inside = places(value)
+    if not inside:
+        return data
+    container, key = inside[int(at**2 * len(inside))]  # more often those near the top: there are fewer of them
+    if fragment == GONE:
+        del container[key]
+    else:
+        container[key] = HERE
+    marker = json.dumps(HERE).encode()
+    return join(lambda value: json.dumps(value).encode().replace(marker, fragment.encode()))
+
+
+@dataclass(frozen=True)
+class Edit:
+    """Of bytes: what, where (0 … 1), over how many, and with what."""
+
+    kind: str
+    at: float
+    count: int
+    new: bytes
+
+    def apply(self, data: bytes) -> bytes:
+        i = int(self.at * len(data))
+        match self.kind:
+            case "flip":
+                return data[:i] + bytes([data[i] ^ 1 << self.count % 8]) + data[i + 1 :] if i < len(data) else data
+            case "cut":
+                return data[:i]
+            case "insert":
+                return data[:i] + self.new + data[i:]
+            case "remove":
+                return data[:i] + data[i + self.count :]
+            case "double":
+                return data[: i + self.count] + data[i:]
+            case "replace":
+                return data[:i] + self.new + data[i + len(self.new) :]
+            case "run":
+                return data[:i] + self.new[:1] * self.count + data[i + self.count :]
+            case _:
+                return data.decode("utf-8", "replace").encode(self.kind)
+
+
+EDITS = st.builds(
+    Edit,
+    st.sampled_from("flip cut insert remove double replace run flip replace utf-16 utf-8-sig".split()),
+    st.floats(0, 1) | st.floats(0, 0.05),  # headers are at the beginning
+    st.integers(1, 64),
+    st.binary(min_size=1, max_size=12)
+    | st.sampled_from([b"\xff" * 8, bytes(8), b"\r", b"\x00", b"\n", b'"', b"\t", b"\xed\xa0\x80", b"{{", b"%}"]),
+)
+
+
+# -- valid files
+
+
+def gguf_metadata() -> dict[str, Any]:
+    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "He"]
+    return {
+        "general.architecture": "llama",
+        "llama.embedding_length": 32,
+        "llama.block_count": 1,
+        "llama.attention.head_count": 4,
+        "llama.attention.head_count_kv": 2,
+        "llama.attention.key_length": 8,
+        "llama.feed_forward_length": 64,
+        "llama.attention.layer_norm_rms_epsilon": 1e-5,
+        "llama.rope.freq_base": 10000.0,
+        "llama.context_length": 1024,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.chat_template": CHAT,
+        "tokenizer.ggml.merges": ["H e"],
+        "tokenizer.ggml.token_type": [3] * 3 + [1] * (len(tokens) - 3),
+        "tokenizer.ggml.tokens": tokens,
+    }
+
+
+def gguf_bytes(metadata: dict[str, Any]) -> bytes:
+    """A one-layer Llama with its tokenizer, whatever the metadata say."""
+    data = b"GGUF" + struct.pack("<IQQ", 3, 11, len(metadata))
+    for key, value in metadata.items():
+        data += gguf_text(key) + gguf_value(value)
+    shapes = {"token_embd": (260, 32), "output_norm": (32,), "blk.0.attn_norm": (32,), "blk.0.ffn_norm": (32,)}
+    shapes |= {"blk.0.attn_q": (32, 32), "blk.0.attn_output": (32, 32)} | {f"blk.0.attn_{x}": (16, 32) for x in "kv"}
+    shapes |= {"blk.0.ffn_gate": (64, 32), "blk.0.ffn_up": (64, 32), "blk.0.ffn_down": (32, 64)}
+    offset = 0
+    for name, shape in shapes.items():
+        data += gguf_text(f"{name}.weight") + struct.pack("<I", len(shape))
+        data += struct.pack(f"<{len(shape)}Q", *reversed(shape)) + struct.pack("<IQ", 0, offset)
+        offset += 4 * int(np.prod(shape))
+    data += bytes(-len(data) % gguf.GGUF_DEFAULT_ALIGNMENT)
+    return data + np.random.default_rng(0).normal(0, 0.02, offset // 4).astype(np.float32).tobytes()
+
+
+def gguf_text(value: str) -> bytes:
+    return struct.pack("<Q", len(value.encode())) + value.encode()
+
+
+def gguf_value(value: Any) -> bytes:
+    kinds = gguf.GGUFValueType
+    if isinstance(value, list):
+        items = [gguf_value(item) for item in value]
+        kind = items[0][:4] if items else struct.pack("<I", kinds.UINT32)
+        return struct.pack("<I", kinds.ARRAY) + kind + struct.pack("<Q", len(items)) + b"".join(i[4:] for i in items)
+    if isinstance(value, str):
+        return struct.pack("<I", kinds.STRING) + gguf_text(value)
+    if isinstance(value, bool):
+        return struct.pack("<I?", kinds.BOOL, value)
+    if isinstance(value, float):
+        return struct.pack("<If", kinds.FLOAT32, value)
+    return struct.pack("<Ii", kinds.INT32, value)
+
+
+def write_index_of_two_shards(folder: Path) -> None:
+    passages = [Passage(str(i), f"title {i}", f"the text of passage {i}") for i in range(6)]
+    for number in range(2):
+        shard = shard_folder(folder, number)
+        part = passages[3 * number : 3 * number + 3]
+        write_store(shard, part, lambda texts: [list(t.encode()) for t in texts], lambda passage: passage.text)
+        np.save(shard / "embeddings.npy", np.random.default_rng(number).normal(size=(3, 8)).astype(np.float32))
+    about = {"fingerprints": FINGERPRINTS, "corpus": {"fingerprint": "sha256:c"}}
+    write_index(folder, "exact", "float32", about)
+
+
+def write_all(folder: Path) -> None:
+    """One folder for each group of readers."""
+    folder.mkdir(exist_ok=True)
+    data = folder / "data"
+    data.mkdir()
+    (data / "passages.jsonl").write_text(
+        '{"id": "a", "title": "T", "text": "some \\u00e9 text"}\n{"id": 2, "text": "more", "extra": [1, {"b": null}]}\n'
+    )
+    (data / "passages.tsv").write_text('id\ttext\ttitle\n1\t"a ""quoted"" word"\tT\n2\tplain text\tTitle\n')
+    (data / "questions.jsonl").write_text(
+        '{"question": "Who?", "answer": ["A", "B"], "id": "q"}\n{"question": "é?", "answer": "C", "passages": ["a"]}\n'
+    )
+    (data / "train.jsonl").write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "loss": 2.25}\n')
+    (data / "manifest.json").write_text(json.dumps({"fingerprints": {"corpus": "c"}, "versions": {"jax": "1"}}))
+    scan = {"count": 6, "fingerprint": "sha256:f", "size": 100}
+    write_sealed(data / MADE_OF, {"made_of": BUILT_OF, "scan": scan})
+    for family in ("bert", "llama", "bart", "t5"):
+        write_random_checkpoint(family, folder / family)
+    settings = json.loads((folder / "llama" / "config.json").read_text())
+    settings |= {"architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "rope_scaling": None}
+    settings |= {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}}
+    settings["rope_parameters"] |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 512}
+    (folder / "llama" / "config.json").write_text(json.dumps(settings))
+    ends = {"eos_token_id": [2, 0], "bos_token_id": 1, "pad_token_id": 0}
+    (folder / "llama" / "generation_config.json").write_text(json.dumps(ends))
+    names = {"eos_token": {"content": "<|im_end|>", "special": True}, "pad_token": "<|endoftext|>"}
+    (folder / "llama" / "special_tokens_map.json").write_text(json.dumps(names))
+    named = json.loads((folder / "llama" / "tokenizer_config.json").read_text())
+    named |= {"chat_template": [{"name": "default", "template": CHAT}], "add_bos_token": True}
+    (folder / "llama" / "tokenizer_config.json").write_text(json.dumps(named))
+    tensors = json.loads((folder / "bart" / "config.json").read_text())
+    (folder / "bart" / "config.json").write_text(json.dumps(tensors | {"architectures": ["BartModel"]}))
+    header, _ = as_safetensors((folder / "t5" / "model.safetensors").read_bytes())
+    index = {"weight_map": {name: "model.safetensors" for name in header if name != "__metadata__"}}
+    (folder / "t5" / "model.safetensors.index.json").write_text(json.dumps(index))
+    old = folder / "old"
+    old.mkdir()
+    (old / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "hello", "world", "##s"]))
+    (old / "config.json").write_text(json.dumps({"model_type": "dpr"}))
+    (old / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "DPRQuestionEncoderTokenizer", "sep_token": "[SEP]", "pad_token": "[PAD]"})
+    )
+    chat = folder / "chat"
+    chat.mkdir()
+    (chat / "tokenizer.json").write_bytes((folder / "llama" / "tokenizer.json").read_bytes())
+    (chat / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
+    (chat / "chat_template.jinja").write_text(CHAT)
+    (folder / "gguf").mkdir()
+    (folder / "gguf" / "model.gguf").write_bytes(gguf_bytes(gguf_metadata()))
+    write_index_of_two_shards(folder / "index")
+    sentences = folder / "sentences"
+    (sentences / "1_Pooling").mkdir(parents=True)
+    kinds = [{"type": f"sentence_transformers.models.{kind}", "path": path} for kind, path in MODULES.items()]
+    (sentences / "modules.json").write_text(json.dumps(kinds))
+    pooling = {"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}
+    (sentences / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    about = {"prompts": {"query": "", "document": ""}, "default_prompt_name": None, "similarity_fn_name": "cosine"}
+    (sentences / "config_sentence_transformers.json").write_text(json.dumps(about))
+
+
+MODULES = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize"}
+
+
+# -- readers: each reads what its file is for, as far as it is used
+
+
+def read_corpus(folder: Path, name: str, format: str) -> None:
+    list(read_passages(folder / name, format))
+
+
+def read_encoder(folder: Path) -> None:
+    open_bert(folder, "mean", True).read()
+
+
+def read_generator(folder: Path) -> None:
+    text.read_gguf.cache_clear()
+    file = folder / "model.gguf"
+    checkpoint = file if file.is_file() else folder
+    generator = open_generator(checkpoint)
+    generator.read()
+    _special_tokens(generator, read_tokenizer(checkpoint))
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    text.read_gguf.cache_clear()
+    tokenizer = Tokenizer.load(path)
+    make_prompt(tokenizer, "{passage}\n\nQuestion: {question}\nAnswer:", framed=True)
+    for special in (True, False):
+        [ids] = tokenizer.encode(["Hello worlds </s> 1984 東京"], special=special, longest=8)
+        tokenizer.decode(ids)
+    return tokenizer
+
+
+def read_chat(folder: Path) -> None:
+    make_prompt(read_tokenizer(folder), "chat")
+
+
+def read_index(folder: Path) -> None:
+    index = open_index(folder, FINGERPRINTS)
+    assert index.version.startswith("sha256:") and index.embeddings.between(0, len(index)).shape[0] == len(index)
+    index.vectors(np.arange(len(index))[None])
+    store = PassageStore.open(folder)
+    assert len(list(store)) == len(store)
+    assert store.token_count >= 0 and store.longest >= 0
+    store.token_rows(0, len(store), 5)
+    for i in range(len(store)):
+        store.tokens(i)
+
+
+@dataclass(frozen=True)
+class Reader:
+    file: str  # in the folder of all; its first part is what `read` is given
+    read: Callable[[Path], Any]
+    split: Split | None = as_json
+    few: int = 12  # mutations of each kind in `make test`
+
+    def __str__(self) -> str:
+        return self.file
+
+
+READERS = [
+    Reader("data/passages.jsonl", lambda folder: read_corpus(folder, "passages.jsonl", "jsonl"), as_lines, 40),
+    Reader("data/passages.tsv", lambda folder: read_corpus(folder, "passages.tsv", "dpr"), None, 40),
+    Reader("data/questions.jsonl", lambda folder: read_questions(folder / "questions.jsonl"), as_lines, 40),
+    Reader("data/train.jsonl", lambda folder: _lines_until(folder / "train.jsonl", 9), as_lines, 40),
+    Reader("data/manifest.json", lambda folder: _check_same_inputs(folder / "manifest.json", {"corpus": "c"}), few=40),
+    Reader(f"data/{MADE_OF}", lambda folder: _found(folder, BUILT_OF), few=40),
+    Reader("bert/config.json", read_encoder),
+    Reader("llama/config.json", read_generator),
+    Reader("bart/config.json", read_generator),
+    Reader("t5/config.json", read_generator),
+    Reader("llama/generation_config.json", read_generator, few=6),
+    Reader("llama/model.safetensors", read_generator, as_safetensors),
+    Reader("t5/model.safetensors.index.json", read_generator),
+    Reader("gguf/model.gguf", read_generator, as_gguf),
+    Reader("llama/tokenizer.json", read_tokenizer),
+    Reader("llama/tokenizer_config.json", read_tokenizer),
+    Reader("llama/special_tokens_map.json", read_tokenizer),
+    Reader("old/vocab.txt", read_tokenizer, None),
+    Reader("chat/chat_template.jinja", read_chat, None, 4),
+    Reader("index/manifest.json", read_index),
+    Reader("index/shards/00001/embeddings.npy", read_index, None),
+    Reader("index/shards/00001/text_offsets.npy", read_index, None),
+    Reader("index/shards/00001/token_offsets.npy", read_index, None),
+    Reader("index/shards/00000/text.bin", read_index, as_lines),
+    Reader("index/shards/00000/tokens.bin", read_index, None),
+    Reader("sentences/modules.json", lambda folder: check_sentence_transformers(folder, Retriever(), True, True)),
+    Reader("sentences/1_Pooling/config.json", lambda f: check_sentence_transformers(f, Retriever(), True, True)),
+    Reader(
+        "sentences/config_sentence_transformers.json", lambda f: check_sentence_transformers(f, Retriever(), True, True)
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def valid(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder of all, with a cache of its own; an endless template ends sooner there."""
+    folder = tmp_path_factory.mktemp("valid")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAGJAX_CACHE", str(folder / "cache"))
+        patch.setattr(chat_template, "CPU_SECONDS", 1)
+        write_all(folder)
+        yield folder
+
+
+@contextmanager
+def bounds() -> Iterator[None]:
+    """No more memory than `MEMORY` beyond what is there, nor more time than `SECONDS`."""
+
+    def late(number: int, frame: Any) -> None:
+        raise AssertionError(f"no end within {SECONDS} s")
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    before = signal.signal(signal.SIGALRM, late)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY, hard))
+    signal.alarm(SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        signal.signal(signal.SIGALRM, before)
+
+
+def check(reader: Reader, valid: Path, data: bytes) -> None:
+    """The reader reads it, or says what is wrong with which file."""
+    path, folder = valid / reader.file, valid / reader.file.split("/")[0]
+    whole = path.read_bytes()
+    path.unlink()  # what is mapped by an earlier reader stays as it was
+    path.write_bytes(data)
+    try:
+        with bounds():
+            reader.read(folder)
+    except InputError as error:
+        assert str(folder) in str(error) or reader.file.startswith("chat/"), error
+        str(error).encode()
+    finally:
+        path.unlink()
+        path.write_bytes(whole)
+
+
+def few(reader: Reader) -> settings:
+    return settings(
+        max_examples=MUTATIONS or reader.few,
+        derandomize=not MUTATIONS,
+        deadline=None,
+        database=None,
+        phases=(Phase.generate, Phase.shrink) if not MUTATIONS else (Phase.generate,),
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+@pytest.mark.parametrize("reader", READERS, ids=str)
+def test_valid_files_are_read(valid: Path, reader: Reader) -> None:
+    reader.read(valid / reader.file.split("/")[0])
+
+
+@pytest.mark.parametrize("reader", READERS, ids=str)
+def test_mutated_bytes(valid: Path, reader: Reader) -> None:
+    whole = (valid / reader.file).read_bytes()
+
+    @few(reader)
+    @given(st.lists(EDITS, min_size=1, max_size=3))
+    def mutated(edits: list[Edit]) -> None:
+        data = whole
+        for edit in edits:
+            data = edit.apply(data)
+        check(reader, valid, data)
+
+    mutated()
+
+
+@pytest.mark.parametrize("reader", [reader for reader in READERS if reader.split], ids=str)
+def test_mutated_values(valid: Path, reader: Reader) -> None:
+    whole, split = (valid / reader.file).read_bytes(), reader.split
+    assert split is not None
+
+    @few(reader)
+    @given(st.floats(0, 1, exclude_max=True), st.sampled_from([GONE, *FRAGMENTS]))
+    def mutated(at: float, fragment: str) -> None:
+        check(reader, valid, mutate_json(split, whole, at, fragment))
+
+    mutated()
