@@ -26,7 +26,7 @@ from ragjax.files import partial_folder, read_json
 from ragjax.hub import checkpoint_folder, fetch
 from ragjax.models.layers import Params
 from ragjax.progress import terminal
-from ragjax.rag import Rag, open_rag
+from ragjax.rag import Rag, generation_config, open_rag
 from ragjax.text import Tokenizer
 from ragjax.weights import Pretrained, bert_tensors, generator_tensors, open_safetensors, write_safetensors
 from ragjax.world import restore_trained
@@ -154,10 +154,8 @@ class _Part:
 
 def _generation(rag: Rag) -> dict[str, Any]:
     """What the generator's own checkpoint says of generating, and its end tokens where there are several."""
-    file = rag.generator.files[0]
-    own = file.parent / GENERATION
-    given = read_json(own) if own.is_file() and file.suffix != ".gguf" else {}
-    return given | ({"eos_token_id": list(rag.special.ends)} if rag.special.other_ends else {})
+    ends = {"eos_token_id": list(rag.special.ends)} if rag.special.other_ends else {}
+    return generation_config(rag.generator)[1] | ends
 
 
 def _tensors(encoder: Pretrained, params: Params) -> dict[str, np.ndarray]:

@@ -147,38 +147,50 @@ def open_rag(config: Config) -> Rag:
     )
 
 
+def generation_config(generator: Pretrained) -> tuple[Path, dict[str, Any]]:
+    """The generation_config.json beside a generator's weights, and what it says; a GGUF file says all itself."""
+    path = generator.files[0].parent / "generation_config.json"
+    return path, read_json(path) if path.is_file() and generator.files[0].suffix != ".gguf" else {}
+
+
 def _special_tokens(generator: Pretrained, tokenizer: Tokenizer) -> SpecialTokens:
     """The tokenizer's, what the checkpoint's generation_config.json or else its config.json forces, and all their ends.
 
-    Raises `InputError` for an end that is no token.
+    Raises `InputError` for what is no token, and for several where one is expected.
     """
-    folder, gguf = generator.files[0].parent, generator.files[0].suffix == ".gguf"
-    file = folder / "generation_config.json"
-    generation = read_json(file) if file.is_file() and not gguf else {}
-    ends = [tokenizer.eos_id]
-    for path, settings in ((generator.files[0] if gguf else folder / "config.json", generator.hf), (file, generation)):
-        ends += _end_tokens(settings.get("eos_token_id"), generator.config.vocabulary, path)
-    given = generator.hf | generation
+    path, generation = generation_config(generator)
+    config = generator.files[0] if generator.files[0].suffix == ".gguf" else path.with_name("config.json")
+
+    def named(key: str) -> list[tuple[Path, list[int]]]:
+        files = (config, generator.hf), (path, generation)
+        return [(f, _token_ids(f, key, of[key], generator.config.vocabulary)) for f, of in files if key in of]
+
+    def one(key: str, default: int | None = None) -> int | None:
+        for file, ids in reversed(named(key)):
+            if len(ids) > 1:
+                raise InputError(f"{file}: {key} is {ids}; expected one token")
+            return ids[0] if ids else None
+        return default
+
+    ends = {tokenizer.eos_id}.union(*(ids for _, ids in named("eos_token_id")))
     # transformers' BartConfig has this default; older checkpoints leave the key out
-    given = {"forced_eos_token_id": tokenizer.eos_id if given.get("model_type") == "bart" else None} | given
-
-    def one(key: str) -> int | None:
-        value = given.get(key)
-        if isinstance(value, list) and len(value) != 1:
-            raise InputError(f"{folder}: {key} is {value}; expected one token")
-        return value[0] if isinstance(value, list) else value
-
-    bos, forced_bos, forced_eos = (one(f"{kind}_token_id") for kind in ("bos", "forced_bos", "forced_eos"))
-    forced_eos = tokenizer.eos_id if forced_eos in ends else forced_eos  # which stands for all of them
-    return SpecialTokens(tokenizer.eos_id, tokenizer.pad_id, bos, forced_bos, forced_eos, tuple(sorted({*ends})))
+    forced_eos = one("forced_eos_token_id", tokenizer.eos_id if generator.hf.get("model_type") == "bart" else None)
+    return SpecialTokens(
+        eos=tokenizer.eos_id,
+        pad=tokenizer.pad_id,
+        bos=one("bos_token_id"),
+        forced_bos=one("forced_bos_token_id"),
+        forced_eos=tokenizer.eos_id if forced_eos in ends else forced_eos,  # which stands for all of them
+        ends=tuple(sorted(ends)),
+    )
 
 
-def _end_tokens(given: Any, vocabulary: int, path: Path) -> list[int]:
-    """A file's `eos_token_id`: one, several or none."""
-    ends = given if isinstance(given, list) else [] if given is None else [given]
-    if any(type(end) is not int or not 0 <= end < vocabulary for end in ends):
-        raise InputError(f"{path}: eos_token_id is {given!r}; expected numbers of tokens, 0 to {vocabulary - 1}")
-    return ends
+def _token_ids(file: Path, key: str, given: Any, vocabulary: int) -> list[int]:
+    """One token, several or none, as Hugging Face's files name them."""
+    ids = given if isinstance(given, list) else [] if given is None else [given]
+    if any(type(token) is not int or not 0 <= token < vocabulary for token in ids):
+        raise InputError(f"{file}: {key} is {given!r}; expected numbers of tokens, 0 to {vocabulary - 1}; correct it")
+    return ids
 
 
 def _check_vocabulary(checkpoint: Path, tokenizer: Tokenizer, model: Pretrained) -> None:

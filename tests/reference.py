@@ -25,6 +25,7 @@ from ragjax.weights import open_bert, open_generator, save_bert, save_generator
 Tensors = Mapping[str, np.ndarray]
 erf = np.vectorize(math.erf)
 GOLDEN = Path(__file__).parent / "golden" / "llama-tiny"
+EPS = float(np.finfo(np.float32).eps)
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,16 @@ def draw(params: Params, seed: int) -> Params:
             "bias": 0.3 * noise,
         }[path[-1]].astype(np.float32)
     return nnx.traversals.unflatten_mapping(drawn)
+
+
+def rounding(values: Any, terms: int = 32) -> float:
+    """How far apart two float32 computations of the same values may be, which sum `terms` numbers as large as they.
+
+    Each sum is rounded to half an eps of the largest; so many add up as a random walk does. Eight deviations of it:
+    none of thousands of comparisons is then expected to be farther off, whatever the seed and the order of the sums.
+    """
+    sizes = np.abs(np.asarray(values, np.float64))
+    return 4 * EPS * math.sqrt(terms) * float(sizes[np.isfinite(sizes)].max(initial=0.0))
 
 
 def log_softmax(x: np.ndarray) -> np.ndarray:

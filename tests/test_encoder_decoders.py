@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from reference import rounding
 from safetensors.numpy import load_file, save_file
 
 from ragjax.cli import main
@@ -126,8 +127,10 @@ def test_the_loss_and_its_gradient(golden: Golden) -> None:
     start = "grad/generator/array/"
     recorded = {key.removeprefix(start): value for key, value in golden.values.items() if key.startswith(start)}
     assert recorded
+    # weighed by shares, each as uncertain as the logarithm that it is exp of
+    apart = rounding(nll, 1) * max(np.abs(value).max() for value in recorded.values())
     for name, value in recorded.items():
-        np.testing.assert_allclose(named[name], value, rtol=1e-4, atol=1e-5 * np.abs(value).max(), err_msg=name)
+        np.testing.assert_allclose(named[name], value, rtol=1e-4, atol=apart, err_msg=name)
 
 
 def test_rag_token_sums_over_the_documents_at_every_token(golden: Golden) -> None:
@@ -173,11 +176,11 @@ def test_groups_do_not_see_each_other_and_padding_changes_nothing(golden: Golden
     together = _score(graph, params, memory, answers)
     for group in range(3):
         alone = _score(graph, params, memory, answers[:, group : group + 1])
-        chex.assert_trees_all_close(alone[:, 0], together[:, group], atol=1e-5)
+        np.testing.assert_allclose(alone[:, 0], together[:, group], atol=rounding(together))
     source = np.pad(golden.values["in/context_input_ids"], ((0, 0), (0, 9)), constant_values=7).astype(np.int32)
     mask = np.pad(golden.values["in/context_attention_mask"], ((0, 0), (0, 9))).astype(bool)
     wider = _read(graph, params, jnp.asarray(source), jnp.asarray(mask))
-    chex.assert_trees_all_close(_score(graph, params, wider, answers), together, atol=1e-5)
+    np.testing.assert_allclose(_score(graph, params, wider, answers), together, atol=rounding(together))
 
 
 def test_dropout_is_drawn_by_row(golden: Golden) -> None:
@@ -196,7 +199,7 @@ def test_dropout_is_drawn_by_row(golden: Golden) -> None:
     without = _score(golden.pretrained.graph, golden.params, golden.memory, answers)
     assert np.abs(first - without).min(axis=-1).max() > 1e-3
     backwards = run(source[::-1], mask[::-1], answers[::-1], keys[::-1])
-    chex.assert_trees_all_close(backwards[::-1], first, atol=1e-5)
+    np.testing.assert_allclose(backwards[::-1], first, atol=rounding(first))
 
 
 def test_every_tensor_comes_back(golden: Golden) -> None:
