@@ -48,8 +48,9 @@ test-tpu:
 	JAX_PLATFORMS=cpu $(VENV)-tpu/bin/python -m pytest -q -m slow tests/test_plan.py
 
 soak: $(VENV)/dev
-	$(BIN)/python tests/soak.py --kills 120
+	$(BIN)/python tests/soak.py --kills 120 --devices 1
 	$(BIN)/python tests/soak.py --kills 40 --processes 2
+	$(BIN)/python tests/soak.py --interrupts 200
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
