@@ -49,14 +49,14 @@ def _run_as_one_of_many(options: argparse.Namespace) -> int:
         if jax.process_count() > 1:
             options.name = f"ragjax (process {jax.process_index()} of {jax.process_count()})"
         code = _run(options)
-    except InputError as error:
-        print(f"ragjax: {error}", file=sys.stderr)
-        code = 2
     except BaseException as error:
         lost = isinstance(error, jax.errors.JaxRuntimeError) and any(sign in str(error) for sign in SIGNS_OF_LOSS)
         if number := stopped():
             code = 128 + number
             print(f"{options.name}: stopped by {signal.Signals(number).name}", file=sys.stderr)
+        elif isinstance(error, InputError):
+            code = 2
+            print(f"ragjax: {error}", file=sys.stderr)
         elif not isinstance(error, Exception):
             raise
         elif lost:
@@ -73,7 +73,7 @@ def _run_as_one_of_many(options: argparse.Namespace) -> int:
         return code
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)
+    os._exit(128 + number if (number := stopped()) else code)
 
 
 def _run(options: argparse.Namespace) -> int:
