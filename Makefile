@@ -8,11 +8,12 @@ VENV := .venv-$(VERSION)
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q
+ANY_DEVICES := -m 'any_devices and not slow'
 
 # glibc puts large arrays on huge pages: less time goes into page faults.
 quickstart bench: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: quickstart test test-slow test-torch test-tpu soak lint bench clean
+.PHONY: quickstart test test-other test-slow test-torch test-tpu soak lint bench clean
 
 quickstart: $(VENV)/dev
 	$(BIN)/ragjax index configs/factbook.yaml
@@ -22,6 +23,16 @@ quickstart: $(VENV)/dev
 
 test: $(VENV)/dev
 	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -n 2 --devices 1 $(ANY_DEVICES)
+	$(PYTEST) -n 2 --devices 2 $(ANY_DEVICES)
+
+# resuming, the golden values and a training step, with another Python and so with the other end of JAX's versions
+test-other:
+	@other=$$(.ci/other-python $(VERSION)) || { echo "test-other: no other Python was found: left out"; exit 0; }; \
+	$(MAKE) --no-print-directory test-other-with PYTHON=$$other
+
+test-other-with: $(VENV)/dev
+	$(PYTEST) -n 2 --devices 1 -m 'other_python and not slow'
 
 test-slow: $(VENV)/dev
 	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder -m slow
@@ -37,8 +48,9 @@ test-tpu:
 	JAX_PLATFORMS=cpu $(VENV)-tpu/bin/python -m pytest -q -m slow tests/test_plan.py
 
 soak: $(VENV)/dev
-	$(BIN)/python tests/soak.py --kills 120
+	$(BIN)/python tests/soak.py --kills 120 --devices 1
 	$(BIN)/python tests/soak.py --kills 40 --processes 2
+	$(BIN)/python tests/soak.py --interrupts 200
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

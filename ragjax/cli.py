@@ -50,30 +50,31 @@ def _run_as_one_of_many(options: argparse.Namespace) -> int:
         if jax.process_count() > 1:
             options.name = f"ragjax (process {jax.process_index()} of {jax.process_count()})"
         code = _run(options)
-    except InputError as error:
-        print(visible(f"ragjax: {error}"), file=sys.stderr)
-        code = 2
     except BaseException as error:
-        if number := stopped():
-            print(f"{options.name}: stopped by {signal.Signals(number).name}", file=sys.stderr)
-            os._exit(128 + number)
-        if not isinstance(error, Exception):
-            raise
         lost = isinstance(error, jax.errors.JaxRuntimeError) and any(sign in str(error) for sign in SIGNS_OF_LOSS)
-        code = 75 if lost else 1
-        if lost:
+        if number := stopped():
+            code = 128 + number
+            print(f"{options.name}: stopped by {signal.Signals(number).name}", file=sys.stderr)
+        elif isinstance(error, InputError):
+            code = 2
+            print(visible(f"ragjax: {error}"), file=sys.stderr)
+        elif not isinstance(error, Exception):
+            raise
+        elif lost:
+            code = 75
             print(
                 f"{options.name}: lost another process ({str(error).splitlines()[0][:200]}); it may have said why. "
                 "Start the same command again in all processes: it goes on",
                 file=sys.stderr,
             )
         else:
+            code = 1
             traceback.print_exc()
     if code == 0 or options.together:
         return code
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)
+    os._exit(128 + number if (number := stopped()) else code)
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -12,6 +12,7 @@ import atexit
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -27,25 +28,50 @@ class Signals:
         self.came = 0  # the first signal's number
         self.raising = True  # else a signal is only remembered
         self.instead: Callable[[], None] | None = None  # called by the first signal, which then does not interrupt
+        self._raised = 0
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         first, self.came = not self.came, self.came or number
         if first and self.instead is not None:
             self.instead()
         elif self.raising and (first or number == signal.SIGINT):
-            raise KeyboardInterrupt
+            if _importing(frame):  # an extension that is being loaded prints, or breaks
+                self._again_soon()
+            else:
+                self._raise()
 
     def check(self) -> None:
         """Raises `KeyboardInterrupt` if a signal came that should have interrupted."""
         if self.came and self.raising and self.instead is None:
-            raise KeyboardInterrupt
+            self._raise()
 
     def dropped(self, unraisable: Any, otherwise: Callable[[Any], Any]) -> None:
-        """What Python calls where it drops an exception: Ctrl-C then comes again, a moment later."""
+        """What Python calls where it drops an exception: Ctrl-C then comes again, and not there."""
         if issubclass(unraisable.exc_type, KeyboardInterrupt):
-            _thread.interrupt_main()
+            self._again_soon()
         else:
             otherwise(unraisable)
+
+    def _raise(self) -> None:
+        self._raised += 1
+        raise KeyboardInterrupt
+
+    def _again_soon(self) -> None:
+        """As if Ctrl-C came once more a moment later, unless something has been raised by then."""
+        raised = self._raised
+
+        def again() -> None:
+            time.sleep(0.02)
+            if self._raised == raised and self.raising and _listening is self:
+                _thread.interrupt_main()
+
+        _thread.start_new_thread(again, ())
+
+
+def _importing(frame: FrameType | None) -> bool:
+    while frame is not None and "importlib._bootstrap" not in frame.f_code.co_filename:
+        frame = frame.f_back
+    return frame is not None
 
 
 _listening: Signals | None = None

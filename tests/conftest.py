@@ -22,14 +22,9 @@ if jax.__version_info__ < (0, 11):  # the older way to compile fusions takes 2.5
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
 
 
-DEVICES = 8
-
-
 def pytest_addoption(parser: pytest.Parser) -> None:
-    told = (
-        f"virtual CPU devices (default: {DEVICES}); with another number the tests marked any_devices run, and no others"
-    )
-    parser.addoption("--devices", type=int, default=DEVICES, help=told)
+    told = "virtual CPU devices (default: %(default)s); with another number choose -m 'any_devices and not slow'"
+    parser.addoption("--devices", type=int, default=8, help=told)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -50,9 +45,6 @@ def run(world: Path) -> Path:
 LONGEST = [f"test_{name}" for name in "processes refresh encoder_decoders step train plan fused soak".split()]
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Two workers end together if the longest files are not the last ones."""
-    if config.getoption("devices") != DEVICES:
-        config.hook.pytest_deselected(items=[item for item in items if not item.get_closest_marker("any_devices")])
-        items[:] = [item for item in items if item.get_closest_marker("any_devices")]
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))

@@ -355,18 +355,3 @@ def test_a_gzipped_corpus_smaller_than_five_passages_is_evaluated(capsys: Captur
     assert main(["evaluate", str(world / "config.yaml"), "--json", *settings]) == 0
     [measured] = json.loads(capsys.readouterr().out)["models"].values()
     assert measured["recall@5"] == 1
-
-
-@pytest.mark.parametrize(("cause", "code"), [(KeyboardInterrupt(), 130), (ValueError("not built"), None)])
-def test_ctrl_c_while_an_extension_is_loaded(
-    world: Path, monkeypatch: pytest.MonkeyPatch, cause: BaseException, code: int | None
-) -> None:
-    def load(*_: object) -> None:
-        raise ImportError("Encountered an error while initializing the extension.") from cause
-
-    monkeypatch.setattr("ragjax.cli._load", load)
-    if code is None:
-        with pytest.raises(ImportError):
-            main(["config", str(world / "config.yaml")])
-    else:
-        assert main(["config", str(world / "config.yaml")]) == code

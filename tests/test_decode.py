@@ -117,6 +117,7 @@ def golden_candidates(generator: Small, golden: dict[str, np.ndarray]) -> dict[i
     return {beams: decoded(generator, prompts, prior, chosen) for beams, chosen in settings.items()}
 
 
+@pytest.mark.other_python
 @pytest.mark.parametrize("beams", [1, 2, 4])
 def test_equals_hugging_face(
     beams: int, golden: dict[str, np.ndarray], golden_candidates: dict[int, list[Candidates]]

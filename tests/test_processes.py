@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -12,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from processes import ROOT, ends, environment, logged, start, wait_for_step
+from processes import RAGJAX, ROOT, ends, environment, logged, start, wait_for_step
+from soak import same_state
 from trained import files
 
 from ragjax.cli import main
@@ -142,6 +144,37 @@ def test_an_evaluation_that_was_killed_goes_on_whatever_the_number_of_processes(
     ours, theirs = ((tmp_path / of / "predictions.jsonl").read_text() for of in ("pieces", "whole"))
     assert ours == theirs and ours.count("\n") == 20
     assert list((tmp_path / "pieces").glob("*.partial")) == []
+
+
+@pytest.mark.slow
+def test_the_quickstart_s_models_go_on_on_one_device(tmp_path: Path) -> None:
+    """MiniLM and SmolLM2: stopped after the first step and started again, all comes out as it does at once."""
+    settings = [
+        f"index.folder={tmp_path}/index",
+        "corpus.limit=600",
+        "train.steps=4",
+        "train.batch_size=2",
+        "train.k=2",
+    ]
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)}
+
+    def begin(command: str, run: str) -> subprocess.Popen:
+        arguments = [*RAGJAX, command, str(ROOT / "configs/factbook.yaml"), f"output={tmp_path / run}", *settings]
+        return subprocess.Popen(arguments, env=env, stderr=subprocess.PIPE, text=True)
+
+    for command in ("index", "train"):
+        assert ends([begin(command, "whole")], within=300)[0][0] == 0
+    stopped = begin("train", "pieces")
+    wait_for_step(tmp_path / "pieces", 1, [stopped])
+    stopped.send_signal(signal.SIGTERM)
+    [(code, err)] = ends([stopped], within=60)
+    assert code == 143 and "stopped and saved at step" in err, err
+    [(code, err)] = ends([begin("train", "pieces")], within=300)
+    assert code == 0 and "going on from step" in err, err
+    assert logged(tmp_path / "pieces") == logged(tmp_path / "whole")
+    assert same_state(tmp_path / "pieces", tmp_path / "whole", 4)
+    for run in ("pieces", "whole"):
+        shutil.rmtree(tmp_path / run)  # a gigabyte each
 
 
 @pytest.mark.parametrize("lost", [0, 1])

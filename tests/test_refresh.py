@@ -153,8 +153,15 @@ def slower(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(refreshing(world, tmp_path_factory.mktemp("slower") / "run", **SLOWER))
 
 
-@pytest.mark.any_devices
-@pytest.mark.parametrize("stop", [pytest.param(6, marks=SLOW), 8, pytest.param(9, marks=SLOW), 11])
+@pytest.mark.parametrize(
+    "stop",
+    [
+        pytest.param(6, marks=SLOW),
+        8,
+        pytest.param(9, marks=SLOW),
+        pytest.param(11, marks=pytest.mark.any_devices),
+    ],
+)
 def test_a_run_killed_in_the_middle_of_a_refresh_resumes(
     world: Path, slower: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
 ) -> None:

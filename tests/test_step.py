@@ -427,6 +427,7 @@ def test_bfloat16_keeps_probabilities_and_parameters_in_float32(
 # training
 
 
+@pytest.mark.other_python
 def test_training_lowers_the_loss_and_repeats_bit_for_bit(dropping: Setup, dropping_step: Step) -> None:
     def run(steps: int) -> tuple[TrainState, list[float]]:
         state, losses = dropping.state(), []
