@@ -252,7 +252,7 @@ def test_an_evaluation_goes_on_where_it_was_stopped(
     stop = len(whole)
     capsys.readouterr()
     assert evaluated(run, pieces, asked) == 130
-    assert "interrupted; the same command goes on" in capsys.readouterr().err
+    assert "what was measured is kept; the same command goes on" in capsys.readouterr().err
     assert sorted(path.name for path in pieces.iterdir()) == ["checkpoints", partial.name]
     partial.write_bytes(partial.read_bytes()[:-10])
     made.clear()
