@@ -266,8 +266,8 @@ def _evaluate(options: argparse.Namespace) -> int:
     try:
         report = evaluate(_load(options))
     except KeyboardInterrupt:
-        print(f"{options.name}: interrupted; the same command goes on with what was not measured yet", file=sys.stderr)
-        return 130
+        print(f"{options.name}: what was measured is kept; the same command goes on", file=sys.stderr)
+        raise
     if is_first():
         print_metrics(report, as_json=options.json)
     return 0

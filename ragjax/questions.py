@@ -6,7 +6,6 @@ object means that the file is damaged.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,8 +15,6 @@ from ragjax.errors import InputError
 from ragjax.files import is_unicode, parse_json
 from ragjax.passages import byte_lines
 
-SURROGATE = re.compile(r"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")  # as JSON escapes it, two of them or one alone
-HALF = "holds half of a \\ud800-\\udfff pair, which is no Unicode text"
 FEW = 5  # of what is left out is shown on the terminal
 
 
@@ -99,11 +96,11 @@ def read_split(path: Path) -> Split:
         raise InputError(f'{path}: no such file of questions; expected JSON lines, {{"question": …, "answer": [ … ]}}')
     questions, left_out = [], []
     for number, line in byte_lines(path):
-        where, broken = f"{path}:{number}", None
+        where, broken, codec = f"{path}:{number}", None, "utf-8-sig" if number == 1 else "utf-8"
         try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            text = line.decode(codec)
         except UnicodeDecodeError as error:
-            text, broken = line.decode(errors="replace"), f"not UTF-8 ({error.reason})"
+            text, broken = line.decode(codec, errors="replace"), f"not UTF-8 ({error.reason})"
         if not text.strip():
             continue
         try:
@@ -111,7 +108,7 @@ def read_split(path: Path) -> Split:
         except InputError:
             if broken:
                 raise InputError(f"{where}: {broken}") from None
-            record, broken = parse_json(SURROGATE.sub(r"\\ufffd", text), where), HALF
+            raise
         if not isinstance(record, dict):
             raise InputError(f"{where}: expected a JSON object, not {type(record).__name__}")
         if reason := broken or _problem(record):
@@ -163,7 +160,7 @@ def _problem(record: dict[str, Any]) -> str | None:
     if isinstance(id_, bool) or not isinstance(id_, str | int) or id_ == "":
         return 'empty "id"; expected a text or a whole number'
     if not is_unicode("".join([text, *answers, *passages, str(id_)])):
-        return HALF
+        return "holds half of a \\ud800-\\udfff pair, which is no Unicode text"
     return None
 
 

@@ -371,13 +371,11 @@ def test_a_run_goes_on_with_more_steps(
     capsys.readouterr()
     assert go("run", "train.steps=5") == 0
     err = " ".join(capsys.readouterr().err.split())
-    assert (
-        "going on from step 3" in err and "train.steps was 3 and is 5: from here on the learning rates are those" in err
-    )
+    assert "going on from step 3 train.steps was 3 and is 5: from here on the learning rates are those of 5" in err
     assert [line["step"] for line in losses(tmp_path / "run")] == [1, 2, 3, 4, 5]
     history = [{"step": 3, "train.steps": {"before": 3, "now": 5}}]
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["history"] == history
-    at_step(monkeypatch, 4, crash)
+    at_step(monkeypatch, 5, crash)
     with pytest.raises(RuntimeError, match="power"):
         go("pieces", "train.save_every=1")
     at_step(monkeypatch, 0, crash)
