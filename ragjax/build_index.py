@@ -180,7 +180,7 @@ def _there(folder: Path, new: Path, rag: Rag, content: str, made_of: dict[str, A
         return None
     if manifest["corpus"]["content"] != content:
         return None
-    damage = index_damage(folder, manifest)
+    damage = index_damage(folder)
     bad = {Path(name).parent.name for name in damage if name.startswith(f"{SHARDS}/")}
     counts = manifest["shards"]
     return _There(counts[0], [n for n in range(len(counts)) if shard_folder(folder, n).name not in bad], damage)

@@ -49,8 +49,8 @@ from ragjax.cost import size_text
 from ragjax.errors import InputError
 from ragjax.files import atomic_write, read_json
 from ragjax.mesh import local_mesh, on_host, place, replicated
-from ragjax.passages import MEND, map_array, may_map, shard_folder, shard_folders
-from ragjax.progress import SOON, bytes_bar, progress_bar
+from ragjax.passages import MEND, SHARDS, map_array, may_map, shard_folder, shard_folders
+from ragjax.progress import bytes_bar, progress_bar
 from ragjax.search import Corpus, log_normalizer, place_rows, search_corpus
 from ragjax.text import Ids, bucket, pad_rows
 
@@ -321,18 +321,38 @@ def write_index(folder: Path, kind: str, dtype: str, manifest_extra: Mapping[str
     write_sealed(folder / MANIFEST, manifest | dict(manifest_extra) | {"files": files})
 
 
-def index_damage(folder: Path, manifest: Mapping[str, Any], soon: int = SOON) -> dict[str, str]:
+def index_records(folder: Path) -> tuple[dict[str, Record], dict[str, str]]:
+    """The record of each file of an index, and what is wrong with those files that hold the records."""
+    try:
+        files = read_manifest(folder)["files"]
+    except InputError as error:
+        files = {}
+        broken = {MANIFEST: str(error).removeprefix(f"{folder}: ")}
+    else:
+        broken = {}
+    records: dict[str, Record] = dict(files)
+    shards = [name for name in files if Path(name).name == CHECKSUMS]
+    # where the manifest does not tell, the shards that are there speak for themselves
+    for name in shards or [str(p.relative_to(folder)) for p in sorted((folder / SHARDS).glob(f"[0-9]*/{CHECKSUMS}"))]:
+        if name in files and damage(folder / name, files[name]) is not None:
+            continue  # it is found with the others
+        try:
+            inside = read_checksums(folder / Path(name).parent)["files"]
+        except InputError as error:
+            broken[name] = str(error).partition(": ")[2]
+            continue
+        records |= {str(Path(name).with_name(of)): record for of, record in inside.items()}
+    return records, broken
+
+
+def index_damage(folder: Path) -> dict[str, str]:
     """What is wrong with each damaged file of an index, by its name in the folder, once all have been read.
 
-    A progress bar shows this, unless they have fewer than `soon` bytes.
+    A progress bar shows this where it takes long.
     """
-    records: dict[str, Record] = dict(manifest["files"])
-    for name, record in manifest["files"].items():
-        if Path(name).name == CHECKSUMS and damage(folder / name, record) is None:
-            inside = read_checksums(folder / Path(name).parent)["files"]
-            records |= {str(Path(name).with_name(of)): record for of, record in inside.items()}
-    with bytes_bar("check the index", total_size(records.values()), soon) as advance:
-        return damages(folder, records, advance)
+    records, broken = index_records(folder)
+    with bytes_bar("check the index", total_size(records.values())) as advance:
+        return broken | damages(folder, records, advance)
 
 
 def check_kind(kind: str, width: int, count: int | None = None) -> None:
@@ -525,6 +545,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if SEAL not in read_json(folder / MANIFEST):
             why = "it was built by an older ragjax"
     raise InputError(f"{folder}: the index cannot be used ({why}); {RUN}")
+
+
+def check_listed(path: Path) -> None:
+    """Raises `InputError` for a file of questions that an index brought, and that is not what was written any more."""
+    folder = path.parent.parent
+    if path.parent.name == "questions" and (folder / MANIFEST).is_file():
+        record = read_manifest(folder)["files"].get(f"questions/{path.name}")
+        if record is not None and (what := damage(path, record)) is not None:
+            raise InputError(f"{path}: {what}; {MEND}")
 
 
 def open_index(

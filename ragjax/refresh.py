@@ -33,6 +33,7 @@ from ragjax.progress import progress_bar
 from ragjax.rag import Rag, embed_with, embeddings_with, encode_questions, passage_rows
 
 FOLDER = "refreshed"
+REFRESHED_MEND = "delete it; what was encoded after the last step, ragjax train CONFIG encodes again"
 TOGETHER = 1024  # passages whose text is held at a time; of a part only the tokens are
 
 
@@ -224,8 +225,7 @@ def refreshed_index(rag: Rag, base: Index, output: Path, step: int) -> Index:
             f"{folder}: the index that this run searched after step {step} is gone; bring it back, or train anew with "
             "another output"
         )
-    mend = f"delete {folder}; what was encoded after the last step, ragjax train CONFIG encodes again"
-    index = open_index(folder, rag.fingerprints, base.recall, mend)
+    index = open_index(folder, rag.fingerprints, base.recall, REFRESHED_MEND)
     if len(index) != len(base):
         raise InputError(f"{folder}: holds {len(index)} passages and {rag.config.index.folder} {len(base)}")
     return index
