@@ -39,6 +39,7 @@ test-tpu:
 soak: $(VENV)/dev
 	$(BIN)/python tests/soak.py --kills 120
 	$(BIN)/python tests/soak.py --kills 40 --processes 2
+	$(BIN)/python tests/damage.py
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

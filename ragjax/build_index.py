@@ -88,8 +88,9 @@ Read = Callable[[], Iterable[Passage]]  # the corpus from its beginning
 def build_index(config: Config) -> Path:
     """Builds the folder `index.folder`: passages, the generator's tokens, embeddings, search structure, manifest.
 
-    An index of the same contents that is there already stays; another one is replaced only once the new one is whole.
-    A build that was stopped goes on with the shards it has. Raises `InputError` for bad input.
+    An index of the same contents that is there already is read and compared with its checksums; it stays, and what is
+    damaged of it is made anew. Another one is replaced only once the new one is whole. A build that was stopped goes on
+    with the shards it has. Raises `InputError` for bad input.
     """
     check_processes_agree(config)
     _check_corpus(config.corpus)
