@@ -18,7 +18,6 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import groupby, islice
 from pathlib import Path
@@ -538,13 +537,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of an index. Raises `InputError` where it is missing, damaged or of an older ragjax."""
     check_built(folder)
     try:
-        return read_sealed(folder / MANIFEST)
+        if SEAL in read_json(folder / MANIFEST):
+            return read_sealed(folder / MANIFEST)
+        why = "was built by an older ragjax"
     except InputError as error:
-        why = str(error).removeprefix(f"{folder}/")
-    with suppress(InputError):
-        if SEAL not in read_json(folder / MANIFEST):
-            why = "it was built by an older ragjax"
-    raise InputError(f"{folder}: the index cannot be used ({why}); {RUN}")
+        why = f"is damaged ({str(error).removeprefix(f'{folder}/')})"
+    raise InputError(f"{folder}: the index {why}; {RUN}")
 
 
 def check_listed(path: Path) -> None:

@@ -160,7 +160,7 @@ def test_the_bytes_of_a_faiss_structure_are_foretold(tmp_path, kind):
 
 
 def test_a_rare_kind_is_not_foretold():
-    assert faiss_bytes("IDMap,Flat", 16, 3000) is None
+    assert faiss_bytes("NSG32,Flat", 16, 3000) is None
     with pytest.raises(InputError, match="FAISS does not accept"):
         faiss_bytes("nonsense", 16, 3000)
 
