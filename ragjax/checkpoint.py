@@ -28,7 +28,7 @@ SLOWEST_SAVE = 1200.0  # seconds after which several processes give up a save, i
 SMALL = 1 << 20  # bytes up to which a file is read when only the metadata are asked for
 UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a folder that is being written
 DAMAGED = "the checkpoint is incomplete or damaged"
-CHECKPOINTS_MEND = "ragjax train sets it aside and goes on from the one before; those after it are not touched"
+CHECKPOINTS_MEND = "ragjax train sets it aside and goes on from the one before"
 MAKE_ROOM = "make room, or lower train.keep, and run the same command again: it resumes"
 
 
