@@ -151,7 +151,6 @@ FILES = {  # each is found whichever is gone, empty, halved or has another bit
 DAMAGES = [
     "emptied",
     "no state",
-    "all cut",
     *(f"{how} {what}" for what in FILES for how in ("no", "empty", "cut", "bit")),
 ]
 DAMAGES.remove("no the checksums")  # as after a kill just then
