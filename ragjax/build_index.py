@@ -38,22 +38,13 @@ from ragjax.checksums import (
 )
 from ragjax.config import ON_DEVICES, Config, Corpus, structure
 from ragjax.cost import free_disk, host_memory, size_text
+from ragjax.embeddings import EMBEDDINGS
 from ragjax.errors import InputError
 from ragjax.experiment import check_processes_agree
+from ragjax.faiss_index import FAISS_FILE, check_kind, faiss_bytes, smaller_kinds
 from ragjax.files import LOCK, alone, atomic_write, partial_folder, write_jsonl
 from ragjax.hub import Fetched, cache_folder, fetch, fingerprint_files, is_local
-from ragjax.index import (
-    EMBEDDINGS,
-    FAISS_FILE,
-    MADE_OF,
-    MANIFEST,
-    check_kind,
-    faiss_bytes,
-    index_damage,
-    read_manifest,
-    smaller_kinds,
-    write_index,
-)
+from ragjax.index import MADE_OF, MANIFEST, index_damage, read_manifest, write_index
 from ragjax.mesh import (
     enable_compilation_cache,
     from_all,

@@ -24,8 +24,9 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
 from ragjax.checksums import write_checksums
+from ragjax.embeddings import EMBEDDINGS
 from ragjax.errors import InputError
-from ragjax.index import EMBEDDINGS, MANIFEST, Index, open_index, write_index
+from ragjax.index import MANIFEST, Index, open_index, write_index
 from ragjax.mesh import first_says, local_mesh, on_first, on_host, place, replicated, wait_for_all
 from ragjax.models.layers import Params
 from ragjax.passages import PassageStore, shard_folder

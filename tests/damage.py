@@ -26,9 +26,10 @@ import numpy as np
 import optax
 
 from ragjax.checkpoint import Checkpoints
+from ragjax.embeddings import EMBEDDINGS, embed_passages
 from ragjax.errors import InputError
 from ragjax.files import write_jsonl
-from ragjax.index import EMBEDDINGS, check_listed, embed_passages, open_index, write_index
+from ragjax.index import check_listed, open_index, write_index
 from ragjax.passages import Passage, PassageStore, shard_folder, write_store
 from ragjax.questions import read_questions
 

@@ -23,7 +23,7 @@ from trained import files
 from world import build, tiny_config
 
 from ragjax import build_index as build_module
-from ragjax import index as index_module
+from ragjax import faiss_index as faiss_module
 from ragjax import rag as rag_module
 from ragjax.checksums import CHECKSUMS
 from ragjax.config import Config, dump_config
@@ -556,7 +556,7 @@ def test_a_killed_pass_of_faiss_starts_again(
     """Nothing is embedded again, and what comes out is what an undisturbed build makes."""
     undisturbed = build(tiny_config(world, index__folder=str(tmp_path / "undisturbed"), index__kind=kind))
     config = tiny_config(world, index__folder=str(tmp_path / "index"), index__kind=kind)
-    monkeypatch.setattr(index_module, "_search_widely", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(faiss_module, "_search_widely", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         build(config)
     monkeypatch.undo()
