@@ -51,6 +51,7 @@ soak: $(VENV)/dev
 	$(BIN)/python tests/soak.py --kills 120 --devices 1
 	$(BIN)/python tests/soak.py --kills 40 --processes 2
 	$(BIN)/python tests/soak.py --interrupts 200
+	$(BIN)/python tests/damage.py
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -30,7 +30,9 @@ from rich.table import Table
 from benchmarks.report import or_input_error
 from ragjax.config import ON_DEVICES
 from ragjax.cost import size_text
-from ragjax.index import Embeddings, Index, _build_faiss, faiss_bytes
+from ragjax.embeddings import Embeddings
+from ragjax.faiss_index import build_faiss, faiss_bytes
+from ragjax.index import Index
 from ragjax.mesh import local_mesh, place, replicated
 from ragjax.search import search_corpus
 
@@ -173,7 +175,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         )
     for kind in options.kinds:
         started = time.perf_counter()
-        index = _build_faiss(Embeddings([vectors]), kind)
+        index = build_faiss(Embeddings([vectors]), kind)
         seconds, size = time.perf_counter() - started, faiss_bytes(kind, width, count) or 0
         contestants[f"FAISS {kind}"] = by_faiss(index, k), seconds, size
         if kind == "Flat":

@@ -38,22 +38,13 @@ from ragjax.checksums import (
 )
 from ragjax.config import ON_DEVICES, Config, Corpus, structure
 from ragjax.cost import free_disk, host_memory, size_text
+from ragjax.embeddings import EMBEDDINGS
 from ragjax.errors import InputError
 from ragjax.experiment import check_processes_agree
+from ragjax.faiss_index import FAISS_FILE, check_kind, faiss_bytes, smaller_kinds
 from ragjax.files import LOCK, alone, atomic_write, partial_folder, write_jsonl
 from ragjax.hub import Fetched, cache_folder, fetch, fingerprint_files, is_local
-from ragjax.index import (
-    EMBEDDINGS,
-    FAISS_FILE,
-    MADE_OF,
-    MANIFEST,
-    check_kind,
-    faiss_bytes,
-    index_damage,
-    read_manifest,
-    smaller_kinds,
-    write_index,
-)
+from ragjax.index import MADE_OF, MANIFEST, index_damage, read_manifest, write_index
 from ragjax.mesh import (
     enable_compilation_cache,
     from_all,
@@ -89,8 +80,9 @@ Read = Callable[[], Iterable[Passage]]  # the corpus from its beginning
 def build_index(config: Config) -> Path:
     """Builds the folder `index.folder`: passages, the generator's tokens, embeddings, search structure, manifest.
 
-    An index of the same contents that is there already stays; another one is replaced only once the new one is whole.
-    A build that was stopped goes on with the shards it has. Raises `InputError` for bad input.
+    An index of the same contents that is there already is read and compared with its checksums; it stays, and what is
+    damaged of it is made anew. Another one is replaced only once the new one is whole. A build that was stopped goes on
+    with the shards it has. Raises `InputError` for bad input.
     """
     check_processes_agree(config)
     _check_corpus(config.corpus)
@@ -182,7 +174,7 @@ def _there(folder: Path, new: Path, rag: Rag, content: str, made_of: dict[str, A
         return None
     if manifest["corpus"]["content"] != content:
         return None
-    damage = index_damage(folder, manifest)
+    damage = index_damage(folder)
     bad = {Path(name).parent.name for name in damage if name.startswith(f"{SHARDS}/")}
     counts = manifest["shards"]
     return _There(counts[0], [n for n in range(len(counts)) if shard_folder(folder, n).name not in bad], damage)

@@ -28,6 +28,7 @@ SLOWEST_SAVE = 1200.0  # seconds after which several processes give up a save, i
 SMALL = 1 << 20  # bytes up to which a file is read when only the metadata are asked for
 UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a folder that is being written
 DAMAGED = "the checkpoint is incomplete or damaged"
+CHECKPOINTS_MEND = "ragjax train sets it aside and goes on from the one before"
 MAKE_ROOM = "make room, or lower train.keep, and run the same command again: it resumes"
 
 
@@ -296,6 +297,8 @@ class Checkpoints:
     def _check_fits(self, step: int, like: Any, partial: bool) -> None:
         self._about(step)
         saved = _shapes(self._read_metadata(step).metadata)
+        if not saved:  # what Orbax makes of blocks that are not there
+            raise DamagedCheckpoint(f"{self._path(step)}: {DAMAGED} (its arrays cannot be read)")
         wanted = _shapes(like)
         missing = sorted(wanted.keys() - saved.keys())
         unknown = [] if partial else sorted(saved.keys() - wanted.keys())

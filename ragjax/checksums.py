@@ -157,8 +157,8 @@ class CheckedFiles:
             about = read_checksums(self.folder)
         except InputError as error:
             raise self.damaged(str(error).removeprefix(f"{self.folder}/")) from None
-        if about.get("number", self.folder.name) not in (self.folder.name, int(self.folder.name)):
-            raise self.damaged(f"it is number {about['number']}")
+        if (number := about.get("number")) is not None and self.folder.name != f"{number:05d}":
+            raise self.damaged(f"it is number {number}")
         return about["files"]
 
     def damaged(self, what: str) -> DamagedFolder:

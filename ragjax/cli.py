@@ -199,6 +199,10 @@ def _parser() -> argparse.ArgumentParser:
     exporting.add_argument("source", metavar="RUN", help="the output folder of a run")
     for sub in (importing, exporting):
         sub.add_argument("out", metavar="OUT", help="a folder that does not exist yet")
+    summary = "compare all files of a run, an index or an exported folder with their checksums"
+    verifying = command("verify", _verify, summary, "ragjax verify runs/factbook", config=False)
+    verifying.add_argument("folder", metavar="RUN|INDEX|EXPORTED", help="its folder")
+    verifying.add_argument("--json", action="store_true", help=json_help)
     overrides(command("config", _config, "print the resolved configuration", "ragjax config configs/factbook.yaml"))
     return parser
 
@@ -300,6 +304,16 @@ def _export(options: argparse.Namespace) -> int:
     from ragjax.hf_rag import export_rag
 
     _tell(f"exported: {export_rag(Path(options.source), Path(options.out))}")
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from ragjax.verify import print_verified, verify
+
+    found = verify(Path(options.folder))
+    print_verified(found, as_json=options.json)
+    if damaged := sum(len(part.damage) for part in found):
+        raise InputError(f"{options.folder}: {damaged} of {sum(part.files for part in found)} files are damaged")
     return 0
 
 

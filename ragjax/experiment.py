@@ -253,7 +253,7 @@ def _manifest(rag: Rag, index: Index, inputs: dict[str, str]) -> dict[str, objec
         "devices": [f"{d.platform}:{d.device_kind}" for d in jax.devices()],
         "sources": [{"source": f.source, "pin": f.pin} for f in rag.sources],
         "fingerprints": inputs,
-        "index": index.manifest,
+        "index": {key: value for key, value in index.manifest.items() if key != "files"},
     }
 
 

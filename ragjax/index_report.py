@@ -17,11 +17,13 @@ from rich.table import Table
 
 from ragjax.config import Config
 from ragjax.cost import size_text
+from ragjax.embeddings import EMBEDDINGS, Embeddings
 from ragjax.errors import InputError
 from ragjax.experiment import make_folder
+from ragjax.faiss_index import FAISS_FILE
 from ragjax.files import atomic_write, check_writable
 from ragjax.hub import fingerprint_files
-from ragjax.index import EMBEDDINGS, FAISS_FILE, Embeddings, Index
+from ragjax.index import Index
 from ragjax.mesh import local_mesh
 from ragjax.metrics import has_answer
 from ragjax.passages import SHARDS, STORE_FILES
@@ -116,7 +118,7 @@ def exact_by_shards(
     asked = jnp.asarray(queries)
     scores = np.full((len(queries), 0), -np.inf, np.float32)
     ids, normalizer, first = np.zeros((len(queries), 0), np.int32), np.full(len(queries), -np.inf), 0
-    for shard in embeddings.shards:
+    for shard in embeddings.checked_shards():
         of_shard = jnp.asarray(shard)
         more, places = (np.asarray(found) for found in block_search(of_shard, asked, k))
         normalizer = np.logaddexp(normalizer, np.asarray(block_log_normalizer(of_shard, asked, scale), np.float64))

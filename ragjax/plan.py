@@ -31,10 +31,11 @@ from ragjax.config import ON_DEVICES, Config
 from ragjax.cost import Cost, NotCompiled, bytes_each, compiled_cost, free_disk, host_memory, matmul_flops, size_text
 from ragjax.decode import pad_answers, propose, propose_together, read, score_tokens
 from ragjax.errors import InputError
+from ragjax.faiss_index import check_kind, faiss_bytes
 from ragjax.files import read_json
 from ragjax.fused import abstract_corpus
 from ragjax.hub import fetch_config, is_local
-from ragjax.index import MANIFEST, check_kind, faiss_bytes
+from ragjax.index import MANIFEST
 from ragjax.mesh import check_batch, lay, make_mesh
 from ragjax.models.generator import Memory, SpecialTokens, empty_past
 from ragjax.models.layers import Params

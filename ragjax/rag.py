@@ -16,10 +16,11 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from ragjax.config import Config, structure
+from ragjax.embeddings import EncodedBatch, embed_passages, encoded_batches
 from ragjax.errors import InputError
 from ragjax.files import read_json
 from ragjax.hub import Fetched, checkpoint_folder, fetch, fingerprint_files
-from ragjax.index import EncodedBatch, Index, embed_passages, encoded_batches
+from ragjax.index import Index
 from ragjax.marginal import corpus_log_prior, log_prior
 from ragjax.mesh import local_mesh, on_each_device, on_host, rows_here, shard_batch
 from ragjax.models.generator import SpecialTokens

@@ -24,8 +24,9 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
 from ragjax.checksums import write_checksums
+from ragjax.embeddings import EMBEDDINGS
 from ragjax.errors import InputError
-from ragjax.index import EMBEDDINGS, MANIFEST, Index, open_index, write_index
+from ragjax.index import MANIFEST, Index, open_index, write_index
 from ragjax.mesh import first_says, local_mesh, on_first, on_host, place, replicated, wait_for_all
 from ragjax.models.layers import Params
 from ragjax.passages import PassageStore, shard_folder
@@ -33,6 +34,7 @@ from ragjax.progress import progress_bar
 from ragjax.rag import Rag, embed_with, embeddings_with, encode_questions, passage_rows
 
 FOLDER = "refreshed"
+REFRESHED_MEND = "delete it; what was encoded after the last step, ragjax train CONFIG encodes again"
 TOGETHER = 1024  # passages whose text is held at a time; of a part only the tokens are
 
 
@@ -224,8 +226,7 @@ def refreshed_index(rag: Rag, base: Index, output: Path, step: int) -> Index:
             f"{folder}: the index that this run searched after step {step} is gone; bring it back, or train anew with "
             "another output"
         )
-    mend = f"delete {folder}; what was encoded after the last step, ragjax train CONFIG encodes again"
-    index = open_index(folder, rag.fingerprints, base.recall, mend)
+    index = open_index(folder, rag.fingerprints, base.recall, REFRESHED_MEND)
     if len(index) != len(base):
         raise InputError(f"{folder}: holds {len(index)} passages and {rag.config.index.folder} {len(base)}")
     return index

@@ -14,7 +14,7 @@ from ragjax.config import Config
 from ragjax.errors import InputError
 from ragjax.experiment import check_same_models, load_experiment, read_manifest
 from ragjax.hub import cache_folder, fingerprint_files
-from ragjax.index import MANIFEST, Index, check_built, open_index
+from ragjax.index import MANIFEST, Index, check_built, check_listed, open_index
 from ragjax.mesh import enable_compilation_cache, local_mesh, place
 from ragjax.models.layers import Params
 from ragjax.passages import PassageStore
@@ -32,7 +32,9 @@ def open_split(config: Config, split: str) -> Split:
     `questions.strict`, for the first that cannot.
     """
     check_built(Path(config.index.folder))
-    return read_split(Path(getattr(config.questions, split))).checked(config.questions.strict)
+    path = Path(getattr(config.questions, split))
+    check_listed(path)
+    return read_split(path).checked(config.questions.strict)
 
 
 def fitting(rag: Rag, split: Split, documents: bool, closed_book: bool) -> Split:

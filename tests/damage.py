@@ -14,8 +14,9 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,12 @@ import numpy as np
 import optax
 
 from ragjax.checkpoint import Checkpoints
+from ragjax.embeddings import EMBEDDINGS, embed_passages
+from ragjax.errors import InputError
+from ragjax.files import write_jsonl
+from ragjax.index import check_listed, open_index, write_index
+from ragjax.passages import Passage, PassageStore, shard_folder, write_store
+from ragjax.questions import read_questions
 
 KINDS = ("bit flipped", "cut short", "deleted")
 
@@ -59,7 +66,9 @@ def choose(folder: Path, chance: random.Random) -> Path:
     return chance.choices(files, weights)[0]
 
 
-def attack(whole: Path, part: str, outcome: Callable[[Path], str], count: int, seed: int) -> Tally:
+def attack(
+    whole: Path, part: str, outcome: Callable[[Path], str], count: int, seed: int, kinds: Sequence[str] = KINDS
+) -> Tally:
     """Damages a copy of the folder `whole` in its folder `part`, `count` times anew; `outcome` loads the copy.
 
     It says "noticed: …", "harmless" or what is wrong.
@@ -69,7 +78,7 @@ def attack(whole: Path, part: str, outcome: Callable[[Path], str], count: int, s
         for number in range(count):
             copy = Path(temporary) / "copy"
             shutil.copytree(whole, copy)
-            file, kind = choose(copy / part, chance), KINDS[number % len(KINDS)]
+            file, kind = choose(copy / part, chance), kinds[number % len(kinds)]
             name, done = file.relative_to(copy), harm(file, kind, chance)
             found = outcome(copy)
             tally.counts[f"{kind}: {found.partition(':')[0]}"] += 1
@@ -113,6 +122,13 @@ def same_bits(one: Any, other: Any) -> bool:
 
 def checkpoint_outcome(folder: Path) -> str:
     """What becomes of training, which goes on from the newest checkpoint, and of whoever wants the best or all."""
+    try:
+        return _checkpoint_outcome(folder)
+    except InputError as error:  # though the checkpoint before is there
+        return f"ended: {error}"
+
+
+def _checkpoint_outcome(folder: Path) -> str:
     like = jax.eval_shape(lambda: make_state(1))
     with Checkpoints(folder / "checkpoints", best=True, writing=True) as checkpoints:
         told = checkpoints.every_metadata()
@@ -126,10 +142,6 @@ def checkpoint_outcome(folder: Path) -> str:
             return f"of the best, step {best[0]}, other parameters came back"
         if any(of != {"data": {"next": of["data"]["next"]}, "note": "é"} for of in told):
             return f"the metadata read as {told}"
-        checkpoints.save(3, make_state(3), {}, loss=3.0)
-        checkpoints.wait()
-        if step == 1 and checkpoints.steps() != [3, 1]:
-            return f"the checkpoints are now those of steps {checkpoints.steps()}"
     return "harmless" if step == 2 else "noticed: step 1 was used"
 
 
@@ -138,13 +150,69 @@ def attack_checkpoint(count: int, seed: int) -> Tally:
         return attack(make_checkpoints(Path(temporary)), "checkpoints/2", checkpoint_outcome, count, seed)
 
 
+# indices
+
+
+def make_index(folder: Path, kind: str) -> Path:
+    """An index of 100 passages in three shards, with questions, in `folder`; its vectors are random."""
+    generator = np.random.default_rng(0)
+    for number, count in enumerate((40, 40, 20)):
+        shard = shard_folder(folder, number)
+        passages = [Passage(f"p{number}-{i}", f"Title {i}", "é text " * (i % 7 + 1)) for i in range(count)]
+        write_store(shard, passages, lambda texts: [list(text.encode()) for text in texts], lambda p: p.text)
+        vectors = generator.normal(size=(count, 16)).astype(np.float32)
+        embed_passages(
+            [(np.arange(count), vectors)], count, dtype="float32", path=shard / EMBEDDINGS, progress=lambda _: None
+        )
+    (folder / "questions").mkdir()
+    questions = [{"question": f"What is {i}?", "answer": [str(i)]} for i in range(20)]
+    write_jsonl(folder / "questions" / "dev.jsonl", questions)
+    write_index(folder, kind, "float32", {"fingerprints": {"encoder": "sha256:e"}, "corpus": {"fingerprint": "f"}})
+    return folder
+
+
+def read_index(folder: Path) -> list[Any]:
+    """All that anything reads of an index: what is found, read and put on devices, and what identifies it."""
+    index, store = open_index(folder, {"encoder": "sha256:e"}), PassageStore.open(folder, vocabulary=256)
+    queries = np.random.default_rng(1).normal(size=(4, 16)).astype(np.float32)
+    path = folder / "questions" / "dev.jsonl"
+    check_listed(path)
+    found = index.search(queries, 5)
+    rows = [*store.token_rows(0, len(store), 8), *found, index.vectors(found[1]), index.embeddings.between(0, 100)]
+    tokens = [store.tokens(i).tobytes() for i in range(len(store))]
+    facts = [index.version, index.kind, store.longest, store.token_count, read_questions(path), list(store)]
+    return [*(np.asarray(row).tobytes() for row in rows), *tokens, *facts]
+
+
+def index_outcome(whole: list[Any], folder: Path) -> str:
+    try:
+        return "harmless" if read_index(folder) == whole else "other contents were read"
+    except InputError as error:
+        return f"noticed: {error}"
+    except Exception as error:
+        return f"raised {type(error).__name__}: {error}"
+
+
+def attack_index(count: int, seed: int, kind: str = "exact") -> Tally:
+    with tempfile.TemporaryDirectory(prefix="damage-") as temporary:
+        folder = make_index(Path(temporary) / "index", kind)
+        return attack(folder, "", partial(index_outcome, read_index(folder)), count, seed)
+
+
+ATTACKS: dict[str, Callable[[int, int], Tally]] = {
+    "checkpoint": attack_checkpoint,
+    "index": attack_index,
+    "index with a graph": partial(attack_index, kind="HNSW8"),
+}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=200, help="of each")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     unnoticed = 0
-    for name, attacked in (("checkpoint", attack_checkpoint),):
+    for name, attacked in ATTACKS.items():
         tally = attacked(options.count, options.seed)
         print(f"{name}: {options.count} times, {len(tally.unnoticed)} unnoticed")
         for what, times in sorted(tally.counts.items()):

@@ -23,13 +23,13 @@ from trained import files
 from world import build, tiny_config
 
 from ragjax import build_index as build_module
-from ragjax import index as index_module
+from ragjax import faiss_index as faiss_module
 from ragjax import rag as rag_module
 from ragjax.checksums import CHECKSUMS
 from ragjax.config import Config, dump_config
 from ragjax.errors import InputError
 from ragjax.files import alone
-from ragjax.index import MANIFEST, Index, open_index
+from ragjax.index import MANIFEST, Index, open_index, read_manifest, write_index
 from ragjax.passages import Passage, PassageStore, read_passages, shard_folder
 from ragjax.rag import Rag, encode, open_rag, passage_rows, passage_text, retrieve
 
@@ -270,6 +270,87 @@ def test_a_build_that_was_interrupted_goes_on(
     assert [path.name for path in tmp_path.iterdir()] == ["index"]
 
 
+HARM = {  # a file of an index, and which shards are made anew
+    "shards/00001/text.bin": [1],
+    "shards/00003/embeddings.npy": [3],
+    "shards/00004/tokens.bin": [4],
+    "shards/00000/checksums.json": [0],
+    "shards/00002": [2],
+    "faiss.index": [],
+    "made_of.json": [],
+    MANIFEST: [],
+}
+
+
+@pytest.mark.parametrize(
+    ("file", "gone"), [(file, False) for file in HARM] + [("shards/00001/text.bin", True), (MANIFEST, True)]
+)
+def test_only_what_is_damaged_is_made_anew(
+    world: Path, sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, gone: bool
+) -> None:
+    """It comes out the same to the byte, and what is whole stays as it is."""
+    folder = Path(shutil.copytree(sharded, tmp_path / "index"))
+    whole, path = files(folder), folder / file
+    if path.is_dir():
+        shutil.rmtree(path)
+    elif gone:
+        path.unlink()
+    else:
+        content = path.read_bytes()
+        path.write_bytes(content[:100] + bytes([content[100] ^ 4]) + content[101:])
+    stamps = {path: path.stat().st_mtime_ns for path in files(folder)}
+    written, embed = list[str](), build_module.embed_with
+
+    def counted(rag: Rag, params: Any, rows: Any, path: Path, advance: Any) -> None:
+        written.append(path.parent.name)
+        embed(rag, params, rows, path, advance)
+
+    monkeypatch.setattr(build_module, "embed_with", counted)
+    build(by_shards(world, folder, index__shard=7 if file in (MANIFEST, "made_of.json") else 5))
+    assert files(folder) == whole
+    assert written == [f"{number:05d}.partial" for number in HARM[file]]
+    same = {path for path, stamp in stamps.items() if path.stat().st_mtime_ns == stamp}
+    new = {f"{number:05d}" for number in HARM[file]}
+    assert {p for p in stamps if "shards" in p.parts and p.parent.name not in new} <= same
+    assert file in ("faiss.index", "made_of.json", MANIFEST) or folder / "faiss.index" in same
+    assert [path.name for path in tmp_path.iterdir()] == ["index"]
+
+
+def test_mending_that_was_killed_goes_on(
+    world: Path, sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(sharded, tmp_path / "index"))
+    whole = files(folder)
+    for number in (1, 2):
+        (shard_folder(folder, number) / "text.bin").write_bytes(b"?")
+    with monkeypatch.context() as patch:  # between the two moves
+        moves, replace = iter([os.replace]), os.replace
+        target = str(shard_folder(folder, 0).parent)
+        patch.setattr(os, "replace", lambda a, b: next(moves)(a, b) if str(b).startswith(target) else replace(a, b))
+        with pytest.raises(StopIteration):
+            build(by_shards(world, folder))
+    assert "shards/00001/text.bin has 1 bytes and not" in capsys.readouterr().err
+    monkeypatch.setattr(build_module, "embed_with", lambda *_: pytest.fail("both are there"))
+    build(by_shards(world, folder))
+    assert files(folder) == whole
+    assert [path.name for path in tmp_path.iterdir()] == ["index"]
+
+
+def test_where_a_shard_comes_out_otherwise_the_structure_follows(world: Path, sharded: Path, tmp_path: Path) -> None:
+    """As with another JAX or device; here the index had other embeddings, and was summed with them."""
+    folder = Path(shutil.copytree(sharded, tmp_path / "index"))
+    shard, manifest = shard_folder(folder, 2), read_manifest(folder)
+    vectors = np.load(shard / "embeddings.npy")
+    np.save(shard / "embeddings.npy", vectors[::-1])
+    (shard / CHECKSUMS).unlink()
+    write_index(
+        folder, "HNSW8", "float32", {key: manifest[key] for key in ("corpus", "generator_tokens", "fingerprints")}
+    )
+    (shard / "tokens.bin").unlink()
+    build(by_shards(world, folder))
+    assert same_files(folder, sharded)
+
+
 def start(config: Config, tmp_path: Path) -> subprocess.Popen[bytes]:
     """`ragjax index` in a process of its own, on one device, compiled as the tests' programs are."""
     (tmp_path / "own.yaml").write_text(dump_config(config), encoding="utf-8")
@@ -475,7 +556,7 @@ def test_a_killed_pass_of_faiss_starts_again(
     """Nothing is embedded again, and what comes out is what an undisturbed build makes."""
     undisturbed = build(tiny_config(world, index__folder=str(tmp_path / "undisturbed"), index__kind=kind))
     config = tiny_config(world, index__folder=str(tmp_path / "index"), index__kind=kind)
-    monkeypatch.setattr(index_module, "_search_widely", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(faiss_module, "_search_widely", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         build(config)
     monkeypatch.undo()

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import resource
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,11 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from trained import no_file_larger_than
 
+from ragjax import checksums
 from ragjax.checkpoint import Checkpoints, DamagedCheckpoint
+from ragjax.checksums import CHECKSUMS, checksum
 from ragjax.errors import InputError
 
 pytestmark = pytest.mark.any_devices
@@ -138,27 +140,44 @@ def test_another_model(tmp_path: Path) -> None:
             checkpoints.restore(0, dataclasses.replace(make_state(), optimizer=()))
 
 
-DAMAGES = ["emptied", "no metadata", "data cut", "data gone"]
+FILES = {  # each is found whichever is gone, empty, halved or has another bit
+    "where training was": "_CHECKPOINT_METADATA",
+    "the names of arrays": "state/_METADATA",
+    "where arrays lay": "state/_sharding",
+    "the list of blocks": "state/manifest.ocdbt",
+    "blocks": "state/ocdbt.process_0/d/*",
+    "the checksums": CHECKSUMS,
+}
+DAMAGES = [
+    "emptied",
+    "no state",
+    *(f"{how} {what}" for what in FILES for how in ("no", "empty", "cut", "bit")),
+]
+DAMAGES.remove("no the checksums")  # as after a kill just then
 
 
 def do_damage(checkpoint: Path, damage: str) -> None:
     if damage == "emptied":
         shutil.rmtree(checkpoint)
         checkpoint.mkdir()
-    elif damage == "no metadata":
-        for path in [*checkpoint.rglob("_METADATA"), *checkpoint.rglob("_CHECKPOINT_METADATA")]:
-            path.unlink()
+    elif damage == "no state":
+        shutil.rmtree(checkpoint / "state")
     else:
-        largest = max((p for p in checkpoint.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
-        if damage == "data cut":
-            largest.write_bytes(largest.read_bytes()[:1000])
-        else:
-            largest.unlink()
+        how, what = damage.split(" ", 1)
+        for path in (
+            [p for p in checkpoint.rglob("*") if p.is_file()] if what == "cut" else checkpoint.glob(FILES[what])
+        ):
+            content = path.read_bytes()
+            at = len(content) // 2
+            flipped = content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+            path.write_bytes({"no": b"", "empty": b"", "cut": content[:at], "bit": flipped}[how])
+            if how == "no":
+                path.unlink()
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_an_incomplete_checkpoint_names_its_folder(tmp_path: Path, damage: str) -> None:
-    state = {"params": jax.random.normal(jax.random.key(0), (200, 100))}
+    state = {"params": jax.random.normal(jax.random.key(0), (20, 10))}
     with Checkpoints(tmp_path, writing=True) as checkpoints:
         checkpoints.save(7, state, {})
     do_damage(tmp_path / "7", damage)
@@ -167,7 +186,7 @@ def test_an_incomplete_checkpoint_names_its_folder(tmp_path: Path, damage: str) 
         checkpoints.restore(7, state)
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("damage", ["emptied", "no where training was", "empty where arrays lay", "bit blocks"])
 def test_the_one_before_a_damaged_checkpoint_is_used(
     tmp_path: Path, damage: str, capsys: pytest.CaptureFixture
 ) -> None:
@@ -175,7 +194,7 @@ def test_the_one_before_a_damaged_checkpoint_is_used(
     folder = tmp_path / "checkpoints"
 
     def state(step: int) -> dict[str, jax.Array]:
-        return {"params": jax.random.normal(jax.random.key(step), (200, 100))}
+        return {"params": jax.random.normal(jax.random.key(step), (20, 10))}
 
     with Checkpoints(folder, keep=3, writing=True) as checkpoints:
         for step in (5, 6, 7):
@@ -197,6 +216,66 @@ def test_the_one_before_a_damaged_checkpoint_is_used(
     assert [path.name for path in folder.iterdir()] == ["6"]
 
 
+def unsummed(folder: Path, step: int) -> None:
+    """As a kill leaves a checkpoint right after it was written."""
+    with Checkpoints(folder, writing=True) as checkpoints:
+        checkpoints.save(step, make_state(step), {"step": step})
+    (folder / str(step) / CHECKSUMS).unlink()
+
+
+def test_a_checkpoint_that_a_kill_left_unsummed_is_used_and_summed(tmp_path: Path) -> None:
+    unsummed(tmp_path, 1)
+    unsummed(tmp_path, 2)
+    for writing in (False, True):
+        with Checkpoints(tmp_path, writing=writing) as checkpoints:
+            found = checkpoints.newest(
+                lambda step: (checkpoints.metadata(step), checkpoints.restore(step, make_state()))
+            )
+            assert found is not None and found[0] == 2 and found[1][0] == {"step": 2}
+            chex.assert_trees_all_equal(found[1][1], make_state(2))
+        assert (tmp_path / "2" / CHECKSUMS).exists() == writing
+    assert not (tmp_path / "1" / CHECKSUMS).exists() and not (tmp_path.parent / "damaged-checkpoints").exists()
+    do_damage(tmp_path / "2", "bit blocks")
+    with Checkpoints(tmp_path, writing=False) as checkpoints, pytest.raises(DamagedCheckpoint, match="have changed"):
+        checkpoints.restore(2, make_state())
+
+
+@pytest.mark.parametrize(
+    "file", ["_CHECKPOINT_METADATA", "state/_METADATA", "state/manifest.ocdbt", "state/d/*", "state"]
+)
+def test_what_an_unsummed_checkpoint_lacks_is_found_all_the_same(tmp_path: Path, file: str) -> None:
+    unsummed(tmp_path, 1)
+    unsummed(tmp_path, 2)
+    for path in list((tmp_path / "2").glob(file)):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with Checkpoints(tmp_path, writing=False) as checkpoints:
+        found = checkpoints.newest(lambda step: checkpoints.restore(step, make_state()))
+        assert found is not None and found[0] == 1
+        assert checkpoints.every_metadata() == [{"step": 1}] or file not in ("_CHECKPOINT_METADATA", "state/_METADATA")
+
+
+def test_each_file_is_read_once_and_the_last_save_is_summed_in_the_background(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Checkpoints(tmp_path, writing=True) as checkpoints:
+        checkpoints.save(1, make_state(), {})
+        limit = time.monotonic() + 30
+        while not (tmp_path / "1" / CHECKSUMS).exists():
+            assert time.monotonic() < limit
+            time.sleep(0.01)
+    read = Counter[str]()
+
+    def counted(path: Path, *rest: Any) -> Any:
+        read[path.name] += 1
+        return checksum(path, *rest)
+
+    monkeypatch.setattr(checksums, "checksum", counted)
+    with Checkpoints(tmp_path, writing=True) as checkpoints:
+        checkpoints.newest(lambda step: (checkpoints.metadata(step), checkpoints.restore(step, make_state())))
+        checkpoints.restore_params(1, make_state().params)
+    assert sum(read.values()) == len(checksums.files_below(tmp_path / "1"))
+
+
 def test_a_checkpoint_of_another_model_is_not_passed_over(tmp_path: Path) -> None:
     with Checkpoints(tmp_path, writing=True) as checkpoints:
         checkpoints.save(1, make_state(), {})
@@ -215,17 +294,6 @@ def test_what_an_interrupted_save_left_is_no_checkpoint(tmp_path: Path) -> None:
         assert checkpoints.latest() == 1
         checkpoints.save(2, make_state(2), {})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
-
-
-@contextmanager
-def no_file_larger_than(size: int) -> Iterator[None]:
-    """As a full disk does, this makes writing fail, for root too."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_checkpoint_that_does_not_fit_on_the_disk(tmp_path: Path) -> None:

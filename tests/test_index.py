@@ -10,21 +10,13 @@ import numpy as np
 import pytest
 from trained import files
 
-from ragjax import index as index_module
+from ragjax import embeddings as embeddings_module
+from ragjax import faiss_index as faiss_module
+from ragjax.embeddings import Embeddings, embed_passages, encoded_batches
 from ragjax.errors import InputError
+from ragjax.faiss_index import check_kind, faiss_bytes, smaller_kinds
 from ragjax.files import atomic_write
-from ragjax.index import (
-    Embeddings,
-    Index,
-    check_k,
-    check_kind,
-    embed_passages,
-    encoded_batches,
-    faiss_bytes,
-    open_index,
-    smaller_kinds,
-    write_index,
-)
+from ragjax.index import Index, check_k, open_index, write_index
 from ragjax.mesh import make_mesh
 from ragjax.passages import shard_folder
 
@@ -131,9 +123,9 @@ def test_an_index_built_twice_is_the_same(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["HNSW8", "IVF4,Flat", "OPQ4,IVF4,PQ4x4"])
 def test_a_faiss_structure_depends_on_neither_shards_nor_threads(tmp_path, kind, monkeypatch):
-    monkeypatch.setattr(index_module, "ADD_BATCH", 300)
+    monkeypatch.setattr(faiss_module, "ADD_BATCH", 300)
     for threads, shard in ((1, 1000), (2, 77), (8, 999)):
-        monkeypatch.setattr(index_module, "_cores", lambda threads=threads: threads)
+        monkeypatch.setattr(faiss_module, "cores", lambda threads=threads: threads)
         build(tmp_path / str(shard), random_vectors(1000), kind, shard=shard)
     one, *others = ((tmp_path / str(shard) / "faiss.index").read_bytes() for shard in (1000, 77, 999))
     assert all(other == one for other in others)
@@ -160,7 +152,7 @@ def test_the_bytes_of_a_faiss_structure_are_foretold(tmp_path, kind):
 
 
 def test_a_rare_kind_is_not_foretold():
-    assert faiss_bytes("IDMap,Flat", 16, 3000) is None
+    assert faiss_bytes("NSG32,Flat", 16, 3000) is None
     with pytest.raises(InputError, match="FAISS does not accept"):
         faiss_bytes("nonsense", 16, 3000)
 
@@ -342,7 +334,7 @@ def full_disk(*_):
 
 
 def test_a_full_disk_leaves_no_embeddings(tmp_path, monkeypatch):
-    monkeypatch.setattr(index_module, "_reserve", full_disk)
+    monkeypatch.setattr(embeddings_module, "_reserve", full_disk)
     with pytest.raises(InputError, match="disk is full"):
         embed([[1, 2], [3]], tmp_path / "embeddings.npy")
     assert os.listdir(tmp_path) == []
@@ -358,7 +350,7 @@ def test_a_full_disk_leaves_no_faiss_file(tmp_path, monkeypatch):
             yield (FullDisk(),)
 
     save(tmp_path, random_vectors(50))
-    monkeypatch.setattr(index_module, "atomic_write", on_full_disk)
+    monkeypatch.setattr(faiss_module, "atomic_write", on_full_disk)
     with pytest.raises(InputError, match="disk is full"):
         write_index(tmp_path, "Flat", "float32", {"fingerprints": {}, "corpus": {"fingerprint": "sha256:c"}})
     assert os.listdir(tmp_path) == ["shards"]

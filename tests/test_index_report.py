@@ -14,7 +14,8 @@ from trained import refused
 from world import open_world, tiny_config
 
 from ragjax.cli import main
-from ragjax.index import Embeddings, Index
+from ragjax.embeddings import Embeddings
+from ragjax.index import Index
 from ragjax.index_report import exact_by_shards, index_report
 from ragjax.marginal import marginal_bounds
 from ragjax.mesh import local_mesh

@@ -13,8 +13,8 @@ ORDER = (
     "render_chat errors files terminal_text journal signals checksums config progress marginal mesh cost "
     "chat_template text models.fields models.layers models.generator models.bert models.llama models.bart "
     "models.t5 weights random_checkpoint hub sentence_transformers passages questions factbook_facts factbook "
-    "search index data rag fused loss beam prefixes decode metrics contrastive checkpoint experiment step refresh "
-    "world supply train answer evaluate build_index index_report plan hf_rag cli"
+    "search embeddings faiss_index index data rag fused loss beam prefixes decode metrics contrastive checkpoint "
+    "experiment step refresh world supply train answer evaluate build_index index_report plan hf_rag verify cli"
 ).split()
 ENTRIES = {"__init__", "__main__", "models.__init__"}  # they may import what they offer
 BANNED = {"torch", "pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}

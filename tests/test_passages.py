@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ragjax.checksums import write_checksums
 from ragjax.errors import InputError
 from ragjax.files import alone, write_jsonl
 from ragjax.passages import (
@@ -256,3 +257,63 @@ def test_write_jsonl_keeps_the_old_file_when_it_fails(tmp_path):
         write_jsonl(path, records())
     assert path.read_text() == "old"
     assert [file.name for file in tmp_path.iterdir()] == ["out.jsonl"]
+
+
+def damaged_shard(tmp_path, name, change):
+    """A store whose first shard has no checksums, and one file changed."""
+    write_shards(tmp_path, PASSAGES[:2], PASSAGES[2:])
+    path = shard_folder(tmp_path, 0) / name
+    if path.suffix == ".npy":
+        values = np.load(path)
+        change(values)
+        np.save(path, values)
+    else:
+        path.write_bytes(change(path.read_bytes()))
+    return PassageStore.open(tmp_path, vocabulary=300)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("tokens.bin", lambda _: np.full(1000, -1, np.int32).tobytes(), "holds tokens from -1"),
+        ("tokens.bin", lambda _: np.full(1000, 300, np.int32).tobytes(), "to 300, of 300"),
+        ("text.bin", lambda text: b"\xff" + text[1:], "not UTF-8"),
+        ("text.bin", lambda text: b"[" + text[1:], "not JSON"),
+        ("text.bin", lambda text: text.replace(b'"id"', b'"ID"'), "has no id, title and text"),
+        ("text_offsets.npy", lambda ends: ends.__setitem__(1, ends[-1] + 1), "do not rise"),
+        ("token_offsets.npy", lambda ends: ends.__setitem__(1, -1), "do not rise"),
+    ],
+)
+def test_what_cannot_be_is_refused_even_without_checksums(tmp_path, name, change, message):
+    """Never the last passage for a negative number, never a token that no vocabulary has."""
+    if name == "tokens.bin":
+        size, make = (np.load(_offsets(tmp_path))[-1], change)
+        change = lambda _: make(_)[: 4 * size]  # noqa: E731
+    store = damaged_shard(tmp_path, name, change)
+    with pytest.raises(InputError, match=f"shards/00000.*{message}"):
+        store[0], store.tokens(0), store.longest
+    with pytest.raises(InputError, match=message):
+        list(store), store.token_rows(0, len(store), 8)
+    store[2], store.tokens(2)
+
+
+def _offsets(tmp_path):
+    write_shards(tmp_path, PASSAGES[:2], PASSAGES[2:])
+    return shard_folder(tmp_path, 0) / "token_offsets.npy"
+
+
+def test_a_shard_is_checked_when_it_is_first_read(tmp_path):
+    write_shards(tmp_path, PASSAGES[:2], PASSAGES[2:])
+    for number in range(2):
+        write_checksums(shard_folder(tmp_path, number), number=number)
+    path = shard_folder(tmp_path, 1) / "text.bin"
+    path.write_bytes(path.read_bytes().replace(b"e", b"a", 1))
+    store = PassageStore.open(tmp_path)
+    assert store[0] == PASSAGES[0] and store.tokens(2).size
+    with pytest.raises(InputError, match=r"shards/00001: is damaged \(text.bin its contents have changed\); run"):
+        store[2]
+    shutil.move(shard_folder(tmp_path, 1), tmp_path / "1")
+    shutil.move(shard_folder(tmp_path, 0), shard_folder(tmp_path, 1))
+    shutil.move(tmp_path / "1", shard_folder(tmp_path, 0))
+    with pytest.raises(InputError, match=r"shards/00001: is damaged \(it is number 0\)"):
+        PassageStore.open(tmp_path)[len(PASSAGES) - 1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,6 +44,17 @@ def trained_run(world: Path) -> Path:
         questions = [f"questions.{split}={world}/letters.jsonl" for split in ("train", "dev")]
         assert main(["train", str(world / "config.yaml"), *settings, *questions]) == 0
     return run
+
+
+@contextmanager
+def no_file_larger_than(size: int) -> Iterator[None]:
+    """As a full disk does, this makes writing fail, for root too."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def files(*folders: Path) -> dict[Path, bytes]:
