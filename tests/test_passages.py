@@ -96,7 +96,7 @@ GOOD, HEADER = b'{"id": "a", "text": "t"}\n', b"id\ttext\ttitle\n"
         ("p.tsv", HEADER + b'1\t"two\nlines"\tT\n', r"p\.tsv:2: .* a record is one line"),
         ("p.tsv", HEADER, r"p\.tsv: the corpus holds no passages; expected DPR's"),
         ("c.jsonl", b"\n", r"c\.jsonl: the corpus holds no passages; expected passages as JSON lines"),
-        ("c.jsonl", GOOD + b"[" * 5000, r"c\.jsonl:2: not JSON: nested too deeply"),
+        ("c.jsonl", GOOD + b"[" * 5000 + b"]" * 5000, r"c\.jsonl:2: not JSON: nested too deeply"),
         ("c.jsonl", GOOD + b'{"id": ' + b"9" * 5000 + b"}", r"c\.jsonl:2: not JSON: a number has thousands"),
         ("c.jsonl", '{"id": "a", "text": "t"}'.encode("utf-16"), r"c\.jsonl:1: not UTF-8"),
     ],
