@@ -189,8 +189,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / "manifest.json"
     manifest = read_json(path, "choose another output folder")
     history = manifest.get("history", [])
-    steps = [entry.get("step") if isinstance(entry, dict) else None for entry in history if isinstance(history, list)]
-    if not isinstance(manifest.get("fingerprints"), dict) or not all(type(step) is int for step in steps):
+    whole = isinstance(manifest.get("fingerprints"), dict) and isinstance(history, list)
+    if not whole or not all(isinstance(entry, dict) and type(entry.get("step")) is int for entry in history):
         raise InputError(f"{path}: damaged; choose another output folder")
     return manifest
 

@@ -36,7 +36,7 @@ def parse_json(data: bytes | str, where: str | Path) -> Any:
     try:
         text = data if isinstance(data, str) else data.decode("utf-8-sig")
         value = json.loads(text)
-        if text.count("[") + text.count("{") >= DEEPEST and _is_deep(value):
+        if text.count("[") + text.count("{") > DEEPEST and _is_deep(value):
             raise RecursionError
     except UnicodeDecodeError as error:
         raise InputError(f"{where}: not UTF-8 ({error.reason})") from None
@@ -66,7 +66,7 @@ def _is_deep(value: Any) -> bool:
         if not level:
             return False
         level = [item for of in level for item in (of.values() if isinstance(of, dict) else of)]
-    return True
+    return any(isinstance(of, dict | list) for of in level)
 
 
 def is_unicode(text: str) -> bool:

@@ -22,8 +22,9 @@ from ragjax.checksums import write_checksums
 from ragjax.config import Config
 from ragjax.errors import InputError
 from ragjax.experiment import load_experiment
-from ragjax.files import partial_folder, read_json
+from ragjax.files import partial_folder, read_json, shown
 from ragjax.hub import checkpoint_folder, fetch
+from ragjax.models.fields import Fields, naming
 from ragjax.models.layers import Params
 from ragjax.progress import terminal
 from ragjax.rag import Rag, generation_config, open_rag
@@ -95,7 +96,9 @@ def import_rag(source: str, out: Path) -> Path:
         if given:
             _write_json(partial / "generator" / generation.name, given)
         _write_json(partial / KEPT, {key: value for key, value in hf.items() if key not in PARTS})
-        (partial / "config.yaml").write_text(_configuration(source, hf, given, out), encoding="utf-8")
+        with naming(checkpoint / "config.json"):
+            configuration = _configuration(source, hf, given, out)
+        (partial / "config.yaml").write_text(configuration, encoding="utf-8")
     return out
 
 
@@ -218,24 +221,29 @@ def _configuration(source: str, hf: Mapping[str, Any], given: Mapping[str, Any],
     def quoted(text: str | Path) -> str:
         return json.dumps(str(text), ensure_ascii=False)
 
-    title, doc, k = hf.get("title_sep", " / "), hf.get("doc_sep", " // "), hf.get("n_docs", 5)
+    fields = Fields(hf)
+    title, doc, k = fields.text("title_sep", " / "), fields.text("doc_sep", " // "), fields.count("n_docs", 5)
+    fields.check_class("Rag")
     token = CLASSES["rag_token"] in (hf.get("architectures") or ())
     # As transformers: RAG-Sequence takes the number of beams from the RAG's own configuration, and the rest from the
     # generator's; RAG-Token takes all from its own, which wins over the generator's.
     own = {key: value for key, value in hf["generator"].items() if value is not None}
     of_rag = {key: value for key, value in {**hf, **given}.items() if value is not None}
     search = own | (of_rag if token else {"num_beams": of_rag.get("num_beams", 1)})
-    most = max(1, search.get("max_length", 20) - 1)
+    asked = Fields(search)
+    most = max(1, asked.count("max_length", 20) - 1)
     decode = {
         "k": k,
-        "beams": search.get("num_beams", 1),
+        "beams": asked.count("num_beams", 1),
         "max_new_tokens": most,
-        "min_new_tokens": min(most - 1, max(0, search.get("min_length", 0) - 1)),
-        "length_penalty": float(search.get("length_penalty", 1.0)),
+        "min_new_tokens": min(most - 1, max(0, asked.count("min_length", 0, least=0) - 1)),
+        "length_penalty": asked.number("length_penalty", 1.0, least=-1e6),
         "early_stopping": search.get("early_stopping") is True,
     }
-    left_out = [f"{key}={search[key]}" for key, nothing in NOT_HERE.items() if search.get(key, nothing) != nothing]
-    prefix = own.get("prefix", hf.get("prefix")) or ""  # transformers 5 reads the generator's, older ones this, too
+    others = {key: search[key] for key, nothing in NOT_HERE.items() if search.get(key, nothing) != nothing}
+    left_out = [f"{key}={shown(value)}" for key, value in others.items()]
+    # transformers 5 reads the generator's, older ones this, too
+    prefix = Fields(own if "prefix" in own else hf).text("prefix", "")
     # a mere space belongs to the passage, with which it is tokenised
     before, of_passage = ("", prefix) if not prefix.strip() else (prefix, "")
     missing = f"# Not carried over, since ragjax has nothing like it: {', '.join(left_out)}\n" if left_out else ""
@@ -247,10 +255,10 @@ def _configuration(source: str, hf: Mapping[str, Any], given: Mapping[str, Any],
         model="rag_token" if token else "rag_sequence",
         prompt=quoted(f"{before}{{passage}}{doc}{{question}}"),
         passage=quoted(f"{of_passage}{{title}}{title}{{text}}"),
-        source_tokens=hf.get("max_combined_length", 300),
+        source_tokens=fields.count("max_combined_length", 300),
         answer_tokens=max(25, most),
         k=k,
-        label_smoothing=hf.get("label_smoothing", 0.0),
+        label_smoothing=fields.number("label_smoothing", 0.0, least=0.0),
         exclude_bos=json.dumps(bool(hf.get("exclude_bos_score")) and not token),
         decode=json.dumps(decode).replace('"', ""),
     )

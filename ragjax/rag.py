@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ragjax.config import Config, structure
 from ragjax.embeddings import EncodedBatch, embed_passages, encoded_batches
 from ragjax.errors import InputError
-from ragjax.files import read_json
+from ragjax.files import read_json, shown
 from ragjax.hub import Fetched, checkpoint_folder, fetch, fingerprint_files
 from ragjax.index import Index
 from ragjax.marginal import corpus_log_prior, log_prior
@@ -190,7 +190,9 @@ def _token_ids(file: Path, key: str, given: Any, vocabulary: int) -> list[int]:
     """One token, several or none, as Hugging Face's files name them."""
     ids = given if isinstance(given, list) else [] if given is None else [given]
     if any(type(token) is not int or not 0 <= token < vocabulary for token in ids):
-        raise InputError(f"{file}: {key} is {given!r}; expected numbers of tokens, 0 to {vocabulary - 1}; correct it")
+        raise InputError(
+            f"{file}: {key} is {shown(given)}; expected numbers of tokens, 0 to {vocabulary - 1}; correct it"
+        )
     return ids
 
 

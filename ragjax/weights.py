@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -24,12 +24,12 @@ from ragjax.errors import InputError, library_errors
 from ragjax.files import atomic_write, read_json, shown
 from ragjax.models.bart import Bart, BartConfig
 from ragjax.models.bert import Bert, BertConfig
+from ragjax.models.fields import naming
 from ragjax.models.layers import Params, split_parameters
 from ragjax.models.llama import Llama, LlamaConfig
 from ragjax.models.t5 import T5, T5Config
 from ragjax.text import GgufFields, read_gguf
 
-Config = TypeVar("Config")
 NameTable = tuple[tuple[str, str, str | None], ...]
 
 
@@ -211,7 +211,8 @@ def open_bert(
 def bert_shape(path: Path, pooling: str, normalize: bool, dropout: float = 0.0, dtype: str = "float32") -> Pretrained:
     """An encoder of which only the config.json at `path` is there: shapes, and nothing to read. Raises `InputError`."""
     hf = read_json(path)
-    config = _shape(lambda: BertConfig.from_hf(hf, pooling, normalize, dropout, dtype), path)
+    with naming(path):
+        config = BertConfig.from_hf(hf, pooling, normalize, dropout, dtype)
     return _unread(config, lambda: Bert(config, nnx.Rngs(0)), hf)
 
 
@@ -266,7 +267,8 @@ def generator_shape(path: Path, dropout: float = 0.0, dtype: str = "float32") ->
 def _generator_shape(hf: dict[str, Any], path: Path, dropout: float, dtype: str, own_head: bool = False) -> Pretrained:
     shape, module = GENERATORS.get(str(hf.get("model_type")), GENERATORS["llama"])
     tied = {"tie_word_embeddings": False} if own_head else {}
-    config = _shape(lambda: shape.from_hf(hf | tied, dropout, dtype), path)
+    with naming(path):
+        config = shape.from_hf(hf | tied, dropout, dtype)
     return _unread(config, lambda: module(config, nnx.Rngs(0)), hf)
 
 
@@ -335,13 +337,6 @@ def weight_files(checkpoint: Path) -> list[Path]:
         names = ", ".join(file.name for file in files[:8]) + (", …" if len(files) > 8 else "")
         raise InputError(f"{checkpoint}: has {names}, but no {index.name} that says which count; fetch it, too")
     return files
-
-
-def _shape(make: Callable[[], Config], path: Path) -> Config:
-    try:
-        return make()
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
 
 
 def open_safetensors(checkpoint: Path) -> tuple[set[str], Read]:

@@ -91,6 +91,10 @@ def test_a_configuration_cannot_be_changed(tmp_path: Path) -> None:
         ("retriever.passage='{title}: {txt}'", r"retriever\.passage must contain \{text\}"),
         ("generator.passage=nothing", r"generator\.passage must contain \{text\}"),
         ("index.folder=${nowhere}", r"nowhere"),
+        ("seed=99999999999999999999", r"seed is 99999999999999999999; expected at most 4294967295"),
+        ("train.steps=2147483648", r"train\.steps is 2147483648; expected at most 2147483647"),
+        ("train.freeze=[[a]]", r"freeze"),
+        ("corpus.categories=[{a: 1}]", r"categories"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(tmp_path: Path, override: str, message: str) -> None:

@@ -19,6 +19,7 @@ from ragjax.passages import (
     PassageStore,
     Scan,
     count_passages,
+    passage_place,
     read_passages,
     scan_passages,
     shard_folder,
@@ -68,7 +69,7 @@ def test_reads_dpr(tmp_path, zipped):
     assert count_passages(path, "dpr") == 2
 
 
-GOOD = b'{"id": "a", "text": "t"}\n'
+GOOD, HEADER = b'{"id": "a", "text": "t"}\n', b"id\ttext\ttitle\n"
 
 
 @pytest.mark.parametrize(
@@ -86,12 +87,47 @@ GOOD = b'{"id": "a", "text": "t"}\n'
         ("p.tsv", b"id\ttext\ttitle\n1\tx\n", r"p\.tsv:2: expected 3 columns .* found 2"),
         ("p.tsv", b"1\tx\ty\n", r"p\.tsv:1: expected the header"),
         ("p.tsv", b"id\ttext\ttitle\n1\t\ty\n", r'p\.tsv:2: empty or missing "text"'),
+        ("p.tsv", HEADER + b'1\tx\ty\n2\t"open\tT\n3\tz"\tU\n', r'p\.tsv:3: a column opens with " and does not end'),
+        (
+            "p.tsv",
+            HEADER + b'1\t"To be" opens a speech: "to die\tHamlet\n',
+            r'p\.tsv:2: a column opens with "',
+        ),
+        ("p.tsv", HEADER + b'1\t"two\nlines"\tT\n', r"p\.tsv:2: .* a record is one line"),
+        ("p.tsv", HEADER, r"p\.tsv: the corpus holds no passages; expected DPR's"),
+        ("c.jsonl", b"\n", r"c\.jsonl: the corpus holds no passages; expected passages as JSON lines"),
+        ("c.jsonl", GOOD + b"[" * 5000 + b"]" * 5000, r"c\.jsonl:2: not JSON: nested too deeply"),
+        ("c.jsonl", GOOD + b'{"id": ' + b"9" * 5000 + b"}", r"c\.jsonl:2: not JSON: a number has thousands"),
+        ("c.jsonl", '{"id": "a", "text": "t"}'.encode("utf-16"), r"c\.jsonl:1: not UTF-8"),
     ],
 )
 def test_bad_lines_are_named(tmp_path, name, content, message):
     path = write(tmp_path / name, content)
     with pytest.raises(InputError, match=message):
         list(read_passages(path, "dpr" if name == "p.tsv" else "jsonl"))
+
+
+def test_dpr_quotes_that_do_not_open_a_column_are_text_and_columns_may_be_long(tmp_path):
+    long = "word " * 60_000  # 300 KB
+    path = write(tmp_path / "p.tsv", f'id\ttext\ttitle\n6\tA 12" single\tMusic\r\n7\t"{long}"\tB\n8\t{long}\tC\n')
+    assert list(read_passages(path, "dpr")) == [
+        Passage("6", "Music", 'A 12" single'),
+        Passage("7", "B", long),
+        Passage("8", "C", long),
+    ]
+
+
+def test_two_passages_with_one_id_are_named_by_their_lines(tmp_path):
+    path = write(tmp_path / "dup.jsonl", '{"id": "1", "text": "x"}\n\n{"id": 1, "text": "y"}\n')
+    with pytest.raises(InputError, match=r"dup\.jsonl:1 and .*dup\.jsonl:3 have the same id '1'"):
+        scan_passages(lambda: read_passages(path, "jsonl"), place=lambda i: passage_place(path, "jsonl", i))
+
+
+def test_a_line_has_a_longest_length(tmp_path, monkeypatch):
+    monkeypatch.setattr("ragjax.passages.LONGEST_LINE", 1 << 20)
+    path = write(tmp_path / "c.jsonl", GOOD + b'{"id": "b", "text": "' + b"x" * (1 << 20) + b'"}\n')
+    with pytest.raises(InputError, match=r"c\.jsonl:2: longer than 1 MiB"):
+        list(read_passages(path, "jsonl"))
 
 
 def test_bad_paths(tmp_path):

@@ -21,7 +21,7 @@ from ragjax.index import Index
 from ragjax.loss import joint_logp, loss
 from ragjax.marginal import marginal_logp
 from ragjax.models.layers import Params
-from ragjax.passages import PassageStore
+from ragjax.passages import Passage, PassageStore
 from ragjax.questions import read_questions
 from ragjax.rag import (
     Rag,
@@ -30,6 +30,7 @@ from ragjax.rag import (
     encode,
     log_mass,
     open_rag,
+    passage_text,
     prompt_rows,
     question_rows,
     retrieve,
@@ -62,6 +63,12 @@ def opened(world: Path, **overrides: object) -> Opened:
 @pytest.fixture(scope="module")
 def plain(world: Path) -> Opened:
     return opened(world)
+
+
+def test_a_title_or_an_answer_that_reads_as_a_slot_stays_as_it_is(plain: Opened) -> None:
+    assert passage_text("{title}: {text}", Passage("1", "{text}", "a {title}")) == "{text}: a {title}"
+    tokenizer = plain.rag.generator_tokenizer
+    assert tokenizer.decode(answer_tokens(plain.rag, "{answer} {text}")).strip() == "{answer} {text}"
 
 
 # retrieval

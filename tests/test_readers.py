@@ -254,7 +254,9 @@ def write_all(folder: Path) -> None:
         '{"question": "Who?", "answer": ["A", "B"], "id": "q"}\n{"question": "é?", "answer": "C", "passages": ["a"]}\n'
     )
     (data / "train.jsonl").write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "loss": 2.25}\n')
-    (data / "manifest.json").write_text(json.dumps({"fingerprints": {"corpus": "c"}, "versions": {"jax": "1"}}))
+    (data / "manifest.json").write_text(
+        json.dumps({"fingerprints": {"corpus": "c"}, "history": [{"step": 3, "train.steps": [3, 5]}]})
+    )
     scan = {"count": 6, "fingerprint": "sha256:f", "size": 100}
     write_sealed(data / MADE_OF, {"made_of": BUILT_OF, "scan": scan})
     for family in ("bert", "llama", "bart", "t5"):

@@ -18,6 +18,7 @@ from ragjax.text import (
     assemble_closed_book,
     bucket,
     buckets_up_to,
+    fill,
     make_prompt,
     pad_rows,
 )
@@ -279,6 +280,79 @@ def test_only_the_passage_is_cut():
 def test_a_template_without_its_slots_is_refused(tokenizer, template):
     with pytest.raises(InputError, match="once"):
         make_prompt(tokenizer, template)
+
+
+def test_a_text_in_a_template_is_no_template():
+    assert fill("{title}: {text}", title="{text}", text="{title} {text}") == "{text}: {title} {text}"
+    assert fill("{text}{other}", text="x") == "x{other}"
+
+
+def test_prompts_hold_questions_and_passages_that_look_like_slots(tokenizer):
+    prompt = make_prompt(tokenizer, TEMPLATE)
+    passage, question = tokenizer.encode(["{question} {passage}", " {passage}"])
+    assert tokenizer.decode(assemble(prompt, passage, question, 200)) == (
+        "{question} {passage}\n\nQuestion: {passage}\nAnswer:"
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"eos_token": 7}, r"tokenizer_config\.json: eos_token is 7; expected a token's text"),
+        ({"eos_token": ["x"]}, r"eos_token is \['x'\]"),
+        ({"eos_token": {"content": None}, "sep_token": {}}, "names no end token"),
+        ({"eos_token": "no such token"}, "names no end token"),
+        ({"eos_token": "<|im_end|>", "add_bos_token": "yes"}, "add_bos_token is 'yes'; expected true or false"),
+        ({"eos_token": "<|im_end|>", "chat_template": 3}, "chat_template is 3; expected a text or a list"),
+        (
+            {"eos_token": "<|im_end|>", "chat_template": [{"name": "default"}]},
+            'list of {"name", "template"}',
+        ),
+    ],
+)
+def test_a_tokenizer_config_of_other_types_is_refused(tmp_path, config, message):
+    write_folder(tmp_path, byte_level_bpe(), **config)
+    with pytest.raises(InputError, match=message):
+        Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (10**6, r"its end token is number 1000000; expected 0 to 26"),
+        (-2, "its end token is number -2"),
+        ("2", "eos_token_id is '2'; expected a token's number"),
+        (True, "eos_token_id is True"),
+        ([[2]], r"eos_token_id is \[2\]"),
+    ],
+)
+def test_an_end_token_out_of_range_is_refused(tmp_path, number, message):
+    write_folder(tmp_path, byte_level_bpe())
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": number}))
+    with pytest.raises(InputError, match=message):
+        Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("at", "new", "message"),
+    [
+        (16, b"\xff" * 8, "ends before what it announces|not readable"),  # as many entries of metadata
+        (8, b"\xff" * 8, "not readable as a GGUF file"),
+    ],
+)
+def test_gguf_that_announces_more_than_it_holds_is_refused_at_once(tmp_path, at, new, message):
+    path = write_gguf(tmp_path / "tiny.gguf")
+    data = path.read_bytes()
+    (tmp_path / "bad.gguf").write_bytes(data[:at] + new + data[at + len(new) :])
+    with pytest.raises(InputError, match=message):
+        Tokenizer.load(tmp_path / "bad.gguf")
+
+
+def test_gguf_with_tokens_that_are_no_utf_8_is_refused(tmp_path):
+    data = write_gguf(tmp_path / "tiny.gguf").read_bytes()
+    (tmp_path / "bad.gguf").write_bytes(data.replace(b"<|im_end|>", b"<|im\xff\xff\xff\xff|>", 1))
+    with pytest.raises(InputError, match=r"bad\.gguf: 'tokenizer\.ggml\.tokens' is not readable"):
+        Tokenizer.load(tmp_path / "bad.gguf")
 
 
 def test_buckets():

@@ -11,6 +11,7 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
@@ -233,6 +234,105 @@ def test_unreadable_files(family: str, checkpoint: Path, tmp_path: Path) -> None
     incomplete = write(tmp_path / "incomplete", {k: v for k, v in config.items() if k != "hidden_size"}, tensors)
     with pytest.raises(InputError, match=r"config\.json: has no 'hidden_size'"):
         OPEN[family](incomplete)
+
+
+def test_model_safetensors_alone_counts(family: str, checkpoint: Path, tmp_path: Path) -> None:
+    tensors = load_file(checkpoint / "model.safetensors")
+    write(tmp_path, config_of(checkpoint), tensors)
+    for name in ("model_old", "model.fp16", "adapter_model", "consolidated"):
+        save_file({key: value * 0 for key, value in tensors.items()}, tmp_path / f"{name}.safetensors")
+    chex.assert_trees_all_equal(OPEN[family](tmp_path).read(), OPEN[family](checkpoint).read())
+    assert weight_files(tmp_path) == [tmp_path / "model.safetensors"]
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"has adapter_model\.safetensors, con.* but no model\.safetensors\.index"):
+        OPEN[family](tmp_path)
+    for name in ("model_old", "model.fp16", "adapter_model"):
+        (tmp_path / f"{name}.safetensors").unlink()
+    assert weight_files(tmp_path) == [tmp_path / "consolidated.safetensors"]
+
+
+def test_an_index_beside_another_whole_file_is_refused(family: str, checkpoint: Path, tmp_path: Path) -> None:
+    tensors = load_file(checkpoint / "model.safetensors")
+    write(tmp_path, config_of(checkpoint), tensors)
+    save_file(tensors, tmp_path / "part.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "part.safetensors")}))
+    with pytest.raises(InputError, match=r"has model\.safetensors and, by .*, other files; remove one of the two"):
+        OPEN[family](tmp_path)
+    for name in ("../part.safetensors", "/part.safetensors", 3, None, "part.bin"):
+        index.write_text(json.dumps({"weight_map": {"x": name}}))
+        with pytest.raises(InputError, match=r"index\.json: \"weight_map\" names .*; expected files beside it"):
+            OPEN[family](tmp_path)
+
+
+def test_a_tensor_that_two_files_have_is_refused(family: str, checkpoint: Path, tmp_path: Path) -> None:
+    tensors = load_file(checkpoint / "model.safetensors")
+    write(tmp_path, config_of(checkpoint), tensors)
+    name, *_ = sorted(tensors)
+    save_file({name: tensors[name]}, tmp_path / "model-2.safetensors")
+    where = dict.fromkeys(tensors, "model.safetensors") | {"other": "model-2.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    with pytest.raises(InputError, match=f"has the tensor '{name}', as model-2.safetensors has"):
+        OPEN[family](tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda x: x.astype(ml_dtypes.float8_e4m3fn), "is stored as F8_E4M3; quantised weights are not read: convert"),
+        (lambda x: x.astype(ml_dtypes.float8_e5m2), "is stored as F8_E5M2"),
+        (lambda x: (x * 127).astype(np.int8), "is stored as I8"),
+        (lambda x: np.where(x == x.flat[0], np.nan, x).astype(np.float32), "holds weights that are NaN"),
+        (lambda x: np.where(x == x.flat[0], np.inf, x).astype(np.float16), "holds weights that are infinite"),
+    ],
+)
+def test_weights_that_are_quantised_or_not_finite_are_named(
+    family: str, checkpoint: Path, tmp_path: Path, make: Callable[[np.ndarray], np.ndarray], message: str
+) -> None:
+    tensors = load_file(checkpoint / "model.safetensors")
+    name = next(name for name in sorted(tensors) if tensors[name].ndim == 2)
+    folder = write(tmp_path, config_of(checkpoint), tensors | {name: make(tensors[name])})
+    with pytest.raises(InputError, match=rf"model\.safetensors: {name} {message}"):
+        OPEN[family](folder).read()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": "32"}, r"config\.json: hidden_size is '32'; expected a whole number from 1 to"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers is -1; expected a whole number from 1 to 4096"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000; expected"),
+        ({"num_hidden_layers": 4000}, "do not fit its config.json: missing"),
+        ({"intermediate_size": 10**7}, r"has shape \(32, 64\), expected \(32, 10000000\)"),
+        ({"vocab_size": None}, "has no 'vocab_size'"),
+        ({"vocab_size": [259]}, r"vocab_size is \[259\]"),
+        ({"num_attention_heads": True}, "num_attention_heads is True"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+        ({"hidden_size": 1e30}, r"hidden_size is 1000000000000000019884624838656; expected"),
+        ({"hidden_act": ["silu"]}, r"hidden_act is \['silu'\]; expected one of"),
+        ({"model_type": None}, "has no 'model_type'"),
+        ({"model_type": ["llama"]}, r"model_type is \['llama'\]"),
+        (
+            {"architectures": ["GemmaForCausalLM"]},
+            r"architectures is \['GemmaForCausalLM'\], which is not of",
+        ),
+        ({"architectures": "BertModel"}, "expected a list of texts"),
+    ],
+)
+def test_config_json_is_checked_entry_by_entry(
+    family: str, checkpoint: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    folder = write(tmp_path, config_of(checkpoint) | change, load_file(checkpoint / "model.safetensors"))
+    with pytest.raises(InputError, match=message) as raised:
+        OPEN[family](folder)
+    assert str(folder) in str(raised.value)
+
+
+def test_an_encoder_of_another_family_under_berts_names_is_refused(tmp_path: Path) -> None:
+    small = random_bert(tmp_path / "plain", "mean", True)
+    roberta = {f"roberta.{name}": array for name, array in small.tensors.items()}
+    with pytest.raises(InputError, match=r"'roberta\.embeddings.*those of another model \(roberta\)"):
+        open_mean(write(tmp_path / "roberta", small.hf, roberta))
 
 
 @pytest.mark.parametrize("index", ["{}", '{"weight_map": ["model.safetensors"]}'])

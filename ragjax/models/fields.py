@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from ragjax.errors import InputError
@@ -11,6 +12,16 @@ from ragjax.files import shown
 
 MOST = 2**24  # of anything that is counted: no model has a larger table or layer
 MOST_LAYERS = 2**12
+LARGEST = 1e30  # of any number
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Puts the file before what an error says of its entries."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 class Fields:
@@ -35,13 +46,13 @@ class Fields:
         """How many layers there are."""
         return self.count(key, default, most=MOST_LAYERS)
 
-    def number(self, key: str, default: float | None = None) -> float:
-        """A finite number above 0."""
+    def number(self, key: str, default: float | None = None, least: float | None = None) -> float:
+        """A number that is finite and above 0, or at least `least`."""
         value = self._take(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise _wrong(key, value, "a number above 0")
-        if value > 1e30:  # whole numbers may be larger than any float
-            raise _wrong(key, value, "a number that is not so large")
+        fits = isinstance(value, int | float) and not isinstance(value, bool)
+        # whole numbers may be larger than any float
+        if not fits or not (value > 0 if least is None else value >= least) or not abs(value) < LARGEST:
+            raise _wrong(key, value, "a number above 0" if least is None else f"a number from {least}")
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:

@@ -1,0 +1,91 @@
+"""What a sentence-transformers folder says is what the configuration says, or it is refused with what mends it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ragjax.config import Retriever
+from ragjax.errors import InputError
+from ragjax.sentence_transformers import check_sentence_transformers
+
+OLD, NEW = "sentence_transformers.models.", "sentence_transformers.sentence_transformer.modules.pooling."
+MEAN = {"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": False}
+CLS = {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}
+MAX = {"pooling_mode_cls_token": False, "pooling_mode_max_tokens": True}
+E5: dict[str, Any] = {"prompts": {"query": "query: ", "document": "passage: "}}
+
+
+def write(
+    folder: Path, pooling: Any = MEAN, dense: bool = False, normalize: bool = True, prefix: str = OLD, **about: Any
+) -> Path:
+    modules = [("Transformer", ""), ("Pooling", "1_Pooling")]
+    modules += [("Dense", "2_Dense")] * dense + [("Normalize", "9_Normalize")] * normalize
+    (folder / "1_Pooling").mkdir(parents=True)
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    listed = [{"idx": i, "name": str(i), "path": path, "type": prefix + kind} for i, (kind, path) in enumerate(modules)]
+    (folder / "modules.json").write_text(json.dumps(listed))
+    if about:
+        (folder / "config_sentence_transformers.json").write_text(json.dumps(about))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("folder", "settings"),
+    [
+        ({}, Retriever()),
+        ({"pooling": {"pooling_mode": "mean"}, "prefix": NEW}, Retriever()),
+        ({"pooling": {"pooling_mode": ["cls"]}}, Retriever(pooling="cls")),
+        ({"pooling": CLS}, Retriever(pooling="cls")),
+        ({"normalize": False}, Retriever()),  # it does not say by what its embeddings are compared
+        ({"normalize": False}, Retriever(normalize=False)),
+        ({"normalize": False, "similarity_fn_name": "cosine"}, Retriever()),
+        ({"normalize": False, "similarity_fn_name": "dot"}, Retriever(normalize=False)),
+        ({"prompts": {"query": "", "document": ""}, "default_prompt_name": None}, Retriever()),
+        ({"prompts": {"document": "passage: "}}, Retriever(passage="passage: {title} {text}")),
+        ({"prompts": {"clustering": "cluster: "}}, Retriever()),
+    ],
+)
+def test_what_agrees_is_taken(tmp_path: Path, folder: dict[str, Any], settings: Retriever) -> None:
+    check_sentence_transformers(write(tmp_path / "m", **folder), settings, questions=True, passages=True)
+
+
+@pytest.mark.parametrize(
+    ("folder", "settings", "message"),
+    [
+        ({"pooling": CLS}, Retriever(), r"1_Pooling/config\.json: it pools by cls.*set retriever\.pooling=cls"),
+        ({}, Retriever(pooling="cls"), r"set retriever\.pooling=mean"),
+        ({"pooling": MAX}, Retriever(), r"it pools by \['max_tokens'\]; supported are mean and cls"),
+        ({"pooling": {"pooling_mode": ["cls", "mean"]}}, Retriever(), "it pools by"),
+        ({"dense": True}, Retriever(), r"modules\.json: a Dense module is not supported"),
+        ({}, Retriever(normalize=False), r"set retriever\.normalize=true"),
+        ({"normalize": False, "similarity_fn_name": "dot"}, Retriever(), r"set retriever\.normalize=false"),
+        ({"normalize": False, "similarity_fn_name": "cosine"}, Retriever(normalize=False), r"normalize=true"),
+        (E5, Retriever(), r"questions begin with 'query: ', which is not supported yet"),
+        ({"prompts": {"x": "q: "}, "default_prompt_name": "x"}, Retriever(), "questions begin with 'q: '"),
+        ({"prompts": {"document": "p: "}}, Retriever(), r"set retriever\.passage='p: \{title\}: \{text\}'"),
+        ({"prompts": ["query: "]}, Retriever(), "expected texts by name"),
+    ],
+)
+def test_what_contradicts_is_refused(tmp_path: Path, folder: dict[str, Any], settings: Retriever, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        check_sentence_transformers(write(tmp_path / "m", **folder), settings, questions=True, passages=True)
+
+
+def test_an_encoder_of_passages_alone_needs_no_prompt_for_questions(tmp_path: Path) -> None:
+    folder = write(tmp_path / "m", **E5)
+    check_sentence_transformers(folder, Retriever(passage="passage: {text}"), questions=False, passages=True)
+
+
+def test_an_older_layout_has_its_encoder_in_a_folder(tmp_path: Path) -> None:
+    folder = write(tmp_path / "m", CLS)
+    modules = json.loads((folder / "modules.json").read_text())
+    modules[0]["path"] = "0_Transformer"
+    (folder / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(InputError, match=r"set retriever\.pooling=cls"):
+        check_sentence_transformers(folder / "0_Transformer", Retriever(), True, True)
+    check_sentence_transformers(folder / "another", Retriever(), True, True)
+    check_sentence_transformers(tmp_path / "plain", Retriever(), True, True)
