@@ -34,7 +34,7 @@ from ragjax.progress import progress_bar
 from ragjax.rag import Rag, embed_with, embeddings_with, encode_questions, passage_rows
 
 FOLDER = "refreshed"
-REFRESHED_MEND = "delete it; what was encoded after the last step, ragjax train CONFIG encodes again"
+REFRESHED_MEND = "delete its version of the index: the one after the last step ragjax train CONFIG makes again"
 TOGETHER = 1024  # passages whose text is held at a time; of a part only the tokens are
 
 

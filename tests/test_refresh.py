@@ -31,10 +31,11 @@ from ragjax.models.layers import Params
 from ragjax.passages import PassageStore
 from ragjax.questions import read_questions
 from ragjax.rag import Rag, embed_with, encode, encode_questions, open_rag, passage_batch, search, train_batch
-from ragjax.refresh import Refresh, Refreshed, version_folder
+from ragjax.refresh import Refresh, Refreshed, refreshed_index, version_folder
 from ragjax.step import abstract_state, initial_state
 from ragjax.supply import Reader, Reading, Supply, answerable
 from ragjax.train import train
+from ragjax.verify import verify
 from ragjax.world import restore_trained, trained_index
 
 KEY = jax.random.key(3)
@@ -128,6 +129,18 @@ def test_an_index_is_what_the_encoder_was_when_it_was_begun(world: Path, undistu
     kept = [line["step"] for line in logged(undisturbed) if "index_kept" in line]
     switched = [line["step"] for line in logged(undisturbed) if "index_overlap" in line]
     assert (kept, switched) == ([2, 4, 6, 8, 10, 12, 14], [7, 12, 14])
+
+
+def test_what_is_encoded_anew_carries_checksums(world: Path, undisturbed: Path, tmp_path: Path) -> None:
+    parts = [part for part in verify(undisturbed) if part.what == "refreshed index"]
+    assert len(parts) == 3 and all(part.files == 2 * 3 and not part.damage and not part.unknown for part in parts)
+    rag, index, _ = open_world(refreshing(world, undisturbed))
+    shutil.copytree(version_folder(undisturbed, 14), version_folder(tmp_path, 14))
+    path = version_folder(tmp_path, 14) / "shards" / "00001" / "embeddings.npy"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(InputError, match=r"shards/00001: is damaged .embeddings.npy .*; delete its version"):
+        refreshed_index(rag, index, tmp_path, 14).search(np.ones((1, index.embeddings.shape[1]), np.float32), 2)
 
 
 def test_answers_come_from_the_index_of_the_checkpoint(world: Path, undisturbed: Path) -> None:
