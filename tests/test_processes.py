@@ -216,7 +216,9 @@ def test_two_processes_build_the_same_index(world: Path, tmp_path: Path) -> None
     assert [code for code, _ in told] == [0, 0], told
     assert main(arguments("one")) == 0
     one, two = (tmp_path / "one", tmp_path / "two")
-    assert len(files(one)) == 5 * 6 + 2, "30 passages, seven in a shard of six files, the manifest, what they are made of"
+    assert len(files(one)) == 5 * 6 + 2, (
+        "30 passages, seven in a shard of six files, the manifest, what they are made of"
+    )
     assert {p.relative_to(one): b for p, b in files(one).items()} == {
         p.relative_to(two): b for p, b in files(two).items()
     }
