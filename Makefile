@@ -23,8 +23,8 @@ quickstart: $(VENV)/dev
 
 test: $(VENV)/dev
 	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder
-	$(PYTEST) -n 2 --devices 1 $(ANY_DEVICES)
-	$(PYTEST) -n 2 --devices 2 $(ANY_DEVICES)
+	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder --devices 1 $(ANY_DEVICES)
+	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder --devices 2 $(ANY_DEVICES)
 
 # resuming, the golden values and a training step, with another Python and so with the other end of JAX's versions
 test-other:
