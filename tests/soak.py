@@ -288,7 +288,7 @@ def soak(
 ) -> Summary:
     """A quarter of the kills hits the index, the rest the training."""
     of_index = max(1, kills // 4)
-    whole = Soak(folder, seed, steps or 4 * kills, processes, devices)
+    whole = Soak(folder, seed, steps or 4 * max(1, kills), processes, devices)
     whole.undisturbed("index")
     whole.interrupt(interrupts)
     if kills:
