@@ -19,6 +19,7 @@ from world import open_world, tiny_config
 
 from ragjax.answer import open_answerer
 from ragjax.checkpoint import Checkpoints
+from ragjax.checksums import CHECKSUMS
 from ragjax.cli import main
 from ragjax.config import Config, load_config
 from ragjax.contrastive import (
@@ -185,7 +186,7 @@ def test_evaluation_and_answers_after_it(learnt: Config, capsys: pytest.CaptureF
 def test_the_way_on(learnt: Config, tmp_path: Path) -> None:
     """`ragjax export` gives what `retriever.source` takes, and end-to-end training begins there."""
     assert main(["export", learnt.output, str(tmp_path / "exported")]) == 0
-    assert [path.name for path in (tmp_path / "exported").iterdir()] == ["question_encoder"]
+    assert {path.name for path in (tmp_path / "exported").iterdir()} == {"question_encoder", CHECKSUMS}
     source = str(tmp_path / "exported" / "question_encoder")
     config = load_config(Path(learnt.output) / "config.yaml", ["output=" + str(tmp_path / "run")])
     config = replace(
@@ -206,7 +207,7 @@ def test_the_way_on(learnt: Config, tmp_path: Path) -> None:
 def test_its_own_passage_encoder_is_exported(world: Path, tmp_path: Path) -> None:
     run = train(contrasting(world, tmp_path / "run", train__passage_encoder="own", train__steps=2))
     assert main(["export", str(run), str(tmp_path / "exported")]) == 0
-    assert {path.name for path in (tmp_path / "exported").iterdir()} == {"question_encoder", "passage_encoder"}
+    assert {path.name for path in (tmp_path / "exported").iterdir()} == {"question_encoder", "passage_encoder", CHECKSUMS}
     rag = open_rag(
         contrasting(
             world,

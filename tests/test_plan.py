@@ -248,7 +248,7 @@ def test_a_faiss_structure_is_held_by_the_host(world: Path, tmp_path: Path) -> N
     planned = sizes(tiny_config(world, index__kind="Flat", index__folder=str(tmp_path / "none")))
     for command, place in (("index", "disk"), ("index", "host"), ("train", "host"), ("evaluate", "host")):
         assert planned[command, "FAISS structure Flat", place] == 30 * 128
-    rare = rows_of(tiny_config(world, index__kind="IDMap,Flat"))["train", "FAISS structure IDMap,Flat", "host"]
+    rare = rows_of(tiny_config(world, index__kind="NSG16,Flat"))["train", "FAISS structure NSG16,Flat", "host"]
     assert rare.size is None and "measured only when it is built" in rare.how
 
 
