@@ -29,6 +29,7 @@ CHAT_MESSAGE_CLOSED_BOOK = "Question: {question}\nAnswer briefly."
 
 # GGUF token types, as gguf.TokenType has them
 CONTROL, USER_DEFINED = 3, 4
+MOST_GAPS = 2**20  # among the numbers of a vocabulary
 MOST_GGUF_PARTS = 2**23  # pieces of metadata: a vocabulary of 256,000 takes a quarter of them
 
 Ids = Sequence[int] | Integer[np.ndarray, " _"]
@@ -50,6 +51,12 @@ class Tokenizer:
         adds_bos: bool | None = None,
         chat_template: str | None = None,
     ) -> None:
+        vocabulary = backend.get_vocab(with_added_tokens=True)
+        self.vocab_size = 1 + max(vocabulary.values(), default=-1)
+        if (
+            self.vocab_size > len(vocabulary) + MOST_GAPS
+        ):  # the library would list all of them, whatever memory that takes
+            raise ValueError(f"a token has the number {self.vocab_size - 1}, and there are {len(vocabulary)} tokens")
         serialised = _without_length_limits(backend).to_str()
         self._markup = tokenizers.Tokenizer.from_str(serialised)
         self._plain = tokenizers.Tokenizer.from_str(serialised)
@@ -57,7 +64,6 @@ class Tokenizer:
         self.eos_id = eos_id
         self.pad_id = eos_id if pad_id is None else pad_id
         self.bos_id = bos_id
-        self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
         self.chat_template = chat_template
         self.fingerprint = "sha256:" + hashlib.sha256(serialised.encode()).hexdigest()
         unknown = getattr(backend.model, "unk_token", None)

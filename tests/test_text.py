@@ -316,6 +316,18 @@ def test_a_tokenizer_config_of_other_types_is_refused(tmp_path, config, message)
         Tokenizer.load(tmp_path)
 
 
+def test_a_token_far_beyond_all_others_is_refused_before_the_gap_is_listed(tmp_path):
+    write_folder(tmp_path, byte_level_bpe(), eos_token="<|im_end|>")
+    file = tmp_path / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["model"]["vocab"]["far"] = 2**32 - 2
+    file.write_text(json.dumps(content))
+    with pytest.raises(
+        InputError, match=r"tokenizer\.json: the tokenizer does not work \(a token has the number 42949"
+    ):
+        Tokenizer.load(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("number", "message"),
     [
