@@ -207,7 +207,11 @@ def test_the_way_on(learnt: Config, tmp_path: Path) -> None:
 def test_its_own_passage_encoder_is_exported(world: Path, tmp_path: Path) -> None:
     run = train(contrasting(world, tmp_path / "run", train__passage_encoder="own", train__steps=2))
     assert main(["export", str(run), str(tmp_path / "exported")]) == 0
-    assert {path.name for path in (tmp_path / "exported").iterdir()} == {"question_encoder", "passage_encoder", CHECKSUMS}
+    assert {path.name for path in (tmp_path / "exported").iterdir()} == {
+        "question_encoder",
+        "passage_encoder",
+        CHECKSUMS,
+    }
     rag = open_rag(
         contrasting(
             world,
