@@ -196,6 +196,8 @@ class Soak:
                 expected = {-number, STOPPED.get(number, -number)}
                 if len(processes) > 1:  # JAX looks for the signal once a step: the last one ends as if there were none
                     expected |= {0} if process is victim else {0, 75, -signal.SIGABRT}
+                    if number is signal.SIGINT and process is not victim:  # it hears of it as of a SIGTERM
+                        expected.add(STOPPED[signal.SIGTERM])
                 if process.returncode not in expected:
                     self.summary.differences.append(f"{name}: ended with {process.returncode}: {err[-400:]}")
         if number is not signal.SIGKILL:
