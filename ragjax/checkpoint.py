@@ -353,9 +353,15 @@ def fingerprint(folder: Path, step: int) -> str:
 
 
 def _raise_unless_of_storage(error: Exception) -> None:
-    """Raises what JAX itself reports: a process that is gone, a device without memory."""
-    if isinstance(error, jax.errors.JaxRuntimeError):
-        raise error
+    """Raises what JAX itself reports: a process that is gone, a device without memory.
+
+    Orbax makes a `TimeoutError` of it where processes wait for one another.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, jax.errors.JaxRuntimeError):
+            raise cause
+        cause = cause.__cause__
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
