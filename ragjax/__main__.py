@@ -6,14 +6,14 @@ from ragjax.signals import guarded, leave_at_once
 
 
 def main() -> int:
-    leave_at_once()
+    end_with = leave_at_once()
 
     def command() -> int:
         from ragjax.cli import main
 
         return main()
 
-    return guarded(command)
+    return end_with(guarded(command))
 
 
 if __name__ == "__main__":

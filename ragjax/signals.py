@@ -132,14 +132,36 @@ def guarded(command: Callable[[], int]) -> int:
         return code
 
 
-def leave_at_once() -> None:
-    """From now on, where nobody listens, a signal ends the process without a word: at its start and at its end."""
+def leave_at_once() -> Callable[[int], int]:
+    """From now on, where nobody listens, a signal ends the process without a word: at its start and at its end.
+
+    What is returned takes the process's exit code, and gives it back. Python then ends with it when the handlers of
+    `atexit` are done: it would free its memory for some tenths of a second, in which no signal is heeded.
+    """
+    last: list[int] = []
 
     def leave(number: int, frame: FrameType | None) -> None:
         with suppress(Exception):
             sys.stdout.flush()
         os._exit(128 + number)
 
+    def end() -> None:
+        if not last:  # by an error, which is still to be shown
+            for number in STOPPING:
+                signal.signal(number, signal.SIG_DFL)
+            return
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        except (OSError, ValueError):  # nobody reads any more
+            last.append(120)  # as Python ends then
+        os._exit(max(last))
+
+    def end_with(code: int) -> int:
+        last.append(code)
+        return code
+
     for number in STOPPING:
         signal.signal(number, leave)
-        atexit.register(signal.signal, number, signal.SIG_DFL)  # what then is left of Python calls no handler
+    atexit.register(end)  # registered first, called last
+    return end_with

@@ -181,7 +181,7 @@ class Soak:
             time.sleep(0.002)
         sent = time.monotonic()
         victim = self.random.choice(processes)
-        finished = victim.poll() is not None
+        finished = victim.poll() is not None or is_ending(victim.pid)
         victim.send_signal(number)
         limit = PATIENCE + (60.0 if number is signal.SIGKILL and len(processes) > 1 else 0.0)
         for process in processes:
@@ -214,12 +214,14 @@ class Soak:
             begun, [process] = time.monotonic(), self.begin("index", index.parent.name)
             try:
                 process.wait(self.random.uniform(up, takes))
-                takes = time.monotonic() - begun  # it was done before its turn
+                ended = True
             except subprocess.TimeoutExpired:
+                ended = is_ending(process.pid)
                 process.send_signal(signal.SIGINT)
             sent = time.monotonic()
             _, err = process.communicate()
-            if process.returncode == 0 and sent - begun >= takes:
+            if ended and process.returncode == 0:  # it was done before its turn
+                takes = sent - begun
                 continue
             self.summary.interrupted[process.returncode] += 1
             self.summary.slowest_stop = max(self.summary.slowest_stop, time.monotonic() - sent)
@@ -252,6 +254,11 @@ class Soak:
         ]
         broken += list(disturbed.glob("damaged-checkpoints/*"))
         differ += [f"left behind: {path.relative_to(disturbed)}" for path in broken]
+
+
+def is_ending(pid: int) -> bool:
+    """Whether the kernel is already taking the process apart, so that no signal reaches it (PF_EXITING in proc(5))."""
+    return bool(int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[6]) & 0x4)
 
 
 def lines(path: Path) -> int:
