@@ -41,15 +41,19 @@ from benchmarks.report import (
     torch_place,
     write,
 )
-from ragjax.answer import Answerer, open_answerer
+from ragjax.answerer import Answerer, open_answerer
+from ragjax.checkpoints.pretrained import generator_tensors
 from ragjax.config import load_config
-from ragjax.cost import size_text
-from ragjax.decode import Candidates, decode, pad_answers, propose, read, score_tokens, with_end
-from ragjax.models.generator import Memory
-from ragjax.prefixes import Known
-from ragjax.questions import read_questions
-from ragjax.rag import Retrieved, prompt_rows
-from ragjax.weights import generator_tensors
+from ragjax.data.questions import read_questions
+from ragjax.decoding.candidates import Candidates, pad_answers, with_end
+from ragjax.decoding.decode import decode
+from ragjax.decoding.prefix_cache import Known
+from ragjax.decoding.propose import propose, read
+from ragjax.decoding.rescore import score_tokens
+from ragjax.models.kv_cache import Memory
+from ragjax.rag import prompt_rows
+from ragjax.resources import size_text
+from ragjax.retrieval.retrieve import Retrieved
 
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 WARMING = 8  # questions

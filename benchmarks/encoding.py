@@ -30,12 +30,14 @@ from benchmarks.report import (
     torch_place,
     write,
 )
+from ragjax.checkpoints.hub import checkpoint_folder, fetch
 from ragjax.config import load_config
 from ragjax.errors import InputError
-from ragjax.hub import checkpoint_folder, fetch
-from ragjax.mesh import local_mesh, place, replicated
-from ragjax.rag import embeddings_with, encode, passage_rows
-from ragjax.world import open_world
+from ragjax.parallel.mesh import local_mesh
+from ragjax.parallel.sharding import place, replicated
+from ragjax.rag import passage_rows
+from ragjax.retrieval.encoder import embeddings_with, encode
+from ragjax.runs.restore import open_world
 
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 

@@ -37,18 +37,22 @@ from benchmarks.report import (
     torch_place,
     write,
 )
+from ragjax.checkpoints.pretrained import open_bert, open_generator
 from ragjax.config import Config, Decode, Retriever, Train
-from ragjax.cost import matmul_flops
-from ragjax.decode import decode, propose, read, with_end
-from ragjax.hub import cache_folder
+from ragjax.data.prompt import Prompt
+from ragjax.decoding.candidates import with_end
+from ragjax.decoding.decode import decode
+from ragjax.decoding.prefix_cache import Known
+from ragjax.decoding.propose import propose, read
+from ragjax.files import cache_folder
 from ragjax.marginal import log_prior
-from ragjax.mesh import enable_compilation_cache
 from ragjax.models.generator import SpecialTokens
-from ragjax.prefixes import Known
-from ragjax.rag import Models, TrainBatch
-from ragjax.step import initial_state, make_train_step
-from ragjax.text import Prompt
-from ragjax.weights import open_bert, open_generator
+from ragjax.planning.program_cost import matmul_flops
+from ragjax.rag import Models
+from ragjax.runs.restore import enable_compilation_cache
+from ragjax.training.batch import TrainBatch
+from ragjax.training.state import initial_state
+from ragjax.training.step import make_train_step
 
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 SHAPES = {

@@ -29,12 +29,13 @@ from rich.table import Table
 
 from benchmarks.report import or_input_error
 from ragjax.config import ON_DEVICES
-from ragjax.cost import size_text
-from ragjax.embeddings import Embeddings
-from ragjax.faiss_index import build_faiss, faiss_bytes
-from ragjax.index import Index
-from ragjax.mesh import local_mesh, place, replicated
-from ragjax.search import search_corpus
+from ragjax.parallel.mesh import local_mesh
+from ragjax.parallel.sharding import place, replicated
+from ragjax.resources import size_text
+from ragjax.retrieval.device_index import search_corpus
+from ragjax.retrieval.embeddings import Embeddings
+from ragjax.retrieval.faiss_index import build_faiss, faiss_bytes
+from ragjax.retrieval.index import Index
 
 BATCHES = (1, 8, 64)
 KINDS = ["Flat", "HNSW32", "IVF1024,PQ48"]

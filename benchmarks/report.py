@@ -17,14 +17,15 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ragjax.beam import batch_sizes
 from ragjax.config import Decode
-from ragjax.cost import matmul_flops
-from ragjax.decode import propose
+from ragjax.decoding.beam_search import batch_sizes
+from ragjax.decoding.prefix_cache import Prefixes
+from ragjax.decoding.propose import propose
 from ragjax.errors import InputError
-from ragjax.models.generator import Memory, SpecialTokens
+from ragjax.models.generator import SpecialTokens
+from ragjax.models.kv_cache import Memory
 from ragjax.models.layers import Params
-from ragjax.prefixes import Prefixes
+from ragjax.planning.program_cost import matmul_flops
 
 
 @dataclass

@@ -16,11 +16,12 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.report import Stage, make_console, peak, show, timed
-from ragjax.hub import cache_folder, checkpoint_folder, fetch
-from ragjax.mesh import enable_compilation_cache
+from ragjax.checkpoints.hub import checkpoint_folder, fetch
+from ragjax.checkpoints.pretrained import Pretrained, open_generator
+from ragjax.files import cache_folder
 from ragjax.models.generator import score
 from ragjax.models.layers import Params
-from ragjax.weights import Pretrained, open_generator
+from ragjax.runs.restore import enable_compilation_cache
 
 
 def shared(model: Pretrained, params: Params, source: jax.Array, answers: jax.Array) -> jax.Array:

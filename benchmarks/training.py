@@ -19,12 +19,15 @@ import jax
 
 from benchmarks.report import Stage, make_console, or_input_error, peak, show, timed, times_as_fast, write
 from ragjax.config import load_config
-from ragjax.cost import matmul_flops
-from ragjax.mesh import local_mesh
-from ragjax.questions import read_questions
-from ragjax.rag import answer_tokens, retrieve, train_batch
-from ragjax.step import initial_state, make_train_step
-from ragjax.world import open_world
+from ragjax.data.questions import read_questions
+from ragjax.parallel.mesh import local_mesh
+from ragjax.planning.program_cost import matmul_flops
+from ragjax.rag import answer_tokens
+from ragjax.retrieval.retrieve import retrieve
+from ragjax.runs.restore import open_world
+from ragjax.training.batch import train_batch
+from ragjax.training.state import initial_state
+from ragjax.training.step import make_train_step
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ CHECKSUMS = "checksums.json"
 BLOCK = 1 << 20  # bytes that are read at a time
 SEAL = "xxh3"
 
+
 Record = dict[str, Any]
 Progress = Callable[[int], object]
 

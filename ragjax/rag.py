@@ -2,46 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx, struct
-from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Int
 
+from ragjax.checkpoints.hub import Fetched, checkpoint_folder, fetch, fingerprint_files
+from ragjax.checkpoints.pretrained import Pretrained, open_bert, open_generator
+from ragjax.checkpoints.sentence_transformers import check_sentence_transformers
 from ragjax.config import Config, structure
-from ragjax.embeddings import EncodedBatch, embed_passages, encoded_batches
-from ragjax.errors import InputError
-from ragjax.files import read_json, shown
-from ragjax.hub import Fetched, checkpoint_folder, fetch, fingerprint_files
-from ragjax.index import Index
-from ragjax.marginal import corpus_log_prior, log_prior
-from ragjax.mesh import local_mesh, on_each_device, on_host, rows_here, shard_batch
-from ragjax.models.generator import SpecialTokens
-from ragjax.models.layers import Params
-from ragjax.passages import Passage, PassageStore
-from ragjax.questions import text_problem
-from ragjax.sentence_transformers import check_sentence_transformers
-from ragjax.text import (
-    Ids,
+from ragjax.data.corpus import Passage
+from ragjax.data.passage_store import PassageStore
+from ragjax.data.prompt import (
     Prompt,
-    Tokenizer,
     assemble,
     assemble_closed_book,
-    bucket,
-    buckets_up_to,
     check_prompt_fits,
     fill,
     make_prompt,
-    pad_rows,
+    passage_text,
 )
-from ragjax.weights import Pretrained, open_bert, open_generator
+from ragjax.data.questions import Split, text_problem
+from ragjax.data.tokenizer import Tokenizer
+from ragjax.errors import InputError
+from ragjax.files import read_json, shown
+from ragjax.models.generator import SpecialTokens
+from ragjax.models.layers import Params
+from ragjax.padding import bucket, buckets_up_to, pad_rows
+from ragjax.terminal import terminal
 
 
 @dataclass(frozen=True)
@@ -230,29 +222,6 @@ def check_lengths(config: Config, retriever: Pretrained, generator: Pretrained) 
             raise InputError(f"{key} is {wanted}, but the model has {most} positions{window}; lower it")
 
 
-def passage_text(template: str, passage: Passage) -> str:
-    """A passage as `retriever.passage` or `generator.passage` lays it out."""
-    return fill(template, title=passage.title, text=passage.text)
-
-
-@partial(jax.jit, static_argnums=0)
-def encode(
-    graph: nnx.GraphDef, params: Params, tokens: Int[Array, "n S"], mask: Bool[Array, "n S"]
-) -> Float[Array, "n D"]:
-    """Embeddings of questions or passages; `params` are the retriever's."""
-    return nnx.merge(graph, params)(tokens, mask)
-
-
-@dataclass(frozen=True)
-class Retrieved:
-    """The top-k of B questions, best first; id −1, score −inf and prior −inf where there was no hit."""
-
-    queries: Float[np.ndarray, "B D"]
-    ids: Int[np.ndarray, "B K"]
-    scores: Float[np.ndarray, "B K"]  # inner products, before the scale
-    log_prior: Float[np.ndarray, "B K"]
-
-
 def prompt_problems(
     rag: Rag, questions: Sequence[str], documents: bool = True, closed_book: bool = False
 ) -> list[str | None]:
@@ -288,57 +257,6 @@ def question_rows(
     rows = rag.retriever_tokenizer.encode(questions, special=True, longest=longest)
     width = width or bucket(max(len(row) for row in rows), buckets_up_to(longest))
     return pad_rows(rows, width, rag.retriever_tokenizer.pad_id)
-
-
-def search(
-    rag: Rag, params: Params, index: Index, questions: Sequence[str], k: int, mesh: Mesh | None = None
-) -> tuple[Float[np.ndarray, "B D"], Float[np.ndarray, "B K"], Int[np.ndarray, "B K"]]:
-    """The queries of B questions, and the scores and ids of their top-k, known to every process of the mesh.
-
-    `params` lie on the mesh (by default one device), whose axis `data` divides B. All its devices search together; with
-    a FAISS kind each process searches for the questions on its own devices.
-    """
-    mesh = mesh or local_mesh(data=1)
-    queries = encode_questions(rag, params, questions, mesh)
-    if index.on_devices:
-        return queries, *index.search(queries, k, mesh)
-    found = index.search(queries[rows_here(mesh, len(questions))], k)
-    return queries, *from_all_rows(mesh, found, len(questions))
-
-
-def encode_questions(rag: Rag, params: Params, questions: Sequence[str], mesh: Mesh) -> Float[np.ndarray, "B D"]:
-    """The queries of B questions, known to every process; `params` and mesh as in `search`."""
-    rows, count = question_rows(rag, questions), len(questions)
-    mine = rows_here(mesh, count)
-    asked = shard_batch(mesh, tuple(of_all[mine] for of_all in rows), count)
-    return on_host(encode(rag.retriever.graph, params["retriever"], *asked))
-
-
-def from_all_rows(mesh: Mesh, arrays: Any, count: int) -> Any:
-    """A tree of host arrays, which hold the `rows_here` of `count`, whole on every host."""
-    # whether others have other rows must not be judged by this process's own: all or none take part
-    return on_host(shard_batch(mesh, arrays, count)) if mesh.is_multi_process else arrays
-
-
-def retrieve(
-    rag: Rag, params: Params, index: Index, questions: Sequence[str], k: int, mesh: Mesh | None = None
-) -> Retrieved:
-    """As `search`, with the prior normalised as the configuration says."""
-    queries, scores, ids = search(rag, params, index, questions, k, mesh)
-    scale, valid = rag.config.retriever.scale, jnp.asarray(ids >= 0)
-    if rag.config.retriever.prior == "corpus":
-        normalizer = index.log_normalizer(queries, scale, mesh)
-        prior = corpus_log_prior(jnp.asarray(scale * scores), jnp.asarray(normalizer), valid)
-    else:
-        prior = log_prior(jnp.asarray(scale * scores), valid)
-    return Retrieved(queries, ids, scores, np.asarray(prior))
-
-
-def log_mass(rag: Rag, index: Index, retrieved: Retrieved, k: int, mesh: Mesh | None = None) -> Float[np.ndarray, " B"]:
-    """Log of the share of the whole corpus's softmax that the best k documents hold, at most 0 but for rounding."""
-    scale = rag.config.retriever.scale
-    normalizer = index.log_normalizer(retrieved.queries, scale, mesh)
-    return np.asarray(jax.nn.logsumexp(jnp.asarray(scale * retrieved.scores[:, :k]), axis=-1) - normalizer)
 
 
 def prompt_rows(
@@ -409,128 +327,18 @@ def passage_rows(
     return rows
 
 
-def passage_batch(
-    rag: Rag, store: PassageStore, ids: Int[np.ndarray, "*n"]
-) -> tuple[Int[np.ndarray, "*n P"], Bool[np.ndarray, "*n P"]]:
-    """Passages as their encoder reads them, padded to a bucket; nothing where the id is -1."""
-    settings, tokenizer = rag.config.retriever, rag.passage_tokenizer
-    every = ids.reshape(-1)
-    found = [store[int(i)] for i in every if i >= 0]
-    told = iter(passage_rows(tokenizer, settings.passage, found, settings.passage_tokens))
-    rows = [next(told) if i >= 0 else np.zeros(0, np.int32) for i in every]
-    width = bucket(max(len(row) for row in rows), buckets_up_to(settings.passage_tokens))
-    tokens, mask = pad_rows(rows, width, tokenizer.pad_id)
-    return tokens.reshape(*ids.shape, width), mask.reshape(*ids.shape, width)
+def fitting(rag: Rag, split: Split, documents: bool, closed_book: bool) -> Split:
+    """Without the questions that do not fit into the prompts, before a model runs; see `prompt_problems`.
 
-
-def embed_with(
-    rag: Rag, params: Params, token_rows: Sequence[Ids], path: Path, progress: Callable[[int], None]
-) -> None:
-    """Writes the embeddings of passages to a file with all devices of this process; see `embed_passages`.
-
-    `params` are the passage encoder's, whole on every device of `local_mesh()`.
+    Tells of those whose end the retriever does not read. Raises `InputError` as `open_split` does.
     """
-    batches = _encoded(rag, params, token_rows)
-    embed_passages(batches, len(token_rows), dtype=rag.config.index.dtype, path=path, progress=progress)
-
-
-def embeddings_with(rag: Rag, params: Params, token_rows: Sequence[Ids]) -> Float[np.ndarray, "n D"]:
-    """As `embed_with`, in memory and in float32."""
-    found = np.zeros((len(token_rows), rag.passage_encoder.config.embedding_width), np.float32)
-    for ids, vectors in _encoded(rag, params, token_rows):
-        found[ids] = vectors
-    return found
-
-
-@cache  # compiled once, not for every shard or part
-def _encoder(graph: nnx.GraphDef, mesh: Mesh) -> Callable[..., Any]:
-    return on_each_device(mesh, partial(encode, graph))
-
-
-def _encoded(rag: Rag, params: Params, token_rows: Sequence[Ids]) -> Iterator[EncodedBatch]:
-    mesh = local_mesh()
-    return encoded_batches(
-        partial(_encoder(rag.passage_encoder.graph, mesh), params),
-        token_rows,
-        width_buckets=buckets_up_to(rag.config.retriever.passage_tokens),
-        batch_size=rag.config.index.batch_size,
-        pad_id=rag.passage_tokenizer.pad_id,
-        devices=mesh.size,
-    )
-
-
-Rows = Any  # NumPy's arrays until they are sharded, then JAX's
-
-
-@struct.dataclass
-class TrainBatch:
-    """B questions, their K documents, and one accepted answer each; leading axes are micro-batches."""
-
-    row: Int[Rows, "... B"]  # number in the global batch: keys the dropout
-    question: Int[Rows, "... B Q"]
-    question_mask: Bool[Rows, "... B Q"]
-    passages: Float[Rows, "... B K D"]  # the documents' embeddings; the question encoder's gradient comes through q·d
-    valid: Bool[Rows, "... B K"]
-    source: Int[Rows, "... B K S"]
-    source_mask: Bool[Rows, "... B K S"]
-    answer: Int[Rows, "... B T"]
-    answer_mask: Bool[Rows, "... B T"]
-    # as the passage encoder reads the documents, where it is trained: then `passages` are not looked at
-    passage: Int[Rows, "... B K P"] | None = None
-    passage_mask: Bool[Rows, "... B K P"] | None = None
-
-
-def train_batch(
-    rag: Rag,
-    index: Index,
-    store: PassageStore,
-    questions: Sequence[str],
-    answers: Sequence[str],
-    ids: Int[np.ndarray, "B K"],
-    rows: Int[np.ndarray, " B"] | None = None,
-) -> TrainBatch:
-    """Host arrays for one step, of the global batch or of its `rows` that these are.
-
-    Answers are padded to `generator.answer_tokens`, which none may exceed.
-    """
-    question, question_mask = question_rows(rag, questions)
-    source, source_mask = prompt_rows(rag, store, questions, ids)
-    written = [answer_tokens(rag, answer) for answer in answers]
-    answer, answer_mask = pad_rows(written, rag.config.generator.answer_tokens, rag.special.pad)
-    shape = (*ids.shape, source.shape[1])
-    passage, passage_mask = None, None
-    if rag.config.train.passage_encoder != "frozen":
-        passage, passage_mask = passage_batch(rag, store, ids)
-    return TrainBatch(
-        row=(np.arange(len(questions)) if rows is None else rows).astype(np.int32),
-        question=question,
-        question_mask=question_mask,
-        passages=index.vectors(ids),
-        valid=ids >= 0,
-        source=source.reshape(shape),
-        source_mask=source_mask.reshape(shape),
-        answer=answer,
-        answer_mask=answer_mask,
-        passage=passage,
-        passage_mask=passage_mask,
-    )
-
-
-WIDTHS = ("question", "source", "passage")  # of a batch: padded to buckets, each with its mask
-
-
-def widths(batch: Any) -> list[int]:
-    """To how many tokens each of `WIDTHS` is padded, 0 where the batch has no such rows."""
-    rows = [getattr(batch, name, None) for name in WIDTHS]
-    return [0 if row is None else row.shape[-1] for row in rows]
-
-
-def widen(batch: Any, widths: Sequence[int]) -> Any:
-    """Host arrays padded to so many tokens; the masks hide whatever the padding is."""
-
-    def padded(rows: np.ndarray, width: int) -> np.ndarray:
-        return np.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, width - rows.shape[-1])])
-
-    named = [(kind, width) for name, width in zip(WIDTHS, widths, strict=True) for kind in (name, f"{name}_mask")]
-    there = [(name, width) for name, width in named if getattr(batch, name, None) is not None]
-    return replace(batch, **{name: padded(getattr(batch, name), width) for name, width in there})
+    texts, longest = [question.question for question in split.questions], rag.config.retriever.question_tokens
+    split = split.without(prompt_problems(rag, texts, documents, closed_book)).checked(rag.config.questions.strict)
+    kept = [question.question for question in split.questions]
+    if cut := sum(len(row) > longest for row in rag.retriever_tokenizer.encode(kept, special=True)):
+        terminal.print(
+            f"{split.path}: {cut} questions are longer than retriever.question_tokens={longest}: "
+            "the retriever reads their beginning, the generator all of them",
+            soft_wrap=True,
+        )
+    return split

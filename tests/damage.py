@@ -25,13 +25,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ragjax.checkpoint import Checkpoints
-from ragjax.embeddings import EMBEDDINGS, embed_passages
+from ragjax.data.corpus import Passage
+from ragjax.data.passage_store import PassageStore, shard_folder, write_store
+from ragjax.data.questions import read_questions
 from ragjax.errors import InputError
 from ragjax.files import write_jsonl
-from ragjax.index import check_listed, open_index, write_index
-from ragjax.passages import Passage, PassageStore, shard_folder, write_store
-from ragjax.questions import read_questions
+from ragjax.retrieval.embeddings import EMBEDDINGS, embed_passages
+from ragjax.retrieval.index import check_listed, open_index, write_index
+from ragjax.runs.checkpointer import Checkpoints
 
 KINDS = ("bit flipped", "cut short", "deleted")
 

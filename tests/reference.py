@@ -16,11 +16,11 @@ from flax import nnx
 from jaxtyping import Float
 from safetensors.numpy import load_file
 
-from ragjax.models.bert import Bert, BertConfig
+from ragjax.checkpoints.pretrained import open_bert, open_generator, save_bert, save_generator
+from ragjax.checkpoints.random_init import BERT, LLAMA
+from ragjax.models.encoders.bert import Bert, BertConfig
+from ragjax.models.generators.llama import Llama, LlamaConfig
 from ragjax.models.layers import Params, split_parameters
-from ragjax.models.llama import Llama, LlamaConfig
-from ragjax.random_checkpoint import BERT, LLAMA
-from ragjax.weights import open_bert, open_generator, save_bert, save_generator
 
 Tensors = Mapping[str, np.ndarray]
 erf = np.vectorize(math.erf)

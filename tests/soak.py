@@ -28,11 +28,11 @@ import numpy as np
 from processes import RAGJAX, environment, logged, start
 from world import make_world
 
-from ragjax.checkpoint import Checkpoints
-from ragjax.experiment import load_experiment
-from ragjax.index import MANIFEST
 from ragjax.rag import open_rag
-from ragjax.step import initial_state
+from ragjax.retrieval.index import MANIFEST
+from ragjax.runs.checkpointer import Checkpoints
+from ragjax.runs.run_dir import load_experiment
+from ragjax.training.state import initial_state
 
 SETTINGS = ["train.dropout=0.1", "train.save_every=2", "index.shard=4"]
 STOPPED = {signal.SIGTERM: 143, signal.SIGINT: 130}

@@ -24,15 +24,15 @@ from trained import STEPS
 from world import CAPITALS, LANDS, build, tiny_config
 
 import ragjax
-from ragjax import answer as answer_module
-from ragjax.answer import Answer, Answerer, Candidate, Document, answer_modes, open_answerer, print_answer
+from ragjax.answerer import Answer, Answerer, Candidate, Document, open_answerer
+from ragjax.checkpoints.random_init import write_random_checkpoint
 from ragjax.cli import main
-from ragjax.config import Config, dump_config
+from ragjax.commands.answer import input_lines, print_answer
+from ragjax.config import Config, answer_modes, dump_config
 from ragjax.errors import InputError
 from ragjax.files import read_json
-from ragjax.progress import Screen
 from ragjax.rag import open_rag
-from ragjax.random_checkpoint import write_random_checkpoint
+from ragjax.terminal import Screen
 
 Capture = pytest.CaptureFixture[str]
 QUESTIONS = [f"What is the capital of {land}?" for land in LANDS[:8]]
@@ -276,7 +276,7 @@ def test_a_line_is_read_as_soon_as_it_is_there(monkeypatch: pytest.MonkeyPatch) 
     late.start()
     with os.fdopen(reading) as pipe:
         monkeypatch.setattr("sys.stdin", pipe)
-        lines = answer_module._input_lines()
+        lines = input_lines()
         for number, text in enumerate(("first", "second", "third"), 1):
             os.write(writing, f"{text}\n".encode())
             asked = next(lines)
@@ -290,10 +290,10 @@ def test_standard_input_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> 
     with os.fdopen(os.open("/proc/self/mem", os.O_RDONLY)) as unreadable:
         monkeypatch.setattr("sys.stdin", unreadable)
         with pytest.raises(InputError, match="standard input, line 1: cannot be read"):
-            next(answer_module._input_lines())
+            next(input_lines())
     monkeypatch.setattr("sys.stdin", None)
     with pytest.raises(InputError, match="standard input is closed"):
-        next(answer_module._input_lines())
+        next(input_lines())
 
 
 COUNTING = """

@@ -22,16 +22,21 @@ import pytest
 from trained import files
 from world import build, tiny_config
 
-from ragjax import build_index as build_module
-from ragjax import faiss_index as faiss_module
-from ragjax import rag as rag_module
 from ragjax.checksums import CHECKSUMS
+from ragjax.commands import index as build_module
 from ragjax.config import Config, dump_config
+from ragjax.data.corpus import Passage, read_passages
+from ragjax.data.passage_store import PassageStore, shard_folder
+from ragjax.data.prompt import passage_text
 from ragjax.errors import InputError
 from ragjax.files import alone
-from ragjax.index import MANIFEST, Index, open_index, read_manifest, write_index
-from ragjax.passages import Passage, PassageStore, read_passages, shard_folder
-from ragjax.rag import Rag, encode, open_rag, passage_rows, passage_text, retrieve
+from ragjax.rag import Rag, open_rag, passage_rows
+from ragjax.retrieval import encoder as encoder_module
+from ragjax.retrieval import faiss_index as faiss_module
+from ragjax.retrieval import index_builder as builder_module
+from ragjax.retrieval.encoder import encode
+from ragjax.retrieval.index import MANIFEST, Index, open_index, read_manifest, write_index
+from ragjax.retrieval.retrieve import retrieve
 
 
 def opened(config: Config) -> Index:
@@ -157,14 +162,14 @@ def test_a_build_that_fails_at_its_end_leaves_the_old_index_and_goes_on(
     build(tiny_config(world, index__folder=str(folder)))
     (folder / "notes.txt").write_text("mine")
     before = files(folder)
-    monkeypatch.setattr(build_module, "write_index", fail)
+    monkeypatch.setattr(builder_module, "write_index", fail)
     with pytest.raises(KeyboardInterrupt):
         build(tiny_config(world, index__folder=str(folder), corpus__limit=7))
     assert files(folder) == before
     assert "index.partial stays: run the same command again to go on" in capsys.readouterr().err
     monkeypatch.undo()
     monkeypatch.setattr(build_module, "scan_passages", fail)  # nothing is read or embedded again
-    monkeypatch.setattr(build_module, "_shard_writer", fail)
+    monkeypatch.setattr(builder_module, "_shard_writer", fail)
     build(tiny_config(world, index__folder=str(folder), corpus__limit=7))
     assert "going on with the index: 7 of 7 passages are there" in capsys.readouterr().err
     assert len(PassageStore.open(folder)) == 7 and (folder / "notes.txt").read_text() == "mine"
@@ -191,7 +196,7 @@ def test_dpr_files_gzipped(world: Path, tmp_path: Path) -> None:
 def test_a_kind_that_cannot_be_built_is_refused_before_anything_is_embedded(
     world: Path, tmp_path: Path, kind: str, why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build_module, "embed_with", lambda *_: pytest.fail("nothing is embedded"))
+    monkeypatch.setattr(builder_module, "embed_with", lambda *_: pytest.fail("nothing is embedded"))
     with pytest.raises(InputError, match=f"index.kind.*{kind}.*{why}") as refusal:
         build(tiny_config(world, index__folder=str(tmp_path / "index"), index__kind=kind))
     assert "\n" not in str(refusal.value) and list(tmp_path.iterdir()) == []
@@ -243,7 +248,7 @@ def test_a_build_that_was_interrupted_goes_on(
 ) -> None:
     """Within a shard, after so many whole ones."""
     written: list[Path] = []
-    embed = build_module.embed_with
+    embed = builder_module.embed_with
 
     def interrupted(rag: Rag, params: Any, rows: Any, path: Path, advance: Any) -> None:
         if len(written) == whole:
@@ -252,7 +257,7 @@ def test_a_build_that_was_interrupted_goes_on(
         written.append(path)
 
     config = by_shards(world, tmp_path / "index")
-    monkeypatch.setattr(build_module, "embed_with", interrupted)
+    monkeypatch.setattr(builder_module, "embed_with", interrupted)
     with pytest.raises(KeyboardInterrupt):
         build(config)
     assert not (tmp_path / "index").exists()
@@ -299,13 +304,13 @@ def test_only_what_is_damaged_is_made_anew(
         content = path.read_bytes()
         path.write_bytes(content[:100] + bytes([content[100] ^ 4]) + content[101:])
     stamps = {path: path.stat().st_mtime_ns for path in files(folder)}
-    written, embed = list[str](), build_module.embed_with
+    written, embed = list[str](), builder_module.embed_with
 
     def counted(rag: Rag, params: Any, rows: Any, path: Path, advance: Any) -> None:
         written.append(path.parent.name)
         embed(rag, params, rows, path, advance)
 
-    monkeypatch.setattr(build_module, "embed_with", counted)
+    monkeypatch.setattr(builder_module, "embed_with", counted)
     build(by_shards(world, folder, index__shard=7 if file in (MANIFEST, "made_of.json") else 5))
     assert files(folder) == whole
     assert written == [f"{number:05d}.partial" for number in HARM[file]]
@@ -330,7 +335,7 @@ def test_mending_that_was_killed_goes_on(
         with pytest.raises(StopIteration):
             build(by_shards(world, folder))
     assert "shards/00001/text.bin has 1 bytes and not" in capsys.readouterr().err
-    monkeypatch.setattr(build_module, "embed_with", lambda *_: pytest.fail("both are there"))
+    monkeypatch.setattr(builder_module, "embed_with", lambda *_: pytest.fail("both are there"))
     build(by_shards(world, folder))
     assert files(folder) == whole
     assert [path.name for path in tmp_path.iterdir()] == ["index"]
@@ -412,7 +417,7 @@ def test_a_build_that_was_killed_in_the_swap_goes_on(
         patch.setattr(Path, "unlink", counted(Path.unlink))
         with contextlib.suppress(Killed):
             build(config)
-    monkeypatch.setattr(build_module, "_shard_writer", None)  # nothing is embedded again
+    monkeypatch.setattr(builder_module, "_shard_writer", None)  # nothing is embedded again
     build(config)
     assert same_files(folder, sharded)
     assert [path.name for path in tmp_path.iterdir()] == ["index"]
@@ -433,7 +438,7 @@ def test_with_other_settings_a_build_starts_anew(
 def leave_shards(config: Config) -> None:
     """What a build leaves that is interrupted before its manifest is written."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build_module, "write_index", lambda *_: 1 / 0)
+        patch.setattr(builder_module, "write_index", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             build(config)
 
@@ -462,7 +467,7 @@ def test_embeddings_that_are_no_numbers(world: Path, tmp_path: Path, monkeypatch
     def broken(params: Any, tokens: Any, mask: Any) -> np.ndarray:
         return np.where(np.arange(32) == 3, np.nan, np.ones((len(tokens), 32)))
 
-    monkeypatch.setattr(rag_module, "_encoder", lambda *_: broken)
+    monkeypatch.setattr(encoder_module, "_encoder", lambda *_: broken)
     with pytest.raises(InputError, match=r"an embedding is not finite in index\.dtype=float32"):
         build(by_shards(world, tmp_path / "index"))
     assert list(tmp_path.iterdir()) == []
@@ -487,14 +492,14 @@ def test_no_more_than_a_shard_of_passages_is_held(world: Path, tmp_path: Path, m
 def test_the_encoder_is_compiled_once_for_all_shards(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made, on_each_device = [], rag_module.on_each_device
+    made, on_each_device = [], encoder_module.on_each_device
 
     def count(*given: Any) -> Any:
         made.append(given)
         return on_each_device(*given)
 
-    rag_module._encoder.cache_clear()
-    monkeypatch.setattr(rag_module, "on_each_device", count)
+    encoder_module._encoder.cache_clear()
+    monkeypatch.setattr(encoder_module, "on_each_device", count)
     build(by_shards(world, tmp_path / "index"))
     assert len(made) == 1
 
@@ -519,7 +524,7 @@ def test_a_disk_that_is_too_small_is_refused(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(build_module, "free_disk", lambda folder: 9000)
-    monkeypatch.setattr(build_module, "embed_with", lambda *_: pytest.fail("nothing is embedded"))
+    monkeypatch.setattr(builder_module, "embed_with", lambda *_: pytest.fail("nothing is embedded"))
     config = tiny_config(world, index__folder=str(tmp_path / "index"))
     with pytest.raises(InputError, match=r"has 8\.8 KiB free, and the index needs .* more; .*index\.dtype=bfloat16"):
         build(config)
@@ -528,7 +533,7 @@ def test_a_disk_that_is_too_small_is_refused(
 
 def test_what_is_there_already_needs_no_room(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = by_shards(world, tmp_path / "index")
-    monkeypatch.setattr(build_module, "write_index", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(builder_module, "write_index", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         build(config)
     monkeypatch.undo()
@@ -560,7 +565,7 @@ def test_a_killed_pass_of_faiss_starts_again(
     with pytest.raises(KeyboardInterrupt):
         build(config)
     monkeypatch.undo()
-    monkeypatch.setattr(build_module, "embed_with", lambda *_: pytest.fail("the shards are there"))
+    monkeypatch.setattr(builder_module, "embed_with", lambda *_: pytest.fail("the shards are there"))
     assert same_files(build(config), undisturbed)
     assert json.loads((tmp_path / "index" / "manifest.json").read_text())["faiss"]["add_batch"] == 65_536
 

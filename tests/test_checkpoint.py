@@ -20,9 +20,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from trained import no_file_larger_than
 
 from ragjax import checksums
-from ragjax.checkpoint import Checkpoints, DamagedCheckpoint
 from ragjax.checksums import CHECKSUMS, checksum
 from ragjax.errors import InputError
+from ragjax.runs.checkpointer import Checkpoints, DamagedCheckpoint
 
 pytestmark = pytest.mark.any_devices
 

@@ -17,12 +17,24 @@ from gradients import assert_same_gradients, moments
 from processes import ends, logged, start
 from world import open_world, tiny_config
 
-from ragjax.answer import open_answerer
-from ragjax.checkpoint import Checkpoints
+from ragjax.answerer import open_answerer
 from ragjax.checksums import CHECKSUMS
 from ragjax.cli import main
+from ragjax.commands.evaluate import evaluate
+from ragjax.commands.train import train
 from ragjax.config import Config, load_config
-from ragjax.contrastive import (
+from ragjax.data.passage_store import PassageStore
+from ragjax.data.questions import Question, read_questions
+from ragjax.errors import InputError
+from ragjax.files import write_jsonl
+from ragjax.models.layers import Params
+from ragjax.parallel.mesh import make_mesh
+from ragjax.parallel.sharding import place, shard_batch
+from ragjax.rag import open_rag
+from ragjax.retrieval.encoder import encode
+from ragjax.runs.checkpointer import Checkpoints
+from ragjax.runs.restore import restore_trained
+from ragjax.training.contrastive import (
     abstract_contrastive,
     choose_passages,
     contrastive_batch,
@@ -30,18 +42,9 @@ from ragjax.contrastive import (
     count_passages,
     label_positions,
 )
-from ragjax.errors import InputError
-from ragjax.evaluate import evaluate
-from ragjax.files import write_jsonl
-from ragjax.loss import passage_params
-from ragjax.mesh import make_mesh, place, shard_batch
-from ragjax.models.layers import Params
-from ragjax.passages import PassageStore
-from ragjax.questions import Question, read_questions
-from ragjax.rag import encode, open_rag
-from ragjax.step import initial_state, make_train_step, state_shardings, trace_step
-from ragjax.train import train
-from ragjax.world import restore_trained
+from ragjax.training.loss import passage_params
+from ragjax.training.state import initial_state, state_shardings
+from ragjax.training.step import make_train_step, trace_step
 
 KEY = jax.random.key(0)
 SETTINGS: dict[str, Any] = {

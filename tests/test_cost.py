@@ -13,9 +13,11 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from world import tiny_config
 
-from ragjax.cost import Cost, NotCompiled, bytes_each, bytes_sent, compiled_cost, matmul_flops
-from ragjax.mesh import lay, make_mesh
-from ragjax.rag import encode, open_rag
+from ragjax.parallel.mesh import make_mesh
+from ragjax.parallel.sharding import lay
+from ragjax.planning.program_cost import Cost, NotCompiled, bytes_each, bytes_sent, compiled_cost, matmul_flops
+from ragjax.rag import open_rag
+from ragjax.retrieval.encoder import encode
 
 L, B, D = 10, 8, 16
 X, W = jax.ShapeDtypeStruct((B, D), jnp.float32), jax.ShapeDtypeStruct((L, D, D), jnp.float32)

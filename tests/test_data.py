@@ -8,9 +8,9 @@ import json
 import numpy as np
 import pytest
 
-from ragjax.data import QuestionBatches, usable_answers
+from ragjax.data.question_sampler import QuestionBatches, usable_answers
+from ragjax.data.questions import Question
 from ragjax.errors import InputError
-from ragjax.questions import Question
 
 NUM_ANSWERS = [1, 2, 3, 1, 5, 1, 2]
 

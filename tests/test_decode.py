@@ -14,17 +14,20 @@ from reference import GOLDEN, Small, answer_logp, log_softmax, random_llama, rou
 from safetensors.numpy import load_file
 from world import shared_world, tiny_config
 
-from ragjax import decode as decode_module
+from ragjax.checkpoints.pretrained import open_generator
 from ragjax.config import Decode
-from ragjax.decode import Candidates, decode, decode_together, pad_answers, read
+from ragjax.decoding import decode as decode_module
+from ragjax.decoding.candidates import Candidates, pad_answers
+from ragjax.decoding.decode import decode, decode_together
+from ragjax.decoding.prefix_cache import Known
+from ragjax.decoding.propose import read
 from ragjax.files import read_json
-from ragjax.loss import joint_logp
 from ragjax.models.generator import SpecialTokens
-from ragjax.prefixes import Known
-from ragjax.rag import TrainBatch, open_rag
-from ragjax.step import make_nll
-from ragjax.text import pad_rows
-from ragjax.weights import open_generator
+from ragjax.padding import pad_rows
+from ragjax.rag import open_rag
+from ragjax.training.batch import TrainBatch
+from ragjax.training.loss import joint_logp
+from ragjax.training.step import make_nll
 
 ENDING = SpecialTokens(eos=2, pad=0)
 # the second end is the padding token, as in Llama 3; a third is no word of the tokenizer's
@@ -252,8 +255,8 @@ def test_certified_never_chooses_otherwise() -> None:
         prior[rng.random(prior.shape) < 0.1] = -np.inf
         finished = [rng.random(count) < 0.8 for _ in range(questions)]
         answers = told.answers
-        bounds, needs = decode_module._certify(told, answers, finished, prior, count)
-        truth = np.asarray(decode_module._thorough(prior, told.logp)[0])
+        bounds, needs = decode_module.certify(told, answers, finished, prior, count)
+        truth = np.asarray(decode_module.thorough_marginals(prior, told.logp)[0])
         assert (bounds[0] <= truth + 1e-5).all() and (truth <= bounds[1] + 1e-5).all()
         for b in range(questions):
             shared: dict[str, Any] = {"tokens": answers[b], "finished": finished[b], "proposed": told.logp[b]}

@@ -18,18 +18,19 @@ from flax import nnx
 from reference import rounding
 from safetensors.numpy import load_file, save_file
 
+from ragjax.checkpoints.pretrained import Pretrained, open_generator, save_generator
+from ragjax.checkpoints.random_init import write_random_checkpoint
 from ragjax.cli import main
+from ragjax.data.questions import read_questions
+from ragjax.decoding.prefix_cache import no_prefixes, read_step
 from ragjax.errors import InputError
 from ragjax.files import read_json, write_jsonl
 from ragjax.marginal import log_prior, marginal_logp
-from ragjax.models.bart import BartConfig
-from ragjax.models.generator import Generator, Memory, score
+from ragjax.models.generator import Generator, score
+from ragjax.models.generators.bart import BartConfig
+from ragjax.models.generators.t5 import T5Config, distance_bucket
+from ragjax.models.kv_cache import Memory
 from ragjax.models.layers import row_keys
-from ragjax.models.t5 import T5Config, distance_bucket
-from ragjax.prefixes import no_prefixes, read_step
-from ragjax.questions import read_questions
-from ragjax.random_checkpoint import write_random_checkpoint
-from ragjax.weights import Pretrained, open_generator, save_generator
 
 Capture = pytest.CaptureFixture[str]
 GOLDEN = Path(__file__).parent / "golden"

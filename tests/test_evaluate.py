@@ -14,16 +14,16 @@ import numpy as np
 import pytest
 from trained import STEPS
 
-from ragjax import evaluate as evaluate_module
-from ragjax.answer import Answerer
+from ragjax.answerer import Answerer
 from ragjax.cli import main
-from ragjax.evaluate import print_metrics
-from ragjax.experiment import load_experiment
+from ragjax.commands import evaluate as evaluate_module
+from ragjax.commands.evaluate import print_metrics
+from ragjax.data.questions import read_questions
 from ragjax.files import write_jsonl
-from ragjax.mesh import local_mesh
 from ragjax.metrics import exact_match, expected_calibration_error, f1
-from ragjax.questions import read_questions
-from ragjax.world import open_world
+from ragjax.parallel.mesh import local_mesh
+from ragjax.runs.restore import open_world
+from ragjax.runs.run_dir import load_experiment
 
 Capture = pytest.CaptureFixture[str]
 MODES = ("thorough", "fast", "closed_book")

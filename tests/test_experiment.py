@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 from world import open_world, tiny_config
 
+from ragjax.checkpoints.hub import fingerprint_files
 from ragjax.config import Config, dump_config, load_config
 from ragjax.errors import InputError
-from ragjax.experiment import (
+from ragjax.rag import Rag
+from ragjax.retrieval.index import Index
+from ragjax.runs.run_dir import (
     FREE,
     check_same_experiment,
     check_same_models,
@@ -23,9 +26,6 @@ from ragjax.experiment import (
     record_changes,
     start_experiment,
 )
-from ragjax.hub import fingerprint_files
-from ragjax.index import Index
-from ragjax.rag import Rag
 
 
 def opened(world: Path, folder: Path, **overrides: object) -> tuple[Rag, Index]:

@@ -13,15 +13,18 @@ from gradients import assert_same_gradients, moments
 from processes import RATES, logged
 from world import build, open_world, tiny_config
 
+from ragjax.commands.train import train
 from ragjax.config import load_config
+from ragjax.data.prompt import Prompt, assemble
+from ragjax.data.questions import read_questions
 from ragjax.errors import InputError
-from ragjax.fused import asked_batch, corpus_with_tokens, prompt_on_device, retrieve_in_step
-from ragjax.mesh import local_mesh, make_mesh, place, replicated, shard_batch
-from ragjax.questions import read_questions
-from ragjax.rag import search, train_batch, widen
-from ragjax.step import TrainState, initial_state, make_train_step, state_shardings
-from ragjax.text import Prompt, assemble
-from ragjax.train import train
+from ragjax.parallel.mesh import local_mesh, make_mesh
+from ragjax.parallel.sharding import place, replicated, shard_batch
+from ragjax.retrieval.retrieve import search
+from ragjax.training.batch import train_batch, widen
+from ragjax.training.fused_retrieval import asked_batch, corpus_with_tokens, prompt_on_device, retrieve_in_step
+from ragjax.training.state import TrainState, initial_state, state_shardings
+from ragjax.training.step import make_train_step
 
 
 @pytest.mark.parametrize("question_first", [False, True])

@@ -30,17 +30,20 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from ragjax.checkpoints.pretrained import open_bert, open_generator
 from ragjax.cli import main
+from ragjax.commands.hugging_face import import_rag
 from ragjax.config import Config, Decode, load_config
-from ragjax.decode import decode_as_hugging_face, propose_together, read
-from ragjax.hf_rag import import_rag
-from ragjax.loss import loss
+from ragjax.data.questions import read_questions
+from ragjax.decoding.hf_compat import decode_as_hugging_face
+from ragjax.decoding.propose import propose_together, read
 from ragjax.marginal import log_prior
 from ragjax.models.generator import SpecialTokens
-from ragjax.questions import read_questions
-from ragjax.rag import Rag, TrainBatch, open_rag, retrieve, train_batch
-from ragjax.weights import open_bert, open_generator
-from ragjax.world import restore_trained
+from ragjax.rag import Rag, open_rag
+from ragjax.retrieval.retrieve import retrieve
+from ragjax.runs.restore import restore_trained
+from ragjax.training.batch import TrainBatch, train_batch
+from ragjax.training.loss import loss
 
 CASES = [  # family, seed, documents, longest source, longest answer, how the models differ
     ("bart", 0, 2, 17, 5, {"d_model": 24, "encoder_layers": 1, "decoder_layers": 3, "scale_embedding": True}),

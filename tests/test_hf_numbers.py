@@ -20,17 +20,24 @@ from flax import nnx
 from reference import rounding
 from world import tiny_config
 
+from ragjax.checkpoints.pretrained import bert_tensors, generator_tensors, open_bert, open_generator
+from ragjax.commands.hugging_face import DPR_PREFIX, import_rag
 from ragjax.config import Decode
-from ragjax.decode import Candidates, decode_as_hugging_face, decode_together, propose_together, read
-from ragjax.hf_rag import DPR_PREFIX, import_rag
-from ragjax.loss import loss
+from ragjax.data.corpus import Passage
+from ragjax.data.passage_store import PassageStore, shard_folder, write_store
+from ragjax.data.prompt import passage_text
+from ragjax.data.tokenizer import Tokenizer
+from ragjax.decoding.candidates import Candidates
+from ragjax.decoding.decode import decode_together
+from ragjax.decoding.hf_compat import decode_as_hugging_face
+from ragjax.decoding.propose import propose_together, read
 from ragjax.marginal import hugging_face_nll, log_prior, marginal_logp
-from ragjax.models.generator import Memory, SpecialTokens, answer_hidden, token_logp
+from ragjax.models.generator import SpecialTokens, answer_hidden, token_logp
+from ragjax.models.kv_cache import Memory
 from ragjax.models.layers import Params
-from ragjax.passages import Passage, PassageStore, shard_folder, write_store
-from ragjax.rag import TrainBatch, open_rag, passage_text, prompt_rows
-from ragjax.text import Tokenizer
-from ragjax.weights import bert_tensors, generator_tensors, open_bert, open_generator
+from ragjax.rag import open_rag, prompt_rows
+from ragjax.training.batch import TrainBatch
+from ragjax.training.loss import loss
 
 GOLDEN = Path(__file__).parent / "golden"
 LABELS = ("labels", "labels_nobos", "labels_nostart", "labels_short")

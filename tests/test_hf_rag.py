@@ -18,16 +18,16 @@ from reference import rounding
 from safetensors.numpy import load_file, save_file
 from trained import refused
 
+from ragjax.checkpoints.pretrained import open_bert, open_generator
+from ragjax.checkpoints.random_init import write_random_checkpoint
 from ragjax.cli import main
+from ragjax.commands.hugging_face import import_rag
 from ragjax.config import dump_config, load_config
 from ragjax.errors import InputError
-from ragjax.experiment import load_experiment
 from ragjax.files import read_json
-from ragjax.hf_rag import import_rag
 from ragjax.rag import open_rag
-from ragjax.random_checkpoint import write_random_checkpoint
-from ragjax.weights import open_bert, open_generator
-from ragjax.world import restore_trained
+from ragjax.runs.restore import restore_trained
+from ragjax.runs.run_dir import load_experiment
 
 Capture = pytest.CaptureFixture[str]
 GOLDEN = Path(__file__).parent / "golden"

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from ragjax import hub
+from ragjax.checkpoints import hub
+from ragjax.checkpoints.hub import Fetched, checkpoint_folder, fetch, fetch_config, fingerprint_files
 from ragjax.errors import InputError
-from ragjax.hub import Fetched, cache_folder, checkpoint_folder, fetch, fetch_config, fingerprint_files
+from ragjax.files import cache_folder
 
 
 @pytest.fixture(autouse=True)

@@ -13,20 +13,10 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType
 
 from ragjax.errors import InputError
-from ragjax.mesh import (
-    check_batch,
-    enable_compilation_cache,
-    local_mesh,
-    make_mesh,
-    on_each_device,
-    on_host,
-    parameter_spec,
-    place,
-    replicated,
-    rows_here,
-    shard_batch,
-    wait_for_all,
-)
+from ragjax.parallel.mesh import check_batch, local_mesh, make_mesh
+from ragjax.parallel.processes import wait_for_all
+from ragjax.parallel.sharding import on_each_device, on_host, parameter_spec, place, replicated, rows_here, shard_batch
+from ragjax.runs.restore import enable_compilation_cache
 
 
 def test_a_batch_is_split_and_parameters_are_whole() -> None:

@@ -26,16 +26,17 @@ from reference import (
 )
 from safetensors.numpy import load_file
 
+from ragjax.checkpoints.pretrained import Pretrained, open_bert, open_generator
+from ragjax.checkpoints.random_init import LLAMA
+from ragjax.decoding.prefix_cache import no_prefixes, read_step
 from ragjax.errors import InputError
 from ragjax.marginal import log_prior, marginal_logp
 from ragjax.models import layers
-from ragjax.models.bert import BertConfig
-from ragjax.models.generator import Memory, score
-from ragjax.models.llama import LlamaConfig
-from ragjax.prefixes import no_prefixes, read_step
-from ragjax.random_checkpoint import LLAMA
-from ragjax.text import pad_rows
-from ragjax.weights import Pretrained, open_bert, open_generator
+from ragjax.models.encoders.bert import BertConfig
+from ragjax.models.generator import score
+from ragjax.models.generators.llama import LlamaConfig
+from ragjax.models.kv_cache import Memory
+from ragjax.padding import pad_rows
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama3": {

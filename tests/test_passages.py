@@ -11,20 +11,10 @@ import numpy as np
 import pytest
 
 from ragjax.checksums import write_checksums
+from ragjax.data.corpus import Passage, Scan, count_passages, passage_place, read_passages, scan_passages
+from ragjax.data.passage_store import STORE_FILES, PassageStore, shard_folder, write_store
 from ragjax.errors import InputError
 from ragjax.files import alone, write_jsonl
-from ragjax.passages import (
-    STORE_FILES,
-    Passage,
-    PassageStore,
-    Scan,
-    count_passages,
-    passage_place,
-    read_passages,
-    scan_passages,
-    shard_folder,
-    write_store,
-)
 
 PASSAGES = [
     Passage("1", "Paris", "Paris ist schön."),
@@ -124,7 +114,7 @@ def test_two_passages_with_one_id_are_named_by_their_lines(tmp_path):
 
 
 def test_a_line_has_a_longest_length(tmp_path, monkeypatch):
-    monkeypatch.setattr("ragjax.passages.LONGEST_LINE", 1 << 20)
+    monkeypatch.setattr("ragjax.data.corpus.LONGEST_LINE", 1 << 20)
     path = write(tmp_path / "c.jsonl", GOOD + b'{"id": "b", "text": "' + b"x" * (1 << 20) + b'"}\n')
     with pytest.raises(InputError, match=r"c\.jsonl:2: longer than 1 MiB"):
         list(read_passages(path, "jsonl"))

@@ -19,19 +19,25 @@ from jax.sharding import Mesh
 from trained import refused
 from world import open_world, tiny_config
 
-from ragjax import plan
+from ragjax.checkpoints.random_init import write_random_checkpoint
 from ragjax.cli import main
+from ragjax.commands.plan import print_plan
 from ragjax.config import Config, MeshConfig, dump_config, load_config
-from ragjax.cost import Cost, bytes_each, bytes_sent, size_text
-from ragjax.decode import pad_answers, propose, propose_together, read, score_tokens
+from ragjax.data.passage_store import STORE_FILES
+from ragjax.decoding.candidates import pad_answers
+from ragjax.decoding.propose import propose, propose_together, read
+from ragjax.decoding.rescore import score_tokens
 from ragjax.errors import InputError
-from ragjax.mesh import make_mesh
-from ragjax.models.generator import Memory, empty_past
-from ragjax.passages import STORE_FILES
-from ragjax.plan import SPECIAL, Row, memory_plan, print_plan, totals
+from ragjax.models.kv_cache import Memory, empty_past
+from ragjax.parallel.mesh import make_mesh
+from ragjax.planning import plan
+from ragjax.planning.plan import SPECIAL, Row, memory_plan, totals
+from ragjax.planning.program_cost import Cost, bytes_each, bytes_sent
 from ragjax.rag import open_rag, prompt_rows
-from ragjax.random_checkpoint import write_random_checkpoint
-from ragjax.step import abstract_state, for_answering, initial_state, split_frozen, state_shardings, trace_step
+from ragjax.resources import size_text
+from ragjax.training.optimizer import split_frozen
+from ragjax.training.state import abstract_state, for_answering, initial_state, state_shardings
+from ragjax.training.step import trace_step
 
 CONFIGS = ("rag_sequence_nq", "rag_token_nq", "rag_sequence_t5")
 V5E_MEMORY = 15.75 * 2**30  # what XLA may use of its 16 GiB

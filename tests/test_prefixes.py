@@ -12,14 +12,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-import ragjax.prefixes as prefixes_module
+import ragjax.decoding.prefix_cache as prefixes_module
+from ragjax.checkpoints.pretrained import Pretrained, open_generator
+from ragjax.checkpoints.random_init import write_random_checkpoint
 from ragjax.config import Decode
-from ragjax.decode import propose, read
-from ragjax.models.generator import Memory, SpecialTokens, score
-from ragjax.prefixes import Known, few_sizes
-from ragjax.random_checkpoint import write_random_checkpoint
-from ragjax.text import pad_rows
-from ragjax.weights import Pretrained, open_generator
+from ragjax.decoding.prefix_cache import Known
+from ragjax.decoding.propose import propose, read
+from ragjax.models.generator import SpecialTokens, score
+from ragjax.models.kv_cache import Memory
+from ragjax.padding import few_sizes, pad_rows
 
 ROWS, BEAMS, LONGEST = 4, 3, 5
 SPECIAL = SpecialTokens(eos=2, pad=0)

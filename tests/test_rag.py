@@ -16,28 +16,21 @@ import pytest
 from safetensors.numpy import load_file
 from world import open_world, tiny_config
 
+from ragjax.checkpoints.pretrained import open_bert, open_generator, save_bert, save_generator
+from ragjax.data.corpus import Passage
+from ragjax.data.passage_store import PassageStore
+from ragjax.data.prompt import passage_text
+from ragjax.data.questions import read_questions
 from ragjax.errors import InputError
-from ragjax.index import Index
-from ragjax.loss import joint_logp, loss
 from ragjax.marginal import marginal_logp
 from ragjax.models.layers import Params
-from ragjax.passages import Passage, PassageStore
-from ragjax.questions import read_questions
-from ragjax.rag import (
-    Rag,
-    TrainBatch,
-    answer_tokens,
-    encode,
-    log_mass,
-    open_rag,
-    passage_text,
-    prompt_rows,
-    question_rows,
-    retrieve,
-    train_batch,
-)
-from ragjax.text import pad_rows
-from ragjax.weights import open_bert, open_generator, save_bert, save_generator
+from ragjax.padding import pad_rows
+from ragjax.rag import Rag, answer_tokens, open_rag, prompt_rows, question_rows
+from ragjax.retrieval.encoder import encode
+from ragjax.retrieval.index import Index
+from ragjax.retrieval.retrieve import log_mass, retrieve
+from ragjax.training.batch import TrainBatch, train_batch
+from ragjax.training.loss import joint_logp, loss
 
 KEY = jax.random.key(0)
 GOLDEN = Path(__file__).parent / "golden" / "llama-tiny"

@@ -8,11 +8,12 @@ import jax
 import numpy as np
 import pytest
 
+from ragjax.checkpoints.pretrained import open_bert, open_generator
+from ragjax.checkpoints.random_init import FAMILIES, write_random_checkpoint
+from ragjax.data.prompt import make_prompt
+from ragjax.data.tokenizer import Tokenizer
 from ragjax.errors import InputError
 from ragjax.files import read_json
-from ragjax.random_checkpoint import FAMILIES, write_random_checkpoint
-from ragjax.text import Tokenizer, make_prompt
-from ragjax.weights import open_bert, open_generator
 
 
 def contents(folder: Path) -> dict[str, bytes]:

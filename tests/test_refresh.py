@@ -18,25 +18,29 @@ from processes import ends, logged, start
 from trained import files
 from world import open_world, tiny_config
 
-from ragjax.answer import open_answerer
-from ragjax.checkpoint import Checkpoints
+from ragjax.answerer import open_answerer
+from ragjax.commands.evaluate import evaluate
+from ragjax.commands.train import train
+from ragjax.commands.verify import verify
 from ragjax.config import Config, load_config
-from ragjax.data import QuestionBatches
+from ragjax.data.passage_store import PassageStore
+from ragjax.data.question_sampler import QuestionBatches
+from ragjax.data.questions import read_questions
 from ragjax.errors import InputError
-from ragjax.evaluate import evaluate
-from ragjax.index import open_index
-from ragjax.loss import loss, passage_params
-from ragjax.mesh import local_mesh, make_mesh, place, replicated
 from ragjax.models.layers import Params
-from ragjax.passages import PassageStore
-from ragjax.questions import read_questions
-from ragjax.rag import Rag, embed_with, encode, encode_questions, open_rag, passage_batch, search, train_batch
-from ragjax.refresh import Refresh, Refreshed, refreshed_index, version_folder
-from ragjax.step import abstract_state, initial_state
-from ragjax.supply import Reader, Reading, Supply, answerable
-from ragjax.train import train
-from ragjax.verify import verify
-from ragjax.world import restore_trained, trained_index
+from ragjax.parallel.mesh import local_mesh, make_mesh
+from ragjax.parallel.sharding import place, replicated
+from ragjax.rag import Rag, open_rag
+from ragjax.retrieval.encoder import embed_with, encode, passage_batch
+from ragjax.retrieval.index import open_index
+from ragjax.retrieval.refresh import Refresh, Refreshed, refreshed_index, version_folder
+from ragjax.retrieval.retrieve import encode_questions, search
+from ragjax.runs.checkpointer import Checkpoints
+from ragjax.runs.restore import restore_trained, trained_index
+from ragjax.training.batch import train_batch
+from ragjax.training.data_loader import Reader, Reading, Supply, answerable
+from ragjax.training.loss import loss, passage_params
+from ragjax.training.state import abstract_state, initial_state
 
 KEY = jax.random.key(3)
 SLOW = pytest.mark.slow
@@ -306,13 +310,13 @@ def test_a_run_killed_while_its_last_index_is_built_goes_on_with_it(
         made.extend([path] if path.parents[2].name == "000014" else [])
 
     with monkeypatch.context() as patch:
-        patch.setattr("ragjax.refresh.embed_with", killed)
+        patch.setattr("ragjax.retrieval.refresh.embed_with", killed)
         with pytest.raises(RuntimeError):
             train(config)
         rag, index, _ = open_world(config)
         assert trained_index(rag, index, 14).manifest["refreshed"] == 10  # that of the last steps, meanwhile
     stamp = made[0].stat().st_mtime_ns
-    monkeypatch.setattr("ragjax.train.make_train_step", lambda *_: lambda *_: pytest.fail("no step is left"))
+    monkeypatch.setattr("ragjax.commands.train.make_train_step", lambda *_: lambda *_: pytest.fail("no step is left"))
     train(config)
     assert made[0].stat().st_mtime_ns == stamp
     assert logged(tmp_path / "run") == logged(undisturbed)

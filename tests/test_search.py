@@ -9,8 +9,8 @@ import pytest
 from jax.sharding import Mesh
 from reference import rounding
 
-from ragjax.mesh import local_mesh, make_mesh
-from ragjax.search import (
+from ragjax.parallel.mesh import local_mesh, make_mesh
+from ragjax.retrieval.device_index import (
     Corpus,
     block_log_normalizer,
     block_search,
@@ -169,7 +169,7 @@ def test_rows_come_from_the_devices_that_hold_them() -> None:
 
 
 def test_a_corpus_is_placed_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ragjax.search.UPLOAD", 5)
+    monkeypatch.setattr("ragjax.retrieval.device_index.UPLOAD", 5)
     asked, embeddings = [], vectors(61)
 
     def read(start: int, stop: int) -> np.ndarray:

@@ -19,30 +19,23 @@ from gradients import assert_same_gradients, moments
 from world import open_world, tiny_config
 
 from ragjax.config import MeshConfig, Train
-from ragjax.cost import Cost, NotCompiled, bytes_each, compiled_cost, size_text
+from ragjax.data.questions import read_questions
 from ragjax.errors import InputError
-from ragjax.loss import answer_nll, joint_logp, loss
-from ragjax.mesh import local_mesh, make_mesh, place, replicated, shard_batch
 from ragjax.models.generator import answer_hidden
 from ragjax.models.layers import Params
-from ragjax.questions import read_questions
-from ragjax.rag import Rag, TrainBatch, open_rag, retrieve, train_batch
-from ragjax.search import Corpus
-from ragjax.step import (
-    TrainState,
-    abstract_batch,
-    abstract_state,
-    check_fits,
-    gradients,
-    initial_state,
-    make_gradient_error,
-    make_optimizer,
-    make_train_step,
-    split_frozen,
-    state_shardings,
-    trace_step,
-    whole_on_every_device,
-)
+from ragjax.parallel.mesh import local_mesh, make_mesh
+from ragjax.parallel.sharding import place, replicated, shard_batch
+from ragjax.planning.memory import check_fits
+from ragjax.planning.program_cost import Cost, NotCompiled, bytes_each, compiled_cost
+from ragjax.rag import Rag, open_rag
+from ragjax.resources import size_text
+from ragjax.retrieval.device_index import Corpus
+from ragjax.retrieval.retrieve import retrieve
+from ragjax.training.batch import TrainBatch, abstract_batch, train_batch
+from ragjax.training.loss import answer_nll, joint_logp, loss
+from ragjax.training.optimizer import make_optimizer, split_frozen
+from ragjax.training.state import TrainState, abstract_state, initial_state, state_shardings, whole_on_every_device
+from ragjax.training.step import gradients, make_gradient_error, make_train_step, trace_step
 
 KEY = jax.random.fold_in(jax.random.key(0), 0)  # that of step 0 under seed 0
 # A shift common to all keys leaves a softmax unchanged: the gradient of BERT's key bias is 0 but for rounding, which
@@ -614,9 +607,9 @@ def test_what_the_compiler_refuses_does_not_fit(world: Path, monkeypatch: pytest
     def refuse(_: object) -> Cost:
         raise NotCompiled("XLA cannot compile it")
 
-    monkeypatch.setattr("ragjax.step.compiled_cost", refuse)
+    monkeypatch.setattr("ragjax.planning.memory.compiled_cost", refuse)
     check_fits(rag, mesh, 30, limit=1)  # unknown: nothing is refused
-    monkeypatch.setattr("ragjax.step.compiled_cost", lambda _: Cost(2**34, None))
+    monkeypatch.setattr("ragjax.planning.memory.compiled_cost", lambda _: Cost(2**34, None))
     with pytest.raises(InputError, match=r"temporaries 16\.00 GiB"):
         check_fits(rag, mesh, 30, limit=2**30)
 
@@ -626,7 +619,7 @@ def test_on_a_cpu_the_state_alone_must_fit(world: Path, monkeypatch: pytest.Monk
     need = 8 * bytes_each(abstract_state(rag, mesh))
     machine = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": need}
     monkeypatch.setattr("os.sysconf", machine.__getitem__)
-    monkeypatch.setattr("ragjax.step.trace_step", lambda *_: pytest.fail("nothing is compiled"))
+    monkeypatch.setattr("ragjax.planning.memory.trace_step", lambda *_: pytest.fail("nothing is compiled"))
     check_fits(rag, mesh, 30)
     machine["SC_PHYS_PAGES"] -= 1
     with pytest.raises(InputError, match=r"and this machine has .*; use smaller models or train.freeze"):

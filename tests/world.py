@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from ragjax.build_index import build_index
+from ragjax.checkpoints.random_init import write_random_checkpoint
+from ragjax.commands.index import build_index
 from ragjax.config import Config, load_config
+from ragjax.data.passage_store import PassageStore
 from ragjax.files import write_jsonl
-from ragjax.index import MANIFEST, Index, open_index
-from ragjax.passages import PassageStore
 from ragjax.rag import Rag, open_rag
-from ragjax.random_checkpoint import write_random_checkpoint
+from ragjax.retrieval.index import MANIFEST, Index, open_index
 
 LANDS = [first + last for first in "Ar Bel Cor Dun Es Fal".split() for last in "land mark nia ria stan".split()]
 CAPITALS = [first + last for first in "Kes Lor Mar Nov Or Pel".split() for last in "bourg ton vik dam polis".split()]

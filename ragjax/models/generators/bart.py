@@ -1,0 +1,201 @@
+"""BART (Lewis et al. 2019), an encoder–decoder: its memory is the keys and values of the decoder's cross-attention.
+
+x = norm(x + attention(x)); in the decoder x = norm(x + cross(x, memory)); x = norm(x + down(gelu(up(x)))).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from ragjax.errors import InputError
+from ragjax.models.attention import Attended, Attention, attend, attend_within
+from ragjax.models.fields import Fields
+from ragjax.models.kv_cache import Memory, Past
+from ragjax.models.layers import ACTIVATIONS, Keys, dropout, fold, normalizer, scan_layers, stack, target_logits
+
+OFFSET = 2  # the first rows of the position tables are unused
+EPSILON = 1e-5
+
+
+@dataclass(frozen=True)
+class BartConfig:
+    """The shape of a model; `from_hf` reads Hugging Face's config.json."""
+
+    vocabulary: int
+    width: int
+    encoder_layers: int
+    decoder_layers: int
+    encoder_heads: int
+    decoder_heads: int
+    encoder_ffn: int
+    decoder_ffn: int
+    start: int  # the token from which every answer begins
+    positions: int = 1024
+    activation: str = "gelu"
+    scale_embedding: bool = False
+    dropout: float = 0.0
+    dtype: str = "float32"
+
+    @classmethod
+    def from_hf(cls, hf: dict[str, Any], dropout: float = 0.0, dtype: str = "float32") -> BartConfig:
+        """Raises `InputError` for another family, layers normalised first, several tables or a wrong entry."""
+        fields = Fields(hf)
+        fields.text("model_type", among=("bart",))
+        fields.check_class("Bart")
+        mbart = fields.flag("normalize_before", False) or fields.flag("add_final_layer_norm", False)
+        if mbart or not fields.flag("normalize_embedding", True):
+            raise InputError(
+                "normalize_before, add_final_layer_norm or no normalize_embedding, as in mBART, is not BART"
+            )
+        if not fields.flag("tie_word_embeddings", True):
+            raise InputError("tie_word_embeddings false (three tables) is not BART; where they are equal, say true")
+        vocabulary = fields.count("vocab_size")
+        fields.check_heads("d_model", "encoder_attention_heads")
+        fields.check_heads("d_model", "decoder_attention_heads")
+        return cls(
+            vocabulary=vocabulary,
+            width=fields.count("d_model"),
+            encoder_layers=fields.layers("encoder_layers"),
+            decoder_layers=fields.layers("decoder_layers"),
+            encoder_heads=fields.count("encoder_attention_heads"),
+            decoder_heads=fields.count("decoder_attention_heads"),
+            encoder_ffn=fields.count("encoder_ffn_dim"),
+            decoder_ffn=fields.count("decoder_ffn_dim"),
+            start=fields.count("decoder_start_token_id", least=0, most=vocabulary - 1),
+            positions=fields.count("max_position_embeddings", 1024),
+            activation=fields.text("activation_function", "gelu", among=ACTIVATIONS),
+            scale_embedding=fields.flag("scale_embedding", False),
+            dropout=dropout,
+            dtype=dtype,
+        )
+
+    encoder_decoder: ClassVar[bool] = True
+
+    @property
+    def longest(self) -> int:
+        """Positions of the encoder and of the decoder."""
+        return self.positions
+
+
+class BartLayer(nnx.Module):
+    """A block of the encoder, or, with cross-attention, of the decoder."""
+
+    def __init__(self, config: BartConfig, decoder: bool, rngs: nnx.Rngs):
+        c = self.config = config
+        heads, ffn = (c.decoder_heads, c.decoder_ffn) if decoder else (c.encoder_heads, c.encoder_ffn)
+        dtype = jnp.dtype(c.dtype)
+
+        def norm() -> nnx.LayerNorm:
+            return nnx.LayerNorm(c.width, epsilon=EPSILON, dtype=dtype, rngs=rngs)
+
+        def attention() -> Attention:
+            return Attention(c.width, heads, c.width // heads, bias=True, dtype=c.dtype, rngs=rngs)
+
+        self.attention, self.attention_norm = attention(), norm()
+        if decoder:
+            self.cross, self.cross_norm = attention(), norm()
+        self.up = nnx.Linear(c.width, ffn, dtype=dtype, rngs=rngs)
+        self.down = nnx.Linear(ffn, c.width, dtype=dtype, rngs=rngs)
+        self.ffn_norm = norm()
+
+    def finish(self, x: Array, keys: Keys | None) -> Array:
+        """The feed-forward half."""
+        h = self.down(ACTIVATIONS[self.config.activation](self.up(x)))
+        return self.ffn_norm(x + dropout(h, fold(keys, 2), self.config.dropout))
+
+
+class BartStack(nnx.Module):
+    """The positions, the first norm and the layers of one side."""
+
+    def __init__(self, config: BartConfig, decoder: bool, rngs: nnx.Rngs):
+        c, dtype = config, jnp.dtype(config.dtype)
+        self.positions = nnx.Embed(c.positions + OFFSET, c.width, dtype=dtype, rngs=rngs)
+        self.norm = nnx.LayerNorm(c.width, epsilon=EPSILON, dtype=dtype, rngs=rngs)
+        count = c.decoder_layers if decoder else c.encoder_layers
+        self.layers = stack(lambda r: BartLayer(c, decoder, r), count, rngs)
+
+
+class Bart(nnx.Module):
+    """A generator (`ragjax.models.generator.Generator`) whose answers begin with `decoder_start_token_id`."""
+
+    def __init__(self, config: BartConfig, rngs: nnx.Rngs):
+        self.config = config
+        self.embed = nnx.Embed(config.vocabulary, config.width, dtype=jnp.dtype(config.dtype), rngs=rngs)
+        self.encoder, self.decoder = BartStack(config, False, rngs), BartStack(config, True, rngs)
+        self.logits_bias = nnx.Param(jnp.zeros((1, config.vocabulary)))
+
+    def prefill(
+        self, source: Int[Array, "n S"], mask: Bool[Array, "n S"], keys: Keys | None = None, remat: bool = False
+    ) -> Memory:
+        """Encodes the source and projects it onto the keys and values of every decoder layer."""
+        c, (n, length) = self.config, source.shape
+        x = self._embed(self.encoder, source, jnp.arange(length)[None], fold(keys, 0))
+
+        def encode(layer: BartLayer, x: Array, number: Array) -> tuple[Array, None]:
+            own, part = fold(keys, number + 1), layer.attention
+            attended = attend_within(part.queries(x), *part.memory(x), mask[:, None])
+            x = layer.attention_norm(x + dropout(part.join(attended), fold(own, 0), c.dropout))
+            return layer.finish(x, own), None
+
+        encoded, _ = scan_layers(self.encoder.layers, encode, x, jnp.arange(c.encoder_layers), remat)
+        _, (cross_keys, cross_values) = scan_layers(
+            self.decoder.layers, lambda layer, nothing, _: (nothing, layer.cross.memory(encoded)), None, None, remat
+        )
+        return Memory(cross_keys, cross_values, mask, jnp.zeros(n, jnp.int32), jnp.full(n, c.start, jnp.int32))
+
+    def extend(
+        self,
+        memory: Memory,
+        past: Past | None,
+        tokens: Int[Array, "n G M"],
+        positions: Int[Array, "#n #G M"],
+        visible: Bool[Array, "#n #G M P"],
+        keys: Keys | None = None,
+        remat: bool = False,
+    ) -> tuple[Float[Array, "n G M D"], Past | None]:
+        c, (_, groups, length) = self.config, tokens.shape
+        first = c.encoder_layers + 1  # dropout keys below are the encoder's
+
+        def decode(layer: BartLayer, carry: Any, inputs: Any) -> tuple[Any, None]:
+            x, pool = carry
+            memory_keys, memory_values, number = inputs
+            own, scale = fold(keys, first + 1 + number), (c.width // c.decoder_heads) ** -0.5
+            key, value = layer.attention.memory(x)
+            if pool is not None:
+                pool = pool.write(number, key, value)
+                key, value = pool.keys[number], pool.values[number]
+            attended = attend(layer.attention.queries(x), [Attended(key, value, visible)], scale)
+            x = layer.attention_norm(x + dropout(layer.attention.join(attended), fold(own, 0), c.dropout))
+            document = Attended(memory_keys, memory_values, memory.mask[:, None, None])
+            attended = attend(layer.cross.queries(x), [document], scale)
+            x = layer.cross_norm(x + dropout(layer.cross.join(attended), fold(own, 1), c.dropout))
+            return (layer.finish(x, own), pool), None
+
+        x = self._embed(self.decoder, tokens, positions, fold(keys, first))
+        xs = (memory.keys, memory.values, jnp.arange(c.decoder_layers))
+        (x, past), _ = scan_layers(self.decoder.layers, decode, (x, past), xs, remat)
+        return x, past if past is None else past.advance(groups * length)
+
+    def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        head = self.embed.embedding[...].astype(hidden.dtype)
+        return jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32) + self._bias()
+
+    def normalizer(self, hidden: Float[Array, "... D"]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+        return normalizer(hidden, self.embed.embedding[...], self._bias())
+
+    def target_logits(self, hidden: Float[Array, "... D"], targets: Int[Array, "..."]) -> Float[Array, "..."]:
+        return target_logits(hidden, self.embed.embedding[...], targets, self._bias())
+
+    def _bias(self) -> Float[Array, " V"]:
+        return jax.lax.stop_gradient(self.logits_bias[0])  # Hugging Face keeps it as a constant
+
+    def _embed(self, side: BartStack, tokens: Array, positions: Array, keys: Keys | None) -> Array:
+        scale = self.config.width**0.5 if self.config.scale_embedding else 1.0
+        x = side.norm(self.embed(tokens) * scale + side.positions(positions + OFFSET))
+        return dropout(x, keys, self.config.dropout)
