@@ -30,9 +30,9 @@ from rich.table import Table
 from benchmarks.report import or_input_error
 from ragjax.config import ON_DEVICES
 from ragjax.parallel.mesh import local_mesh
-from ragjax.parallel.sharding import place, replicated
+from ragjax.parallel.sharding import put_global, replicated
 from ragjax.resources import size_text
-from ragjax.retrieval.device_index import search_corpus
+from ragjax.retrieval.device_index import sharded_top_k
 from ragjax.retrieval.embeddings import Embeddings
 from ragjax.retrieval.faiss_index import build_faiss, faiss_bytes
 from ragjax.retrieval.index import Index
@@ -66,7 +66,7 @@ def on_device(vectors: np.ndarray, k: int, recall: float | None) -> Search:
     corpus = Index(Embeddings([vectors]), "exact", {}).corpus(local_mesh(data=1))
 
     def search(queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        scores, ids = search_corpus(corpus, place(queries, replicated(corpus.mesh)), k, recall)
+        scores, ids = sharded_top_k(corpus, put_global(queries, replicated(corpus.mesh)), k, recall)
         return np.asarray(scores), np.asarray(ids)
 
     return search

@@ -19,22 +19,22 @@ from ragjax.config import Config, check_mode, most_documents, rescores_as_huggin
 from ragjax.data.passage_store import PassageStore
 from ragjax.data.questions import text_problem
 from ragjax.decoding.candidates import Candidates
-from ragjax.decoding.decode import decode, decode_together
-from ragjax.decoding.hf_compat import decode_as_hugging_face
-from ragjax.decoding.propose import read
+from ragjax.decoding.decode import decode_rag_sequence, decode_rag_token
+from ragjax.decoding.hf_compat import decode_hf_compatible
+from ragjax.decoding.propose import prefill_documents
 from ragjax.decoding.rescore import score_tokens
 from ragjax.errors import InputError
 from ragjax.marginal import log_prior
-from ragjax.models.kv_cache import Memory
+from ragjax.models.kv_cache import DocumentMemory
 from ragjax.models.layers import Params
-from ragjax.padding import bucket, buckets_up_to, few_sizes, pad_rows
+from ragjax.padding import bucket_size, length_buckets, pad_sequences, pick_bucket
 from ragjax.parallel.mesh import local_mesh
 from ragjax.parallel.sharding import shard_batch
-from ragjax.rag import Rag, answer_tokens, prompt_problems, prompt_rows
+from ragjax.rag import RagPipeline, prompt_problems, tokenize_answer, tokenize_prompts
 from ragjax.retrieval.index import Index, check_k
-from ragjax.retrieval.retrieve import Retrieved, retrieve
-from ragjax.runs.restore import open_world, pretrained, restore_trained, trained_index
-from ragjax.runs.run_dir import load_experiment
+from ragjax.retrieval.retrieve import RetrievalResult, retrieve
+from ragjax.runs.restore import load_artifacts, pretrained_params, restore_params, trained_index
+from ragjax.runs.run_dir import load_run_config
 from ragjax.training.loss import TokenScores, answer_nll
 
 T = TypeVar("T")
@@ -58,10 +58,10 @@ class Candidate:
     finished: bool  # reached the end token
     fast: float | None  # p(y|x), documents that did not propose y contributing 0
     thorough: float | None  # p(y|x), y scored under every document
-    proposed: list[float]  # p(y|x,z) by the beam search, 0 where z did not propose y
-    given_document: list[float] | None  # p(y|x,z) under every document
+    beam_probability: list[float]  # p(y|x,z) by the beam search, 0 where z did not propose y
+    doc_probability: list[float] | None  # p(y|x,z) under every document
     posterior: list[float] | None  # p(z|x,y)
-    between: list[float] | None = None  # certified: the thorough p(y|x) is at least and at most this
+    probability_bounds: list[float] | None = None  # certified: the thorough p(y|x) is at least and at most this
 
 
 @dataclass(frozen=True)
@@ -81,14 +81,14 @@ class Answer:
 class Answerer:
     """Models, index and passages, ready to answer."""
 
-    rag: Rag
+    rag: RagPipeline
     params: Params
     index: Index
     store: PassageStore
     step: int | None  # of training; None for the pretrained models
     mesh: Mesh  # of this process, where `params` lie
 
-    def retrieve(self, questions: Sequence[str]) -> Retrieved:
+    def retrieve(self, questions: Sequence[str]) -> RetrievalResult:
         """The documents that `candidates` reads, `decode.k` of each question.
 
         Hugging Face rescores under the training's number of documents, whatever the number that proposed: with
@@ -143,7 +143,7 @@ class Answerer:
     def _batch(self, questions: Sequence[str], most: int, mode: str, n_best: int | None) -> list[Answer]:
         """Filled up to one of a few sizes: each has programs of its own, which are compiled when it first comes."""
         count = len(questions)
-        whole = fill_up(questions, min(few_sizes(count), max(most, count)))
+        whole = repeat_to_size(questions, min(bucket_size(count), max(most, count)))
         if mode == "closed_book":
             found, _ = self.candidates(whole, None, "fast")
             documents: list[list[Document]] = [[]] * count
@@ -154,43 +154,43 @@ class Answerer:
         return [self._answer(questions[b], mode, found[b], documents[b], n_best) for b in range(count)]
 
     def candidates(
-        self, questions: Sequence[str], retrieved: Retrieved | None, mode: str, gold: Sequence[str] | None = None
+        self, questions: Sequence[str], retrieved: RetrievalResult | None, mode: str, gold: Sequence[str] | None = None
     ) -> tuple[list[Candidates], np.ndarray | None]:
         """What the documents propose (without `retrieved`: the question alone), and log p(gold|x) [B] if asked."""
-        graph, params, config = self.rag.generator.graph, self.params["generator"], self.rag.config
+        graph, params, config = self.rag.generator.graphdef, self.params["generator"], self.rag.config
         if retrieved is None:
             ids, prior = np.zeros((len(questions), 1), np.int32), np.zeros((len(questions), 1), np.float32)
         else:
             ids, prior = retrieved.ids, retrieved.log_prior
         store = None if retrieved is None else self.store
-        source, mask = prompt_rows(self.rag, store, questions, ids)
+        source, mask = tokenize_prompts(self.rag, store, questions, ids)
         source, mask = shard_batch(self.mesh, (source, mask), len(source))
-        memory = read(graph, params, source, mask)
+        memory = prefill_documents(graph, params, source, mask)
         settings, special = dataclasses.replace(config.decode, mode=mode), self.rag.special
         if retrieved is not None and rescores_as_hugging_face(config):
-            unmasked = read(graph, params, source, jnp.ones_like(mask))
+            unmasked = prefill_documents(graph, params, source, jnp.ones_like(mask))
             scoring = prior[:, : config.train.k]
             proposing = (ids >= 0) & (np.arange(ids.shape[1]) < config.decode.k)
-            found = decode_as_hugging_face(graph, params, unmasked, memory, scoring, proposing, settings, special)
+            found = decode_hf_compatible(graph, params, unmasked, memory, scoring, proposing, settings, special)
         elif retrieved is not None and config.model == "rag_token":
-            found = decode_together(graph, params, memory, prior, settings, special, config.hf_compatible)
+            found = decode_rag_token(graph, params, memory, prior, settings, special, config.hf_compatible)
         else:
-            found = decode(graph, params, memory, prior, settings, special)
+            found = decode_rag_sequence(graph, params, memory, prior, settings, special)
         return found, None if gold is None else self._gold_logp(memory, prior, gold)
 
-    def _gold_logp(self, memory: Memory, prior: np.ndarray, gold: Sequence[str]) -> np.ndarray:
+    def _gold_logp(self, memory: DocumentMemory, prior: np.ndarray, gold: Sequence[str]) -> np.ndarray:
         """log p(gold|x) [B], in nats, as answering counts it: any of the generator's end tokens ends it."""
-        rows = [answer_tokens(self.rag, answer) for answer in gold]
+        rows = [tokenize_answer(self.rag, answer) for answer in gold]
         longest = max(self.rag.config.generator.answer_tokens, *map(len, rows))
-        width = bucket(longest, [self.rag.config.generator.answer_tokens, *buckets_up_to(longest + 32)])
-        answers, counted = pad_rows(rows, width, self.rag.special.pad)
+        width = pick_bucket(longest, [self.rag.config.generator.answer_tokens, *length_buckets(longest + 32)])
+        answers, counted = pad_sequences(rows, width, self.rag.special.pad)
         lengths = counted.sum(axis=1, dtype=np.int32)[:, None]
-        graph, params = self.rag.generator.graph, self.params["generator"]
+        graph, params = self.rag.generator.graphdef, self.params["generator"]
         logp = score_tokens(graph, params, memory, answers[:, None], lengths, self.rag.special)[:, :, 0]
         scores = TokenScores(logp, jnp.zeros_like(logp))
         return -np.asarray(answer_nll(self.rag, jnp.asarray(prior), scores, jnp.asarray(answers), jnp.asarray(counted)))
 
-    def documents(self, retrieved: Retrieved, b: int) -> list[Document]:
+    def documents(self, retrieved: RetrievalResult, b: int) -> list[Document]:
         """The documents of question b, best first, and only those that are there."""
         pairs = zip(retrieved.ids[b], np.exp(retrieved.log_prior[b]), strict=True)
         return [Document(**dataclasses.asdict(self.store[int(i)]), prior=float(p)) for i, p in pairs if i >= 0]
@@ -207,12 +207,12 @@ class Answerer:
             Candidate(
                 text=self.text(found.tokens[c]),
                 finished=bool(found.finished[c]),
-                fast=None if found.fast is None else math.exp(found.fast[c]),
-                thorough=None if found.thorough is None else math.exp(found.thorough[c]),
-                proposed=np.exp(found.proposed[:count, c]).tolist(),
-                given_document=None if found.scored is None else np.exp(found.scored[:count, c]).tolist(),
+                fast=None if found.fast_logp is None else math.exp(found.fast_logp[c]),
+                thorough=None if found.thorough_logp is None else math.exp(found.thorough_logp[c]),
+                beam_probability=np.exp(found.beam_logp[:count, c]).tolist(),
+                doc_probability=None if found.doc_logp is None else np.exp(found.doc_logp[:count, c]).tolist(),
                 posterior=None if found.posterior is None else found.posterior[:count, c].tolist(),
-                between=None if found.bounds is None else np.exp(found.bounds[:, c]).tolist(),
+                probability_bounds=None if found.bounds is None else np.exp(found.bounds[:, c]).tolist(),
             )
             for c in found.best(by, len(found.tokens) if n_best is None else n_best)
         ]
@@ -221,7 +221,7 @@ class Answerer:
         return Answer(question, candidates[0].text, mode, probability, documents, candidates, scores)
 
 
-def fill_up(items: Sequence[T], size: int) -> list[T]:
+def repeat_to_size(items: Sequence[T], size: int) -> list[T]:
     """Repeats the first until there are `size`."""
     return [*items, *[items[0]] * (size - len(items))]
 
@@ -254,7 +254,7 @@ def load(run: str | Path, untrained: bool = False) -> Answerer:
         raise TypeError(f"run: expected the path of a folder, not {type(run).__name__}")
     if not isinstance(untrained, bool):
         raise TypeError(f"untrained: expected True or False, not {type(untrained).__name__}")
-    return open_answerer(load_experiment(Path(run)), untrained)
+    return open_answerer(load_run_config(Path(run)), untrained)
 
 
 def open_answerer(config: Config, untrained: bool = False) -> Answerer:
@@ -262,10 +262,10 @@ def open_answerer(config: Config, untrained: bool = False) -> Answerer:
 
     They lie on `mesh.model` devices.
     """
-    rag, index, store = open_world(config)
+    rag, index, store = load_artifacts(config)
     check_k(most_documents(config), len(index))
     mesh = local_mesh(config.mesh.model, data=1)
-    trained = None if untrained else restore_trained(rag, mesh)
-    params, step = trained or (pretrained(rag, mesh), None)
+    trained = None if untrained else restore_params(rag, mesh)
+    params, step = trained or (pretrained_params(rag, mesh), None)
     index = index if step is None else trained_index(rag, index, step)
     return Answerer(rag, params, index, store, step, mesh)

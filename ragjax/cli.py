@@ -43,10 +43,10 @@ def _run_as_one_of_many(options: argparse.Namespace) -> int:
     """As `_run`; an error ends the process at once, since JAX's own end waits for others that wait for this one."""
     import jax
 
-    from ragjax.parallel.processes import join_processes
+    from ragjax.parallel.processes import initialize_distributed
 
     try:
-        join_processes(stop_together=options.command == "train")
+        initialize_distributed(stop_together=options.command == "train")
         if jax.process_count() > 1:
             options.name = f"ragjax (process {jax.process_index()} of {jax.process_count()})"
         code = _run(options)
@@ -239,9 +239,9 @@ def _plan(options: argparse.Namespace) -> int:
 
 def _tell(text: str) -> None:
     """On standard output, once where there are several processes."""
-    from ragjax.parallel.processes import is_first
+    from ragjax.parallel.processes import is_process_zero
 
-    if is_first():
+    if is_process_zero():
         print(visible(text))
 
 
@@ -266,14 +266,14 @@ def _train(options: argparse.Namespace) -> int:
 
 def _evaluate(options: argparse.Namespace) -> int:
     from ragjax.commands.evaluate import evaluate, print_metrics
-    from ragjax.parallel.processes import is_first
+    from ragjax.parallel.processes import is_process_zero
 
     try:
         report = evaluate(_load(options))
     except KeyboardInterrupt:
         print(f"{options.name}: what was measured is kept; the same command goes on", file=sys.stderr)
         raise
-    if is_first():
+    if is_process_zero():
         print_metrics(report, as_json=options.json)
     return 0
 

@@ -171,7 +171,7 @@ def partial_folder(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def alone(folder: Path, doing: str) -> Iterator[None]:
+def exclusive_lock(folder: Path, doing: str) -> Iterator[None]:
     """Holds `folder`, created where there is none, until the end or the death of this process.
 
     Raises `InputError` where it cannot be created, and while another process holds it, saying what that is `doing`.

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int, Integer
 Ids = Sequence[int] | Integer[np.ndarray, " _"]
 
 
-def buckets_up_to(longest: int) -> tuple[int, ...]:
+def length_buckets(longest: int) -> tuple[int, ...]:
     """A few widths ending at `longest`: 32, 64, 96, 128, 160, 192, 256, 320, 384, 512, …"""
     widths = [32, 64, 96, 128]
     while (last := widths[-1]) < longest:
@@ -18,7 +18,7 @@ def buckets_up_to(longest: int) -> tuple[int, ...]:
     return (*(w for w in widths if w < longest), longest)
 
 
-def bucket(length: int, buckets: Sequence[int]) -> int:
+def pick_bucket(length: int, buckets: Sequence[int]) -> int:
     """The smallest width that holds `length` tokens. Raises `ValueError` when none does."""
     fitting = [b for b in buckets if b >= length]
     if not fitting:
@@ -26,7 +26,9 @@ def bucket(length: int, buckets: Sequence[int]) -> int:
     return min(fitting)
 
 
-def pad_rows(rows: Sequence[Ids], width: int, pad_id: int) -> tuple[Int[np.ndarray, "n S"], Bool[np.ndarray, "n S"]]:
+def pad_sequences(
+    rows: Sequence[Ids], width: int, pad_id: int
+) -> tuple[Int[np.ndarray, "n S"], Bool[np.ndarray, "n S"]]:
     """Rows padded on the right to `width`, and the mask that is true on their own tokens."""
     lengths = np.array([len(row) for row in rows], np.int32)
     if len(rows) and lengths.max() > width:
@@ -37,7 +39,7 @@ def pad_rows(rows: Sequence[Ids], width: int, pad_id: int) -> tuple[Int[np.ndarr
     return tokens, np.arange(width) < lengths[:, None]
 
 
-def few_sizes(count: int, least: int = 1) -> int:
+def bucket_size(count: int, least: int = 1) -> int:
     """1, 2, 3, 4, 6, 8, 12, 16, …, from `least` on: so few shapes that few programs are compiled."""
     power = 1 << (max(count, least) - 1).bit_length()
     return power * 3 // 4 if max(count, least) <= power * 3 // 4 else power

@@ -11,8 +11,8 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Int
 
-from ragjax.checkpoints.hub import Fetched, checkpoint_folder, fetch, fingerprint_files
-from ragjax.checkpoints.pretrained import Pretrained, open_bert, open_generator
+from ragjax.checkpoints.hub import ResolvedSource, checkpoint_folder, fetch, fingerprint_files
+from ragjax.checkpoints.pretrained import PretrainedModel, open_bert, open_generator
 from ragjax.checkpoints.sentence_transformers import check_sentence_transformers
 from ragjax.config import Config, structure
 from ragjax.data.corpus import Passage
@@ -32,23 +32,23 @@ from ragjax.errors import InputError
 from ragjax.files import read_json, shown
 from ragjax.models.generator import SpecialTokens
 from ragjax.models.layers import Params
-from ragjax.padding import bucket, buckets_up_to, pad_rows
+from ragjax.padding import length_buckets, pad_sequences, pick_bucket
 from ragjax.terminal import terminal
 
 
 @dataclass(frozen=True)
-class Models:
+class RagModel:
     """The models opened (not read): all that the loss and the training step are made of."""
 
     config: Config
-    retriever: Pretrained
-    generator: Pretrained
+    retriever: PretrainedModel
+    generator: PretrainedModel
     special: SpecialTokens  # the generator's
     prompt: Prompt
-    passage_encoder: Pretrained  # the retriever itself, unless `retriever.passage_source` names another
+    passage_encoder: PretrainedModel  # the retriever itself, unless `retriever.passage_source` names another
 
     @property
-    def parts(self) -> dict[str, Pretrained]:
+    def parts(self) -> dict[str, PretrainedModel]:
         """What has parameters in a training state: a passage encoder with weights of its own, and no idle generator."""
         train = self.config.train
         parts = {"retriever": self.retriever}
@@ -60,27 +60,27 @@ class Models:
 
     def abstract_params(self) -> Params:
         """The shapes and types of {"retriever": …, "generator": …}."""
-        return {name: model.abstract for name, model in self.parts.items()}
+        return {name: model.abstract_params for name, model in self.parts.items()}
 
 
 @dataclass(frozen=True)
-class Rag(Models):
+class RagPipeline(RagModel):
     """With them the tokenizers, and what pins all of them."""
 
     retriever_tokenizer: Tokenizer
     passage_tokenizer: Tokenizer
     generator_tokenizer: Tokenizer
-    sources: tuple[Fetched, ...]
+    sources: tuple[ResolvedSource, ...]
     fingerprints: dict[str, str]  # of everything that an index is built from
 
     def initial_params(self) -> Params:
         """The pretrained parameters: {"retriever": …, "generator": …}."""
-        params = {name: model.read() for name, model in self.parts.items()}
+        params = {name: model.load_params() for name, model in self.parts.items()}
         # bound to a device, as restored ones are: JAX would compile everything twice for one of each
         return jax.device_put(params, jax.local_devices()[0])
 
 
-def open_rag(config: Config) -> Rag:
+def load_pipeline(config: Config) -> RagPipeline:
     """Fetches what the configuration names and opens it.
 
     Raises `InputError` for a source that cannot be reached or read, or lengths that a model does not have.
@@ -100,10 +100,10 @@ def open_rag(config: Config) -> Rag:
         passage_encoder = open_bert(other, r.pooling, r.normalize, rate, config.dtype)
         passage_tokenizer = Tokenizer.load(other)
         _check_vocabulary(other, passage_tokenizer, passage_encoder)
-    if passage_encoder.config.embedding_width != retriever.config.embedding_width:
+    if passage_encoder.config.embedding_dim != retriever.config.embedding_dim:
         raise InputError(
-            f"{r.passage_source}: its embeddings have {passage_encoder.config.embedding_width} dimensions and those of "
-            f"{r.source} {retriever.config.embedding_width}; give two encoders that belong together"
+            f"{r.passage_source}: its embeddings have {passage_encoder.config.embedding_dim} dimensions and those of "
+            f"{r.source} {retriever.config.embedding_dim}; give two encoders that belong together"
         )
     _check_vocabulary(encoder, retriever_tokenizer, retriever)
     _check_vocabulary(decoder, generator_tokenizer, generator)
@@ -125,7 +125,7 @@ def open_rag(config: Config) -> Rag:
             f"{g.source}: several tokens end an answer ({', '.join(map(str, special.ends))}), and hf_compatible=true "
             "knows one; leave one in eos_token_id of its config.json and generation_config.json"
         )
-    return Rag(
+    return RagPipeline(
         config=config,
         retriever=retriever,
         passage_encoder=passage_encoder,
@@ -140,13 +140,13 @@ def open_rag(config: Config) -> Rag:
     )
 
 
-def generation_config(generator: Pretrained) -> tuple[Path, dict[str, Any]]:
+def generation_config(generator: PretrainedModel) -> tuple[Path, dict[str, Any]]:
     """The generation_config.json beside a generator's weights, and what it says; a GGUF file says all itself."""
     path = generator.files[0].parent / "generation_config.json"
     return path, read_json(path) if path.is_file() and generator.files[0].suffix != ".gguf" else {}
 
 
-def _special_tokens(generator: Pretrained, tokenizer: Tokenizer) -> SpecialTokens:
+def _special_tokens(generator: PretrainedModel, tokenizer: Tokenizer) -> SpecialTokens:
     """The tokenizer's, what the checkpoint's generation_config.json or else its config.json forces, and all their ends.
 
     Raises `InputError` for what is no token, and for several where one is expected.
@@ -155,8 +155,8 @@ def _special_tokens(generator: Pretrained, tokenizer: Tokenizer) -> SpecialToken
     config = generator.files[0] if generator.files[0].suffix == ".gguf" else path.with_name("config.json")
 
     def named(key: str) -> list[tuple[Path, list[int]]]:
-        files = (config, generator.hf), (path, generation)
-        return [(f, _token_ids(f, key, of[key], generator.config.vocabulary)) for f, of in files if key in of]
+        files = (config, generator.hf_config), (path, generation)
+        return [(f, _token_ids(f, key, of[key], generator.config.vocab_size)) for f, of in files if key in of]
 
     def one(key: str, default: int | None = None) -> int | None:
         for file, ids in reversed(named(key)):
@@ -167,7 +167,9 @@ def _special_tokens(generator: Pretrained, tokenizer: Tokenizer) -> SpecialToken
 
     ends = {tokenizer.eos_id}.union(*(ids for _, ids in named("eos_token_id")))
     # transformers' BartConfig has this default; older checkpoints leave the key out
-    forced_eos = one("forced_eos_token_id", tokenizer.eos_id if generator.hf.get("model_type") == "bart" else None)
+    forced_eos = one(
+        "forced_eos_token_id", tokenizer.eos_id if generator.hf_config.get("model_type") == "bart" else None
+    )
     return SpecialTokens(
         eos=tokenizer.eos_id,
         pad=tokenizer.pad_id,
@@ -188,15 +190,15 @@ def _token_ids(file: Path, key: str, given: Any, vocabulary: int) -> list[int]:
     return ids
 
 
-def _check_vocabulary(checkpoint: Path, tokenizer: Tokenizer, model: Pretrained) -> None:
-    if tokenizer.vocab_size > model.config.vocabulary:
+def _check_vocabulary(checkpoint: Path, tokenizer: Tokenizer, model: PretrainedModel) -> None:
+    if tokenizer.vocab_size > model.config.vocab_size:
         raise InputError(
             f"{checkpoint}: its tokenizer has {tokenizer.vocab_size} tokens, but the model embeds only "
-            f"{model.config.vocabulary}; give the tokenizer that belongs to it"
+            f"{model.config.vocab_size}; give the tokenizer that belongs to it"
         )
 
 
-def check_lengths(config: Config, retriever: Pretrained, generator: Pretrained) -> None:
+def check_lengths(config: Config, retriever: PretrainedModel, generator: PretrainedModel) -> None:
     """Raises `InputError` for questions, passages, prompts or answers longer than a model has positions.
 
     And for a generator with which transformers has no RAG, where its numbers are asked for.
@@ -206,11 +208,11 @@ def check_lengths(config: Config, retriever: Pretrained, generator: Pretrained) 
             f"{config.generator.source}: hf_compatible=true needs BART or T5; transformers has no RAG with others"
         )
     answer = max(config.generator.answer_tokens, config.decode.max_new_tokens)
-    source, longest = config.generator.source_tokens, generator.config.longest
+    source, longest = config.generator.source_tokens, generator.config.max_positions
     both = "generator.source_tokens + the longest answer"
     checked = [
-        ("retriever.question_tokens", config.retriever.question_tokens, retriever.config.positions),
-        ("retriever.passage_tokens", config.retriever.passage_tokens, retriever.config.positions),
+        ("retriever.question_tokens", config.retriever.question_tokens, retriever.config.max_positions),
+        ("retriever.passage_tokens", config.retriever.passage_tokens, retriever.config.max_positions),
     ]
     if generator.config.encoder_decoder:  # each side has positions of its own
         checked += [("generator.source_tokens", source, longest), ("the longest answer", answer, longest)]
@@ -223,7 +225,7 @@ def check_lengths(config: Config, retriever: Pretrained, generator: Pretrained) 
 
 
 def prompt_problems(
-    rag: Rag, questions: Sequence[str], documents: bool = True, closed_book: bool = False
+    rag: RagPipeline, questions: Sequence[str], documents: bool = True, closed_book: bool = False
 ) -> list[str | None]:
     """Why each question does not fit into `generator.source_tokens`, or None where it does.
 
@@ -244,8 +246,8 @@ def prompt_problems(
     return problems
 
 
-def question_rows(
-    rag: Rag, questions: Sequence[str], width: int | None = None
+def tokenize_questions(
+    rag: RagPipeline, questions: Sequence[str], width: int | None = None
 ) -> tuple[Int[np.ndarray, "B S"], Bool[np.ndarray, "B S"]]:
     """Questions as the retriever reads them, padded to a bucket or to `width`.
 
@@ -255,17 +257,17 @@ def question_rows(
         raise InputError("questions[{}]: {}".format(*bad))
     longest = rag.config.retriever.question_tokens
     rows = rag.retriever_tokenizer.encode(questions, special=True, longest=longest)
-    width = width or bucket(max(len(row) for row in rows), buckets_up_to(longest))
-    return pad_rows(rows, width, rag.retriever_tokenizer.pad_id)
+    width = width or pick_bucket(max(len(row) for row in rows), length_buckets(longest))
+    return pad_sequences(rows, width, rag.retriever_tokenizer.pad_id)
 
 
-def prompt_rows(
-    rag: Rag, store: PassageStore | None, questions: Sequence[str], ids: Int[np.ndarray, "B K"]
+def tokenize_prompts(
+    rag: RagPipeline, store: PassageStore | None, questions: Sequence[str], ids: Int[np.ndarray, "B K"]
 ) -> tuple[Int[np.ndarray, "n S"], Bool[np.ndarray, "n S"]]:
     """The B·K prompts that the generator reads, question-major, padded to a bucket; without a store, closed-book."""
     longest, tokenizer = rag.config.generator.source_tokens, rag.generator_tokenizer
     if rag.config.hf_compatible and store is not None:
-        return _hugging_face_prompt_rows(rag, store, questions, ids)
+        return _tokenize_hf_prompts(rag, store, questions, ids)
     rows = []
     texts = [rag.prompt.before_question + question for question in questions]
     for question, of_question in zip(tokenizer.encode(texts), ids, strict=True):
@@ -275,11 +277,11 @@ def prompt_rows(
             else:
                 passage = store.tokens(int(document)) if document >= 0 else ()
                 rows.append(assemble(rag.prompt, passage, question, longest))
-    return pad_rows(rows, bucket(max(map(len, rows)), buckets_up_to(longest)), tokenizer.pad_id)
+    return pad_sequences(rows, pick_bucket(max(map(len, rows)), length_buckets(longest)), tokenizer.pad_id)
 
 
-def _hugging_face_prompt_rows(
-    rag: Rag, store: PassageStore, questions: Sequence[str], ids: Int[np.ndarray, "B K"]
+def _tokenize_hf_prompts(
+    rag: RagPipeline, store: PassageStore, questions: Sequence[str], ids: Int[np.ndarray, "B K"]
 ) -> tuple[Int[np.ndarray, "n S"], Bool[np.ndarray, "n S"]]:
     """As transformers' `RagRetriever.postprocess_docs`: the question as the question encoder's tokenizer spells it, a
     quote before and after the title dropped, double spaces made one, and the end, where the question is, cut off.
@@ -294,10 +296,10 @@ def _hugging_face_prompt_rows(
             told = passage_text(g.passage, replace(passage, title=title))
             texts.append(fill(g.prompt, passage=told, question=question).replace("  ", " "))
     rows = rag.generator_tokenizer.encode(texts, special=True, longest=g.source_tokens)
-    return pad_rows(rows, g.source_tokens, rag.special.pad)
+    return pad_sequences(rows, g.source_tokens, rag.special.pad)
 
 
-def answer_tokens(rag: Rag, answer: str) -> list[int]:
+def tokenize_answer(rag: RagPipeline, answer: str) -> list[int]:
     """An answer as the generator writes it, the end token included; a decoder's <s>, where BART has one, too."""
     framed, eos = rag.generator.config.encoder_decoder, rag.generator_tokenizer.eos_id
     text = fill(rag.config.generator.answer, answer=answer)
@@ -305,7 +307,7 @@ def answer_tokens(rag: Rag, answer: str) -> list[int]:
     return tokens if framed and tokens[-1:] == [eos] else [*tokens, eos]
 
 
-def passage_rows(
+def tokenize_passages(
     tokenizer: Tokenizer, template: str, passages: Sequence[Passage], longest: int, batch: int = 1024
 ) -> list[np.ndarray]:
     """Passages as the retriever reads them, at most `longest` tokens each.
@@ -327,7 +329,7 @@ def passage_rows(
     return rows
 
 
-def fitting(rag: Rag, split: Split, documents: bool, closed_book: bool) -> Split:
+def drop_unfit_questions(rag: RagPipeline, split: Split, documents: bool, closed_book: bool) -> Split:
     """Without the questions that do not fit into the prompts, before a model runs; see `prompt_problems`.
 
     Tells of those whose end the retriever does not read. Raises `InputError` as `open_split` does.

@@ -32,7 +32,7 @@ def size_text(size: int) -> str:
 FEW_FILES = 64  # that a process has open besides
 
 
-def may_map(count: int) -> None:
+def raise_open_file_limit(count: int) -> None:
     """Lets this process map `count` files more: each holds a descriptor, of which shells allow only 1,024 or so."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:

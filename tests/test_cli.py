@@ -252,7 +252,7 @@ def test_a_full_disk_elsewhere(capsys: Capture, monkeypatch: pytest.MonkeyPatch,
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "runs/x/train.jsonl")
 
-    monkeypatch.setattr("ragjax.commands.train.open_world", full)
+    monkeypatch.setattr("ragjax.commands.train.load_artifacts", full)
     assert main(["train", str(world / "config.yaml"), "output=runs/none"]) == 2
     assert capsys.readouterr().err == "ragjax: runs/x/train.jsonl: the disk is full; free some space\n"
 

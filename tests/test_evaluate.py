@@ -22,8 +22,8 @@ from ragjax.data.questions import read_questions
 from ragjax.files import write_jsonl
 from ragjax.metrics import exact_match, expected_calibration_error, f1
 from ragjax.parallel.mesh import local_mesh
-from ragjax.runs.restore import open_world
-from ragjax.runs.run_dir import load_experiment
+from ragjax.runs.restore import load_artifacts
+from ragjax.runs.run_dir import load_run_config
 
 Capture = pytest.CaptureFixture[str]
 MODES = ("thorough", "fast", "closed_book")
@@ -282,7 +282,7 @@ def test_an_evaluation_goes_on_where_it_was_stopped(
 
 def test_an_evaluation_is_bound_to_its_checkpoint(run: Path, tmp_path: Path) -> None:
     """And to its questions, settings, index and software."""
-    rag, _, _ = open_world(load_experiment(run))
+    rag, _, _ = load_artifacts(load_run_config(run))
     mesh, prints = local_mesh(data=1), {"questions": "x"}
     binding = evaluate_module._evaluation(rag, prints, STEPS, mesh)
     assert binding == evaluate_module._evaluation(rag, prints, STEPS, mesh)

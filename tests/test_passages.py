@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from ragjax.checksums import write_checksums
-from ragjax.data.corpus import Passage, Scan, count_passages, passage_place, read_passages, scan_passages
+from ragjax.data.corpus import CorpusStats, Passage, count_passages, passage_place, read_passages, scan_passages
 from ragjax.data.passage_store import STORE_FILES, PassageStore, shard_folder, write_store
 from ragjax.errors import InputError
-from ragjax.files import alone, write_jsonl
+from ragjax.files import exclusive_lock, write_jsonl
 
 PASSAGES = [
     Passage("1", "Paris", "Paris ist schön."),
@@ -161,7 +161,7 @@ def test_shards_read_as_one_store(tmp_path, sizes):
     assert [store.tokens(i).tolist() for i in range(7)] == encode([text_of(passage) for passage in passages])
 
 
-def scan(passages: list[Passage], **settings) -> Scan:
+def scan(passages: list[Passage], **settings) -> CorpusStats:
     return scan_passages(lambda: iter(passages), **settings)
 
 
@@ -170,7 +170,7 @@ def test_a_scan_counts_and_fingerprints(tmp_path):
     first = scan(PASSAGES, progress=seen.append)
     write_shards(tmp_path, PASSAGES)
     text = (shard_folder(tmp_path, 0) / "text.bin").read_bytes()
-    assert first == Scan(3, f"sha256:{hashlib.sha256(text).hexdigest()}", len(text)) and sum(seen) == 3
+    assert first == CorpusStats(3, f"sha256:{hashlib.sha256(text).hexdigest()}", len(text)) and sum(seen) == 3
     assert scan(PASSAGES) == first != scan(PASSAGES[::-1])
 
 
@@ -263,12 +263,15 @@ def test_a_folder_is_held_by_one_process(tmp_path):
     folder = tmp_path / "folder"
     with subprocess.Popen([sys.executable, "-c", hold, str(folder)], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None and other.stdout.readline() == "held\n"
-        with pytest.raises(InputError, match="folder: another process works here"), alone(folder, "works here"):
+        with (
+            pytest.raises(InputError, match="folder: another process works here"),
+            exclusive_lock(folder, "works here"),
+        ):
             pass
         other.kill()
-    with alone(folder, "works here"):  # its death frees the folder
+    with exclusive_lock(folder, "works here"):  # its death frees the folder
         shutil.rmtree(folder)
-        with alone(folder, "works here"):  # a new folder is not the old one
+        with exclusive_lock(folder, "works here"):  # a new folder is not the old one
             pass
 
 

@@ -40,7 +40,7 @@ from ragjax.data.tokenizer import Tokenizer
 from ragjax.errors import InputError
 from ragjax.rag import _special_tokens
 from ragjax.retrieval.index import MADE_OF, open_index, write_index
-from ragjax.retrieval.index_builder import saved_scan
+from ragjax.retrieval.index_builder import read_saved_stats
 from ragjax.runs.metrics_log import _lines_until
 from ragjax.runs.run_dir import _check_same_inputs
 
@@ -317,7 +317,7 @@ def read_corpus(folder: Path, name: str, format: str) -> None:
 
 
 def read_encoder(folder: Path) -> None:
-    open_bert(folder, "mean", True).read()
+    open_bert(folder, "mean", True).load_params()
 
 
 def read_generator(folder: Path) -> None:
@@ -325,7 +325,7 @@ def read_generator(folder: Path) -> None:
     file = folder / "model.gguf"
     checkpoint = file if file.is_file() else folder
     generator = open_generator(checkpoint)
-    generator.read()
+    generator.load_params()
     _special_tokens(generator, read_tokenizer(checkpoint))
 
 
@@ -372,7 +372,7 @@ READERS = [
     Reader("data/questions.jsonl", lambda folder: read_questions(folder / "questions.jsonl"), as_lines, 40),
     Reader("data/train.jsonl", lambda folder: _lines_until(folder / "train.jsonl", 9), as_lines, 40),
     Reader("data/manifest.json", lambda folder: _check_same_inputs(folder / "manifest.json", {"corpus": "c"}), few=40),
-    Reader(f"data/{MADE_OF}", lambda folder: saved_scan(folder, BUILT_OF), few=40),
+    Reader(f"data/{MADE_OF}", lambda folder: read_saved_stats(folder, BUILT_OF), few=40),
     Reader("bert/config.json", read_encoder),
     Reader("llama/config.json", read_generator),
     Reader("bart/config.json", read_generator),

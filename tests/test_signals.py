@@ -203,7 +203,7 @@ def test_bad_input_and_a_signal_in_the_command_line(
     world: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     """A build that is stopped by SIGTERM leaves as little as one that is stopped by Ctrl-C."""
-    monkeypatch.setattr("ragjax.commands.index.write_shards", lambda *_: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr("ragjax.commands.index.embed_shards", lambda *_: signal.raise_signal(signal.SIGTERM))
     folder = world.parent / "stopped"
     assert main(["index", str(world / "config.yaml"), f"index.folder={folder}", "index.batch_size=8"]) == 143
     assert capsys.readouterr().err.splitlines()[-1] == "ragjax: terminated"

@@ -13,7 +13,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from ragjax.data.prompt import Prompt, assemble, assemble_closed_book, fill, make_prompt
 from ragjax.data.tokenizer import Tokenizer
 from ragjax.errors import InputError
-from ragjax.padding import bucket, buckets_up_to, pad_rows
+from ragjax.padding import length_buckets, pad_sequences, pick_bucket
 
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MERGES = [("H", "e"), ("l", "l"), ("He", "ll"), ("Hell", "o"), ("Ġ", "w"), ("1", "9"), ("Ġ", "1")]
@@ -360,23 +360,23 @@ def test_gguf_with_tokens_that_are_no_utf_8_is_refused(tmp_path):
 
 
 def test_buckets():
-    assert buckets_up_to(384) == (32, 64, 96, 128, 160, 192, 256, 320, 384)
-    assert buckets_up_to(300)[-2:] == (256, 300)
-    assert buckets_up_to(1024)[-4:] == (512, 640, 768, 1024)
-    assert buckets_up_to(20) == (20,)
-    assert [bucket(n, (4, 8, 10)) for n in (0, 4, 5, 10)] == [4, 4, 8, 10]
+    assert length_buckets(384) == (32, 64, 96, 128, 160, 192, 256, 320, 384)
+    assert length_buckets(300)[-2:] == (256, 300)
+    assert length_buckets(1024)[-4:] == (512, 640, 768, 1024)
+    assert length_buckets(20) == (20,)
+    assert [pick_bucket(n, (4, 8, 10)) for n in (0, 4, 5, 10)] == [4, 4, 8, 10]
     with pytest.raises(ValueError, match="11 tokens do not fit into 10"):
-        bucket(11, (4, 8, 10))
+        pick_bucket(11, (4, 8, 10))
 
 
 def test_pad_rows():
-    tokens, mask = pad_rows([[1, 2], np.array([3, 4, 5]), []], 3, 9)
+    tokens, mask = pad_sequences([[1, 2], np.array([3, 4, 5]), []], 3, 9)
     np.testing.assert_array_equal(tokens, [[1, 2, 9], [3, 4, 5], [9, 9, 9]])
     np.testing.assert_array_equal(mask, [[1, 1, 0], [1, 1, 1], [0, 0, 0]])
     assert (tokens.dtype, mask.dtype) == (np.int32, bool)
-    assert pad_rows([], 3, 0)[0].shape == (0, 3)
+    assert pad_sequences([], 3, 0)[0].shape == (0, 3)
     with pytest.raises(ValueError, match="a row of 3 tokens does not fit into 2"):
-        pad_rows([[1, 2, 3]], 2, 0)
+        pad_sequences([[1, 2, 3]], 2, 0)
 
 
 @pytest.mark.slow

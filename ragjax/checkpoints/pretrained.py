@@ -46,20 +46,20 @@ BERT_PREFIXES = {"bert", "bert_model", "model", "module", "rag", "question_encod
 
 
 @dataclass(frozen=True)
-class Pretrained:
+class PretrainedModel:
     """A checkpoint opened but not yet read: a run's own checkpoint may hold newer parameters."""
 
     config: Any  # `BertConfig`, `LlamaConfig`, `BartConfig` or `T5Config`
-    graph: nnx.GraphDef
-    abstract: Params  # shapes and types
+    graphdef: nnx.GraphDef
+    abstract_params: Params  # shapes and types
     files: tuple[Path, ...]  # that hold the weights
-    hf: dict[str, Any]  # its config.json
-    read: Callable[[], Params]  # raises `InputError` for tensors that are missing, unknown or of another shape
+    hf_config: dict[str, Any]  # its config.json
+    load_params: Callable[[], Params]  # raises `InputError` for tensors that are missing, unknown or of another shape
 
 
 def open_bert(
     checkpoint: Path, pooling: str, normalize: bool, dropout: float = 0.0, dtype: str = "float32"
-) -> Pretrained:
+) -> PretrainedModel:
     """A BERT or DPR encoder in a Hugging Face folder. Raises `InputError` for a missing or unreadable file."""
     shape = bert_shape(checkpoint / "config.json", pooling, normalize, dropout, dtype)
     names, read = open_safetensors(checkpoint)
@@ -70,7 +70,9 @@ def open_bert(
     return _with_weights(shape, checkpoint, table, names, read)
 
 
-def bert_shape(path: Path, pooling: str, normalize: bool, dropout: float = 0.0, dtype: str = "float32") -> Pretrained:
+def bert_shape(
+    path: Path, pooling: str, normalize: bool, dropout: float = 0.0, dtype: str = "float32"
+) -> PretrainedModel:
     """An encoder of which only the config.json at `path` is there: shapes, and nothing to read. Raises `InputError`."""
     hf = read_json(path)
     with naming(path):
@@ -78,7 +80,7 @@ def bert_shape(path: Path, pooling: str, normalize: bool, dropout: float = 0.0, 
     return _unread(config, lambda: Bert(config, nnx.Rngs(0)), hf)
 
 
-def open_generator(checkpoint: Path, dropout: float = 0.0, dtype: str = "float32") -> Pretrained:
+def open_generator(checkpoint: Path, dropout: float = 0.0, dtype: str = "float32") -> PretrainedModel:
     """A generator in a Hugging Face folder, of the family that its config.json names, or a Llama-family GGUF file.
 
     Raises as `open_bert`.
@@ -92,7 +94,7 @@ def open_generator(checkpoint: Path, dropout: float = 0.0, dtype: str = "float32
     # transformers 5 writes that every T5 is tied, even one with a head of its own
     own_head = hf.get("scale_decoder_outputs") is False and HEAD in names
     shape = _generator_shape(hf, checkpoint if gguf else checkpoint / "config.json", dropout, dtype, own_head)
-    tied = TIED | ({HEAD, "output.weight"} if getattr(shape.config, "tied", True) else set())
+    tied = TIED | ({HEAD, "output.weight"} if getattr(shape.config, "tie_word_embeddings", True) else set())
     copies, names = names & tied, names - tied
     rows = generator_table(hf)
     table = {ours: theirs for ours, name, other in rows if (theirs := other if gguf else name)}
@@ -105,28 +107,30 @@ def open_generator(checkpoint: Path, dropout: float = 0.0, dtype: str = "float32
 
     def read_checked() -> Params:
         _check_copies(model, checkpoint, table["embed.embedding"], copies, read)
-        return model.read()
+        return model.load_params()
 
-    return replace(model, read=read_checked)
+    return replace(model, load_params=read_checked)
 
 
-def _check_copies(model: Pretrained, checkpoint: Path, used: str, copies: set[str], read: Read) -> None:
+def _check_copies(model: PretrainedModel, checkpoint: Path, used: str, copies: set[str], read: Read) -> None:
     """Raises `InputError` for a copy of the one embedding table that holds something else."""
     table = read(used) if copies - {used} else np.zeros(0)
     for copy in sorted(copies - {used}):
         if not np.array_equal(table, read(copy)):
             cure = "ragjax has no such model with a table of its own there"
-            if copy == HEAD and hasattr(model.config, "tied"):
+            if copy == HEAD and hasattr(model.config, "tie_word_embeddings"):
                 cure = "give tie_word_embeddings: false there if the head is the model's own, else leave the tensor out"
             raise InputError(f"{checkpoint}: {copy} differs from {used}, but by config.json they are one table; {cure}")
 
 
-def generator_shape(path: Path, dropout: float = 0.0, dtype: str = "float32") -> Pretrained:
+def generator_shape(path: Path, dropout: float = 0.0, dtype: str = "float32") -> PretrainedModel:
     """A generator of which only the config.json at `path` is there, as `bert_shape`."""
     return _generator_shape(read_json(path), path, dropout, dtype)
 
 
-def _generator_shape(hf: dict[str, Any], path: Path, dropout: float, dtype: str, own_head: bool = False) -> Pretrained:
+def _generator_shape(
+    hf: dict[str, Any], path: Path, dropout: float, dtype: str, own_head: bool = False
+) -> PretrainedModel:
     shape, module = GENERATORS.get(str(hf.get("model_type")), GENERATORS["llama"])
     tied = {"tie_word_embeddings": False} if own_head else {}
     with naming(path):
@@ -134,20 +138,20 @@ def _generator_shape(hf: dict[str, Any], path: Path, dropout: float, dtype: str,
     return _unread(config, lambda: module(config, nnx.Rngs(0)), hf)
 
 
-def _unread(config: Any, make: Callable[[], nnx.Module], hf: dict[str, Any]) -> Pretrained:
+def _unread(config: Any, make: Callable[[], nnx.Module], hf: dict[str, Any]) -> PretrainedModel:
     def read() -> Params:
         raise InputError("of this model only its config.json was read")
 
     graph, abstract = split_parameters(nnx.eval_shape(make))
-    return Pretrained(config, graph, abstract, (), hf, read)
+    return PretrainedModel(config, graph, abstract, (), hf, read)
 
 
 def _with_weights(
-    shape: Pretrained, checkpoint: Path, table: Mapping[str, str], names: set[str], read: Read
-) -> Pretrained:
-    _check_fit(shape.abstract, table, names, read, checkpoint)
+    shape: PretrainedModel, checkpoint: Path, table: Mapping[str, str], names: set[str], read: Read
+) -> PretrainedModel:
+    _check_fit(shape.abstract_params, table, names, read, checkpoint)
     files = tuple(weight_files(checkpoint))
-    return replace(shape, files=files, read=lambda: _fill(shape.abstract, table, names, read))
+    return replace(shape, files=files, load_params=lambda: _fill(shape.abstract_params, table, names, read))
 
 
 def save_bert(folder: Path, config: Mapping[str, Any], params: Params) -> None:

@@ -21,7 +21,7 @@ from ragjax.terminal import Screen, terminal, visible
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _InputQuestion:
     """A question from the command line: where it stands, and its text, or why it has none."""
 
     where: dict[str, int]  # the line of standard input, or the argument, from 1
@@ -67,15 +67,15 @@ def answer_from_command_line(
     return code
 
 
-def _questions(given: Sequence[str]) -> Iterator[_Asked]:
+def _questions(given: Sequence[str]) -> Iterator[_InputQuestion]:
     for number, question in enumerate(given, 1):
         if question == "-":
             yield from input_lines()
         else:
-            yield _Asked({"argument": number}, question, text_problem(question))
+            yield _InputQuestion({"argument": number}, question, text_problem(question))
 
 
-def input_lines() -> Iterator[_Asked]:
+def input_lines() -> Iterator[_InputQuestion]:
     """The lines of standard input that are not empty, each as soon as it is there, decoded by itself."""
     if sys.stdin is None:
         raise InputError("standard input is closed; expected one question a line")
@@ -87,7 +87,7 @@ def input_lines() -> Iterator[_Asked]:
             except UnicodeDecodeError as error:
                 text, problem = "", f"not UTF-8 ({error.reason} at byte {error.start + 1})"
             if text or problem:
-                yield _Asked({"line": number}, text, problem)
+                yield _InputQuestion({"line": number}, text, problem)
     except OSError as error:
         raise InputError(f"standard input, line {number + 1}: cannot be read ({error.strerror or error})") from None
 
@@ -96,11 +96,15 @@ def print_answer(answer: Answer, console: Screen) -> None:
     """Documents with their priors and proposals, then candidates with both marginals, then the answer."""
     console.print(f"\n[bold]{_plain(answer.question)}[/bold]\n")
     if answer.documents:
-        alone = any(p > 0 for c in answer.candidates for p in c.proposed)  # with RAG-Token no document proposes alone
+        alone = any(
+            p > 0 for c in answer.candidates for p in c.beam_probability
+        )  # with RAG-Token no document proposes alone
         heads = ["", "p(z|x)", "document", *(["proposes  p(y|x,z)"] if alone else [])]
         documents = Table(*heads, box=box.SIMPLE_HEAD, title_justify="left")
         for z, document in enumerate(answer.documents):
-            own = sorted(((c.proposed[z], c.text) for c in answer.candidates if c.proposed[z] > 0), reverse=True)
+            own = sorted(
+                ((c.beam_probability[z], c.text) for c in answer.candidates if c.beam_probability[z] > 0), reverse=True
+            )
             proposals = "\n".join(f"{_plain(text) or '(empty)'}  {p:.3f}" for p, text in own)
             shown = (
                 f"[bold]{_plain(document.title)}[/bold] {_plain(document.id)}\n{_plain(_shorten(document.text, 320))}"
@@ -113,13 +117,13 @@ def print_answer(answer: Answer, console: Screen) -> None:
     for c in answer.candidates[:8]:
         name = (_plain(c.text) or "(empty)") + ("" if c.finished else " … (unfinished)")
         told = " ".join(f"{share:.2f}" for share in c.posterior or [])
-        if c.between is not None:
-            told = "{:.4f} … {:.4f}".format(*c.between)
+        if c.probability_bounds is not None:
+            told = "{:.4f} … {:.4f}".format(*c.probability_bounds)
         candidates.add_row(name, *(f"{getattr(c, mode):.4f}" for mode in modes), told)
     console.print(candidates)
     if len(answer.candidates) > 8:
         console.print(f"  and {len(answer.candidates) - 8} less probable candidates")
-    least = "=" if answer.candidates[0].between is None else "≥"
+    least = "=" if answer.candidates[0].probability_bounds is None else "≥"
     console.print(
         f"answer ({answer.mode}): [bold]{_plain(answer.text)}[/bold]   p(y|x) {least} {answer.probability:.3f}"
     )

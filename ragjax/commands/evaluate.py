@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from rich import box
 from rich.table import Table
 
-from ragjax.answerer import Answerer, fill_up
+from ragjax.answerer import Answerer, repeat_to_size
 from ragjax.checkpoints.hub import fingerprint_files
 from ragjax.config import Config, answer_modes, most_documents
 from ragjax.data.answer_matching import has_answer
@@ -26,13 +26,13 @@ from ragjax.decoding.candidates import Candidates
 from ragjax.files import atomic_write, check_writable, write_jsonl
 from ragjax.metrics import bootstrap_interval, exact_match, expected_calibration_error, f1
 from ragjax.parallel.mesh import local_mesh
-from ragjax.parallel.processes import from_all, is_first, on_first, wait_for_all
-from ragjax.rag import Rag, answer_tokens, fitting
+from ragjax.parallel.processes import allgather_text, is_process_zero, run_on_process_zero, wait_for_all
+from ragjax.rag import RagPipeline, drop_unfit_questions, tokenize_answer
 from ragjax.retrieval.index import check_k
-from ragjax.retrieval.retrieve import Retrieved, log_mass, retrieve
+from ragjax.retrieval.retrieve import RetrievalResult, log_prior_mass, retrieve
 from ragjax.runs.checkpointer import fingerprint
 from ragjax.runs.journal import Journal, read_journal
-from ragjax.runs.restore import open_split, open_world, pretrained, restore_trained, trained_index
+from ragjax.runs.restore import load_artifacts, open_split, pretrained_params, restore_params, trained_index
 from ragjax.runs.run_dir import PACKAGES, check_processes_agree, make_folder
 from ragjax.terminal import Screen, progress_bar, terminal
 
@@ -56,14 +56,14 @@ def evaluate(config: Config) -> dict[str, Any]:
     """
     check_processes_agree(config)
     split, folder = open_split(config, config.evaluate.split), Path(config.output)
-    on_first(lambda: check_writable(folder))
-    rag, index, store = open_world(config)
+    run_on_process_zero(lambda: check_writable(folder))
+    rag, index, store = load_artifacts(config)
     check_k(most_documents(config), len(index))
-    split = fitting(rag, split, documents=True, closed_book=config.evaluate.closed_book)
+    split = drop_unfit_questions(rag, split, documents=True, closed_book=config.evaluate.closed_book)
     # more devices than questions in a batch would only repeat some
     mesh = local_mesh(config.mesh.model, data=config.evaluate.batch_size)
-    trained = restore_trained(rag, mesh)
-    on_first(lambda: make_folder(folder))
+    trained = restore_params(rag, mesh)
+    run_on_process_zero(lambda: make_folder(folder))
     for line in split.told(folder / METRICS):
         terminal.print(line, soft_wrap=True)
     report: dict[str, Any] = {
@@ -81,7 +81,7 @@ def evaluate(config: Config) -> dict[str, Any]:
     limit, before = config.evaluate.limit, config.evaluate.untrained_limit
     with Kept(folder, _evaluation(rag, report["fingerprints"], trained[1] if trained else None, mesh)) as kept:
         if before != 0 or trained is None:
-            answerer = Answerer(rag, pretrained(rag, mesh), index, store, None, mesh)
+            answerer = Answerer(rag, pretrained_params(rag, mesh), index, store, None, mesh)
             report["models"]["untrained"], made = _measure(answerer, split, before or limit, "untrained", kept)
             predictions += made
         if trained is not None:
@@ -96,11 +96,11 @@ def evaluate(config: Config) -> dict[str, Any]:
             write_jsonl(folder / PREDICTIONS, ({"version": VERSION} | line for line in predictions))
             kept.delete()
 
-        on_first(write)
+        run_on_process_zero(write)
     return report
 
 
-def _evaluation(rag: Rag, fingerprints: dict[str, str], step: int | None, mesh: Mesh) -> dict[str, Any]:
+def _evaluation(rag: RagPipeline, fingerprints: dict[str, str], step: int | None, mesh: Mesh) -> dict[str, Any]:
     """All that the numbers of an evaluation depend on, and so that nothing of another one is taken for its own."""
     config = dataclasses.replace(rag.config, output="")
     of_models = {name: fingerprint_files(getattr(rag, name).files) for name in ("retriever", "generator")}
@@ -132,10 +132,12 @@ class Kept:
     def __enter__(self) -> Kept:
         self._journal.__enter__()
         wait_for_all("evaluation")  # now nobody cuts off another one's last line
-        for path in sorted(self.folder.glob("predictions.*.partial")) if is_first() else []:
+        for path in sorted(self.folder.glob("predictions.*.partial")) if is_process_zero() else []:
             for record in read_journal(path, self.evaluation):
                 self._before.setdefault(record["what"], {})[record["start"]] = record["made"]
-        self._done = json.loads(from_all(json.dumps({what: list(made) for what, made in self._before.items()}))[0])
+        self._done = json.loads(
+            allgather_text(json.dumps({what: list(made) for what, made in self._before.items()}))[0]
+        )
         if count := sum(map(len, self._done.values())):
             terminal.print(f"going on with an evaluation that was stopped: {count} batches were done", soft_wrap=True)
         return self
@@ -168,11 +170,11 @@ class Kept:
         made = dict(self._before.get(what, {}))
         with progress_bar(name, sum(map(len, batches.values())), "questions") as advance:
             for start, batch in batches.items():
-                made[start] = of_batch(fill_up(batch, size))[: len(batch)]
+                made[start] = of_batch(repeat_to_size(batch, size))[: len(batch)]
                 self._journal.add({"what": what, "start": start, "made": made[start]})
                 advance(len(batch))
         of_all = {
-            start: items for text in from_all(json.dumps(list(made.items()))) for start, items in json.loads(text)
+            start: items for text in allgather_text(json.dumps(list(made.items()))) for start, items in json.loads(text)
         }
         return [item for start in sorted(of_all) for item in of_all[start]]
 
@@ -203,7 +205,7 @@ def _measure_retrieval(answerer: Answerer, split: Split, name: str, kept: Kept) 
         hits = [has_answer(answerer.store, q, ids).tolist() for q, ids in zip(batch, found.ids, strict=True)]
         if not index.on_devices:
             return [(of_question, None) for of_question in hits]
-        return list(zip(hits, np.exp(log_mass(rag, index, found, k, answerer.mesh)).tolist(), strict=True))
+        return list(zip(hits, np.exp(log_prior_mass(rag, index, found, k, answerer.mesh)).tolist(), strict=True))
 
     told = kept.measure(f"retrieve ({name})", answerer, split.questions, RETRIEVAL_BATCH, of_batch)
     found = {f"recall@{at}": sum(any(hits[:at]) for hits, _ in told) for at in sorted({1, 5, k})}
@@ -230,25 +232,25 @@ def _predict(answerer: Answerer, batch: list[Question]) -> list[dict[str, Any]]:
     ]
 
 
-def _gold(rag: Rag, question: Question) -> str | None:
+def _gold(rag: RagPipeline, question: Question) -> str | None:
     """The first answer whose probability can be measured: no longer than a prompt, and there are positions for it."""
     g = rag.config.generator
-    room = rag.generator.config.longest - (0 if rag.generator.config.encoder_decoder else g.source_tokens)
+    room = rag.generator.config.max_positions - (0 if rag.generator.config.encoder_decoder else g.source_tokens)
     longest = min(room, max(g.source_tokens, g.answer_tokens))
-    return next((answer for answer in question.answers if len(answer_tokens(rag, answer)) <= longest), None)
+    return next((answer for answer in question.answers if len(tokenize_answer(rag, answer)) <= longest), None)
 
 
 def _prediction(
     answerer: Answerer,
     question: Question,
     b: int,
-    retrieved: Retrieved,
+    retrieved: RetrievalResult,
     found: Candidates,
     closed: Candidates | None,
     gold_nll: float | None,
 ) -> dict[str, Any]:
     """One line of predictions.jsonl; probabilities are those of the thorough answer."""
-    assert found.thorough is not None and found.scored is not None and found.posterior is not None
+    assert found.thorough_logp is not None and found.doc_logp is not None and found.posterior is not None
     modes = [mode for mode in answer_modes(answerer.rag.config) if mode in ("thorough", "fast")]
     best = {mode: found.best(mode)[0] for mode in modes}
     answers, thorough = {mode: answerer.text(found.tokens[c]) for mode, c in best.items()}, best["thorough"]
@@ -259,7 +261,7 @@ def _prediction(
             "id": document.id,
             "title": document.title,
             "prior": document.prior,
-            "p_answer": float(np.exp(found.scored[z, thorough])),
+            "p_answer": float(np.exp(found.doc_logp[z, thorough])),
             "posterior": float(found.posterior[z, thorough]),
         }
         for z, document in enumerate(answerer.documents(retrieved, b))
@@ -276,7 +278,7 @@ def _prediction(
         "answer": answers["thorough"],
         "answers": answers,
         "scores": scores,
-        "p_answer": float(np.exp(found.thorough[thorough])),
+        "p_answer": float(np.exp(found.thorough_logp[thorough])),
         "finished": bool(found.finished[thorough]),
         "gold_nll": gold_nll,
         "candidates": len(found.tokens),

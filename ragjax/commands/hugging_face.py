@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from ragjax.checkpoints.hub import checkpoint_folder, fetch
-from ragjax.checkpoints.pretrained import Pretrained, bert_tensors, generator_tensors
+from ragjax.checkpoints.pretrained import PretrainedModel, bert_tensors, generator_tensors
 from ragjax.checkpoints.safetensors import open_safetensors, write_safetensors
 from ragjax.checksums import write_checksums
 from ragjax.config import Config
@@ -28,9 +28,9 @@ from ragjax.errors import InputError
 from ragjax.files import partial_folder, read_json, shown
 from ragjax.models.fields import Fields, naming
 from ragjax.models.layers import Params
-from ragjax.rag import Rag, generation_config, open_rag
-from ragjax.runs.restore import restore_trained
-from ragjax.runs.run_dir import load_experiment
+from ragjax.rag import RagPipeline, generation_config, load_pipeline
+from ragjax.runs.restore import restore_params
+from ragjax.runs.run_dir import load_run_config
 from ragjax.terminal import terminal
 
 PARTS = {"question_encoder": "question_encoder_tokenizer", "generator": "generator_tokenizer"}
@@ -110,37 +110,37 @@ def export_rag(run: Path, out: Path) -> Path:
     generator; passages' own encoder, where it was trained, is in passage_encoder/. checksums.json is for
     `ragjax verify`. Raises `InputError`.
     """
-    config = load_experiment(run)
-    rag = open_rag(config)
-    trained = restore_trained(rag)
+    config = load_run_config(run)
+    rag = load_pipeline(config)
+    trained = restore_params(rag)
     params = jax.device_get(trained[0] if trained else rag.initial_params())
     whole = rag.generator.config.encoder_decoder and config.train.objective == "marginal"
     if whole:
         _check_expressible(rag)
     parts = {
         "question_encoder": _Part(
-            rag.retriever.hf, _tensors(rag.retriever, params["retriever"]), rag.retriever_tokenizer
+            rag.retriever.hf_config, _tensors(rag.retriever, params["retriever"]), rag.retriever_tokenizer
         )
     }
     if config.train.objective == "marginal":
-        tensors = generator_tensors(rag.generator.hf, params["generator"])
-        parts["generator"] = _Part(rag.generator.hf, tensors, rag.generator_tokenizer, _generation(rag))
+        tensors = generator_tensors(rag.generator.hf_config, params["generator"])
+        parts["generator"] = _Part(rag.generator.hf_config, tensors, rag.generator_tokenizer, _generation(rag))
     if config.train.passage_encoder == "own":
         tensors = _tensors(rag.passage_encoder, params["passage_encoder"])
-        parts["passage_encoder"] = _Part(rag.passage_encoder.hf, tensors, rag.passage_tokenizer)
+        parts["passage_encoder"] = _Part(rag.passage_encoder.hf_config, tensors, rag.passage_tokenizer)
     with _writing(out) as partial:
         joined = PARTS if whole else {}
         if whole:
             named = {f"rag.{part}.{name}": value for part in joined for name, value in parts[part].tensors.items()}
             write_safetensors(partial / "model.safetensors", named)
-            _write_json(partial / "config.json", _rag_config(rag, {part: parts[part].hf for part in joined}))
+            _write_json(partial / "config.json", _rag_config(rag, {part: parts[part].hf_config for part in joined}))
         for name, part in parts.items():
             place = partial / joined.get(name, name)
             place.mkdir()
             part.tokenizer.save(place)
             if name not in joined:
                 write_safetensors(place / "model.safetensors", part.tensors)
-                _write_json(place / "config.json", part.hf)
+                _write_json(place / "config.json", part.hf_config)
                 if part.generation:
                     _write_json(place / GENERATION, part.generation)
         write_checksums(partial)
@@ -149,28 +149,28 @@ def export_rag(run: Path, out: Path) -> Path:
 
 @dataclass(frozen=True)
 class _Part:
-    hf: Mapping[str, Any]  # its config.json
+    hf_config: Mapping[str, Any]  # its config.json
     tensors: dict[str, np.ndarray]
     tokenizer: Tokenizer
     generation: Mapping[str, Any] | None = None  # its generation_config.json
 
 
-def _generation(rag: Rag) -> dict[str, Any]:
+def _generation(rag: RagPipeline) -> dict[str, Any]:
     """What the generator's own checkpoint says of generating, and its end tokens where there are several."""
     ends = {"eos_token_id": list(rag.special.ends)} if rag.special.other_ends else {}
     return generation_config(rag.generator)[1] | ends
 
 
-def _tensors(encoder: Pretrained, params: Params) -> dict[str, np.ndarray]:
+def _tensors(encoder: PretrainedModel, params: Params) -> dict[str, np.ndarray]:
     """Under the names that its own checkpoint has."""
-    context = "DPRContextEncoder" in (encoder.hf.get("architectures") or ())
+    context = "DPRContextEncoder" in (encoder.hf_config.get("architectures") or ())
     prefix = CONTEXT_PREFIX if context else DPR_PREFIX
-    return bert_tensors(params, prefix if encoder.hf.get("model_type") == "dpr" else "")
+    return bert_tensors(params, prefix if encoder.hf_config.get("model_type") == "dpr" else "")
 
 
-def _check_expressible(rag: Rag) -> None:
+def _check_expressible(rag: RagPipeline) -> None:
     """Raises `InputError` for a retriever that Hugging Face's RAG cannot have; tells of a prompt that it cannot."""
-    r, prompt, kind = rag.config.retriever, rag.config.generator.prompt, rag.retriever.hf.get("model_type")
+    r, prompt, kind = rag.config.retriever, rag.config.generator.prompt, rag.retriever.hf_config.get("model_type")
     if kind != "dpr":
         raise InputError(f"{r.source}: Hugging Face's RAG needs a DPR question encoder, not a {kind!r}")
     if (r.pooling, r.normalize, r.scale, r.prior) != ("cls", False, 1.0, "top_k"):
@@ -264,7 +264,7 @@ def _configuration(source: str, hf: Mapping[str, Any], given: Mapping[str, Any],
     )
 
 
-def _rag_config(rag: Rag, parts: Mapping[str, Any]) -> dict[str, Any]:
+def _rag_config(rag: RagPipeline, parts: Mapping[str, Any]) -> dict[str, Any]:
     """What the run's configuration says, and the rest as the RAG checkpoint had it that was imported, if it was."""
     kept, generator, config = rag.retriever.files[0].parent.parent / KEPT, parts["generator"], rag.config
     names = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
@@ -290,7 +290,7 @@ def _rag_config(rag: Rag, parts: Mapping[str, Any]) -> dict[str, Any]:
         "title_sep": title_sep,
         "doc_sep": doc_sep,
         "max_combined_length": config.generator.source_tokens,
-        "retrieval_vector_size": rag.retriever.config.embedding_width,
+        "retrieval_vector_size": rag.retriever.config.embedding_dim,
         "label_smoothing": config.train.label_smoothing,
         "question_encoder": parts["question_encoder"],
         "generator": generator,

@@ -23,34 +23,34 @@ from typing import Any
 import jax
 import numpy as np
 
-from ragjax.checkpoints.hub import Fetched, fetch, fingerprint_files, is_local
+from ragjax.checkpoints.hub import ResolvedSource, fetch, fingerprint_files, is_local
 from ragjax.checksums import told, write_sealed
 from ragjax.config import ON_DEVICES, Config, Corpus
-from ragjax.data.corpus import FORMATS, Scan, passage_place, read_passages, scan_passages
+from ragjax.data.corpus import FORMATS, CorpusStats, passage_place, read_passages, scan_passages
 from ragjax.data.factbook import build as factbook
 from ragjax.data.factbook import facts as factbook_facts
 from ragjax.data.passage_store import PassageStore
 from ragjax.data.prompt import passage_text
 from ragjax.errors import InputError
 from ragjax.files import cache_folder
-from ragjax.parallel.processes import is_first, on_first, wait_for_all
-from ragjax.rag import Rag, open_rag
+from ragjax.parallel.processes import is_process_zero, run_on_process_zero, wait_for_all
+from ragjax.rag import RagPipeline, load_pipeline
 from ragjax.resources import free_disk, host_memory, size_text
 from ragjax.retrieval.faiss_index import check_kind, faiss_bytes, smaller_kinds
 from ragjax.retrieval.index import MADE_OF
 from ragjax.retrieval.index_builder import (
-    Read,
-    agreed,
-    building,
-    complete,
-    existing,
-    is_whole,
-    made_of_what,
-    mend,
-    partial_of,
-    saved_scan,
-    swap,
-    write_shards,
+    ReadPassages,
+    agree_on_existing,
+    building_folder,
+    complete_index,
+    embed_shards,
+    find_existing_index,
+    index_recipe,
+    is_complete,
+    partial_index_folder,
+    read_saved_stats,
+    repair_index,
+    swap_folders,
 )
 from ragjax.runs.restore import enable_compilation_cache
 from ragjax.runs.run_dir import check_processes_agree
@@ -70,15 +70,15 @@ def build_index(config: Config) -> Path:
     check_processes_agree(config)
     _check_corpus(config.corpus)
     enable_compilation_cache(cache_folder() / "xla")
-    rag = open_rag(config)
-    check_kind(config.index.kind, rag.passage_encoder.config.embedding_width)
+    rag = load_pipeline(config)
+    check_kind(config.index.kind, rag.passage_encoder.config.embedding_dim)
     corpus = fetch(config.corpus.source)
     content = _content(config, corpus)
     folder = Path(config.index.folder)
-    new, made_of = partial_of(folder), made_of_what(rag, content)
-    there = agreed(lambda: existing(folder, new, rag, content, made_of))
+    new, made_of = partial_index_folder(folder), index_recipe(rag, content)
+    there = agree_on_existing(lambda: find_existing_index(folder, new, rag, content, made_of))
     if there is not None and not there.damage:
-        if saved_scan(new, made_of):  # by a build that was killed after its last step
+        if read_saved_stats(new, made_of):  # by a build that was killed after its last step
             shutil.rmtree(new, ignore_errors=True)
         terminal.print(f"{folder} holds this index already; delete it to build it anew", soft_wrap=True)
         return folder
@@ -86,30 +86,30 @@ def build_index(config: Config) -> Path:
         terminal.print(f"{folder}: is damaged ({told(there.damage)}); only this is built anew", soft_wrap=True)
         index = replace(rag.config.index, shard=there.shard)
         rag = replace(rag, config=replace(rag.config, index=index))
-        made_of = made_of_what(rag, content)
+        made_of = index_recipe(rag, content)
     with ExitStack() as stack:
-        on_first(lambda: stack.enter_context(building(new, made_of)))
+        run_on_process_zero(lambda: stack.enter_context(building_folder(new, made_of)))
         if not new.is_dir():
             raise InputError(f"{new}: process {jax.process_index()} does not see what process 0 has made there")
         read, questions = _read_corpus(config, corpus)
         place = partial(passage_place, corpus.path, config.corpus.format)
-        scan, whole = _scan(new, made_of, read, place), there is None and is_whole(new, rag)
+        scan, whole = _scan(new, made_of, read, place), there is None and is_complete(new, rag)
         if not whole:
             if there is None:
-                on_first(lambda: _check_room(rag, read, scan, new))
-            write_shards(rag, read, scan.count, new, there.good if there else [])
+                run_on_process_zero(lambda: _check_room(rag, read, scan, new))
+            embed_shards(rag, read, scan.count, new, there.good if there else [])
         wait_for_all("ragjax index: the shards are written")
 
         def finish() -> None:
             about = partial(_about, rag, corpus, content, scan)
             if there is not None:
-                mend(rag, about, questions, there, new, folder)
+                repair_index(rag, about, questions, there, new, folder)
                 return
             if not whole:
-                complete(rag, about, questions, new)
-            swap(new, folder)
+                complete_index(rag, about, questions, new)
+            swap_folders(new, folder)
 
-        on_first(finish)
+        run_on_process_zero(finish)
     return folder
 
 
@@ -119,7 +119,7 @@ def _check_corpus(corpus: Corpus) -> None:
         raise InputError(f"corpus.source: {corpus.source}: no such file; expected {FORMATS[corpus.format]}")
 
 
-def _content(config: Config, corpus: Fetched) -> str:
+def _content(config: Config, corpus: ResolvedSource) -> str:
     """What the passages are made from: the files' contents, and the code that turns the Factbook into passages."""
     files = [corpus.path] if corpus.path.is_file() else [p for p in corpus.path.rglob("*") if p.is_file()]
     content = fingerprint_files(files) if corpus.pin == "local" else corpus.pin
@@ -128,7 +128,7 @@ def _content(config: Config, corpus: Fetched) -> str:
     return f"{content} {fingerprint_files([Path(str(m.__file__)) for m in (factbook, factbook_facts)])}"
 
 
-def _read_corpus(config: Config, corpus: Fetched) -> tuple[Read, dict[str, list[dict]]]:
+def _read_corpus(config: Config, corpus: ResolvedSource) -> tuple[ReadPassages, dict[str, list[dict]]]:
     """How to stream the corpus, and the questions that the Factbook brings, by split."""
     c = config.corpus
     if c.format != "factbook":
@@ -145,27 +145,27 @@ def _read_corpus(config: Config, corpus: Fetched) -> tuple[Read, dict[str, list[
     return lambda: passages, questions
 
 
-def _scan(new: Path, made_of: dict[str, Any], read: Read, place: Callable[[int], str]) -> Scan:
+def _scan(new: Path, made_of: dict[str, Any], read: ReadPassages, place: Callable[[int], str]) -> CorpusStats:
     """Checks and counts the corpus, before anything is embedded; once for a build and all that go on with it."""
-    scan = saved_scan(new, made_of)
+    scan = read_saved_stats(new, made_of)
     if scan is None:
         with progress_bar("read", None, "passages") as advance:
             scan = scan_passages(read, advance, place=place)
-        if is_first():
+        if is_process_zero():
             write_sealed(new / MADE_OF, {"made_of": made_of, "scan": asdict(scan)})
     return scan
 
 
-def _check_room(rag: Rag, read: Read, scan: Scan, new: Path) -> None:
+def _check_room(rag: RagPipeline, read: ReadPassages, scan: CorpusStats, new: Path) -> None:
     """Tells what the index will take of disk and memory. Raises `InputError` where this machine cannot build it.
 
     All but the tokens is known exactly; how many these are, the first passages tell.
     """
     index = rag.config.index
-    check_kind(index.kind, rag.passage_encoder.config.embedding_width, scan.count)
+    check_kind(index.kind, rag.passage_encoder.config.embedding_dim, scan.count)
     some = [passage_text(rag.config.generator.passage, passage) for passage in islice(read(), SAMPLE)]
     tokens = sum(map(len, rag.generator_tokenizer.encode(some)))
-    width, offsets = rag.passage_encoder.config.embedding_width, 16 * (scan.count + -(-scan.count // index.shard))
+    width, offsets = rag.passage_encoder.config.embedding_dim, 16 * (scan.count + -(-scan.count // index.shard))
     disk = {
         "text": scan.size + offsets,
         "tokens": round(4 * tokens * scan.count / len(some)),
@@ -201,7 +201,7 @@ def _check_room(rag: Rag, read: Read, scan: Scan, new: Path) -> None:
             terminal.print(f"it can be built here, but not searched: that takes {has}", soft_wrap=True)
 
 
-def _about(rag: Rag, corpus: Fetched, content: str, scan: Scan, folder: Path) -> dict[str, Any]:
+def _about(rag: RagPipeline, corpus: ResolvedSource, content: str, scan: CorpusStats, folder: Path) -> dict[str, Any]:
     """What the manifest tells of the shards in `folder`."""
     return {
         "corpus": {"source": corpus.source, "pin": corpus.pin, "content": content, "fingerprint": scan.fingerprint},

@@ -23,14 +23,14 @@ from ragjax.data.questions import as_json
 from ragjax.errors import InputError
 from ragjax.files import atomic_write, check_writable
 from ragjax.parallel.mesh import local_mesh
-from ragjax.rag import fitting
+from ragjax.rag import drop_unfit_questions
 from ragjax.resources import size_text
-from ragjax.retrieval.device_index import block_log_normalizer, block_search
+from ragjax.retrieval.device_index import block_log_normalizer, blockwise_top_k
 from ragjax.retrieval.embeddings import EMBEDDINGS, Embeddings
 from ragjax.retrieval.faiss_index import FAISS_FILE
 from ragjax.retrieval.index import Index
 from ragjax.retrieval.retrieve import encode_questions
-from ragjax.runs.restore import open_split, open_world, pretrained, restore_trained, trained_index
+from ragjax.runs.restore import load_artifacts, open_split, pretrained_params, restore_params, trained_index
 from ragjax.runs.run_dir import make_folder
 from ragjax.terminal import Screen, progress_bar, terminal
 
@@ -52,12 +52,12 @@ def index_report(config: Config, count: int, plot: Path | None = None) -> dict[s
         _check_plot(plot)
     split = open_split(config, config.evaluate.split)
     check_writable(Path(config.output))
-    rag, index, store = open_world(config)
-    split = fitting(rag, split, documents=False, closed_book=False)
+    rag, index, store = load_artifacts(config)
+    split = drop_unfit_questions(rag, split, documents=False, closed_book=False)
     questions = split.questions
     mesh, folder = local_mesh(data=1), Path(config.output)
-    trained = restore_trained(rag, mesh)
-    params = pretrained(rag, mesh) if trained is None else trained[0]
+    trained = restore_params(rag, mesh)
+    params = pretrained_params(rag, mesh) if trained is None else trained[0]
     index = index if trained is None else trained_index(rag, index, trained[1])
     make_folder(folder)
     for line in split.told(folder / "index_report.json"):
@@ -121,7 +121,7 @@ def exact_by_shards(
     ids, normalizer, first = np.zeros((len(queries), 0), np.int32), np.full(len(queries), -np.inf), 0
     for shard in embeddings.checked_shards():
         of_shard = jnp.asarray(shard)
-        more, places = (np.asarray(found) for found in block_search(of_shard, asked, k))
+        more, places = (np.asarray(found) for found in blockwise_top_k(of_shard, asked, k))
         normalizer = np.logaddexp(normalizer, np.asarray(block_log_normalizer(of_shard, asked, scale), np.float64))
         scores, ids = (
             np.concatenate([scores, more], 1),

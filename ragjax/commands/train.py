@@ -21,37 +21,37 @@ from jax.sharding import Mesh
 
 from ragjax.checkpoints.hub import fingerprint_files
 from ragjax.config import Config, reads_corpus
-from ragjax.data.question_sampler import Batch, QuestionBatches
+from ragjax.data.question_sampler import QuestionSampler, SampledQuestions
 from ragjax.data.questions import Split
 from ragjax.errors import InputError
-from ragjax.files import alone
+from ragjax.files import exclusive_lock
 from ragjax.parallel.mesh import check_batch, make_mesh
-from ragjax.parallel.processes import first_says, on_first
-from ragjax.parallel.sharding import on_host, place
-from ragjax.planning.memory import check_fits
-from ragjax.rag import Rag
+from ragjax.parallel.processes import broadcast_from_process_zero, run_on_process_zero
+from ragjax.parallel.sharding import gather_to_host, put_global
+from ragjax.planning.memory import check_memory
+from ragjax.rag import RagPipeline
 from ragjax.retrieval.index import Index, check_k
-from ragjax.retrieval.refresh import Refresh, refreshed_at
-from ragjax.runs.checkpointer import Checkpoints, newest_step
+from ragjax.retrieval.refresh import IndexRefresher, refreshed_at
+from ragjax.runs.checkpointer import Checkpointer, newest_step
 from ragjax.runs.metrics_log import check_finite_metrics, log_steps
-from ragjax.runs.restore import check_start, open_split, open_world, start_params
+from ragjax.runs.restore import check_start, load_artifacts, open_split, start_params
 from ragjax.runs.run_dir import (
     LEFT_OUT,
     check_processes_agree,
-    check_same_experiment,
+    check_same_run,
     read_manifest,
     record_changes,
     record_start,
-    start_experiment,
+    start_run,
 )
 from ragjax.signals import Signals, listening
 from ragjax.terminal import progress_bar, terminal
 from ragjax.training.contrastive import label_positions
-from ragjax.training.data_loader import Answerable, Reader, Supply, trainable
+from ragjax.training.data_loader import BatchBuilder, TrainLoader, TrainQuestions, trainable_questions
 from ragjax.training.fused_retrieval import corpus_with_tokens
 from ragjax.training.loss import passage_params
-from ragjax.training.optimizer import split_frozen
-from ragjax.training.state import TrainState, abstract_state, initial_state, whole_on_every_device
+from ragjax.training.optimizer import partition_params
+from ragjax.training.state import TrainState, abstract_state, init_train_state, unsplit_modules
 from ragjax.training.step import make_gradient_error, make_nll, make_train_step
 
 
@@ -79,42 +79,44 @@ def train(config: Config) -> Path:
 
 def _train(config: Config, signals: Signals) -> Path:
     check_processes_agree(config)
-    check_same_experiment(config)
+    check_same_run(config)
     if config.train.tensorboard and find_spec("tensorboardX") is None:
         raise InputError("train.tensorboard needs an extra: pip install 'ragjax[tensorboard]'")
     split, dev = open_split(config, "train"), open_split(config, "dev") if config.train.dev_questions else None
-    rag, index, store = open_world(config)
+    rag, index, store = load_artifacts(config)
     check_k(config.train.k, len(index))
     if newest_step(Path(config.output) / "checkpoints") == 0:
         check_start(rag)
-    asked, split = trainable(rag, split)
-    asked_dev, dev = trainable(rag, dev.first(config.train.dev_questions)) if dev else (None, None)
+    asked, split = trainable_questions(rag, split)
+    asked_dev, dev = trainable_questions(rag, dev.first(config.train.dev_questions)) if dev else (None, None)
     answers = [len(of_question) for of_question in asked.usable.answers]
-    batches = QuestionBatches(answers, config.train.batch_size, config.seed, asked.fingerprint)
+    batches = QuestionSampler(answers, config.train.batch_size, config.seed, asked.fingerprint)
     mesh = make_mesh(config.mesh.model)
     check_batch(mesh, config.train.batch_size // config.train.accumulate)
-    split_frozen(rag.abstract_params(), config.train.freeze)
+    partition_params(rag.abstract_params(), config.train.freeze)
     if config.train.probe_every is not None:
         make_gradient_error(rag)  # refuses a frozen generator now, and not later
-    check_fits(rag, mesh, len(index))
+    check_memory(rag, mesh, len(index))
     every = [*split.questions, *(dev.questions if dev else [])]
     positions = label_positions(store, every) if config.train.objective == "contrastive" else {}
-    reader = Reader(rag, index, store, mesh, positions)
+    reader = BatchBuilder(rag, index, store, mesh, positions)
     refresh = None
     if config.train.passage_encoder != "frozen":
-        refresh = Refresh(rag, index, store, Path(config.output), mesh)
+        refresh = IndexRefresher(rag, index, store, Path(config.output), mesh)
     probe = [question.question for question in split.questions[: config.refresh.probe_questions]]
-    folder = start_experiment(rag, index, [*split.left_out, *(dev.left_out if dev else [])])
+    folder = start_run(rag, index, [*split.left_out, *(dev.left_out if dev else [])])
     for line in [told for of in (split, dev) if of for told in of.told(folder / LEFT_OUT)]:
         terminal.print(line, soft_wrap=True)
     read_from = fingerprint_files([split.path])
 
     with ExitStack() as stack:
-        on_first(lambda: stack.enter_context(alone(folder, "trains here; wait for it, or choose another output")))
+        run_on_process_zero(
+            lambda: stack.enter_context(exclusive_lock(folder, "trains here; wait for it, or choose another output"))
+        )
         keep, best = config.train.keep, config.train.keep_best
-        checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", keep, best=best, writing=True))
+        checkpoints = stack.enter_context(Checkpointer(folder / "checkpoints", keep, best=best, writing=True))
         state, saved = _start(rag, checkpoints, index, mesh)
-        supply = stack.enter_context(Supply(reader, batches, asked, saved))
+        supply = stack.enter_context(TrainLoader(reader, batches, asked, saved))
         done = int(state.step)
         record_changes(folder, done, _changes(rag, folder, done, saved, supply, read_from, split))
         if refresh is not None:
@@ -148,7 +150,7 @@ def _train(config: Config, signals: Signals) -> Path:
                 state, measured = step_fn(state, batch, corpus)
                 if not last:
                     supply.read_ahead()
-                measured = on_host(measured | missed)
+                measured = gather_to_host(measured | missed)
                 if config.train.fused:
                     shown, tokens = reader.shown(pairs, measured.pop("ids")), int(measured.pop("tokens"))
                 metrics = {name: float(value) for name, value in measured.items()} | shown
@@ -161,7 +163,7 @@ def _train(config: Config, signals: Signals) -> Path:
                 log(step + 1, metrics | rates)
                 advance(1, f"loss {metrics['loss']:.3f}  recall@{config.train.k} {metrics['recall']:.2f}")
                 stop, minutes = _stop_after(step + 1, signals), config.train.save_minutes
-                due = minutes is not None and first_says(time.monotonic() - last_save >= 60 * minutes)
+                due = minutes is not None and broadcast_from_process_zero(time.monotonic() - last_save >= 60 * minutes)
                 if last or stop or due or (step + 1) % config.train.save_every == 0:
                     dev_loss = None
                     if asked_dev and not stop:  # what is taken away has no time for this
@@ -178,7 +180,7 @@ def _train(config: Config, signals: Signals) -> Path:
                     checkpoints.wait()
                     message = f"stopped and saved at step {step + 1}; run the same command again to go on"
                     raise Interrupted(message, 128 + stop)
-        if refresh is not None and not refresh.is_there(config.train.steps):
+        if refresh is not None and not refresh.is_complete(config.train.steps):
             checkpoints.wait()  # what comes now may take long, and goes on where it was stopped
             signals.instead = None
             before = refresh.index
@@ -188,7 +190,7 @@ def _train(config: Config, signals: Signals) -> Path:
 
 
 def _refresh(
-    refresh: Refresh, reader: Reader, state: TrainState, step: int, probe: Sequence[str]
+    refresh: IndexRefresher, reader: BatchBuilder, state: TrainState, step: int, probe: Sequence[str]
 ) -> tuple[TrainState, dict[str, float]]:
     """What is to be done about the index after a step, and what is worth logging of it.
 
@@ -199,13 +201,13 @@ def _refresh(
     settings, k, before = rag.config.refresh, rag.config.train.k, refresh.index
     if settings.probe_every is not None and step % settings.probe_every == 0:
         kept = told["index_kept"] = refresh.overlap(state.params, passage_params(rag, state.params), probe, k)
-    if refresh.begins(step, kept):
-        refresh.begin(step)
+    if refresh.should_start(step, kept):
+        refresh.start(step)
         state = replace(state, indexed=jax.tree.map(jnp.copy, passage_params(rag, state.params)))
     if step == rag.config.train.steps:
-        refresh.begin(step)
+        refresh.start(step)
     else:
-        refresh.go_on(step, state.indexed)
+        refresh.advance(step, state.indexed)
     if refresh.index is not before:
         told["index_overlap"] = refresh.compare(before, state.params, probe, k)
         before.release()
@@ -213,22 +215,22 @@ def _refresh(
     return state, told | {"index_age": float(step - (refresh.state.searched or 0))}
 
 
-def _start(rag: Rag, checkpoints: Checkpoints, index: Index, mesh: Mesh) -> tuple[TrainState, dict[str, Any]]:
+def _start(rag: RagPipeline, checkpoints: Checkpointer, index: Index, mesh: Mesh) -> tuple[TrainState, dict[str, Any]]:
     """The newest saved state with its metadata, or step 0 without any."""
-    if whole := whole_on_every_device(rag, mesh):
+    if whole := unsplit_modules(rag, mesh):
         terminal.print(f"not split over mesh.model={mesh.shape['model']}: {', '.join(whole)}", soft_wrap=True)
     like = abstract_state(rag, mesh)
-    newest = checkpoints.newest(lambda step: (checkpoints.metadata(step), checkpoints.restore(step, like)))
+    newest = checkpoints.restore_latest(lambda step: (checkpoints.metadata(step), checkpoints.restore(step, like)))
     if newest is None:
         if rag.config.train.start_from is None:
-            params = place(rag.initial_params(), jax.tree.map(lambda leaf: leaf.sharding, like.params))
+            params = put_global(rag.initial_params(), jax.tree.map(lambda leaf: leaf.sharding, like.params))
         else:
             params, start = start_params(rag, like.params)
             record_start(Path(rag.config.output), start)
             terminal.print(f"beginning with the parameters of {start['run']}, step {start['step']}", soft_wrap=True)
         # moments are born where they will lie: no device ever holds the whole state
         shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
-        return jax.jit(lambda params: initial_state(rag, params), out_shardings=shardings)(params), {}
+        return jax.jit(lambda params: init_train_state(rag, params), out_shardings=shardings)(params), {}
     step, (metadata, state) = newest
     if metadata.get("index", index.version) != index.version:
         raise InputError(
@@ -240,7 +242,7 @@ def _start(rag: Rag, checkpoints: Checkpoints, index: Index, mesh: Mesh) -> tupl
 
 
 def _changes(
-    rag: Rag, folder: Path, done: int, saved: dict[str, Any], supply: Supply, read_from: str, split: Split
+    rag: RagPipeline, folder: Path, done: int, saved: dict[str, Any], supply: TrainLoader, read_from: str, split: Split
 ) -> dict[str, Any]:
     """What is other than before step `done`: the number of steps, the questions. Tells of it, too."""
     steps, changes = rag.config.train.steps, {}
@@ -261,7 +263,7 @@ def _changes(
 
 
 def _dev_loss(
-    reader: Reader, nll_fn: Callable[..., Any], state: TrainState, asked: Answerable, corpus: Any
+    reader: BatchBuilder, nll_fn: Callable[..., Any], state: TrainState, asked: TrainQuestions, corpus: Any
 ) -> float | None:
     """The mean of −log p(y|x), in nats, of the first usable answer to each question.
 
@@ -273,9 +275,9 @@ def _dev_loss(
     losses = []
     for start in range(0, count, size):
         part = np.arange(start, start + size) % count  # filled up with questions that are not counted
-        pairs = asked.pairs(Batch(part, np.zeros(size, np.int64)))
+        pairs = asked.pairs(SampledQuestions(part, np.zeros(size, np.int64)))
         batch, _, _ = reader.read(pairs, reader.search(state.params, pairs))
-        losses.append(on_host(nll_fn(state.params, batch, corpus))[: count - start])
+        losses.append(gather_to_host(nll_fn(state.params, batch, corpus))[: count - start])
     every = np.concatenate(losses)
     known = every[~np.isnan(every)]
     return float(known.mean()) if known.size else None

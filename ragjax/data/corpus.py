@@ -43,7 +43,7 @@ class Passage:
 
 
 @dataclass(frozen=True)
-class Scan:
+class CorpusStats:
     """What reading a corpus once tells: N, "sha256:…" over the ids, titles and texts, and their bytes as JSON."""
 
     count: int
@@ -89,7 +89,7 @@ def scan_passages(
     progress: Callable[[int], object] = lambda count: None,
     key: Callable[[str], int] = hash,
     place: Callable[[int], str] = "passage {}".format,
-) -> Scan:
+) -> CorpusStats:
     """Reads a whole corpus, keeping 8 bytes of each passage, the `key` of its id; `read` gives a new stream each time.
 
     `progress` is told how many passages were read; `place` says where the passage at a position, from 1, stands. Raises
@@ -110,7 +110,7 @@ def scan_passages(
     ordered.sort()
     if twice := set(ordered[1:][ordered[1:] == ordered[:-1]].tolist()):
         _check_ids(read(), twice, key, place)
-    return Scan(len(hashes), f"sha256:{digest.hexdigest()}", size)
+    return CorpusStats(len(hashes), f"sha256:{digest.hexdigest()}", size)
 
 
 def _check_ids(

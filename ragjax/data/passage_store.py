@@ -16,7 +16,7 @@ from ragjax.checksums import CheckedFiles
 from ragjax.data.corpus import PASSAGE_FIELDS, RUN, Passage, passage_record
 from ragjax.errors import InputError
 from ragjax.files import atomic_write, parse_json
-from ragjax.resources import may_map
+from ragjax.resources import raise_open_file_limit
 
 SHARDS = "shards"
 STORE_FILES = ("text.bin", "text_offsets.npy", "tokens.bin", "token_offsets.npy")
@@ -156,7 +156,7 @@ class PassageStore:
         compared with its checksums when it is first read. No token may reach `vocabulary`.
         """
         folders = shard_folders(folder)
-        may_map(len(STORE_FILES) * len(folders))
+        raise_open_file_limit(len(STORE_FILES) * len(folders))
         return cls([StoreShard.open(shard, vocabulary) for shard in folders])
 
     def __len__(self) -> int:

@@ -14,7 +14,7 @@ from ragjax.errors import InputError
 
 
 @dataclass(frozen=True)
-class Batch:
+class SampledQuestions:
     """Which questions to train on, and which accepted answer of each."""
 
     questions: Int[np.ndarray, " B"]
@@ -51,7 +51,7 @@ def usable_answers(
     return UsableAnswers(kept, [fitting[i] for i in kept], len(questions) - len(kept), len(dropped), example)
 
 
-class QuestionBatches(Iterator[Batch]):
+class QuestionSampler(Iterator[SampledQuestions]):
     """An endless stream of batches: one permutation of all questions after another.
 
     What is at a position of the stream depends on the seed and on that position only, hence neither on the batches
@@ -79,8 +79,8 @@ class QuestionBatches(Iterator[Batch]):
             .batch(batch_size)
         )
 
-    def __next__(self) -> Batch:
-        return Batch(*next(self._stream))
+    def __next__(self) -> SampledQuestions:
+        return SampledQuestions(*next(self._stream))
 
     def state(self) -> dict[str, Any]:
         """The position, as JSON: what `restore` needs to go on with the next batch."""

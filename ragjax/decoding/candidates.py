@@ -11,9 +11,9 @@ from jaxtyping import Bool, Float, Int
 from ragjax.decoding.beam_search import Beams
 from ragjax.decoding.prefix_cache import Tokens
 from ragjax.models.generator import SpecialTokens
-from ragjax.padding import few_sizes
+from ragjax.padding import bucket_size
 
-Answer = tuple[Tokens, bool]  # its tokens without the end token, and whether it was finished
+TokenAnswer = tuple[Tokens, bool]  # its tokens without the end token, and whether it was finished
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,10 @@ class Candidates:
 
     tokens: list[tuple[int, ...]]  # without the end token
     finished: Bool[np.ndarray, " C"]
-    proposed: Float[np.ndarray, "K C"]  # log p(y|x,z) by the beam search; −inf where z did not propose y
-    fast: Float[np.ndarray, " C"] | None = None  # log p(y|x), other documents contributing 0
-    scored: Float[np.ndarray, "K C"] | None = None  # log p(y|x,z) under every document
-    thorough: Float[np.ndarray, " C"] | None = None
+    beam_logp: Float[np.ndarray, "K C"]  # log p(y|x,z) by the beam search; −inf where z did not propose y
+    fast_logp: Float[np.ndarray, " C"] | None = None  # log p(y|x), other documents contributing 0
+    doc_logp: Float[np.ndarray, "K C"] | None = None  # log p(y|x,z) under every document
+    thorough_logp: Float[np.ndarray, " C"] | None = None
     posterior: Float[np.ndarray, "K C"] | None = None  # p(z|x,y), from `scored`
     ranked: bool = False  # the candidates stand in the order of choice
     bounds: Float[np.ndarray, "2 C"] | None = None  # certified: log p(y|x), thorough, is at least and at most this
@@ -38,7 +38,7 @@ class Candidates:
     def marginal(self, mode: str) -> Float[np.ndarray, " C"]:
         """log p(y|x) of every candidate, `thorough` or `fast`, or what `certified` has proved it to be at least."""
         certified = None if self.bounds is None else self.bounds[0]
-        marginal = {"thorough": self.thorough, "fast": self.fast, "certified": certified}[mode]
+        marginal = {"thorough": self.thorough_logp, "fast": self.fast_logp, "certified": certified}[mode]
         assert marginal is not None, f"these candidates have no {mode} marginal"
         return marginal
 
@@ -51,14 +51,14 @@ class Candidates:
 
 
 def pad_answers(
-    answers: Sequence[Sequence[Answer]], special: SpecialTokens, longest: int
+    answers: Sequence[Sequence[TokenAnswer]], special: SpecialTokens, longest: int
 ) -> tuple[Int[np.ndarray, "B C T"], Int[np.ndarray, "B C"]]:
     """Answers with their end tokens, C padded to 1, 2, 3, 4, 6, 8, 12, 16, …, T to a quarter, half or all of `longest`.
 
     Few shapes, so that few programs are compiled; padding every question to K·W would undo deduplication.
     """
     rows = [with_end(of_question, special) for of_question in answers]
-    width = few_sizes(max([1, *map(len, rows)]))
+    width = bucket_size(max([1, *map(len, rows)]))
     needed = max((len(y) for of_question in rows for y in of_question), default=1)
     depth = next(size for size in (-(-longest // 4), -(-longest // 2), longest, needed) if size >= needed)
     tokens = np.full((len(rows), width, depth), special.pad, np.int32)
@@ -70,16 +70,16 @@ def pad_answers(
     return tokens, lengths
 
 
-def with_end(answers: Sequence[Answer], special: SpecialTokens) -> list[tuple[int, ...]]:
+def with_end(answers: Sequence[TokenAnswer], special: SpecialTokens) -> list[tuple[int, ...]]:
     """Answers as they are scored."""
     return [(*tokens, special.eos) if ends else tokens for tokens, ends in answers]
 
 
 def distinct_answers(
     beams: Beams, first_row: int, log_prior: Float[np.ndarray, " K"]
-) -> dict[Answer, dict[int, float]]:
+) -> dict[TokenAnswer, dict[int, float]]:
     """The distinct answers of one question in the order proposed, and for each: document → log p(y|x,z)."""
-    found: dict[Answer, dict[int, float]] = {}
+    found: dict[TokenAnswer, dict[int, float]] = {}
     for document in np.flatnonzero(log_prior > -np.inf):
         row = first_row + document
         for beam in np.flatnonzero(beams.logp[row] > -np.inf):

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from ragjax.decoding.prefix_cache import Known, Tokens
+from ragjax.decoding.prefix_cache import PrefixScorer, Tokens
 from ragjax.decoding.rescore import score_candidates, thorough_marginals
 
 TIE = 1e-3  # nats: two marginals are the same for all that rounding can tell
 
 
 def certify(
-    known: Known,
+    known: PrefixScorer,
     answers: Sequence[Sequence[Tokens]],
     finished: Sequence[Bool[np.ndarray, " _"]],
     log_prior: Float[np.ndarray, "B K"],

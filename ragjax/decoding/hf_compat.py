@@ -13,20 +13,20 @@ from jaxtyping import Bool, Float
 from ragjax.config import Decode
 from ragjax.decoding.beam_search import Beams
 from ragjax.decoding.candidates import Candidates
-from ragjax.decoding.propose import propose
+from ragjax.decoding.propose import beam_search_documents
 from ragjax.decoding.rescore import score_tokens
 from ragjax.marginal import hugging_face_nll, posterior
 from ragjax.models.generator import SpecialTokens
-from ragjax.models.kv_cache import Memory
+from ragjax.models.kv_cache import DocumentMemory
 from ragjax.models.layers import Params
-from ragjax.padding import few_sizes
+from ragjax.padding import bucket_size
 
 
-def decode_as_hugging_face(
+def decode_hf_compatible(
     graph: nnx.GraphDef,
     params: Params,
-    unmasked: Memory,
-    memory: Memory,
+    unmasked: DocumentMemory,
+    memory: DocumentMemory,
     log_prior: Float[np.ndarray, "B M"],
     proposing: Bool[np.ndarray, "B K"],
     settings: Decode,
@@ -39,10 +39,10 @@ def decode_as_hugging_face(
     what fills it up counts unless it is the padding token. `thorough` is −NLL: above 0, even, where an answer of one
     token has lost its prior.
     """
-    beams = jax.device_get(propose(graph, params, unmasked, settings, special, True)[0])
+    beams = jax.device_get(beam_search_documents(graph, params, unmasked, settings, special, True)[0])
     documents, (questions, scoring) = proposing.shape[1], log_prior.shape
     found = [_as_returned(beams, b * documents, proposing[b], special) for b in range(questions)]
-    count, longest = few_sizes(max(map(len, found))), settings.max_new_tokens
+    count, longest = bucket_size(max(map(len, found))), settings.max_new_tokens
     targets = np.full((questions, count, longest), special.pad, np.int32)
     for b, of_question in enumerate(found):
         for c, row in enumerate(of_question):
@@ -66,9 +66,9 @@ def decode_as_hugging_face(
             Candidates(
                 tokens=[tuple(takewhile(lambda token: token != special.eos, row)) for row, _ in rows],
                 finished=np.array([special.eos in row for row, _ in rows], bool),
-                proposed=np.array([[by.get(z, -np.inf) for _, by in rows] for z in range(documents)], np.float32),
-                scored=_fill_up(scored[b][:, order], documents, -np.inf),
-                thorough=-nll[b, order],
+                beam_logp=np.array([[by.get(z, -np.inf) for _, by in rows] for z in range(documents)], np.float32),
+                doc_logp=_fill_up(scored[b][:, order], documents, -np.inf),
+                thorough_logp=-nll[b, order],
                 posterior=_fill_up(joint[b][:, order], documents, 0.0),
                 ranked=True,
             )

@@ -19,29 +19,29 @@ from flax import nnx, struct
 from jaxtyping import Array, Bool, Float, Int
 
 from ragjax.models.generator import Generator, SpecialTokens, event_logits
-from ragjax.models.kv_cache import Memory, Past, empty_past
+from ragjax.models.kv_cache import DocumentMemory, KVCache, empty_kv_cache
 from ragjax.models.layers import Params
-from ragjax.padding import few_sizes
+from ragjax.padding import bucket_size
 
 Tokens = tuple[int, ...]
 
 
 @struct.dataclass
-class Prefixes:
+class PrefixCache:
     """The prefixes that were read after each of n memories: each is one slot, that of its last token."""
 
-    past: Past
+    past: KVCache
     tokens: Int[Array, "n P"]
     parent: Int[Array, "n P"]  # the slot of the prefix without its last token; -1 for the start token, and unwritten
     hidden: Float[Array, "n P D"]
     normalizer: Float[Array, "n P"]  # logsumexp of the logits of what follows
 
-    def take(self, rows: Int[Array, " R"]) -> Prefixes:
+    def take(self, rows: Int[Array, " R"]) -> PrefixCache:
         """What was read after some of the memories."""
         others = (x[rows] for x in (self.tokens, self.parent, self.hidden, self.normalizer))
-        return Prefixes(self.past.take(rows), *others)
+        return PrefixCache(self.past.take(rows), *others)
 
-    def put(self, rows: Int[Array, " R"], part: Prefixes) -> Prefixes:
+    def put(self, rows: Int[Array, " R"], part: PrefixCache) -> PrefixCache:
         """With what was read after some of the memories; the others read nothing meanwhile."""
 
         def put(name: str) -> Array:
@@ -51,25 +51,25 @@ class Prefixes:
         return replace(self, past=self.past.put(rows, part.past), **of_rows)
 
 
-def no_prefixes(generator: Generator, memory: Memory, slots: int) -> Prefixes:
+def empty_prefix_cache(generator: Generator, memory: DocumentMemory, slots: int) -> PrefixCache:
     """`slots` unwritten slots beside each memory."""
     shape, config = (memory.start.shape[0], slots), generator.config
     nothing, states = jnp.zeros(shape, jnp.int32), jnp.zeros((*shape, config.width), config.dtype)
-    return Prefixes(empty_past(memory, slots), nothing, nothing - 1, states, jnp.zeros(shape, jnp.float32))
+    return PrefixCache(empty_kv_cache(memory, slots), nothing, nothing - 1, states, jnp.zeros(shape, jnp.float32))
 
 
-def read_step(
+def beam_step(
     generator: Generator,
-    memory: Memory,
-    prefixes: Prefixes,
+    memory: DocumentMemory,
+    prefixes: PrefixCache,
     tokens: Int[Array, "n W"],
     step: Int[Array, ""],
     visible: Bool[Array, "n W P"],
-) -> tuple[Float[Array, "n W V"], Prefixes]:
+) -> tuple[Float[Array, "n W V"], PrefixCache]:
     """One step of W beams: log-probabilities of what follows `tokens`, which stand at position `step`."""
     first, past = prefixes.past.filled, prefixes.past
     positions = jnp.broadcast_to(step, (1, tokens.shape[1], 1))
-    hidden, after = generator.extend(memory, past, tokens[:, :, None], positions, visible[:, :, None, :])
+    hidden, after = generator.forward_with_cache(memory, past, tokens[:, :, None], positions, visible[:, :, None, :])
     assert after is not None
     hidden = hidden[:, :, 0]
     logits = generator.logits(hidden)
@@ -80,7 +80,7 @@ def read_step(
     def written(into: Array, new: Array) -> Array:
         return jax.lax.dynamic_update_slice(into, new, (0, first, *[0] * (new.ndim - 2)))
 
-    kept = Prefixes(
+    kept = PrefixCache(
         after,
         written(prefixes.tokens, tokens),
         written(prefixes.parent, parent),
@@ -90,13 +90,13 @@ def read_step(
     return logits - normalizer[..., None], kept
 
 
-class Known:
+class PrefixScorer:
     """What beam searches know of any answer under n memories, and what else must be read to know all. On the host."""
 
     def __init__(
-        self, graph: nnx.GraphDef, params: Params, memory: Memory, prefixes: Prefixes, special: SpecialTokens
+        self, graph: nnx.GraphDef, params: Params, memory: DocumentMemory, prefixes: PrefixCache, special: SpecialTokens
     ) -> None:
-        self.graph, self.params, self.memory, self.prefixes, self.special = graph, params, memory, prefixes, special
+        self.graphdef, self.params, self.memory, self.prefixes, self.special = graph, params, memory, prefixes, special
         filled, tokens, parent = jax.device_get((prefixes.past.filled, prefixes.tokens, prefixes.parent))
         self._tokens, self._parent = tokens[:, :filled].tolist(), parent[:, :filled].tolist()
 
@@ -126,7 +126,7 @@ class Known:
         rows, most = list(wanted), max((len(tree.new) for tree in trees), default=0)
         # few shapes, so that few programs are compiled; rows that fill up repeat the first
         whole = rows == list(range(len(self._tokens)))
-        chosen = np.array(rows + ([] if whole else rows[:1] * (few_sizes(len(rows)) - len(rows))), np.int32)
+        chosen = np.array(rows + ([] if whole else rows[:1] * (bucket_size(len(rows)) - len(rows))), np.int32)
         if most == 0:
             hidden, normalizer = self.prefixes.hidden[np.array(rows)], self.prefixes.normalizer[np.array(rows)]
         else:
@@ -139,7 +139,7 @@ class Known:
                 tree.write(tokens[r], positions[r], visible[r])
             visible[:, np.arange(width), slots + np.arange(width)] = True  # itself, as what fills up sees nothing else
             further = (None if whole else chosen, tokens, positions, visible)
-            hidden, normalizer = read_further(self.graph, self.params, self.memory, self.prefixes, *further)
+            hidden, normalizer = extend_prefixes(self.graphdef, self.params, self.memory, self.prefixes, *further)
         return dict(zip(rows, self._along(trees, paths, hidden, normalizer), strict=True))
 
     def unread(self, wanted: Mapping[int, Sequence[Tokens]]) -> int:
@@ -155,10 +155,10 @@ class Known:
         self, trees: Sequence[_Tree], paths: Sequence[list[list[int]]], hidden: Array, normalizer: Array
     ) -> list[list[Float[np.ndarray, " T"]]]:
         """The log-probabilities along paths, by tree."""
-        edges = np.zeros((2, hidden.shape[0], few_sizes(max(len(tree.edges) for tree in trees), 8)), np.int32)
+        edges = np.zeros((2, hidden.shape[0], bucket_size(max(len(tree.edges) for tree in trees), 8)), np.int32)
         for r, tree in enumerate(trees):
             edges[:, r, : len(tree.edges)] = np.array(list(tree.edges), np.int32).reshape(-1, 2).T
-        logp = np.asarray(edge_logp(self.graph, self.params, self.special, hidden, normalizer, *edges))
+        logp = np.asarray(edge_logp(self.graphdef, self.params, self.special, hidden, normalizer, *edges))
         return [[of_row[path] for path in of_tree] for of_row, of_tree in zip(logp, paths, strict=False)]
 
 
@@ -204,11 +204,11 @@ class _Tree:
 
 
 @partial(jax.jit, static_argnums=0)
-def read_further(
+def extend_prefixes(
     graph: nnx.GraphDef,
     params: Params,
-    memory: Memory,
-    prefixes: Prefixes,
+    memory: DocumentMemory,
+    prefixes: PrefixCache,
     rows: Int[Array, " R"] | None,
     tokens: Int[Array, "R M"],
     positions: Int[Array, "R M"],
@@ -226,10 +226,10 @@ def read_further(
         return jnp.pad(x, [(0, more if a == axis else 0) for a in range(x.ndim)])
 
     slots = prefixes.tokens.shape[1]
-    pool = Past(room(past.keys, 2), room(past.values, 2), room(past.positions, 1), jnp.asarray(slots, jnp.int32))
-    hidden, _ = generator.extend(memory, pool, tokens[:, None], positions[:, None], visible[:, None])
+    pool = KVCache(room(past.keys, 2), room(past.values, 2), room(past.positions, 1), jnp.asarray(slots, jnp.int32))
+    hidden, _ = generator.forward_with_cache(memory, pool, tokens[:, None], positions[:, None], visible[:, None])
     hidden = hidden[:, 0]
-    normalizer, _ = generator.normalizer(hidden)
+    normalizer, _ = generator.vocab_logsumexp(hidden)
     return (
         jnp.concatenate([prefixes.hidden, hidden], axis=1),
         jnp.concatenate([prefixes.normalizer, normalizer], axis=1),

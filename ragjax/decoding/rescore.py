@@ -11,10 +11,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from ragjax.decoding.prefix_cache import Known, Tokens
+from ragjax.decoding.prefix_cache import PrefixScorer, Tokens
 from ragjax.marginal import fast_marginal, posterior, thorough_marginal
 from ragjax.models.generator import SpecialTokens, answer_hidden, event_logits
-from ragjax.models.kv_cache import Memory
+from ragjax.models.kv_cache import DocumentMemory
 from ragjax.models.layers import Params
 
 
@@ -22,7 +22,7 @@ from ragjax.models.layers import Params
 def score_tokens(
     graph: nnx.GraphDef,
     params: Params,
-    memory: Memory,
+    memory: DocumentMemory,
     answers: Int[Array, "B C T"],
     lengths: Int[Array, "B C"],
     special: SpecialTokens,
@@ -35,13 +35,16 @@ def score_tokens(
     documents = memory.start.shape[0] // questions
     rows, generator = jnp.repeat(answers, documents, axis=0), nnx.merge(graph, params)
     hidden = answer_hidden(generator, memory, rows)
-    logp = event_logits(generator, hidden, rows, special) - generator.normalizer(hidden)[0]
+    logp = event_logits(generator, hidden, rows, special) - generator.vocab_logsumexp(hidden)[0]
     logp = logp.reshape(questions, documents, count, longest)
     return jnp.where(jnp.arange(longest) < lengths[:, None, :, None], logp, 0.0)
 
 
 def score_candidates(
-    known: Known, answers: Sequence[Sequence[Tokens]], wanted: Sequence[Bool[np.ndarray, "K _"]], into: np.ndarray
+    known: PrefixScorer,
+    answers: Sequence[Sequence[Tokens]],
+    wanted: Sequence[Bool[np.ndarray, "K _"]],
+    into: np.ndarray,
 ) -> None:
     """Scores the wanted candidates of every question in one pass, `into` log p(y|x,z) [B,K,C]."""
     documents = into.shape[1]

@@ -39,7 +39,7 @@ class Attention(nnx.Module):
         return x.reshape(*x.shape[:-1], self.heads, -1)
 
 
-class Attended(NamedTuple):
+class AttentionSource(NamedTuple):
     """P tokens that G groups of M new tokens may look at: a document's memory, a pool of slots, or their own group.
 
     `keys` and `values` are [n,P,Hkv,Dh] where all groups share them, [n,G,P,Hkv,Dh] where each group has its own.
@@ -47,11 +47,13 @@ class Attended(NamedTuple):
 
     keys: Float[Array, "..."]
     values: Float[Array, "..."]
-    visible: Bool[Array, "#n #G #M P"]
+    attention_mask: Bool[Array, "#n #G #M P"]
     bias: Float[Array, "#n #G M P H"] | None = None  # added to the attention logits
 
 
-def attend(queries: Float[Array, "n G M H Dh"], parts: Sequence[Attended], scale: float) -> Float[Array, "n G M H Dh"]:
+def dot_product_attention(
+    queries: Float[Array, "n G M H Dh"], parts: Sequence[AttentionSource], scale: float
+) -> Float[Array, "n G M H Dh"]:
     """Attention with one softmax over all the parts; groups of H/Hkv heads share keys and values.
 
     Parts are never joined, and what is divided is the outcome: on a CPU that takes a third of the time of a softmax.
@@ -59,7 +61,7 @@ def attend(queries: Float[Array, "n G M H Dh"], parts: Sequence[Attended], scale
     n, groups, length, heads, width = queries.shape
     kv = parts[0].keys.shape[-2]
     q = jnp.einsum("ngmkrd->nkrgmd", (queries * scale).reshape(n, groups, length, kv, heads // kv, width))
-    scores = [jnp.where(part.visible[:, None, None], _attention_scores(q, part), NEGATIVE) for part in parts]
+    scores = [jnp.where(part.attention_mask[:, None, None], _attention_scores(q, part), NEGATIVE) for part in parts]
     top = jax.lax.stop_gradient(reduce(jnp.maximum, [of_part.max(axis=-1, keepdims=True) for of_part in scores]))
     weights = [jnp.exp(of_part - top) for of_part in scores]
     total = reduce(jnp.add, [of_part.sum(axis=-1, keepdims=True) for of_part in weights])
@@ -76,18 +78,18 @@ def attend(queries: Float[Array, "n G M H Dh"], parts: Sequence[Attended], scale
     return attended.reshape(n, groups, length, heads, width)
 
 
-def attend_within(
+def self_attention(
     queries: Float[Array, "n S H Dh"],
     keys: Float[Array, "n S Hkv Dh"],
     values: Float[Array, "n S Hkv Dh"],
     visible: Bool[Array, "#n #S S"],
 ) -> Float[Array, "n S H Dh"]:
     """Attention of n rows of S tokens to themselves; `visible` says which tokens each sees."""
-    rows = Attended(keys, values, visible[:, None])
-    return attend(queries[:, None], [rows], queries.shape[-1] ** -0.5)[:, 0]
+    rows = AttentionSource(keys, values, visible[:, None])
+    return dot_product_attention(queries[:, None], [rows], queries.shape[-1] ** -0.5)[:, 0]
 
 
-def _attention_scores(q: Float[Array, "n k r G M Dh"], part: Attended) -> Float[Array, "n k r G M P"]:
+def _attention_scores(q: Float[Array, "n k r G M Dh"], part: AttentionSource) -> Float[Array, "n k r G M P"]:
     scores = jnp.einsum(f"nkrgmd,{_form(part)}->nkrgmp", q, part.keys, preferred_element_type=jnp.float32)
     if part.bias is None:
         return scores
@@ -95,5 +97,5 @@ def _attention_scores(q: Float[Array, "n k r G M Dh"], part: Attended) -> Float[
     return scores + jnp.einsum("ngmpkr->nkrgmp", bias)
 
 
-def _form(part: Attended) -> str:
+def _form(part: AttentionSource) -> str:
     return "npkd" if part.keys.ndim == 4 else "ngpkd"

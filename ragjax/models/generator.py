@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from ragjax.models.kv_cache import Memory, Past
-from ragjax.models.layers import Keys
+from ragjax.models.kv_cache import DocumentMemory, KVCache
+from ragjax.models.layers import RowRngs
 
 
 @dataclass(frozen=True)
@@ -44,21 +44,21 @@ class Generator(Protocol):
     config: Any
 
     def prefill(
-        self, source: Int[Array, "n S"], mask: Bool[Array, "n S"], keys: Keys | None = None, remat: bool = False
-    ) -> Memory:
+        self, source: Int[Array, "n S"], mask: Bool[Array, "n S"], keys: RowRngs | None = None, remat: bool = False
+    ) -> DocumentMemory:
         """Reads right-padded sources [n,S]."""
         ...
 
-    def extend(
+    def forward_with_cache(
         self,
-        memory: Memory,
-        past: Past | None,
+        memory: DocumentMemory,
+        past: KVCache | None,
         tokens: Int[Array, "n G M"],
         positions: Int[Array, "#n #G M"],
         visible: Bool[Array, "#n #G M P"],
-        keys: Keys | None = None,
+        keys: RowRngs | None = None,
         remat: bool = False,
-    ) -> tuple[Float[Array, "n G M D"], Past | None]:
+    ) -> tuple[Float[Array, "n G M D"], KVCache | None]:
         """G groups of M tokens after each memory.
 
         Without a past a token sees, of its own group, what `visible` [n|1,G|1,M,M] says. With one, the new tokens
@@ -70,7 +70,7 @@ class Generator(Protocol):
         """Float32 logits."""
         ...
 
-    def normalizer(self, hidden: Float[Array, "... D"]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    def vocab_logsumexp(self, hidden: Float[Array, "... D"]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
         """The logsumexp of the logits and their mean over the vocabulary, never all of them at once."""
         ...
 
@@ -83,7 +83,7 @@ def token_logp(
     generator: Generator, hidden: Float[Array, "... D"], targets: Int[Array, "..."]
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
     """Log-probability of each target and the mean over the vocabulary, in nats."""
-    normalizer, mean = generator.normalizer(hidden)
+    normalizer, mean = generator.vocab_logsumexp(hidden)
     return generator.target_logits(hidden, targets) - normalizer, mean - normalizer
 
 
@@ -110,33 +110,43 @@ def event_logits(
 
 
 def score(
-    generator: Generator, memory: Memory, answers: Int[Array, "n C T"], keys: Keys | None = None, remat: bool = False
+    generator: Generator,
+    memory: DocumentMemory,
+    answers: Int[Array, "n C T"],
+    keys: RowRngs | None = None,
+    remat: bool = False,
 ) -> Float[Array, "n C T"]:
     """log p(answers[t] | answers[<t], x, z) for C answers that share each memory; callers mask padding and sum."""
     return token_logp(generator, answer_hidden(generator, memory, answers, keys, remat), answers)[0]
 
 
 def answer_hidden(
-    generator: Generator, memory: Memory, answers: Int[Array, "n C T"], keys: Keys | None = None, remat: bool = False
+    generator: Generator,
+    memory: DocumentMemory,
+    answers: Int[Array, "n C T"],
+    keys: RowRngs | None = None,
+    remat: bool = False,
 ) -> Float[Array, "n C T D"]:
     """The states from which each answer token is predicted, its predecessors given."""
     n, count, length = answers.shape
     start = jnp.broadcast_to(memory.start[:, None, None], (n, count, 1))
     inputs = jnp.concatenate([start, answers[:, :, :-1]], axis=-1)
     causal = jnp.tril(jnp.ones((1, 1, length, length), bool))
-    return generator.extend(memory, None, inputs, jnp.arange(length)[None, None], causal, keys, remat)[0]
+    return generator.forward_with_cache(memory, None, inputs, jnp.arange(length)[None, None], causal, keys, remat)[0]
 
 
 def next_logp(
     generator: Generator,
-    memory: Memory,
-    past: Past,
+    memory: DocumentMemory,
+    past: KVCache,
     tokens: Int[Array, "n W"],
     step: Int[Array, ""],
     visible: Bool[Array, "n W P"],
-) -> tuple[Float[Array, "n W V"], Past]:
+) -> tuple[Float[Array, "n W V"], KVCache]:
     """One step of W beams: log-probabilities of the token after `tokens`, which stand at position `step`."""
     positions = jnp.broadcast_to(step, (1, tokens.shape[1], 1))
-    hidden, past_after = generator.extend(memory, past, tokens[:, :, None], positions, visible[:, :, None, :])
+    hidden, past_after = generator.forward_with_cache(
+        memory, past, tokens[:, :, None], positions, visible[:, :, None, :]
+    )
     assert past_after is not None
     return jax.nn.log_softmax(generator.logits(hidden[:, :, 0]), axis=-1), past_after

@@ -78,12 +78,12 @@ def split_parameters(module: nnx.Module) -> tuple[nnx.GraphDef, Params]:
     return graph, nnx.to_pure_dict(state)
 
 
-def row_keys(key: Key[Array, ""], rows: Int[Array, " n"]) -> Key[Array, " n"]:
+def row_rngs(key: Key[Array, ""], rows: Int[Array, " n"]) -> Key[Array, " n"]:
     """One dropout key a row, by its global number: the mask does not depend on how the batch is laid out."""
     return jax.vmap(partial(jax.random.fold_in, key))(rows)
 
 
-def fold(keys: Key[Array, " n"] | None, data: int | Int[Array, ""]) -> Key[Array, " n"] | None:
+def fold_rngs(keys: Key[Array, " n"] | None, data: int | Int[Array, ""]) -> Key[Array, " n"] | None:
     """Another independent key for every row."""
     return None if keys is None else jax.vmap(lambda key: jax.random.fold_in(key, data))(keys)
 
@@ -96,7 +96,7 @@ def dropout(x: Float[Array, "n ..."], keys: Key[Array, " n"] | None, rate: float
     return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
 
 
-def normalizer(
+def vocab_logsumexp(
     hidden: Float[Array, "... D"], head: Float[Array, "V D"], bias: Float[Array, " V"] | None = None
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
     """Float32 logsumexp of the logits, which normalises them, and their mean over the vocabulary (for smoothing).
@@ -143,4 +143,4 @@ def target_logits(
     return logits if bias is None else logits + bias[targets]
 
 
-Keys = Key[Array, " n"]
+RowRngs = Key[Array, " n"]

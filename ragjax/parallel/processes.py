@@ -23,7 +23,7 @@ SIGN_OF_LIFE = 10.0  # seconds between two, while one process works and the othe
 SILENT = 60  # seconds without a sign of life after which a process counts as dead, and the others stop
 
 
-def join_processes(stop_together: bool) -> None:
+def initialize_distributed(stop_together: bool) -> None:
     """Joins the other processes of this run; call it before anything else of JAX.
 
     Where there are others JAX knows by itself on TPU pods, SLURM, Open MPI and Kubernetes; elsewhere the environment
@@ -54,10 +54,10 @@ def join_processes(stop_together: bool) -> None:
             f"--distributed: the other processes cannot be joined ({str(error).splitlines()[0]}); where JAX does not "
             "find them by itself, set JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
         ) from None
-    terminal.quiet = not is_first()
+    terminal.quiet = not is_process_zero()
 
 
-def is_first() -> bool:
+def is_process_zero() -> bool:
     """Whether this is the process that speaks and writes for all."""
     return jax.process_index() == 0
 
@@ -68,7 +68,7 @@ def wait_for_all(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def from_all(text: str) -> list[str]:
+def allgather_text(text: str) -> list[str]:
     """The texts that the processes give, in their order."""
     if jax.process_count() == 1:
         return [text]
@@ -80,7 +80,7 @@ def from_all(text: str) -> list[str]:
     return [bytes(row[:length]).decode() for row, length in zip(every, lengths, strict=True)]
 
 
-def on_first(action: Callable[[], Result]) -> Result | None:
+def run_on_process_zero(action: Callable[[], Result]) -> Result | None:
     """What `action` returns, run in process 0 alone while the others wait, however long, who get None.
 
     An `InputError` that it raises is raised in all of them.
@@ -89,7 +89,7 @@ def on_first(action: Callable[[], Result]) -> Result | None:
         return action()
     pool = ThreadPoolExecutor(max_workers=1)
     try:
-        running = pool.submit(action) if is_first() else None
+        running = pool.submit(action) if is_process_zero() else None
         while True:
             state = {"done": False, "message": ""}
             if running is not None:
@@ -99,7 +99,7 @@ def on_first(action: Callable[[], Result]) -> Result | None:
                 if not isinstance(error, InputError):
                     raise error
                 state["message"] = str(error)
-            state = json.loads(from_all(json.dumps(state))[0])
+            state = json.loads(allgather_text(json.dumps(state))[0])
             if state["message"]:
                 raise InputError(state["message"])
             if state["done"]:
@@ -108,7 +108,7 @@ def on_first(action: Callable[[], Result]) -> Result | None:
         pool.shutdown(wait=False)
 
 
-def first_says(flag: bool) -> bool:
+def broadcast_from_process_zero(flag: bool) -> bool:
     """The flag of process 0."""
     if jax.process_count() == 1:
         return flag

@@ -39,7 +39,7 @@ def parameter_spec(
     return PartitionSpec(*spec)
 
 
-def rows_here(mesh: Mesh, count: int) -> Int[np.ndarray, " n"]:
+def local_rows(mesh: Mesh, count: int) -> Int[np.ndarray, " n"]:
     """Which of the `count` rows of a batch lie on this process's devices, in order. `data` divides `count`."""
     slices = _rows(mesh).addressable_devices_indices_map((count,)).values()
     return np.unique(np.concatenate([np.arange(count)[index] for index in slices]))
@@ -50,8 +50,8 @@ def _rows(mesh: Mesh) -> NamedSharding:
 
 
 def shard_batch(mesh: Mesh, batch: Any, count: int) -> Any:
-    """A tree of host arrays, which hold the `rows_here` of a batch of `count`, as the batch split over the devices."""
-    at = {int(row): position for position, row in enumerate(rows_here(mesh, count))}
+    """A tree of host arrays, which hold the `local_rows` of a batch of `count`, as the batch split over the devices."""
+    at = {int(row): position for position, row in enumerate(local_rows(mesh, count))}
 
     def split(leaf: np.ndarray) -> Any:
         def part(index: Any) -> np.ndarray:
@@ -63,7 +63,7 @@ def shard_batch(mesh: Mesh, batch: Any, count: int) -> Any:
     return jax.tree.map(split, batch)
 
 
-def place(tree: Any, shardings: Any) -> Any:
+def put_global(tree: Any, shardings: Any) -> Any:
     """A tree of arrays that every process has whole, laid out as `shardings` say: one for each leaf, or one for all."""
     if isinstance(shardings, NamedSharding):
         shardings = jax.tree.map(lambda _: shardings, tree)
@@ -82,7 +82,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def on_host(tree: Any) -> Any:
+def gather_to_host(tree: Any) -> Any:
     """Arrays that may be split over devices and processes, whole on every host; all processes call it."""
 
     def whole(leaf: Any) -> np.ndarray:
@@ -93,7 +93,7 @@ def on_host(tree: Any) -> Any:
     return jax.tree.map(whole, tree)
 
 
-def on_each_device(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+def map_per_device(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
     """`function(params, *rows)` applied by each device to its part of the rows, as if it were alone; jitted.
 
     So what comes out for a row does not depend on how many devices there are, to the bit.
@@ -108,13 +108,13 @@ def on_each_device(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., An
     return lambda params, *arrays: jitted(params, *jax.device_put(arrays, NamedSharding(mesh, rows)))
 
 
-def lay(mesh: Mesh, tree: Any, *spec: str | tuple[str, ...] | None) -> Any:
+def abstract_with_sharding(mesh: Mesh, tree: Any, *spec: str | tuple[str, ...] | None) -> Any:
     """The shapes and types of a tree, each with its place on the mesh: along no axis unless `spec` names one."""
     sharding = NamedSharding(mesh, PartitionSpec(*spec))
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
 
 
-def from_all_rows(mesh: Mesh, arrays: Any, count: int) -> Any:
-    """A tree of host arrays, which hold the `rows_here` of `count`, whole on every host."""
+def allgather_rows(mesh: Mesh, arrays: Any, count: int) -> Any:
+    """A tree of host arrays, which hold the `local_rows` of `count`, whole on every host."""
     # whether others have other rows must not be judged by this process's own: all or none take part
-    return on_host(shard_batch(mesh, arrays, count)) if mesh.is_multi_process else arrays
+    return gather_to_host(shard_batch(mesh, arrays, count)) if mesh.is_multi_process else arrays

@@ -9,14 +9,14 @@ from jax.sharding import Mesh
 from ragjax.config import ON_DEVICES
 from ragjax.errors import InputError
 from ragjax.planning.program_cost import NotCompiled, bytes_each, compiled_cost
-from ragjax.rag import Models
+from ragjax.rag import RagModel
 from ragjax.resources import host_memory, size_text
 from ragjax.training.fused_retrieval import abstract_corpus
 from ragjax.training.state import abstract_state
-from ragjax.training.step import programs, trace_step
+from ragjax.training.step import trace_step, train_programs
 
 
-def check_fits(rag: Models, mesh: Mesh, passages: int, limit: int | None = None) -> None:
+def check_memory(rag: RagModel, mesh: Mesh, passages: int, limit: int | None = None) -> None:
     """Raises `InputError`, with advice, if training needs more memory of a device than the `limit` (bytes) it has.
 
     Without a limit it is what the device reports. A CPU reports none: there the state alone, of all its devices, is
@@ -36,7 +36,8 @@ def check_fits(rag: Models, mesh: Mesh, passages: int, limit: int | None = None)
         searched = bytes_each(abstract_corpus(rag, mesh, passages))
     try:
         temporaries = max(
-            compiled_cost(trace_step(rag, mesh, passages, make).lower()).temporaries for make in programs(config.train)
+            compiled_cost(trace_step(rag, mesh, passages, make).lower()).temporaries
+            for make in train_programs(config.train)
         )
     except NotCompiled:
         return  # then the step itself will tell
@@ -49,7 +50,7 @@ def check_fits(rag: Models, mesh: Mesh, passages: int, limit: int | None = None)
         )
 
 
-def memory_advice(rag: Models, mesh: Mesh) -> list[str]:
+def memory_advice(rag: RagModel, mesh: Mesh) -> list[str]:
     """Settings that would lower what training needs of each device, the least costly first."""
     config, train, (data, _) = rag.config, rag.config.train, mesh.devices.shape
     found = []

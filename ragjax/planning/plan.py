@@ -22,32 +22,32 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from ragjax.checkpoints.hub import fetch_config, is_local
-from ragjax.checkpoints.pretrained import Pretrained, bert_shape, generator_shape, open_generator
+from ragjax.checkpoints.pretrained import PretrainedModel, bert_shape, generator_shape, open_generator
 from ragjax.config import ON_DEVICES, Config, most_documents, refreshes
 from ragjax.data.corpus import count_passages
 from ragjax.data.passage_store import STORE_FILES, shard_folders
 from ragjax.data.prompt import Prompt
 from ragjax.decoding.candidates import pad_answers
-from ragjax.decoding.propose import propose, propose_together, read
+from ragjax.decoding.propose import beam_search_documents, beam_search_marginal, prefill_documents
 from ragjax.decoding.rescore import score_tokens
 from ragjax.errors import InputError
 from ragjax.files import read_json
 from ragjax.models.generator import SpecialTokens
-from ragjax.models.kv_cache import Memory, empty_past
+from ragjax.models.kv_cache import DocumentMemory, empty_kv_cache
 from ragjax.models.layers import Params
 from ragjax.parallel.mesh import check_batch, make_mesh
-from ragjax.parallel.sharding import lay
+from ragjax.parallel.sharding import abstract_with_sharding
 from ragjax.planning.memory import memory_advice
 from ragjax.planning.program_cost import Cost, NotCompiled, bytes_each, compiled_cost, flops_text, matmul_flops
-from ragjax.rag import Models, check_lengths
+from ragjax.rag import RagModel, check_lengths
 from ragjax.resources import free_disk, host_memory, size_text
 from ragjax.retrieval.encoder import encode
 from ragjax.retrieval.faiss_index import check_kind, faiss_bytes
 from ragjax.retrieval.index import MANIFEST
 from ragjax.training.fused_retrieval import abstract_corpus
-from ragjax.training.optimizer import split_frozen
-from ragjax.training.state import abstract_state, for_answering, state_shardings
-from ragjax.training.step import programs, trace_step
+from ragjax.training.optimizer import partition_params
+from ragjax.training.state import abstract_state, for_inference, state_shardings
+from ragjax.training.step import trace_step, train_programs
 
 ID_BYTES = 8  # a hash of each passage's id
 # for the TPU's compiler where there is none: else it asks, at length, which machine this is
@@ -166,17 +166,17 @@ class _Plan:
         with ThreadPoolExecutor() as pool:  # a hub that cannot be reached is asked several times before it is given up
             found = dict(zip(sources, pool.map(_fetched, sources), strict=True))
 
-        def encoder(source: str, dropout: float) -> Pretrained | InputError:
+        def encoder(source: str, dropout: float) -> PretrainedModel | InputError:
             return _opened(found[source], lambda path: bert_shape(path, r.pooling, r.normalize, dropout, config.dtype))
 
         self.retriever = encoder(r.source, rate)
         self.passage_encoder = encoder(r.passage_source, 0.0) if r.passage_source else self.retriever
         self.generator = _opened(found[g.source], lambda path: _open_generator(path, rate, config.dtype))
-        if isinstance(self.retriever, Pretrained) and isinstance(self.generator, Pretrained):
+        if isinstance(self.retriever, PretrainedModel) and isinstance(self.generator, PretrainedModel):
             check_lengths(config, self.retriever, self.generator)
-            split_frozen(self.models().abstract_params(), config.train.freeze)
-        if isinstance(self.passage_encoder, Pretrained):
-            check_kind(config.index.kind, self.passage_encoder.config.embedding_width)
+            partition_params(self.models().abstract_params(), config.train.freeze)
+        if isinstance(self.passage_encoder, PretrainedModel):
+            check_kind(config.index.kind, self.passage_encoder.config.embedding_dim)
 
     def index_rows(self) -> list[Row]:
         settings, folder = self.config.index, Path(self.config.index.folder)
@@ -200,7 +200,9 @@ class _Plan:
             model = _known(self.passage_encoder, "passage encoder")
             batch, longest = settings.batch_size, self.config.retriever.passage_tokens
             tokens = _shape(jnp.int32, batch, longest), _shape(jnp.bool, batch, longest)
-            size = self.temporaries(encode, model.graph, *lay(self.one, (model.abstract, *tokens)))
+            size = self.temporaries(
+                encode, model.graphdef, *abstract_with_sharding(self.one, (model.abstract_params, *tokens))
+            )
             return size, f"XLA's analysis ({self.kind}): one device, {batch} passages of {longest} tokens"
 
         rows = [
@@ -229,13 +231,15 @@ class _Plan:
             if self.config.retriever.prior == "corpus":
                 passages, _ = self.passages()
             config = replace(self.config, train=replace(train, remat=remat))
-            traced = [trace_step(replace(models, config=config), self.mesh, passages, make) for make in programs(train)]
+            traced = [
+                trace_step(replace(models, config=config), self.mesh, passages, make) for make in train_programs(train)
+            ]
             costs = [_cost(program.lower()) for program in traced]
             most = max(cost.temporaries for cost in costs)
             return matmul_flops(traced[0].jaxpr.jaxpr), replace(costs[0], temporaries=most)
 
         def gradients() -> tuple[int, str]:
-            trained, _ = split_frozen(abstract_state(self.models(), self.mesh).params, train.freeze)
+            trained, _ = partition_params(abstract_state(self.models(), self.mesh).params, train.freeze)
             return bytes_each(trained), "float32, of what is trained; part of the temporaries below"
 
         def optimizer() -> tuple[int, str]:
@@ -309,42 +313,44 @@ class _Plan:
             model = _known(self.generator, "generator")
 
             def kept(*given: Any) -> Any:
-                whole = read(model.graph, *given)
-                return jax.tree.leaves((whole, empty_past(whole, decode.max_new_tokens * decode.beams)))
+                whole = prefill_documents(model.graphdef, *given)
+                return jax.tree.leaves((whole, empty_kv_cache(whole, decode.max_new_tokens * decode.beams)))
 
             how = f"{_questions(questions)} × {documents} documents × {longest} tokens, and the answers'"
             how += ", read twice" if copies > 1 else ""
             how += "; all devices in one process" if self.mesh.size > 1 else ""
-            return copies * bytes_each(jax.eval_shape(kept, model.abstract, *sources)), how
+            return copies * bytes_each(jax.eval_shape(kept, model.abstract_params, *sources)), how
 
         def logits() -> tuple[int, str]:
-            rows, vocabulary = shape[0] * decode.beams, _known(self.generator, "generator").config.vocabulary
+            rows, vocabulary = shape[0] * decode.beams, _known(self.generator, "generator").config.vocab_size
             how = f"{rows:,} beams × {vocabulary:,} in float32; scoring goes by blocks; part of the temporaries below"
             return rows * vocabulary * 4, how
 
         def temporaries() -> tuple[int, str]:
             model = _known(self.generator, "generator")
-            graph, params = model.graph, lay(self.one, model.abstract)
+            graph, params = model.graphdef, abstract_with_sharding(self.one, model.abstract_params)
             # a memory is passed by its leaves: it is checked to hold arrays, which shapes are not
-            whole = jax.eval_shape(lambda *given: jax.tree.leaves(read(graph, *given)), params, *sources)
-            whole = lay(self.one, whole)
+            whole = jax.eval_shape(lambda *given: jax.tree.leaves(prefill_documents(graph, *given)), params, *sources)
+            whole = abstract_with_sharding(self.one, whole)
             count = decode.beams if together else documents * decode.beams
             candidates = [[((0,) * decode.max_new_tokens, False)] * count] * questions
-            answers = lay(self.one, pad_answers(candidates, SPECIAL, decode.max_new_tokens))
+            answers = abstract_with_sharding(self.one, pad_answers(candidates, SPECIAL, decode.max_new_tokens))
 
             @jax.jit
             def search(params: Params, whole: list[Any]) -> Any:
                 if together:
                     prior = jnp.zeros((questions, documents))
-                    return propose_together(graph, params, Memory(*whole), prior, decode, SPECIAL, hugging_face)
-                return propose(graph, params, Memory(*whole), decode, SPECIAL, hugging_face)
+                    return beam_search_marginal(
+                        graph, params, DocumentMemory(*whole), prior, decode, SPECIAL, hugging_face
+                    )
+                return beam_search_documents(graph, params, DocumentMemory(*whole), decode, SPECIAL, hugging_face)
 
             @jax.jit
             def score(params: Params, whole: list[Any], *answers: Any) -> Any:
-                return score_tokens(graph, params, Memory(*whole), *answers, SPECIAL)
+                return score_tokens(graph, params, DocumentMemory(*whole), *answers, SPECIAL)
 
             most = max(
-                self.temporaries(read, graph, params, *lay(self.one, sources)),
+                self.temporaries(prefill_documents, graph, params, *abstract_with_sharding(self.one, sources)),
                 self.temporaries(search, params, whole),
                 self.temporaries(score, params, whole, *answers),
             )
@@ -361,17 +367,17 @@ class _Plan:
             self.searched("evaluate"),
         ]
 
-    def searching(self, with_tokens: bool) -> Models:
+    def searching(self, with_tokens: bool) -> RagModel:
         """What tells how an embedding is stored; how a token is, only the generator knows."""
         encoder = _known(self.passage_encoder, "passage encoder")
         generator = _known(self.generator, "generator") if with_tokens else encoder
         config = replace(self.config, train=replace(self.config.train, fused=with_tokens))
-        return Models(config, encoder, generator, SPECIAL, NO_PROMPT, encoder)
+        return RagModel(config, encoder, generator, SPECIAL, NO_PROMPT, encoder)
 
-    def models(self) -> Models:
+    def models(self) -> RagModel:
         retriever, generator = _known(self.retriever, "retriever"), _known(self.generator, "generator")
         encoder = _known(self.passage_encoder, "passage encoder")
-        return Models(self.config, retriever, generator, SPECIAL, NO_PROMPT, encoder)
+        return RagModel(self.config, retriever, generator, SPECIAL, NO_PROMPT, encoder)
 
     @property
     def split(self) -> str:
@@ -386,20 +392,20 @@ class _Plan:
         """`indexed` is the encoder as it was when the index was begun that is being built."""
 
         def size() -> tuple[int, str]:
-            model: Pretrained | InputError = getattr(self, name.replace(" ", "_"))
+            model: PretrainedModel | InputError = getattr(self, name.replace(" ", "_"))
             if isinstance(model, InputError):
                 raise Unknown(str(model).split(";")[0])
             twice = ", before and after training" if copies > 1 else ""
-            count = f"{bytes_each(model.abstract) // 4:,} in float32{twice}"
+            count = f"{bytes_each(model.abstract_params) // 4:,} in float32{twice}"
             if command == "index":
-                return bytes_each(model.abstract), count
+                return bytes_each(model.abstract_params), count
             # the other model's configuration is not asked for: it may be unknown
-            alone = Models(self.config, model, model, SPECIAL, NO_PROMPT, model)
-            alone = for_answering(alone) if command == "evaluate" else alone
+            alone = RagModel(self.config, model, model, SPECIAL, NO_PROMPT, model)
+            alone = for_inference(alone) if command == "evaluate" else alone
             part = "indexed" if indexed else name.replace(" ", "_")
-            at = state_shardings(alone, self.mesh, {part: model.abstract})[part]
+            at = state_shardings(alone, self.mesh, {part: model.abstract_params})[part]
             placed = jax.tree.map(
-                lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), model.abstract, at
+                lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), model.abstract_params, at
             )
             return copies * bytes_each(placed), count if command == "evaluate" else f"{count}{self.split}"
 
@@ -425,7 +431,7 @@ class _Plan:
             found["train", "device"] = memory_advice(self.models(), self.mesh)
         with suppress(Unknown):
             (count, _), model = self.passages(), _known(self.passage_encoder, "passage encoder")
-            size = faiss_bytes(SMALL_FAISS, model.config.embedding_width, count)
+            size = faiss_bytes(SMALL_FAISS, model.config.embedding_dim, count)
             if not exact and size and size < self.faiss()[0]:
                 for command in ("index", "train", "evaluate"):
                     found[command, "host"] = [f"index.kind={SMALL_FAISS} ({size_text(size)})"]
@@ -451,12 +457,12 @@ class _Plan:
         return self.count
 
     def embeddings(self) -> tuple[int, str]:
-        width = _known(self.passage_encoder, "passage encoder").config.embedding_width
+        width = _known(self.passage_encoder, "passage encoder").config.embedding_dim
         (count, counted), dtype = self.passages(), self.config.index.dtype
         return count * width * jnp.dtype(dtype).itemsize, f"{counted} × {width} in {dtype}"
 
     def faiss(self) -> tuple[int, str]:
-        width = _known(self.passage_encoder, "passage encoder").config.embedding_width
+        width = _known(self.passage_encoder, "passage encoder").config.embedding_dim
         count, counted = self.passages()
         size = faiss_bytes(self.config.index.kind, width, count)
         if size is None:
@@ -471,7 +477,7 @@ def _fetched(source: str) -> Path | InputError:
         return error
 
 
-def _opened(found: Path | InputError, open_shape: Callable[[Path], Pretrained]) -> Pretrained | InputError:
+def _opened(found: Path | InputError, open_shape: Callable[[Path], PretrainedModel]) -> PretrainedModel | InputError:
     if isinstance(found, InputError):
         return found
     try:
@@ -480,11 +486,11 @@ def _opened(found: Path | InputError, open_shape: Callable[[Path], Pretrained]) 
         return error
 
 
-def _open_generator(path: Path, dropout: float, dtype: str) -> Pretrained:
+def _open_generator(path: Path, dropout: float, dtype: str) -> PretrainedModel:
     return (open_generator if path.suffix == ".gguf" else generator_shape)(path, dropout, dtype)
 
 
-def _known(model: Pretrained | InputError, name: str) -> Pretrained:
+def _known(model: PretrainedModel | InputError, name: str) -> PretrainedModel:
     if isinstance(model, InputError):
         raise Unknown(f"needs the {name}")
     return model

@@ -25,7 +25,7 @@ NOTHING = -1e30  # the logarithm of nothing, whose differences are numbers
 
 
 @struct.dataclass
-class Corpus:
+class DeviceIndex:
     """All N passages on the devices of `mesh`, each of which holds as many consecutive ones, n / devices.
 
     The last ones are filled up with rows of zeros. `tokens`, the generator's, and their numbers are there where a
@@ -84,8 +84,8 @@ def _put(whole: Array, rows: Array, start: Int[Array, ""]) -> Array:
 
 
 @partial(jax.jit, static_argnames=("k", "recall"))
-def search_corpus(
-    corpus: Corpus, queries: Float[Array, "B D"], k: int, recall: float | None = None
+def sharded_top_k(
+    corpus: DeviceIndex, queries: Float[Array, "B D"], k: int, recall: float | None = None
 ) -> tuple[Float32[Array, "B K"], Int32[Array, "B K"]]:
     """The k passages with the largest inner products: scores and ids, best first, equal ones by id.
 
@@ -97,7 +97,7 @@ def search_corpus(
 
     def best_here(embeddings: Array, queries: Array) -> tuple[Array, Array]:
         first, count = corpus.here()
-        scores, ids = block_search(embeddings, queries, k, count=count, recall=recall, total=corpus.count)
+        scores, ids = blockwise_top_k(embeddings, queries, k, count=count, recall=recall, total=corpus.count)
         return scores, jnp.where(ids >= 0, first + ids, -1)
 
     of_devices = PartitionSpec(None, corpus.mesh.axis_names)
@@ -112,7 +112,7 @@ def search_corpus(
 
 
 @partial(jax.jit, static_argnames=("k", "block", "group", "recall", "total"))
-def block_search(
+def blockwise_top_k(
     embeddings: Float[Array, "n D"],
     queries: Float[Array, "B D"],
     k: int,
@@ -123,7 +123,7 @@ def block_search(
     recall: float | None = None,
     total: int | None = None,
 ) -> tuple[Float32[Array, "B K"], Int32[Array, "B K"]]:
-    """As `search_corpus`, among the first `count` rows of one array; ids count its rows.
+    """As `sharded_top_k`, among the first `count` rows of one array; ids count its rows.
 
     Over `block` passages at a time: memory grows with B·block, never with B·n. Of these only the best of each `group`
     is kept; the k best groups hold the k best passages, and are scored again at the end. For if one of these lay in
@@ -184,8 +184,8 @@ def _best(scores: Float32[Array, "*B n"], ids: Int32[Array, "*B n"], k: int) -> 
 
 
 @partial(jax.jit, static_argnames="scale")
-def log_normalizer(corpus: Corpus, queries: Float[Array, "B D"], scale: float) -> Float32[Array, " B"]:
-    """log Σ exp(scale · q·d) over all N passages; differentiable by the queries, in memory as `block_search`."""
+def log_normalizer(corpus: DeviceIndex, queries: Float[Array, "B D"], scale: float) -> Float32[Array, " B"]:
+    """log Σ exp(scale · q·d) over all N passages; differentiable by the queries, in memory as `blockwise_top_k`."""
 
     def of_device(embeddings: Array, queries: Array) -> Array:
         _, count = corpus.here()
@@ -229,7 +229,7 @@ def block_log_normalizer(
     return jnp.where(total > 0, jnp.log(jnp.where(total > 0, total, 1.0)) + top, NOTHING)
 
 
-def take_rows(corpus: Corpus, table: Array, ids: Int[Array, "B K"]) -> Array:
+def gather_rows(corpus: DeviceIndex, table: Array, ids: Int[Array, "B K"]) -> Array:
     """Rows [B, K, …] of a table that lies as the corpus does, each fetched from the device that has it; 0 where id −1.
 
     Integers become int32 and floats float32.

@@ -20,8 +20,8 @@ from ragjax.data.corpus import RUN
 from ragjax.data.passage_store import MEND, map_array
 from ragjax.errors import InputError
 from ragjax.files import atomic_write
-from ragjax.padding import Ids, bucket, pad_rows
-from ragjax.resources import may_map
+from ragjax.padding import Ids, pad_sequences, pick_bucket
+from ragjax.resources import raise_open_file_limit
 
 EMBEDDINGS = "embeddings.npy"
 
@@ -75,12 +75,12 @@ def encoded_batches(
     order = np.argsort(-lengths, kind="stable")
     batches = (order[start : start + batch_size] for start in range(0, len(order), batch_size))
     waiting = None
-    for width, group in groupby(batches, key=lambda ids: bucket(int(lengths[ids[0]]), width_buckets)):
+    for width, group in groupby(batches, key=lambda ids: pick_bucket(int(lengths[ids[0]]), width_buckets)):
         while together := list(islice(group, devices)):
             ids = np.concatenate(together)
             rows = [token_rows[i] for i in ids]
             rows += [rows[-1]] * (devices * batch_size - len(rows))
-            current = ids, encode(*pad_rows(rows, width, pad_id))
+            current = ids, encode(*pad_sequences(rows, width, pad_id))
             if waiting is not None:
                 yield _finished(*waiting)
             waiting = current
@@ -136,7 +136,7 @@ class Embeddings:
 
         What reads rows raises `InputError` naming the shard where it is damaged, with how to `mend` it.
         """
-        may_map(len(folders))
+        raise_open_file_limit(len(folders))
         shards = [_open_embeddings(folder / EMBEDDINGS, dtype) for folder in folders]
         return cls(shards, [CheckedFiles(folder, mend) for folder in folders], whole)
 

@@ -15,10 +15,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ragjax.data.passage_store import PassageStore
 from ragjax.models.layers import Params
-from ragjax.padding import Ids, bucket, buckets_up_to, pad_rows
+from ragjax.padding import Ids, length_buckets, pad_sequences, pick_bucket
 from ragjax.parallel.mesh import local_mesh
-from ragjax.parallel.sharding import on_each_device
-from ragjax.rag import Rag, passage_rows
+from ragjax.parallel.sharding import map_per_device
+from ragjax.rag import RagPipeline, tokenize_passages
 from ragjax.retrieval.embeddings import EncodedBatch, embed_passages, encoded_batches
 
 
@@ -31,49 +31,49 @@ def encode(
 
 
 def passage_batch(
-    rag: Rag, store: PassageStore, ids: Int[np.ndarray, "*n"]
+    rag: RagPipeline, store: PassageStore, ids: Int[np.ndarray, "*n"]
 ) -> tuple[Int[np.ndarray, "*n P"], Bool[np.ndarray, "*n P"]]:
     """Passages as their encoder reads them, padded to a bucket; nothing where the id is -1."""
     settings, tokenizer = rag.config.retriever, rag.passage_tokenizer
     every = ids.reshape(-1)
     found = [store[int(i)] for i in every if i >= 0]
-    told = iter(passage_rows(tokenizer, settings.passage, found, settings.passage_tokens))
+    told = iter(tokenize_passages(tokenizer, settings.passage, found, settings.passage_tokens))
     rows = [next(told) if i >= 0 else np.zeros(0, np.int32) for i in every]
-    width = bucket(max(len(row) for row in rows), buckets_up_to(settings.passage_tokens))
-    tokens, mask = pad_rows(rows, width, tokenizer.pad_id)
+    width = pick_bucket(max(len(row) for row in rows), length_buckets(settings.passage_tokens))
+    tokens, mask = pad_sequences(rows, width, tokenizer.pad_id)
     return tokens.reshape(*ids.shape, width), mask.reshape(*ids.shape, width)
 
 
-def embed_with(
-    rag: Rag, params: Params, token_rows: Sequence[Ids], path: Path, progress: Callable[[int], None]
+def embed_to_file(
+    rag: RagPipeline, params: Params, token_rows: Sequence[Ids], path: Path, progress: Callable[[int], None]
 ) -> None:
     """Writes the embeddings of passages to a file with all devices of this process; see `embed_passages`.
 
     `params` are the passage encoder's, whole on every device of `local_mesh()`.
     """
-    batches = _encoded(rag, params, token_rows)
+    batches = _embeddings(rag, params, token_rows)
     embed_passages(batches, len(token_rows), dtype=rag.config.index.dtype, path=path, progress=progress)
 
 
-def embeddings_with(rag: Rag, params: Params, token_rows: Sequence[Ids]) -> Float[np.ndarray, "n D"]:
-    """As `embed_with`, in memory and in float32."""
-    found = np.zeros((len(token_rows), rag.passage_encoder.config.embedding_width), np.float32)
-    for ids, vectors in _encoded(rag, params, token_rows):
+def embed_in_memory(rag: RagPipeline, params: Params, token_rows: Sequence[Ids]) -> Float[np.ndarray, "n D"]:
+    """As `embed_to_file`, in memory and in float32."""
+    found = np.zeros((len(token_rows), rag.passage_encoder.config.embedding_dim), np.float32)
+    for ids, vectors in _embeddings(rag, params, token_rows):
         found[ids] = vectors
     return found
 
 
 @cache  # compiled once, not for every shard or part
-def _encoder(graph: nnx.GraphDef, mesh: Mesh) -> Callable[..., Any]:
-    return on_each_device(mesh, partial(encode, graph))
+def _sharded_encode(graph: nnx.GraphDef, mesh: Mesh) -> Callable[..., Any]:
+    return map_per_device(mesh, partial(encode, graph))
 
 
-def _encoded(rag: Rag, params: Params, token_rows: Sequence[Ids]) -> Iterator[EncodedBatch]:
+def _embeddings(rag: RagPipeline, params: Params, token_rows: Sequence[Ids]) -> Iterator[EncodedBatch]:
     mesh = local_mesh()
     return encoded_batches(
-        partial(_encoder(rag.passage_encoder.graph, mesh), params),
+        partial(_sharded_encode(rag.passage_encoder.graphdef, mesh), params),
         token_rows,
-        width_buckets=buckets_up_to(rag.config.retriever.passage_tokens),
+        width_buckets=length_buckets(rag.config.retriever.passage_tokens),
         batch_size=rag.config.index.batch_size,
         pad_id=rag.passage_tokenizer.pad_id,
         devices=mesh.size,

@@ -42,9 +42,9 @@ from ragjax.data.passage_store import MEND, SHARDS, shard_folder, shard_folders
 from ragjax.errors import InputError
 from ragjax.files import read_json
 from ragjax.parallel.mesh import local_mesh
-from ragjax.parallel.sharding import on_host, place, replicated
+from ragjax.parallel.sharding import gather_to_host, put_global, replicated
 from ragjax.resources import cores
-from ragjax.retrieval.device_index import Corpus, log_normalizer, place_rows, search_corpus
+from ragjax.retrieval.device_index import DeviceIndex, log_normalizer, place_rows, sharded_top_k
 from ragjax.retrieval.embeddings import Embeddings, check_finite
 from ragjax.retrieval.faiss_index import (
     CHECKED_AT_ONCE,
@@ -65,7 +65,7 @@ MADE_OF = "made_of.json"
 class Index:
     """Embeddings [N, D] with a way to search them: `kind` is `exact` or a FAISS index_factory string.
 
-    `recall`, for `exact`, lets the devices miss some (see `search_corpus`).
+    `recall`, for `exact`, lets the devices miss some (see `sharded_top_k`).
     """
 
     embeddings: Embeddings
@@ -102,7 +102,7 @@ class Index:
         queries = np.asarray(queries, np.float32)
         if self.on_devices:
             corpus = self.corpus(mesh or local_mesh(data=1))
-            return on_host(search_corpus(corpus, place(queries, replicated(corpus.mesh)), k, self.recall))
+            return gather_to_host(sharded_top_k(corpus, put_global(queries, replicated(corpus.mesh)), k, self.recall))
         import faiss
 
         faiss.omp_set_num_threads(cores())
@@ -118,7 +118,9 @@ class Index:
     ) -> Float32[np.ndarray, " B"]:
         """log Σ exp(scale · q·d) over all passages, by the devices whatever the kind; `mesh` as in `search`."""
         corpus = self.corpus(mesh or local_mesh(data=1))
-        return on_host(log_normalizer(corpus, place(np.asarray(queries, np.float32), replicated(corpus.mesh)), scale))
+        return gather_to_host(
+            log_normalizer(corpus, put_global(np.asarray(queries, np.float32), replicated(corpus.mesh)), scale)
+        )
 
     def vectors(self, ids: Int[np.ndarray, "B K"]) -> Float32[np.ndarray, "B K D"]:
         """The embeddings of passages; zeros where the id is -1."""
@@ -126,19 +128,19 @@ class Index:
         check_finite(found, "some passages that were found")
         return np.where(ids[..., None] >= 0, found, np.float32(0))
 
-    def corpus(self, mesh: Mesh) -> Corpus:
+    def corpus(self, mesh: Mesh) -> DeviceIndex:
         """All embeddings, put on the devices of a mesh once, in the type in which they are stored."""
         if self._corpus is None or self._corpus.mesh != mesh:
             self._corpus = None  # before the next one takes room
             rows = place_rows(mesh, len(self), self.embeddings.between)
-            self._corpus = Corpus(rows, len(self), mesh)
+            self._corpus = DeviceIndex(rows, len(self), mesh)
         return self._corpus
 
     def release(self) -> None:
         """Frees what lies on devices."""
         self._corpus = None
 
-    _corpus: Corpus | None = field(default=None, repr=False)
+    _corpus: DeviceIndex | None = field(default=None, repr=False)
 
 
 def write_index(folder: Path, kind: str, dtype: str, manifest_extra: Mapping[str, Any]) -> None:

@@ -17,26 +17,26 @@ import jax
 
 from ragjax.checksums import CHECKSUMS, DamagedFolder, damages, read_checksums, read_sealed, write_checksums
 from ragjax.config import structure
-from ragjax.data.corpus import Passage, Scan
+from ragjax.data.corpus import CorpusStats, Passage
 from ragjax.data.passage_store import SHARDS, STORE_FILES, shard_folder, write_store
 from ragjax.data.prompt import passage_text
 from ragjax.errors import InputError
-from ragjax.files import LOCK, alone, atomic_write, partial_folder, write_jsonl
+from ragjax.files import LOCK, atomic_write, exclusive_lock, partial_folder, write_jsonl
 from ragjax.parallel.mesh import local_mesh
-from ragjax.parallel.processes import from_all, on_first
-from ragjax.parallel.sharding import place, replicated
-from ragjax.rag import Rag, passage_rows
+from ragjax.parallel.processes import allgather_text, run_on_process_zero
+from ragjax.parallel.sharding import put_global, replicated
+from ragjax.rag import RagPipeline, tokenize_passages
 from ragjax.retrieval.embeddings import EMBEDDINGS
-from ragjax.retrieval.encoder import embed_with
+from ragjax.retrieval.encoder import embed_to_file
 from ragjax.retrieval.faiss_index import FAISS_FILE
 from ragjax.retrieval.index import MADE_OF, MANIFEST, index_damage, read_manifest, write_index
 from ragjax.terminal import progress_bar, terminal
 
-Read = Callable[[], Iterable[Passage]]  # the corpus from its beginning
+ReadPassages = Callable[[], Iterable[Passage]]  # the corpus from its beginning
 
 
 @dataclass(frozen=True)
-class _There:
+class _ExistingIndex:
     """An index of the same things that is there already."""
 
     shard: int  # passages in each shard but the last
@@ -44,22 +44,24 @@ class _There:
     damage: dict[str, str]  # what is wrong with each damaged file, by its name
 
 
-def existing(folder: Path, new: Path, rag: Rag, content: str, made_of: dict[str, Any]) -> _There | None:
+def find_existing_index(
+    folder: Path, new: Path, rag: RagPipeline, content: str, made_of: dict[str, Any]
+) -> _ExistingIndex | None:
     """What is in the folder, after reading all of it; None where this index is yet to be built, or moved there.
 
     Where the manifest is damaged, made_of.json tells what it is, and each shard's own checksums that it is whole.
     """
-    if not folder.is_dir() or is_whole(new, rag):
+    if not folder.is_dir() or is_complete(new, rag):
         return None
     try:
         manifest = read_manifest(folder)
     except InputError:
-        if (scan := saved_scan(folder, made_of)) is None:
+        if (scan := read_saved_stats(folder, made_of)) is None:
             return None
         shard = rag.config.index.shard
         good = {number: _is_good(folder, number) for number in range(-(-scan.count // shard))}
         damage = {f"{SHARDS}/{number:05d}": "is not whole" for number in good if not good[number]}
-        return _There(shard, [n for n in good if good[n]], {MANIFEST: "is not whole"} | damage)
+        return _ExistingIndex(shard, [n for n in good if good[n]], {MANIFEST: "is not whole"} | damage)
     if any(manifest["fingerprints"].get(part) != of for part, of in rag.fingerprints.items()):
         return None
     if manifest["corpus"]["content"] != content:
@@ -67,7 +69,7 @@ def existing(folder: Path, new: Path, rag: Rag, content: str, made_of: dict[str,
     damage = index_damage(folder)
     bad = {Path(name).parent.name for name in damage if name.startswith(f"{SHARDS}/")}
     counts = manifest["shards"]
-    return _There(counts[0], [n for n in range(len(counts)) if shard_folder(folder, n).name not in bad], damage)
+    return _ExistingIndex(counts[0], [n for n in range(len(counts)) if shard_folder(folder, n).name not in bad], damage)
 
 
 def _is_good(folder: Path, number: int, most: int | None = None) -> bool:
@@ -80,21 +82,21 @@ def _is_good(folder: Path, number: int, most: int | None = None) -> bool:
     return about.get("number") == number and not damages(shard, about["files"], most=most)
 
 
-def agreed(look: Callable[[], _There | None]) -> _There | None:
+def agree_on_existing(look: Callable[[], _ExistingIndex | None]) -> _ExistingIndex | None:
     """What process 0 finds, told to all."""
-    found = on_first(look)
-    found = json.loads(from_all(json.dumps(found and asdict(found)))[0])
-    return None if found is None else _There(**found)
+    found = run_on_process_zero(look)
+    found = json.loads(allgather_text(json.dumps(found and asdict(found)))[0])
+    return None if found is None else _ExistingIndex(**found)
 
 
-def partial_of(folder: Path) -> Path:
+def partial_index_folder(folder: Path) -> Path:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is a file; choose another index.folder")
     folder = folder.resolve()  # pieces are renamed: both must lie on one disk
     return folder.with_name(folder.name + ".partial")
 
 
-def made_of_what(rag: Rag, content: str) -> dict[str, Any]:
+def index_recipe(rag: RagPipeline, content: str) -> dict[str, Any]:
     """Everything that the bytes of the shards depend on; index.kind is not among it."""
     config = rag.config
     return {
@@ -107,11 +109,11 @@ def made_of_what(rag: Rag, content: str) -> dict[str, Any]:
     }
 
 
-def saved_scan(new: Path, made_of: dict[str, Any]) -> Scan | None:
+def read_saved_stats(new: Path, made_of: dict[str, Any]) -> CorpusStats | None:
     """What the scan of an earlier build of the same things found; None if there was none."""
     try:
         building = read_sealed(new / MADE_OF)
-        scan = Scan(**building["scan"]) if building["made_of"] == made_of else None
+        scan = CorpusStats(**building["scan"]) if building["made_of"] == made_of else None
     except (InputError, KeyError, TypeError):
         return None
     if scan and type(scan.count) is type(scan.size) is int and min(scan.count, scan.size) > 0:
@@ -120,13 +122,13 @@ def saved_scan(new: Path, made_of: dict[str, Any]) -> Scan | None:
 
 
 @contextmanager
-def building(new: Path, made_of: dict[str, Any]) -> Iterator[None]:
+def building_folder(new: Path, made_of: dict[str, Any]) -> Iterator[None]:
     """INDEX.partial, held by this process alone, with the shards of an earlier build of the same things.
 
     It is gone at the end. When anything fails it stays, if there is a shard to go on with.
     """
-    with alone(new, "builds this index; wait for it, or choose another index.folder"):
-        scan = saved_scan(new, made_of)
+    with exclusive_lock(new, "builds this index; wait for it, or choose another index.folder"):
+        scan = read_saved_stats(new, made_of)
         if scan is None and (made := len(list((new / SHARDS).glob("[0-9]*")))):
             terminal.print(f"{new}: its {made} shards are of another corpus, model, setting, JAX or device; begun anew")
         for path in new.iterdir() if scan is None else (new / SHARDS).glob("*.partial"):
@@ -151,7 +153,7 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def is_whole(new: Path, rag: Rag) -> bool:
+def is_complete(new: Path, rag: RagPipeline) -> bool:
     """Whether only the swap is left to do, or the rest of it."""
     try:
         return read_sealed(new / MANIFEST)["fingerprints"] == rag.fingerprints
@@ -159,7 +161,7 @@ def is_whole(new: Path, rag: Rag) -> bool:
         return False
 
 
-def write_shards(rag: Rag, read: Read, count: int, new: Path, elsewhere: Sequence[int]) -> None:
+def embed_shards(rag: RagPipeline, read: ReadPassages, count: int, new: Path, elsewhere: Sequence[int]) -> None:
     """Writes this process's part of the shards that are missing here and `elsewhere`, in one pass over the corpus.
 
     Those of an earlier build are not read again: their sizes are compared.
@@ -194,16 +196,16 @@ def write_shards(rag: Rag, read: Read, count: int, new: Path, elsewhere: Sequenc
                 unfinished.rename(folder)
 
 
-def _shard_writer(rag: Rag) -> Callable[[Path, Sequence[Passage], Callable[[int], None]], None]:
+def _shard_writer(rag: RagPipeline) -> Callable[[Path, Sequence[Passage], Callable[[int], None]], None]:
     """Writes the text, tokens and embeddings of some passages into a folder, with all devices of this process."""
     settings = rag.config.retriever
     told = partial(passage_text, rag.config.generator.passage)
-    params = place(rag.passage_encoder.read(), replicated(local_mesh()))
+    params = put_global(rag.passage_encoder.load_params(), replicated(local_mesh()))
 
     def write(folder: Path, passages: Sequence[Passage], advance: Callable[[int], None]) -> None:
         write_store(folder, passages, rag.generator_tokenizer.encode, told)
-        rows = passage_rows(rag.passage_tokenizer, settings.passage, passages, settings.passage_tokens)
-        embed_with(rag, params, rows, folder / EMBEDDINGS, advance)
+        rows = tokenize_passages(rag.passage_tokenizer, settings.passage, passages, settings.passage_tokens)
+        embed_to_file(rag, params, rows, folder / EMBEDDINGS, advance)
 
     return write
 
@@ -214,7 +216,9 @@ def _write_questions(folder: Path, questions: dict[str, list[dict]]) -> None:
         write_jsonl(folder / "questions" / f"{split}.jsonl", records)
 
 
-def complete(rag: Rag, about: Callable[[Path], dict[str, Any]], questions: dict[str, list[dict]], folder: Path) -> None:
+def complete_index(
+    rag: RagPipeline, about: Callable[[Path], dict[str, Any]], questions: dict[str, list[dict]], folder: Path
+) -> None:
     """Adds the questions, the search structure and, last, the manifest to the shards."""
     _write_questions(folder, questions)
     try:
@@ -224,11 +228,11 @@ def complete(rag: Rag, about: Callable[[Path], dict[str, Any]], questions: dict[
         raise
 
 
-def mend(
-    rag: Rag,
+def repair_index(
+    rag: RagPipeline,
     about: Callable[[Path], dict[str, Any]],
     questions: dict[str, list[dict]],
-    there: _There,
+    there: _ExistingIndex,
     new: Path,
     folder: Path,
 ) -> None:
@@ -248,7 +252,7 @@ def mend(
             _write_questions(folder, questions)
         if not damages(folder, {name: record for name, record in records.items() if name in again}):
             return
-    complete(rag, about, questions, folder)
+    complete_index(rag, about, questions, folder)
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -256,7 +260,7 @@ def _copy(source: Path, target: Path) -> None:
         file.write(source.read_bytes())
 
 
-def swap(new: Path, folder: Path) -> None:
+def swap_folders(new: Path, folder: Path) -> None:
     """Moves a whole index to its place, piece by piece, the manifest last; begun before, it does the rest.
 
     What else is in the folder stays.

@@ -28,11 +28,11 @@ from ragjax.data.passage_store import PassageStore, shard_folder
 from ragjax.errors import InputError
 from ragjax.models.layers import Params
 from ragjax.parallel.mesh import local_mesh
-from ragjax.parallel.processes import first_says, on_first, wait_for_all
-from ragjax.parallel.sharding import on_host, place, replicated
-from ragjax.rag import Rag, passage_rows
+from ragjax.parallel.processes import broadcast_from_process_zero, run_on_process_zero, wait_for_all
+from ragjax.parallel.sharding import gather_to_host, put_global, replicated
+from ragjax.rag import RagPipeline, tokenize_passages
 from ragjax.retrieval.embeddings import EMBEDDINGS
-from ragjax.retrieval.encoder import embed_with, embeddings_with
+from ragjax.retrieval.encoder import embed_in_memory, embed_to_file
 from ragjax.retrieval.index import MANIFEST, Index, open_index, write_index
 from ragjax.retrieval.retrieve import encode_questions
 from ragjax.terminal import progress_bar
@@ -43,7 +43,7 @@ TOGETHER = 1024  # passages whose text is held at a time; of a part only the tok
 
 
 @dataclass(frozen=True)
-class Refreshed:
+class RefreshedIndex:
     """The steps after which the index was begun that is searched, and the one that is being built; None for neither.
 
     The index that `ragjax index` built is the one searched at first. After the last step another one is begun.
@@ -53,13 +53,13 @@ class Refreshed:
     building: int | None = None
 
 
-class Refresh:
+class IndexRefresher:
     """The index that is searched at each step of training; `state` goes into checkpoints."""
 
-    def __init__(self, rag: Rag, base: Index, store: PassageStore, output: Path, mesh: Mesh) -> None:
+    def __init__(self, rag: RagPipeline, base: Index, store: PassageStore, output: Path, mesh: Mesh) -> None:
         self.rag, self.base, self.store, self.mesh = rag, base, store, mesh
         self.folder = output / FOLDER
-        self.state = Refreshed()
+        self.state = RefreshedIndex()
         self.index = base
         self._placed: tuple[int, Params] | None = None  # the encoder of the index begun then, on this process's devices
         if (parts := rag.config.refresh.steps * jax.process_count()) > len(base):
@@ -85,30 +85,30 @@ class Refresh:
                 if int(path.name) > step or step == 0 or other_parts:  # of steps that are about to be repeated
                     shutil.rmtree(path)
 
-        on_first(clear)
+        run_on_process_zero(clear)
         if self.state.searched is not None:
             self.index = refreshed_index(self.rag, self.base, self.folder.parent, self.state.searched)
         begun = self.state.building
         if indexed is not None and begun is not None and begun < self.rag.config.train.steps:
             self._encode(range(step - begun + 1), indexed)
 
-    def begins(self, step: int, kept: float | None) -> bool:
+    def should_start(self, step: int, kept: float | None) -> bool:
         """Whether a re-encoding begins after this step; `kept` is what `overlap` told, if it was asked."""
         settings = self.rag.config.refresh
         due = settings.every is not None and step % settings.every == 0
         drifted = settings.below is not None and kept is not None and kept < settings.below
         left = self.rag.config.train.steps - step  # at its end the index is built anew in any case
-        return self.state.building is None and first_says(due or drifted) and left > settings.steps
+        return self.state.building is None and broadcast_from_process_zero(due or drifted) and left > settings.steps
 
-    def begin(self, step: int) -> None:
-        self.state = Refreshed(self.state.searched, step)
+    def start(self, step: int) -> None:
+        self.state = RefreshedIndex(self.state.searched, step)
 
     def begin_anew(self, step: int, encoder: Params) -> None:
         """Encodes the whole index, as far as it is not there, and searches it from here on."""
-        self.begin(step)
-        self.finish(encoder)
+        self.start(step)
+        self.complete(encoder)
 
-    def go_on(self, step: int, indexed: Params | None) -> bool:
+    def advance(self, step: int, indexed: Params | None) -> bool:
         """Encodes the part of this step; True when the new index is the one searched from now on."""
         begun = self.state.building
         if begun is None:
@@ -119,17 +119,17 @@ class Refresh:
         self._switch()
         return True
 
-    def is_there(self, step: int) -> bool:
+    def is_complete(self, step: int) -> bool:
         """Whether the index begun after this step is complete."""
         return (version_folder(self.folder.parent, step) / MANIFEST).is_file()
 
-    def finish(self, encoder: Params) -> None:
+    def complete(self, encoder: Params) -> None:
         """Encodes all parts that are missing of the index that was begun, and switches."""
         with progress_bar("refresh the index", len(self.base), "passages") as advance:
             self._encode(range(self.rag.config.refresh.steps), encoder, advance)
         self._switch()
 
-    def keep_only(self, referred: Iterable[Refreshed]) -> None:
+    def keep_only(self, referred: Iterable[RefreshedIndex]) -> None:
         """Deletes the versions of the index that neither this state nor those of checkpoints refer to."""
         kept = {step for state in (self.state, *referred) for step in (state.searched, state.building)}
 
@@ -138,7 +138,7 @@ class Refresh:
                 if int(path.name) not in kept:
                     shutil.rmtree(path)
 
-        on_first(delete)
+        run_on_process_zero(delete)
 
     def overlap(self, params: Params, encoder: Params, questions: Sequence[str], k: int) -> float:
         """The mean share of the top k that would stay there if the index were built by `encoder` now.
@@ -148,7 +148,7 @@ class Refresh:
         queries = self._queries(params, questions)
         _, ids = self.index.search(queries, min(4 * k, len(self.base)), self.mesh)
         distinct, at = np.unique(np.maximum(ids, 0), return_inverse=True)
-        vectors = embeddings_with(self.rag, _on_devices_here(encoder), self._rows(distinct.tolist()))
+        vectors = embed_in_memory(self.rag, _on_devices_here(encoder), self._rows(distinct.tolist()))
         fresh = np.einsum("BD,BKD->BK", queries, vectors[at.reshape(ids.shape)])
         best = np.argsort(-np.where(ids >= 0, fresh, -np.inf), axis=1, kind="stable")[:, :k]
         return _shared(ids[:, :k], np.take_along_axis(ids, best, 1))
@@ -166,7 +166,7 @@ class Refresh:
     def _rows(self, ids: Iterable[int]) -> list[np.ndarray]:
         settings, stream, rows = self.rag.config.retriever, iter(ids), list[np.ndarray]()
         while some := [self.store[i] for i in islice(stream, TOGETHER)]:
-            rows += passage_rows(self.rag.passage_tokenizer, settings.passage, some, settings.passage_tokens)
+            rows += tokenize_passages(self.rag.passage_tokenizer, settings.passage, some, settings.passage_tokens)
         return rows
 
     def _versions(self) -> list[Path]:
@@ -187,7 +187,7 @@ class Refresh:
                 advance(stop - start)
                 continue
             path.parent.mkdir(parents=True, exist_ok=True)
-            embed_with(self.rag, self._placed[1], self._rows(range(start, stop)), path, advance)
+            embed_to_file(self.rag, self._placed[1], self._rows(range(start, stop)), path, advance)
             write_checksums(path.parent, number=number)
 
     def _switch(self) -> None:
@@ -202,27 +202,27 @@ class Refresh:
                 about = {"corpus": manifest["corpus"], "fingerprints": manifest["fingerprints"], "refreshed": begun}
                 write_index(folder, self.base.kind, manifest["dtype"], about)
 
-        on_first(write)
+        run_on_process_zero(write)
         self.index.release()
         self._placed = None
         self.index = refreshed_index(self.rag, self.base, self.folder.parent, begun)
-        self.state = Refreshed(begun, None)
+        self.state = RefreshedIndex(begun, None)
 
 
-def refreshed_at(metadata: Mapping[str, Any]) -> Refreshed:
+def refreshed_at(metadata: Mapping[str, Any]) -> RefreshedIndex:
     """What a checkpoint says of the index."""
-    return Refreshed(metadata.get("searched"), metadata.get("building"))
+    return RefreshedIndex(metadata.get("searched"), metadata.get("building"))
 
 
 def _on_devices_here(encoder: Params) -> Params:
-    return place(on_host(encoder), replicated(local_mesh()))
+    return put_global(gather_to_host(encoder), replicated(local_mesh()))
 
 
 def version_folder(output: Path, step: int) -> Path:
     return output / FOLDER / f"{step:06d}"
 
 
-def refreshed_index(rag: Rag, base: Index, output: Path, step: int) -> Index:
+def refreshed_index(rag: RagPipeline, base: Index, output: Path, step: int) -> Index:
     """The index begun after `step` of the run in `output`. Raises `InputError` where it is missing or damaged."""
     folder = version_folder(output, step)
     if not (folder / MANIFEST).is_file():

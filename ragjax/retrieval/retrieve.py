@@ -14,14 +14,14 @@ from jaxtyping import Float, Int
 from ragjax.marginal import corpus_log_prior, log_prior
 from ragjax.models.layers import Params
 from ragjax.parallel.mesh import local_mesh
-from ragjax.parallel.sharding import from_all_rows, on_host, rows_here, shard_batch
-from ragjax.rag import Rag, question_rows
+from ragjax.parallel.sharding import allgather_rows, gather_to_host, local_rows, shard_batch
+from ragjax.rag import RagPipeline, tokenize_questions
 from ragjax.retrieval.encoder import encode
 from ragjax.retrieval.index import Index
 
 
 @dataclass(frozen=True)
-class Retrieved:
+class RetrievalResult:
     """The top-k of B questions, best first; id −1, score −inf and prior −inf where there was no hit."""
 
     queries: Float[np.ndarray, "B D"]
@@ -31,7 +31,7 @@ class Retrieved:
 
 
 def search(
-    rag: Rag, params: Params, index: Index, questions: Sequence[str], k: int, mesh: Mesh | None = None
+    rag: RagPipeline, params: Params, index: Index, questions: Sequence[str], k: int, mesh: Mesh | None = None
 ) -> tuple[Float[np.ndarray, "B D"], Float[np.ndarray, "B K"], Int[np.ndarray, "B K"]]:
     """The queries of B questions, and the scores and ids of their top-k, known to every process of the mesh.
 
@@ -42,21 +42,23 @@ def search(
     queries = encode_questions(rag, params, questions, mesh)
     if index.on_devices:
         return queries, *index.search(queries, k, mesh)
-    found = index.search(queries[rows_here(mesh, len(questions))], k)
-    return queries, *from_all_rows(mesh, found, len(questions))
+    found = index.search(queries[local_rows(mesh, len(questions))], k)
+    return queries, *allgather_rows(mesh, found, len(questions))
 
 
-def encode_questions(rag: Rag, params: Params, questions: Sequence[str], mesh: Mesh) -> Float[np.ndarray, "B D"]:
+def encode_questions(
+    rag: RagPipeline, params: Params, questions: Sequence[str], mesh: Mesh
+) -> Float[np.ndarray, "B D"]:
     """The queries of B questions, known to every process; `params` and mesh as in `search`."""
-    rows, count = question_rows(rag, questions), len(questions)
-    mine = rows_here(mesh, count)
+    rows, count = tokenize_questions(rag, questions), len(questions)
+    mine = local_rows(mesh, count)
     asked = shard_batch(mesh, tuple(of_all[mine] for of_all in rows), count)
-    return on_host(encode(rag.retriever.graph, params["retriever"], *asked))
+    return gather_to_host(encode(rag.retriever.graphdef, params["retriever"], *asked))
 
 
 def retrieve(
-    rag: Rag, params: Params, index: Index, questions: Sequence[str], k: int, mesh: Mesh | None = None
-) -> Retrieved:
+    rag: RagPipeline, params: Params, index: Index, questions: Sequence[str], k: int, mesh: Mesh | None = None
+) -> RetrievalResult:
     """As `search`, with the prior normalised as the configuration says."""
     queries, scores, ids = search(rag, params, index, questions, k, mesh)
     scale, valid = rag.config.retriever.scale, jnp.asarray(ids >= 0)
@@ -65,10 +67,12 @@ def retrieve(
         prior = corpus_log_prior(jnp.asarray(scale * scores), jnp.asarray(normalizer), valid)
     else:
         prior = log_prior(jnp.asarray(scale * scores), valid)
-    return Retrieved(queries, ids, scores, np.asarray(prior))
+    return RetrievalResult(queries, ids, scores, np.asarray(prior))
 
 
-def log_mass(rag: Rag, index: Index, retrieved: Retrieved, k: int, mesh: Mesh | None = None) -> Float[np.ndarray, " B"]:
+def log_prior_mass(
+    rag: RagPipeline, index: Index, retrieved: RetrievalResult, k: int, mesh: Mesh | None = None
+) -> Float[np.ndarray, " B"]:
     """Log of the share of the whole corpus's softmax that the best k documents hold, at most 0 but for rounding."""
     scale = rag.config.retriever.scale
     normalizer = index.log_normalizer(retrieved.queries, scale, mesh)

@@ -14,8 +14,8 @@ from jaxtyping import Bool, Float, Int
 
 from ragjax.config import Config
 from ragjax.data.passage_store import PassageStore
-from ragjax.padding import pad_rows
-from ragjax.rag import Rag, answer_tokens, prompt_rows, question_rows
+from ragjax.padding import pad_sequences
+from ragjax.rag import RagPipeline, tokenize_answer, tokenize_prompts, tokenize_questions
 from ragjax.retrieval.encoder import passage_batch
 from ragjax.retrieval.index import Index
 
@@ -41,7 +41,7 @@ class TrainBatch:
 
 
 def train_batch(
-    rag: Rag,
+    rag: RagPipeline,
     index: Index,
     store: PassageStore,
     questions: Sequence[str],
@@ -53,10 +53,10 @@ def train_batch(
 
     Answers are padded to `generator.answer_tokens`, which none may exceed.
     """
-    question, question_mask = question_rows(rag, questions)
-    source, source_mask = prompt_rows(rag, store, questions, ids)
-    written = [answer_tokens(rag, answer) for answer in answers]
-    answer, answer_mask = pad_rows(written, rag.config.generator.answer_tokens, rag.special.pad)
+    question, question_mask = tokenize_questions(rag, questions)
+    source, source_mask = tokenize_prompts(rag, store, questions, ids)
+    written = [tokenize_answer(rag, answer) for answer in answers]
+    answer, answer_mask = pad_sequences(written, rag.config.generator.answer_tokens, rag.special.pad)
     shape = (*ids.shape, source.shape[1])
     passage, passage_mask = None, None
     if rag.config.train.passage_encoder != "frozen":

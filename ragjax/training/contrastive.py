@@ -22,13 +22,13 @@ from ragjax.data.passage_store import PassageStore
 from ragjax.data.questions import Question
 from ragjax.errors import InputError
 from ragjax.marginal import log_prior
-from ragjax.models.layers import Params, fold, row_keys
-from ragjax.rag import Models, Rag, question_rows
+from ragjax.models.layers import Params, fold_rngs, row_rngs
+from ragjax.rag import RagModel, RagPipeline, tokenize_questions
 from ragjax.retrieval.encoder import passage_batch
 from ragjax.retrieval.index import Index
 from ragjax.terminal import progress_bar
 from ragjax.training.batch import Rows
-from ragjax.training.loss import embed
+from ragjax.training.loss import encode_questions_with_dropout
 
 
 @struct.dataclass
@@ -99,7 +99,7 @@ def count_passages(
 
 
 def contrastive_batch(
-    rag: Rag,
+    rag: RagPipeline,
     index: Index,
     store: PassageStore,
     questions: Sequence[Question],
@@ -107,7 +107,7 @@ def contrastive_batch(
     rows: Int[np.ndarray, " B"],
 ) -> ContrastiveBatch:
     """Host arrays for one step: of the questions of some `rows`, given the passages `ids` of the whole batch."""
-    question, question_mask = question_rows(rag, [q.question for q in questions])
+    question, question_mask = tokenize_questions(rag, [q.question for q in questions])
     mine, passage, passage_mask = ids[rows], None, None
     if rag.config.train.passage_encoder != "frozen":
         passage, passage_mask = passage_batch(rag, store, mine)
@@ -140,17 +140,21 @@ def abstract_contrastive(config: Config, width: int) -> ContrastiveBatch:
     )
 
 
-def contrastive_logp(rag: Models, params: Params, batch: ContrastiveBatch, key: Key[Array, ""]) -> Float[Array, "B n"]:
+def contrastive_logp(
+    rag: RagModel, params: Params, batch: ContrastiveBatch, key: Key[Array, ""]
+) -> Float[Array, "B n"]:
     """Log-softmax of each question over the n = C·K passages of the batch that count; −inf for the others.
 
     `key` draws the dropout masks.
     """
     settings = rag.config.retriever
-    keys = row_keys(key, batch.row) if rag.config.train.dropout > 0 else None
-    queries = nnx.merge(rag.retriever.graph, params["retriever"])(batch.question, batch.question_mask, fold(keys, 0))
+    keys = row_rngs(key, batch.row) if rag.config.train.dropout > 0 else None
+    queries = nnx.merge(rag.retriever.graphdef, params["retriever"])(
+        batch.question, batch.question_mask, fold_rngs(keys, 0)
+    )
     passages = batch.passages
     if batch.passage is not None and batch.passage_mask is not None:
-        passages = embed(rag, params, batch.passage, batch.passage_mask, keys)
+        passages = encode_questions_with_dropout(rag, params, batch.passage, batch.passage_mask, keys)
     scores = settings.scale * jnp.einsum("BD,CKD->BCK", queries, passages, precision="highest")
     flat = scores.shape[0], -1
     return log_prior(scores.reshape(flat), batch.counted.reshape(flat))
@@ -164,7 +168,7 @@ def contrastive_nll(batch: ContrastiveBatch, logp: Float[Array, "B n"]) -> Float
 
 
 def contrastive_loss(
-    rag: Models, params: Params, batch: ContrastiveBatch, key: Key[Array, ""]
+    rag: RagModel, params: Params, batch: ContrastiveBatch, key: Key[Array, ""]
 ) -> tuple[Float[Array, ""], dict[str, Any]]:
     """The mean over the questions that have a positive, in nats, and what is worth watching.
 

@@ -16,25 +16,25 @@ from jaxtyping import Int
 
 from ragjax.data.answer_matching import has_answer
 from ragjax.data.passage_store import PassageStore
-from ragjax.data.question_sampler import Batch, QuestionBatches, UsableAnswers, usable_answers
+from ragjax.data.question_sampler import QuestionSampler, SampledQuestions, UsableAnswers, usable_answers
 from ragjax.data.questions import Question, Split
 from ragjax.models.layers import Params
-from ragjax.parallel.sharding import from_all_rows, rows_here, shard_batch
-from ragjax.rag import Rag, answer_tokens, fitting
+from ragjax.parallel.sharding import allgather_rows, local_rows, shard_batch
+from ragjax.rag import RagPipeline, drop_unfit_questions, tokenize_answer
 from ragjax.retrieval.index import Index
 from ragjax.retrieval.retrieve import encode_questions, search
 from ragjax.terminal import terminal
 from ragjax.training.batch import TrainBatch, train_batch, widen, widths
 from ragjax.training.contrastive import ContrastiveBatch, choose_passages, contrastive_batch
-from ragjax.training.fused_retrieval import Asked, asked_batch
+from ragjax.training.fused_retrieval import QuestionBatch, question_batch
 
 Pair = tuple[Question, str]  # and the answer to train on
 # a batch, what retrieval alone tells, and how many tokens
-Reading = tuple[TrainBatch | ContrastiveBatch | Asked, dict[str, float], int]
+LoadedBatch = tuple[TrainBatch | ContrastiveBatch | QuestionBatch, dict[str, float], int]
 
 
 @dataclass(frozen=True)
-class Answerable:
+class TrainQuestions:
     """Questions, and which of them and of their answers can be trained on."""
 
     questions: Sequence[Question]
@@ -47,7 +47,7 @@ class Answerable:
         told = [[(q := self.questions[i]).question, [q.answers[a] for a in which], q.passages] for i, which in chosen]
         return f"sha256:{hashlib.sha256(json.dumps(told).encode()).hexdigest()}"
 
-    def pairs(self, chosen: Batch) -> list[Pair]:
+    def pairs(self, chosen: SampledQuestions) -> list[Pair]:
         of = self.usable
         return [
             (question := self.questions[of.questions[i]], question.answers[of.answers[i][a]])
@@ -55,27 +55,27 @@ class Answerable:
         ]
 
 
-def answerable(rag: Rag, questions: Sequence[Question]) -> Answerable:
+def train_questions(rag: RagPipeline, questions: Sequence[Question]) -> TrainQuestions:
     # what is not generated may be as long as it likes
     longest = rag.config.generator.answer_tokens if rag.config.train.objective == "marginal" else sys.maxsize
-    usable = usable_answers(questions, lambda answer: answer_tokens(rag, answer), longest)
+    usable = usable_answers(questions, lambda answer: tokenize_answer(rag, answer), longest)
     if usable.answers_dropped:
         terminal.print(
             f"{usable.answers_dropped} answers are longer than generator.answer_tokens={longest} and are not trained "
             f"on, for example {usable.example!r}; {usable.questions_dropped} questions have no other",
             soft_wrap=True,
         )
-    return Answerable(questions, usable)
+    return TrainQuestions(questions, usable)
 
 
-def trainable(rag: Rag, split: Split) -> tuple[Answerable, Split]:
+def trainable_questions(rag: RagPipeline, split: Split) -> tuple[TrainQuestions, Split]:
     """What of a split can be trained on, and the split, in which the rest is left out.
 
     Raises `InputError` as `fitting` does, and where no answer fits.
     """
     marginal = rag.config.train.objective == "marginal"  # else the generator reads nothing
-    split = fitting(rag, split, documents=marginal, closed_book=False)
-    asked = answerable(rag, split.questions)
+    split = drop_unfit_questions(rag, split, documents=marginal, closed_book=False)
+    asked = train_questions(rag, split.questions)
     why = f"every answer is longer than generator.answer_tokens={rag.config.generator.answer_tokens}"
     kept = set(asked.usable.questions)
     problems = [None if i in kept else why for i in range(len(split.questions))]
@@ -83,10 +83,10 @@ def trainable(rag: Rag, split: Split) -> tuple[Answerable, Split]:
 
 
 @dataclass
-class Reader:
+class BatchBuilder:
     """Makes batches on the mesh of questions and what is found for them. Each process reads for its own devices."""
 
-    rag: Rag
+    rag: RagPipeline
     index: Index
     store: PassageStore
     mesh: Mesh
@@ -102,12 +102,12 @@ class Reader:
         texts = [question.question for question, _ in pairs]
         return search(self.rag, params, self.index, texts, self.depth, self.mesh)[2]
 
-    def read(self, pairs: Sequence[Pair], ids: Int[np.ndarray, "B M"] | None) -> Reading:
+    def read(self, pairs: Sequence[Pair], ids: Int[np.ndarray, "B M"] | None) -> LoadedBatch:
         """The batch of these questions; without ids the step retrieves, and tells."""
-        mine = rows_here(self.mesh, len(pairs))
+        mine = local_rows(self.mesh, len(pairs))
         texts, answers = [pairs[i][0].question for i in mine], [pairs[i][1] for i in mine]
         if ids is None:
-            return shard_batch(self.mesh, asked_batch(self.rag, texts, answers, mine), len(pairs)), {}, 0
+            return shard_batch(self.mesh, question_batch(self.rag, texts, answers, mine), len(pairs)), {}, 0
         arrays: TrainBatch | ContrastiveBatch
         if self.rag.config.train.objective == "contrastive":
             arrays = self._contrast([pairs[i][0] for i in mine], ids, mine)
@@ -119,7 +119,7 @@ class Reader:
             tokens = arrays.source_mask.sum(axis=(1, 2)) + arrays.answer_mask.sum(axis=1) * ids.shape[1]
         # widths are agreed, since all run one program
         of_rows = np.stack([tokens, *(np.full(len(mine), width) for width in widths(arrays))], axis=1).astype(np.int32)
-        of_rows = from_all_rows(self.mesh, of_rows, len(pairs))
+        of_rows = allgather_rows(self.mesh, of_rows, len(pairs))
         widest = widen(arrays, of_rows[:, 1:].max(axis=0).tolist())
         return shard_batch(self.mesh, widest, len(pairs)), self.shown(pairs, ids), int(of_rows[:, 0].sum())
 
@@ -132,21 +132,21 @@ class Reader:
             choose_passages(self.store, question, ids[i], k, self.positions)
             for question, i in zip(questions, mine, strict=True)
         ]
-        of_all = from_all_rows(self.mesh, np.stack(chosen), len(ids))
+        of_all = allgather_rows(self.mesh, np.stack(chosen), len(ids))
         return contrastive_batch(self.rag, self.index, self.store, questions, of_all, mine)
 
     def shown(self, pairs: Sequence[Pair], ids: Int[np.ndarray, "B M"]) -> dict[str, float]:
         """How many questions found a document that answers among the top k, and how many of these differ."""
-        mine, ids = rows_here(self.mesh, len(pairs)), ids[:, : self.rag.config.train.k]
+        mine, ids = local_rows(self.mesh, len(pairs)), ids[:, : self.rag.config.train.k]
         hits = np.array([has_answer(self.store, pairs[i][0], ids[i]).any() for i in mine])
         valid = ids[ids >= 0]
         return {
-            "recall": float(from_all_rows(self.mesh, hits, len(pairs)).mean()),
+            "recall": float(allgather_rows(self.mesh, hits, len(pairs)).mean()),
             "distinct_documents": len(np.unique(valid)) / max(1, valid.size),
         }
 
 
-class Supply:
+class TrainLoader:
     """The questions of one step after the other, with their documents, unless the step itself retrieves.
 
     With `train.search_ahead` FAISS looks for the next step's documents in a thread while a step runs. Checkpoints keep
@@ -154,25 +154,27 @@ class Supply:
     while a step runs, so that devices need not wait for it. Use as a context manager.
     """
 
-    def __init__(self, reader: Reader, batches: QuestionBatches, asked: Answerable, saved: Mapping[str, Any]) -> None:
+    def __init__(
+        self, reader: BatchBuilder, batches: QuestionSampler, asked: TrainQuestions, saved: Mapping[str, Any]
+    ) -> None:
         """`saved` is a checkpoint's metadata, with what `state` gave."""
         self.reader, self.batches, self.asked = reader, batches, asked
         self._pool = ThreadPoolExecutor(max_workers=1)
         self._ahead: tuple[list[Pair], Future[Any] | np.ndarray | None] | None = None
         self._position: dict[str, Any] | None = None  # in the data, before what was looked ahead for
-        self._read: tuple[Index, Reading] | None = None  # with vectors of that index
+        self._read: tuple[Index, LoadedBatch] | None = None  # with vectors of that index
         self.same_questions = batches.restore(saved["data"]) if saved else True
         if self.same_questions and saved.get("ahead") is not None:
             self._position = saved["data"]
             self._ahead = asked.pairs(next(batches)), np.array(saved["ahead"], np.int32)
 
-    def __enter__(self) -> Supply:
+    def __enter__(self) -> TrainLoader:
         return self
 
     def __exit__(self, *error: object) -> None:
         self._pool.shutdown()
 
-    def take(self, params: Params) -> tuple[list[Pair], Reading]:
+    def take(self, params: Params) -> tuple[list[Pair], LoadedBatch]:
         """The next questions, read with the documents that the retriever's `params` find if none were sought before."""
         reader = self.reader
         if self._ahead is None:
@@ -187,7 +189,7 @@ class Supply:
         reader, self._position = self.reader, self.batches.state()
         pairs = self.asked.pairs(next(self.batches))
         queries = encode_questions(reader.rag, params, [question.question for question, _ in pairs], reader.mesh)
-        mine = queries[rows_here(reader.mesh, len(pairs))]
+        mine = queries[local_rows(reader.mesh, len(pairs))]
         self._ahead = pairs, self._pool.submit(lambda: reader.index.search(mine, reader.depth)[1])
 
     def read_ahead(self) -> None:
@@ -209,6 +211,6 @@ class Supply:
         assert self._ahead is not None
         pairs, ids = self._ahead
         if isinstance(ids, Future):
-            ids = from_all_rows(self.reader.mesh, ids.result(), len(pairs))
+            ids = allgather_rows(self.reader.mesh, ids.result(), len(pairs))
             self._ahead = pairs, ids
         return ids

@@ -20,16 +20,16 @@ from ragjax.config import Config
 from ragjax.data.passage_store import PassageStore
 from ragjax.data.prompt import Prompt, check_prompt_fits
 from ragjax.models.layers import Params
-from ragjax.padding import pad_rows
-from ragjax.parallel.sharding import lay
-from ragjax.rag import Models, Rag, answer_tokens, question_rows
-from ragjax.retrieval.device_index import Corpus, place_rows, rows_each, search_corpus, split_rows, take_rows
+from ragjax.padding import pad_sequences
+from ragjax.parallel.sharding import abstract_with_sharding
+from ragjax.rag import RagModel, RagPipeline, tokenize_answer, tokenize_questions
+from ragjax.retrieval.device_index import DeviceIndex, gather_rows, place_rows, rows_each, sharded_top_k, split_rows
 from ragjax.retrieval.index import Index
 from ragjax.training.batch import Rows, TrainBatch
 
 
 @struct.dataclass
-class Asked:
+class QuestionBatch:
     """B questions and one accepted answer each, before anything is retrieved; the host knows no more of a step."""
 
     row: Int[Rows, " B"]  # number in the global batch: keys the dropout
@@ -41,34 +41,34 @@ class Asked:
     answer_mask: Bool[Rows, "B T"]
 
 
-def asked_batch(
-    rag: Rag, questions: Sequence[str], answers: Sequence[str], rows: Int[np.ndarray, " B"] | None = None
-) -> Asked:
+def question_batch(
+    rag: RagPipeline, questions: Sequence[str], answers: Sequence[str], rows: Int[np.ndarray, " B"] | None = None
+) -> QuestionBatch:
     """Host arrays for one step, of the global batch or of its `rows` that these are, always of the same widths.
 
     Raises `InputError` for a question that does not fit into a prompt.
     """
     config, tokenizer = rag.config, rag.generator_tokenizer
-    question, question_mask = question_rows(rag, questions, config.retriever.question_tokens)
+    question, question_mask = tokenize_questions(rag, questions, config.retriever.question_tokens)
     told = tokenizer.encode([rag.prompt.before_question + question for question in questions])
     for tokens in told:
         check_prompt_fits(rag.prompt, tokens, config.generator.source_tokens)
-    told_rows, told_mask = pad_rows(told, config.generator.source_tokens, tokenizer.pad_id)
-    written = [answer_tokens(rag, answer) for answer in answers]
-    answer, answer_mask = pad_rows(written, config.generator.answer_tokens, rag.special.pad)
+    told_rows, told_mask = pad_sequences(told, config.generator.source_tokens, tokenizer.pad_id)
+    written = [tokenize_answer(rag, answer) for answer in answers]
+    answer, answer_mask = pad_sequences(written, config.generator.answer_tokens, rag.special.pad)
     row = (np.arange(len(questions)) if rows is None else rows).astype(np.int32)
-    return Asked(row, question, question_mask, told_rows, told_mask, answer, answer_mask)
+    return QuestionBatch(row, question, question_mask, told_rows, told_mask, answer, answer_mask)
 
 
-def abstract_asked(config: Config) -> Asked:
+def abstract_question_batch(config: Config) -> QuestionBatch:
     """The shapes and types of a step's questions."""
     count, shape = config.train.batch_size, jax.ShapeDtypeStruct
     widths = config.retriever.question_tokens, config.generator.source_tokens, config.generator.answer_tokens
     pairs = [(shape((count, width), jnp.int32), shape((count, width), jnp.bool)) for width in widths]
-    return Asked(shape((count,), jnp.int32), *pairs[0], *pairs[1], *pairs[2])
+    return QuestionBatch(shape((count,), jnp.int32), *pairs[0], *pairs[1], *pairs[2])
 
 
-def corpus_with_tokens(rag: Rag, index: Index, store: PassageStore, mesh: Mesh) -> Corpus:
+def corpus_with_tokens(rag: RagPipeline, index: Index, store: PassageStore, mesh: Mesh) -> DeviceIndex:
     """Embeddings and tokens of all passages on the devices; of each as many tokens as may stand in a prompt."""
     corpus, count = index.corpus(mesh), len(store)
     width = min(store.longest, rag.config.generator.source_tokens)
@@ -83,33 +83,35 @@ def corpus_with_tokens(rag: Rag, index: Index, store: PassageStore, mesh: Mesh) 
     return replace(corpus, tokens=place_rows(mesh, count, tokens), lengths=place_rows(mesh, count, lengths))
 
 
-def abstract_corpus(rag: Models, mesh: Mesh, passages: int) -> Corpus:
+def abstract_corpus(rag: RagModel, mesh: Mesh, passages: int) -> DeviceIndex:
     """What the devices hold of N passages, in shapes, types and places; of tokens the most there can be."""
     config, split = rag.config, split_rows(mesh)
     rows = rows_each(mesh, passages) * mesh.size
 
     def table(dtype: str, *shape: int) -> jax.ShapeDtypeStruct:
-        return lay(mesh, jax.ShapeDtypeStruct((rows, *shape), dtype), *split)
+        return abstract_with_sharding(mesh, jax.ShapeDtypeStruct((rows, *shape), dtype), *split)
 
-    corpus = Corpus(table(config.index.dtype, rag.retriever.config.embedding_width), passages, mesh)
+    corpus = DeviceIndex(table(config.index.dtype, rag.retriever.config.embedding_dim), passages, mesh)
     if not config.train.fused:
         return corpus
     tokens = table(_token_dtype(rag), config.generator.source_tokens)
     return replace(corpus, tokens=tokens, lengths=table("int32"))
 
 
-def _token_dtype(rag: Models) -> str:
-    return "uint16" if rag.generator.config.vocabulary <= 2**16 else "int32"
+def _token_dtype(rag: RagModel) -> str:
+    return "uint16" if rag.generator.config.vocab_size <= 2**16 else "int32"
 
 
-def retrieve_in_step(rag: Models, params: Params, asked: Asked, corpus: Corpus) -> tuple[TrainBatch, Int[Array, "B K"]]:
+def retrieve_in_step(
+    rag: RagModel, params: Params, asked: QuestionBatch, corpus: DeviceIndex
+) -> tuple[TrainBatch, Int[Array, "B K"]]:
     """The batch that `rag.train_batch` makes on the host after `rag.search`, and the ids of the documents; pure."""
     train = rag.config.train
-    retriever = nnx.merge(rag.retriever.graph, jax.lax.stop_gradient(params["retriever"]))
+    retriever = nnx.merge(rag.retriever.graphdef, jax.lax.stop_gradient(params["retriever"]))
     queries = retriever(asked.question, asked.question_mask)
     recall = rag.config.index.recall if rag.config.index.kind == "approximate" else None
-    _, ids = search_corpus(corpus, queries, train.k, recall)
-    tokens, lengths = take_rows(corpus, corpus.tokens, ids), take_rows(corpus, corpus.lengths, ids)
+    _, ids = sharded_top_k(corpus, queries, train.k, recall)
+    tokens, lengths = gather_rows(corpus, corpus.tokens, ids), gather_rows(corpus, corpus.lengths, ids)
     source, source_mask = prompt_on_device(
         rag.prompt, tokens, lengths, asked.told, asked.told_mask, rag.config.generator.source_tokens, rag.special.pad
     )
@@ -117,7 +119,7 @@ def retrieve_in_step(rag: Models, params: Params, asked: Asked, corpus: Corpus) 
         row=asked.row,
         question=asked.question,
         question_mask=asked.question_mask,
-        passages=take_rows(corpus, corpus.embeddings, ids),
+        passages=gather_rows(corpus, corpus.embeddings, ids),
         valid=ids >= 0,
         source=source,
         source_mask=source_mask,

@@ -18,9 +18,9 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from ragjax.marginal import corpus_log_prior, hugging_face_nll, log_prior, marginal_logp, posterior, token_posterior
 from ragjax.models.generator import Generator, answer_hidden, token_logp
-from ragjax.models.layers import Keys, Params, fold, row_keys
-from ragjax.rag import Models
-from ragjax.retrieval.device_index import Corpus, log_normalizer
+from ragjax.models.layers import Params, RowRngs, fold_rngs, row_rngs
+from ragjax.rag import RagModel
+from ragjax.retrieval.device_index import DeviceIndex, log_normalizer
 from ragjax.training.batch import TrainBatch
 
 
@@ -33,8 +33,8 @@ class TokenScores:
     mean_logp: Float[Array, "B K T"]
 
 
-def joint_logp(
-    rag: Models, params: Params, batch: TrainBatch, key: Key[Array, ""], corpus: Corpus | None = None
+def prior_and_token_logp(
+    rag: RagModel, params: Params, batch: TrainBatch, key: Key[Array, ""], corpus: DeviceIndex | None = None
 ) -> tuple[Float[Array, "B K"], TokenScores]:
     """log p_η(z|x), and log p_θ(y_t|y_<t,x,z) of the training answers; pure, to be differentiated.
 
@@ -43,7 +43,7 @@ def joint_logp(
     generator. A document's gradient has its posterior for weight: what the others weigh together is all that is missed.
     """
     questions, documents = batch.source.shape[:2]
-    keys = row_keys(key, batch.row) if rag.config.train.dropout > 0 else None
+    keys = row_rngs(key, batch.row) if rag.config.train.dropout > 0 else None
     prior = _question_log_prior(rag, params, batch, keys, corpus)
     document_keys = None
     if keys is not None:
@@ -65,14 +65,16 @@ def joint_logp(
 
 
 def _question_log_prior(
-    rag: Models, params: Params, batch: TrainBatch, keys: Keys | None, corpus: Corpus | None
+    rag: RagModel, params: Params, batch: TrainBatch, keys: RowRngs | None, corpus: DeviceIndex | None
 ) -> Float[Array, "B K"]:
     """log p_η(z|x), the questions encoded anew so that the gradient reaches their encoder, as it may the passages'."""
     settings = rag.config.retriever
-    queries = nnx.merge(rag.retriever.graph, params["retriever"])(batch.question, batch.question_mask, fold(keys, 0))
+    queries = nnx.merge(rag.retriever.graphdef, params["retriever"])(
+        batch.question, batch.question_mask, fold_rngs(keys, 0)
+    )
     passages = batch.passages
     if batch.passage is not None and batch.passage_mask is not None:
-        passages = embed(rag, params, batch.passage, batch.passage_mask, keys)
+        passages = encode_questions_with_dropout(rag, params, batch.passage, batch.passage_mask, keys)
     scores = settings.scale * jnp.einsum("BD,BKD->BK", queries, passages, precision="highest")
     if settings.prior == "top_k":
         return log_prior(scores, batch.valid)
@@ -80,8 +82,8 @@ def _question_log_prior(
     return corpus_log_prior(scores, log_normalizer(corpus, queries, settings.scale), batch.valid)
 
 
-def embed(
-    rag: Models, params: Params, passage: Int[Array, "B K P"], mask: Bool[Array, "B K P"], keys: Keys | None = None
+def encode_questions_with_dropout(
+    rag: RagModel, params: Params, passage: Int[Array, "B K P"], mask: Bool[Array, "B K P"], keys: RowRngs | None = None
 ) -> Float[Array, "B K D"]:
     """Embeddings of passages by the encoder as it is trained; `keys`, one a question, draw the dropout."""
     questions, documents, length = passage.shape
@@ -90,21 +92,21 @@ def embed(
         of_rows = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, 2), documents))(keys).reshape(rows)
     encoder = jax.checkpoint(_encode, static_argnums=0) if rag.config.train.remat else _encode
     tokens, shown = passage.reshape(rows, length), mask.reshape(rows, length)
-    found = encoder(rag.passage_encoder.graph, passage_params(rag, params), tokens, shown, of_rows)
+    found = encoder(rag.passage_encoder.graphdef, passage_params(rag, params), tokens, shown, of_rows)
     return found.reshape(questions, documents, -1)
 
 
-def passage_params(rag: Models, params: Params) -> Params:
+def passage_params(rag: RagModel, params: Params) -> Params:
     """The parameters that encode passages while they are trained."""
     return params["passage_encoder" if rag.config.train.passage_encoder == "own" else "retriever"]
 
 
-def _encode(graph: nnx.GraphDef, params: Params, tokens: Array, mask: Array, keys: Keys | None) -> Array:
+def _encode(graph: nnx.GraphDef, params: Params, tokens: Array, mask: Array, keys: RowRngs | None) -> Array:
     return nnx.merge(graph, params)(tokens, mask, keys)
 
 
 def _token_scores(
-    rag: Models,
+    rag: RagModel,
     params: Params,
     batch: TrainBatch,
     source: Int[Array, "B k S"],
@@ -116,7 +118,7 @@ def _token_scores(
     questions, documents, length = source.shape
     rows, remat, shape = questions * documents, rag.config.train.remat, (questions, documents, -1)
     of_rows = None if keys is None else keys.reshape(rows)
-    generator = nnx.merge(rag.generator.graph, params["generator"])
+    generator = nnx.merge(rag.generator.graphdef, params["generator"])
     memory = generator.prefill(source.reshape(rows, length), source_mask.reshape(rows, length), of_rows, remat)
     answers = jnp.repeat(batch.answer, documents, axis=0)[:, None]
     hidden = answer_hidden(generator, memory, answers, of_rows, remat)
@@ -140,7 +142,7 @@ def _mean_marginal_logp(
 
 
 def answer_nll(
-    rag: Models,
+    rag: RagModel,
     log_prior: Float[Array, "B K"],
     scores: TokenScores,
     answer: Int[Array, "B T"],
@@ -156,7 +158,7 @@ def answer_nll(
     excluded = is_bos & rag.config.train.exclude_bos
     if rag.config.hf_compatible and rag.config.model == "rag_sequence":
         excluded = jnp.broadcast_to(excluded.all(), excluded.shape)
-        vocabulary = rag.generator.config.vocabulary
+        vocabulary = rag.generator.config.vocab_size
         return hugging_face_nll(log_prior, scores.logp, answer_mask, excluded, smoothing, scores.mean_logp, vocabulary)
     counted = answer_mask & ~(excluded[:, None] & (jnp.arange(answer.shape[1]) == 0))
 
@@ -171,15 +173,15 @@ def answer_nll(
     return -marginal_logp(log_prior, jnp.where(counted[:, None], smoothed, 0.0).sum(axis=-1))
 
 
-def loss(
-    rag: Models, params: Params, batch: TrainBatch, key: Key[Array, ""], corpus: Corpus | None = None
+def rag_loss(
+    rag: RagModel, params: Params, batch: TrainBatch, key: Key[Array, ""], corpus: DeviceIndex | None = None
 ) -> tuple[Float[Array, ""], dict[str, Any]]:
     """The mean of −log p(y|x) over the batch, in nats, and what is worth watching (Lewis et al. 2020, section 2.4).
 
     `posterior_entropy` is in nats; `prior_top` is the prior mass of the best document; `posterior_skipped` is what the
     documents that `train.backward_documents` leaves out weigh together. `nll_per_token` is without label smoothing.
     """
-    prior, scores = joint_logp(rag, params, batch, key, corpus)
+    prior, scores = prior_and_token_logp(rag, params, batch, key, corpus)
     smoothing, through = rag.config.train.label_smoothing, rag.config.train.backward_documents
     mean_loss = answer_nll(rag, prior, scores, batch.answer, batch.answer_mask, smoothing).mean()
     prior, scores = jax.lax.stop_gradient((prior, scores))

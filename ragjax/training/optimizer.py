@@ -12,10 +12,10 @@ from ragjax.config import Train
 from ragjax.errors import InputError
 from ragjax.models.layers import Params
 
-Flat = dict[tuple[str, ...], Any]  # parameters by path
+FlatParams = dict[tuple[str, ...], Any]  # parameters by path
 
 
-def split_frozen(params: Params, freeze: Sequence[str]) -> tuple[Flat, Flat]:
+def partition_params(params: Params, freeze: Sequence[str]) -> tuple[FlatParams, FlatParams]:
     """Trained and frozen parameters by path. A prefix in `freeze` is a dotted path such as `generator.embed`.
 
     Raises `InputError` for a prefix that names nothing, or when nothing is left to train.
@@ -55,7 +55,7 @@ def make_optimizer(train: Train) -> optax.GradientTransformation:
         rising = optax.linear_schedule(peak / max(1, train.warmup), peak, max(1, train.warmup - 1))
         return optax.join_schedules([rising, after], [train.warmup]) if train.warmup else after
 
-    def is_matrix(params: Flat) -> dict[tuple[str, ...], bool]:
+    def is_matrix(params: FlatParams) -> dict[tuple[str, ...], bool]:
         return {path: path[-1] in ("kernel", "embedding") for path in params}
 
     def clipped_adamw(peak: float) -> optax.GradientTransformation:

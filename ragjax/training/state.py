@@ -14,11 +14,11 @@ from jax.sharding import Mesh, NamedSharding
 from ragjax.config import refreshes
 from ragjax.models.layers import Params
 from ragjax.parallel.sharding import SPLIT, parameter_spec
-from ragjax.rag import Models
+from ragjax.rag import RagModel
 from ragjax.training.loss import passage_params
-from ragjax.training.optimizer import make_optimizer, split_frozen
+from ragjax.training.optimizer import make_optimizer, partition_params
 
-AnyModels = TypeVar("AnyModels", bound=Models)
+AnyModels = TypeVar("AnyModels", bound=RagModel)
 
 
 @struct.dataclass
@@ -35,10 +35,10 @@ class TrainState:
     indexed: Any = None  # with `refresh`: the passage encoder of the index that is being built, or was built last
 
 
-def initial_state(rag: Models, params: Params) -> TrainState:
-    """Step 0. Raises `InputError` as `split_frozen` does."""
+def init_train_state(rag: RagModel, params: Params) -> TrainState:
+    """Step 0. Raises `InputError` as `partition_params` does."""
     train = rag.config.train
-    trained, _ = split_frozen(params, train.freeze)
+    trained, _ = partition_params(params, train.freeze)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -48,7 +48,7 @@ def initial_state(rag: Models, params: Params) -> TrainState:
     )
 
 
-def for_answering(rag: AnyModels) -> AnyModels:
+def for_inference(rag: AnyModels) -> AnyModels:
     """The same models with a generator, and without FSDP, from which only a training step keeps its activations apart.
 
     See `split_by_rows`.
@@ -57,7 +57,7 @@ def for_answering(rag: AnyModels) -> AnyModels:
     return replace(rag, config=replace(rag.config, mesh=mesh, train=train))
 
 
-def state_shardings(rag: Models, mesh: Mesh, state: Any) -> Any:
+def state_shardings(rag: RagModel, mesh: Mesh, state: Any) -> Any:
     """Where each leaf of a training state, or of its abstract one, lies on the mesh."""
 
     def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
@@ -68,7 +68,7 @@ def state_shardings(rag: Models, mesh: Mesh, state: Any) -> Any:
     return jax.tree_util.tree_map_with_path(place, state)
 
 
-def whole_on_every_device(rag: Models, mesh: Mesh) -> list[str]:
+def unsplit_modules(rag: RagModel, mesh: Mesh) -> list[str]:
     """Of what should be split over `model`: the modules whose heads the axis does not divide."""
     found = set()
     for path, leaf in nnx.traversals.flatten_mapping(rag.abstract_params()).items():
@@ -85,20 +85,22 @@ def _names(key: Any) -> tuple[str, ...]:
     return name if isinstance(name, tuple) else (str(name),)
 
 
-def _heads(rag: Models, names: Sequence[str]) -> int | None:
+def _heads(rag: RagModel, names: Sequence[str]) -> int | None:
     """The attention heads of a projection, None for what is none."""
     if len(names) < 2 or names[-2] not in ("query", "key", "value", "output"):
         return None
     if "indexed" in names:
         names = ["passage_encoder", *names]
     config = next((model for name, model in rag.parts.items() if name in names), rag.passage_encoder).config
-    heads = getattr(config, "encoder_heads" if "encoder" in names else "decoder_heads", None) or config.heads
-    return getattr(config, "kv_heads", heads) if names[-2] in ("key", "value") else heads
+    heads = (
+        getattr(config, "num_encoder_heads" if "encoder" in names else "num_decoder_heads", None) or config.num_heads
+    )
+    return getattr(config, "num_kv_heads", heads) if names[-2] in ("key", "value") else heads
 
 
-def abstract_state(rag: Models, mesh: Mesh) -> TrainState:
-    """The shapes, types and places of a training state. Raises `InputError` as `split_frozen` does."""
-    state = jax.eval_shape(lambda params: initial_state(rag, params), rag.abstract_params())
+def abstract_state(rag: RagModel, mesh: Mesh) -> TrainState:
+    """The shapes, types and places of a training state. Raises `InputError` as `partition_params` does."""
+    state = jax.eval_shape(lambda params: init_train_state(rag, params), rag.abstract_params())
     return jax.tree.map(
         lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at),
         state,

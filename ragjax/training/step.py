@@ -19,9 +19,9 @@ from ragjax.config import Train, reads_corpus
 from ragjax.errors import InputError
 from ragjax.models.layers import Params
 from ragjax.parallel.mesh import check_batch
-from ragjax.parallel.sharding import lay
-from ragjax.rag import Models
-from ragjax.retrieval.device_index import Corpus
+from ragjax.parallel.sharding import abstract_with_sharding
+from ragjax.rag import RagModel
+from ragjax.retrieval.device_index import DeviceIndex
 from ragjax.training.batch import TrainBatch, abstract_batch
 from ragjax.training.contrastive import (
     ContrastiveBatch,
@@ -30,25 +30,25 @@ from ragjax.training.contrastive import (
     contrastive_loss,
     contrastive_nll,
 )
-from ragjax.training.fused_retrieval import Asked, abstract_asked, abstract_corpus, retrieve_in_step
-from ragjax.training.loss import answer_nll, joint_logp, loss
-from ragjax.training.optimizer import Flat, make_optimizer, split_frozen
+from ragjax.training.fused_retrieval import QuestionBatch, abstract_corpus, abstract_question_batch, retrieve_in_step
+from ragjax.training.loss import answer_nll, prior_and_token_logp, rag_loss
+from ragjax.training.optimizer import FlatParams, make_optimizer, partition_params
 from ragjax.training.state import TrainState, abstract_state
 
 AnyBatch = TrainBatch | ContrastiveBatch
 
 
 def gradients(
-    rag: Models, params: Params, batch: AnyBatch, key: Key[Array, ""], corpus: Corpus | None = None
-) -> tuple[Flat, dict[str, Any]]:
+    rag: RagModel, params: Params, batch: AnyBatch, key: Key[Array, ""], corpus: DeviceIndex | None = None
+) -> tuple[FlatParams, dict[str, Any]]:
     """The gradient of the mean loss by the trained parameters, and metrics, over `train.accumulate` micro-batches."""
-    trained, frozen = split_frozen(params, rag.config.train.freeze)
+    trained, frozen = partition_params(params, rag.config.train.freeze)
 
-    def of_trained(trained: Flat, part: AnyBatch) -> tuple[Array, dict[str, Any]]:
+    def of_trained(trained: FlatParams, part: AnyBatch) -> tuple[Array, dict[str, Any]]:
         whole = nnx.traversals.unflatten_mapping(trained | frozen)
         if isinstance(part, ContrastiveBatch):
             return contrastive_loss(rag, whole, part, key)
-        return loss(rag, whole, part, key, corpus)
+        return rag_loss(rag, whole, part, key, corpus)
 
     differentiate = jax.grad(of_trained, has_aux=True)
     count = rag.config.train.accumulate
@@ -65,28 +65,28 @@ def gradients(
     return jax.lax.scan(add, zeros, parts)[0]
 
 
-def make_train_step(rag: Models, shardings: Any = None) -> jax.stages.Wrapped:
+def make_train_step(rag: RagModel, shardings: Any = None) -> jax.stages.Wrapped:
     """(state, batch, corpus | None) → (state, metrics); the old state's memory is reused, and it stays where it lies.
 
     `shardings` are those of the state. `gradient_norm_retriever` and the others are before clipping.
-    With `train.fused` the batch is an `Asked`, and what it retrieved is among the metrics: `ids` [B,K], and how many
-    `tokens` were read.
+    With `train.fused` the batch is a `QuestionBatch`, and what it retrieved is among the metrics: `ids` [B,K], and how
+    many `tokens` were read.
     """
     train = rag.config.train
     optimizer = make_optimizer(train)
 
     @partial(jax.jit, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
     def train_step(
-        state: TrainState, batch: AnyBatch | Asked, corpus: Corpus | None = None
+        state: TrainState, batch: AnyBatch | QuestionBatch, corpus: DeviceIndex | None = None
     ) -> tuple[TrainState, dict[str, Any]]:
-        with _on_mesh(shardings):
-            batch, key, found = _drawn(rag, state, batch, corpus)
+        with _use_mesh(shardings):
+            batch, key, found = _attach_documents(rag, state, batch, corpus)
             grads, metrics = gradients(rag, state.params, batch, key, corpus)
         metrics |= found
         for part in rag.parts:
             of_part = [leaf for path, leaf in grads.items() if path[0] == part]
             metrics[f"gradient_norm_{part}"] = optax.tree.norm(of_part)
-        trained, frozen = split_frozen(state.params, train.freeze)
+        trained, frozen = partition_params(state.params, train.freeze)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, trained)
         params = nnx.traversals.unflatten_mapping(optax.apply_updates(trained, updates) | frozen)
         return TrainState(state.step + 1, params, optimizer_state, state.key, state.indexed), metrics
@@ -94,7 +94,7 @@ def make_train_step(rag: Models, shardings: Any = None) -> jax.stages.Wrapped:
     return train_step
 
 
-def make_gradient_error(rag: Models, shardings: Any = None) -> jax.stages.Wrapped:
+def make_gradient_error(rag: RagModel, shardings: Any = None) -> jax.stages.Wrapped:
     """(state, batch, corpus | None) → ‖g − g_m‖ / ‖g‖, of the generator's gradient before a step.
 
     g goes through all K documents of each question and g_m, the step's own, through `train.backward_documents`. With
@@ -103,14 +103,16 @@ def make_gradient_error(rag: Models, shardings: Any = None) -> jax.stages.Wrappe
     generator is frozen.
     """
     every = replace(rag, config=replace(rag.config, train=replace(rag.config.train, backward_documents=None)))
-    trained, _ = split_frozen(rag.abstract_params(), rag.config.train.freeze)
+    trained, _ = partition_params(rag.abstract_params(), rag.config.train.freeze)
     if not any(path[0] == "generator" for path in trained):
         raise InputError("train.probe_every: train.freeze leaves nothing of the generator to train; leave it out")
 
     @jax.jit
-    def gradient_error(state: TrainState, batch: AnyBatch | Asked, corpus: Corpus | None = None) -> Float[Array, ""]:
-        with _on_mesh(shardings):
-            batch, key, _ = _drawn(rag, state, batch, corpus)
+    def gradient_error(
+        state: TrainState, batch: AnyBatch | QuestionBatch, corpus: DeviceIndex | None = None
+    ) -> Float[Array, ""]:
+        with _use_mesh(shardings):
+            batch, key, _ = _attach_documents(rag, state, batch, corpus)
             whole, few = (gradients(models, state.params, batch, key, corpus)[0] for models in (every, rag))
         of_generator = [path for path in whole if path[0] == "generator"]
         missed = optax.tree.norm([whole[path] - few[path] for path in of_generator])
@@ -119,23 +121,23 @@ def make_gradient_error(rag: Models, shardings: Any = None) -> jax.stages.Wrappe
     return gradient_error
 
 
-def _on_mesh(shardings: Any) -> AbstractContextManager[Any]:
+def _use_mesh(shardings: Any) -> AbstractContextManager[Any]:
     return nullcontext() if shardings is None else use_abstract_mesh(shardings.step.mesh.abstract_mesh)
 
 
-def _drawn(
-    rag: Models, state: TrainState, batch: AnyBatch | Asked, corpus: Corpus | None
+def _attach_documents(
+    rag: RagModel, state: TrainState, batch: AnyBatch | QuestionBatch, corpus: DeviceIndex | None
 ) -> tuple[AnyBatch, Key[Array, ""], dict[str, Any]]:
     """The documents of a step, its random numbers, and what is to be told of its own retrieval."""
     key = jax.random.fold_in(state.key, state.step)
-    if not isinstance(batch, Asked):
+    if not isinstance(batch, QuestionBatch):
         return batch, key, {}
     assert corpus is not None
     read, ids = retrieve_in_step(rag, state.params, batch, corpus)
     return read, key, {"ids": ids, "tokens": read.source_mask.sum() + read.answer_mask.sum() * ids.shape[1]}
 
 
-def make_nll(rag: Models) -> jax.stages.Wrapped:
+def make_nll(rag: RagModel) -> jax.stages.Wrapped:
     """(params, batch, corpus | None) → −log p(y|x) [B] of each answer, in nats, without dropout and smoothing.
 
     Of a contrastive batch −log of the positive's probability, NaN where there is none.
@@ -144,18 +146,18 @@ def make_nll(rag: Models) -> jax.stages.Wrapped:
     without = replace(rag, config=replace(rag.config, train=plain))
 
     @jax.jit
-    def nll(params: Params, batch: AnyBatch, corpus: Corpus | None = None) -> Float[Array, " B"]:
+    def nll(params: Params, batch: AnyBatch, corpus: DeviceIndex | None = None) -> Float[Array, " B"]:
         if isinstance(batch, ContrastiveBatch):
             of_positive = contrastive_nll(batch, contrastive_logp(without, params, batch, jax.random.key(0)))
             return jnp.where(batch.has_positive, of_positive, jnp.nan)
-        prior, scores = joint_logp(without, params, batch, jax.random.key(0), corpus)
+        prior, scores = prior_and_token_logp(without, params, batch, jax.random.key(0), corpus)
         return answer_nll(without, prior, scores, batch.answer, batch.answer_mask)
 
     return nll
 
 
 def trace_step(
-    rag: Models, mesh: Mesh, passages: int, make: Callable[..., jax.stages.Wrapped] = make_train_step
+    rag: RagModel, mesh: Mesh, passages: int, make: Callable[..., jax.stages.Wrapped] = make_train_step
 ) -> jax.stages.Traced:
     """The training step, or what else `make` makes, at its widest; allocates nothing.
 
@@ -163,18 +165,18 @@ def trace_step(
     the corpus. Raises `InputError` as training would.
     """
     check_batch(mesh, rag.config.train.batch_size // rag.config.train.accumulate)
-    state, width = abstract_state(rag, mesh), rag.retriever.config.embedding_width
+    state, width = abstract_state(rag, mesh), rag.retriever.config.embedding_dim
     corpus = abstract_corpus(rag, mesh, passages) if reads_corpus(rag.config) else None
     if rag.config.train.fused:
-        batch: Any = abstract_asked(rag.config)
+        batch: Any = abstract_question_batch(rag.config)
     elif rag.config.train.objective == "contrastive":
         batch = abstract_contrastive(rag.config, width)
     else:
         batch = abstract_batch(rag.config, width)
-    batch = lay(mesh, batch, "data")
+    batch = abstract_with_sharding(mesh, batch, "data")
     return make(rag, jax.tree.map(lambda leaf: leaf.sharding, state)).trace(state, batch, corpus)
 
 
-def programs(train: Train) -> list[Callable[..., jax.stages.Wrapped]]:
+def train_programs(train: Train) -> list[Callable[..., jax.stages.Wrapped]]:
     """What makes the programs that training runs, each of which must fit."""
     return [make_train_step, *([] if train.probe_every is None else [make_gradient_error])]

@@ -13,24 +13,24 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from ragjax.models.attention import attend_within
+from ragjax.models.attention import self_attention
 from ragjax.models.fields import Fields
-from ragjax.models.layers import ACTIVATIONS, Keys, dropout, fold, scan_layers, stack
+from ragjax.models.layers import ACTIVATIONS, RowRngs, dropout, fold_rngs, scan_layers, stack
 
 
 @dataclass(frozen=True)
 class BertConfig:
     """The shape of an encoder; `from_hf` reads Hugging Face's config.json (bert or dpr)."""
 
-    vocabulary: int
-    width: int
-    layers: int
-    heads: int
-    ffn: int
-    positions: int = 512
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    mlp_dim: int
+    max_positions: int = 512
     types: int = 2
     activation: str = "gelu"
-    epsilon: float = 1e-12
+    norm_eps: float = 1e-12
     projection: int = 0  # DPR's optional last linear map; 0 means none
     pooling: str = "mean"
     normalize: bool = True
@@ -48,15 +48,15 @@ class BertConfig:
         fields.check_class("Bert", "DPR")
         fields.check_heads("hidden_size", "num_attention_heads")
         return cls(
-            vocabulary=fields.count("vocab_size"),
-            width=fields.count("hidden_size"),
-            layers=fields.layers("num_hidden_layers"),
-            heads=fields.count("num_attention_heads"),
-            ffn=fields.count("intermediate_size"),
-            positions=fields.count("max_position_embeddings"),
+            vocab_size=fields.count("vocab_size"),
+            hidden_size=fields.count("hidden_size"),
+            num_layers=fields.layers("num_hidden_layers"),
+            num_heads=fields.count("num_attention_heads"),
+            mlp_dim=fields.count("intermediate_size"),
+            max_positions=fields.count("max_position_embeddings"),
             types=fields.count("type_vocab_size", 2),
             activation=fields.text("hidden_act", "gelu", among=ACTIVATIONS),
-            epsilon=fields.number("layer_norm_eps", 1e-12),
+            norm_eps=fields.number("layer_norm_eps", 1e-12),
             projection=fields.count("projection_dim", 0, least=0),
             pooling=pooling,
             normalize=normalize,
@@ -65,9 +65,9 @@ class BertConfig:
         )
 
     @property
-    def embedding_width(self) -> int:
+    def embedding_dim(self) -> int:
         """Length of the embeddings."""
-        return self.projection or self.width
+        return self.projection or self.hidden_size
 
 
 class BertLayer(nnx.Module):
@@ -76,23 +76,25 @@ class BertLayer(nnx.Module):
     def __init__(self, config: BertConfig, rngs: nnx.Rngs):
         c = self.config = config
         dtype = jnp.dtype(c.dtype)
-        self.query = nnx.Linear(c.width, c.width, dtype=dtype, rngs=rngs)
-        self.key = nnx.Linear(c.width, c.width, dtype=dtype, rngs=rngs)
-        self.value = nnx.Linear(c.width, c.width, dtype=dtype, rngs=rngs)
-        self.output = nnx.Linear(c.width, c.width, dtype=dtype, rngs=rngs)
-        self.up = nnx.Linear(c.width, c.ffn, dtype=dtype, rngs=rngs)
-        self.down = nnx.Linear(c.ffn, c.width, dtype=dtype, rngs=rngs)
-        self.attention_norm = nnx.LayerNorm(c.width, epsilon=c.epsilon, dtype=dtype, rngs=rngs)
-        self.ffn_norm = nnx.LayerNorm(c.width, epsilon=c.epsilon, dtype=dtype, rngs=rngs)
+        self.query = nnx.Linear(c.hidden_size, c.hidden_size, dtype=dtype, rngs=rngs)
+        self.key = nnx.Linear(c.hidden_size, c.hidden_size, dtype=dtype, rngs=rngs)
+        self.value = nnx.Linear(c.hidden_size, c.hidden_size, dtype=dtype, rngs=rngs)
+        self.output = nnx.Linear(c.hidden_size, c.hidden_size, dtype=dtype, rngs=rngs)
+        self.up = nnx.Linear(c.hidden_size, c.mlp_dim, dtype=dtype, rngs=rngs)
+        self.down = nnx.Linear(c.mlp_dim, c.hidden_size, dtype=dtype, rngs=rngs)
+        self.attention_norm = nnx.LayerNorm(c.hidden_size, epsilon=c.norm_eps, dtype=dtype, rngs=rngs)
+        self.ffn_norm = nnx.LayerNorm(c.hidden_size, epsilon=c.norm_eps, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "n S D"], mask: Bool[Array, "n S"], keys: Keys | None) -> Float[Array, "n S D"]:
+    def __call__(
+        self, x: Float[Array, "n S D"], mask: Bool[Array, "n S"], keys: RowRngs | None
+    ) -> Float[Array, "n S D"]:
         c = self.config
-        heads = (*x.shape[:2], c.heads, c.width // c.heads)
+        heads = (*x.shape[:2], c.num_heads, c.hidden_size // c.num_heads)
         query, key, value = (part(x).reshape(heads) for part in (self.query, self.key, self.value))
-        attended = attend_within(query, key, value, mask[:, None])
-        x = self.attention_norm(x + dropout(self.output(attended.reshape(x.shape)), fold(keys, 0), c.dropout))
+        attended = self_attention(query, key, value, mask[:, None])
+        x = self.attention_norm(x + dropout(self.output(attended.reshape(x.shape)), fold_rngs(keys, 0), c.dropout))
         h = self.down(ACTIVATIONS[c.activation](self.up(x)))
-        return self.ffn_norm(x + dropout(h, fold(keys, 1), c.dropout))
+        return self.ffn_norm(x + dropout(h, fold_rngs(keys, 1), c.dropout))
 
 
 class Bert(nnx.Module):
@@ -101,27 +103,27 @@ class Bert(nnx.Module):
     def __init__(self, config: BertConfig, rngs: nnx.Rngs):
         c = self.config = config
         dtype = jnp.dtype(c.dtype)
-        self.words = nnx.Embed(c.vocabulary, c.width, dtype=dtype, rngs=rngs)
-        self.positions = nnx.Embed(c.positions, c.width, dtype=dtype, rngs=rngs)
-        self.types = nnx.Embed(c.types, c.width, dtype=dtype, rngs=rngs)
-        self.norm = nnx.LayerNorm(c.width, epsilon=c.epsilon, dtype=dtype, rngs=rngs)
-        self.layers = stack(lambda r: BertLayer(c, r), c.layers, rngs)
+        self.words = nnx.Embed(c.vocab_size, c.hidden_size, dtype=dtype, rngs=rngs)
+        self.positions = nnx.Embed(c.max_positions, c.hidden_size, dtype=dtype, rngs=rngs)
+        self.types = nnx.Embed(c.types, c.hidden_size, dtype=dtype, rngs=rngs)
+        self.norm = nnx.LayerNorm(c.hidden_size, epsilon=c.norm_eps, dtype=dtype, rngs=rngs)
+        self.layers = stack(lambda r: BertLayer(c, r), c.num_layers, rngs)
         if c.projection:
-            self.projection = nnx.Linear(c.width, c.projection, dtype=dtype, rngs=rngs)
+            self.projection = nnx.Linear(c.hidden_size, c.projection, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, tokens: Int[Array, "n S"], mask: Bool[Array, "n S"], keys: Keys | None = None
+        self, tokens: Int[Array, "n S"], mask: Bool[Array, "n S"], keys: RowRngs | None = None
     ) -> Float[Array, "n D"]:
         """Float32 embeddings of right-padded rows. Dropout acts where one key a row is given."""
         c = self.config
         where = jnp.arange(tokens.shape[1])[None]
         x = self.norm(self.words(tokens) + self.positions(where) + self.types(jnp.zeros_like(tokens)))
-        x = dropout(x, fold(keys, c.layers), c.dropout)
+        x = dropout(x, fold_rngs(keys, c.num_layers), c.dropout)
 
         def step(layer: BertLayer, x: Array, number: Array) -> tuple[Array, None]:
-            return layer(x, mask, fold(keys, number)), None
+            return layer(x, mask, fold_rngs(keys, number)), None
 
-        x, _ = scan_layers(self.layers, step, x, jnp.arange(c.layers))
+        x, _ = scan_layers(self.layers, step, x, jnp.arange(c.num_layers))
         if c.pooling == "cls":
             pooled = x[:, 0]
         else:

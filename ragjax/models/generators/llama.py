@@ -15,10 +15,10 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from ragjax.errors import InputError
-from ragjax.models.attention import Attended, attend, attend_within
+from ragjax.models.attention import AttentionSource, dot_product_attention, self_attention
 from ragjax.models.fields import Fields
-from ragjax.models.kv_cache import Memory, Past
-from ragjax.models.layers import Keys, dropout, fold, normalizer, scan_layers, stack, target_logits
+from ragjax.models.kv_cache import DocumentMemory, KVCache
+from ragjax.models.layers import RowRngs, dropout, fold_rngs, scan_layers, stack, target_logits, vocab_logsumexp
 
 # by model_type: how the names of its classes begin
 KINDS = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
@@ -28,20 +28,20 @@ KINDS = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwe
 class LlamaConfig:
     """The shape of a model; `from_hf` reads Hugging Face's config.json."""
 
-    vocabulary: int
-    width: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_width: int
-    ffn: int
-    epsilon: float = 1e-5
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_dim: int
+    norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     rope_scaling: tuple[tuple[str, float], ...] = ()  # Llama 3's: factor, low_freq_factor, high_freq_factor, original
-    tied: bool = True
+    tie_word_embeddings: bool = True
     qkv_bias: bool = False
     qk_norm: bool = False
-    longest: int = 2048  # positions, or its sliding window where that is shorter: within it attention is full
+    max_positions: int = 2048  # positions, or its sliding window where that is shorter: within it attention is full
     dropout: float = 0.0
     dtype: str = "float32"
     encoder_decoder: ClassVar[bool] = False
@@ -75,20 +75,20 @@ class LlamaConfig:
         if head_width % 2:
             raise InputError(f"head_dim is {head_width}; rotary positions need an even one")
         return cls(
-            vocabulary=fields.count("vocab_size"),
-            width=width,
-            layers=fields.layers("num_hidden_layers"),
-            heads=heads,
-            kv_heads=kv_heads,
-            head_width=head_width,
-            ffn=fields.count("intermediate_size"),
-            epsilon=fields.number("rms_norm_eps", 1e-6),
+            vocab_size=fields.count("vocab_size"),
+            hidden_size=width,
+            num_layers=fields.layers("num_hidden_layers"),
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            head_dim=head_width,
+            mlp_dim=fields.count("intermediate_size"),
+            norm_eps=fields.number("rms_norm_eps", 1e-6),
             rope_theta=(rope if rope.has("rope_theta") else fields).number("rope_theta", 10000.0),
             rope_scaling=tuple((name, rope.number(name)) for name in names) if scaling == "llama3" else (),
-            tied=fields.flag("tie_word_embeddings", False),
+            tie_word_embeddings=fields.flag("tie_word_embeddings", False),
             qkv_bias=kind == "qwen2",
             qk_norm=kind == "qwen3",
-            longest=positions,
+            max_positions=positions,
             dropout=dropout,
             dtype=dtype,
         )
@@ -104,34 +104,38 @@ class LlamaLayer(nnx.Module):
             return nnx.Linear(size_in, size_out, use_bias=bias, dtype=dtype, rngs=rngs)
 
         def norm(size: int) -> nnx.RMSNorm:
-            return nnx.RMSNorm(size, epsilon=config.epsilon, dtype=dtype, rngs=rngs)
+            return nnx.RMSNorm(size, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
 
         c = self.config = config
-        self.attention_norm, self.ffn_norm = norm(c.width), norm(c.width)
-        self.query = linear(c.width, c.heads * c.head_width, c.qkv_bias)
-        self.key = linear(c.width, c.kv_heads * c.head_width, c.qkv_bias)
-        self.value = linear(c.width, c.kv_heads * c.head_width, c.qkv_bias)
-        self.output = linear(c.heads * c.head_width, c.width)
-        self.gate, self.up, self.down = linear(c.width, c.ffn), linear(c.width, c.ffn), linear(c.ffn, c.width)
+        self.attention_norm, self.ffn_norm = norm(c.hidden_size), norm(c.hidden_size)
+        self.query = linear(c.hidden_size, c.num_heads * c.head_dim, c.qkv_bias)
+        self.key = linear(c.hidden_size, c.num_kv_heads * c.head_dim, c.qkv_bias)
+        self.value = linear(c.hidden_size, c.num_kv_heads * c.head_dim, c.qkv_bias)
+        self.output = linear(c.num_heads * c.head_dim, c.hidden_size)
+        self.gate, self.up, self.down = (
+            linear(c.hidden_size, c.mlp_dim),
+            linear(c.hidden_size, c.mlp_dim),
+            linear(c.mlp_dim, c.hidden_size),
+        )
         if c.qk_norm:
-            self.query_norm, self.key_norm = norm(c.head_width), norm(c.head_width)
+            self.query_norm, self.key_norm = norm(c.head_dim), norm(c.head_dim)
 
     def project(self, x: Array, rotation: tuple[Array, Array]) -> tuple[Array, Array, Array]:
         """Normalised, rotated queries [..., H, Dh], keys and values [..., Hkv, Dh]."""
         c, h = self.config, self.attention_norm(x)
-        query = self.query(h).reshape(*x.shape[:-1], c.heads, c.head_width)
-        key = self.key(h).reshape(*x.shape[:-1], c.kv_heads, c.head_width)
-        value = self.value(h).reshape(*x.shape[:-1], c.kv_heads, c.head_width)
+        query = self.query(h).reshape(*x.shape[:-1], c.num_heads, c.head_dim)
+        key = self.key(h).reshape(*x.shape[:-1], c.num_kv_heads, c.head_dim)
+        value = self.value(h).reshape(*x.shape[:-1], c.num_kv_heads, c.head_dim)
         if c.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
-        return rotate(query, rotation), rotate(key, rotation), value
+        return apply_rope(query, rotation), apply_rope(key, rotation), value
 
-    def finish(self, x: Array, attended: Array, keys: Keys | None) -> Array:
+    def finish(self, x: Array, attended: Array, keys: RowRngs | None) -> Array:
         """The rest of the block, after attention [..., H, Dh]."""
         rate = self.config.dropout
-        x = x + dropout(self.output(attended.reshape(*x.shape[:-1], -1)), fold(keys, 0), rate)
+        x = x + dropout(self.output(attended.reshape(*x.shape[:-1], -1)), fold_rngs(keys, 0), rate)
         h = self.ffn_norm(x)
-        return x + dropout(self.down(jax.nn.silu(self.gate(h)) * self.up(h)), fold(keys, 1), rate)
+        return x + dropout(self.down(jax.nn.silu(self.gate(h)) * self.up(h)), fold_rngs(keys, 1), rate)
 
 
 class Llama(nnx.Module):
@@ -139,46 +143,46 @@ class Llama(nnx.Module):
 
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
         self.config = config
-        self.embed = nnx.Embed(config.vocabulary, config.width, dtype=jnp.dtype(config.dtype), rngs=rngs)
-        self.layers = stack(lambda r: LlamaLayer(config, r), config.layers, rngs)
-        self.norm = nnx.RMSNorm(config.width, epsilon=config.epsilon, dtype=jnp.dtype(config.dtype), rngs=rngs)
-        if not config.tied:
-            self.head = nnx.Embed(config.vocabulary, config.width, rngs=rngs)
+        self.embed = nnx.Embed(config.vocab_size, config.hidden_size, dtype=jnp.dtype(config.dtype), rngs=rngs)
+        self.layers = stack(lambda r: LlamaLayer(config, r), config.num_layers, rngs)
+        self.norm = nnx.RMSNorm(config.hidden_size, epsilon=config.norm_eps, dtype=jnp.dtype(config.dtype), rngs=rngs)
+        if not config.tie_word_embeddings:
+            self.head = nnx.Embed(config.vocab_size, config.hidden_size, rngs=rngs)
 
     def prefill(
-        self, source: Int[Array, "n S"], mask: Bool[Array, "n S"], keys: Keys | None = None, remat: bool = False
-    ) -> Memory:
+        self, source: Int[Array, "n S"], mask: Bool[Array, "n S"], keys: RowRngs | None = None, remat: bool = False
+    ) -> DocumentMemory:
         """Reads all but the last prompt token, which is the start token."""
         c, length = self.config, source.shape[1]
-        rotation = rotary(jnp.arange(length)[None], c)  # 1 S 1 Dh/2
+        rotation = rope_angles(jnp.arange(length)[None], c)  # 1 S 1 Dh/2
         causal = jnp.tril(jnp.ones((1, length, length), bool))
 
         def step(layer: LlamaLayer, x: Array, number: Array) -> tuple[Array, tuple[Array, Array]]:
             query, key, value = layer.project(x, rotation)
             # right-padding needs no mask of its own: a token never sees what stands after it
-            attended = attend_within(query, key, value, causal)
-            return layer.finish(x, attended, fold(keys, number)), (key, value)
+            attended = self_attention(query, key, value, causal)
+            return layer.finish(x, attended, fold_rngs(keys, number)), (key, value)
 
-        numbers = jnp.arange(c.layers)
+        numbers = jnp.arange(c.num_layers)
         _, (memory_keys, memory_values) = scan_layers(self.layers, step, self.embed(source), numbers, remat)
         last = mask.sum(axis=-1) - 1
         before_last = jnp.arange(length)[None] < last[:, None]
         start = jnp.take_along_axis(source, last[:, None], axis=1)[:, 0]
-        return Memory(memory_keys, memory_values, before_last, last, start)
+        return DocumentMemory(memory_keys, memory_values, before_last, last, start)
 
-    def extend(
+    def forward_with_cache(
         self,
-        memory: Memory,
-        past: Past | None,
+        memory: DocumentMemory,
+        past: KVCache | None,
         tokens: Int[Array, "n G M"],
         positions: Int[Array, "#n #G M"],
         visible: Bool[Array, "#n #G M P"],
-        keys: Keys | None = None,
+        keys: RowRngs | None = None,
         remat: bool = False,
-    ) -> tuple[Float[Array, "n G M D"], Past | None]:
-        c, scale = self.config, self.config.head_width**-0.5
+    ) -> tuple[Float[Array, "n G M D"], KVCache | None]:
+        c, scale = self.config, self.config.head_dim**-0.5
         groups, length = tokens.shape[1:]
-        rotation = rotary(memory.offset[:, None, None] + positions, c)  # n G M 1 Dh/2
+        rotation = rope_angles(memory.offset[:, None, None] + positions, c)  # n G M 1 Dh/2
 
         def step(layer: LlamaLayer, carry: Any, inputs: Any) -> tuple[Any, None]:
             x, pool = carry
@@ -187,11 +191,11 @@ class Llama(nnx.Module):
             if pool is not None:
                 pool = pool.write(number, key, value)
                 key, value = pool.keys[number], pool.values[number]
-            document = Attended(memory_keys, memory_values, memory.mask[:, None, None])
-            attended = attend(query, [document, Attended(key, value, visible)], scale)
-            return (layer.finish(x, attended, fold(keys, c.layers + number)), pool), None
+            document = AttentionSource(memory_keys, memory_values, memory.mask[:, None, None])
+            attended = dot_product_attention(query, [document, AttentionSource(key, value, visible)], scale)
+            return (layer.finish(x, attended, fold_rngs(keys, c.num_layers + number)), pool), None
 
-        xs = (memory.keys, memory.values, jnp.arange(c.layers))
+        xs = (memory.keys, memory.values, jnp.arange(c.num_layers))
         (x, past), _ = scan_layers(self.layers, step, (self.embed(tokens), past), xs, remat)
         return self.norm(x), past if past is None else past.advance(groups * length)
 
@@ -199,19 +203,19 @@ class Llama(nnx.Module):
         head = self._head().astype(hidden.dtype)
         return jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
 
-    def normalizer(self, hidden: Float[Array, "... D"]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-        return normalizer(hidden, self._head())
+    def vocab_logsumexp(self, hidden: Float[Array, "... D"]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+        return vocab_logsumexp(hidden, self._head())
 
     def target_logits(self, hidden: Float[Array, "... D"], targets: Int[Array, "..."]) -> Float[Array, "..."]:
         return target_logits(hidden, self._head(), targets)
 
     def _head(self) -> Float[Array, "V D"]:
-        return self.embed.embedding[...] if self.config.tied else self.head.embedding[...]
+        return self.embed.embedding[...] if self.config.tie_word_embeddings else self.head.embedding[...]
 
 
-def rotary(positions: Int[Array, "..."], config: LlamaConfig) -> tuple[Array, Array]:
+def rope_angles(positions: Int[Array, "..."], config: LlamaConfig) -> tuple[Array, Array]:
     """Cosines and sines [..., 1, Dh/2] of rotary positions (Su et al. 2021), with Llama 3's scaling if it has one."""
-    half = config.head_width // 2
+    half = config.head_dim // 2
     inverse = config.rope_theta ** -(jnp.arange(half, dtype=jnp.float32) / half)
     if config.rope_scaling:
         s = dict(config.rope_scaling)
@@ -224,7 +228,7 @@ def rotary(positions: Int[Array, "..."], config: LlamaConfig) -> tuple[Array, Ar
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate(x: Float[Array, "... Dh"], rotation: tuple[Array, Array]) -> Float[Array, "... Dh"]:
+def apply_rope(x: Float[Array, "... Dh"], rotation: tuple[Array, Array]) -> Float[Array, "... Dh"]:
     """Turns the pairs (x[i], x[i + Dh/2])."""
     cosine, sine = (part.astype(x.dtype) for part in rotation)
     first, second = jnp.split(x, 2, axis=-1)

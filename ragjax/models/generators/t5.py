@@ -16,31 +16,40 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ragjax.errors import InputError
 from ragjax.files import shown
-from ragjax.models.attention import Attended, Attention, attend
+from ragjax.models.attention import Attention, AttentionSource, dot_product_attention
 from ragjax.models.fields import Fields
-from ragjax.models.kv_cache import Memory, Past
-from ragjax.models.layers import ACTIVATIONS, Keys, dropout, fold, normalizer, scan_layers, stack, target_logits
+from ragjax.models.kv_cache import DocumentMemory, KVCache
+from ragjax.models.layers import (
+    ACTIVATIONS,
+    RowRngs,
+    dropout,
+    fold_rngs,
+    scan_layers,
+    stack,
+    target_logits,
+    vocab_logsumexp,
+)
 
 
 @dataclass(frozen=True)
 class T5Config:
     """The shape of a model; `from_hf` reads Hugging Face's config.json."""
 
-    vocabulary: int
-    width: int
-    head_width: int
-    heads: int
-    ffn: int
-    encoder_layers: int
-    decoder_layers: int
+    vocab_size: int
+    hidden_size: int
+    head_dim: int
+    num_heads: int
+    mlp_dim: int
+    num_encoder_layers: int
+    num_decoder_layers: int
     start: int  # the token from which every answer begins
     activation: str = "relu"
     gated: bool = False
-    tied: bool = True  # the head is the embedding table
+    tie_word_embeddings: bool = True  # the head is the embedding table
     scaled: bool = True  # the logits, by width**-0.5
     buckets: int = 32
     farthest: int = 128
-    epsilon: float = 1e-6
+    norm_eps: float = 1e-6
     dropout: float = 0.0
     dtype: str = "float32"
 
@@ -58,13 +67,13 @@ class T5Config:
         vocabulary, layers = fields.count("vocab_size"), fields.layers("num_layers")
         buckets = fields.count("relative_attention_num_buckets", 32, least=4)
         return cls(
-            vocabulary=vocabulary,
-            width=fields.count("d_model"),
-            head_width=fields.count("d_kv"),
-            heads=fields.count("num_heads"),
-            ffn=fields.count("d_ff"),
-            encoder_layers=layers,
-            decoder_layers=fields.layers("num_decoder_layers", layers),
+            vocab_size=vocabulary,
+            hidden_size=fields.count("d_model"),
+            head_dim=fields.count("d_kv"),
+            num_heads=fields.count("num_heads"),
+            mlp_dim=fields.count("d_ff"),
+            num_encoder_layers=layers,
+            num_decoder_layers=fields.layers("num_decoder_layers", layers),
             start=fields.count(
                 "decoder_start_token_id" if fields.has("decoder_start_token_id") else "pad_token_id",
                 0,
@@ -73,11 +82,11 @@ class T5Config:
             ),
             activation=activation,
             gated=gate == "gated",
-            tied=(tied := fields.flag("tie_word_embeddings", True)),
+            tie_word_embeddings=(tied := fields.flag("tie_word_embeddings", True)),
             scaled=fields.flag("scale_decoder_outputs", tied),  # said apart since transformers 5
             buckets=buckets,
             farthest=fields.count("relative_attention_max_distance", 128, least=buckets // 2 + 1),
-            epsilon=fields.number("layer_norm_epsilon", 1e-6),
+            norm_eps=fields.number("layer_norm_epsilon", 1e-6),
             dropout=dropout,
             dtype=dtype,
         )
@@ -85,7 +94,7 @@ class T5Config:
     encoder_decoder: ClassVar[bool] = True
 
     @property
-    def longest(self) -> int:
+    def max_positions(self) -> int:
         """No limit but memory: positions are relative."""
         return 2**20
 
@@ -101,25 +110,25 @@ class T5Layer(nnx.Module):
             return nnx.Linear(size_in, size_out, use_bias=False, dtype=dtype, rngs=rngs)
 
         def norm() -> nnx.RMSNorm:
-            return nnx.RMSNorm(c.width, epsilon=c.epsilon, dtype=dtype, rngs=rngs)
+            return nnx.RMSNorm(c.hidden_size, epsilon=c.norm_eps, dtype=dtype, rngs=rngs)
 
         def attention() -> Attention:
-            return Attention(c.width, c.heads, c.head_width, bias=False, dtype=c.dtype, rngs=rngs)
+            return Attention(c.hidden_size, c.num_heads, c.head_dim, bias=False, dtype=c.dtype, rngs=rngs)
 
         self.attention, self.attention_norm = attention(), norm()
         if decoder:
             self.cross, self.cross_norm = attention(), norm()
         self.ffn_norm = norm()
         if c.gated:
-            self.gate = linear(c.width, c.ffn)
-        self.up, self.down = linear(c.width, c.ffn), linear(c.ffn, c.width)
+            self.gate = linear(c.hidden_size, c.mlp_dim)
+        self.up, self.down = linear(c.hidden_size, c.mlp_dim), linear(c.mlp_dim, c.hidden_size)
 
-    def finish(self, x: Array, keys: Keys | None) -> Array:
+    def finish(self, x: Array, keys: RowRngs | None) -> Array:
         """The feed-forward half."""
         c, h = self.config, self.ffn_norm(x)
         activation = ACTIVATIONS[c.activation]
         h = activation(self.gate(h)) * self.up(h) if c.gated else activation(self.up(h))
-        return x + dropout(self.down(dropout(h, fold(keys, 2), c.dropout)), fold(keys, 3), c.dropout)
+        return x + dropout(self.down(dropout(h, fold_rngs(keys, 2), c.dropout)), fold_rngs(keys, 3), c.dropout)
 
 
 class T5Stack(nnx.Module):
@@ -127,10 +136,10 @@ class T5Stack(nnx.Module):
 
     def __init__(self, config: T5Config, decoder: bool, rngs: nnx.Rngs):
         c, dtype = config, jnp.dtype(config.dtype)
-        self.distances = nnx.Embed(c.buckets, c.heads, rngs=rngs)
-        count = c.decoder_layers if decoder else c.encoder_layers
+        self.distances = nnx.Embed(c.buckets, c.num_heads, rngs=rngs)
+        count = c.num_decoder_layers if decoder else c.num_encoder_layers
         self.layers = stack(lambda r: T5Layer(c, decoder, r), count, rngs)
-        self.norm = nnx.RMSNorm(c.width, epsilon=c.epsilon, dtype=dtype, rngs=rngs)
+        self.norm = nnx.RMSNorm(c.hidden_size, epsilon=c.norm_eps, dtype=dtype, rngs=rngs)
 
 
 class T5(nnx.Module):
@@ -138,47 +147,49 @@ class T5(nnx.Module):
 
     def __init__(self, config: T5Config, rngs: nnx.Rngs):
         c = self.config = config
-        self.embed = nnx.Embed(c.vocabulary, c.width, dtype=jnp.dtype(c.dtype), rngs=rngs)
+        self.embed = nnx.Embed(c.vocab_size, c.hidden_size, dtype=jnp.dtype(c.dtype), rngs=rngs)
         self.encoder, self.decoder = T5Stack(c, False, rngs), T5Stack(c, True, rngs)
-        if not c.tied:
-            self.head = nnx.Embed(c.vocabulary, c.width, rngs=rngs)
+        if not c.tie_word_embeddings:
+            self.head = nnx.Embed(c.vocab_size, c.hidden_size, rngs=rngs)
 
     def prefill(
-        self, source: Int[Array, "n S"], mask: Bool[Array, "n S"], keys: Keys | None = None, remat: bool = False
-    ) -> Memory:
+        self, source: Int[Array, "n S"], mask: Bool[Array, "n S"], keys: RowRngs | None = None, remat: bool = False
+    ) -> DocumentMemory:
         """Encodes the source and projects it onto the keys and values of every decoder layer."""
         c, (n, length) = self.config, source.shape
         where = jnp.arange(length)
         bias = self._bias(self.encoder, where[:, None], where, both_ways=True)[None, None]
-        x = dropout(self.embed(source), fold(keys, 0), c.dropout)[:, None]  # one group
+        x = dropout(self.embed(source), fold_rngs(keys, 0), c.dropout)[:, None]  # one group
 
         def encode(layer: T5Layer, x: Array, number: Array) -> tuple[Array, None]:
-            own, part = fold(keys, number + 1), layer.attention
+            own, part = fold_rngs(keys, number + 1), layer.attention
             h = layer.attention_norm(x)
             key, value = part.memory(h[:, 0])
-            attended = attend(part.queries(h), [Attended(key, value, mask[:, None, None], bias)], 1.0)
-            x = x + dropout(part.join(attended), fold(own, 0), c.dropout)
+            attended = dot_product_attention(
+                part.queries(h), [AttentionSource(key, value, mask[:, None, None], bias)], 1.0
+            )
+            x = x + dropout(part.join(attended), fold_rngs(own, 0), c.dropout)
             return layer.finish(x, own), None
 
-        x, _ = scan_layers(self.encoder.layers, encode, x, jnp.arange(c.encoder_layers), remat)
-        encoded = dropout(self.encoder.norm(x[:, 0]), fold(keys, c.encoder_layers + 1), c.dropout)
+        x, _ = scan_layers(self.encoder.layers, encode, x, jnp.arange(c.num_encoder_layers), remat)
+        encoded = dropout(self.encoder.norm(x[:, 0]), fold_rngs(keys, c.num_encoder_layers + 1), c.dropout)
         _, (cross_keys, cross_values) = scan_layers(
             self.decoder.layers, lambda layer, nothing, _: (nothing, layer.cross.memory(encoded)), None, None, remat
         )
-        return Memory(cross_keys, cross_values, mask, jnp.zeros(n, jnp.int32), jnp.full(n, c.start, jnp.int32))
+        return DocumentMemory(cross_keys, cross_values, mask, jnp.zeros(n, jnp.int32), jnp.full(n, c.start, jnp.int32))
 
-    def extend(
+    def forward_with_cache(
         self,
-        memory: Memory,
-        past: Past | None,
+        memory: DocumentMemory,
+        past: KVCache | None,
         tokens: Int[Array, "n G M"],
         positions: Int[Array, "#n #G M"],
         visible: Bool[Array, "#n #G M P"],
-        keys: Keys | None = None,
+        keys: RowRngs | None = None,
         remat: bool = False,
-    ) -> tuple[Float[Array, "n G M D"], Past | None]:
+    ) -> tuple[Float[Array, "n G M D"], KVCache | None]:
         c, (_, groups, length) = self.config, tokens.shape
-        first = c.encoder_layers + 2  # dropout keys below are the encoder's
+        first = c.num_encoder_layers + 2  # dropout keys below are the encoder's
         if past is None:
             seen = positions[:, :, None, :]
         else:
@@ -189,37 +200,41 @@ class T5(nnx.Module):
         def decode(layer: T5Layer, carry: Any, inputs: Any) -> tuple[Any, None]:
             x, pool = carry
             memory_keys, memory_values, number = inputs
-            own = fold(keys, first + 1 + number)
+            own = fold_rngs(keys, first + 1 + number)
             h = layer.attention_norm(x)
             key, value = layer.attention.memory(h)
             if pool is not None:
                 pool = pool.write(number, key, value)
                 key, value = pool.keys[number], pool.values[number]
-            attended = attend(layer.attention.queries(h), [Attended(key, value, visible, bias)], 1.0)
-            x = x + dropout(layer.attention.join(attended), fold(own, 0), c.dropout)
-            document = Attended(memory_keys, memory_values, memory.mask[:, None, None])
-            attended = attend(layer.cross.queries(layer.cross_norm(x)), [document], 1.0)
-            x = x + dropout(layer.cross.join(attended), fold(own, 1), c.dropout)
+            attended = dot_product_attention(
+                layer.attention.queries(h), [AttentionSource(key, value, visible, bias)], 1.0
+            )
+            x = x + dropout(layer.attention.join(attended), fold_rngs(own, 0), c.dropout)
+            document = AttentionSource(memory_keys, memory_values, memory.mask[:, None, None])
+            attended = dot_product_attention(layer.cross.queries(layer.cross_norm(x)), [document], 1.0)
+            x = x + dropout(layer.cross.join(attended), fold_rngs(own, 1), c.dropout)
             return (layer.finish(x, own), pool), None
 
-        x = dropout(self.embed(tokens), fold(keys, first), c.dropout)
-        xs = (memory.keys, memory.values, jnp.arange(c.decoder_layers))
+        x = dropout(self.embed(tokens), fold_rngs(keys, first), c.dropout)
+        xs = (memory.keys, memory.values, jnp.arange(c.num_decoder_layers))
         (x, past), _ = scan_layers(self.decoder.layers, decode, (x, past), xs, remat)
-        hidden = dropout(self.decoder.norm(x), fold(keys, first + 1 + c.decoder_layers), c.dropout)
-        return hidden * c.width**-0.5 if c.scaled else hidden, past if past is None else past.advance(groups * length)
+        hidden = dropout(self.decoder.norm(x), fold_rngs(keys, first + 1 + c.num_decoder_layers), c.dropout)
+        return hidden * c.hidden_size**-0.5 if c.scaled else hidden, past if past is None else past.advance(
+            groups * length
+        )
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         head = self._head().astype(hidden.dtype)
         return jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
 
-    def normalizer(self, hidden: Float[Array, "... D"]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-        return normalizer(hidden, self._head())
+    def vocab_logsumexp(self, hidden: Float[Array, "... D"]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+        return vocab_logsumexp(hidden, self._head())
 
     def target_logits(self, hidden: Float[Array, "... D"], targets: Int[Array, "..."]) -> Float[Array, "..."]:
         return target_logits(hidden, self._head(), targets)
 
     def _head(self) -> Float[Array, "V D"]:
-        return self.embed.embedding[...] if self.config.tied else self.head.embedding[...]
+        return self.embed.embedding[...] if self.config.tie_word_embeddings else self.head.embedding[...]
 
     def _bias(self, side: T5Stack, query: Array, key: Array, both_ways: bool) -> Float[Array, "... M P H"]:
         distance = key - query
