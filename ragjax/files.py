@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 from ragjax.errors import InputError
 
+PARTIAL = ".partial"  # ends the name of what is being written
 LOCK = ".lock"
 DEEPEST = 100  # levels of JSON
 LARGEST_JSON = 256 << 20  # bytes; what is read whole
@@ -107,7 +108,7 @@ def atomic_write(*paths: Path) -> Iterator[tuple[BinaryIO, ...]]:
 
     Raises `InputError` for what the operating system refuses, such as a full disk.
     """
-    partials = [path.with_name(path.name + ".partial") for path in paths]
+    partials = [path.with_name(path.name + PARTIAL) for path in paths]
     try:
         with ExitStack() as stack:
             files = tuple(stack.enter_context(partial.open("wb")) for partial in partials)
@@ -158,7 +159,7 @@ def partial_folder(folder: Path) -> Iterator[Path]:
 
     Raises `InputError` where it cannot be created.
     """
-    partial = folder.with_name(folder.name + ".partial")
+    partial = folder.with_name(folder.name + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)

@@ -225,10 +225,13 @@ def unsummed(folder: Path, step: int) -> None:
     (folder / str(step) / CHECKSUMS).unlink()
 
 
-def test_a_checkpoint_that_a_kill_left_unsummed_is_used_and_summed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("half_written", [False, True])
+def test_a_checkpoint_that_a_kill_left_unsummed_is_used_and_summed(tmp_path: Path, half_written: bool) -> None:
     unsummed(tmp_path, 1)
     unsummed(tmp_path, 2)
-    for writing in (False, True):
+    if half_written:  # the kill came while its sums were written
+        (tmp_path / "2" / f"{CHECKSUMS}.partial").write_text("{")
+    for writing in (False, True, True):
         with Checkpointer(tmp_path, writing=writing) as checkpoints:
             found = checkpoints.restore_latest(
                 lambda step: (checkpoints.metadata(step), checkpoints.restore(step, make_state()))
@@ -236,6 +239,7 @@ def test_a_checkpoint_that_a_kill_left_unsummed_is_used_and_summed(tmp_path: Pat
             assert found is not None and found[0] == 2 and found[1][0] == {"step": 2}
             chex.assert_trees_all_equal(found[1][1], make_state(2))
         assert (tmp_path / "2" / CHECKSUMS).exists() == writing
+    assert not list(tmp_path.rglob("*.partial"))
     assert not (tmp_path / "1" / CHECKSUMS).exists() and not (tmp_path.parent / "damaged-checkpoints").exists()
     do_damage(tmp_path / "2", "bit blocks")
     with Checkpointer(tmp_path, writing=False) as checkpoints, pytest.raises(DamagedCheckpoint, match="have changed"):
