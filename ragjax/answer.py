@@ -20,7 +20,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from ragjax.config import Config
+from ragjax.config import Config, replace
 from ragjax.decode import Candidates, decode, decode_as_hugging_face, decode_together, read, score_tokens
 from ragjax.errors import InputError
 from ragjax.experiment import load_experiment
@@ -193,7 +193,7 @@ class Answerer:
         source, mask = prompt_rows(self.rag, store, questions, ids)
         source, mask = shard_batch(self.mesh, (source, mask), len(source))
         memory = read(graph, params, source, mask)
-        settings, special = dataclasses.replace(config.decode, mode=mode), self.rag.special
+        settings, special = replace(config.decode, mode=mode), self.rag.special
         if retrieved is not None and _rescores_as_hugging_face(config):
             unmasked = read(graph, params, source, jnp.ones_like(mask))
             scoring = prior[:, : config.train.k]

@@ -11,12 +11,13 @@ shards are written beside it as ever and then take their places, where they have
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -36,7 +37,7 @@ from ragjax.checksums import (
     write_checksums,
     write_sealed,
 )
-from ragjax.config import ON_DEVICES, Config, Corpus, structure
+from ragjax.config import ON_DEVICES, Config, Corpus, replace, structure
 from ragjax.cost import free_disk, host_memory, size_text
 from ragjax.embeddings import EMBEDDINGS
 from ragjax.errors import InputError
@@ -102,7 +103,7 @@ def build_index(config: Config) -> Path:
     if there is not None:
         terminal.print(f"{folder}: is damaged ({told(there.damage)}); only this is built anew", soft_wrap=True)
         index = replace(rag.config.index, shard=there.shard)
-        rag = replace(rag, config=replace(rag.config, index=index))
+        rag = dataclasses.replace(rag, config=replace(rag.config, index=index))
         made_of = _made_of(rag, content)
     with ExitStack() as stack:
         on_first(lambda: stack.enter_context(_building(new, made_of)))

@@ -10,7 +10,6 @@ OUTPUT/refreshed/       the index anew, where passages' encoder is trained (refr
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import json
 import subprocess
@@ -22,7 +21,7 @@ from typing import Any
 import jax
 
 from ragjax.checkpoint import newest_step
-from ragjax.config import Config, dump_config, load_config
+from ragjax.config import Config, dump_config, load_config, replace
 from ragjax.errors import InputError
 from ragjax.files import atomic_write, read_json, write_jsonl
 from ragjax.hub import fingerprint_files
@@ -97,7 +96,7 @@ def check_processes_agree(config: Config) -> None:
     """Raises `InputError` naming in what a process differs: configuration, software, or the files that it sees."""
     if jax.process_count() == 1:
         return
-    settings = {key: repr(value) for key, value in _leaves(dataclasses.asdict(config)).items()}
+    settings = {key: repr(value) for key, value in _leaves(config.model_dump(mode="json")).items()}
     versions = {package: importlib.metadata.version(package) for package in PACKAGES}
     shared = (Path(config.output, "checkpoints"), Path(config.index.folder, MANIFEST))
     seen = {str(path): "there" if path.exists() else "missing" for path in shared}
@@ -155,7 +154,7 @@ def check_same_models(config: Config) -> None:
 
 def _differences(path: Path, config: Config) -> dict[str, str]:
     """For each key whose value is another in a saved configuration: what it was and is."""
-    before, now = _leaves(dataclasses.asdict(load_config(path))), _leaves(dataclasses.asdict(config))
+    before, now = _leaves(load_config(path).model_dump(mode="json")), _leaves(config.model_dump(mode="json"))
     return {
         key: f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
@@ -220,13 +219,11 @@ def load_experiment(folder: Path) -> Config:
         """Where a path inside the output folder is now."""
         return str(folder / Path(path).relative_to(before)) if Path(path).is_relative_to(before) else path
 
-    return dataclasses.replace(
+    return replace(
         config,
         output=str(folder),
-        index=dataclasses.replace(config.index, folder=moved(config.index.folder)),
-        questions=dataclasses.replace(
-            config.questions, train=moved(asked.train), dev=moved(asked.dev), test=moved(asked.test)
-        ),
+        index=replace(config.index, folder=moved(config.index.folder)),
+        questions=replace(config.questions, train=moved(asked.train), dev=moved(asked.dev), test=moved(asked.test)),
     )
 
 

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from rich import box
 from rich.table import Table
 
 from ragjax.answer import most_documents
-from ragjax.config import ON_DEVICES, Config
+from ragjax.config import ON_DEVICES, Config, replace
 from ragjax.cost import Cost, NotCompiled, bytes_each, compiled_cost, free_disk, host_memory, matmul_flops, size_text
 from ragjax.decode import pad_answers, propose, propose_together, read, score_tokens
 from ragjax.errors import InputError
@@ -235,10 +235,11 @@ class _Plan:
             if self.config.retriever.prior == "corpus":
                 passages, _ = self.passages()
             config = replace(self.config, train=replace(train, remat=remat))
-            traced = [trace_step(replace(models, config=config), self.mesh, passages, make) for make in programs(train)]
+            own = dataclasses.replace(models, config=config)
+            traced = [trace_step(own, self.mesh, passages, make) for make in programs(train)]
             costs = [_cost(program.lower()) for program in traced]
             most = max(cost.temporaries for cost in costs)
-            return matmul_flops(traced[0].jaxpr.jaxpr), replace(costs[0], temporaries=most)
+            return matmul_flops(traced[0].jaxpr.jaxpr), dataclasses.replace(costs[0], temporaries=most)
 
         def gradients() -> tuple[int, str]:
             trained, _ = split_frozen(abstract_state(self.models(), self.mesh).params, train.freeze)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -15,7 +15,7 @@ from flax import nnx, struct
 from jax.sharding import Mesh, NamedSharding, use_abstract_mesh
 from jaxtyping import Array, Float, Key
 
-from ragjax.config import ON_DEVICES, Config, Train
+from ragjax.config import ON_DEVICES, Config, Train, replace
 from ragjax.contrastive import (
     ContrastiveBatch,
     abstract_contrastive,
@@ -132,7 +132,7 @@ def for_answering(rag: AnyModels) -> AnyModels:
     See `split_by_rows`.
     """
     mesh, train = replace(rag.config.mesh, fsdp=False), replace(rag.config.train, objective="marginal")
-    return replace(rag, config=replace(rag.config, mesh=mesh, train=train))
+    return dataclasses.replace(rag, config=replace(rag.config, mesh=mesh, train=train))
 
 
 def state_shardings(rag: Models, mesh: Mesh, state: Any) -> Any:
@@ -238,7 +238,8 @@ def make_gradient_error(rag: Models, shardings: Any = None) -> jax.stages.Wrappe
     the documents that are left out: at most their mass times the largest norm of a g_z. Raises `InputError` where the
     generator is frozen.
     """
-    every = replace(rag, config=replace(rag.config, train=replace(rag.config.train, backward_documents=None)))
+    through_all = replace(rag.config.train, backward_documents=None, probe_every=None)
+    every = dataclasses.replace(rag, config=replace(rag.config, train=through_all))
     trained, _ = split_frozen(rag.abstract_params(), rag.config.train.freeze)
     if not any(path[0] == "generator" for path in trained):
         raise InputError("train.probe_every: train.freeze leaves nothing of the generator to train; leave it out")
@@ -276,8 +277,8 @@ def make_nll(rag: Models) -> jax.stages.Wrapped:
 
     Of a contrastive batch −log of the positive's probability, NaN where there is none.
     """
-    plain = replace(rag.config.train, dropout=0.0, backward_documents=None)
-    without = replace(rag, config=replace(rag.config, train=plain))
+    plain = replace(rag.config.train, dropout=0.0, backward_documents=None, probe_every=None)
+    without = dataclasses.replace(rag, config=replace(rag.config, train=plain))
 
     @jax.jit
     def nll(params: Params, batch: AnyBatch, corpus: Corpus | None = None) -> Float[Array, " B"]:
@@ -398,7 +399,7 @@ def memory_advice(rag: Models, mesh: Mesh) -> list[str]:
     if config.index.kind in ON_DEVICES and config.retriever.prior == "top_k":
         found.append("index.kind=HNSW32 (the host then searches)")
     if not config.mesh.fsdp and data > 1:
-        split = replace(rag, config=replace(config, mesh=replace(config.mesh, fsdp=True)))
+        split = dataclasses.replace(rag, config=replace(config, mesh=replace(config.mesh, fsdp=True)))
         before, after = (size_text(bytes_each(abstract_state(models, mesh))) for models in (rag, split))
         found.append(f"mesh.fsdp=true (parameters and optimiser state {after} instead of {before})")
     if config.dtype == "float32":

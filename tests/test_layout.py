@@ -10,8 +10,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "ragjax"
 ORDER = (
-    "render_chat errors files terminal_text journal signals checksums config progress marginal mesh cost "
-    "chat_template text models.fields models.layers models.generator models.bert models.llama models.bart "
+    "render_chat errors files terminal_text journal signals checksums config_reading config progress marginal mesh "
+    "cost chat_template text models.fields models.layers models.generator models.bert models.llama models.bart "
     "models.t5 weights random_checkpoint hub sentence_transformers passages questions factbook_facts factbook "
     "search embeddings faiss_index index data rag fused loss beam prefixes decode metrics contrastive checkpoint "
     "experiment step refresh world supply train answer evaluate build_index index_report plan hf_rag verify cli"
