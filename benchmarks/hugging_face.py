@@ -11,7 +11,6 @@ the extra `bench`.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import tempfile
 from collections.abc import Callable
@@ -37,7 +36,7 @@ from benchmarks.report import (
     torch_place,
     write,
 )
-from ragjax.config import Config, Decode, Retriever, Train
+from ragjax.config import Config, Corpus, Decode, Generator, Retriever, Train, replace
 from ragjax.cost import matmul_flops
 from ragjax.decode import decode, propose, read, with_end
 from ragjax.hub import cache_folder
@@ -154,7 +153,7 @@ def decoding(options: argparse.Namespace, console: Console, most: float) -> dict
     def by_ragjax(mode: str, b: int) -> Any:
         prior = np.asarray(log_prior(jnp.asarray(scores[b : b + 1]), jnp.ones((1, k), bool)))
         memory = read(ours.graph, params, sources[b], np.ones(sources[b].shape, bool))
-        [found] = decode(ours.graph, params, memory, prior, dataclasses.replace(settings, mode=mode), SPECIAL)
+        [found] = decode(ours.graph, params, memory, prior, replace(settings, mode=mode), SPECIAL)
         return found
 
     def answer(found: Any, mode: str) -> tuple[int, ...]:
@@ -227,7 +226,14 @@ def training(options: argparse.Namespace, console: Console, most: float) -> dict
         theirs.question_encoder.save_pretrained(Path(folder) / "retriever")
         retriever = open_bert(Path(folder) / "retriever", "cls", normalize=False, dtype=options.dtype)
         generator = open_generator(Path(folder) / "generator", dtype=options.dtype)
-        config = Config(output="", dtype=options.dtype, train=settings, retriever=Retriever(source="", scale=1.0))
+        config = Config(
+            output=folder,
+            dtype=options.dtype,
+            corpus=Corpus(source=folder),
+            retriever=Retriever(source=f"{folder}/retriever"),
+            generator=Generator(source=f"{folder}/generator"),
+            train=settings,
+        )
         models = Models(config, retriever, generator, SPECIAL, Prompt((), (), (), False, ((), ())), retriever)
         params = jax.tree.map(jnp.asarray, {name: model.read() for name, model in models.parts.items()})
     there = torch_place(options.dtype)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from ragjax.answer import open_answerer
 from ragjax.checkpoint import Checkpoints
 from ragjax.checksums import CHECKSUMS
 from ragjax.cli import main
-from ragjax.config import Config, load_config
+from ragjax.config import Config, load_config, replace
 from ragjax.contrastive import (
     abstract_contrastive,
     choose_passages,
@@ -116,7 +116,7 @@ def test_what_is_chosen(world: Path, tmp_path: Path) -> None:
     """By answer: Arland's capital stands in passage 0 alone. By label: whatever the text says."""
     _, _, store = open_world(tiny_config(world))
     [plain, *_] = read_questions(world / "train.jsonl")
-    labelled = replace(plain, passages=("p7", "p3"))
+    labelled = dataclasses.replace(plain, passages=("p7", "p3"))
     positions = label_positions(store, [labelled])
     assert positions == {"p3": 3, "p7": 7}
 

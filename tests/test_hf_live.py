@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from ragjax.cli import main
-from ragjax.config import Config, Decode, load_config
+from ragjax.config import Config, Decode, load_config, replace
 from ragjax.decode import decode_as_hugging_face, propose_together, read
 from ragjax.hf_rag import import_rag
 from ragjax.loss import loss
@@ -111,7 +111,7 @@ def test_fresh_models(
     special = SpecialTokens(hf.eos_token_id, hf.pad_token_id, hf.bos_token_id)
     config = tiny_config(world, retriever__pooling="cls", retriever__normalize=False, retriever__scale=1.0)
     config = replace(config, hf_compatible=True, train=replace(config.train, label_smoothing=smoothing))
-    rag = replace(
+    rag = dataclasses.replace(
         open_rag(replace(config, hf_compatible=False)),
         config=config,
         retriever=open_bert(folder / "question_encoder", "cls", normalize=False),
@@ -156,9 +156,8 @@ def test_fresh_models(
     params = rag.initial_params()
 
     def ours(asked: Config) -> float:
-        return (
-            float(jax.jit(lambda p: loss(replace(rag, config=asked), p, batch, jax.random.key(0))[0])(params)) * count
-        )
+        of_asked = dataclasses.replace(rag, config=asked)
+        return float(jax.jit(lambda p: loss(of_asked, p, batch, jax.random.key(0))[0])(params)) * count
 
     token_model = RagTokenForGeneration(config=model.config).eval()
     token_model.load_state_dict(model.state_dict())
@@ -179,7 +178,7 @@ def test_fresh_models(
     memory, unmasked = read(graph, weights, tokens, mask), read(graph, weights, tokens, jnp.ones_like(mask))
     for beams in (1, 3):
         settings = Decode(beams=beams, max_new_tokens=8, length_penalty=1.0)
-        forced = replace(special, forced_eos=special.eos if family == "bart" else None)
+        forced = dataclasses.replace(special, forced_eos=special.eos if family == "bart" else None)
         chosen = model.generate(**given, num_beams=beams, max_length=9).numpy()
         found = decode_as_hugging_face(
             graph, weights, unmasked, memory, np.asarray(prior), np.ones(prior.shape, bool), settings, forced

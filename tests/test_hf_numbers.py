@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -20,7 +21,7 @@ from flax import nnx
 from reference import rounding
 from world import tiny_config
 
-from ragjax.config import Decode
+from ragjax.config import Decode, replace
 from ragjax.decode import Candidates, decode_as_hugging_face, decode_together, propose_together, read
 from ragjax.hf_rag import DPR_PREFIX, import_rag
 from ragjax.loss import loss
@@ -72,7 +73,9 @@ class Golden:
             length_penalty=given.get("length_penalty", 1.0),
             early_stopping=given.get("early_stopping", False),
         )
-        return decode, replace(self.special, forced_bos=given.get("forced_bos_token_id"), forced_eos=forced_eos)
+        return decode, dataclasses.replace(
+            self.special, forced_bos=given.get("forced_bos_token_id"), forced_eos=forced_eos
+        )
 
 
 @pytest.fixture(scope="module", params=["bart-tiny", "t5-tiny"])
@@ -108,9 +111,8 @@ def test_likelihoods(golden: Golden, name: str) -> None:
     targets = np.concatenate([labels[:, 1:], np.full_like(labels[:, :1], pad)], axis=1)
     rows = jnp.asarray(np.repeat(targets, 3, axis=0)[:, None], jnp.int32)
     start = jnp.asarray(np.repeat(labels[:, 0], 3), jnp.int32)
-    logp, mean = (
-        x.reshape(4, 3, -1) for x in _scores(golden.graph, golden.params, replace(golden.memory(), start=start), rows)
-    )
+    memory = dataclasses.replace(golden.memory(), start=start)
+    logp, mean = (x.reshape(4, 3, -1) for x in _scores(golden.graph, golden.params, memory, rows))
     counted = jnp.asarray(targets != pad)
     all_bos = golden.special.bos is not None and bool((targets[:, 0] == golden.special.bos).all())
 
@@ -138,7 +140,7 @@ def test_the_reduced_loss_and_its_gradients(golden: Golden, smoothing: float, wo
     values, start = golden.values, "grad/" if smoothing == 0.0 else "grad_smooth_0.1/"
     config = tiny_config(world, retriever__pooling="cls", retriever__normalize=False, retriever__scale=1.0)
     train = replace(config.train, label_smoothing=smoothing)
-    rag = replace(
+    rag = dataclasses.replace(
         open_rag(config),
         config=replace(config, hf_compatible=True, train=train),
         retriever=open_bert(golden.folder / "question_encoder", "cls", normalize=False),
@@ -161,7 +163,7 @@ def test_the_reduced_loss_and_its_gradients(golden: Golden, smoothing: float, wo
     batch = jax.tree.map(jnp.asarray, batch)
 
     def total(params: Params, passages: jax.Array) -> jax.Array:
-        mean, _ = loss(rag, params, replace(batch, passages=passages), jax.random.key(0))
+        mean, _ = loss(rag, params, dataclasses.replace(batch, passages=passages), jax.random.key(0))
         return mean * 4
 
     function = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))
@@ -359,7 +361,7 @@ def test_prompts_have_the_token_ids_of_rag_retriever(
         source_tokens=longest,
     )
     tokenizer = Tokenizer.load(folders[kind])
-    rag = replace(
+    rag = dataclasses.replace(
         open_rag(config),
         config=replace(config, hf_compatible=True, generator=generator),
         retriever_tokenizer=Tokenizer.load(folders["bert"]),

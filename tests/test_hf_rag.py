@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from trained import refused
 
 from ragjax.cli import main
-from ragjax.config import dump_config, load_config
+from ragjax.config import dump_config, load_config, replace
 from ragjax.errors import InputError
 from ragjax.experiment import load_experiment
 from ragjax.files import read_json

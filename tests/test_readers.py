@@ -41,6 +41,7 @@ from ragjax.text import Tokenizer, make_prompt
 from ragjax.train import _lines_until
 from ragjax.weights import open_bert, open_generator
 
+ENCODER = Retriever(source="m")
 MUTATIONS = int(os.environ.get("RAGJAX_MUTATIONS", "0"))
 MEMORY, SECONDS = 4 << 30, 120  # what a reader of such small files may take beyond what is there, and how long
 FINGERPRINTS = {"encoder": "sha256:e"}
@@ -389,10 +390,11 @@ READERS = [
     Reader("index/shards/00001/token_offsets.npy", read_index, None),
     Reader("index/shards/00000/text.bin", read_index, as_lines),
     Reader("index/shards/00000/tokens.bin", read_index, None),
-    Reader("sentences/modules.json", lambda folder: check_sentence_transformers(folder, Retriever(), True, True)),
-    Reader("sentences/1_Pooling/config.json", lambda f: check_sentence_transformers(f, Retriever(), True, True)),
+    Reader("sentences/modules.json", lambda folder: check_sentence_transformers(folder, ENCODER, True, True)),
+    Reader("sentences/1_Pooling/config.json", lambda f: check_sentence_transformers(f, ENCODER, True, True)),
     Reader(
-        "sentences/config_sentence_transformers.json", lambda f: check_sentence_transformers(f, Retriever(), True, True)
+        "sentences/config_sentence_transformers.json",
+        lambda f: check_sentence_transformers(f, ENCODER, True, True),
     ),
 ]
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from world import open_world, tiny_config
 
 from ragjax.answer import open_answerer
 from ragjax.checkpoint import Checkpoints
-from ragjax.config import Config, load_config
+from ragjax.config import Config, load_config, replace
 from ragjax.data import QuestionBatches
 from ragjax.errors import InputError
 from ragjax.evaluate import evaluate
@@ -97,7 +97,7 @@ def test_the_gradient_reaches_the_passages_too(world: Path, encoder: str) -> Non
             batch.passage.reshape(8, -1),
             batch.passage_mask.reshape(8, -1),
         )
-        given = replace(batch, passages=rows.reshape(4, 2, -1), passage=None, passage_mask=None)
+        given = dataclasses.replace(batch, passages=rows.reshape(4, 2, -1), passage=None, passage_mask=None)
         return loss(rag, params, given, KEY)[0]
 
     found = jax.jit(jax.value_and_grad(lambda params: loss(rag, params, batch, KEY)[0]))(params)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from flax import nnx
 from gradients import assert_same_gradients, moments
 from world import open_world, tiny_config
 
-from ragjax.config import MeshConfig, Train
+from ragjax.config import Mesh, Train, replace
 from ragjax.cost import Cost, NotCompiled, bytes_each, compiled_cost, size_text
 from ragjax.errors import InputError
 from ragjax.loss import answer_nll, joint_logp, loss
@@ -178,7 +179,7 @@ def test_gradient_through_the_prior_over_the_corpus(world: Path, plain_gradients
 def test_the_loss_written_out(plain: Setup, model: str, smoothing: float) -> None:
     """From the probabilities of the whole vocabulary at every place, without any trick."""
     config = replace(plain.rag.config, model=model)
-    rag = with_train(replace(plain.rag, config=config), label_smoothing=smoothing)
+    rag = with_train(dataclasses.replace(plain.rag, config=config), label_smoothing=smoothing)
     batch, (b, k, s) = plain.batch, plain.batch.source.shape
 
     @jax.jit
@@ -220,14 +221,14 @@ def test_an_answer_s_start_token_may_be_left_out_of_the_loss(plain: Setup) -> No
     answer = np.asarray(plain.batch.answer).copy()
     bos = int(answer[0, 0])
     answer[1, 0] = bos + 1
-    batch = replace(plain.batch, answer=jnp.asarray(answer))
-    rag = replace(plain.rag, special=replace(plain.rag.special, bos=bos))
+    batch = dataclasses.replace(plain.batch, answer=jnp.asarray(answer))
+    rag = dataclasses.replace(plain.rag, special=dataclasses.replace(plain.rag.special, bos=bos))
     prior, scores = jax.jit(lambda p: joint_logp(rag, p, batch, KEY))(plain.params)
     logp = np.array(scores.logp)
 
     def nll(exclude: bool, hf_compatible: bool) -> np.ndarray:
         config = replace(rag.config, hf_compatible=hf_compatible)
-        asked = with_train(replace(rag, config=config), exclude_bos=exclude)
+        asked = with_train(dataclasses.replace(rag, config=config), exclude_bos=exclude)
         return np.asarray(answer_nll(asked, prior, scores, batch.answer, batch.answer_mask))
 
     whole = -np.logaddexp.reduce(prior + logp.sum(axis=-1), axis=1)
@@ -359,8 +360,8 @@ def test_a_step_on_a_mesh_equals_one_on_a_device(
     model: int, fsdp: bool, dropping: Setup, dropping_stepped: tuple[TrainState, Any]
 ) -> None:
     """Heads, feed-forward and, with FSDP, the rest of the state split up: the same loss, gradient and parameters."""
-    config = replace(dropping.rag.config, mesh=MeshConfig(model=model, fsdp=fsdp))
-    rag, mesh = replace(dropping.rag, config=config), make_mesh(model)
+    config = replace(dropping.rag.config, mesh=Mesh(model=model, fsdp=fsdp))
+    rag, mesh = dataclasses.replace(dropping.rag, config=config), make_mesh(model)
     shardings = state_shardings(rag, mesh, dropping.state())
     state = jax.device_put(dropping.state(), shardings)
     up = state.params["generator"]["layers"]["up"]["kernel"]
@@ -397,7 +398,7 @@ def test_dropout_is_drawn_by_key_and_row(
     assert first == pytest.approx(dropping_gradients[1]["loss"], rel=1e-5)
     assert abs(first - plain_gradients[1]["loss"]) > 1e-4
     assert abs(first - value(jax.random.key(8), dropping.batch)) > 1e-4
-    assert abs(first - value(KEY, replace(dropping.batch, row=dropping.batch.row + 8))) > 1e-4
+    assert abs(first - value(KEY, dataclasses.replace(dropping.batch, row=dropping.batch.row + 8))) > 1e-4
     backwards = jax.tree.map(lambda x: x[::-1], dropping.batch)
     np.testing.assert_allclose(value(KEY, backwards), first, rtol=1e-5)
 
@@ -445,7 +446,7 @@ def test_training_lowers_the_loss_and_repeats_bit_for_bit(dropping: Setup, dropp
 
 
 def test_frozen_parts_stay_and_have_no_optimiser_state(plain: Setup) -> None:
-    s = replace(plain, rag=with_train(plain.rag, freeze=["retriever", "generator.embed"], weight_decay=0.1))
+    s = dataclasses.replace(plain, rag=with_train(plain.rag, freeze=["retriever", "generator.embed"], weight_decay=0.1))
     state, metrics = make_train_step(s.rag)(s.state(), s.batch)
     before, after = flat(s.params), flat(state.params)
     frozen = {path for path in before if path[0] == "retriever" or path[:2] == ("generator", "embed")}
@@ -480,7 +481,7 @@ def test_freezing_everything(plain: Setup) -> None:
 
 
 def with_train(rag: Rag, **changes: Any) -> Rag:
-    return replace(rag, config=replace(rag.config, train=replace(rag.config.train, **changes)))
+    return dataclasses.replace(rag, config=replace(rag.config, train=replace(rag.config.train, **changes)))
 
 
 def rates(train: Train, steps: int) -> dict[str, list[float]]:
@@ -504,7 +505,7 @@ def rates(train: Train, steps: int) -> dict[str, list[float]]:
     ],
 )
 def test_rates_rise_and_fall(decay: str, after: list[float]) -> None:
-    train = Train(steps=7, warmup=3, decay=decay, retriever_lr=0.01, generator_lr=0.2, clip=100.0)
+    train = replace(Train(steps=7, warmup=3), decay=decay, retriever_lr=0.01, generator_lr=0.2, clip=100.0)
     shape = np.array([1 / 3, 2 / 3, 1.0, *after])
     taken = rates(train, len(shape))
     np.testing.assert_allclose(taken["retriever"], 0.01 * shape, rtol=1e-5, atol=1e-8)
@@ -542,8 +543,8 @@ def test_weight_decay_acts_on_matrices_only() -> None:
 # before a run
 
 
-@pytest.mark.parametrize(("prior", "mesh"), [("top_k", MeshConfig(fsdp=True)), ("corpus", MeshConfig(model=2))])
-def test_the_abstract_step_is_the_real_one(world: Path, prior: str, mesh: MeshConfig) -> None:
+@pytest.mark.parametrize(("prior", "mesh"), [("top_k", Mesh(fsdp=True)), ("corpus", Mesh(model=2))])
+def test_the_abstract_step_is_the_real_one(world: Path, prior: str, mesh: Mesh) -> None:
     """Word for word the same program, where a batch is as wide as can be."""
     config = tiny_config(world, retriever__question_tokens=24, generator__source_tokens=80, retriever__prior=prior)
     config = replace(config, mesh=mesh)
