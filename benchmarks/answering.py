@@ -42,7 +42,7 @@ from benchmarks.report import (
     write,
 )
 from ragjax.answer import Answerer, open_answerer
-from ragjax.config import load_config, replace
+from ragjax.config import load_config
 from ragjax.cost import size_text
 from ragjax.decode import Candidates, decode, pad_answers, propose, read, score_tokens, with_end
 from ragjax.models.generator import Memory
@@ -184,7 +184,7 @@ def choose(answerer: Answerer, question: str) -> tuple[dict[str, Candidates], di
     memory = read(rag.generator.graph, params, *prompt_rows(rag, answerer.store, [question], retrieved.ids))
     found = {}
     for mode in ("thorough", "certified"):
-        by_mode = replace(settings, mode=mode)
+        by_mode = settings.replace(mode=mode)
         [found[mode]] = decode(rag.generator.graph, params, memory, retrieved.log_prior, by_mode, rag.special)
     return found, {"brute force": score_whole(answerer, memory, found["thorough"], retrieved.log_prior[0])}
 

@@ -36,7 +36,7 @@ from benchmarks.report import (
     torch_place,
     write,
 )
-from ragjax.config import Config, Corpus, Decode, Generator, Retriever, Train, replace
+from ragjax.config import Config, Corpus, Decode, Generator, Retriever, Train
 from ragjax.cost import matmul_flops
 from ragjax.decode import decode, propose, read, with_end
 from ragjax.hub import cache_folder
@@ -153,7 +153,7 @@ def decoding(options: argparse.Namespace, console: Console, most: float) -> dict
     def by_ragjax(mode: str, b: int) -> Any:
         prior = np.asarray(log_prior(jnp.asarray(scores[b : b + 1]), jnp.ones((1, k), bool)))
         memory = read(ours.graph, params, sources[b], np.ones(sources[b].shape, bool))
-        [found] = decode(ours.graph, params, memory, prior, replace(settings, mode=mode), SPECIAL)
+        [found] = decode(ours.graph, params, memory, prior, settings.replace(mode=mode), SPECIAL)
         return found
 
     def answer(found: Any, mode: str) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from pathlib import Path
 import jax
 
 from benchmarks.report import Stage, make_console, or_input_error, peak, show, timed, times_as_fast, write
-from ragjax.config import load_config, replace
+from ragjax.config import load_config
 from ragjax.cost import matmul_flops
 from ragjax.mesh import local_mesh
 from ragjax.questions import read_questions
@@ -57,8 +57,8 @@ def main() -> None:
 
     steps, states, compiling, stages = {}, {}, {}, {}
     for through in (k, options.through):
-        changed = replace(config.train, backward_documents=through)
-        own = dataclasses.replace(rag, config=replace(config, train=changed))
+        changed = config.train.replace(backward_documents=through)
+        own = dataclasses.replace(rag, config=config.replace(train=changed))
         states[through] = initial_state(own, jax.tree.map(jax.numpy.array, params))
         traced = make_train_step(own).trace(states[through], batches[0], corpus)
         lowered, started = traced.lower(), time.perf_counter()

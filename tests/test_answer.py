@@ -27,7 +27,7 @@ import ragjax
 from ragjax import answer as answer_module
 from ragjax.answer import Answer, Answerer, Candidate, Document, answer_modes, open_answerer, print_answer
 from ragjax.cli import main
-from ragjax.config import Config, dump_config, replace
+from ragjax.config import Config, dump_config
 from ragjax.errors import InputError
 from ragjax.files import read_json
 from ragjax.progress import Screen
@@ -175,7 +175,7 @@ def test_sizes_share_their_programs(
 
     def compiled(count: int, most: int, mode: str) -> int:
         config = answerer.rag.config
-        of_size = replace(config, evaluate=replace(config.evaluate, batch_size=most))
+        of_size = config.replace(evaluate=config.evaluate.replace(batch_size=most))
         with_size = dataclasses.replace(answerer, rag=dataclasses.replace(answerer.rag, config=of_size))
         caplog.clear()
         with jax.log_compiles(), caplog.at_level(logging.WARNING):
@@ -379,7 +379,7 @@ def two_ends(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
 @pytest.mark.parametrize("model", ["rag_sequence", "rag_token"])
 def test_every_end_token_ends_an_answer(two_ends: Config, model: str) -> None:
     """It stops at <|eot_id|>; the gold answer, taught with the tokenizer's own end, is as likely."""
-    answerer = open_answerer(replace(two_ends, model=model), untrained=True)
+    answerer = open_answerer(two_ends.replace(model=model), untrained=True)
     for mode in answer_modes(answerer.rag.config):
         [answer] = answerer.answer(["Who?"], mode)
         assert (answer.text, answer.candidates[0].finished) == ("A", True)
@@ -392,7 +392,7 @@ def test_every_end_token_ends_an_answer(two_ends: Config, model: str) -> None:
 def test_an_end_that_is_no_token_is_refused(two_ends: Config, ends: Any, tmp_path: Path) -> None:
     source = Path(shutil.copytree(two_ends.generator.source, tmp_path / "generator"))
     (source / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
-    config = replace(two_ends, generator=replace(two_ends.generator, source=str(source)))
+    config = two_ends.replace(generator=two_ends.generator.replace(source=str(source)))
     with pytest.raises(InputError, match=r"generation_config\.json: eos_token_id is .*; expected numbers of tokens"):
         open_rag(config)
 
@@ -405,5 +405,5 @@ def test_all_ends_are_exported(two_ends: Config, tmp_path: Path) -> None:
     assert main(["export", str(run), str(tmp_path / "exported")]) == 0
     exported = tmp_path / "exported" / "generator"
     assert read_json(exported / "generation_config.json")["eos_token_id"] == [2, eot]
-    again = replace(two_ends, generator=replace(two_ends.generator, source=str(exported)))
+    again = two_ends.replace(generator=two_ends.generator.replace(source=str(exported)))
     assert open_rag(again).special == open_rag(two_ends).special

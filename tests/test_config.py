@@ -25,7 +25,6 @@ from ragjax.config import (
     get_key,
     load_config,
     reference,
-    replace,
     schema,
 )
 from ragjax.errors import InputError
@@ -273,17 +272,17 @@ def test_sections_are_compared_and_hashed_by_value() -> None:
 
 def test_replace_checks_what_it_replaces(tmp_path: Path) -> None:
     config = load_config(written(tmp_path))
-    changed = replace(config, seed=7, train=replace(config.train, freeze=["generator"]))
+    changed = config.replace(seed=7, train=config.train.replace(freeze=["generator"]))
     assert (changed.seed, changed.train.freeze, changed.decode) == (7, ("generator",), config.decode)
     assert (config.seed, config.train.freeze) == (0, ())
     with pytest.raises(
         InputError, match=r"^Train: steps is 0; expected more than 0; unknown key 'stepz'; did you mean"
     ):
-        replace(config.train, steps=0, stepz=1)
+        config.train.replace(steps=0, stepz=1)
     with pytest.raises(InputError, match=r"^Config: train\.batch_size 8 is not divisible by train\.accumulate 3$"):
-        replace(config, train=replace(config.train, accumulate=3))
+        config.replace(train=config.train.replace(accumulate=3))
     with pytest.raises(InputError, match=r"^Config: output is ''; expected a text that is not empty$"):
-        replace(config, output="")
+        config.replace(output="")
 
 
 def test_the_defaults_are_a_configuration_but_for_what_must_be_given(tmp_path: Path) -> None:
@@ -302,8 +301,8 @@ TEXTS = TEXTS.filter(lambda text: text != "???")
 @given(TEXTS, st.lists(TEXTS), st.floats(1e-300, 1e300))
 def test_what_is_dumped_is_read_back(folder: Path, text: str, texts: list[str], number: float) -> None:
     config = load_config(written(folder))
-    train = replace(config.train, freeze=texts, clip=number)
-    config = replace(config, output=text, train=train, corpus=replace(config.corpus, source=text + "/x"))
+    train = config.train.replace(freeze=texts, clip=number)
+    config = config.replace(output=text, train=train, corpus=config.corpus.replace(source=text + "/x"))
     assert load_config(written(folder, text=dump_config(config))) == config
 
 

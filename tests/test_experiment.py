@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from world import open_world, tiny_config
 
-from ragjax.config import Config, Train, dump_config, load_config, replace
+from ragjax.config import Config, Train, dump_config, load_config
 from ragjax.errors import InputError
 from ragjax.experiment import (
     FREE,
@@ -97,7 +97,7 @@ def test_a_run_from_before_a_key_was_there_may_go_on(world: Path, tmp_path: Path
     check_same_experiment(config)
     check_same_models(config)
     with pytest.raises(InputError, match="model was 'rag_sequence' and is 'rag_token'"):
-        check_same_models(replace(config, model="rag_token"))
+        check_same_models(config.replace(model="rag_token"))
 
 
 def test_another_experiment_is_refused_key_by_key(world: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from trained import refused
 
 from ragjax.cli import main
-from ragjax.config import dump_config, load_config, replace
+from ragjax.config import dump_config, load_config
 from ragjax.errors import InputError
 from ragjax.experiment import load_experiment
 from ragjax.files import read_json
@@ -172,7 +172,7 @@ def test_what_rag_token_generates_by_is_in_a_file_of_its_own(checkpoint: Path, t
     (out / "generator" / "generation_config.json").write_text(json.dumps({"eos_token_id": [rag.special.eos, 9]}))
     assert open_rag(config).special.ends == (rag.special.eos, 9)
     with pytest.raises(InputError, match="several tokens end an answer"):
-        open_rag(replace(config, hf_compatible=True))
+        open_rag(config.replace(hf_compatible=True))
 
 
 def test_what_was_changed_in_a_run_is_exported(checkpoint: Path, tmp_path: Path, capsys: Capture) -> None:

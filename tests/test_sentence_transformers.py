@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ragjax.config import Retriever, replace
+from ragjax.config import Retriever
 from ragjax.errors import InputError
 from ragjax.sentence_transformers import check_sentence_transformers
 
@@ -39,14 +39,14 @@ def write(
     [
         ({}, ENCODER),
         ({"pooling": {"pooling_mode": "mean"}, "prefix": NEW}, ENCODER),
-        ({"pooling": {"pooling_mode": ["cls"]}}, replace(ENCODER, pooling="cls")),
-        ({"pooling": CLS}, replace(ENCODER, pooling="cls")),
+        ({"pooling": {"pooling_mode": ["cls"]}}, ENCODER.replace(pooling="cls")),
+        ({"pooling": CLS}, ENCODER.replace(pooling="cls")),
         ({"normalize": False}, ENCODER),  # it does not say by what its embeddings are compared
-        ({"normalize": False}, replace(ENCODER, normalize=False)),
+        ({"normalize": False}, ENCODER.replace(normalize=False)),
         ({"normalize": False, "similarity_fn_name": "cosine"}, ENCODER),
-        ({"normalize": False, "similarity_fn_name": "dot"}, replace(ENCODER, normalize=False)),
+        ({"normalize": False, "similarity_fn_name": "dot"}, ENCODER.replace(normalize=False)),
         ({"prompts": {"query": "", "document": ""}, "default_prompt_name": None}, ENCODER),
-        ({"prompts": {"document": "passage: "}}, replace(ENCODER, passage="passage: {title} {text}")),
+        ({"prompts": {"document": "passage: "}}, ENCODER.replace(passage="passage: {title} {text}")),
         ({"prompts": {"clustering": "cluster: "}}, ENCODER),
     ],
 )
@@ -62,15 +62,15 @@ def test_what_agrees_is_taken(tmp_path: Path, folder: dict[str, Any], settings: 
             ENCODER,
             r"1_Pooling/config\.json: it pools by cls.*set retriever\.pooling=cls",
         ),
-        ({}, replace(ENCODER, pooling="cls"), r"set retriever\.pooling=mean"),
+        ({}, ENCODER.replace(pooling="cls"), r"set retriever\.pooling=mean"),
         ({"pooling": MAX}, ENCODER, r"it pools by \['max_tokens'\]; supported are mean and cls"),
         ({"pooling": {"pooling_mode": ["cls", "mean"]}}, ENCODER, "it pools by"),
         ({"dense": True}, ENCODER, r"modules\.json: a Dense module is not supported"),
-        ({}, replace(ENCODER, normalize=False), r"set retriever\.normalize=true"),
+        ({}, ENCODER.replace(normalize=False), r"set retriever\.normalize=true"),
         ({"normalize": False, "similarity_fn_name": "dot"}, ENCODER, r"set retriever\.normalize=false"),
         (
             {"normalize": False, "similarity_fn_name": "cosine"},
-            replace(ENCODER, normalize=False),
+            ENCODER.replace(normalize=False),
             r"normalize=true",
         ),
         (E5, ENCODER, r"questions begin with 'query: ', which is not supported yet"),
@@ -86,7 +86,7 @@ def test_what_contradicts_is_refused(tmp_path: Path, folder: dict[str, Any], set
 
 def test_an_encoder_of_passages_alone_needs_no_prompt_for_questions(tmp_path: Path) -> None:
     folder = write(tmp_path / "m", **E5)
-    check_sentence_transformers(folder, replace(ENCODER, passage="passage: {text}"), questions=False, passages=True)
+    check_sentence_transformers(folder, ENCODER.replace(passage="passage: {text}"), questions=False, passages=True)
 
 
 def test_an_older_layout_has_its_encoder_in_a_folder(tmp_path: Path) -> None:

@@ -24,7 +24,6 @@ from world import tiny_config
 from ragjax import train as train_module
 from ragjax.checkpoint import Checkpoints
 from ragjax.cli import main
-from ragjax.config import replace
 from ragjax.errors import InputError
 from ragjax.experiment import load_experiment
 from ragjax.files import write_jsonl
@@ -455,7 +454,7 @@ def test_the_work_is_split_over_all_devices(run: Path, tmp_path: Path, monkeypat
     monkeypatch.setattr(train_module, "make_train_step", watched)
     at_step(monkeypatch, 1, crash)
     with pytest.raises(RuntimeError, match="power"):
-        train(replace(load_experiment(run), output=str(tmp_path)))
+        train(load_experiment(run).replace(output=str(tmp_path)))
     assert len(jax.devices()) == 8 and shardings[0][:2] == (1, 2)  # of 8 questions with 2 documents each
 
 
