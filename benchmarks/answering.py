@@ -194,7 +194,7 @@ def choose(answerer: Answerer, question: str) -> tuple[dict[str, Candidates], di
     )
     found = {}
     for mode in ("thorough", "certified"):
-        by_mode = dataclasses.replace(settings, mode=mode)
+        by_mode = settings.replace(mode=mode)
         [found[mode]] = decode_rag_sequence(
             rag.generator.graphdef, params, memory, retrieved.log_prior, by_mode, rag.special
         )

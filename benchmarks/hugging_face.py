@@ -11,7 +11,6 @@ the extra `bench`.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import tempfile
 from collections.abc import Callable
@@ -38,7 +37,7 @@ from benchmarks.report import (
     write,
 )
 from ragjax.checkpoints.pretrained import open_bert, open_generator
-from ragjax.config import Config, Decode, Retriever, Train
+from ragjax.config import Config, Corpus, Decode, Generator, Retriever, Train
 from ragjax.data.prompt import Prompt
 from ragjax.decoding.candidates import with_end
 from ragjax.decoding.decode import decode_rag_sequence
@@ -158,9 +157,7 @@ def decoding(options: argparse.Namespace, console: Console, most: float) -> dict
     def by_ragjax(mode: str, b: int) -> Any:
         prior = np.asarray(log_prior(jnp.asarray(scores[b : b + 1]), jnp.ones((1, k), bool)))
         memory = prefill_documents(ours.graphdef, params, sources[b], np.ones(sources[b].shape, bool))
-        [found] = decode_rag_sequence(
-            ours.graphdef, params, memory, prior, dataclasses.replace(settings, mode=mode), SPECIAL
-        )
+        [found] = decode_rag_sequence(ours.graphdef, params, memory, prior, settings.replace(mode=mode), SPECIAL)
         return found
 
     def answer(found: Any, mode: str) -> tuple[int, ...]:
@@ -235,7 +232,14 @@ def training(options: argparse.Namespace, console: Console, most: float) -> dict
         theirs.question_encoder.save_pretrained(Path(folder) / "retriever")
         retriever = open_bert(Path(folder) / "retriever", "cls", normalize=False, dtype=options.dtype)
         generator = open_generator(Path(folder) / "generator", dtype=options.dtype)
-        config = Config(output="", dtype=options.dtype, train=settings, retriever=Retriever(source="", scale=1.0))
+        config = Config(
+            output=folder,
+            dtype=options.dtype,
+            corpus=Corpus(source=folder),
+            retriever=Retriever(source=f"{folder}/retriever"),
+            generator=Generator(source=f"{folder}/generator"),
+            train=settings,
+        )
         models = RagModel(config, retriever, generator, SPECIAL, Prompt((), (), (), False, ((), ())), retriever)
         params = jax.tree.map(jnp.asarray, {name: model.load_params() for name, model in models.parts.items()})
     there = torch_place(options.dtype)

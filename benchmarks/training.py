@@ -60,8 +60,8 @@ def main() -> None:
 
     steps, states, compiling, stages = {}, {}, {}, {}
     for through in (k, options.through):
-        changed = dataclasses.replace(config.train, backward_documents=through)
-        own = dataclasses.replace(rag, config=dataclasses.replace(config, train=changed))
+        changed = config.train.replace(backward_documents=through)
+        own = dataclasses.replace(rag, config=config.replace(train=changed))
         states[through] = init_train_state(own, jax.tree.map(jax.numpy.array, params))
         traced = make_train_step(own).trace(states[through], batches[0], corpus)
         lowered, started = traced.lower(), time.perf_counter()

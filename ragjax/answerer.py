@@ -166,7 +166,7 @@ class Answerer:
         source, mask = tokenize_prompts(self.rag, store, questions, ids)
         source, mask = shard_batch(self.mesh, (source, mask), len(source))
         memory = prefill_documents(graph, params, source, mask)
-        settings, special = dataclasses.replace(config.decode, mode=mode), self.rag.special
+        settings, special = config.decode.replace(mode=mode), self.rag.special
         if retrieved is not None and rescores_as_hugging_face(config):
             unmasked = prefill_documents(graph, params, source, jnp.ones_like(mask))
             scoring = prior[:, : config.train.k]

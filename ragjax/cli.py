@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import json
 import os
 import signal
 import sys
@@ -12,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ragjax.config import Config, dump_config, load_config
+from ragjax.config import Config, default_config, dump_config, load_config, schema
 from ragjax.errors import InputError
 from ragjax.signals import guarded, stopped
 from ragjax.terminal import visible
@@ -203,7 +204,11 @@ def _parser() -> argparse.ArgumentParser:
     verifying = command("verify", _verify, summary, "ragjax verify runs/factbook", config=False)
     verifying.add_argument("folder", metavar="RUN|INDEX|EXPORTED", help="its folder")
     verifying.add_argument("--json", action="store_true", help=json_help)
-    overrides(command("config", _config, "print the resolved configuration", "ragjax config configs/factbook.yaml"))
+    summary = "print the resolved configuration; without a CONFIG all keys with their defaults and meanings"
+    config = command("config", _config, summary, "ragjax config configs/factbook.yaml", config=False)
+    config.add_argument("config", nargs="?", metavar="CONFIG", help="a YAML file, such as configs/factbook.yaml")
+    overrides(config)
+    config.add_argument("--schema", action="store_true", help="print the JSON Schema of a CONFIG, for editors")
     return parser
 
 
@@ -319,5 +324,8 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _config(options: argparse.Namespace) -> int:
-    print(dump_config(_load(options)), end="")
+    if options.schema:
+        print(json.dumps(schema(), indent=2, ensure_ascii=False))
+    else:
+        print(dump_config(_load(options)) if options.config else default_config(), end="")
     return 0

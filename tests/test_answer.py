@@ -175,7 +175,7 @@ def test_sizes_share_their_programs(
 
     def compiled(count: int, most: int, mode: str) -> int:
         config = answerer.rag.config
-        of_size = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, batch_size=most))
+        of_size = config.replace(evaluate=config.evaluate.replace(batch_size=most))
         with_size = dataclasses.replace(answerer, rag=dataclasses.replace(answerer.rag, config=of_size))
         caplog.clear()
         with jax.log_compiles(), caplog.at_level(logging.WARNING):
@@ -379,7 +379,7 @@ def two_ends(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
 @pytest.mark.parametrize("model", ["rag_sequence", "rag_token"])
 def test_every_end_token_ends_an_answer(two_ends: Config, model: str) -> None:
     """It stops at <|eot_id|>; the gold answer, taught with the tokenizer's own end, is as likely."""
-    answerer = open_answerer(dataclasses.replace(two_ends, model=model), untrained=True)
+    answerer = open_answerer(two_ends.replace(model=model), untrained=True)
     for mode in answer_modes(answerer.rag.config):
         [answer] = answerer.answer(["Who?"], mode)
         assert (answer.text, answer.candidates[0].finished) == ("A", True)
@@ -392,7 +392,7 @@ def test_every_end_token_ends_an_answer(two_ends: Config, model: str) -> None:
 def test_an_end_that_is_no_token_is_refused(two_ends: Config, ends: Any, tmp_path: Path) -> None:
     source = Path(shutil.copytree(two_ends.generator.source, tmp_path / "generator"))
     (source / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
-    config = dataclasses.replace(two_ends, generator=dataclasses.replace(two_ends.generator, source=str(source)))
+    config = two_ends.replace(generator=two_ends.generator.replace(source=str(source)))
     with pytest.raises(InputError, match=r"generation_config\.json: eos_token_id is .*; expected numbers of tokens"):
         load_pipeline(config)
 
@@ -405,5 +405,5 @@ def test_all_ends_are_exported(two_ends: Config, tmp_path: Path) -> None:
     assert main(["export", str(run), str(tmp_path / "exported")]) == 0
     exported = tmp_path / "exported" / "generator"
     assert read_json(exported / "generation_config.json")["eos_token_id"] == [2, eot]
-    again = dataclasses.replace(two_ends, generator=dataclasses.replace(two_ends.generator, source=str(exported)))
+    again = two_ends.replace(generator=two_ends.generator.replace(source=str(exported)))
     assert load_pipeline(again).special == load_pipeline(two_ends).special

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +119,7 @@ def test_what_is_chosen(world: Path, tmp_path: Path) -> None:
     """By answer: Arland's capital stands in passage 0 alone. By label: whatever the text says."""
     _, _, store = open_world(tiny_config(world))
     [plain, *_] = read_questions(world / "train.jsonl")
-    labelled = replace(plain, passages=("p7", "p3"))
+    labelled = dataclasses.replace(plain, passages=("p7", "p3"))
     positions = label_positions(store, [labelled])
     assert positions == {"p3": 3, "p7": 7}
 
@@ -176,7 +176,7 @@ def test_it_learns(world: Path, learnt: Config) -> None:
 
 def test_evaluation_and_answers_after_it(learnt: Config, capsys: pytest.CaptureFixture[str]) -> None:
     """The retriever as trained, its own index, and the generator as it came."""
-    config = replace(learnt, evaluate=replace(learnt.evaluate, split="train", limit=2, untrained_limit=2))
+    config = learnt.replace(evaluate=learnt.evaluate.replace(split="train", limit=2, untrained_limit=2))
     models = evaluate(config)["models"]
     assert models["trained"]["recall@1"] > models["untrained"]["recall@1"]
     rag = load_pipeline(config)
@@ -192,11 +192,10 @@ def test_the_way_on(learnt: Config, tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "exported").iterdir()} == {"question_encoder", CHECKSUMS}
     source = str(tmp_path / "exported" / "question_encoder")
     config = load_config(Path(learnt.output) / "config.yaml", ["output=" + str(tmp_path / "run")])
-    config = replace(
-        config,
-        train=replace(config.train, objective="marginal", passage_encoder="frozen", steps=1, dev_questions=0),
-        retriever=replace(config.retriever, source=source),
-        index=replace(config.index, folder=str(tmp_path / "index")),
+    config = config.replace(
+        train=config.train.replace(objective="marginal", passage_encoder="frozen", steps=1, dev_questions=0),
+        retriever=config.retriever.replace(source=source),
+        index=config.index.replace(folder=str(tmp_path / "index")),
     )
     rag, index, _ = open_world(config)
     trained = restore_params(load_pipeline(learnt))
@@ -249,7 +248,7 @@ def test_eight_devices_are_one(world: Path, tmp_path: Path) -> None:
 
 def test_the_abstract_step_is_the_real_one(world: Path, tmp_path: Path) -> None:
     config = contrasting(world, tmp_path, retriever__question_tokens=24, retriever__passage_tokens=32)
-    rag, index, store = open_world(replace(config, index=replace(config.index, folder=str(tmp_path / "index"))))
+    rag, index, store = open_world(config.replace(index=config.index.replace(folder=str(tmp_path / "index"))))
     questions = [Question(f"What is the capital of land {i}, and why?", ("x",), str(i)) for i in range(8)]
     batch = contrastive_batch(rag, index, store, questions, np.zeros((8, 3), np.int32), np.arange(8))
     chex.assert_trees_all_equal_shapes_and_dtypes(batch, abstract_contrastive(config, 32))

@@ -286,12 +286,12 @@ def test_an_evaluation_is_bound_to_its_checkpoint(run: Path, tmp_path: Path) -> 
     mesh, prints = local_mesh(data=1), {"questions": "x"}
     binding = evaluate_module._evaluation(rag, prints, STEPS, mesh)
     assert binding == evaluate_module._evaluation(rag, prints, STEPS, mesh)
-    moved = dataclasses.replace(rag, config=dataclasses.replace(rag.config, output=str(tmp_path)))
+    moved = dataclasses.replace(rag, config=rag.config.replace(output=str(tmp_path)))
     shutil.copytree(run / "checkpoints", tmp_path / "checkpoints")
     assert binding == evaluate_module._evaluation(moved, prints, STEPS, mesh)
     saved = tmp_path / "checkpoints" / str(STEPS) / "_CHECKPOINT_METADATA"
     saved.write_bytes(saved.read_bytes() + b" ")
-    other = dataclasses.replace(rag, config=dataclasses.replace(rag.config, model="rag_token"))
+    other = dataclasses.replace(rag, config=rag.config.replace(model="rag_token"))
     others = [(moved, prints, STEPS), (other, prints, STEPS), (rag, {"questions": "y"}, STEPS), (rag, prints, None)]
     assert all(evaluate_module._evaluation(*given, mesh) != binding for given in others)
     assert evaluate_module._evaluation(rag, prints, STEPS, local_mesh(data=2)) != binding

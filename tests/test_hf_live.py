@@ -113,9 +113,9 @@ def test_fresh_models(
     hf, rng = model.config.generator, np.random.default_rng(seed)
     special = SpecialTokens(hf.eos_token_id, hf.pad_token_id, hf.bos_token_id)
     config = tiny_config(world, retriever__pooling="cls", retriever__normalize=False, retriever__scale=1.0)
-    config = replace(config, hf_compatible=True, train=replace(config.train, label_smoothing=smoothing))
+    config = config.replace(hf_compatible=True, train=config.train.replace(label_smoothing=smoothing))
     rag = replace(
-        load_pipeline(replace(config, hf_compatible=False)),
+        load_pipeline(config.replace(hf_compatible=False)),
         config=config,
         retriever=open_bert(folder / "question_encoder", "cls", normalize=False),
         generator=open_generator(folder / "generator"),
@@ -169,13 +169,13 @@ def test_fresh_models(
     with torch.no_grad():
         for exclude in (False, True):
             theirs = model(**given, labels=torch.tensor(labels), exclude_bos_score=exclude, reduce_loss=True).loss
-            asked = replace(config, train=replace(config.train, exclude_bos=exclude))
+            asked = config.replace(train=config.train.replace(exclude_bos=exclude))
             assert ours(asked) == pytest.approx(float(theirs), rel=1e-4)
         # without decoder inputs of its own RAG-Token's would be shifted once more
         of_token = token_model(
             **given, labels=torch.tensor(labels), decoder_input_ids=torch.tensor(labels), reduce_loss=True
         ).loss
-    assert ours(replace(config, model="rag_token")) == pytest.approx(float(of_token), rel=1e-4)
+    assert ours(config.replace(model="rag_token")) == pytest.approx(float(of_token), rel=1e-4)
 
     prior = log_prior(jnp.asarray(scores.numpy()), jnp.ones(scores.shape, bool))
     graph, weights = rag.generator.graphdef, params["generator"]

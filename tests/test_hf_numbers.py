@@ -147,10 +147,10 @@ def test_the_reduced_loss_and_its_gradients(golden: Golden, smoothing: float, wo
     """By every parameter of both parts, and by the documents' embeddings, through the loss that training uses."""
     values, start = golden.values, "grad/" if smoothing == 0.0 else "grad_smooth_0.1/"
     config = tiny_config(world, retriever__pooling="cls", retriever__normalize=False, retriever__scale=1.0)
-    train = replace(config.train, label_smoothing=smoothing)
+    train = config.train.replace(label_smoothing=smoothing)
     rag = replace(
         load_pipeline(config),
-        config=replace(config, hf_compatible=True, train=train),
+        config=config.replace(hf_compatible=True, train=train),
         retriever=open_bert(golden.folder / "question_encoder", "cls", normalize=False),
         generator=open_generator(golden.folder / "generator"),
         special=golden.special,
@@ -366,8 +366,7 @@ def test_prompts_have_the_token_ids_of_rag_retriever(
 
     config = tiny_config(world)
     before, of_passage = ("", prefix or "") if not (prefix or "").strip() else (prefix, "")
-    generator = replace(
-        config.generator,
+    generator = config.generator.replace(
         prompt=f"{before}{{passage}} // {{question}}",
         passage=f"{of_passage}{{title}} / {{text}}",
         source_tokens=longest,
@@ -375,7 +374,7 @@ def test_prompts_have_the_token_ids_of_rag_retriever(
     tokenizer = Tokenizer.load(folders[kind])
     rag = replace(
         load_pipeline(config),
-        config=replace(config, hf_compatible=True, generator=generator),
+        config=config.replace(hf_compatible=True, generator=generator),
         retriever_tokenizer=Tokenizer.load(folders["bert"]),
         generator_tokenizer=tokenizer,
         special=SpecialTokens(tokenizer.eos_id, tokenizer.pad_id),

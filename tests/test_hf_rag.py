@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +172,7 @@ def test_what_rag_token_generates_by_is_in_a_file_of_its_own(checkpoint: Path, t
     (out / "generator" / "generation_config.json").write_text(json.dumps({"eos_token_id": [rag.special.eos, 9]}))
     assert load_pipeline(config).special.ends == (rag.special.eos, 9)
     with pytest.raises(InputError, match="several tokens end an answer"):
-        load_pipeline(replace(config, hf_compatible=True))
+        load_pipeline(config.replace(hf_compatible=True))
 
 
 def test_what_was_changed_in_a_run_is_exported(checkpoint: Path, tmp_path: Path, capsys: Capture) -> None:

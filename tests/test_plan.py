@@ -22,7 +22,8 @@ from world import open_world, tiny_config
 from ragjax.checkpoints.random_init import write_random_checkpoint
 from ragjax.cli import main
 from ragjax.commands.plan import print_plan
-from ragjax.config import Config, MeshConfig, dump_config, load_config
+from ragjax.config import Config, dump_config, load_config
+from ragjax.config import Mesh as MeshSettings
 from ragjax.data.passage_store import STORE_FILES
 from ragjax.decoding.candidates import pad_answers
 from ragjax.decoding.propose import beam_search_documents, beam_search_marginal, prefill_documents
@@ -119,9 +120,9 @@ def test_embeddings_and_passages_are_the_files(world: Path) -> None:
     assert not store.counted and not embeddings.counted
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(), MeshConfig(model=2, fsdp=True)])
-def test_on_several_devices_each_has_its_part(world: Path, mesh: MeshConfig) -> None:
-    config = replace(tiny_config(world, evaluate__batch_size=8), mesh=mesh)
+@pytest.mark.parametrize("mesh", [MeshSettings(), MeshSettings(model=2, fsdp=True)])
+def test_on_several_devices_each_has_its_part(world: Path, mesh: MeshSettings) -> None:
+    config = tiny_config(world, evaluate__batch_size=8).replace(mesh=mesh)
     rag, devices = load_pipeline(config), make_mesh(mesh.model)
     state = init_train_state(rag, rag.initial_params())
     placed = jax.device_put(state, state_shardings(rag, devices, state))
@@ -138,7 +139,7 @@ def test_on_several_devices_each_has_its_part(world: Path, mesh: MeshConfig) -> 
     assert found["train", "checkpoints", "disk"] == 3 * in_bytes(state)  # whole
     assert found["index", "passage encoder parameters", "device"] == in_bytes(state.params["retriever"])
     assert found["train", NETWORK, "device"] == 2**21
-    whole = sizes(replace(config, mesh=MeshConfig()))
+    whole = sizes(config.replace(mesh=MeshSettings()))
     assert ("train", NETWORK, "device") not in whole
     assert found["train", FLOPS, "devices"] == whole["train", FLOPS, "devices"] == 2 * 8 * 50 * 100
     # 8 questions, 3 documents and 2 beams over 259 tokens: a device has 1 of them, with the axis `model` 2
@@ -154,7 +155,7 @@ def test_temporaries_and_network_are_those_of_the_compiled_step(
     monkeypatch.setattr(plan._Plan, "temporaries", lambda *_: 1)  # evaluation is not the question here
     found = sizes(config, mesh)
     for remat, row in ((False, KEPT), (True, f"{RECOMPUTED} (train.remat=true)")):
-        told = replace(rag, config=replace(config, train=replace(config.train, remat=remat)))
+        told = replace(rag, config=config.replace(train=config.train.replace(remat=remat)))
         step = trace_step(told, mesh, 30).lower().compile()
         analysis = step.memory_analysis()
         assert analysis is not None
@@ -393,7 +394,7 @@ def test_the_table_says_what_does_not_fit_and_what_would_help(capsys: Capture, w
     assert "this machine has 1,024.00 GiB: fits" in out and "each has 1.0 KiB: DOES NOT FIT" in out
     advice = out[out.index("what would help to train") :]
     state = abstract_state(load_pipeline(config), make_mesh(1, jax.devices()[:2]))
-    split = abstract_state(load_pipeline(replace(config, mesh=MeshConfig(fsdp=True))), make_mesh(1, jax.devices()[:2]))
+    split = abstract_state(load_pipeline(config.replace(mesh=MeshSettings(fsdp=True))), make_mesh(1, jax.devices()[:2]))
     saved = f"{size_text(bytes_each(split))} instead of {size_text(bytes_each(state))}"
     for setting in ("index.kind=HNSW32", f"optimiser state {saved}", "dtype=bfloat16", "train.accumulate=4;"):
         assert setting in advice

@@ -44,6 +44,7 @@ from ragjax.retrieval.index_builder import read_saved_stats
 from ragjax.runs.metrics_log import _lines_until
 from ragjax.runs.run_dir import _check_same_inputs
 
+ENCODER = Retriever(source="m")
 MUTATIONS = int(os.environ.get("RAGJAX_MUTATIONS", "0"))
 MEMORY, SECONDS = 4 << 30, 120  # what a reader of such small files may take beyond what is there, and how long
 FINGERPRINTS = {"encoder": "sha256:e"}
@@ -392,10 +393,11 @@ READERS = [
     Reader("index/shards/00001/token_offsets.npy", read_index, None),
     Reader("index/shards/00000/text.bin", read_index, as_lines),
     Reader("index/shards/00000/tokens.bin", read_index, None),
-    Reader("sentences/modules.json", lambda folder: check_sentence_transformers(folder, Retriever(), True, True)),
-    Reader("sentences/1_Pooling/config.json", lambda f: check_sentence_transformers(f, Retriever(), True, True)),
+    Reader("sentences/modules.json", lambda folder: check_sentence_transformers(folder, ENCODER, True, True)),
+    Reader("sentences/1_Pooling/config.json", lambda f: check_sentence_transformers(f, ENCODER, True, True)),
     Reader(
-        "sentences/config_sentence_transformers.json", lambda f: check_sentence_transformers(f, Retriever(), True, True)
+        "sentences/config_sentence_transformers.json",
+        lambda f: check_sentence_transformers(f, ENCODER, True, True),
     ),
 ]
 

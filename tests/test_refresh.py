@@ -202,7 +202,7 @@ def test_a_run_killed_in_the_middle_of_a_refresh_resumes(
     run = tmp_path / "run"
     assert logged(run) == logged(reference)
     for step in (8, 12, 14):
-        one, other = (state_at(replace(config, output=str(of)), step)[0] for of in (run, reference))
+        one, other = (state_at(config.replace(output=str(of)), step)[0] for of in (run, reference))
         chex.assert_trees_all_equal(one.params, other.params)
     ours, theirs = ({p.relative_to(of): data for p, data in files(of / "refreshed").items()} for of in (run, reference))
     assert ours == theirs and len(ours) > 3
@@ -460,7 +460,7 @@ def next_questions(config: Config, position: dict[str, Any], count: int) -> list
 def test_a_resumed_run_trains_on_what_was_in_flight(
     world: Path, ahead: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
 ) -> None:
-    config = replace(ahead, output=str(tmp_path / "run"))
+    config = ahead.replace(output=str(tmp_path / "run"))
 
     def after(function: Callable[..., Any]) -> Callable[..., Any]:
         def save(self: Checkpointer, step: int, *more: Any) -> None:
@@ -481,7 +481,7 @@ def test_a_resumed_run_trains_on_what_was_in_flight(
 
 def test_the_first_step_is_as_without(world: Path, ahead: Config, tmp_path: Path) -> None:
     """Nothing could be sought before it; from the second step on the queries are old, and the numbers others."""
-    plain = train(replace(ahead, output=str(tmp_path / "run"), train=replace(ahead.train, search_ahead=False)))
+    plain = train(ahead.replace(output=str(tmp_path / "run"), train=ahead.train.replace(search_ahead=False)))
     ours, theirs = logged(Path(ahead.output)), logged(plain)
     assert ours[0] == theirs[0] and ours[1:] != theirs[1:]
 

@@ -18,7 +18,7 @@ from flax import nnx
 from gradients import assert_same_gradients, moments
 from world import open_world, tiny_config
 
-from ragjax.config import MeshConfig, Train
+from ragjax.config import Mesh, Train
 from ragjax.data.questions import read_questions
 from ragjax.errors import InputError
 from ragjax.models.generator import answer_hidden
@@ -170,7 +170,7 @@ def test_gradient_through_the_prior_over_the_corpus(world: Path, plain_gradients
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_the_loss_written_out(plain: Setup, model: str, smoothing: float) -> None:
     """From the probabilities of the whole vocabulary at every place, without any trick."""
-    config = replace(plain.rag.config, model=model)
+    config = plain.rag.config.replace(model=model)
     rag = with_train(replace(plain.rag, config=config), label_smoothing=smoothing)
     batch, (b, k, s) = plain.batch, plain.batch.source.shape
 
@@ -219,7 +219,7 @@ def test_an_answer_s_start_token_may_be_left_out_of_the_loss(plain: Setup) -> No
     logp = np.array(scores.logp)
 
     def nll(exclude: bool, hf_compatible: bool) -> np.ndarray:
-        config = replace(rag.config, hf_compatible=hf_compatible)
+        config = rag.config.replace(hf_compatible=hf_compatible)
         asked = with_train(replace(rag, config=config), exclude_bos=exclude)
         return np.asarray(answer_nll(asked, prior, scores, batch.answer, batch.answer_mask))
 
@@ -352,7 +352,7 @@ def test_a_step_on_a_mesh_equals_one_on_a_device(
     model: int, fsdp: bool, dropping: Setup, dropping_stepped: tuple[TrainState, Any]
 ) -> None:
     """Heads, feed-forward and, with FSDP, the rest of the state split up: the same loss, gradient and parameters."""
-    config = replace(dropping.rag.config, mesh=MeshConfig(model=model, fsdp=fsdp))
+    config = dropping.rag.config.replace(mesh=Mesh(model=model, fsdp=fsdp))
     rag, mesh = replace(dropping.rag, config=config), make_mesh(model)
     shardings = state_shardings(rag, mesh, dropping.state())
     state = jax.device_put(dropping.state(), shardings)
@@ -473,7 +473,7 @@ def test_freezing_everything(plain: Setup) -> None:
 
 
 def with_train(rag: RagPipeline, **changes: Any) -> RagPipeline:
-    return replace(rag, config=replace(rag.config, train=replace(rag.config.train, **changes)))
+    return replace(rag, config=rag.config.replace(train=rag.config.train.replace(**changes)))
 
 
 def rates(train: Train, steps: int) -> dict[str, list[float]]:
@@ -497,7 +497,7 @@ def rates(train: Train, steps: int) -> dict[str, list[float]]:
     ],
 )
 def test_rates_rise_and_fall(decay: str, after: list[float]) -> None:
-    train = Train(steps=7, warmup=3, decay=decay, retriever_lr=0.01, generator_lr=0.2, clip=100.0)
+    train = Train(steps=7, warmup=3).replace(decay=decay, retriever_lr=0.01, generator_lr=0.2, clip=100.0)
     shape = np.array([1 / 3, 2 / 3, 1.0, *after])
     taken = rates(train, len(shape))
     np.testing.assert_allclose(taken["retriever"], 0.01 * shape, rtol=1e-5, atol=1e-8)
@@ -535,11 +535,11 @@ def test_weight_decay_acts_on_matrices_only() -> None:
 # before a run
 
 
-@pytest.mark.parametrize(("prior", "mesh"), [("top_k", MeshConfig(fsdp=True)), ("corpus", MeshConfig(model=2))])
-def test_the_abstract_step_is_the_real_one(world: Path, prior: str, mesh: MeshConfig) -> None:
+@pytest.mark.parametrize(("prior", "mesh"), [("top_k", Mesh(fsdp=True)), ("corpus", Mesh(model=2))])
+def test_the_abstract_step_is_the_real_one(world: Path, prior: str, mesh: Mesh) -> None:
     """Word for word the same program, where a batch is as wide as can be."""
     config = tiny_config(world, retriever__question_tokens=24, generator__source_tokens=80, retriever__prior=prior)
-    config = replace(config, mesh=mesh)
+    config = config.replace(mesh=mesh)
     rag, index, store = open_world(config)
     texts = [f"What is the capital of land {i}, and why?" for i in range(config.train.batch_size)]
     batch = train_batch(rag, index, store, texts, ["x"] * len(texts), np.zeros((len(texts), config.train.k), np.int32))

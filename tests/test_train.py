@@ -458,7 +458,7 @@ def test_the_work_is_split_over_all_devices(run: Path, tmp_path: Path, monkeypat
     monkeypatch.setattr(train_module, "make_train_step", watched)
     at_step(monkeypatch, 1, crash)
     with pytest.raises(RuntimeError, match="power"):
-        train(dataclasses.replace(load_run_config(run), output=str(tmp_path)))
+        train(load_run_config(run).replace(output=str(tmp_path)))
     assert len(jax.devices()) == 8 and shardings[0][:2] == (1, 2)  # of 8 questions with 2 documents each
 
 

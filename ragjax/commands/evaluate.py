@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import json
 from collections.abc import Callable, Sequence
@@ -71,7 +70,7 @@ def evaluate(config: Config) -> dict[str, Any]:
         "model": config.model,
         "hf_compatible": config.hf_compatible,
         "exclude_bos": config.train.exclude_bos,
-        "decode": dataclasses.asdict(config.decode),
+        "decode": config.decode.model_dump(),
         "fingerprints": rag.fingerprints | {"questions": fingerprint_files([split.path])},
         "models": {},
     }
@@ -102,12 +101,11 @@ def evaluate(config: Config) -> dict[str, Any]:
 
 def _evaluation(rag: RagPipeline, fingerprints: dict[str, str], step: int | None, mesh: Mesh) -> dict[str, Any]:
     """All that the numbers of an evaluation depend on, and so that nothing of another one is taken for its own."""
-    config = dataclasses.replace(rag.config, output="")
     of_models = {name: fingerprint_files(getattr(rag, name).files) for name in ("retriever", "generator")}
     devices = [f"{device.platform}:{device.device_kind}" for device in mesh.devices.flat]
     about = {
         "version": VERSION,
-        "config": dataclasses.asdict(config),
+        "config": rag.config.model_dump(mode="json", exclude={"output"}),
         "fingerprints": fingerprints | of_models,
         "checkpoint": None if step is None else fingerprint(Path(rag.config.output) / "checkpoints", step),
         "versions": {package: importlib.metadata.version(package) for package in PACKAGES},

@@ -84,8 +84,8 @@ def build_index(config: Config) -> Path:
         return folder
     if there is not None:
         terminal.print(f"{folder}: is damaged ({told(there.damage)}); only this is built anew", soft_wrap=True)
-        index = replace(rag.config.index, shard=there.shard)
-        rag = replace(rag, config=replace(rag.config, index=index))
+        index = rag.config.index.replace(shard=there.shard)
+        rag = replace(rag, config=rag.config.replace(index=index))
         made_of = index_recipe(rag, content)
     with ExitStack() as stack:
         run_on_process_zero(lambda: stack.enter_context(building_folder(new, made_of)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import signal
 import time
@@ -169,7 +168,7 @@ def _train(config: Config, signals: Signals) -> Path:
                     if asked_dev and not stop:  # what is taken away has no time for this
                         dev_loss = _dev_loss(reader, nll_fn, state, asked_dev, corpus)
                         log(step + 1, {} if dev_loss is None else {"dev_loss": dev_loss})
-                    about = supply.state() | {"index": index.version, "config": dataclasses.asdict(config)}
+                    about = supply.state() | {"index": index.version, "config": config.model_dump(mode="json")}
                     about["questions"] = read_from
                     about |= {"refresh": refresh.saved()} if refresh else {}
                     if refresh is not None:

@@ -57,7 +57,7 @@ def memory_advice(rag: RagModel, mesh: Mesh) -> list[str]:
     if config.index.kind in ON_DEVICES and config.retriever.prior == "top_k":
         found.append("index.kind=HNSW32 (the host then searches)")
     if not config.mesh.fsdp and data > 1:
-        split = replace(rag, config=replace(config, mesh=replace(config.mesh, fsdp=True)))
+        split = replace(rag, config=config.replace(mesh=config.mesh.replace(fsdp=True)))
         before, after = (size_text(bytes_each(abstract_state(models, mesh))) for models in (rag, split))
         found.append(f"mesh.fsdp=true (parameters and optimiser state {after} instead of {before})")
     if config.dtype == "float32":

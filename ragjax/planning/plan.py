@@ -230,7 +230,7 @@ class _Plan:
             models, passages = self.models(), 0
             if self.config.retriever.prior == "corpus":
                 passages, _ = self.passages()
-            config = replace(self.config, train=replace(train, remat=remat))
+            config = self.config.replace(train=train.replace(remat=remat))
             traced = [
                 trace_step(replace(models, config=config), self.mesh, passages, make) for make in train_programs(train)
             ]
@@ -371,7 +371,7 @@ class _Plan:
         """What tells how an embedding is stored; how a token is, only the generator knows."""
         encoder = _known(self.passage_encoder, "passage encoder")
         generator = _known(self.generator, "generator") if with_tokens else encoder
-        config = replace(self.config, train=replace(self.config.train, fused=with_tokens))
+        config = self.config.replace(train=self.config.train.replace(fused=with_tokens))
         return RagModel(config, encoder, generator, SPECIAL, NO_PROMPT, encoder)
 
     def models(self) -> RagModel:

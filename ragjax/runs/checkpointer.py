@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
-from pathlib import Path
-from ragjax.checksums import CHECKSUMS
-from ragjax.checksums import damages
-from ragjax.checksums import read_checksums
-from ragjax.checksums import told
-from ragjax.checksums import total_size
-from ragjax.checksums import write_checksums
-from ragjax.errors import InputError
-from ragjax.parallel.processes import allgather_text
-from ragjax.parallel.processes import is_process_zero
-from ragjax.parallel.processes import run_on_process_zero
-from ragjax.resources import size_text
-from ragjax.terminal import bytes_bar
-from ragjax.terminal import terminal
-from threading import Lock
-from types import TracebackType
-from typing import Any
-from typing import TypeVar
 import hashlib
-import jax
-import jax.numpy as jnp
 import json
 import logging
 import math
 import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from threading import Lock
+from types import TracebackType
+from typing import Any, TypeVar
 
+import jax
+import jax.numpy as jnp
 
+from ragjax.checksums import CHECKSUMS, damages, read_checksums, told, total_size, write_checksums
+from ragjax.errors import InputError
+from ragjax.parallel.processes import allgather_text, is_process_zero, run_on_process_zero
+from ragjax.resources import size_text
+from ragjax.terminal import bytes_bar, terminal
 
 Loaded = TypeVar("Loaded")
 SLOWEST_SAVE = 1200.0  # seconds after which several processes give up a save, in which one may have failed

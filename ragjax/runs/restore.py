@@ -3,41 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from jax.sharding import Mesh
 from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
 from ragjax.checkpoints.hub import fingerprint_files
 from ragjax.config import Config
 from ragjax.data.passage_store import PassageStore
-from ragjax.data.questions import Split
-from ragjax.data.questions import read_split
+from ragjax.data.questions import Split, read_split
 from ragjax.errors import InputError
 from ragjax.files import cache_folder
 from ragjax.models.layers import Params
 from ragjax.parallel.mesh import local_mesh
 from ragjax.parallel.sharding import put_global
-from ragjax.rag import RagPipeline
-from ragjax.rag import load_pipeline
-from ragjax.retrieval.index import Index
-from ragjax.retrieval.index import MANIFEST
-from ragjax.retrieval.index import check_built
-from ragjax.retrieval.index import check_listed
-from ragjax.retrieval.index import open_index
-from ragjax.retrieval.refresh import refreshed_at
-from ragjax.retrieval.refresh import refreshed_index
-from ragjax.retrieval.refresh import version_folder
-from ragjax.runs.checkpointer import Checkpointer
-from ragjax.runs.checkpointer import fingerprint
-from ragjax.runs.checkpointer import newest_step
-from ragjax.runs.run_dir import check_same_models
-from ragjax.runs.run_dir import load_run_config
-from ragjax.runs.run_dir import read_manifest
+from ragjax.rag import RagPipeline, load_pipeline
+from ragjax.retrieval.index import MANIFEST, Index, check_built, check_listed, open_index
+from ragjax.retrieval.refresh import refreshed_at, refreshed_index, version_folder
+from ragjax.runs.checkpointer import Checkpointer, fingerprint, newest_step
+from ragjax.runs.run_dir import check_same_models, load_run_config, read_manifest
 from ragjax.terminal import terminal
-from ragjax.training.state import abstract_state
-from ragjax.training.state import for_inference
-from ragjax.training.state import state_shardings
-from typing import Any
-import jax
-
+from ragjax.training.state import abstract_state, for_inference, state_shardings
 
 
 def enable_compilation_cache(folder: Path) -> None:

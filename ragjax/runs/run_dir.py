@@ -10,33 +10,25 @@ OUTPUT/refreshed/       the index anew, where passages' encoder is trained (refr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-from ragjax.checkpoints.hub import fingerprint_files
-from ragjax.config import Config
-from ragjax.config import dump_config
-from ragjax.config import load_config
-from ragjax.data.questions import LeftOut
-from ragjax.data.questions import as_json
-from ragjax.errors import InputError
-from ragjax.files import atomic_write
-from ragjax.files import read_json
-from ragjax.files import write_jsonl
-from ragjax.parallel.processes import allgather_text
-from ragjax.parallel.processes import run_on_process_zero
-from ragjax.rag import RagPipeline
-from ragjax.retrieval.index import Index
-from ragjax.retrieval.index import MANIFEST
-from ragjax.runs.checkpointer import newest_step
-from typing import Any
-import dataclasses
 import importlib.metadata
-import jax
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
+import jax
 
+from ragjax.checkpoints.hub import fingerprint_files
+from ragjax.config import Config, dump_config, load_config
+from ragjax.data.questions import LeftOut, as_json
+from ragjax.errors import InputError
+from ragjax.files import atomic_write, read_json, write_jsonl
+from ragjax.parallel.processes import allgather_text, run_on_process_zero
+from ragjax.rag import RagPipeline
+from ragjax.retrieval.index import MANIFEST, Index
+from ragjax.runs.checkpointer import newest_step
 
 # what may change between two calls on one output folder: nothing that the training of a step depends on, but for the
 # number of steps and the questions, whose changes are told and recorded
@@ -104,7 +96,7 @@ def check_processes_agree(config: Config) -> None:
     """Raises `InputError` naming in what a process differs: configuration, software, or the files that it sees."""
     if jax.process_count() == 1:
         return
-    settings = {key: repr(value) for key, value in _leaves(dataclasses.asdict(config)).items()}
+    settings = {key: repr(value) for key, value in _leaves(config.model_dump(mode="json")).items()}
     versions = {package: importlib.metadata.version(package) for package in PACKAGES}
     shared = (Path(config.output, "checkpoints"), Path(config.index.folder, MANIFEST))
     seen = {str(path): "there" if path.exists() else "missing" for path in shared}
@@ -162,7 +154,7 @@ def check_same_models(config: Config) -> None:
 
 def _differences(path: Path, config: Config) -> dict[str, str]:
     """For each key whose value is another in a saved configuration: what it was and is."""
-    before, now = _leaves(dataclasses.asdict(load_config(path))), _leaves(dataclasses.asdict(config))
+    before, now = _leaves(load_config(path).model_dump(mode="json")), _leaves(config.model_dump(mode="json"))
     return {
         key: f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
@@ -227,13 +219,10 @@ def load_run_config(folder: Path) -> Config:
         """Where a path inside the output folder is now."""
         return str(folder / Path(path).relative_to(before)) if Path(path).is_relative_to(before) else path
 
-    return dataclasses.replace(
-        config,
+    return config.replace(
         output=str(folder),
-        index=dataclasses.replace(config.index, folder=moved(config.index.folder)),
-        questions=dataclasses.replace(
-            config.questions, train=moved(asked.train), dev=moved(asked.dev), test=moved(asked.test)
-        ),
+        index=config.index.replace(folder=moved(config.index.folder)),
+        questions=config.questions.replace(train=moved(asked.train), dev=moved(asked.dev), test=moved(asked.test)),
     )
 
 

@@ -53,8 +53,8 @@ def for_inference(rag: AnyModels) -> AnyModels:
 
     See `split_by_rows`.
     """
-    mesh, train = replace(rag.config.mesh, fsdp=False), replace(rag.config.train, objective="marginal")
-    return replace(rag, config=replace(rag.config, mesh=mesh, train=train))
+    mesh, train = rag.config.mesh.replace(fsdp=False), rag.config.train.replace(objective="marginal")
+    return replace(rag, config=rag.config.replace(mesh=mesh, train=train))
 
 
 def state_shardings(rag: RagModel, mesh: Mesh, state: Any) -> Any:

@@ -102,7 +102,8 @@ def make_gradient_error(rag: RagModel, shardings: Any = None) -> jax.stages.Wrap
     the documents that are left out: at most their mass times the largest norm of a g_z. Raises `InputError` where the
     generator is frozen.
     """
-    every = replace(rag, config=replace(rag.config, train=replace(rag.config.train, backward_documents=None)))
+    through_all = rag.config.train.replace(backward_documents=None, probe_every=None)
+    every = replace(rag, config=rag.config.replace(train=through_all))
     trained, _ = partition_params(rag.abstract_params(), rag.config.train.freeze)
     if not any(path[0] == "generator" for path in trained):
         raise InputError("train.probe_every: train.freeze leaves nothing of the generator to train; leave it out")
@@ -142,8 +143,8 @@ def make_nll(rag: RagModel) -> jax.stages.Wrapped:
 
     Of a contrastive batch −log of the positive's probability, NaN where there is none.
     """
-    plain = replace(rag.config.train, dropout=0.0, backward_documents=None)
-    without = replace(rag, config=replace(rag.config, train=plain))
+    plain = rag.config.train.replace(dropout=0.0, backward_documents=None, probe_every=None)
+    without = replace(rag, config=rag.config.replace(train=plain))
 
     @jax.jit
     def nll(params: Params, batch: AnyBatch, corpus: DeviceIndex | None = None) -> Float[Array, " B"]:
