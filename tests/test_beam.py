@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from flax import struct
 
-from ragjax.beam import Beams, beam_search
+from ragjax.decoding.beam_search import Beams, beam_search
 
 V, T = 4, 4
 EOS, PAD, START = 2, 0, 9

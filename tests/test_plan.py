@@ -19,19 +19,25 @@ from jax.sharding import Mesh
 from trained import refused
 from world import open_world, tiny_config
 
-from ragjax import plan
+from ragjax.checkpoints.random_init import write_random_checkpoint
 from ragjax.cli import main
+from ragjax.commands.plan import print_plan
 from ragjax.config import Config, MeshConfig, dump_config, load_config
-from ragjax.cost import Cost, bytes_each, bytes_sent, size_text
-from ragjax.decode import pad_answers, propose, propose_together, read, score_tokens
+from ragjax.data.passage_store import STORE_FILES
+from ragjax.decoding.candidates import pad_answers
+from ragjax.decoding.propose import beam_search_documents, beam_search_marginal, prefill_documents
+from ragjax.decoding.rescore import score_tokens
 from ragjax.errors import InputError
-from ragjax.mesh import make_mesh
-from ragjax.models.generator import Memory, empty_past
-from ragjax.passages import STORE_FILES
-from ragjax.plan import SPECIAL, Row, memory_plan, print_plan, totals
-from ragjax.rag import open_rag, prompt_rows
-from ragjax.random_checkpoint import write_random_checkpoint
-from ragjax.step import abstract_state, for_answering, initial_state, split_frozen, state_shardings, trace_step
+from ragjax.models.kv_cache import DocumentMemory, empty_kv_cache
+from ragjax.parallel.mesh import make_mesh
+from ragjax.planning import plan
+from ragjax.planning.plan import SPECIAL, Row, memory_plan, totals
+from ragjax.planning.program_cost import Cost, bytes_each, bytes_sent
+from ragjax.rag import load_pipeline, tokenize_prompts
+from ragjax.resources import size_text
+from ragjax.training.optimizer import partition_params
+from ragjax.training.state import abstract_state, for_inference, init_train_state, state_shardings
+from ragjax.training.step import trace_step
 
 CONFIGS = ("rag_sequence_nq", "rag_token_nq", "rag_sequence_t5")
 V5E_MEMORY = 15.75 * 2**30  # what XLA may use of its 16 GiB
@@ -88,15 +94,15 @@ def compiled(uncompiled: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_parameters_and_state_are_those_of_real_arrays(world: Path) -> None:
     config = tiny_config(world, train__freeze=["generator.embed", "retriever.words"], train__keep=4)
-    rag, planned = open_rag(config), sizes(config)
+    rag, planned = load_pipeline(config), sizes(config)
     params = rag.initial_params()
-    state = initial_state(rag, params)
+    state = init_train_state(rag, params)
     for model in ("retriever", "generator"):
         assert planned["train", f"{model} parameters", "device"] == in_bytes(params[model])
         assert planned["evaluate", f"{model} parameters", "device"] == 2 * in_bytes(params[model])
     assert planned["index", "passage encoder parameters", "device"] == in_bytes(params["retriever"])
     assert planned["train", "optimiser state", "device"] == in_bytes(state.optimizer)
-    trained, _ = split_frozen(params, config.train.freeze)
+    trained, _ = partition_params(params, config.train.freeze)
     assert planned["train", "gradients", "device"] == in_bytes(trained)
     assert planned["train", "checkpoints", "disk"] == 5 * in_bytes(state)
 
@@ -116,10 +122,10 @@ def test_embeddings_and_passages_are_the_files(world: Path) -> None:
 @pytest.mark.parametrize("mesh", [MeshConfig(), MeshConfig(model=2, fsdp=True)])
 def test_on_several_devices_each_has_its_part(world: Path, mesh: MeshConfig) -> None:
     config = replace(tiny_config(world, evaluate__batch_size=8), mesh=mesh)
-    rag, devices = open_rag(config), make_mesh(mesh.model)
-    state = initial_state(rag, rag.initial_params())
+    rag, devices = load_pipeline(config), make_mesh(mesh.model)
+    state = init_train_state(rag, rag.initial_params())
     placed = jax.device_put(state, state_shardings(rag, devices, state))
-    answering = jax.device_put(state.params, state_shardings(for_answering(rag), devices, state.params))
+    answering = jax.device_put(state.params, state_shardings(for_inference(rag), devices, state.params))
     found = sizes(config, devices)
 
     def on_the_first(tree: Any) -> int:
@@ -144,7 +150,7 @@ def test_temporaries_and_network_are_those_of_the_compiled_step(
     compiled: None, world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_config(world, mesh__fsdp=True, train__remat=False, train__k=1)
-    rag, mesh = open_rag(config), make_mesh(devices=jax.devices()[:2])
+    rag, mesh = load_pipeline(config), make_mesh(devices=jax.devices()[:2])
     monkeypatch.setattr(plan._Plan, "temporaries", lambda *_: 1)  # evaluation is not the question here
     found = sizes(config, mesh)
     for remat, row in ((False, KEPT), (True, f"{RECOMPUTED} (train.remat=true)")):
@@ -161,12 +167,12 @@ def test_the_documents_memory_is_that_of_real_prompts(world: Path) -> None:
     config = tiny_config(world, generator__source_tokens=80, evaluate__untrained_limit=0)
     rag, _, store = open_world(config)
     texts = [f"What is the capital of land {i}, and why?" for i in range(config.evaluate.batch_size)]
-    rows = prompt_rows(rag, store, texts, np.zeros((len(texts), config.decode.k), np.int32))
-    memory = read(rag.generator.graph, rag.generator.read(), *rows)
-    past = empty_past(memory, config.decode.max_new_tokens * config.decode.beams)
+    rows = tokenize_prompts(rag, store, texts, np.zeros((len(texts), config.decode.k), np.int32))
+    memory = prefill_documents(rag.generator.graphdef, rag.generator.load_params(), *rows)
+    past = empty_kv_cache(memory, config.decode.max_new_tokens * config.decode.beams)
     planned = sizes(config)
     assert planned["evaluate", "documents' keys and values", "device"] == in_bytes(memory) + in_bytes(past)
-    assert planned["evaluate", "generator parameters", "device"] == in_bytes(rag.generator.read())
+    assert planned["evaluate", "generator parameters", "device"] == in_bytes(rag.generator.load_params())
 
 
 @pytest.mark.parametrize("model", ["rag_sequence", "rag_token"])
@@ -175,10 +181,10 @@ def test_temporaries_of_answering_are_compiled(
 ) -> None:
     monkeypatch.setattr(plan, "trace_step", lambda *_: jax.jit(jnp.sin).trace(1.0))  # not the question here
     config = tiny_config(world, model=model, evaluate__batch_size=1, decode__beams=1)
-    rag, planned = open_rag(config), sizes(config)
-    graph, params, settings = rag.generator.graph, rag.initial_params()["generator"], config.decode
+    rag, planned = load_pipeline(config), sizes(config)
+    graph, params, settings = rag.generator.graphdef, rag.initial_params()["generator"], config.decode
     source = jnp.zeros((settings.k, 128), jnp.int32), jnp.ones((settings.k, 128), bool)
-    memory, prior = read(graph, params, *source), jnp.zeros((1, settings.k))
+    memory, prior = prefill_documents(graph, params, *source), jnp.zeros((1, settings.k))
     count = settings.beams if model == "rag_token" else settings.k
     answers, lengths = pad_answers(
         [[((0,) * settings.max_new_tokens, False)] * count], SPECIAL, settings.max_new_tokens
@@ -188,15 +194,15 @@ def test_temporaries_of_answering_are_compiled(
     @jax.jit
     def search(params: Any, prior: jax.Array, *leaves: jax.Array) -> Any:
         if model == "rag_token":
-            return propose_together(graph, params, Memory(*leaves), prior, settings, SPECIAL)
-        return propose(graph, params, Memory(*leaves), settings, SPECIAL)
+            return beam_search_marginal(graph, params, DocumentMemory(*leaves), prior, settings, SPECIAL)
+        return beam_search_documents(graph, params, DocumentMemory(*leaves), settings, SPECIAL)
 
     @jax.jit
     def score(params: Any, answers: Any, lengths: Any, *leaves: jax.Array) -> Any:
-        return score_tokens(graph, params, Memory(*leaves), answers, lengths, SPECIAL)
+        return score_tokens(graph, params, DocumentMemory(*leaves), answers, lengths, SPECIAL)
 
     most = max(
-        COST(read.lower(graph, params, *source)).temporaries,
+        COST(prefill_documents.lower(graph, params, *source)).temporaries,
         COST(search.lower(params, prior, *leaves)).temporaries,
         COST(score.lower(params, answers, lengths, *leaves)).temporaries,
     )
@@ -386,8 +392,8 @@ def test_the_table_says_what_does_not_fit_and_what_would_help(capsys: Capture, w
     out = capsys.readouterr().out
     assert "this machine has 1,024.00 GiB: fits" in out and "each has 1.0 KiB: DOES NOT FIT" in out
     advice = out[out.index("what would help to train") :]
-    state = abstract_state(open_rag(config), make_mesh(1, jax.devices()[:2]))
-    split = abstract_state(open_rag(replace(config, mesh=MeshConfig(fsdp=True))), make_mesh(1, jax.devices()[:2]))
+    state = abstract_state(load_pipeline(config), make_mesh(1, jax.devices()[:2]))
+    split = abstract_state(load_pipeline(replace(config, mesh=MeshConfig(fsdp=True))), make_mesh(1, jax.devices()[:2]))
     saved = f"{size_text(bytes_each(split))} instead of {size_text(bytes_each(state))}"
     for setting in ("index.kind=HNSW32", f"optimiser state {saved}", "dtype=bfloat16", "train.accumulate=4;"):
         assert setting in advice

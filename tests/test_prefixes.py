@@ -12,14 +12,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-import ragjax.prefixes as prefixes_module
+import ragjax.decoding.prefix_cache as prefixes_module
+from ragjax.checkpoints.pretrained import PretrainedModel, open_generator
+from ragjax.checkpoints.random_init import write_random_checkpoint
 from ragjax.config import Decode
-from ragjax.decode import propose, read
-from ragjax.models.generator import Memory, SpecialTokens, score
-from ragjax.prefixes import Known, few_sizes
-from ragjax.random_checkpoint import write_random_checkpoint
-from ragjax.text import pad_rows
-from ragjax.weights import Pretrained, open_generator
+from ragjax.decoding.prefix_cache import PrefixScorer
+from ragjax.decoding.propose import beam_search_documents, prefill_documents
+from ragjax.models.generator import SpecialTokens, score
+from ragjax.models.kv_cache import DocumentMemory
+from ragjax.padding import bucket_size, pad_sequences
 
 ROWS, BEAMS, LONGEST = 4, 3, 5
 SPECIAL = SpecialTokens(eos=2, pad=0)
@@ -30,16 +31,16 @@ class Read:
 
     def __init__(self, family: str, folder: Path) -> None:
         write_random_checkpoint(family, folder, seed=3)
-        self.pretrained: Pretrained = open_generator(folder)
-        self.params = self.pretrained.read()
+        self.pretrained: PretrainedModel = open_generator(folder)
+        self.params = self.pretrained.load_params()
         rng = np.random.default_rng(0)
         source = [rng.integers(5, 200, length).tolist() for length in (5, 9, 7, 3)]
-        tokens, mask = pad_rows(source, 12, 0)
-        graph = self.pretrained.graph
-        self.memory: Memory = read(graph, self.params, jnp.asarray(tokens), jnp.asarray(mask))
+        tokens, mask = pad_sequences(source, 12, 0)
+        graph = self.pretrained.graphdef
+        self.memory: DocumentMemory = prefill_documents(graph, self.params, jnp.asarray(tokens), jnp.asarray(mask))
         settings = Decode(k=ROWS, beams=BEAMS, max_new_tokens=LONGEST)
-        self.beams, prefixes = propose(graph, self.params, self.memory, settings, SPECIAL)
-        self.known = Known(graph, self.params, self.memory, prefixes, SPECIAL)
+        self.beams, prefixes = beam_search_documents(graph, self.params, self.memory, settings, SPECIAL)
+        self.known = PrefixScorer(graph, self.params, self.memory, prefixes, SPECIAL)
 
     def proposals(self, row: int) -> list[tuple[int, ...]]:
         rows = zip(self.beams.tokens[row].tolist(), self.beams.length[row].tolist(), strict=True)
@@ -48,11 +49,11 @@ class Read:
     def one_by_one(self, row: int, answer: Sequence[int]) -> np.ndarray:
         """log p of each token, by the plain pass."""
         memory = self.memory.take(jnp.array([row]))
-        return np.asarray(_score(self.pretrained.graph, self.params, memory, jnp.array([[answer]])))[0, 0]
+        return np.asarray(_score(self.pretrained.graphdef, self.params, memory, jnp.array([[answer]])))[0, 0]
 
 
 @jax.jit(static_argnums=0)
-def _score(graph: nnx.GraphDef, params: Any, memory: Memory, answers: jax.Array) -> jax.Array:
+def _score(graph: nnx.GraphDef, params: Any, memory: DocumentMemory, answers: jax.Array) -> jax.Array:
     return score(nnx.merge(graph, params), memory, answers)
 
 
@@ -82,13 +83,13 @@ def test_equals_scoring_one_by_one(world: Read) -> None:
 def test_nothing_is_read_twice(world: Read, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a document proposed costs no reading there; of what others did, only prefixes that it has not seen."""
     reads: list[np.ndarray] = []
-    original = prefixes_module.read_further
+    original = prefixes_module.extend_prefixes
 
     def counted(*given: Any) -> Any:
         reads.append(np.asarray(given[-1]))
         return original(*given)
 
-    monkeypatch.setattr(prefixes_module, "read_further", counted)
+    monkeypatch.setattr(prefixes_module, "extend_prefixes", counted)
     own = world.known.score({row: world.proposals(row) for row in range(ROWS)})
     assert not reads
     for row in range(ROWS):
@@ -127,5 +128,5 @@ def test_bounds_are_the_longest_prefix_read(world: Read) -> None:
 
 
 def test_few_sizes() -> None:
-    assert [few_sizes(count) for count in range(1, 18)] == [1, 2, 3, 4, 6, 6, 8, 8] + [12] * 4 + [16] * 4 + [24]
-    assert [few_sizes(count, 8) for count in (0, 1, 8, 9)] == [8, 8, 8, 12]
+    assert [bucket_size(count) for count in range(1, 18)] == [1, 2, 3, 4, 6, 6, 8, 8] + [12] * 4 + [16] * 4 + [24]
+    assert [bucket_size(count, 8) for count in (0, 1, 8, 9)] == [8, 8, 8, 12]

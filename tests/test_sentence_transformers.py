@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from ragjax.checkpoints.sentence_transformers import check_sentence_transformers
 from ragjax.config import Retriever
 from ragjax.errors import InputError
-from ragjax.sentence_transformers import check_sentence_transformers
 
 OLD, NEW = "sentence_transformers.models.", "sentence_transformers.sentence_transformer.modules.pooling."
 MEAN = {"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": False}

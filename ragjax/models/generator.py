@@ -5,15 +5,15 @@ A document is read once, by `prefill`; all that is ever generated or scored afte
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from flax import struct
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int
 
-Keys = Key[Array, " n"]
+from ragjax.models.kv_cache import DocumentMemory, KVCache
+from ragjax.models.layers import RowRngs
 
 
 @dataclass(frozen=True)
@@ -37,65 +37,6 @@ class SpecialTokens:
         return tuple(sorted({*self.ends} - {self.eos}))
 
 
-@struct.dataclass
-class Memory:
-    """What a document leaves behind: keys and values of L layers, which of them count, and how to begin."""
-
-    keys: Float[Array, "L n S Hkv Dh"]
-    values: Float[Array, "L n S Hkv Dh"]
-    mask: Bool[Array, "n S"]
-    offset: Int[Array, " n"]  # absolute position of the start token
-    start: Int[Array, " n"]  # the token from which the answer begins
-
-    def take(self, rows: Int[Array, " R"]) -> Memory:
-        """The memories of some rows."""
-        return Memory(self.keys[:, rows], self.values[:, rows], self.mask[rows], self.offset[rows], self.start[rows])
-
-
-@struct.dataclass
-class Past:
-    """A write-once pool of P slots a row, for tokens already extended."""
-
-    keys: Float[Array, "L n P Hkv Dh"]
-    values: Float[Array, "L n P Hkv Dh"]
-    positions: Int[Array, "n P"]
-    filled: Int[Array, ""]
-
-    def write(
-        self, layer: Int[Array, ""], keys: Float[Array, "n G M Hkv Dh"], values: Float[Array, "n G M Hkv Dh"]
-    ) -> Past:
-        """With one layer's keys and values in the next G·M slots."""
-        at = (layer, 0, self.filled, 0, 0)
-        slots = (1, keys.shape[0], keys.shape[1] * keys.shape[2], *keys.shape[3:])
-        return replace(
-            self,
-            keys=jax.lax.dynamic_update_slice(self.keys, keys.reshape(slots), at),
-            values=jax.lax.dynamic_update_slice(self.values, values.reshape(slots), at),
-        )
-
-    def place(self, positions: Int[Array, "n G M"]) -> Past:
-        """With the positions of the tokens that the next G·M slots will hold."""
-        rows = positions.reshape(positions.shape[0], -1)
-        return replace(self, positions=jax.lax.dynamic_update_slice(self.positions, rows, (0, self.filled)))
-
-    def take(self, rows: Int[Array, " R"]) -> Past:
-        """The pools of some rows."""
-        return replace(self, keys=self.keys[:, rows], values=self.values[:, rows], positions=self.positions[rows])
-
-    def put(self, rows: Int[Array, " R"], part: Past) -> Past:
-        """With the pools of some rows; all are as full as theirs, and the others have nothing in the newest slots."""
-        return Past(
-            self.keys.at[:, rows].set(part.keys),
-            self.values.at[:, rows].set(part.values),
-            self.positions.at[rows].set(part.positions),
-            part.filled,
-        )
-
-    def advance(self, count: int) -> Past:
-        """With `count` more slots filled, once every layer has written them."""
-        return replace(self, filled=self.filled + count)
-
-
 @runtime_checkable
 class Generator(Protocol):
     """Families: `llama.py`, `bart.py`, `t5.py`. Positions count from the start token, which is 0."""
@@ -103,21 +44,21 @@ class Generator(Protocol):
     config: Any
 
     def prefill(
-        self, source: Int[Array, "n S"], mask: Bool[Array, "n S"], keys: Keys | None = None, remat: bool = False
-    ) -> Memory:
+        self, source: Int[Array, "n S"], mask: Bool[Array, "n S"], keys: RowRngs | None = None, remat: bool = False
+    ) -> DocumentMemory:
         """Reads right-padded sources [n,S]."""
         ...
 
-    def extend(
+    def forward_with_cache(
         self,
-        memory: Memory,
-        past: Past | None,
+        memory: DocumentMemory,
+        past: KVCache | None,
         tokens: Int[Array, "n G M"],
         positions: Int[Array, "#n #G M"],
         visible: Bool[Array, "#n #G M P"],
-        keys: Keys | None = None,
+        keys: RowRngs | None = None,
         remat: bool = False,
-    ) -> tuple[Float[Array, "n G M D"], Past | None]:
+    ) -> tuple[Float[Array, "n G M D"], KVCache | None]:
         """G groups of M tokens after each memory.
 
         Without a past a token sees, of its own group, what `visible` [n|1,G|1,M,M] says. With one, the new tokens
@@ -129,7 +70,7 @@ class Generator(Protocol):
         """Float32 logits."""
         ...
 
-    def normalizer(self, hidden: Float[Array, "... D"]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    def vocab_logsumexp(self, hidden: Float[Array, "... D"]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
         """The logsumexp of the logits and their mean over the vocabulary, never all of them at once."""
         ...
 
@@ -142,7 +83,7 @@ def token_logp(
     generator: Generator, hidden: Float[Array, "... D"], targets: Int[Array, "..."]
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
     """Log-probability of each target and the mean over the vocabulary, in nats."""
-    normalizer, mean = generator.normalizer(hidden)
+    normalizer, mean = generator.vocab_logsumexp(hidden)
     return generator.target_logits(hidden, targets) - normalizer, mean - normalizer
 
 
@@ -169,41 +110,43 @@ def event_logits(
 
 
 def score(
-    generator: Generator, memory: Memory, answers: Int[Array, "n C T"], keys: Keys | None = None, remat: bool = False
+    generator: Generator,
+    memory: DocumentMemory,
+    answers: Int[Array, "n C T"],
+    keys: RowRngs | None = None,
+    remat: bool = False,
 ) -> Float[Array, "n C T"]:
     """log p(answers[t] | answers[<t], x, z) for C answers that share each memory; callers mask padding and sum."""
     return token_logp(generator, answer_hidden(generator, memory, answers, keys, remat), answers)[0]
 
 
 def answer_hidden(
-    generator: Generator, memory: Memory, answers: Int[Array, "n C T"], keys: Keys | None = None, remat: bool = False
+    generator: Generator,
+    memory: DocumentMemory,
+    answers: Int[Array, "n C T"],
+    keys: RowRngs | None = None,
+    remat: bool = False,
 ) -> Float[Array, "n C T D"]:
     """The states from which each answer token is predicted, its predecessors given."""
     n, count, length = answers.shape
     start = jnp.broadcast_to(memory.start[:, None, None], (n, count, 1))
     inputs = jnp.concatenate([start, answers[:, :, :-1]], axis=-1)
     causal = jnp.tril(jnp.ones((1, 1, length, length), bool))
-    return generator.extend(memory, None, inputs, jnp.arange(length)[None, None], causal, keys, remat)[0]
-
-
-def empty_past(memory: Memory, slots: int) -> Past:
-    """A pool of `slots` unwritten slots beside each memory."""
-    layers, n, _, heads, width = memory.keys.shape
-    shape = (layers, n, slots, heads, width)
-    keys, values = jnp.zeros(shape, memory.keys.dtype), jnp.zeros(shape, memory.values.dtype)
-    return Past(keys, values, jnp.zeros((n, slots), jnp.int32), jnp.zeros((), jnp.int32))
+    return generator.forward_with_cache(memory, None, inputs, jnp.arange(length)[None, None], causal, keys, remat)[0]
 
 
 def next_logp(
     generator: Generator,
-    memory: Memory,
-    past: Past,
+    memory: DocumentMemory,
+    past: KVCache,
     tokens: Int[Array, "n W"],
     step: Int[Array, ""],
     visible: Bool[Array, "n W P"],
-) -> tuple[Float[Array, "n W V"], Past]:
+) -> tuple[Float[Array, "n W V"], KVCache]:
     """One step of W beams: log-probabilities of the token after `tokens`, which stand at position `step`."""
     positions = jnp.broadcast_to(step, (1, tokens.shape[1], 1))
-    hidden, past_after = generator.extend(memory, past, tokens[:, :, None], positions, visible[:, :, None, :])
+    hidden, past_after = generator.forward_with_cache(
+        memory, past, tokens[:, :, None], positions, visible[:, :, None, :]
+    )
     assert past_after is not None
     return jax.nn.log_softmax(generator.logits(hidden[:, :, 0]), axis=-1), past_after

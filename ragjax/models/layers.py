@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial, reduce
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key
+
+from ragjax.models.attention import NEGATIVE
 
 Params = dict[str, Any]  # a nested dict of arrays, as `nnx.to_pure_dict` gives it
-NEGATIVE = -1e30  # masks attention logits: finite, so that a fully masked row gives no NaN
-LOGIT_BUDGET = 2**24  # at most so many logits at once when they are summed over the vocabulary
 
+
+LOGIT_BUDGET = 2**24  # at most so many logits at once when they are summed over the vocabulary
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": partial(jax.nn.gelu, approximate=False),
     "gelu_new": partial(jax.nn.gelu, approximate=True),
@@ -76,12 +78,12 @@ def split_parameters(module: nnx.Module) -> tuple[nnx.GraphDef, Params]:
     return graph, nnx.to_pure_dict(state)
 
 
-def row_keys(key: Key[Array, ""], rows: Int[Array, " n"]) -> Key[Array, " n"]:
+def row_rngs(key: Key[Array, ""], rows: Int[Array, " n"]) -> Key[Array, " n"]:
     """One dropout key a row, by its global number: the mask does not depend on how the batch is laid out."""
     return jax.vmap(partial(jax.random.fold_in, key))(rows)
 
 
-def fold(keys: Key[Array, " n"] | None, data: int | Int[Array, ""]) -> Key[Array, " n"] | None:
+def fold_rngs(keys: Key[Array, " n"] | None, data: int | Int[Array, ""]) -> Key[Array, " n"] | None:
     """Another independent key for every row."""
     return None if keys is None else jax.vmap(lambda key: jax.random.fold_in(key, data))(keys)
 
@@ -94,92 +96,7 @@ def dropout(x: Float[Array, "n ..."], keys: Key[Array, " n"] | None, rate: float
     return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
 
 
-class Attention(nnx.Module):
-    """The projections of one attention: queries of what looks, keys and values of what is seen, and the way back."""
-
-    def __init__(self, width: int, heads: int, head_width: int, bias: bool, dtype: str, rngs: nnx.Rngs):
-        self.heads = heads
-
-        def linear(size_in: int, size_out: int) -> nnx.Linear:
-            return nnx.Linear(size_in, size_out, use_bias=bias, dtype=jnp.dtype(dtype), rngs=rngs)
-
-        self.query, self.key, self.value = (linear(width, heads * head_width) for _ in range(3))
-        self.output = linear(heads * head_width, width)
-
-    def queries(self, x: Float[Array, "... D"]) -> Float[Array, "... H Dh"]:
-        return self._split(self.query(x))
-
-    def memory(self, x: Float[Array, "... D"]) -> tuple[Float[Array, "... H Dh"], Float[Array, "... H Dh"]]:
-        return self._split(self.key(x)), self._split(self.value(x))
-
-    def join(self, attended: Float[Array, "... H Dh"]) -> Float[Array, "... D"]:
-        return self.output(attended.reshape(*attended.shape[:-2], -1))
-
-    def _split(self, x: Array) -> Array:
-        return x.reshape(*x.shape[:-1], self.heads, -1)
-
-
-class Attended(NamedTuple):
-    """P tokens that G groups of M new tokens may look at: a document's memory, a pool of slots, or their own group.
-
-    `keys` and `values` are [n,P,Hkv,Dh] where all groups share them, [n,G,P,Hkv,Dh] where each group has its own.
-    """
-
-    keys: Float[Array, "..."]
-    values: Float[Array, "..."]
-    visible: Bool[Array, "#n #G #M P"]
-    bias: Float[Array, "#n #G M P H"] | None = None  # added to the attention logits
-
-
-def attend(queries: Float[Array, "n G M H Dh"], parts: Sequence[Attended], scale: float) -> Float[Array, "n G M H Dh"]:
-    """Attention with one softmax over all the parts; groups of H/Hkv heads share keys and values.
-
-    Parts are never joined, and what is divided is the outcome: on a CPU that takes a third of the time of a softmax.
-    """
-    n, groups, length, heads, width = queries.shape
-    kv = parts[0].keys.shape[-2]
-    q = jnp.einsum("ngmkrd->nkrgmd", (queries * scale).reshape(n, groups, length, kv, heads // kv, width))
-    scores = [jnp.where(part.visible[:, None, None], _attention_scores(q, part), NEGATIVE) for part in parts]
-    top = jax.lax.stop_gradient(reduce(jnp.maximum, [of_part.max(axis=-1, keepdims=True) for of_part in scores]))
-    weights = [jnp.exp(of_part - top) for of_part in scores]
-    total = reduce(jnp.add, [of_part.sum(axis=-1, keepdims=True) for of_part in weights])
-    summed = [
-        jnp.einsum(
-            f"nkrgmp,{_form(part)}->nkrgmd",
-            of_part.astype(queries.dtype),
-            part.values,
-            preferred_element_type=jnp.float32,
-        )
-        for of_part, part in zip(weights, parts, strict=True)
-    ]
-    attended = jnp.einsum("nkrgmd->ngmkrd", (reduce(jnp.add, summed) / total).astype(queries.dtype))
-    return attended.reshape(n, groups, length, heads, width)
-
-
-def attend_within(
-    queries: Float[Array, "n S H Dh"],
-    keys: Float[Array, "n S Hkv Dh"],
-    values: Float[Array, "n S Hkv Dh"],
-    visible: Bool[Array, "#n #S S"],
-) -> Float[Array, "n S H Dh"]:
-    """Attention of n rows of S tokens to themselves; `visible` says which tokens each sees."""
-    rows = Attended(keys, values, visible[:, None])
-    return attend(queries[:, None], [rows], queries.shape[-1] ** -0.5)[:, 0]
-
-
-def _attention_scores(q: Float[Array, "n k r G M Dh"], part: Attended) -> Float[Array, "n k r G M P"]:
-    scores = jnp.einsum(f"nkrgmd,{_form(part)}->nkrgmp", q, part.keys, preferred_element_type=jnp.float32)
-    if part.bias is None:
-        return scores
-    bias = part.bias.reshape(*part.bias.shape[:-1], *q.shape[1:3])
-    return scores + jnp.einsum("ngmpkr->nkrgmp", bias)
-
-
-def _form(part: Attended) -> str:
-    return "npkd" if part.keys.ndim == 4 else "ngpkd"
-
-
-def normalizer(
+def vocab_logsumexp(
     hidden: Float[Array, "... D"], head: Float[Array, "V D"], bias: Float[Array, " V"] | None = None
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
     """Float32 logsumexp of the logits, which normalises them, and their mean over the vocabulary (for smoothing).
@@ -224,3 +141,6 @@ def target_logits(
     rows = gather(head.astype(hidden.dtype))[targets]
     logits = jnp.einsum("...d,...d->...", hidden, rows, preferred_element_type=jnp.float32)
     return logits if bias is None else logits + bias[targets]
+
+
+RowRngs = Key[Array, " n"]
