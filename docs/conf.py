@@ -15,7 +15,7 @@ from ragjax import config
 project = "ragjax"
 copyright = "the authors of ragjax, Apache-2.0"
 version = release = importlib.metadata.version("ragjax")
-extensions = ["myst_parser", "sphinx.ext.autodoc"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 html_theme = "furo"
 html_title = "ragjax"
 exclude_patterns = ["_build"]
@@ -28,8 +28,8 @@ autodoc_preserve_defaults = True
 
 REFERENCE = Path(__file__).parent / "configuration_reference.md"  # generated, and not in git
 # until the schema describes itself, `ragjax config` does
-reference = getattr(config, "reference", lambda: "# Configuration reference\n\n`ragjax config CONFIG` shows every key.\n")
-REFERENCE.write_text(reference(), encoding="utf-8")
+ELSE = "# Configuration reference\n\n`ragjax config CONFIG` shows every key.\n"
+REFERENCE.write_text(getattr(config, "reference", lambda: ELSE)(), encoding="utf-8")
 
 
 def add_fields(app: Any, what: str, name: str, of: Any, options: Any, lines: list[str]) -> None:
@@ -42,6 +42,12 @@ def add_fields(app: Any, what: str, name: str, of: Any, options: Any, lines: lis
         lines += ["", f"- ``{field.name}``: {field.type}" + (f": {comment[1]}" if comment else "")]
 
 
+def shorten(app: Any, what: str, name: str, of: Any, options: Any, signature: str, returns: str) -> tuple[Any, Any]:
+    """Arrays under the name that everybody knows, whatever module JAX defines them in."""
+    return tuple(text and re.sub(r"\bjaxlib\.\w+\.Array\b", "Array", text) for text in (signature, returns))
+
+
 def setup(app: Any) -> None:
     assert ragjax.load  # JAX and the package are imported before autodoc looks for members
     app.connect("autodoc-process-docstring", add_fields)
+    app.connect("autodoc-process-signature", shorten)
