@@ -27,9 +27,15 @@ autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 
 REFERENCE = Path(__file__).parent / "configuration_reference.md"  # generated, and not in git
-# until the schema describes itself, `ragjax config` does
-ELSE = "# Configuration reference\n\n`ragjax config CONFIG` shows every key.\n"
-REFERENCE.write_text(getattr(config, "reference", lambda: ELSE)(), encoding="utf-8")
+ABOUT_KEYS = """\
+# Configuration reference
+
+Every key of a configuration file, with its default. `ragjax config CONFIG` shows the values of a file. On the
+command line a key is written `section.key=value`.
+
+"""
+reference = getattr(config, "reference", str)  # until the schema describes itself, the page is empty
+REFERENCE.write_text(ABOUT_KEYS + reference(), encoding="utf-8")
 
 
 def add_fields(app: Any, what: str, name: str, of: Any, options: Any, lines: list[str]) -> None:
