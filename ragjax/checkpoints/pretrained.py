@@ -20,7 +20,7 @@ from ragjax.checkpoints.safetensors import Read, open_safetensors, weight_files,
 from ragjax.errors import InputError
 from ragjax.files import atomic_write, read_json, shown
 from ragjax.models.encoders.bert import Bert, BertConfig
-from ragjax.models.fields import naming
+from ragjax.models.hf_config import naming
 from ragjax.models.layers import Params, split_parameters
 
 HEAD = "lm_head.weight"

@@ -26,7 +26,7 @@ from ragjax.config import Config
 from ragjax.data.tokenizer import Tokenizer
 from ragjax.errors import InputError
 from ragjax.files import partial_folder, read_json, shown
-from ragjax.models.fields import Fields, naming
+from ragjax.models.hf_config import Fields, naming
 from ragjax.models.layers import Params
 from ragjax.rag import RagPipeline, generation_config, load_pipeline
 from ragjax.runs.restore import restore_params

@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from ragjax.models.attention import self_attention
-from ragjax.models.fields import Fields
+from ragjax.models.hf_config import Fields
 from ragjax.models.layers import ACTIVATIONS, RowRngs, dropout, fold_rngs, scan_layers, stack
 
 

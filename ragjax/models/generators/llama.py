@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ragjax.errors import InputError
 from ragjax.models.attention import AttentionSource, dot_product_attention, self_attention
-from ragjax.models.fields import Fields
+from ragjax.models.hf_config import Fields
 from ragjax.models.kv_cache import DocumentMemory, KVCache
 from ragjax.models.layers import RowRngs, dropout, fold_rngs, scan_layers, stack, target_logits, vocab_logsumexp
 

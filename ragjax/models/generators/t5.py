@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ragjax.errors import InputError
 from ragjax.files import shown
 from ragjax.models.attention import Attention, AttentionSource, dot_product_attention
-from ragjax.models.fields import Fields
+from ragjax.models.hf_config import Fields
 from ragjax.models.kv_cache import DocumentMemory, KVCache
 from ragjax.models.layers import (
     ACTIVATIONS,
