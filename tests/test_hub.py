@@ -126,7 +126,7 @@ def test_a_full_disk_leaves_no_folder(shelf, tmp_path, monkeypatch):
 def test_unreachable_hub_is_one_line_within_seconds(tmp_path):
     program = """
 from ragjax.errors import InputError
-from ragjax.hub import fetch
+from ragjax.checkpoints.hub import fetch
 try:
     fetch("hf:org/name@abc")
 except InputError as error:

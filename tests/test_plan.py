@@ -501,9 +501,10 @@ ON_A_TPU = """
 import json, sys
 import jax
 from ragjax.config import load_config
-from ragjax.cost import bytes_each, bytes_sent
-from ragjax.plan import _Plan, planned_mesh
-from ragjax.step import abstract_state, trace_step
+from ragjax.planning.program_cost import bytes_each, bytes_sent
+from ragjax.planning.plan import _Plan, planned_mesh
+from ragjax.training.state import abstract_state
+from ragjax.training.step import trace_step
 passages, path, *settings = sys.argv[1:]
 config = load_config(path, settings)
 mesh = planned_mesh(config, None, "v5e:2x4")
