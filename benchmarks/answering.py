@@ -30,6 +30,7 @@ from rich.progress import track
 from benchmarks.report import (
     Stage,
     count_read,
+    count_unread,
     flops_of,
     flops_of_search,
     make_console,
@@ -154,7 +155,6 @@ def measure(answerer: Answerer, question: str, costs: dict[tuple[int, ...], tupl
         seconds[mode] += seconds["retrieval"]
     seconds["scoring all, whole"], whole = timed(score_whole, answerer, memory, found["thorough"], prior)
     wanted = {z: list(whole) for z in np.flatnonzero(prior > -np.inf).tolist()}
-    known = PrefixScorer(graph, params, memory, prefixes, special)
     on_host = jax.default_backend() == "cpu"
     if on_host:
         ctypes.CDLL(None).malloc_trim(0)  # what was freed counts as free
@@ -171,7 +171,7 @@ def measure(answerer: Answerer, question: str, costs: dict[tuple[int, ...], tupl
     flops = {"reading": reading * mask.mean()}
     flops["beam search"] = of_prefix * count_read(prefixes, settings.beams)
     # of each prefix the same is computed as in the beam search
-    flops["scoring what is unread"] = of_prefix * known.unread(wanted)
+    flops["scoring what is unread"] = of_prefix * count_unread(prefixes, wanted)
     flops["thorough"] = sum(flops.values())
     flops["fast"] = flops["reading"] + flops["beam search"]
     return Measured(

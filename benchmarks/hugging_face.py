@@ -26,6 +26,7 @@ from rich.console import Console
 from benchmarks.report import (
     Stage,
     count_read,
+    count_unread,
     flops_of,
     flops_of_search,
     make_console,
@@ -41,7 +42,6 @@ from ragjax.config import Config, Corpus, Decode, Generator, Retriever, Train
 from ragjax.data.prompt import Prompt
 from ragjax.decoding.candidates import with_end
 from ragjax.decoding.decode import decode_rag_sequence
-from ragjax.decoding.prefix_cache import PrefixScorer
 from ragjax.decoding.propose import beam_search_documents, prefill_documents
 from ragjax.files import cache_folder
 from ragjax.marginal import log_prior
@@ -196,11 +196,10 @@ def decoding(options: argparse.Namespace, console: Console, most: float) -> dict
         computed, needed = found["certified"].needed
         skipped.append(1 - computed / max(1, needed))
         prefixes = found["beam search"][1]
-        known = PrefixScorer(ours.graphdef, params, memories[b], prefixes, SPECIAL)
         answers = with_end(
             list(zip(found["thorough"].tokens, found["thorough"].finished.tolist(), strict=True)), SPECIAL
         )
-        unread = known.unread(dict.fromkeys(range(k), answers))
+        unread = count_unread(prefixes, dict.fromkeys(range(k), answers))
         flops.append((of_reading, of_prefix * count_read(prefixes, options.beams), of_prefix * unread))
     stages["rescoring"].seconds = [
         thorough - fast for thorough, fast in zip(stages["thorough"].seconds, stages["fast"].seconds, strict=True)

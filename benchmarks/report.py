@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from rich.table import Table
 
 from ragjax.config import Decode
 from ragjax.decoding.beam_search import batch_sizes
-from ragjax.decoding.prefix_cache import PrefixCache
+from ragjax.decoding.prefix_cache import PrefixCache, Tokens
 from ragjax.decoding.propose import beam_search_documents
 from ragjax.errors import InputError
 from ragjax.models.generator import SpecialTokens
@@ -79,6 +79,18 @@ def flops_of_search(
 def count_read(prefixes: PrefixCache, beams: int) -> int:
     """How many prefixes a beam search has read after all of its memories, the start token once for each beam."""
     return int((prefixes.parent >= 0).sum()) + prefixes.parent.shape[0] * beams
+
+
+def count_unread(prefixes: PrefixCache, answers: Mapping[int, Sequence[Tokens]]) -> int:
+    """How many prefixes `PrefixScorer.score` has to read for these answers, by memory, that the search has not read."""
+    tokens, parents = jax.device_get((prefixes.tokens, prefixes.parent))
+    count = 0
+    for row, ys in answers.items():
+        cached: list[Tokens] = []
+        for token, parent in zip(tokens[row].tolist(), parents[row].tolist(), strict=True):
+            cached.append((*cached[parent], token) if parent >= 0 else ())
+        count += len({y[:t] for y in ys for t in range(1, len(y))} - set(cached))
+    return count
 
 
 def make_console() -> Console:

@@ -19,9 +19,10 @@ from ragjax.config import Config, check_mode, most_documents, rescores_as_huggin
 from ragjax.data.passage_store import PassageStore
 from ragjax.data.questions import text_problem
 from ragjax.decoding.candidates import Candidates
-from ragjax.decoding.decode import decode_rag_sequence, decode_rag_token
+from ragjax.decoding.decode import decode_rag_sequence
 from ragjax.decoding.hf_compat import decode_hf_compatible
 from ragjax.decoding.propose import prefill_documents
+from ragjax.decoding.rag_token import decode_rag_token
 from ragjax.decoding.rescore import score_tokens
 from ragjax.errors import InputError
 from ragjax.marginal import log_prior

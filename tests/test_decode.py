@@ -18,9 +18,10 @@ from ragjax.checkpoints.pretrained import open_generator
 from ragjax.config import Decode
 from ragjax.decoding import decode as decode_module
 from ragjax.decoding.candidates import Candidates, pad_answers
-from ragjax.decoding.decode import decode_rag_sequence, decode_rag_token
+from ragjax.decoding.decode import decode_rag_sequence
 from ragjax.decoding.prefix_cache import PrefixScorer
 from ragjax.decoding.propose import prefill_documents
+from ragjax.decoding.rag_token import decode_rag_token
 from ragjax.files import read_json
 from ragjax.models.generator import SpecialTokens
 from ragjax.padding import pad_sequences
@@ -261,10 +262,10 @@ def test_certified_never_chooses_otherwise() -> None:
         answers = told.answers
         bounds, needs = decode_module.certify(told, answers, finished, prior, count)
         truth = np.asarray(decode_module.thorough_marginals(prior, told.logp)[0])
-        assert (bounds[0] <= truth + 1e-5).all() and (truth <= bounds[1] + 1e-5).all()
+        assert (bounds[:, 0] <= truth + 1e-5).all() and (truth <= bounds[:, 1] + 1e-5).all()
         for b in range(questions):
             shared: dict[str, Any] = {"tokens": answers[b], "finished": finished[b], "beam_logp": told.logp[b]}
-            certified = Candidates(**shared, bounds=bounds[:, b])
+            certified = Candidates(**shared, bounds=bounds[b])
             assert certified.best("certified") == Candidates(**shared, thorough_logp=truth[b]).best("thorough")
         assert needs[:, 0].sum() == told.scored and (needs[:, 0] <= needs[:, 1]).all()
         computed, needed, cases = computed + told.scored, needed + int(needs[:, 1].sum()), cases + questions

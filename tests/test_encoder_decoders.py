@@ -191,15 +191,15 @@ def test_dropout_is_drawn_by_row(golden: Golden) -> None:
     answers = jnp.asarray(np.random.default_rng(2).integers(4, 100, (len(source), 1, 4)), jnp.int32)
 
     @jax.jit
-    def run(source: jax.Array, mask: jax.Array, answers: jax.Array, keys: Any) -> jax.Array:
+    def run(source: jax.Array, mask: jax.Array, answers: jax.Array, rngs: Any) -> jax.Array:
         model = nnx.merge(dropping.graphdef, golden.params)
-        return score(model, model.prefill(source, mask, keys, remat=True), answers, keys, remat=True)
+        return score(model, model.prefill(source, mask, rngs, remat=True), answers, rngs, remat=True)
 
-    keys = row_rngs(jax.random.key(0), jnp.arange(len(source)))
-    first = run(source, mask, answers, keys)
+    rngs = row_rngs(jax.random.key(0), jnp.arange(len(source)))
+    first = run(source, mask, answers, rngs)
     without = _score(golden.pretrained.graphdef, golden.params, golden.memory, answers)
     assert np.abs(first - without).min(axis=-1).max() > 1e-3
-    backwards = run(source[::-1], mask[::-1], answers[::-1], keys[::-1])
+    backwards = run(source[::-1], mask[::-1], answers[::-1], rngs[::-1])
     np.testing.assert_allclose(backwards[::-1], first, atol=rounding(first))
 
 

@@ -182,7 +182,7 @@ def test_hub_repositories_are_pinned_and_never_bring_pickles(fake_hub, tmp_path)
 
 def test_a_pull_request_is_a_revision(fake_hub, tmp_path):
     fake_hub["org/bert", "model"] = ["config.json", "model.safetensors"]
-    assert fetch("hf:org/bert@refs/pr/4").pin == COMMIT
+    assert fetch("hf:org/bert@refs/pr/4").revision == COMMIT
     assert fake_hub["revision"] == "refs/pr/4"
 
 
@@ -211,7 +211,7 @@ def test_config_json_of_local_folders_needs_no_weights(tmp_path):
 
 def test_hub_data_sets_are_found_too(fake_hub):
     fake_hub["org/wiki", "dataset"] = ["passages.jsonl.gz"]
-    assert fetch("hf:org/wiki").pin == COMMIT
+    assert fetch("hf:org/wiki").revision == COMMIT
 
 
 def test_hub_refusals(fake_hub):

@@ -31,7 +31,7 @@ from ragjax.checkpoints.random_init import LLAMA
 from ragjax.decoding.prefix_cache import beam_step, empty_prefix_cache
 from ragjax.errors import InputError
 from ragjax.marginal import log_prior, marginal_logp
-from ragjax.models import layers
+from ragjax.models import layers, vocab_head
 from ragjax.models.encoders.bert import BertConfig
 from ragjax.models.generator import score
 from ragjax.models.generators.llama import LlamaConfig
@@ -244,8 +244,8 @@ def test_cached_equals_uncached(small: Small) -> None:
 
     for t in range(longest):
         own = (slot % width == jnp.arange(width)[:, None]) & (slot // width <= t)
-        visible = jnp.broadcast_to(own, (n, *own.shape))
-        logp, read = follow(small.params, memory, read, last, jnp.asarray(t), visible)
+        seen = jnp.broadcast_to(own, (n, *own.shape))
+        logp, read = follow(small.params, memory, read, last, jnp.asarray(t), seen)
         last = answers[:, :, t]
         found.append(jnp.take_along_axis(logp, last[..., None], axis=-1)[..., 0])
     assert int(read.past.filled) == width * longest
@@ -265,7 +265,7 @@ def test_prefix_tree_equals_separate_answers(small: Small) -> None:
     hidden, _ = jax.jit(lambda *given: model.forward_with_cache(memory, None, *given))(
         jnp.asarray(tokens), jnp.asarray(depth), jnp.asarray(sees)[None, None]
     )
-    logp = jax.nn.log_softmax(model.logits(hidden[:, 0]))
+    logp = jax.nn.log_softmax(model.vocab_head().logits(hidden[:, 0]))
     tree = jnp.array(
         [
             [[logp[i, nodes.index(tuple(y[:t])), y[t]] for t in range(len(y))] for y in answers]
@@ -280,7 +280,7 @@ def test_prefix_tree_equals_separate_answers(small: Small) -> None:
 @pytest.mark.parametrize("vocabulary", [2500, 2048, 30])
 def test_blocks_of_the_vocabulary(vocabulary: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks that overlap, that do not, and only one: values, smoothing means and both gradients as of log_softmax."""
-    monkeypatch.setattr(layers, "LOGIT_BUDGET", 1)
+    monkeypatch.setattr(vocab_head, "LOGIT_BUDGET", 1)
     rng = np.random.default_rng(0)
     hidden = jnp.asarray(rng.normal(size=(2, 3, 8)), jnp.float32)
     head = jnp.asarray(rng.normal(size=(vocabulary, 8)) * 2, jnp.float32)
@@ -293,8 +293,9 @@ def test_blocks_of_the_vocabulary(vocabulary: int, monkeypatch: pytest.MonkeyPat
         return jnp.take_along_axis(logp, targets[..., None], axis=-1)[..., 0], logp.mean(axis=-1)
 
     def blocks(hidden: jax.Array, head: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logsumexp, mean = layers.vocab_logsumexp(hidden, head)
-        return layers.target_logits(hidden, head, targets) - logsumexp, mean - logsumexp
+        whole_head = vocab_head.VocabHead(head)
+        logsumexp, mean = whole_head.logsumexp_and_mean(hidden)
+        return whole_head.target_logits(hidden, targets) - logsumexp, mean - logsumexp
 
     def weighted(function: Any) -> Any:
         return lambda *args: sum((w * out).sum() for w, out in zip(weights, function(*args), strict=True))
@@ -312,16 +313,16 @@ def test_dropout_follows_its_row(small: Small) -> None:
     """Rows with their keys may stand anywhere; other keys, other values; without keys, no dropout."""
 
     @jax.jit
-    def run(params: Any, source: jax.Array, mask: jax.Array, answers: jax.Array, keys: Any) -> jax.Array:
+    def run(params: Any, source: jax.Array, mask: jax.Array, answers: jax.Array, rngs: Any) -> jax.Array:
         model = nnx.merge(small.graphdef, params)
-        return score(model, model.prefill(source, mask, keys), answers, keys)
+        return score(model, model.prefill(source, mask, rngs), answers, rngs)
 
     tokens, mask = padded(PROMPTS, 9)
     answers, order = jnp.asarray(ANSWERS), jnp.array([2, 0, 1])
-    keys = layers.row_rngs(jax.random.key(0), jnp.arange(3))
-    dropped = run(small.params, tokens, mask, answers, keys)
+    rngs = layers.row_rngs(jax.random.key(0), jnp.arange(3))
+    dropped = run(small.params, tokens, mask, answers, rngs)
     np.testing.assert_allclose(
-        run(small.params, tokens[order], mask[order], answers[order], keys[order]),
+        run(small.params, tokens[order], mask[order], answers[order], rngs[order]),
         dropped[order],
         atol=rounding(dropped),
     )
@@ -334,9 +335,9 @@ def test_bert_dropout_follows_its_row(tmp_path: Path) -> None:
     bert = random_bert(tmp_path, "mean", False, dropout=0.3)
     run = jax.jit(lambda params, *given: nnx.merge(bert.graphdef, params)(*given))
     tokens, mask = padded(PROMPTS, 9)
-    keys, order = layers.row_rngs(jax.random.key(0), jnp.arange(3)), jnp.array([2, 0, 1])
-    dropped = run(bert.params, tokens, mask, keys)
-    again = run(bert.params, tokens[order], mask[order], keys[order])
+    rngs, order = layers.row_rngs(jax.random.key(0), jnp.arange(3)), jnp.array([2, 0, 1])
+    dropped = run(bert.params, tokens, mask, rngs)
+    again = run(bert.params, tokens[order], mask[order], rngs[order])
     np.testing.assert_allclose(again, dropped[order], atol=rounding(dropped))
     assert np.abs(run(bert.params, tokens, mask) - dropped).max() > 0.1
 
@@ -350,11 +351,11 @@ def test_dropout_keeps_the_mean() -> None:
 
 def test_remat_changes_nothing(small: Small) -> None:
     tokens, mask = padded(PROMPTS, 9)
-    keys, answers = layers.row_rngs(jax.random.key(0), jnp.arange(3)), jnp.asarray(ANSWERS)
+    rngs, answers = layers.row_rngs(jax.random.key(0), jnp.arange(3)), jnp.asarray(ANSWERS)
 
     def loss(params: Any, remat: bool) -> jax.Array:
         model = nnx.merge(small.graphdef, params)
-        return score(model, model.prefill(tokens, mask, keys, remat), answers, keys, remat).sum()
+        return score(model, model.prefill(tokens, mask, rngs, remat), answers, rngs, remat).sum()
 
     run = jax.jit(jax.value_and_grad(loss), static_argnums=1)
     chex.assert_trees_all_close(run(small.params, True), run(small.params, False), rtol=1e-4, atol=1e-3)

@@ -40,7 +40,7 @@ class Read:
         self.memory: DocumentMemory = prefill_documents(graph, self.params, jnp.asarray(tokens), jnp.asarray(mask))
         settings = Decode(k=ROWS, beams=BEAMS, max_new_tokens=LONGEST)
         self.beams, prefixes = beam_search_documents(graph, self.params, self.memory, settings, SPECIAL)
-        self.known = PrefixScorer(graph, self.params, self.memory, prefixes, SPECIAL)
+        self.scorer = PrefixScorer(graph, self.params, self.memory, prefixes, SPECIAL)
 
     def proposals(self, row: int) -> list[tuple[int, ...]]:
         rows = zip(self.beams.tokens[row].tolist(), self.beams.length[row].tolist(), strict=True)
@@ -72,12 +72,12 @@ def test_equals_scoring_one_by_one(world: Read) -> None:
     """All rows, and some of them in another order, each with answers of its own."""
     every = candidates(world)
     for wanted in ({row: every for row in range(ROWS)}, {2: every[::2], 0: every[1:4], 3: every[-1:]}):
-        found = world.known.score(wanted)
+        found = world.scorer.score(wanted)
         assert list(found) == list(wanted)
         for row, answers in wanted.items():
             for logp, answer in zip(found[row], answers, strict=True):
                 np.testing.assert_allclose(logp, world.one_by_one(row, answer), atol=2e-5, rtol=1e-5)
-    assert world.known.score({}) == {} == world.known.bounds({})
+    assert world.scorer.score({}) == {} == world.scorer.bounds({})
 
 
 def test_nothing_is_read_twice(world: Read, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,30 +90,30 @@ def test_nothing_is_read_twice(world: Read, monkeypatch: pytest.MonkeyPatch) -> 
         return original(*given)
 
     monkeypatch.setattr(prefixes_module, "extend_prefixes", counted)
-    own = world.known.score({row: world.proposals(row) for row in range(ROWS)})
+    own = world.scorer.score({row: world.proposals(row) for row in range(ROWS)})
     assert not reads
     for row in range(ROWS):
         sums = [logp.sum() for logp in own[row]]
         np.testing.assert_allclose(sums, world.beams.logp[row], atol=2e-5, rtol=1e-5)
     every = candidates(world)
-    world.known.score({0: every})
-    searched, parents = (np.asarray(x)[0] for x in (world.known.prefixes.tokens, world.known.prefixes.parent))
+    world.scorer.score({0: every})
+    searched, parents = (np.asarray(x)[0] for x in (world.scorer.prefixes.tokens, world.scorer.prefixes.parent))
     seen: set[tuple[int, ...]] = {()}
-    for slot in range(int(world.known.prefixes.past.filled)):
+    for slot in range(int(world.scorer.prefixes.past.filled)):
         prefix, at = [], slot
         while parents[at] >= 0:
             prefix.append(int(searched[at]))
             at = parents[at]
         seen.add(tuple(prefix[::-1]))
     missing = {y[:t] for y in every for t in range(1, len(y))} - seen
-    [visible] = reads
-    used = visible.sum(axis=-1)[0] > 1  # what fills up sees itself alone
+    [mask] = reads
+    used = mask.sum(axis=-1)[0] > 1  # what fills up sees itself alone
     assert 0 < used.sum() == len(missing) < sum(len(y) - 1 for y in every)
 
 
 def test_bounds_are_the_longest_prefix_read(world: Read) -> None:
     every = candidates(world)
-    found = world.known.bounds({row: every for row in (1, 3)})
+    found = world.scorer.bounds({row: every for row in (1, 3)})
     for row in (1, 3):
         at_most, whole = found[row]
         for bound, is_whole, answer in zip(at_most, whole, every, strict=True):

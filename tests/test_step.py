@@ -179,7 +179,7 @@ def test_the_loss_written_out(plain: Setup, model: str, smoothing: float) -> Non
         generator = nnx.merge(rag.generator.graphdef, params["generator"])
         memory = generator.prefill(batch.source.reshape(b * k, s), batch.source_mask.reshape(b * k, s))
         hidden = answer_hidden(generator, memory, jnp.repeat(batch.answer, k, axis=0)[:, None])
-        every = jax.nn.log_softmax(generator.logits(hidden), axis=-1)
+        every = jax.nn.log_softmax(generator.vocab_head().logits(hidden), axis=-1)
         return (
             prior_and_token_logp(rag, params, batch, KEY)[0],
             every.reshape(b, k, *every.shape[2:]),

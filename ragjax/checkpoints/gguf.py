@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from ragjax.checkpoints.safetensors import Read, require_finite
+from ragjax.checkpoints.safetensors import require_finite
 from ragjax.errors import InputError, library_errors
 from ragjax.files import shown
 
 
-def open_gguf(path: Path) -> tuple[dict[str, Any], set[str], Read]:
-    """The configuration in Hugging Face's terms, the tensor names, and a reader that dequantises."""
-    reader, fields = read_gguf(path), GgufFields(path)
+def open_gguf(path: Path) -> tuple[dict[str, Any], GgufReader]:
+    """The configuration in Hugging Face's terms, and what reads the tensors. Raises `InputError`."""
+    fields = GgufFields(path)
     family = fields.get("general.architecture")
     if not isinstance(family, str):
         raise InputError(f"{path}: does not say of which architecture it is; fetch it again")
@@ -24,7 +24,7 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], set[str], Read]:
     def field(name: str, default: Any = None) -> Any:
         return fields.get(f"{family}.{name}", default)
 
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    tensors = {tensor.name: tensor for tensor in read_gguf(path).tensors}
     if "rope_freqs.weight" in tensors or field("rope.scaling.type", "none") != "none":
         raise InputError(f"{path}: scaled rotary positions in GGUF are not supported; use the Hugging Face folder")
     heads, window = field("attention.head_count"), field("attention.sliding_window")
@@ -49,28 +49,34 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], set[str], Read]:
     ends = sorted({ids[kind] for kind in ("eos", "eot", "eom")} - {None})  # of a text, a turn and a message
     hf |= {"bos_token_id": ids["bos"], "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None)}
     groups = {"attn_q.weight": heads, "attn_k.weight": hf["num_key_value_heads"]} if family == "llama" else {}
-    given = {name: value for name, value in hf.items() if value is not None}
-    return given, set(tensors), _Gguf(path, tensors, groups)
+    return {name: value for name, value in hf.items() if value is not None}, GgufReader(path, tensors, groups)
 
 
-class _Gguf:
-    """The tensors of a GGUF file, dequantised; `groups` says how many heads' rotary pairs lie interleaved in which."""
+class GgufReader:
+    """A `TensorReader` that dequantises; `groups`: in which tensors how many heads' rotary pairs lie interleaved."""
 
     def __init__(self, path: Path, tensors: Mapping[str, Any], groups: Mapping[str, Any]) -> None:
-        self.path, self.tensors, self.groups = path, tensors, groups
+        self._path, self._tensors, self._groups = path, tensors, groups
+
+    @property
+    def names(self) -> set[str]:
+        """As `TensorReader` says."""
+        return set(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(int(size) for size in reversed(self.tensors[name].shape))
+        """As `TensorReader` says."""
+        return tuple(int(size) for size in reversed(self._tensors[name].shape))
 
-    def __call__(self, name: str) -> np.ndarray:
+    def read(self, name: str) -> np.ndarray:
+        """As `TensorReader` says."""
         from gguf.quants import dequantize
 
-        tensor = self.tensors[name]
-        with library_errors(f"{self.path}: {name} is not readable", "fetch it again"):
+        tensor = self._tensors[name]
+        with library_errors(f"{self._path}: {name} is not readable", "fetch it again"):
             array = np.asarray(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
-        if heads := self.groups.get(name.split(".", 2)[-1]):
+        if heads := self._groups.get(name.split(".", 2)[-1]):
             array = array.reshape(heads, -1, 2, array.shape[-1]).swapaxes(1, 2).reshape(array.shape)
-        return require_finite(array, name, self.path)
+        return require_finite(array, name, self._path)
 
 
 MOST_GGUF_PARTS = 2**23  # pieces of metadata: a vocabulary of 256,000 takes a quarter of them
@@ -112,6 +118,6 @@ class GgufFields:
         value = self.get(key)
         fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
         if value is not None and not (fits and (item is None or all(isinstance(one, item) for one in value))):
-            named = kind.__name__ if item is None else f"{kind.__name__} of {item.__name__}"
-            raise InputError(f"{self.file}: {key} is {shown(value)}; expected {named}; fetch it again")
+            expected = kind.__name__ if item is None else f"{kind.__name__} of {item.__name__}"
+            raise InputError(f"{self.file}: {key} is {shown(value)}; expected {expected}; fetch it again")
         return value

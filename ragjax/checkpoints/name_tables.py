@@ -1,13 +1,13 @@
 """Which tensor of a checkpoint is which of our parameters: one table a family.
 
 A row is (our path, Hugging Face name, GGUF name). `{}` is the layer, which we stack on a leading axis.
-A leaf called `kernel` is the transpose of Hugging Face's `weight`.
+A leaf called `kernel` is the transpose of Hugging Face's `weight`. `GENERATORS` lists the families of generators.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from ragjax.models.generators.bart import Bart, BartConfig
 from ragjax.models.generators.llama import Llama, LlamaConfig
@@ -106,21 +106,28 @@ def _t5_side(side: str, gated: bool) -> NameTable:
     )
 
 
-def _t5(gated: bool) -> NameTable:
+def _t5(hf: Mapping[str, Any]) -> NameTable:
+    gated = (hf.get("feed_forward_proj") or "relu").startswith("gated")
     head = ("embed.embedding", "shared.weight", None), ("head.embedding", "lm_head.weight", None)
     return (*head, *_t5_side("encoder", gated), *_t5_side("decoder", gated))
 
 
-def generator_table(hf: Mapping[str, Any]) -> NameTable:
-    family = hf.get("model_type")
-    if family == "bart":
-        return BART
-    return _t5((hf.get("feed_forward_proj") or "relu").startswith("gated")) if family == "t5" else LLAMA
+class GeneratorFamily(NamedTuple):
+    """What it takes to open the checkpoints of a family."""
+
+    config: Any  # a class with `from_hf`
+    module: Callable[..., Any]  # (config, rngs) → a `ragjax.models.generator.Generator`
+    names: Callable[[Mapping[str, Any]], NameTable]  # by config.json
 
 
-# by model_type; the Llama family has several, and refuses whatever else there is
-GENERATORS: dict[str, tuple[Any, Any]] = {
-    "llama": (LlamaConfig, Llama),
-    "bart": (BartConfig, Bart),
-    "t5": (T5Config, T5),
+# by model_type
+GENERATORS = {
+    "bart": GeneratorFamily(BartConfig, Bart, lambda hf: BART),
+    "t5": GeneratorFamily(T5Config, T5, _t5),
+    "llama": GeneratorFamily(LlamaConfig, Llama, lambda hf: LLAMA),
 }
+
+
+def generator_family(hf: Mapping[str, Any]) -> GeneratorFamily:
+    """The family that a config.json names; the Llama family has several names, and refuses whatever else there is."""
+    return GENERATORS.get(str(hf.get("model_type")), GENERATORS["llama"])

@@ -87,16 +87,20 @@ NAMES = {
 
 
 def write_random_checkpoint(family: str, folder: Path, seed: int = 0) -> None:
-    """Writes config.json, model.safetensors and a byte-level tokenizer of `bert`, `llama`, `bart` or `t5`."""
+    """Writes config.json, model.safetensors and a byte-level tokenizer of `bert`, `llama`, `bart` or `t5`.
+
+    Raises `InputError` for another family.
+    """
     if family not in FAMILIES:
         raise InputError(f"random:{family}: expected {' or '.join(f'random:{name}' for name in FAMILIES)}")
     hf = {**FAMILIES[family][0], "vocab_size": _write_tokenizer(family, folder)}
     if family == "bert":
-        module: nnx.Module = Bert(BertConfig.from_hf(hf, "mean", True), nnx.Rngs(seed))
-        save_bert(folder, hf, split_parameters(module)[1])
+        bert = Bert(BertConfig.from_hf(hf, "mean", True), nnx.Rngs(seed))
+        save_bert(folder, hf, split_parameters(bert)[1])
         return
-    shape, make = GENERATORS[family]
-    save_generator(folder, hf, split_parameters(make(shape.from_hf(hf), nnx.Rngs(seed)))[1])
+    generator = GENERATORS[family]
+    module = generator.module(generator.config.from_hf(hf), nnx.Rngs(seed))
+    save_generator(folder, hf, split_parameters(module)[1])
 
 
 def _write_tokenizer(family: str, folder: Path) -> int:

@@ -1,8 +1,8 @@
-"""Safetensors files: read lazily tensor by tensor, and written."""
+"""Safetensors files, read tensor by tensor and written; and `TensorReader`, what every format of weights is read by."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -27,31 +27,39 @@ PRECISIONS = ("F32", "F16", "BF16", "F64")  # safetensors' names of what is read
 
 
 @runtime_checkable
-class Read(Protocol):
-    """Reads a tensor by its name, in float32; knows its shape and where it lies before."""
+class TensorReader(Protocol):
+    """Reads the tensors of a checkpoint one by one, whatever its format."""
 
-    def __call__(self, name: str) -> np.ndarray:
-        """Raises `InputError` for what is quantised, not finite or damaged."""
+    @property
+    def names(self) -> set[str]:
+        """Of all its tensors."""
         ...
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Raises as reading does."""
+        """Of a tensor, before it is read. Raises `InputError` for what is quantised or damaged."""
+        ...
+
+    def read(self, name: str) -> np.ndarray:
+        """A tensor in float32. Raises `InputError` for what is quantised, not finite or damaged."""
         ...
 
 
 def weight_files(checkpoint: Path) -> list[Path]:
-    """The files that hold a checkpoint's tensors: a GGUF file itself, or the safetensors of a folder."""
+    """The files that hold a checkpoint's tensors: a GGUF file itself, or the safetensors of a folder.
+
+    Raises `InputError` where there are none, or where it is not clear which of them count.
+    """
     if checkpoint.is_file():
         return [checkpoint]
     index, single = checkpoint / "model.safetensors.index.json", checkpoint / "model.safetensors"
     if index.is_file():
-        named = read_json(index).get("weight_map")
-        if not isinstance(named, dict) or not named:
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
             raise InputError(f'{index}: has no "weight_map"; fetch it again')
-        for name in named.values():
+        for name in weight_map.values():
             if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
                 raise InputError(f'{index}: "weight_map" names {shown(name)}; expected files beside it; fetch it again')
-        files = sorted({checkpoint / name for name in named.values()})
+        files = sorted({checkpoint / name for name in weight_map.values()})
         if single.is_file() and single not in files:
             raise InputError(
                 f"{checkpoint}: has {single.name} and, by {index.name}, other files; remove one of the two"
@@ -68,33 +76,34 @@ def weight_files(checkpoint: Path) -> list[Path]:
     return files
 
 
-def open_safetensors(checkpoint: Path) -> tuple[set[str], Read]:
-    """The names of a folder's tensors, and what reads one in float32. Raises `InputError` for a damaged file."""
-    read = _Safetensors(weight_files(checkpoint))
-    return set(read.where), read
+class SafetensorsReader:
+    """A `TensorReader` of a folder's safetensors files."""
 
-
-class _Safetensors:
-    """The tensors of some files, by name; see `Read`."""
-
-    def __init__(self, paths: Iterable[Path]) -> None:
-        self.where: dict[str, tuple[Path, Any]] = {}
-        for path in paths:
+    def __init__(self, checkpoint: Path) -> None:
+        """Raises `InputError` for a missing or damaged file, and for a tensor that two files have."""
+        self._handles: dict[str, tuple[Path, Any]] = {}
+        for path in weight_files(checkpoint):
             if not path.is_file():
                 raise InputError(f"{path}: missing; fetch it again")
             with library_errors(f"{path}: not readable as safetensors", "fetch it again"):
                 handle = safe_open(path, framework="flax")  # unlike numpy's, it reads bfloat16
                 names = handle.keys()
             for name in names:
-                if name in self.where:
-                    raise InputError(f"{path}: has the tensor {shown(name)}, as {self.where[name][0].name} has")
-                self.where[name] = path, handle
+                if name in self._handles:
+                    raise InputError(f"{path}: has the tensor {shown(name)}, as {self._handles[name][0].name} has")
+                self._handles[name] = path, handle
+
+    @property
+    def names(self) -> set[str]:
+        """As `TensorReader` says."""
+        return set(self._handles)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        path, handle = self.where[name]
+        """As `TensorReader` says."""
+        path, handle = self._handles[name]
         with library_errors(f"{path}: {name} is not readable", "fetch it again"):
-            of = handle.get_slice(name)
-            kind, shape = of.get_dtype(), tuple(of.get_shape())
+            header = handle.get_slice(name)
+            kind, shape = header.get_dtype(), tuple(header.get_shape())
         if kind not in PRECISIONS:
             raise InputError(
                 f"{path}: {name} is stored as {kind}; quantised weights are not read: convert them to one of "
@@ -102,8 +111,9 @@ class _Safetensors:
             )
         return shape
 
-    def __call__(self, name: str) -> np.ndarray:
-        path, handle = self.where[name]
+    def read(self, name: str) -> np.ndarray:
+        """As `TensorReader` says."""
+        path, handle = self._handles[name]
         self.shape(name)
         with library_errors(f"{path}: {name} is not readable", "fetch it again"):
             array = np.asarray(handle.get_tensor(name), dtype=np.float32)
@@ -111,6 +121,7 @@ class _Safetensors:
 
 
 def require_finite(array: np.ndarray, name: str, path: Path) -> np.ndarray:
+    """The array itself. Raises `InputError`, naming the file and the tensor, for a NaN or an infinite weight."""
     if not np.isfinite(array).all():
         bad = "NaN" if np.isnan(array).any() else "infinite"
         raise InputError(f"{path}: {name} holds weights that are {bad}; fetch it again, or give another checkpoint")

@@ -36,13 +36,13 @@ def check_sentence_transformers(encoder: Path, settings: Retriever, questions: b
         if kind == "Pooling":
             _check_pooling(root / path / "config.json", settings)
     about = root / "config_sentence_transformers.json"
-    given = read_json(about) if about.is_file() else {}
-    normalize = {"cosine": True, "dot": False}.get(str(given.get("similarity_fn_name")))
+    details = read_json(about) if about.is_file() else {}
+    normalize = {"cosine": True, "dot": False}.get(str(details.get("similarity_fn_name")))
     normalize = True if "Normalize" in kinds else normalize
     if normalize not in (None, settings.normalize):
-        said = f"{root / 'modules.json'}: its embeddings are {'L2-normalised' if normalize else 'not normalised'}"
-        raise InputError(f"{said}; set retriever.normalize={str(normalize).lower()}")
-    _check_prompts(about, given, settings, questions, passages)
+        problem = f"{root / 'modules.json'}: its embeddings are {'L2-normalised' if normalize else 'not normalised'}"
+        raise InputError(f"{problem}; set retriever.normalize={str(normalize).lower()}")
+    _check_prompts(about, details, settings, questions, passages)
 
 
 def _modules(path: Path) -> list[tuple[str, str]]:
@@ -66,24 +66,23 @@ def _modules(path: Path) -> list[tuple[str, str]]:
 
 
 def _check_pooling(path: Path, settings: Retriever) -> None:
-    given = read_json(path, "modules.json names it; fetch it again")
-    older = [key.removeprefix(OLDER) for key, value in given.items() if key.startswith(OLDER) and value]
-    named = given.get("pooling_mode", older)
-    kinds: list[Any] = named if isinstance(named, list) else [named]
+    entries = read_json(path, "modules.json names it; fetch it again")
+    older = [key.removeprefix(OLDER) for key, value in entries.items() if key.startswith(OLDER) and value]
+    mode = entries.get("pooling_mode", older)
+    kinds: list[Any] = mode if isinstance(mode, list) else [mode]
     if len(kinds) != 1 or not isinstance(kinds[0], str) or kinds[0] not in POOLINGS:
-        raise InputError(f"{path}: it pools by {shown(named)}; supported are mean and cls, one of them")
+        raise InputError(f"{path}: it pools by {shown(mode)}; supported are mean and cls, one of them")
     if (pooling := POOLINGS[kinds[0]]) != settings.pooling:
         raise InputError(f"{path}: it pools by {pooling}, not {settings.pooling}; set retriever.pooling={pooling}")
 
 
-def _check_prompts(path: Path, given: dict[str, Any], settings: Retriever, questions: bool, passages: bool) -> None:
-    prompts, usual = given.get("prompts") or {}, given.get("default_prompt_name")
+def _check_prompts(path: Path, details: dict[str, Any], settings: Retriever, questions: bool, passages: bool) -> None:
+    prompts, usual = details.get("prompts") or {}, details.get("default_prompt_name")
     if not isinstance(prompts, dict) or not all(isinstance(prompt, str) for prompt in prompts.values()):
         raise InputError(f"{path}: prompts is {shown(prompts)}; expected texts by name")
 
     def prompt(*names: str) -> str:
-        found = [prompts[name] for name in (*names, str(usual)) if name in prompts]
-        return found[0] if found else ""
+        return next((prompts[name] for name in (*names, str(usual)) if name in prompts), "")
 
     if questions and (before := prompt("query")):
         raise InputError(

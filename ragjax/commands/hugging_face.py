@@ -20,13 +20,13 @@ import numpy as np
 
 from ragjax.checkpoints.hub import checkpoint_folder, fetch
 from ragjax.checkpoints.pretrained import PretrainedModel, bert_tensors, generator_tensors
-from ragjax.checkpoints.safetensors import open_safetensors, write_safetensors
+from ragjax.checkpoints.safetensors import SafetensorsReader, write_safetensors
 from ragjax.checksums import write_checksums
 from ragjax.config import Config
 from ragjax.data.tokenizer import Tokenizer
 from ragjax.errors import InputError
 from ragjax.files import partial_folder, read_json, shown
-from ragjax.models.fields import Fields, naming
+from ragjax.models.hf_config import Fields, naming
 from ragjax.models.layers import Params
 from ragjax.rag import RagPipeline, generation_config, load_pipeline
 from ragjax.runs.restore import restore_params
@@ -36,7 +36,7 @@ from ragjax.terminal import terminal
 PARTS = {"question_encoder": "question_encoder_tokenizer", "generator": "generator_tokenizer"}
 DPR_PREFIX, CONTEXT_PREFIX = "question_encoder.bert_model.", "ctx_encoder.bert_model."
 GENERATION = "generation_config.json"
-KEPT = "rag.json"  # the settings of the RAG checkpoint, for the way back
+RAG_SETTINGS = "rag.json"  # the RAG checkpoint's own settings, kept for the way back
 CONFIG = """\
 # {title}, imported. What must still be given: a corpus, questions, and what encodes passages.
 #
@@ -66,22 +66,22 @@ generator:
 train: {{k: {k}, label_smoothing: {label_smoothing}, exclude_bos: {exclude_bos}}}
 decode: {decode}
 """
-NOT_HERE = {"no_repeat_ngram_size": 0, "repetition_penalty": 1.0, "num_beam_groups": 1, "do_sample": False}
+# settings of transformers' search that ragjax has not, and their value where they do nothing
+UNSUPPORTED = {"no_repeat_ngram_size": 0, "repetition_penalty": 1.0, "num_beam_groups": 1, "do_sample": False}
 CLASSES = {"rag_sequence": "RagSequenceForGeneration", "rag_token": "RagTokenForGeneration"}
 
 
 def import_rag(source: str, out: Path) -> Path:
     """Writes question_encoder/, generator/ and config.yaml into the new folder `out`, and returns it.
 
-    Raises `InputError` for what is no RAG checkpoint, for tensors that belong to neither part, and if `out` exists.
+    Raises `InputError` for a source that holds no RAG checkpoint or tensors of neither part, and if `out` exists.
     """
     checkpoint = checkpoint_folder(fetch(source).path)
     hf = read_json(checkpoint / "config.json")
     if hf.get("model_type") != "rag" or not all(isinstance(hf.get(part), dict) for part in PARTS):
         raise InputError(f"{checkpoint}: not a RAG checkpoint: its config.json has model_type {hf.get('model_type')!r}")
     tensors = _split(checkpoint)
-    generation = checkpoint / GENERATION
-    given = read_json(generation) if generation.is_file() else {}
+    generation = read_json(checkpoint / GENERATION) if (checkpoint / GENERATION).is_file() else {}
     with _writing(out) as partial:
         for part, tokenizer in PARTS.items():
             (partial / part).mkdir()
@@ -93,11 +93,11 @@ def import_rag(source: str, out: Path) -> Path:
                         shutil.copy(file, partial / part / file.name)
             else:
                 terminal.print(f"no {tokenizer}/ in {checkpoint}: put the tokenizer's files into {out / part}")
-        if given:
-            _write_json(partial / "generator" / generation.name, given)
-        _write_json(partial / KEPT, {key: value for key, value in hf.items() if key not in PARTS})
+        if generation:
+            _write_json(partial / "generator" / GENERATION, generation)
+        _write_json(partial / RAG_SETTINGS, {key: value for key, value in hf.items() if key not in PARTS})
         with naming(checkpoint / "config.json"):
-            configuration = _configuration(source, hf, given, out)
+            configuration = _configuration(source, hf, generation, out)
         (partial / "config.yaml").write_text(configuration, encoding="utf-8")
     return out
 
@@ -131,8 +131,8 @@ def export_rag(run: Path, out: Path) -> Path:
     with _writing(out) as partial:
         joined = PARTS if whole else {}
         if whole:
-            named = {f"rag.{part}.{name}": value for part in joined for name, value in parts[part].tensors.items()}
-            write_safetensors(partial / "model.safetensors", named)
+            tensors = {f"rag.{part}.{name}": value for part in joined for name, value in parts[part].tensors.items()}
+            write_safetensors(partial / "model.safetensors", tensors)
             _write_json(partial / "config.json", _rag_config(rag, {part: parts[part].hf_config for part in joined}))
         for name, part in parts.items():
             place = partial / joined.get(name, name)
@@ -149,6 +149,8 @@ def export_rag(run: Path, out: Path) -> Path:
 
 @dataclass(frozen=True)
 class _Part:
+    """One model of an exported folder."""
+
     hf_config: Mapping[str, Any]  # its config.json
     tensors: dict[str, np.ndarray]
     tokenizer: Tokenizer
@@ -162,14 +164,14 @@ def _generation(rag: RagPipeline) -> dict[str, Any]:
 
 
 def _tensors(encoder: PretrainedModel, params: Params) -> dict[str, np.ndarray]:
-    """Under the names that its own checkpoint has."""
+    """An encoder's tensors under the names that its own checkpoint has."""
     context = "DPRContextEncoder" in (encoder.hf_config.get("architectures") or ())
     prefix = CONTEXT_PREFIX if context else DPR_PREFIX
     return bert_tensors(params, prefix if encoder.hf_config.get("model_type") == "dpr" else "")
 
 
 def _check_expressible(rag: RagPipeline) -> None:
-    """Raises `InputError` for a retriever that Hugging Face's RAG cannot have; tells of a prompt that it cannot."""
+    """Raises `InputError` for a retriever that Hugging Face's RAG cannot have; prints which prompt it cannot have."""
     r, prompt, kind = rag.config.retriever, rag.config.generator.prompt, rag.retriever.hf_config.get("model_type")
     if kind != "dpr":
         raise InputError(f"{r.source}: Hugging Face's RAG needs a DPR question encoder, not a {kind!r}")
@@ -199,24 +201,24 @@ def _separators(config: Config) -> tuple[str, str, str] | None:
 def _split(checkpoint: Path) -> dict[str, dict[str, np.ndarray]]:
     """The tensors of each part, under the names that the part alone has."""
     tensors: dict[str, dict[str, np.ndarray]] = {part: {} for part in PARTS}
-    strangers = []
-    names, read = open_safetensors(checkpoint)
-    for name in sorted(names):
+    unknown = []
+    reader = SafetensorsReader(checkpoint)
+    for name in sorted(reader.names):
         part, _, rest = name.removeprefix("rag.").partition(".")
         if part in tensors and rest:
-            tensors[part][rest] = read(name)
+            tensors[part][rest] = reader.read(name)
         else:
-            strangers.append(name)
-    if strangers or not all(tensors.values()):
-        named = ", ".join(strangers[:20]) or f"no tensors of {', '.join(p for p in PARTS if not tensors[p])}"
+            unknown.append(name)
+    if unknown or not all(tensors.values()):
+        wrong = ", ".join(unknown[:20]) or f"no tensors of {', '.join(p for p in PARTS if not tensors[p])}"
         raise InputError(
-            f"{checkpoint}: not the tensors of a RAG checkpoint (question_encoder.* and generator.*): {named}"
+            f"{checkpoint}: not the tensors of a RAG checkpoint (question_encoder.* and generator.*): {wrong}"
         )
     return tensors
 
 
-def _configuration(source: str, hf: Mapping[str, Any], given: Mapping[str, Any], folder: Path) -> str:
-    """`given` is the checkpoint's generation_config.json, from which transformers takes what RAG-Token generates by."""
+def _configuration(source: str, hf: Mapping[str, Any], generation: Mapping[str, Any], folder: Path) -> str:
+    """config.yaml for the parts in `folder`, from a RAG checkpoint's config.json and generation_config.json."""
 
     def quoted(text: str | Path) -> str:
         return json.dumps(str(text), ensure_ascii=False)
@@ -224,52 +226,65 @@ def _configuration(source: str, hf: Mapping[str, Any], given: Mapping[str, Any],
     fields = Fields(hf)
     title, doc, k = fields.text("title_sep", " / "), fields.text("doc_sep", " // "), fields.count("n_docs", 5)
     fields.check_class("Rag")
-    token = CLASSES["rag_token"] in (hf.get("architectures") or ())
-    # As transformers: RAG-Sequence takes the number of beams from the RAG's own configuration, and the rest from the
-    # generator's; RAG-Token takes all from its own, which wins over the generator's.
-    own = {key: value for key, value in hf["generator"].items() if value is not None}
-    of_rag = {key: value for key, value in {**hf, **given}.items() if value is not None}
-    search = own | (of_rag if token else {"num_beams": of_rag.get("num_beams", 1)})
-    asked = Fields(search)
-    most = max(1, asked.count("max_length", 20) - 1)
-    decode = {
-        "k": k,
-        "beams": asked.count("num_beams", 1),
-        "max_new_tokens": most,
-        "min_new_tokens": min(most - 1, max(0, asked.count("min_length", 0, least=0) - 1)),
-        "length_penalty": asked.number("length_penalty", 1.0, least=-1e6),
-        "early_stopping": search.get("early_stopping") is True,
-    }
-    others = {key: search[key] for key, nothing in NOT_HERE.items() if search.get(key, nothing) != nothing}
-    left_out = [f"{key}={shown(value)}" for key, value in others.items()]
+    rag_token = CLASSES["rag_token"] in (hf.get("architectures") or ())
+    search = _search_settings(hf, generation, rag_token)
+    decode = {"k": k} | _decode(search)
+    others = [f"{key}={shown(search[key])}" for key, off in UNSUPPORTED.items() if search.get(key, off) != off]
+    comment = f"# Not carried over, since ragjax has nothing like it: {', '.join(others)}\n" if others else ""
     # transformers 5 reads the generator's, older ones this, too
-    prefix = Fields(own if "prefix" in own else hf).text("prefix", "")
+    generator = hf["generator"]
+    prefix = Fields(generator if generator.get("prefix") is not None else hf).text("prefix", "")
     # a mere space belongs to the passage, with which it is tokenised
-    before, of_passage = ("", prefix) if not prefix.strip() else (prefix, "")
-    missing = f"# Not carried over, since ragjax has nothing like it: {', '.join(left_out)}\n" if left_out else ""
-    return missing + CONFIG.format(
+    prompt_prefix, passage_prefix = (prefix, "") if prefix.strip() else ("", prefix)
+    return comment + CONFIG.format(
         title=" ".join(source.split()),
         run=quoted(folder.absolute() / "run"),
         question_encoder=quoted(folder.absolute() / "question_encoder"),
         generator=quoted(folder.absolute() / "generator"),
-        model="rag_token" if token else "rag_sequence",
-        prompt=quoted(f"{before}{{passage}}{doc}{{question}}"),
-        passage=quoted(f"{of_passage}{{title}}{title}{{text}}"),
+        model="rag_token" if rag_token else "rag_sequence",
+        prompt=quoted(f"{prompt_prefix}{{passage}}{doc}{{question}}"),
+        passage=quoted(f"{passage_prefix}{{title}}{title}{{text}}"),
         source_tokens=fields.count("max_combined_length", 300),
-        answer_tokens=max(25, most),
+        answer_tokens=max(25, decode["max_new_tokens"]),
         k=k,
         label_smoothing=fields.number("label_smoothing", 0.0, least=0.0),
-        exclude_bos=json.dumps(bool(hf.get("exclude_bos_score")) and not token),
+        exclude_bos=json.dumps(bool(hf.get("exclude_bos_score")) and not rag_token),
         decode=json.dumps(decode).replace('"', ""),
     )
 
 
+def _search_settings(hf: Mapping[str, Any], generation: Mapping[str, Any], rag_token: bool) -> dict[str, Any]:
+    """What transformers searches by.
+
+    RAG-Sequence takes the number of beams from the RAG's own configuration, and the rest from the generator's;
+    RAG-Token takes all from its own and its generation_config.json, which win over the generator's.
+    """
+    generator, rag = (
+        {key: value for key, value in part.items() if value is not None}
+        for part in (hf["generator"], {**hf, **generation})
+    )
+    return generator | (rag if rag_token else {"num_beams": rag.get("num_beams", 1)})
+
+
+def _decode(search: Mapping[str, Any]) -> dict[str, Any]:
+    """The section `decode`, but for the number of documents; transformers counts the start token, ragjax does not."""
+    fields = Fields(search)
+    longest = max(1, fields.count("max_length", 20) - 1)
+    return {
+        "beams": fields.count("num_beams", 1),
+        "max_new_tokens": longest,
+        "min_new_tokens": min(longest - 1, max(0, fields.count("min_length", 0, least=0) - 1)),
+        "length_penalty": fields.number("length_penalty", 1.0, least=-1e6),
+        "early_stopping": search.get("early_stopping") is True,
+    }
+
+
 def _rag_config(rag: RagPipeline, parts: Mapping[str, Any]) -> dict[str, Any]:
-    """What the run's configuration says, and the rest as the RAG checkpoint had it that was imported, if it was."""
-    kept, generator, config = rag.retriever.files[0].parent.parent / KEPT, parts["generator"], rag.config
+    """config.json of the whole: what the run's configuration says, the rest as in the RAG checkpoint it came from."""
+    imported, generator, config = rag.retriever.files[0].parent.parent / RAG_SETTINGS, parts["generator"], rag.config
     names = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
     settings = {name: generator[name] for name in names if name in generator}
-    settings |= {"is_encoder_decoder": True} | (read_json(kept) if kept.is_file() else {})
+    settings |= {"is_encoder_decoder": True} | (read_json(imported) if imported.is_file() else {})
     prefix, title_sep, doc_sep = _separators(config) or ("", " / ", " // ")
     if prefix != (generator.get("prefix", settings.get("prefix")) or ""):
         generator = generator | {"prefix": prefix}

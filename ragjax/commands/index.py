@@ -122,7 +122,7 @@ def _check_corpus(corpus: Corpus) -> None:
 def _content(config: Config, corpus: ResolvedSource) -> str:
     """What the passages are made from: the files' contents, and the code that turns the Factbook into passages."""
     files = [corpus.path] if corpus.path.is_file() else [p for p in corpus.path.rglob("*") if p.is_file()]
-    content = fingerprint_files(files) if corpus.pin == "local" else corpus.pin
+    content = fingerprint_files(files) if corpus.revision == "local" else corpus.revision
     if config.corpus.format != "factbook":
         return content
     return f"{content} {fingerprint_files([Path(str(m.__file__)) for m in (factbook, factbook_facts)])}"
@@ -204,7 +204,12 @@ def _check_room(rag: RagPipeline, read: ReadPassages, scan: CorpusStats, new: Pa
 def _about(rag: RagPipeline, corpus: ResolvedSource, content: str, scan: CorpusStats, folder: Path) -> dict[str, Any]:
     """What the manifest tells of the shards in `folder`."""
     return {
-        "corpus": {"source": corpus.source, "pin": corpus.pin, "content": content, "fingerprint": scan.fingerprint},
+        "corpus": {
+            "source": corpus.source,
+            "pin": corpus.revision,
+            "content": content,
+            "fingerprint": scan.fingerprint,
+        },
         "generator_tokens": PassageStore.open(folder).token_count,
         "fingerprints": rag.fingerprints,
     }

@@ -14,44 +14,51 @@ TIE = 1e-3  # nats: two marginals are the same for all that rounding can tell
 
 
 def certify(
-    known: PrefixScorer,
+    scorer: PrefixScorer,
     answers: Sequence[Sequence[Tokens]],
     finished: Sequence[Bool[np.ndarray, " _"]],
     log_prior: Float[np.ndarray, "B K"],
-    width: int,
-) -> tuple[Float[np.ndarray, "2 B C"], Int[np.ndarray, "B 2"]]:
-    """Bounds on log p(y|x) that tell which candidate is best, and the scores it took, of how many for all.
+    count: int,
+) -> tuple[Float[np.ndarray, "B 2 C"], Int[np.ndarray, "B 2"]]:
+    """Which candidate of each question is best, proved with as few scores as it takes.
 
     Under a document an answer is never likelier than its prefixes, some of which the beam search has read. Documents
     are scored in rounds, the likeliest first, twice as many a round, for the candidates that can still be the best.
+
+    Args:
+        scorer: of the B·K memories, question-major.
+        answers: the candidates of each question as they are scored, at most `count` = C of them.
+        finished: which of them are.
+        log_prior: −inf where there is no document.
+
+    Returns:
+        A lower and an upper bound on log p(y|x) of each candidate (nats; −inf for what fills up), and for each question
+        the scores computed and the scores that thorough decoding needs.
     """
     questions, documents = log_prior.shape
-    logp, exact = (
-        np.full((questions, documents, width), -np.inf, np.float32),
-        np.full((questions, documents, width), True),
-    )
-    there = log_prior > -np.inf
-    rows = np.flatnonzero(there).tolist()
-    for row, (at_most, whole) in known.bounds({row: answers[row // documents] for row in rows}).items():
+    logp = np.full((questions, documents, count), -np.inf, np.float32)
+    exact = np.full(logp.shape, True)
+    rows = np.flatnonzero(log_prior > -np.inf).tolist()
+    for row, (at_most, whole) in scorer.bounds({row: answers[row // documents] for row in rows}).items():
         b, z = divmod(row, documents)
         logp[b, z, : len(whole)], exact[b, z, : len(whole)] = at_most, whole
-    unknown, count = (~exact).sum(axis=(1, 2)), 1
+    needed, at_once = (~exact).sum(axis=(1, 2)), 1
     order = np.argsort(-log_prior, axis=1, kind="stable")
     while True:
-        wanted = []
+        chosen = []
         for b, ends in enumerate(finished):
             size = len(ends)
             missing = next_scores(log_prior[b], logp[b, :, :size], exact[b, :, :size], ends if ends.any() else ~ends)
-            of_next = order[b][missing[order[b]].any(axis=1)][:count]
-            wanted.append(missing & np.isin(np.arange(documents), of_next)[:, None])
-        if not any(of_question.any() for of_question in wanted):
+            likeliest = order[b][missing[order[b]].any(axis=1)][:at_once]
+            chosen.append(missing & np.isin(np.arange(documents), likeliest)[:, None])
+        if not any(by_document.any() for by_document in chosen):
             break
-        score_candidates(known, answers, wanted, logp)
-        for b, of_question in enumerate(wanted):
-            exact[b, :, : of_question.shape[1]] |= of_question
-        count *= 2
+        score_candidates(scorer, answers, chosen, logp)
+        for b, by_document in enumerate(chosen):
+            exact[b, :, : by_document.shape[1]] |= by_document
+        at_once *= 2
     upper, lower = (np.asarray(thorough_marginals(log_prior, x)[0]) for x in (logp, np.where(exact, logp, -np.inf)))
-    return np.stack([lower, upper]), np.stack([unknown - (~exact).sum(axis=(1, 2)), unknown], axis=1)
+    return np.stack([lower, upper], axis=1), np.stack([needed - (~exact).sum(axis=(1, 2)), needed], axis=1)
 
 
 def next_scores(
@@ -60,9 +67,10 @@ def next_scores(
     exact: Bool[np.ndarray, "K C"],
     eligible: Bool[np.ndarray, " C"],
 ) -> Bool[np.ndarray, "K C"]:
-    """Which log p(y|x,z) are missing to tell the best of the eligible candidates: none once it is certain.
+    """Which log p(y|x,z) must still be computed to tell the best of the eligible candidates: none once it is certain.
 
-    `logp` is what it is at most, and, where it is `exact`, what it is. Within `TIE` of the best nothing is certain.
+    `logp` is an upper bound on it, and the value itself where it is `exact`. Within `TIE` of the best nothing is
+    certain.
     """
     joint = log_prior[:, None].astype(np.float64) + logp
     upper = np.logaddexp.reduce(joint, axis=0)

@@ -1,20 +1,20 @@
-"""RAG-Sequence and RAG-Token decoding: candidates, their marginals, and what is chosen of them."""
+"""RAG-Sequence decoding: stage 2 proposes candidates, stage 3 computes their marginals. RAG-Token's is `rag_token`."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from ragjax.config import Decode
-from ragjax.decoding.candidates import Candidates, distinct_answers, pad_answers, with_end
+from ragjax.decoding.candidates import Candidates, as_candidates, distinct_answers, with_end
 from ragjax.decoding.certified import certify
 from ragjax.decoding.prefix_cache import PrefixScorer
-from ragjax.decoding.propose import beam_search_documents, beam_search_marginal
+from ragjax.decoding.propose import beam_search_documents
 from ragjax.decoding.rescore import fast_marginals, score_candidates, thorough_marginals
-from ragjax.marginal import marginal_logp, token_posterior
 from ragjax.models.generator import SpecialTokens
 from ragjax.models.kv_cache import DocumentMemory
 from ragjax.models.layers import Params
@@ -29,94 +29,39 @@ def decode_rag_sequence(
     settings: Decode,
     special: SpecialTokens,
 ) -> list[Candidates]:
-    """Candidates of B questions whose B·K documents are in `memory`, question-major.
+    """The candidates of B questions (Lewis et al. 2020, section 2.5); `Candidates.best` chooses among them.
 
-    The fast marginal is always there. With `settings.mode` `thorough` the thorough one is, too; with `certified` bounds
-    on it, as tight as it takes to know the best. Documents whose prior is −inf propose nothing.
+    Args:
+        graph: the generator's, as `params`.
+        params: the generator's.
+        memory: of the B·K documents, question-major.
+        log_prior: log p(z|x) in nats; a document with −inf proposes nothing.
+        settings: the beam search, and the `mode`: the fast marginal is always computed; with `thorough` the thorough
+            one, too; with `certified` bounds on it, as tight as it takes to know the best.
+        special: the tokens that end an answer, and those that are forced.
     """
     beams, prefixes = beam_search_documents(graph, params, memory, settings, special)
-    beams = jax.device_get(beams)
-    documents = log_prior.shape[1]
-    found = [distinct_answers(beams, b * documents, prior) for b, prior in enumerate(log_prior)]
-    width = bucket_size(max(map(len, found)))
-    proposed = np.full((len(found), documents, width), -np.inf, np.float32)
-    for b, of_question in enumerate(found):
-        for c, by_document in enumerate(of_question.values()):
+    beams, documents = jax.device_get(beams), log_prior.shape[1]
+    proposals = [distinct_answers(beams, b * documents, prior) for b, prior in enumerate(log_prior)]
+    answers = [with_end(list(by_answer), special) for by_answer in proposals]
+    count = bucket_size(max(map(len, answers)))
+    beam_logp = np.full((len(answers), documents, count), -np.inf, np.float32)
+    for b, by_answer in enumerate(proposals):
+        for c, by_document in enumerate(by_answer.values()):
             for document, logp in by_document.items():
-                proposed[b, document, c] = logp
-    fast = np.asarray(fast_marginals(log_prior, proposed))
-    scored = thorough = responsibility = bounds = None
-    needed = np.zeros((len(found), 2), int)
-    known = PrefixScorer(graph, params, memory, prefixes, special)
-    answers = [with_end(list(of_question), special) for of_question in found]
+                beam_logp[b, document, c] = logp
+    arrays = {"beam_logp": beam_logp, "fast_logp": np.asarray(fast_marginals(log_prior, beam_logp))}
+    scorer, needed = PrefixScorer(graph, params, memory, prefixes, special), None
     if settings.mode == "thorough":
-        scored = np.full_like(proposed, -np.inf)
-        every = [(log_prior[b] > -np.inf)[:, None] & np.full(len(of), True) for b, of in enumerate(answers)]
-        score_candidates(known, answers, every, scored)
-        thorough, responsibility = (np.asarray(x) for x in thorough_marginals(log_prior, scored))
+        arrays["doc_logp"] = np.full_like(beam_logp, -np.inf)
+        every = [(log_prior[b] > -np.inf)[:, None] & np.full(len(ys), True) for b, ys in enumerate(answers)]
+        score_candidates(scorer, answers, every, arrays["doc_logp"])
+        marginal, posterior = thorough_marginals(log_prior, arrays["doc_logp"])
+        arrays |= {"thorough_logp": np.asarray(marginal), "posterior": np.asarray(posterior)}
     elif settings.mode == "certified":
-        finished = [np.array([ends for _, ends in of_question]) for of_question in found]
-        bounds, needed = certify(known, answers, finished, log_prior, width)
-    return [
-        Candidates(
-            tokens=[tokens for tokens, _ in of_question],
-            finished=np.array([ends for _, ends in of_question], bool),
-            beam_logp=proposed[b, :, : len(of_question)],
-            fast_logp=fast[b, : len(of_question)],
-            doc_logp=None if scored is None else scored[b, :, : len(of_question)],
-            thorough_logp=None if thorough is None else thorough[b, : len(of_question)],
-            posterior=None if responsibility is None else responsibility[b, :, : len(of_question)],
-            bounds=None if bounds is None else bounds[:, b, : len(of_question)],
-            needed=None if bounds is None else (int(needed[b, 0]), int(needed[b, 1])),
-        )
-        for b, of_question in enumerate(found)
-    ]
-
-
-def decode_rag_token(
-    graph: nnx.GraphDef,
-    params: Params,
-    memory: DocumentMemory,
-    log_prior: Float[np.ndarray, "B K"],
-    settings: Decode,
-    special: SpecialTokens,
-    hugging_face: bool = False,
-) -> list[Candidates]:
-    """RAG-Token: the beams of each question, best first, and what each is worth; `memory` as for `decode`."""
-    prior = jnp.asarray(log_prior)
-    beams, prefixes = beam_search_marginal(graph, params, memory, prior, settings, special, hugging_face)
-    beams = jax.device_get(beams)
-    found = [list(distinct_answers(beams, b, np.zeros(1))) for b in range(len(log_prior))]
-    answers, lengths = pad_answers(found, special, settings.max_new_tokens)
-    # every prefix of a beam was read under every document
-    documents, rows = log_prior.shape[1], [with_end(of_question, special) for of_question in found]
-    known = PrefixScorer(graph, params, memory, prefixes, special).score(
-        {b * documents + z: of_question for b, of_question in enumerate(rows) for z in range(documents)}
-    )
-    tokens = np.zeros((len(found), documents, *answers.shape[1:]), np.float32)
-    for row, of_row in known.items():
-        for c, logp in enumerate(of_row):
-            tokens[*divmod(row, documents), c, : len(logp)] = logp
-    marginal, responsibility = (np.array(x) for x in _rag_token_marginals(prior, tokens, lengths))
-    marginal[lengths == 0] = -np.inf  # where nothing could be answered
-    scored = np.asarray(tokens.sum(axis=-1))
-    return [
-        Candidates(
-            tokens=[tokens for tokens, _ in of_question],
-            finished=np.array([ends for _, ends in of_question], bool),
-            beam_logp=np.full((log_prior.shape[1], len(of_question)), -np.inf, np.float32),
-            doc_logp=scored[b, :, : len(of_question)],
-            thorough_logp=marginal[b, : len(of_question)],
-            posterior=responsibility[b, :, : len(of_question)],
-            ranked=True,
-        )
-        for b, of_question in enumerate(found)
-    ]
-
-
-@jax.jit
-def _rag_token_marginals(log_prior: Array, logp: Array, lengths: Array) -> tuple[Array, Array]:
-    """RAG-Token's log p(y|x) [B,C], and the mean responsibility of each document [B,K,C]."""
-    counts = jnp.arange(logp.shape[-1]) < lengths[..., None]
-    marginal = jnp.where(counts, marginal_logp(log_prior, logp), 0.0).sum(axis=-1)
-    return marginal, token_posterior(log_prior, logp, counts)
+        finished = [np.array([ends for _, ends in by_answer]) for by_answer in proposals]
+        arrays["bounds"], needed = certify(scorer, answers, finished, log_prior, count)
+    candidates = as_candidates([list(by_answer) for by_answer in proposals], arrays)
+    if needed is None:
+        return candidates
+    return [replace(own, needed=(int(n[0]), int(n[1]))) for own, n in zip(candidates, needed, strict=True)]

@@ -1,7 +1,8 @@
-"""`RagSequenceForGeneration.generate` of transformers to the letter, for who must have its numbers."""
+"""transformers' `RagSequenceForGeneration.generate` to the letter, for who must have its numbers."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import takewhile
 
 import jax
@@ -13,6 +14,7 @@ from jaxtyping import Bool, Float
 from ragjax.config import Decode
 from ragjax.decoding.beam_search import Beams
 from ragjax.decoding.candidates import Candidates
+from ragjax.decoding.prefix_cache import Tokens
 from ragjax.decoding.propose import beam_search_documents
 from ragjax.decoding.rescore import score_tokens
 from ragjax.marginal import hugging_face_nll, posterior
@@ -32,69 +34,88 @@ def decode_hf_compatible(
     settings: Decode,
     special: SpecialTokens,
 ) -> list[Candidates]:
-    """transformers' `RagSequenceForGeneration.generate`, to the letter, over the K documents of each question.
+    """The candidates of each question, best first, as `RagSequenceForGeneration.generate` has them.
 
-    The documents `proposing` are searched through `unmasked`, memories that were read without a mask, padding and all;
-    the candidates are scored under the first M. A candidate is all that `generate` returns after the start token, and
-    what fills it up counts unless it is the padding token. `thorough` is −NLL: above 0, even, where an answer of one
-    token has lost its prior.
+    A candidate is all that `generate` returns after the start token, and what fills it up counts unless it is the
+    padding token. `thorough_logp` is −NLL (nats): above 0, even, where an answer of one token has lost its prior.
+
+    Args:
+        graph: the generator's, as `params`.
+        params: the generator's.
+        unmasked: memories that were read without a mask, padding and all; under these candidates are searched.
+        memory: of the B·K documents, question-major; under the first M of each question candidates are scored.
+        log_prior: log p(z|x) of these M; −inf where there is no document.
+        proposing: which documents propose candidates.
+        settings: the beam search.
+        special: the tokens that end an answer, and those that are forced.
     """
     beams = jax.device_get(beam_search_documents(graph, params, unmasked, settings, special, True)[0])
     documents, (questions, scoring) = proposing.shape[1], log_prior.shape
-    found = [_as_returned(beams, b * documents, proposing[b], special) for b in range(questions)]
-    count, longest = bucket_size(max(map(len, found))), settings.max_new_tokens
+    answers = [_as_returned(beams, b * documents, proposing[b], special) for b in range(questions)]
+    count, longest = bucket_size(max(map(len, answers))), settings.max_new_tokens
     targets = np.full((questions, count, longest), special.pad, np.int32)
-    for b, of_question in enumerate(found):
-        for c, row in enumerate(of_question):
-            targets[b, c, : len(row)] = row
+    for b, by_answer in enumerate(answers):
+        for c, y in enumerate(by_answer):
+            targets[b, c, : len(y)] = y
     lengths = np.full((questions, count), longest, np.int32)
     logp = score_tokens(graph, params, memory, targets, lengths, special)[:, :scoring]
     logp = jnp.where((log_prior > -np.inf)[..., None, None], logp, -jnp.inf)  # documents that are not there
-    first_is_bos = [special.bos is not None and all(row[0] == special.bos for row in rows) for rows in found]
-    counted, excluded = jnp.asarray(targets != special.pad), np.array(first_is_bos)
+    excluded = np.array([special.bos is not None and all(y[0] == special.bos for y in ys) for ys in answers])
+    counted = jnp.asarray(targets != special.pad)
     nll = np.array(hugging_face_nll(jnp.asarray(log_prior), logp, counted, jnp.asarray(excluded)))
-    for b, of_question in enumerate(found):
-        nll[b, [c for c, by in enumerate(of_question.values()) if not by]] = np.inf  # where nothing could be answered
-    counts = counted & ~(excluded[:, None, None] & (np.arange(longest) == 0))
-    scored = np.asarray(jnp.where(counts[:, None], logp, 0.0).sum(axis=-1))
-    joint = np.asarray(posterior(jnp.asarray(log_prior), jnp.asarray(scored)))
-    made = []
-    for b, of_question in enumerate(found):
-        order = np.argsort(nll[b, : len(of_question)], kind="stable")
-        rows = [(row, of_question[row]) for row in (list(of_question)[c] for c in order)]
-        made.append(
-            Candidates(
-                tokens=[tuple(takewhile(lambda token: token != special.eos, row)) for row, _ in rows],
-                finished=np.array([special.eos in row for row, _ in rows], bool),
-                beam_logp=np.array([[by.get(z, -np.inf) for _, by in rows] for z in range(documents)], np.float32),
-                doc_logp=_fill_up(scored[b][:, order], documents, -np.inf),
-                thorough_logp=-nll[b, order],
-                posterior=_fill_up(joint[b][:, order], documents, 0.0),
-                ranked=True,
-            )
-        )
-    return made
+    for b, by_answer in enumerate(answers):
+        nll[b, [c for c, by in enumerate(by_answer.values()) if not by]] = np.inf  # where nothing could be answered
+    counted = counted & ~(excluded[:, None, None] & (np.arange(longest) == 0))
+    doc_logp = jnp.where(counted[:, None], logp, 0.0).sum(axis=-1)
+    shares = np.asarray(posterior(jnp.asarray(log_prior), doc_logp))
+    return [
+        _ranked(by_answer, nll[b, : len(by_answer)], np.asarray(doc_logp)[b], shares[b], documents, special)
+        for b, by_answer in enumerate(answers)
+    ]
+
+
+def _ranked(
+    answers: Mapping[Tokens, Mapping[int, float]],
+    nll: Float[np.ndarray, " C"],
+    doc_logp: Float[np.ndarray, "M _"],
+    shares: Float[np.ndarray, "M _"],
+    documents: int,
+    special: SpecialTokens,
+) -> Candidates:
+    """The candidates of one question of K documents, best first, a document that was not scored with probability 0."""
+    order = np.argsort(nll, kind="stable")
+    ranked = [list(answers.items())[c] for c in order]
+    return Candidates(
+        tokens=[tuple(takewhile(lambda token: token != special.eos, y)) for y, _ in ranked],
+        finished=np.array([special.eos in y for y, _ in ranked], bool),
+        beam_logp=np.array([[by.get(z, -np.inf) for _, by in ranked] for z in range(documents)], np.float32),
+        doc_logp=_fill_up(doc_logp[:, order], documents, -np.inf),
+        thorough_logp=-nll[order],
+        posterior=_fill_up(shares[:, order], documents, 0.0),
+        ranked=True,
+    )
 
 
 def _as_returned(
     beams: Beams, first_row: int, proposing: Bool[np.ndarray, " K"], special: SpecialTokens
-) -> dict[tuple[int, ...], dict[int, float]]:
-    """Distinct rows as transformers returns them, and the beam's score for each document that proposed one.
+) -> dict[Tokens, dict[int, float]]:
+    """Distinct answers as transformers returns them, and the beam's score for each document that proposed one.
 
     With one beam what follows the end token is padding; with more, if the padding token's id is 0, the end token.
+    Without any document there is only the empty answer.
     """
     rows = slice(first_row, first_row + len(proposing))
     there = (beams.logp[rows] > -np.inf) & proposing[:, None]
-    width, fill = int(beams.length[rows][there].max(initial=1)), special.pad
+    longest, fill = int(beams.length[rows][there].max(initial=1)), special.pad
     if beams.tokens.shape[1] > 1:
         fill = special.pad or special.eos
-    found: dict[tuple[int, ...], dict[int, float]] = {}
+    answers: dict[Tokens, dict[int, float]] = {}
     for document, beam in np.argwhere(there):
         at = (first_row + document, beam)
         tokens = [int(t) for t in beams.tokens[at][: beams.length[at]]]
-        row = (*tokens, *[fill] * (width - len(tokens)))
-        found.setdefault(row, {})[int(document)] = float(beams.logp[at])
-    return found or {(special.pad,): {}}  # without any document there is only the empty answer
+        answer = (*tokens, *[fill] * (longest - len(tokens)))
+        answers.setdefault(answer, {})[int(document)] = float(beams.logp[at])
+    return answers or {(special.pad,): {}}
 
 
 def _fill_up(rows: np.ndarray, count: int, value: float) -> np.ndarray:

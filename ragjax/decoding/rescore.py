@@ -27,43 +27,51 @@ def score_tokens(
     lengths: Int[Array, "B C"],
     special: SpecialTokens,
 ) -> Float[Array, "B K C T"]:
-    """log p(y_t|y_<t,x,z) of C answers a question under all K documents, in one padded pass over B·K memories.
+    """log p(y_t|y_<t,x,z) (nats) of C answers a question under all K documents, in one padded pass over B·K memories.
 
-    That of `special.eos` is that the answer ends, whichever token writes it.
+    That of `special.eos` is that the answer ends, whichever token writes it. Padding has 0.
     """
     questions, count, longest = answers.shape
     documents = memory.start.shape[0] // questions
     rows, generator = jnp.repeat(answers, documents, axis=0), nnx.merge(graph, params)
-    hidden = answer_hidden(generator, memory, rows)
-    logp = event_logits(generator, hidden, rows, special) - generator.vocab_logsumexp(hidden)[0]
+    head, hidden = generator.vocab_head(), answer_hidden(generator, memory, rows)
+    logp = event_logits(head, hidden, rows, special) - head.logsumexp_and_mean(hidden)[0]
     logp = logp.reshape(questions, documents, count, longest)
     return jnp.where(jnp.arange(longest) < lengths[:, None, :, None], logp, 0.0)
 
 
 def score_candidates(
-    known: PrefixScorer,
+    scorer: PrefixScorer,
     answers: Sequence[Sequence[Tokens]],
-    wanted: Sequence[Bool[np.ndarray, "K _"]],
-    into: np.ndarray,
+    chosen: Sequence[Bool[np.ndarray, "K _"]],
+    logp: Float[np.ndarray, "B K C"],
 ) -> None:
-    """Scores the wanted candidates of every question in one pass, `into` log p(y|x,z) [B,K,C]."""
-    documents = into.shape[1]
-    chosen = {
-        b * documents + z: np.flatnonzero(of_document).tolist()
-        for b, of_question in enumerate(wanted)
-        for z, of_document in enumerate(of_question)
-        if of_document.any()
+    """Writes log p(y|x,z) (nats) of the chosen candidates of every question into `logp`, computed in one pass.
+
+    `answers` are the candidates of each question as they are scored (see `with_end`), `chosen` which of them under
+    which of its documents.
+    """
+    documents = logp.shape[1]
+    columns = {
+        b * documents + z: np.flatnonzero(under_document).tolist()
+        for b, by_document in enumerate(chosen)
+        for z, under_document in enumerate(by_document)
+        if under_document.any()
     }
-    found = known.score({row: [answers[row // documents][c] for c in which] for row, which in chosen.items()})
-    for row, of_row in found.items():
-        into[row // documents, row % documents, chosen[row]] = [logp.sum() for logp in of_row]
+    scores = scorer.score({row: [answers[row // documents][c] for c in cs] for row, cs in columns.items()})
+    for row, steps in scores.items():
+        logp[row // documents, row % documents, columns[row]] = [by_token.sum() for by_token in steps]
 
 
 @jax.jit
-def fast_marginals(log_prior: Array, proposed: Array) -> Array:
-    return fast_marginal(log_prior, proposed, proposed > -jnp.inf)
+def fast_marginals(log_prior: Float[Array, "B K"], beam_logp: Float[Array, "B K C"]) -> Float[Array, "B C"]:
+    """The fast marginal of candidates; `beam_logp` is −inf where a document did not propose one."""
+    return fast_marginal(log_prior, beam_logp, beam_logp > -jnp.inf)
 
 
 @jax.jit
-def thorough_marginals(log_prior: Array, scored: Array) -> tuple[Array, Array]:
-    return thorough_marginal(log_prior, scored), posterior(log_prior, scored)
+def thorough_marginals(
+    log_prior: Float[Array, "B K"], doc_logp: Float[Array, "B K C"]
+) -> tuple[Float[Array, "B C"], Float[Array, "B K C"]]:
+    """The thorough marginal of candidates, and the posterior of each document."""
+    return thorough_marginal(log_prior, doc_logp), posterior(log_prior, doc_logp)

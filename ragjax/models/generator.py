@@ -1,6 +1,10 @@
 """The one interface that decoding and training know of a generator, and what follows from it for every family.
 
-A document is read once, by `prefill`; all that is ever generated or scored after it shares that memory.
+A document is read once, by `prefill`; all that is ever generated or scored after it shares that memory:
+
+    log p(y|x,z) = Σ_t log softmax(vocab_head(forward_with_cache(memory(x,z), y_<t)))[y_t]
+
+A new family is one file in `generators/`, its rows in `checkpoints/name_tables.py`, and its tests.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ragjax.models.kv_cache import DocumentMemory, KVCache
 from ragjax.models.layers import RowRngs
+from ragjax.models.vocab_head import VocabHead
 
 
 @dataclass(frozen=True)
@@ -44,9 +49,13 @@ class Generator(Protocol):
     config: Any
 
     def prefill(
-        self, source: Int[Array, "n S"], mask: Bool[Array, "n S"], keys: RowRngs | None = None, remat: bool = False
+        self,
+        source: Int[Array, "n S"],
+        mask: Bool[Array, "n S"],
+        dropout_rngs: RowRngs | None = None,
+        remat: bool = False,
     ) -> DocumentMemory:
-        """Reads right-padded sources [n,S]."""
+        """Reads right-padded sources. Dropout acts where one PRNG key a row is given; for `remat` see `scan_layers`."""
         ...
 
     def forward_with_cache(
@@ -55,27 +64,19 @@ class Generator(Protocol):
         past: KVCache | None,
         tokens: Int[Array, "n G M"],
         positions: Int[Array, "#n #G M"],
-        visible: Bool[Array, "#n #G M P"],
-        keys: RowRngs | None = None,
+        attention_mask: Bool[Array, "#n #G M P"],
+        dropout_rngs: RowRngs | None = None,
         remat: bool = False,
     ) -> tuple[Float[Array, "n G M D"], KVCache | None]:
-        """G groups of M tokens after each memory.
+        """The states after G groups of M tokens that follow each memory, and the pool that holds these tokens, too.
 
-        Without a past a token sees, of its own group, what `visible` [n|1,G|1,M,M] says. With one, the new tokens
-        are written to the next G·M slots of the pool, and `visible` [n,G,M,P] says which slots each sees.
+        Without a past a token sees, of its own group, what `attention_mask` [n|1,G|1,M,M] says. With one, the new
+        tokens are written to the next G·M slots of the pool, and `attention_mask` [n,G,M,P] says which slots each sees.
         """
         ...
 
-    def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
-        """Float32 logits."""
-        ...
-
-    def vocab_logsumexp(self, hidden: Float[Array, "... D"]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-        """The logsumexp of the logits and their mean over the vocabulary, never all of them at once."""
-        ...
-
-    def target_logits(self, hidden: Float[Array, "... D"], targets: Int[Array, "..."]) -> Float[Array, "..."]:
-        """The logits of the targets alone."""
+    def vocab_head(self) -> VocabHead:
+        """What turns states into logits."""
         ...
 
 
@@ -83,8 +84,9 @@ def token_logp(
     generator: Generator, hidden: Float[Array, "... D"], targets: Int[Array, "..."]
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
     """Log-probability of each target and the mean over the vocabulary, in nats."""
-    normalizer, mean = generator.vocab_logsumexp(hidden)
-    return generator.target_logits(hidden, targets) - normalizer, mean - normalizer
+    head = generator.vocab_head()
+    logsumexp, mean = head.logsumexp_and_mean(hidden)
+    return head.target_logits(hidden, targets) - logsumexp, mean - logsumexp
 
 
 def join_ends(logp: Float[Array, "*n V"], special: SpecialTokens) -> Float[Array, "*n V"]:
@@ -98,13 +100,13 @@ def join_ends(logp: Float[Array, "*n V"], special: SpecialTokens) -> Float[Array
 
 
 def event_logits(
-    generator: Generator, hidden: Float[Array, "*n D"], targets: Int[Array, "*n"], special: SpecialTokens
+    head: VocabHead, hidden: Float[Array, "*n D"], targets: Int[Array, "*n"], special: SpecialTokens
 ) -> Float[Array, "*n"]:
     """The logits of the targets; where one is `special.eos`, the logsumexp of those of all ends."""
-    logits = generator.target_logits(hidden, targets)
+    logits = head.target_logits(hidden, targets)
     if not special.other_ends:
         return logits
-    others = [generator.target_logits(hidden, jnp.full_like(targets, other)) for other in special.other_ends]
+    others = [head.target_logits(hidden, jnp.full_like(targets, other)) for other in special.other_ends]
     together = jax.nn.logsumexp(jnp.stack([logits, *others]), axis=0)
     return jnp.where(targets == special.eos, together, logits)
 
@@ -113,18 +115,18 @@ def score(
     generator: Generator,
     memory: DocumentMemory,
     answers: Int[Array, "n C T"],
-    keys: RowRngs | None = None,
+    dropout_rngs: RowRngs | None = None,
     remat: bool = False,
 ) -> Float[Array, "n C T"]:
-    """log p(answers[t] | answers[<t], x, z) for C answers that share each memory; callers mask padding and sum."""
-    return token_logp(generator, answer_hidden(generator, memory, answers, keys, remat), answers)[0]
+    """log p(answers[t] | answers[<t], x, z) of C answers that share each memory; callers mask padding and sum."""
+    return token_logp(generator, answer_hidden(generator, memory, answers, dropout_rngs, remat), answers)[0]
 
 
 def answer_hidden(
     generator: Generator,
     memory: DocumentMemory,
     answers: Int[Array, "n C T"],
-    keys: RowRngs | None = None,
+    dropout_rngs: RowRngs | None = None,
     remat: bool = False,
 ) -> Float[Array, "n C T D"]:
     """The states from which each answer token is predicted, its predecessors given."""
@@ -132,21 +134,5 @@ def answer_hidden(
     start = jnp.broadcast_to(memory.start[:, None, None], (n, count, 1))
     inputs = jnp.concatenate([start, answers[:, :, :-1]], axis=-1)
     causal = jnp.tril(jnp.ones((1, 1, length, length), bool))
-    return generator.forward_with_cache(memory, None, inputs, jnp.arange(length)[None, None], causal, keys, remat)[0]
-
-
-def next_logp(
-    generator: Generator,
-    memory: DocumentMemory,
-    past: KVCache,
-    tokens: Int[Array, "n W"],
-    step: Int[Array, ""],
-    visible: Bool[Array, "n W P"],
-) -> tuple[Float[Array, "n W V"], KVCache]:
-    """One step of W beams: log-probabilities of the token after `tokens`, which stand at position `step`."""
-    positions = jnp.broadcast_to(step, (1, tokens.shape[1], 1))
-    hidden, past_after = generator.forward_with_cache(
-        memory, past, tokens[:, :, None], positions, visible[:, :, None, :]
-    )
-    assert past_after is not None
-    return jax.nn.log_softmax(generator.logits(hidden[:, :, 0]), axis=-1), past_after
+    positions = jnp.arange(length)[None, None]
+    return generator.forward_with_cache(memory, None, inputs, positions, causal, dropout_rngs, remat)[0]

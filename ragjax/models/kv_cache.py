@@ -1,13 +1,21 @@
-"""Keys and values that generators keep: of a document that was read, and of tokens generated after it."""
+"""Keys and values that generators keep: of a document that was read, and of the tokens after it.
+
+`decode_layers` runs the layers of any family beside both.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import struct
+from flax import nnx, struct
 from jaxtyping import Array, Bool, Float, Int
+
+from ragjax.models.attention import AttentionSource
+from ragjax.models.layers import scan_layers
 
 
 @struct.dataclass
@@ -29,11 +37,11 @@ class DocumentMemory:
 
 @struct.dataclass
 class KVCache:
-    """A write-once pool of P slots a row, for tokens already extended."""
+    """A write-once pool of P slots a row, for the tokens read after its document."""
 
     keys: Float[Array, "L n P Hkv Dh"]
     values: Float[Array, "L n P Hkv Dh"]
-    positions: Int[Array, "n P"]
+    positions: Int[Array, "n P"]  # of the token in each slot; kept by families that need them later
     filled: Int[Array, ""]
 
     def write(
@@ -77,3 +85,79 @@ def empty_kv_cache(memory: DocumentMemory, slots: int) -> KVCache:
     shape = (layers, n, slots, heads, width)
     keys, values = jnp.zeros(shape, memory.keys.dtype), jnp.zeros(shape, memory.values.dtype)
     return KVCache(keys, values, jnp.zeros((n, slots), jnp.int32), jnp.zeros((), jnp.int32))
+
+
+@struct.dataclass
+class LayerCache:
+    """What one layer of a decoder attends to beside its new tokens: the document, and its part of the pool."""
+
+    layer: Int[Array, ""]  # its number
+    document: AttentionSource
+    pool: KVCache | None  # without one, the new tokens attend to their own group alone
+    attention_mask: Bool[Array, "#n #G M P"]
+    bias: Float[Array, "#n #G M P H"] | None
+
+    def append(
+        self, keys: Float[Array, "n G M Hkv Dh"], values: Float[Array, "n G M Hkv Dh"]
+    ) -> tuple[AttentionSource, LayerCache]:
+        """The new tokens and those before them as an attention source, and the cache that holds the new ones."""
+        if self.pool is None:
+            return AttentionSource(keys, values, self.attention_mask, self.bias), self
+        pool = self.pool.write(self.layer, keys, values)
+        keys, values = pool.keys[self.layer], pool.values[self.layer]
+        return AttentionSource(keys, values, self.attention_mask, self.bias), replace(self, pool=pool)
+
+
+def decode_layers(
+    layers: nnx.Module,
+    block: Callable[[Any, Array, LayerCache], tuple[Array, LayerCache]],
+    x: Float[Array, "n G M D"],
+    memory: DocumentMemory,
+    past: KVCache | None,
+    attention_mask: Bool[Array, "#n #G M P"],
+    bias: Float[Array, "#n #G M P H"] | None = None,
+    remat: bool = False,
+) -> tuple[Float[Array, "n G M D"], KVCache | None]:
+    """The new tokens x after all the stacked layers of a decoder, and the pool with their keys and values.
+
+    Args:
+        layers: stacked, as many as `memory` has.
+        block: `(layer, x, cache) -> (x, cache)`, one layer; it gives its keys and values to `cache.append`.
+        x: G groups of M embedded tokens a row.
+        memory: of the n documents.
+        past: the pool to which the tokens are added; without one they attend to their own group alone.
+        attention_mask: which slots of the pool, or else tokens of its group, each new token sees.
+        bias: added to the attention logits of what `attention_mask` is about, in every layer.
+        remat: whether each layer is computed again going backward (see `scan_layers`).
+    """
+
+    def step(layer: Any, carry: tuple[Array, KVCache | None], inputs: tuple[Array, Array, Array]) -> tuple[Any, None]:
+        x, pool = carry
+        keys, values, number = inputs
+        document = AttentionSource(keys, values, memory.mask[:, None, None])
+        x, cache = block(layer, x, LayerCache(number, document, pool, attention_mask, bias))
+        return (x, cache.pool), None
+
+    xs = (memory.keys, memory.values, jnp.arange(memory.keys.shape[0]))
+    (hidden, pool), _ = scan_layers(layers, step, (x, past), xs, remat)
+    return hidden, None if pool is None else pool.advance(x.shape[1] * x.shape[2])
+
+
+def cross_attention_memory(
+    layers: nnx.Module,
+    encoded: Float[Array, "n S D"],
+    mask: Bool[Array, "n S"],
+    start: int,
+    remat: bool = False,
+) -> DocumentMemory:
+    """The memory of an encoder–decoder: the keys and values of `encoded` for the `cross` attention of each layer.
+
+    `start` is the token from which every answer begins, at position 0.
+    """
+
+    def project(layer: Any, nothing: None, _: None) -> tuple[None, tuple[Array, Array]]:
+        return nothing, layer.cross.keys_and_values(encoded)
+
+    _, (keys, values) = scan_layers(layers, project, None, None, remat)
+    n = mask.shape[0]
+    return DocumentMemory(keys, values, mask, jnp.zeros(n, jnp.int32), jnp.full(n, start, jnp.int32))

@@ -1,4 +1,4 @@
-"""What every model family shares: stacked layers, dropout by row, attention, the vocabulary visited by blocks."""
+"""What every model family shares: stacked layers, dropout by row, activations, and how activations are sharded."""
 
 from __future__ import annotations
 
@@ -12,12 +12,9 @@ from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
-from ragjax.models.attention import NEGATIVE
-
 Params = dict[str, Any]  # a nested dict of arrays, as `nnx.to_pure_dict` gives it
+RowRngs = Key[Array, " n"]  # one PRNG key a row, for dropout
 
-
-LOGIT_BUDGET = 2**24  # at most so many logits at once when they are summed over the vocabulary
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": partial(jax.nn.gelu, approximate=False),
     "gelu_new": partial(jax.nn.gelu, approximate=True),
@@ -78,69 +75,19 @@ def split_parameters(module: nnx.Module) -> tuple[nnx.GraphDef, Params]:
     return graph, nnx.to_pure_dict(state)
 
 
-def row_rngs(key: Key[Array, ""], rows: Int[Array, " n"]) -> Key[Array, " n"]:
-    """One dropout key a row, by its global number: the mask does not depend on how the batch is laid out."""
-    return jax.vmap(partial(jax.random.fold_in, key))(rows)
+def row_rngs(rng: Key[Array, ""], rows: Int[Array, " n"]) -> RowRngs:
+    """One PRNG key a row, by its global number: the mask does not depend on how the batch is laid out."""
+    return jax.vmap(partial(jax.random.fold_in, rng))(rows)
 
 
-def fold_rngs(keys: Key[Array, " n"] | None, data: int | Int[Array, ""]) -> Key[Array, " n"] | None:
+def fold_rngs(rngs: RowRngs | None, data: int | Int[Array, ""]) -> RowRngs | None:
     """Another independent key for every row."""
-    return None if keys is None else jax.vmap(lambda key: jax.random.fold_in(key, data))(keys)
+    return None if rngs is None else jax.vmap(lambda rng: jax.random.fold_in(rng, data))(rngs)
 
 
-def dropout(x: Float[Array, "n ..."], keys: Key[Array, " n"] | None, rate: float) -> Float[Array, "n ..."]:
-    """Inverted dropout with one key a row; without keys, the identity."""
-    if keys is None or rate == 0.0:
+def dropout(x: Float[Array, "n ..."], rngs: RowRngs | None, rate: float) -> Float[Array, "n ..."]:
+    """Inverted dropout (Srivastava et al. 2014) with one key a row; without keys, the identity."""
+    if rngs is None or rate == 0.0:
         return x
-    keep = jax.vmap(lambda key, row: jax.random.bernoulli(key, 1.0 - rate, row.shape))(keys, x)
+    keep = jax.vmap(lambda rng, row: jax.random.bernoulli(rng, 1.0 - rate, row.shape))(rngs, x)
     return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
-
-
-def vocab_logsumexp(
-    hidden: Float[Array, "... D"], head: Float[Array, "V D"], bias: Float[Array, " V"] | None = None
-) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    """Float32 logsumexp of the logits, which normalises them, and their mean over the vocabulary (for smoothing).
-
-    The vocabulary is visited in blocks, forward and backward, so that memory does not grow with rows times V.
-    """
-    flat, vocabulary = hidden.reshape(-1, hidden.shape[-1]), head.shape[0]
-    rows = flat.shape[0]
-    blocks = -(-vocabulary // max(1024, LOGIT_BUDGET // max(1, rows)))
-    block = -(-vocabulary // blocks)
-    head = gather(head.astype(hidden.dtype))  # once, not for every block
-
-    def visit(carry: tuple[Array, Array, Array], number: Array) -> tuple[tuple[Array, Array, Array], None]:
-        top, total, summed = carry
-        first = jnp.minimum(number * block, vocabulary - block)  # the last block overlaps the one before
-        part = jax.lax.dynamic_slice_in_dim(head, first, block)
-        logits = jnp.einsum("rd,vd->rv", flat, part, preferred_element_type=jnp.float32)
-        if bias is not None:
-            logits += jax.lax.dynamic_slice_in_dim(bias, first, block)
-        fresh = first + jnp.arange(block) >= number * block
-        masked = jnp.where(fresh, logits, -jnp.inf)
-        new_top = jax.lax.stop_gradient(jnp.maximum(top, masked.max(axis=-1)))
-        total = total * jnp.exp(top - new_top) + jnp.exp(masked - new_top[:, None]).sum(axis=-1)
-        summed += jnp.where(fresh, logits, 0.0).sum(axis=-1)
-        return (new_top, total, summed), None
-
-    zero = jnp.zeros(rows, jnp.float32)
-    start = (jnp.full(rows, NEGATIVE, jnp.float32), zero, zero)
-    # logits that are few enough to be kept are not computed again going backward
-    (top, total, summed), _ = jax.lax.scan(visit if blocks == 1 else jax.checkpoint(visit), start, jnp.arange(blocks))
-    shape = hidden.shape[:-1]
-    return (top + jnp.log(total)).reshape(shape), (summed / vocabulary).reshape(shape)
-
-
-def target_logits(
-    hidden: Float[Array, "... D"],
-    head: Float[Array, "V D"],
-    targets: Int[Array, "..."],
-    bias: Float[Array, " V"] | None = None,
-) -> Float[Array, "..."]:
-    """The float32 logits of the targets alone."""
-    rows = gather(head.astype(hidden.dtype))[targets]
-    logits = jnp.einsum("...d,...d->...", hidden, rows, preferred_element_type=jnp.float32)
-    return logits if bias is None else logits + bias[targets]
-
-
-RowRngs = Key[Array, " n"]

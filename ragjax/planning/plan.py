@@ -28,7 +28,8 @@ from ragjax.data.corpus import count_passages
 from ragjax.data.passage_store import STORE_FILES, shard_folders
 from ragjax.data.prompt import Prompt
 from ragjax.decoding.candidates import pad_answers
-from ragjax.decoding.propose import beam_search_documents, beam_search_marginal, prefill_documents
+from ragjax.decoding.propose import beam_search_documents, prefill_documents
+from ragjax.decoding.rag_token import beam_search_rag_token
 from ragjax.decoding.rescore import score_tokens
 from ragjax.errors import InputError
 from ragjax.files import read_json
@@ -340,7 +341,7 @@ class _Plan:
             def search(params: Params, whole: list[Any]) -> Any:
                 if together:
                     prior = jnp.zeros((questions, documents))
-                    return beam_search_marginal(
+                    return beam_search_rag_token(
                         graph, params, DocumentMemory(*whole), prior, decode, SPECIAL, hugging_face
                     )
                 return beam_search_documents(graph, params, DocumentMemory(*whole), decode, SPECIAL, hugging_face)

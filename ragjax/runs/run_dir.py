@@ -247,7 +247,7 @@ def _manifest(rag: RagPipeline, index: Index, inputs: dict[str, str]) -> dict[st
         "versions": {"python": sys.version.split()[0]} | {p: importlib.metadata.version(p) for p in PACKAGES},
         "git_revision": git_revision(),
         "devices": [f"{d.platform}:{d.device_kind}" for d in jax.devices()],
-        "sources": [{"source": f.source, "pin": f.pin} for f in rag.sources],
+        "sources": [{"source": f.source, "pin": f.revision} for f in rag.sources],
         "fingerprints": inputs,
         "index": {key: value for key, value in index.manifest.items() if key != "files"},
     }

@@ -135,7 +135,7 @@ def _mean_marginal_logp(
 
     @jax.checkpoint
     def at_token(state: Float[Array, "n D"]) -> Float[Array, " B"]:
-        logp = jax.nn.log_softmax(generator.logits(state), axis=-1)
+        logp = jax.nn.log_softmax(generator.vocab_head().logits(state), axis=-1)
         return marginal_logp(prior, logp.reshape(*prior.shape, -1)).mean(axis=-1)
 
     return jax.lax.map(at_token, hidden.swapaxes(0, 1)).T

@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from ragjax.models.attention import self_attention
-from ragjax.models.fields import Fields
+from ragjax.models.hf_config import Fields
 from ragjax.models.layers import ACTIVATIONS, RowRngs, dropout, fold_rngs, scan_layers, stack
 
 
@@ -86,15 +86,15 @@ class BertLayer(nnx.Module):
         self.ffn_norm = nnx.LayerNorm(c.hidden_size, epsilon=c.norm_eps, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "n S D"], mask: Bool[Array, "n S"], keys: RowRngs | None
+        self, x: Float[Array, "n S D"], mask: Bool[Array, "n S"], rngs: RowRngs | None
     ) -> Float[Array, "n S D"]:
         c = self.config
         heads = (*x.shape[:2], c.num_heads, c.hidden_size // c.num_heads)
         query, key, value = (part(x).reshape(heads) for part in (self.query, self.key, self.value))
         attended = self_attention(query, key, value, mask[:, None])
-        x = self.attention_norm(x + dropout(self.output(attended.reshape(x.shape)), fold_rngs(keys, 0), c.dropout))
+        x = self.attention_norm(x + dropout(self.output(attended.reshape(x.shape)), fold_rngs(rngs, 0), c.dropout))
         h = self.down(ACTIVATIONS[c.activation](self.up(x)))
-        return self.ffn_norm(x + dropout(h, fold_rngs(keys, 1), c.dropout))
+        return self.ffn_norm(x + dropout(h, fold_rngs(rngs, 1), c.dropout))
 
 
 class Bert(nnx.Module):
@@ -112,16 +112,16 @@ class Bert(nnx.Module):
             self.projection = nnx.Linear(c.hidden_size, c.projection, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, tokens: Int[Array, "n S"], mask: Bool[Array, "n S"], keys: RowRngs | None = None
+        self, tokens: Int[Array, "n S"], mask: Bool[Array, "n S"], dropout_rngs: RowRngs | None = None
     ) -> Float[Array, "n D"]:
         """Float32 embeddings of right-padded rows. Dropout acts where one key a row is given."""
         c = self.config
         where = jnp.arange(tokens.shape[1])[None]
         x = self.norm(self.words(tokens) + self.positions(where) + self.types(jnp.zeros_like(tokens)))
-        x = dropout(x, fold_rngs(keys, c.num_layers), c.dropout)
+        x = dropout(x, fold_rngs(dropout_rngs, c.num_layers), c.dropout)
 
         def step(layer: BertLayer, x: Array, number: Array) -> tuple[Array, None]:
-            return layer(x, mask, fold_rngs(keys, number)), None
+            return layer(x, mask, fold_rngs(dropout_rngs, number)), None
 
         x, _ = scan_layers(self.layers, step, x, jnp.arange(c.num_layers))
         if c.pooling == "cls":

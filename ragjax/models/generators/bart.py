@@ -14,19 +14,11 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from ragjax.errors import InputError
-from ragjax.models.attention import Attention, AttentionSource, dot_product_attention, self_attention
-from ragjax.models.fields import Fields
-from ragjax.models.kv_cache import DocumentMemory, KVCache
-from ragjax.models.layers import (
-    ACTIVATIONS,
-    RowRngs,
-    dropout,
-    fold_rngs,
-    scan_layers,
-    stack,
-    target_logits,
-    vocab_logsumexp,
-)
+from ragjax.models.attention import Attention, dot_product_attention, self_attention
+from ragjax.models.hf_config import Fields
+from ragjax.models.kv_cache import DocumentMemory, KVCache, LayerCache, cross_attention_memory, decode_layers
+from ragjax.models.layers import ACTIVATIONS, RowRngs, dropout, fold_rngs, scan_layers, stack
+from ragjax.models.vocab_head import VocabHead
 
 OFFSET = 2  # the first rows of the position tables are unused
 EPSILON = 1e-5
@@ -50,6 +42,7 @@ class BartConfig:
     scale_embedding: bool = False
     dropout: float = 0.0
     dtype: str = "float32"
+    encoder_decoder: ClassVar[bool] = True
 
     @classmethod
     def from_hf(cls, hf: dict[str, Any], dropout: float = 0.0, dtype: str = "float32") -> BartConfig:
@@ -84,15 +77,13 @@ class BartConfig:
             dtype=dtype,
         )
 
-    encoder_decoder: ClassVar[bool] = True
-
 
 class BartLayer(nnx.Module):
     """A block of the encoder, or, with cross-attention, of the decoder."""
 
     def __init__(self, config: BartConfig, decoder: bool, rngs: nnx.Rngs):
         c = self.config = config
-        heads, ffn = (c.num_decoder_heads, c.decoder_mlp_dim) if decoder else (c.num_encoder_heads, c.encoder_mlp_dim)
+        heads, mlp = (c.num_decoder_heads, c.decoder_mlp_dim) if decoder else (c.num_encoder_heads, c.encoder_mlp_dim)
         dtype = jnp.dtype(c.dtype)
 
         def norm() -> nnx.LayerNorm:
@@ -104,14 +95,14 @@ class BartLayer(nnx.Module):
         self.attention, self.attention_norm = attention(), norm()
         if decoder:
             self.cross, self.cross_norm = attention(), norm()
-        self.up = nnx.Linear(c.hidden_size, ffn, dtype=dtype, rngs=rngs)
-        self.down = nnx.Linear(ffn, c.hidden_size, dtype=dtype, rngs=rngs)
+        self.up = nnx.Linear(c.hidden_size, mlp, dtype=dtype, rngs=rngs)
+        self.down = nnx.Linear(mlp, c.hidden_size, dtype=dtype, rngs=rngs)
         self.ffn_norm = norm()
 
-    def finish(self, x: Array, keys: RowRngs | None) -> Array:
-        """The feed-forward half."""
+    def feed_forward(self, x: Float[Array, "n ... D"], rngs: RowRngs | None) -> Float[Array, "n ... D"]:
+        """The second half of the block."""
         h = self.down(ACTIVATIONS[self.config.activation](self.up(x)))
-        return self.ffn_norm(x + dropout(h, fold_rngs(keys, 2), self.config.dropout))
+        return self.ffn_norm(x + dropout(h, fold_rngs(rngs, 2), self.config.dropout))
 
 
 class BartStack(nnx.Module):
@@ -135,23 +126,24 @@ class Bart(nnx.Module):
         self.logits_bias = nnx.Param(jnp.zeros((1, config.vocab_size)))
 
     def prefill(
-        self, source: Int[Array, "n S"], mask: Bool[Array, "n S"], keys: RowRngs | None = None, remat: bool = False
+        self,
+        source: Int[Array, "n S"],
+        mask: Bool[Array, "n S"],
+        dropout_rngs: RowRngs | None = None,
+        remat: bool = False,
     ) -> DocumentMemory:
         """Encodes the source and projects it onto the keys and values of every decoder layer."""
-        c, (n, length) = self.config, source.shape
-        x = self._embed(self.encoder, source, jnp.arange(length)[None], fold_rngs(keys, 0))
+        c = self.config
+        x = self._embed(self.encoder, source, jnp.arange(source.shape[1])[None], fold_rngs(dropout_rngs, 0))
 
         def encode(layer: BartLayer, x: Array, number: Array) -> tuple[Array, None]:
-            own, part = fold_rngs(keys, number + 1), layer.attention
-            attended = self_attention(part.queries(x), *part.memory(x), mask[:, None])
-            x = layer.attention_norm(x + dropout(part.join(attended), fold_rngs(own, 0), c.dropout))
-            return layer.finish(x, own), None
+            rngs, attention = fold_rngs(dropout_rngs, number + 1), layer.attention
+            attended = self_attention(attention.queries(x), *attention.keys_and_values(x), mask[:, None])
+            x = layer.attention_norm(x + dropout(attention.project_back(attended), fold_rngs(rngs, 0), c.dropout))
+            return layer.feed_forward(x, rngs), None
 
         encoded, _ = scan_layers(self.encoder.layers, encode, x, jnp.arange(c.num_encoder_layers), remat)
-        _, (cross_keys, cross_values) = scan_layers(
-            self.decoder.layers, lambda layer, nothing, _: (nothing, layer.cross.memory(encoded)), None, None, remat
-        )
-        return DocumentMemory(cross_keys, cross_values, mask, jnp.zeros(n, jnp.int32), jnp.full(n, c.start, jnp.int32))
+        return cross_attention_memory(self.decoder.layers, encoded, mask, c.start, remat)
 
     def forward_with_cache(
         self,
@@ -159,47 +151,33 @@ class Bart(nnx.Module):
         past: KVCache | None,
         tokens: Int[Array, "n G M"],
         positions: Int[Array, "#n #G M"],
-        visible: Bool[Array, "#n #G M P"],
-        keys: RowRngs | None = None,
+        attention_mask: Bool[Array, "#n #G M P"],
+        dropout_rngs: RowRngs | None = None,
         remat: bool = False,
     ) -> tuple[Float[Array, "n G M D"], KVCache | None]:
-        c, (_, groups, length) = self.config, tokens.shape
-        first = c.num_encoder_layers + 1  # dropout keys below are the encoder's
+        """As `Generator` says."""
+        c = self.config
+        scale = (c.hidden_size // c.num_decoder_heads) ** -0.5
+        first = c.num_encoder_layers + 1  # the encoder's dropout has the numbers below
 
-        def decode(layer: BartLayer, carry: Any, inputs: Any) -> tuple[Any, None]:
-            x, pool = carry
-            memory_keys, memory_values, number = inputs
-            own, scale = fold_rngs(keys, first + 1 + number), (c.hidden_size // c.num_decoder_heads) ** -0.5
-            key, value = layer.attention.memory(x)
-            if pool is not None:
-                pool = pool.write(number, key, value)
-                key, value = pool.keys[number], pool.values[number]
-            attended = dot_product_attention(layer.attention.queries(x), [AttentionSource(key, value, visible)], scale)
-            x = layer.attention_norm(x + dropout(layer.attention.join(attended), fold_rngs(own, 0), c.dropout))
-            document = AttentionSource(memory_keys, memory_values, memory.mask[:, None, None])
-            attended = dot_product_attention(layer.cross.queries(x), [document], scale)
-            x = layer.cross_norm(x + dropout(layer.cross.join(attended), fold_rngs(own, 1), c.dropout))
-            return (layer.finish(x, own), pool), None
+        def decode(layer: BartLayer, x: Array, cache: LayerCache) -> tuple[Array, LayerCache]:
+            rngs = fold_rngs(dropout_rngs, first + 1 + cache.layer)
+            own, cache = cache.append(*layer.attention.keys_and_values(x))
+            attended = dot_product_attention(layer.attention.queries(x), [own], scale)
+            x = layer.attention_norm(x + dropout(layer.attention.project_back(attended), fold_rngs(rngs, 0), c.dropout))
+            attended = dot_product_attention(layer.cross.queries(x), [cache.document], scale)
+            x = layer.cross_norm(x + dropout(layer.cross.project_back(attended), fold_rngs(rngs, 1), c.dropout))
+            return layer.feed_forward(x, rngs), cache
 
-        x = self._embed(self.decoder, tokens, positions, fold_rngs(keys, first))
-        xs = (memory.keys, memory.values, jnp.arange(c.num_decoder_layers))
-        (x, past), _ = scan_layers(self.decoder.layers, decode, (x, past), xs, remat)
-        return x, past if past is None else past.advance(groups * length)
+        x = self._embed(self.decoder, tokens, positions, fold_rngs(dropout_rngs, first))
+        return decode_layers(self.decoder.layers, decode, x, memory, past, attention_mask, remat=remat)
 
-    def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
-        head = self.embed.embedding[...].astype(hidden.dtype)
-        return jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32) + self._bias()
+    def vocab_head(self) -> VocabHead:
+        """As `Generator` says."""
+        bias = jax.lax.stop_gradient(self.logits_bias[0])  # Hugging Face keeps it as a constant
+        return VocabHead(self.embed.embedding[...], bias)
 
-    def vocab_logsumexp(self, hidden: Float[Array, "... D"]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-        return vocab_logsumexp(hidden, self.embed.embedding[...], self._bias())
-
-    def target_logits(self, hidden: Float[Array, "... D"], targets: Int[Array, "..."]) -> Float[Array, "..."]:
-        return target_logits(hidden, self.embed.embedding[...], targets, self._bias())
-
-    def _bias(self) -> Float[Array, " V"]:
-        return jax.lax.stop_gradient(self.logits_bias[0])  # Hugging Face keeps it as a constant
-
-    def _embed(self, side: BartStack, tokens: Array, positions: Array, keys: RowRngs | None) -> Array:
+    def _embed(self, side: BartStack, tokens: Array, positions: Array, rngs: RowRngs | None) -> Array:
         scale = self.config.hidden_size**0.5 if self.config.scale_embedding else 1.0
         x = side.norm(self.embed(tokens) * scale + side.positions(positions + OFFSET))
-        return dropout(x, keys, self.config.dropout)
+        return dropout(x, rngs, self.config.dropout)

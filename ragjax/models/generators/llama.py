@@ -15,10 +15,11 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from ragjax.errors import InputError
-from ragjax.models.attention import AttentionSource, dot_product_attention, self_attention
-from ragjax.models.fields import Fields
-from ragjax.models.kv_cache import DocumentMemory, KVCache
-from ragjax.models.layers import RowRngs, dropout, fold_rngs, scan_layers, stack, target_logits, vocab_logsumexp
+from ragjax.models.attention import dot_product_attention, self_attention
+from ragjax.models.hf_config import Fields
+from ragjax.models.kv_cache import DocumentMemory, KVCache, LayerCache, decode_layers
+from ragjax.models.layers import RowRngs, dropout, fold_rngs, scan_layers, stack
+from ragjax.models.vocab_head import VocabHead
 
 # by model_type: how the names of its classes begin
 KINDS = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
@@ -65,22 +66,22 @@ class LlamaConfig:
         if windowed and ("sliding_window" not in hf or hf["sliding_window"] is not None):
             positions = min(positions, fields.count("sliding_window", 4096))
         names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        width, heads = fields.count("hidden_size"), fields.count("num_attention_heads")
+        hidden_size, heads = fields.count("hidden_size"), fields.count("num_attention_heads")
         kv_heads = fields.count("num_key_value_heads", heads)
         if heads % kv_heads:
             raise InputError(f"num_attention_heads is {heads}, which num_key_value_heads={kv_heads} does not divide")
         if not fields.has("head_dim"):
             fields.check_heads("hidden_size", "num_attention_heads")
-        head_width = fields.count("head_dim", width // heads)
-        if head_width % 2:
-            raise InputError(f"head_dim is {head_width}; rotary positions need an even one")
+        head_dim = fields.count("head_dim", hidden_size // heads)
+        if head_dim % 2:
+            raise InputError(f"head_dim is {head_dim}; rotary positions need an even one")
         return cls(
             vocab_size=fields.count("vocab_size"),
-            hidden_size=width,
+            hidden_size=hidden_size,
             num_layers=fields.layers("num_hidden_layers"),
             num_heads=heads,
             num_kv_heads=kv_heads,
-            head_dim=head_width,
+            head_dim=head_dim,
             mlp_dim=fields.count("intermediate_size"),
             norm_eps=fields.number("rms_norm_eps", 1e-6),
             rope_theta=(rope if rope.has("rope_theta") else fields).number("rope_theta", 10000.0),
@@ -95,7 +96,7 @@ class LlamaConfig:
 
 
 class LlamaLayer(nnx.Module):
-    """One block; `rows` are any leading axes."""
+    """One block: attention, then the gated feed-forward half."""
 
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
         dtype = jnp.dtype(config.dtype)
@@ -120,22 +121,24 @@ class LlamaLayer(nnx.Module):
         if c.qk_norm:
             self.query_norm, self.key_norm = norm(c.head_dim), norm(c.head_dim)
 
-    def project(self, x: Array, rotation: tuple[Array, Array]) -> tuple[Array, Array, Array]:
-        """Normalised, rotated queries [..., H, Dh], keys and values [..., Hkv, Dh]."""
+    def project(self, x: Float[Array, "... D"], angles: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+        """Q [..., H, Dh], K and V [..., Hkv, Dh] of the normalised x; Q and K turned by the `angles` of positions."""
         c, h = self.config, self.attention_norm(x)
         query = self.query(h).reshape(*x.shape[:-1], c.num_heads, c.head_dim)
         key = self.key(h).reshape(*x.shape[:-1], c.num_kv_heads, c.head_dim)
         value = self.value(h).reshape(*x.shape[:-1], c.num_kv_heads, c.head_dim)
         if c.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
-        return apply_rope(query, rotation), apply_rope(key, rotation), value
+        return apply_rope(query, angles), apply_rope(key, angles), value
 
-    def finish(self, x: Array, attended: Array, keys: RowRngs | None) -> Array:
-        """The rest of the block, after attention [..., H, Dh]."""
+    def finish(
+        self, x: Float[Array, "n ... D"], attended: Float[Array, "n ... H Dh"], rngs: RowRngs | None
+    ) -> Float[Array, "n ... D"]:
+        """The rest of the block, after attention."""
         rate = self.config.dropout
-        x = x + dropout(self.output(attended.reshape(*x.shape[:-1], -1)), fold_rngs(keys, 0), rate)
+        x = x + dropout(self.output(attended.reshape(*x.shape[:-1], -1)), fold_rngs(rngs, 0), rate)
         h = self.ffn_norm(x)
-        return x + dropout(self.down(jax.nn.silu(self.gate(h)) * self.up(h)), fold_rngs(keys, 1), rate)
+        return x + dropout(self.down(jax.nn.silu(self.gate(h)) * self.up(h)), fold_rngs(rngs, 1), rate)
 
 
 class Llama(nnx.Module):
@@ -150,18 +153,22 @@ class Llama(nnx.Module):
             self.head = nnx.Embed(config.vocab_size, config.hidden_size, rngs=rngs)
 
     def prefill(
-        self, source: Int[Array, "n S"], mask: Bool[Array, "n S"], keys: RowRngs | None = None, remat: bool = False
+        self,
+        source: Int[Array, "n S"],
+        mask: Bool[Array, "n S"],
+        dropout_rngs: RowRngs | None = None,
+        remat: bool = False,
     ) -> DocumentMemory:
         """Reads all but the last prompt token, which is the start token."""
         c, length = self.config, source.shape[1]
-        rotation = rope_angles(jnp.arange(length)[None], c)  # 1 S 1 Dh/2
+        angles = rope_angles(jnp.arange(length)[None], c)  # 1 S 1 Dh/2
         causal = jnp.tril(jnp.ones((1, length, length), bool))
 
         def step(layer: LlamaLayer, x: Array, number: Array) -> tuple[Array, tuple[Array, Array]]:
-            query, key, value = layer.project(x, rotation)
+            query, key, value = layer.project(x, angles)
             # right-padding needs no mask of its own: a token never sees what stands after it
             attended = self_attention(query, key, value, causal)
-            return layer.finish(x, attended, fold_rngs(keys, number)), (key, value)
+            return layer.finish(x, attended, fold_rngs(dropout_rngs, number)), (key, value)
 
         numbers = jnp.arange(c.num_layers)
         _, (memory_keys, memory_values) = scan_layers(self.layers, step, self.embed(source), numbers, remat)
@@ -176,41 +183,28 @@ class Llama(nnx.Module):
         past: KVCache | None,
         tokens: Int[Array, "n G M"],
         positions: Int[Array, "#n #G M"],
-        visible: Bool[Array, "#n #G M P"],
-        keys: RowRngs | None = None,
+        attention_mask: Bool[Array, "#n #G M P"],
+        dropout_rngs: RowRngs | None = None,
         remat: bool = False,
     ) -> tuple[Float[Array, "n G M D"], KVCache | None]:
-        c, scale = self.config, self.config.head_dim**-0.5
-        groups, length = tokens.shape[1:]
-        rotation = rope_angles(memory.offset[:, None, None] + positions, c)  # n G M 1 Dh/2
+        """As `Generator` says."""
+        c = self.config
+        angles = rope_angles(memory.offset[:, None, None] + positions, c)  # n G M 1 Dh/2
 
-        def step(layer: LlamaLayer, carry: Any, inputs: Any) -> tuple[Any, None]:
-            x, pool = carry
-            memory_keys, memory_values, number = inputs
-            query, key, value = layer.project(x, rotation)
-            if pool is not None:
-                pool = pool.write(number, key, value)
-                key, value = pool.keys[number], pool.values[number]
-            document = AttentionSource(memory_keys, memory_values, memory.mask[:, None, None])
-            attended = dot_product_attention(query, [document, AttentionSource(key, value, visible)], scale)
-            return (layer.finish(x, attended, fold_rngs(keys, c.num_layers + number)), pool), None
+        def block(layer: LlamaLayer, x: Array, cache: LayerCache) -> tuple[Array, LayerCache]:
+            query, key, value = layer.project(x, angles)
+            own, cache = cache.append(key, value)
+            attended = dot_product_attention(query, [cache.document, own], c.head_dim**-0.5)
+            return layer.finish(x, attended, fold_rngs(dropout_rngs, c.num_layers + cache.layer)), cache
 
-        xs = (memory.keys, memory.values, jnp.arange(c.num_layers))
-        (x, past), _ = scan_layers(self.layers, step, (self.embed(tokens), past), xs, remat)
-        return self.norm(x), past if past is None else past.advance(groups * length)
+        x = self.embed(tokens)
+        x, past = decode_layers(self.layers, block, x, memory, past, attention_mask, remat=remat)
+        return self.norm(x), past
 
-    def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
-        head = self._head().astype(hidden.dtype)
-        return jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
-
-    def vocab_logsumexp(self, hidden: Float[Array, "... D"]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-        return vocab_logsumexp(hidden, self._head())
-
-    def target_logits(self, hidden: Float[Array, "... D"], targets: Int[Array, "..."]) -> Float[Array, "..."]:
-        return target_logits(hidden, self._head(), targets)
-
-    def _head(self) -> Float[Array, "V D"]:
-        return self.embed.embedding[...] if self.config.tie_word_embeddings else self.head.embedding[...]
+    def vocab_head(self) -> VocabHead:
+        """As `Generator` says."""
+        table = self.embed if self.config.tie_word_embeddings else self.head
+        return VocabHead(table.embedding[...])
 
 
 def rope_angles(positions: Int[Array, "..."], config: LlamaConfig) -> tuple[Array, Array]:
@@ -228,8 +222,8 @@ def rope_angles(positions: Int[Array, "..."], config: LlamaConfig) -> tuple[Arra
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def apply_rope(x: Float[Array, "... Dh"], rotation: tuple[Array, Array]) -> Float[Array, "... Dh"]:
-    """Turns the pairs (x[i], x[i + Dh/2])."""
-    cosine, sine = (part.astype(x.dtype) for part in rotation)
+def apply_rope(x: Float[Array, "... Dh"], angles: tuple[Array, Array]) -> Float[Array, "... Dh"]:
+    """Turns the pairs (x[i], x[i + Dh/2]) by `rope_angles`."""
+    cosine, sine = (part.astype(x.dtype) for part in angles)
     first, second = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)

@@ -17,18 +17,10 @@ from jaxtyping import Array, Bool, Float, Int
 from ragjax.errors import InputError
 from ragjax.files import shown
 from ragjax.models.attention import Attention, AttentionSource, dot_product_attention
-from ragjax.models.fields import Fields
-from ragjax.models.kv_cache import DocumentMemory, KVCache
-from ragjax.models.layers import (
-    ACTIVATIONS,
-    RowRngs,
-    dropout,
-    fold_rngs,
-    scan_layers,
-    stack,
-    target_logits,
-    vocab_logsumexp,
-)
+from ragjax.models.hf_config import Fields
+from ragjax.models.kv_cache import DocumentMemory, KVCache, LayerCache, cross_attention_memory, decode_layers
+from ragjax.models.layers import ACTIVATIONS, RowRngs, dropout, fold_rngs, scan_layers, stack
+from ragjax.models.vocab_head import VocabHead
 
 
 @dataclass(frozen=True)
@@ -47,11 +39,12 @@ class T5Config:
     gated: bool = False
     tie_word_embeddings: bool = True  # the head is the embedding table
     scaled: bool = True  # the logits, by width**-0.5
-    buckets: int = 32
-    farthest: int = 128
+    buckets: int = 32  # rows of the table of distances
+    farthest: int = 128  # tokens: all that are farther share the last row
     norm_eps: float = 1e-6
     dropout: float = 0.0
     dtype: str = "float32"
+    encoder_decoder: ClassVar[bool] = True
 
     @classmethod
     def from_hf(cls, hf: dict[str, Any], dropout: float = 0.0, dtype: str = "float32") -> T5Config:
@@ -91,8 +84,6 @@ class T5Config:
             dtype=dtype,
         )
 
-    encoder_decoder: ClassVar[bool] = True
-
     @property
     def max_positions(self) -> int:
         """No limit but memory: positions are relative."""
@@ -123,12 +114,12 @@ class T5Layer(nnx.Module):
             self.gate = linear(c.hidden_size, c.mlp_dim)
         self.up, self.down = linear(c.hidden_size, c.mlp_dim), linear(c.mlp_dim, c.hidden_size)
 
-    def finish(self, x: Array, keys: RowRngs | None) -> Array:
-        """The feed-forward half."""
+    def feed_forward(self, x: Float[Array, "n ... D"], rngs: RowRngs | None) -> Float[Array, "n ... D"]:
+        """The second half of the block."""
         c, h = self.config, self.ffn_norm(x)
         activation = ACTIVATIONS[c.activation]
         h = activation(self.gate(h)) * self.up(h) if c.gated else activation(self.up(h))
-        return x + dropout(self.down(dropout(h, fold_rngs(keys, 2), c.dropout)), fold_rngs(keys, 3), c.dropout)
+        return x + dropout(self.down(dropout(h, fold_rngs(rngs, 2), c.dropout)), fold_rngs(rngs, 3), c.dropout)
 
 
 class T5Stack(nnx.Module):
@@ -153,30 +144,29 @@ class T5(nnx.Module):
             self.head = nnx.Embed(c.vocab_size, c.hidden_size, rngs=rngs)
 
     def prefill(
-        self, source: Int[Array, "n S"], mask: Bool[Array, "n S"], keys: RowRngs | None = None, remat: bool = False
+        self,
+        source: Int[Array, "n S"],
+        mask: Bool[Array, "n S"],
+        dropout_rngs: RowRngs | None = None,
+        remat: bool = False,
     ) -> DocumentMemory:
         """Encodes the source and projects it onto the keys and values of every decoder layer."""
-        c, (n, length) = self.config, source.shape
-        where = jnp.arange(length)
+        c, where = self.config, jnp.arange(source.shape[1])
         bias = self._bias(self.encoder, where[:, None], where, both_ways=True)[None, None]
-        x = dropout(self.embed(source), fold_rngs(keys, 0), c.dropout)[:, None]  # one group
+        x = dropout(self.embed(source), fold_rngs(dropout_rngs, 0), c.dropout)[:, None]  # one group
 
         def encode(layer: T5Layer, x: Array, number: Array) -> tuple[Array, None]:
-            own, part = fold_rngs(keys, number + 1), layer.attention
-            h = layer.attention_norm(x)
-            key, value = part.memory(h[:, 0])
-            attended = dot_product_attention(
-                part.queries(h), [AttentionSource(key, value, mask[:, None, None], bias)], 1.0
-            )
-            x = x + dropout(part.join(attended), fold_rngs(own, 0), c.dropout)
-            return layer.finish(x, own), None
+            rngs, h = fold_rngs(dropout_rngs, number + 1), layer.attention_norm(x)
+            keys, values = layer.attention.keys_and_values(h[:, 0])
+            own = AttentionSource(keys, values, mask[:, None, None], bias)
+            attended = dot_product_attention(layer.attention.queries(h), [own], 1.0)
+            x = x + dropout(layer.attention.project_back(attended), fold_rngs(rngs, 0), c.dropout)
+            return layer.feed_forward(x, rngs), None
 
         x, _ = scan_layers(self.encoder.layers, encode, x, jnp.arange(c.num_encoder_layers), remat)
-        encoded = dropout(self.encoder.norm(x[:, 0]), fold_rngs(keys, c.num_encoder_layers + 1), c.dropout)
-        _, (cross_keys, cross_values) = scan_layers(
-            self.decoder.layers, lambda layer, nothing, _: (nothing, layer.cross.memory(encoded)), None, None, remat
-        )
-        return DocumentMemory(cross_keys, cross_values, mask, jnp.zeros(n, jnp.int32), jnp.full(n, c.start, jnp.int32))
+        last = fold_rngs(dropout_rngs, c.num_encoder_layers + 1)
+        encoded = dropout(self.encoder.norm(x[:, 0]), last, c.dropout)
+        return cross_attention_memory(self.decoder.layers, encoded, mask, c.start, remat)
 
     def forward_with_cache(
         self,
@@ -184,57 +174,39 @@ class T5(nnx.Module):
         past: KVCache | None,
         tokens: Int[Array, "n G M"],
         positions: Int[Array, "#n #G M"],
-        visible: Bool[Array, "#n #G M P"],
-        keys: RowRngs | None = None,
+        attention_mask: Bool[Array, "#n #G M P"],
+        dropout_rngs: RowRngs | None = None,
         remat: bool = False,
     ) -> tuple[Float[Array, "n G M D"], KVCache | None]:
-        c, (_, groups, length) = self.config, tokens.shape
-        first = c.num_encoder_layers + 2  # dropout keys below are the encoder's
+        """As `Generator` says."""
+        c = self.config
+        first = c.num_encoder_layers + 2  # the encoder's dropout has the numbers below
         if past is None:
-            seen = positions[:, :, None, :]
+            key_positions = positions[:, :, None, :]
         else:
             past = past.place(jnp.broadcast_to(positions, tokens.shape))
-            seen = past.positions[:, None, None, :]
-        bias = self._bias(self.decoder, positions[..., None], seen, both_ways=False)
+            key_positions = past.positions[:, None, None, :]
+        bias = self._bias(self.decoder, positions[..., None], key_positions, both_ways=False)
 
-        def decode(layer: T5Layer, carry: Any, inputs: Any) -> tuple[Any, None]:
-            x, pool = carry
-            memory_keys, memory_values, number = inputs
-            own = fold_rngs(keys, first + 1 + number)
-            h = layer.attention_norm(x)
-            key, value = layer.attention.memory(h)
-            if pool is not None:
-                pool = pool.write(number, key, value)
-                key, value = pool.keys[number], pool.values[number]
-            attended = dot_product_attention(
-                layer.attention.queries(h), [AttentionSource(key, value, visible, bias)], 1.0
-            )
-            x = x + dropout(layer.attention.join(attended), fold_rngs(own, 0), c.dropout)
-            document = AttentionSource(memory_keys, memory_values, memory.mask[:, None, None])
-            attended = dot_product_attention(layer.cross.queries(layer.cross_norm(x)), [document], 1.0)
-            x = x + dropout(layer.cross.join(attended), fold_rngs(own, 1), c.dropout)
-            return (layer.finish(x, own), pool), None
+        def decode(layer: T5Layer, x: Array, cache: LayerCache) -> tuple[Array, LayerCache]:
+            rngs, h = fold_rngs(dropout_rngs, first + 1 + cache.layer), layer.attention_norm(x)
+            own, cache = cache.append(*layer.attention.keys_and_values(h))
+            attended = dot_product_attention(layer.attention.queries(h), [own], 1.0)
+            x = x + dropout(layer.attention.project_back(attended), fold_rngs(rngs, 0), c.dropout)
+            attended = dot_product_attention(layer.cross.queries(layer.cross_norm(x)), [cache.document], 1.0)
+            x = x + dropout(layer.cross.project_back(attended), fold_rngs(rngs, 1), c.dropout)
+            return layer.feed_forward(x, rngs), cache
 
-        x = dropout(self.embed(tokens), fold_rngs(keys, first), c.dropout)
-        xs = (memory.keys, memory.values, jnp.arange(c.num_decoder_layers))
-        (x, past), _ = scan_layers(self.decoder.layers, decode, (x, past), xs, remat)
-        hidden = dropout(self.decoder.norm(x), fold_rngs(keys, first + 1 + c.num_decoder_layers), c.dropout)
-        return hidden * c.hidden_size**-0.5 if c.scaled else hidden, past if past is None else past.advance(
-            groups * length
-        )
+        x = dropout(self.embed(tokens), fold_rngs(dropout_rngs, first), c.dropout)
+        x, past = decode_layers(self.decoder.layers, decode, x, memory, past, attention_mask, bias, remat)
+        last = fold_rngs(dropout_rngs, first + 1 + c.num_decoder_layers)
+        hidden = dropout(self.decoder.norm(x), last, c.dropout)
+        return hidden * c.hidden_size**-0.5 if c.scaled else hidden, past
 
-    def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
-        head = self._head().astype(hidden.dtype)
-        return jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
-
-    def vocab_logsumexp(self, hidden: Float[Array, "... D"]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-        return vocab_logsumexp(hidden, self._head())
-
-    def target_logits(self, hidden: Float[Array, "... D"], targets: Int[Array, "..."]) -> Float[Array, "..."]:
-        return target_logits(hidden, self._head(), targets)
-
-    def _head(self) -> Float[Array, "V D"]:
-        return self.embed.embedding[...] if self.config.tie_word_embeddings else self.head.embedding[...]
+    def vocab_head(self) -> VocabHead:
+        """As `Generator` says."""
+        table = self.embed if self.config.tie_word_embeddings else self.head
+        return VocabHead(table.embedding[...])
 
     def _bias(self, side: T5Stack, query: Array, key: Array, both_ways: bool) -> Float[Array, "... M P H"]:
         distance = key - query
@@ -242,8 +214,10 @@ class T5(nnx.Module):
 
 
 def distance_bucket(distance: Int[Array, "..."], buckets: int, farthest: int, both_ways: bool) -> Int[Array, "..."]:
-    """The row of the table for a key that stands `distance` tokens after the query: near ones each have their own,
-    farther ones share theirs on a logarithmic scale up to `farthest`; without `both_ways` what comes after is 0.
+    """The row of the bias table for a key that stands `distance` tokens after the query.
+
+    Near distances have a row each; farther ones share rows on a logarithmic scale up to `farthest`. Without
+    `both_ways` a key after the query counts as distance 0.
     """
     side = jnp.zeros_like(distance)
     if both_ways:

@@ -1,4 +1,4 @@
-"""The entries of a Hugging Face config.json, each checked when it is taken."""
+"""Hugging Face's config.json: its entries, each checked when it is taken."""
 
 from __future__ import annotations
 
@@ -90,14 +90,14 @@ class Fields:
 
     def check_class(self, *beginnings: str) -> None:
         """`architectures`, where it is there, names classes that begin so: else the weights are another model's."""
-        named = self._hf.get("architectures")
-        if named is None:
+        classes = self._hf.get("architectures")
+        if classes is None:
             return
-        if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
-            raise _wrong("architectures", named, "a list of texts")
-        if named and not any(name.startswith(beginnings) for name in named):
+        if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+            raise _wrong("architectures", classes, "a list of texts")
+        if classes and not any(name.startswith(beginnings) for name in classes):
             raise InputError(
-                f"architectures is {shown(named)}, which is not of model_type {shown(self._hf.get('model_type'))}; "
+                f"architectures is {shown(classes)}, which is not of model_type {shown(self._hf.get('model_type'))}; "
                 "give a checkpoint whose config.json belongs to its weights"
             )
 
