@@ -13,7 +13,7 @@ ANY_DEVICES := -m 'any_devices and not slow'
 # glibc puts large arrays on huge pages: less time goes into page faults.
 quickstart bench: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: quickstart test test-other test-slow test-torch test-tpu soak lint bench clean
+.PHONY: quickstart test test-other test-slow test-torch test-tpu soak lint bench docs clean
 
 quickstart: $(VENV)/dev
 	$(BIN)/ragjax index configs/factbook.yaml
@@ -72,8 +72,12 @@ bench: $(VENV)/dev
 	$(BIN)/python -m benchmarks.training configs/factbook.yaml train.k=8 --through 2 --folder runs/bench
 	$(BIN)/python -m benchmarks.answering configs/factbook.yaml decode.k=10 decode.beams=5 --torch --compare 180 --folder runs/bench
 
+# the site, docs/_build/html/index.html; a warning is an error
+docs: $(VENV)/docs
+	JAX_PLATFORMS=cpu $(BIN)/python -m sphinx -q -W --keep-going docs docs/_build/html
+
 clean:
-	rm -rf .venv-* .pytest_cache .mypy_cache .ruff_cache *.egg-info dist
+	rm -rf .venv-* .pytest_cache .mypy_cache .ruff_cache *.egg-info dist docs/_build docs/configuration_reference.md
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/dev: pyproject.toml
@@ -81,4 +85,8 @@ $(VENV)/dev: pyproject.toml
 	@echo "Installing into $(VENV) (once; some minutes with a slow network) …"
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) -e '.[dev]'
+	@touch $@
+
+$(VENV)/docs: $(VENV)/dev
+	@$(PIP) -e '.[docs]'
 	@touch $@

@@ -30,6 +30,7 @@ from rich.progress import track
 from benchmarks.report import (
     Stage,
     count_read,
+    count_unread,
     flops_of,
     flops_of_search,
     make_console,
@@ -41,15 +42,19 @@ from benchmarks.report import (
     torch_place,
     write,
 )
-from ragjax.answer import Answerer, open_answerer
+from ragjax.answerer import Answerer, open_answerer
+from ragjax.checkpoints.pretrained import generator_tensors
 from ragjax.config import load_config
-from ragjax.cost import size_text
-from ragjax.decode import Candidates, decode, pad_answers, propose, read, score_tokens, with_end
-from ragjax.models.generator import Memory
-from ragjax.prefixes import Known
-from ragjax.questions import read_questions
-from ragjax.rag import Retrieved, prompt_rows
-from ragjax.weights import generator_tensors
+from ragjax.data.questions import read_questions
+from ragjax.decoding.candidates import Candidates, pad_answers, with_end
+from ragjax.decoding.decode import decode_rag_sequence
+from ragjax.decoding.prefix_cache import PrefixScorer
+from ragjax.decoding.propose import beam_search_documents, prefill_documents
+from ragjax.decoding.rescore import score_tokens
+from ragjax.models.kv_cache import DocumentMemory
+from ragjax.rag import tokenize_prompts
+from ragjax.resources import size_text
+from ragjax.retrieval.retrieve import RetrievalResult
 
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 WARMING = 8  # questions
@@ -63,9 +68,9 @@ def on_torch(answerer: Answerer) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    hf = dict(answerer.rag.generator.hf)
+    hf = dict(answerer.rag.generator.hf_config)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(hf.pop("model_type"), **hf)).eval()
-    tensors = generator_tensors(answerer.rag.generator.hf, jax.device_get(answerer.params["generator"]))
+    tensors = generator_tensors(answerer.rag.generator.hf_config, jax.device_get(answerer.params["generator"]))
     missing, unexpected = model.load_state_dict(
         {name: torch.tensor(np.asarray(value)) for name, value in tensors.items()}, strict=False
     )
@@ -120,15 +125,17 @@ class Measured:
     flops: dict[str, float]
     memory: int | None  # bytes by which scoring what is unread lets the process grow; on CPUs
     prompts: list[list[int]]
-    retrieved: Retrieved
+    retrieved: RetrievalResult
 
 
-def score_whole(answerer: Answerer, memory: Memory, found: Candidates, prior: np.ndarray) -> dict[Answer, float]:
+def score_whole(
+    answerer: Answerer, memory: DocumentMemory, found: Candidates, prior: np.ndarray
+) -> dict[Answer, float]:
     """Brute force: every candidate scored as a whole under every document, and its log p(y|x), nats."""
     rag, special = answerer.rag, answerer.rag.special
     of_question = list(zip(found.tokens, found.finished.tolist(), strict=True))
     padded = pad_answers([of_question], special, rag.config.decode.max_new_tokens)
-    tokens = score_tokens(rag.generator.graph, answerer.params["generator"], memory, *padded, special)
+    tokens = score_tokens(rag.generator.graphdef, answerer.params["generator"], memory, *padded, special)
     joint = prior[:, None].astype(np.float64) + np.asarray(tokens, np.float64)[0].sum(axis=-1)[:, : len(of_question)]
     return dict(zip(with_end(of_question, special), np.logaddexp.reduce(joint, axis=0).tolist(), strict=True))
 
@@ -136,34 +143,35 @@ def score_whole(answerer: Answerer, memory: Memory, found: Candidates, prior: np
 def measure(answerer: Answerer, question: str, costs: dict[tuple[int, ...], tuple[int, float]]) -> Measured:
     """`costs` keeps the operations of reading and of a prefix in the beam search for each shape of prompts."""
     rag, params, settings = answerer.rag, answerer.params["generator"], answerer.rag.config.decode
-    graph, special, seconds = rag.generator.graph, rag.special, {}
+    graph, special, seconds = rag.generator.graphdef, rag.special, {}
     seconds["retrieval"], retrieved = timed(answerer.retrieve, [question])
     prior = retrieved.log_prior[0]
-    source, mask = prompt_rows(rag, answerer.store, [question], retrieved.ids)
-    seconds["reading"], memory = timed(read, graph, params, source, mask)
-    seconds["beam search"], (_, prefixes) = timed(propose, graph, params, memory, settings, special)
+    source, mask = tokenize_prompts(rag, answerer.store, [question], retrieved.ids)
+    seconds["reading"], memory = timed(prefill_documents, graph, params, source, mask)
+    seconds["beam search"], (_, prefixes) = timed(beam_search_documents, graph, params, memory, settings, special)
     found = {}
     for mode in MODES:
         seconds[mode], ([found[mode]], _) = timed(answerer.candidates, [question], retrieved, mode)
         seconds[mode] += seconds["retrieval"]
     seconds["scoring all, whole"], whole = timed(score_whole, answerer, memory, found["thorough"], prior)
     wanted = {z: list(whole) for z in np.flatnonzero(prior > -np.inf).tolist()}
-    known = Known(graph, params, memory, prefixes, special)
     on_host = jax.default_backend() == "cpu"
     if on_host:
         ctypes.CDLL(None).malloc_trim(0)  # what was freed counts as free
         Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
         before = _status("VmRSS")
-    seconds["scoring what is unread"], _ = timed(lambda: Known(graph, params, memory, prefixes, special).score(wanted))
+    seconds["scoring what is unread"], _ = timed(
+        lambda: PrefixScorer(graph, params, memory, prefixes, special).score(wanted)
+    )
     grown = _status("VmHWM") - before if on_host else None
     if source.shape not in costs:
         of_prefix = flops_of_search(graph, params, memory, settings, special)
-        costs[source.shape] = flops_of(partial(read, graph), params, source, mask), of_prefix
+        costs[source.shape] = flops_of(partial(prefill_documents, graph), params, source, mask), of_prefix
     reading, of_prefix = costs[source.shape]
     flops = {"reading": reading * mask.mean()}
     flops["beam search"] = of_prefix * count_read(prefixes, settings.beams)
     # of each prefix the same is computed as in the beam search
-    flops["scoring what is unread"] = of_prefix * known.unread(wanted)
+    flops["scoring what is unread"] = of_prefix * count_unread(prefixes, wanted)
     flops["thorough"] = sum(flops.values())
     flops["fast"] = flops["reading"] + flops["beam search"]
     return Measured(
@@ -181,11 +189,15 @@ def choose(answerer: Answerer, question: str) -> tuple[dict[str, Candidates], di
     """By the modes, and by brute force, for `compare`."""
     rag, params, settings = answerer.rag, answerer.params["generator"], answerer.rag.config.decode
     retrieved = answerer.retrieve([question])
-    memory = read(rag.generator.graph, params, *prompt_rows(rag, answerer.store, [question], retrieved.ids))
+    memory = prefill_documents(
+        rag.generator.graphdef, params, *tokenize_prompts(rag, answerer.store, [question], retrieved.ids)
+    )
     found = {}
     for mode in ("thorough", "certified"):
-        by_mode = dataclasses.replace(settings, mode=mode)
-        [found[mode]] = decode(rag.generator.graph, params, memory, retrieved.log_prior, by_mode, rag.special)
+        by_mode = settings.replace(mode=mode)
+        [found[mode]] = decode_rag_sequence(
+            rag.generator.graphdef, params, memory, retrieved.log_prior, by_mode, rag.special
+        )
     return found, {"brute force": score_whole(answerer, memory, found["thorough"], retrieved.log_prior[0])}
 
 

@@ -27,12 +27,12 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.report import or_input_error
-from ragjax.cost import size_text
-from ragjax.factbook import build_factbook
+from ragjax.checkpoints.hub import fetch
+from ragjax.checkpoints.random_init import write_random_checkpoint
+from ragjax.data.factbook.build import build_factbook
+from ragjax.data.passage_store import SHARDS
 from ragjax.files import write_jsonl
-from ragjax.hub import fetch
-from ragjax.passages import SHARDS
-from ragjax.random_checkpoint import write_random_checkpoint
+from ragjax.resources import size_text
 
 FEW = 1000  # passages, whose build takes what the models take
 

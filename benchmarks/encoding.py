@@ -30,12 +30,14 @@ from benchmarks.report import (
     torch_place,
     write,
 )
+from ragjax.checkpoints.hub import checkpoint_folder, fetch
 from ragjax.config import load_config
 from ragjax.errors import InputError
-from ragjax.hub import checkpoint_folder, fetch
-from ragjax.mesh import local_mesh, place, replicated
-from ragjax.rag import embeddings_with, encode, passage_rows
-from ragjax.world import open_world
+from ragjax.parallel.mesh import local_mesh
+from ragjax.parallel.sharding import put_global, replicated
+from ragjax.rag import tokenize_passages
+from ragjax.retrieval.encoder import embed_in_memory, encode
+from ragjax.runs.restore import load_artifacts
 
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
@@ -59,23 +61,23 @@ def main() -> None:
     settings, size = config.retriever, config.index.batch_size
     if (settings.pooling, settings.normalize) != ("mean", True):
         raise InputError("retriever.pooling and normalize: here they are compared as mean and true")
-    rag, _, store = open_world(config)
+    rag, _, store = load_artifacts(config)
     passages = [store[int(i)] for i in np.linspace(0, len(store) - 1, options.passages).astype(int)]
-    params = place(rag.passage_encoder.read(), replicated(local_mesh()))
+    params = put_global(rag.passage_encoder.load_params(), replicated(local_mesh()))
     folder = checkpoint_folder(fetch(settings.source).path)
     place_there = torch_place(config.dtype)
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval().to(**place_there)
     texts = [settings.passage.format(title=passage.title, text=passage.text) for passage in passages]
 
     def rows() -> list:
-        return passage_rows(rag.passage_tokenizer, settings.passage, passages, settings.passage_tokens)
+        return tokenize_passages(rag.passage_tokenizer, settings.passage, passages, settings.passage_tokens)
 
     def by_ragjax() -> np.ndarray:
-        return embeddings_with(rag, params, rows())
+        return embed_in_memory(rag, params, rows())
 
     def by_transformers(by_length: bool) -> np.ndarray:
         order = np.argsort([-len(text) for text in texts], kind="stable") if by_length else np.arange(len(texts))
-        found = np.zeros((len(texts), rag.passage_encoder.config.embedding_width), np.float32)
+        found = np.zeros((len(texts), rag.passage_encoder.config.embedding_dim), np.float32)
         with torch.no_grad():
             for start in range(0, len(order), size):
                 ids = order[start : start + size]
@@ -103,7 +105,7 @@ def main() -> None:
             stages[name].seconds.append(timed(program)[0])
     width, count = settings.passage_tokens, sum(map(len, rows()))
     shape = jax.ShapeDtypeStruct((1, width), np.int32), jax.ShapeDtypeStruct((1, width), np.bool_)
-    flops = flops_of(partial(encode, rag.passage_encoder.graph), params, *shape) / width * count
+    flops = flops_of(partial(encode, rag.passage_encoder.graphdef), params, *shape) / width * count
     for stage in stages.values():
         stage.flops = flops
     console, most = make_console(), peak(config.dtype)

@@ -11,7 +11,6 @@ the extra `bench`.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import tempfile
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from rich.console import Console
 from benchmarks.report import (
     Stage,
     count_read,
+    count_unread,
     flops_of,
     flops_of_search,
     make_console,
@@ -37,18 +37,21 @@ from benchmarks.report import (
     torch_place,
     write,
 )
-from ragjax.config import Config, Decode, Retriever, Train
-from ragjax.cost import matmul_flops
-from ragjax.decode import decode, propose, read, with_end
-from ragjax.hub import cache_folder
+from ragjax.checkpoints.pretrained import open_bert, open_generator
+from ragjax.config import Config, Corpus, Decode, Generator, Retriever, Train
+from ragjax.data.prompt import Prompt
+from ragjax.decoding.candidates import with_end
+from ragjax.decoding.decode import decode_rag_sequence
+from ragjax.decoding.propose import beam_search_documents, prefill_documents
+from ragjax.files import cache_folder
 from ragjax.marginal import log_prior
-from ragjax.mesh import enable_compilation_cache
 from ragjax.models.generator import SpecialTokens
-from ragjax.prefixes import Known
-from ragjax.rag import Models, TrainBatch
-from ragjax.step import initial_state, make_train_step
-from ragjax.text import Prompt
-from ragjax.weights import open_bert, open_generator
+from ragjax.planning.program_cost import matmul_flops
+from ragjax.rag import RagModel
+from ragjax.runs.restore import enable_compilation_cache
+from ragjax.training.batch import TrainBatch
+from ragjax.training.state import init_train_state
+from ragjax.training.step import make_train_step
 
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 SHAPES = {
@@ -128,11 +131,11 @@ def decoding(options: argparse.Namespace, console: Console, most: float) -> dict
     with tempfile.TemporaryDirectory() as folder:
         theirs.generator.save_pretrained(folder)
         ours = open_generator(Path(folder), dtype=options.dtype)
-        params = jax.tree.map(jnp.asarray, ours.read())
+        params = jax.tree.map(jnp.asarray, ours.load_params())
     there = torch_place(options.dtype)
     theirs.to(**there)
     rng = np.random.default_rng(0)
-    sources = rng.integers(4, ours.config.vocabulary, (questions, k, options.source_tokens)).astype(np.int32)
+    sources = rng.integers(4, ours.config.vocab_size, (questions, k, options.source_tokens)).astype(np.int32)
     scores = rng.normal(size=(questions, k)).astype(np.float32)
     settings = Decode(k=k, beams=options.beams, max_new_tokens=longest, min_new_tokens=2)
 
@@ -153,8 +156,8 @@ def decoding(options: argparse.Namespace, console: Console, most: float) -> dict
 
     def by_ragjax(mode: str, b: int) -> Any:
         prior = np.asarray(log_prior(jnp.asarray(scores[b : b + 1]), jnp.ones((1, k), bool)))
-        memory = read(ours.graph, params, sources[b], np.ones(sources[b].shape, bool))
-        [found] = decode(ours.graph, params, memory, prior, dataclasses.replace(settings, mode=mode), SPECIAL)
+        memory = prefill_documents(ours.graphdef, params, sources[b], np.ones(sources[b].shape, bool))
+        [found] = decode_rag_sequence(ours.graphdef, params, memory, prior, settings.replace(mode=mode), SPECIAL)
         return found
 
     def answer(found: Any, mode: str) -> tuple[int, ...]:
@@ -164,8 +167,10 @@ def decoding(options: argparse.Namespace, console: Console, most: float) -> dict
     programs: dict[str, Callable[[int], Any]] = {
         mode: partial(by_ragjax, mode) for mode in ("thorough", "certified", "fast")
     }
-    programs["reading"] = lambda b: read(ours.graph, params, sources[b], np.ones(sources[b].shape, bool))
-    programs["beam search"] = lambda b: propose(ours.graph, params, memories[b], settings, SPECIAL)
+    programs["reading"] = lambda b: prefill_documents(
+        ours.graphdef, params, sources[b], np.ones(sources[b].shape, bool)
+    )
+    programs["beam search"] = lambda b: beam_search_documents(ours.graphdef, params, memories[b], settings, SPECIAL)
     memories = [programs["reading"](b) for b in range(questions)]
     for b in range(questions):  # compiles
         for program in programs.values():
@@ -174,9 +179,9 @@ def decoding(options: argparse.Namespace, console: Console, most: float) -> dict
     same = dict.fromkeys(("Hugging Face", "certified"), 0)
     candidates, skipped, flops = [], [], []
     of_reading = flops_of(
-        lambda p, s, m: read(ours.graph, p, s, m), params, sources[0], np.ones(sources[0].shape, bool)
+        lambda p, s, m: prefill_documents(ours.graphdef, p, s, m), params, sources[0], np.ones(sources[0].shape, bool)
     )
-    of_prefix = flops_of_search(ours.graph, params, memories[0], settings, SPECIAL)
+    of_prefix = flops_of_search(ours.graphdef, params, memories[0], settings, SPECIAL)
     for b in range(questions):
         took, chosen = timed(by_hugging_face, b)
         stages["Hugging Face"].seconds.append(took)
@@ -191,11 +196,10 @@ def decoding(options: argparse.Namespace, console: Console, most: float) -> dict
         computed, needed = found["certified"].needed
         skipped.append(1 - computed / max(1, needed))
         prefixes = found["beam search"][1]
-        known = Known(ours.graph, params, memories[b], prefixes, SPECIAL)
         answers = with_end(
             list(zip(found["thorough"].tokens, found["thorough"].finished.tolist(), strict=True)), SPECIAL
         )
-        unread = known.unread(dict.fromkeys(range(k), answers))
+        unread = count_unread(prefixes, dict.fromkeys(range(k), answers))
         flops.append((of_reading, of_prefix * count_read(prefixes, options.beams), of_prefix * unread))
     stages["rescoring"].seconds = [
         thorough - fast for thorough, fast in zip(stages["thorough"].seconds, stages["fast"].seconds, strict=True)
@@ -227,18 +231,25 @@ def training(options: argparse.Namespace, console: Console, most: float) -> dict
         theirs.question_encoder.save_pretrained(Path(folder) / "retriever")
         retriever = open_bert(Path(folder) / "retriever", "cls", normalize=False, dtype=options.dtype)
         generator = open_generator(Path(folder) / "generator", dtype=options.dtype)
-        config = Config(output="", dtype=options.dtype, train=settings, retriever=Retriever(source="", scale=1.0))
-        models = Models(config, retriever, generator, SPECIAL, Prompt((), (), (), False, ((), ())), retriever)
-        params = jax.tree.map(jnp.asarray, {name: model.read() for name, model in models.parts.items()})
+        config = Config(
+            output=folder,
+            dtype=options.dtype,
+            corpus=Corpus(source=folder),
+            retriever=Retriever(source=f"{folder}/retriever"),
+            generator=Generator(source=f"{folder}/generator"),
+            train=settings,
+        )
+        models = RagModel(config, retriever, generator, SPECIAL, Prompt((), (), (), False, ((), ())), retriever)
+        params = jax.tree.map(jnp.asarray, {name: model.load_params() for name, model in models.parts.items()})
     there = torch_place(options.dtype)
     theirs.to(there["device"])
     optimizer = torch.optim.AdamW(theirs.parameters(), lr=rate, weight_decay=0.0)
     rng = np.random.default_rng(0)
-    width, state, step = retriever.config.embedding_width, initial_state(models, params), make_train_step(models)
+    width, state, step = retriever.config.embedding_dim, init_train_state(models, params), make_train_step(models)
 
     def draw() -> TrainBatch:
         def tokens(*shape: int) -> np.ndarray:
-            return rng.integers(4, generator.config.vocabulary, shape).astype(np.int32)
+            return rng.integers(4, generator.config.vocab_size, shape).astype(np.int32)
 
         question = rng.integers(4, 1000, (count, 20)).astype(np.int32)
         source, answer = tokens(count, k, options.source_tokens), tokens(count, longest)

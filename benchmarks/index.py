@@ -29,12 +29,13 @@ from rich.table import Table
 
 from benchmarks.report import or_input_error
 from ragjax.config import ON_DEVICES
-from ragjax.cost import size_text
-from ragjax.embeddings import Embeddings
-from ragjax.faiss_index import build_faiss, faiss_bytes
-from ragjax.index import Index
-from ragjax.mesh import local_mesh, place, replicated
-from ragjax.search import search_corpus
+from ragjax.parallel.mesh import local_mesh
+from ragjax.parallel.sharding import put_global, replicated
+from ragjax.resources import size_text
+from ragjax.retrieval.device_index import sharded_top_k
+from ragjax.retrieval.embeddings import Embeddings
+from ragjax.retrieval.faiss_index import build_faiss, faiss_bytes
+from ragjax.retrieval.index import Index
 
 BATCHES = (1, 8, 64)
 KINDS = ["Flat", "HNSW32", "IVF1024,PQ48"]
@@ -65,7 +66,7 @@ def on_device(vectors: np.ndarray, k: int, recall: float | None) -> Search:
     corpus = Index(Embeddings([vectors]), "exact", {}).corpus(local_mesh(data=1))
 
     def search(queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        scores, ids = search_corpus(corpus, place(queries, replicated(corpus.mesh)), k, recall)
+        scores, ids = sharded_top_k(corpus, put_global(queries, replicated(corpus.mesh)), k, recall)
         return np.asarray(scores), np.asarray(ids)
 
     return search

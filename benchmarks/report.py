@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,15 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ragjax.beam import batch_sizes
 from ragjax.config import Decode
-from ragjax.cost import matmul_flops
-from ragjax.decode import propose
+from ragjax.decoding.beam_search import batch_sizes
+from ragjax.decoding.prefix_cache import PrefixCache, Tokens
+from ragjax.decoding.propose import beam_search_documents
 from ragjax.errors import InputError
-from ragjax.models.generator import Memory, SpecialTokens
+from ragjax.models.generator import SpecialTokens
+from ragjax.models.kv_cache import DocumentMemory
 from ragjax.models.layers import Params
-from ragjax.prefixes import Prefixes
+from ragjax.planning.program_cost import matmul_flops
 
 
 @dataclass
@@ -68,16 +69,28 @@ def flops_of(program: Callable[..., Any], *given: Any) -> int:
 
 
 def flops_of_search(
-    graph: nnx.GraphDef, params: Params, memory: Memory, settings: Decode, special: SpecialTokens
+    graph: nnx.GraphDef, params: Params, memory: DocumentMemory, settings: Decode, special: SpecialTokens
 ) -> float:
     """Of the beam search after n memories, for each prefix that it reads, in the mean."""
-    flops = flops_of(lambda p, m: propose(graph, p, m, settings, special), params, memory)
+    flops = flops_of(lambda p, m: beam_search_documents(graph, p, m, settings, special), params, memory)
     return flops / settings.beams / sum(batch_sizes(memory.start.shape[0]))  # a step of each size counts once
 
 
-def count_read(prefixes: Prefixes, beams: int) -> int:
+def count_read(prefixes: PrefixCache, beams: int) -> int:
     """How many prefixes a beam search has read after all of its memories, the start token once for each beam."""
     return int((prefixes.parent >= 0).sum()) + prefixes.parent.shape[0] * beams
+
+
+def count_unread(prefixes: PrefixCache, answers: Mapping[int, Sequence[Tokens]]) -> int:
+    """How many prefixes `PrefixScorer.score` has to read for these answers, by memory, that the search has not read."""
+    tokens, parents = jax.device_get((prefixes.tokens, prefixes.parent))
+    count = 0
+    for row, ys in answers.items():
+        cached: list[Tokens] = []
+        for token, parent in zip(tokens[row].tolist(), parents[row].tolist(), strict=True):
+            cached.append((*cached[parent], token) if parent >= 0 else ())
+        count += len({y[:t] for y in ys for t in range(1, len(y))} - set(cached))
+    return count
 
 
 def make_console() -> Console:

@@ -16,24 +16,25 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.report import Stage, make_console, peak, show, timed
-from ragjax.hub import cache_folder, checkpoint_folder, fetch
-from ragjax.mesh import enable_compilation_cache
+from ragjax.checkpoints.hub import checkpoint_folder, fetch
+from ragjax.checkpoints.pretrained import PretrainedModel, open_generator
+from ragjax.files import cache_folder
 from ragjax.models.generator import score
 from ragjax.models.layers import Params
-from ragjax.weights import Pretrained, open_generator
+from ragjax.runs.restore import enable_compilation_cache
 
 
-def shared(model: Pretrained, params: Params, source: jax.Array, answers: jax.Array) -> jax.Array:
+def shared(model: PretrainedModel, params: Params, source: jax.Array, answers: jax.Array) -> jax.Array:
     """log p [n,C]: each prompt is read once."""
-    generator = nnx.merge(model.graph, params)
+    generator = nnx.merge(model.graphdef, params)
     memory = generator.prefill(source, jnp.ones_like(source, bool))
     rows = jnp.broadcast_to(answers, (source.shape[0], *answers.shape))
     return score(generator, memory, rows).sum(axis=-1)
 
 
-def whole(model: Pretrained, params: Params, source: jax.Array, answer: jax.Array) -> jax.Array:
+def whole(model: PretrainedModel, params: Params, source: jax.Array, answer: jax.Array) -> jax.Array:
     """log p [n] of one candidate: each prompt is read again for it, as whole sequences are."""
-    generator = nnx.merge(model.graph, params)
+    generator = nnx.merge(model.graphdef, params)
     memory = generator.prefill(source, jnp.ones_like(source, bool))
     return score(generator, memory, jnp.broadcast_to(answer, (source.shape[0], 1, answer.size)))[:, 0].sum(axis=-1)
 
@@ -49,11 +50,11 @@ def main() -> None:
     options = parser.parse_args()
     enable_compilation_cache(cache_folder() / "xla")
     model = open_generator(checkpoint_folder(fetch(options.source).path))
-    params = model.read()
+    params = model.load_params()
     rng = np.random.default_rng(0)
 
     def tokens(*shape: int) -> jax.Array:
-        return jnp.asarray(rng.integers(3, model.config.vocabulary, shape), jnp.int32)
+        return jnp.asarray(rng.integers(3, model.config.vocab_size, shape), jnp.int32)
 
     source = tokens(options.documents, options.source_tokens)
     answers = tokens(options.candidates, options.target_tokens)

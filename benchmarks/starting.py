@@ -23,9 +23,9 @@ ONE = "import json, sys; from benchmarks.starting import start; print(json.dumps
 def start(config: str, *overrides: str) -> dict[str, float]:
     """Seconds of each stage, in this process, which has imported nothing of JAX or ragjax so far."""
     marks = [time.perf_counter()]
-    from ragjax.answer import open_answerer  # here, since that is what is measured
+    from ragjax.answerer import open_answerer
     from ragjax.config import load_config
-    from ragjax.questions import read_questions
+    from ragjax.data.questions import read_questions
 
     marks.append(time.perf_counter())
     settings = load_config(config, overrides)
@@ -43,7 +43,7 @@ def main() -> None:
     from benchmarks.report import Stage, make_console, peak, show, write
     from ragjax.config import load_config
     from ragjax.errors import InputError
-    from ragjax.hub import cache_folder
+    from ragjax.files import cache_folder
 
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.starting",

@@ -19,12 +19,15 @@ import jax
 
 from benchmarks.report import Stage, make_console, or_input_error, peak, show, timed, times_as_fast, write
 from ragjax.config import load_config
-from ragjax.cost import matmul_flops
-from ragjax.mesh import local_mesh
-from ragjax.questions import read_questions
-from ragjax.rag import answer_tokens, retrieve, train_batch
-from ragjax.step import initial_state, make_train_step
-from ragjax.world import open_world
+from ragjax.data.questions import read_questions
+from ragjax.parallel.mesh import local_mesh
+from ragjax.planning.program_cost import matmul_flops
+from ragjax.rag import tokenize_answer
+from ragjax.retrieval.retrieve import retrieve
+from ragjax.runs.restore import load_artifacts
+from ragjax.training.batch import train_batch
+from ragjax.training.state import init_train_state
+from ragjax.training.step import make_train_step
 
 
 def main() -> None:
@@ -40,13 +43,13 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where to write training.md and training.png")
     options = parser.parse_args()
     config = load_config(options.config, options.overrides)
-    rag, index, store = open_world(config)
+    rag, index, store = load_artifacts(config)
     jax.config.update("jax_enable_compilation_cache", False)
     k, size = config.train.k, config.train.batch_size
     params = rag.initial_params()
     longest = config.generator.answer_tokens
     every = read_questions(Path(config.questions.train))
-    questions = [q for q in every if len(answer_tokens(rag, q.answers[0])) <= longest]
+    questions = [q for q in every if len(tokenize_answer(rag, q.answers[0])) <= longest]
     batches = []
     for start in range(0, (options.steps + 1) * size, size):
         some = questions[start : start + size]
@@ -57,9 +60,9 @@ def main() -> None:
 
     steps, states, compiling, stages = {}, {}, {}, {}
     for through in (k, options.through):
-        changed = dataclasses.replace(config.train, backward_documents=through)
-        own = dataclasses.replace(rag, config=dataclasses.replace(config, train=changed))
-        states[through] = initial_state(own, jax.tree.map(jax.numpy.array, params))
+        changed = config.train.replace(backward_documents=through)
+        own = dataclasses.replace(rag, config=config.replace(train=changed))
+        states[through] = init_train_state(own, jax.tree.map(jax.numpy.array, params))
         traced = make_train_step(own).trace(states[through], batches[0], corpus)
         lowered, started = traced.lower(), time.perf_counter()
         steps[through] = lowered.compile()

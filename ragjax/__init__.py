@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ragjax.errors import InputError
 
 if TYPE_CHECKING:
-    from ragjax.answer import Answer, Answerer, Candidate, Document, load
+    from ragjax.answerer import Answer, Answerer, Candidate, Document, load
 
 __all__ = ["Answer", "Answerer", "Candidate", "Document", "InputError", "load"]
 
@@ -20,7 +20,7 @@ __all__ = ["Answer", "Answerer", "Candidate", "Document", "InputError", "load"]
 def __getattr__(name: str) -> Any:
     """Imports JAX only when it is needed, so that `ragjax --help` and `ragjax config` are instant."""
     if name in __all__:
-        from ragjax import answer
+        from ragjax import answerer as answer
 
         return getattr(answer, name)
     raise AttributeError(f"module 'ragjax' has no attribute {name!r}")

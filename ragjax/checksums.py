@@ -15,11 +15,12 @@ from typing import Any
 import xxhash
 
 from ragjax.errors import InputError
-from ragjax.files import atomic_write, read_json
+from ragjax.files import PARTIAL, atomic_write, read_json
 
 CHECKSUMS = "checksums.json"
 BLOCK = 1 << 20  # bytes that are read at a time
 SEAL = "xxh3"
+
 
 Record = dict[str, Any]
 Progress = Callable[[int], object]
@@ -84,6 +85,7 @@ def files_below(folder: Path) -> list[str]:
 
 def write_checksums(folder: Path, **about: Any) -> None:
     """Writes FOLDER/checksums.json, with a record of every file that is there now, and what it is `about`."""
+    (folder / (CHECKSUMS + PARTIAL)).unlink(missing_ok=True)  # of a process that was killed while it wrote them
     records = {name: checksum(folder / name) for name in files_below(folder)}
     write_sealed(folder / CHECKSUMS, about | {"files": records})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import json
 import os
 import signal
 import sys
@@ -12,10 +13,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ragjax.config import Config, dump_config, load_config
+from ragjax.config import Config, default_config, dump_config, load_config, schema
 from ragjax.errors import InputError
 from ragjax.signals import guarded, stopped
-from ragjax.terminal_text import visible
+from ragjax.terminal import visible
 
 # in what JAX, Gloo and the coordination service say when a process is gone
 SIGNS_OF_LOSS = ("Gloo", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED", "barrier", "coordination", "peer")
@@ -43,10 +44,10 @@ def _run_as_one_of_many(options: argparse.Namespace) -> int:
     """As `_run`; an error ends the process at once, since JAX's own end waits for others that wait for this one."""
     import jax
 
-    from ragjax.mesh import join_processes
+    from ragjax.parallel.processes import initialize_distributed
 
     try:
-        join_processes(stop_together=options.command == "train")
+        initialize_distributed(stop_together=options.command == "train")
         if jax.process_count() > 1:
             options.name = f"ragjax (process {jax.process_index()} of {jax.process_count()})"
         code = _run(options)
@@ -203,7 +204,11 @@ def _parser() -> argparse.ArgumentParser:
     verifying = command("verify", _verify, summary, "ragjax verify runs/factbook", config=False)
     verifying.add_argument("folder", metavar="RUN|INDEX|EXPORTED", help="its folder")
     verifying.add_argument("--json", action="store_true", help=json_help)
-    overrides(command("config", _config, "print the resolved configuration", "ragjax config configs/factbook.yaml"))
+    summary = "print the resolved configuration; without a CONFIG all keys with their defaults and meanings"
+    config = command("config", _config, summary, "ragjax config configs/factbook.yaml", config=False)
+    config.add_argument("config", nargs="?", metavar="CONFIG", help="a YAML file, such as configs/factbook.yaml")
+    overrides(config)
+    config.add_argument("--schema", action="store_true", help="print the JSON Schema of a CONFIG, for editors")
     return parser
 
 
@@ -224,8 +229,9 @@ def _load(options: argparse.Namespace) -> Config:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from ragjax.plan import capacity, memory_plan, planned_mesh, print_plan
-    from ragjax.progress import terminal
+    from ragjax.commands.plan import print_plan
+    from ragjax.planning.plan import capacity, memory_plan, planned_mesh
+    from ragjax.terminal import terminal
 
     config = _load(options)
     mesh = planned_mesh(config, options.devices, options.topology)
@@ -238,21 +244,21 @@ def _plan(options: argparse.Namespace) -> int:
 
 def _tell(text: str) -> None:
     """On standard output, once where there are several processes."""
-    from ragjax.mesh import is_first
+    from ragjax.parallel.processes import is_process_zero
 
-    if is_first():
+    if is_process_zero():
         print(visible(text))
 
 
 def _index(options: argparse.Namespace) -> int:
-    from ragjax.build_index import build_index
+    from ragjax.commands.index import build_index
 
     _tell(f"index: {build_index(_load(options))}")
     return 0
 
 
 def _train(options: argparse.Namespace) -> int:
-    from ragjax.train import Interrupted, train
+    from ragjax.commands.train import Interrupted, train
 
     try:
         _tell(f"run: {train(_load(options))}")
@@ -264,28 +270,28 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from ragjax.evaluate import evaluate, print_metrics
-    from ragjax.mesh import is_first
+    from ragjax.commands.evaluate import evaluate, print_metrics
+    from ragjax.parallel.processes import is_process_zero
 
     try:
         report = evaluate(_load(options))
     except KeyboardInterrupt:
         print(f"{options.name}: what was measured is kept; the same command goes on", file=sys.stderr)
         raise
-    if is_first():
+    if is_process_zero():
         print_metrics(report, as_json=options.json)
     return 0
 
 
 def _index_report(options: argparse.Namespace) -> int:
-    from ragjax.index_report import index_report, print_report
+    from ragjax.commands.index_report import index_report, print_report
 
     print_report(index_report(_load(options), options.questions, options.plot), as_json=options.json)
     return 0
 
 
 def _answer(options: argparse.Namespace) -> int:
-    from ragjax.answer import answer_from_command_line
+    from ragjax.commands.answer import answer_from_command_line
 
     config = _load(options)
     return answer_from_command_line(
@@ -294,21 +300,21 @@ def _answer(options: argparse.Namespace) -> int:
 
 
 def _import(options: argparse.Namespace) -> int:
-    from ragjax.hf_rag import import_rag
+    from ragjax.commands.hugging_face import import_rag
 
     _tell(f"imported: {import_rag(options.source, Path(options.out))}")
     return 0
 
 
 def _export(options: argparse.Namespace) -> int:
-    from ragjax.hf_rag import export_rag
+    from ragjax.commands.hugging_face import export_rag
 
     _tell(f"exported: {export_rag(Path(options.source), Path(options.out))}")
     return 0
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from ragjax.verify import print_verified, verify
+    from ragjax.commands.verify import print_verified, verify
 
     found = verify(Path(options.folder))
     print_verified(found, as_json=options.json)
@@ -318,5 +324,8 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _config(options: argparse.Namespace) -> int:
-    print(dump_config(_load(options)), end="")
+    if options.schema:
+        print(json.dumps(schema(), indent=2, ensure_ascii=False))
+    else:
+        print(dump_config(_load(options)) if options.config else default_config(), end="")
     return 0

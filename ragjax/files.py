@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 from ragjax.errors import InputError
 
+PARTIAL = ".partial"  # ends the name of what is being written
 LOCK = ".lock"
 DEEPEST = 100  # levels of JSON
 LARGEST_JSON = 256 << 20  # bytes; what is read whole
@@ -107,7 +108,7 @@ def atomic_write(*paths: Path) -> Iterator[tuple[BinaryIO, ...]]:
 
     Raises `InputError` for what the operating system refuses, such as a full disk.
     """
-    partials = [path.with_name(path.name + ".partial") for path in paths]
+    partials = [path.with_name(path.name + PARTIAL) for path in paths]
     try:
         with ExitStack() as stack:
             files = tuple(stack.enter_context(partial.open("wb")) for partial in partials)
@@ -158,7 +159,7 @@ def partial_folder(folder: Path) -> Iterator[Path]:
 
     Raises `InputError` where it cannot be created.
     """
-    partial = folder.with_name(folder.name + ".partial")
+    partial = folder.with_name(folder.name + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
@@ -171,7 +172,7 @@ def partial_folder(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def alone(folder: Path, doing: str) -> Iterator[None]:
+def exclusive_lock(folder: Path, doing: str) -> Iterator[None]:
     """Holds `folder`, created where there is none, until the end or the death of this process.
 
     Raises `InputError` where it cannot be created, and while another process holds it, saying what that is `doing`.

@@ -1,4 +1,4 @@
-"""The mathematics of RAG-Sequence on plain arrays, in log space.
+"""The mathematics of RAG-Sequence and RAG-Token (Lewis et al. 2020) on plain arrays, in log space (nats).
 
     p(y|x) = Σ_z p_η(z|x) · p_θ(y|x,z)
 
@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float
 
 
 def log_prior(scores: Float[Array, "B K"], valid: Bool[Array, "B K"]) -> Float[Array, "B K"]:
-    """log p(z|x), normalised over the valid ones of the K documents; −inf for the others.
+    """log p(z|x), normalised over the valid ones of the K documents (section 2.2); −inf for the others.
 
     A score of −inf is a document of probability 0. A question without any possible document gets −inf everywhere.
     However large the scores, the probabilities sum to 1 but for rounding.
@@ -39,7 +39,7 @@ def corpus_log_prior(
 
 
 def marginal_logp(log_prior: Float[Array, "B K"], logp: Float[Array, "B K *C"]) -> Float[Array, "B *C"]:
-    """log p(y|x) = logsumexp_z(log p(z|x) + log p(y|x,z)), for one answer a question or for C candidates.
+    """log p(y|x) = logsumexp_z(log p(z|x) + log p(y|x,z)), for one answer a question or for C candidates (section 2.1).
 
     With K = N and the prior over the whole corpus this is the exact marginal. Given log p(y_t|y_<t,x,z) of T tokens
     [B,K,T] it gives RAG-Token's log p(y_t|y_<t,x) [B,T], whose sum over t is its log p(y|x).
@@ -58,20 +58,23 @@ def posterior(log_prior: Float[Array, "B K"], logp: Float[Array, "B K *C"]) -> F
 def token_posterior(
     log_prior: Float[Array, "B K"], logp: Float[Array, "B K *C T"], counted: Bool[Array, "B *C T"]
 ) -> Float[Array, "B K *C"]:
-    """RAG-Token's responsibilities, of which every token has its own: the mean over the tokens that count."""
-    of_tokens = jnp.where(jnp.expand_dims(counted, 1), posterior(log_prior, logp), 0.0)
-    return of_tokens.sum(axis=-1) / jnp.expand_dims(jnp.maximum(counted.sum(axis=-1), 1), 1)
+    """RAG-Token's responsibility of each document: every token has its own; the mean over the tokens that count."""
+    by_token = jnp.where(jnp.expand_dims(counted, 1), posterior(log_prior, logp), 0.0)
+    return by_token.sum(axis=-1) / jnp.expand_dims(jnp.maximum(counted.sum(axis=-1), 1), 1)
 
 
 def thorough_marginal(log_prior: Float[Array, "B K"], logp: Float[Array, "B K C"]) -> Float[Array, "B C"]:
-    """log p(y|x) of each candidate, scored under every document."""
+    """log p(y|x) of each candidate, scored under every document (section 2.5, "thorough decoding")."""
     return marginal_logp(log_prior, logp)
 
 
 def fast_marginal(
     log_prior: Float[Array, "B K"], logp: Float[Array, "B K C"], proposed: Bool[Array, "B K C"]
 ) -> Float[Array, "B C"]:
-    """log p(y|x) of each candidate, a document that did not propose it contributing 0; never above the thorough one."""
+    """log p(y|x) of each candidate, a document that did not propose it contributing 0 (section 2.5, "fast decoding").
+
+    Never above the thorough one.
+    """
     return marginal_logp(log_prior, _mask(logp, proposed))
 
 

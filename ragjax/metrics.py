@@ -12,10 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
-
-from ragjax.passages import PassageStore
-from ragjax.questions import Question
+from jaxtyping import Bool, Float
 
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -45,24 +42,7 @@ def _f1(predicted: list[str], gold: list[str]) -> float:
     return 2 * common / (len(predicted) + len(gold))
 
 
-def contains_answer(text: str, answers: Sequence[str]) -> bool:
-    """Whether the words of some answer stand next to each other in the text, as in DPR's `has_answer`.
-
-    Case, articles and punctuation do not count; numbers are whole words.
-    """
-    words = f" {_words(text)} "
-    return any(f" {sought} " in words for answer in answers if (sought := _words(answer)))
-
-
-def has_answer(store: PassageStore, question: Question, ids: Int[np.ndarray, " K"]) -> Bool[np.ndarray, " K"]:
-    """Which documents answer a question: the passages it names, or else those that contain an answer; not id -1."""
-    found = [store[int(i)] if i >= 0 else None for i in ids]
-    if question.passages:
-        return np.array([p is not None and p.id in question.passages for p in found])
-    return np.array([p is not None and contains_answer(f"{p.title} {p.text}", question.answers) for p in found])
-
-
-def _words(text: str) -> str:
+def normalized_words(text: str) -> str:
     found = (re.sub("[.,]", "", word) for word in WORD.findall(unicodedata.normalize("NFC", text).lower()))
     return " ".join(word for word in found if word not in ("a", "an", "the"))
 

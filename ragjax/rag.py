@@ -2,61 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx, struct
-from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Int
 
+from ragjax.checkpoints.hub import ResolvedSource, checkpoint_folder, fetch, fingerprint_files
+from ragjax.checkpoints.pretrained import PretrainedModel, open_bert, open_generator
+from ragjax.checkpoints.sentence_transformers import check_sentence_transformers
 from ragjax.config import Config, structure
-from ragjax.embeddings import EncodedBatch, embed_passages, encoded_batches
-from ragjax.errors import InputError
-from ragjax.files import read_json, shown
-from ragjax.hub import Fetched, checkpoint_folder, fetch, fingerprint_files
-from ragjax.index import Index
-from ragjax.marginal import corpus_log_prior, log_prior
-from ragjax.mesh import local_mesh, on_each_device, on_host, rows_here, shard_batch
-from ragjax.models.generator import SpecialTokens
-from ragjax.models.layers import Params
-from ragjax.passages import Passage, PassageStore
-from ragjax.questions import text_problem
-from ragjax.sentence_transformers import check_sentence_transformers
-from ragjax.text import (
-    Ids,
+from ragjax.data.corpus import Passage
+from ragjax.data.passage_store import PassageStore
+from ragjax.data.prompt import (
     Prompt,
-    Tokenizer,
     assemble,
     assemble_closed_book,
-    bucket,
-    buckets_up_to,
     check_prompt_fits,
     fill,
     make_prompt,
-    pad_rows,
+    passage_text,
 )
-from ragjax.weights import Pretrained, open_bert, open_generator
+from ragjax.data.questions import Split, text_problem
+from ragjax.data.tokenizer import Tokenizer
+from ragjax.errors import InputError
+from ragjax.files import read_json, shown
+from ragjax.models.generator import SpecialTokens
+from ragjax.models.layers import Params
+from ragjax.padding import length_buckets, pad_sequences, pick_bucket
+from ragjax.terminal import terminal
 
 
 @dataclass(frozen=True)
-class Models:
+class RagModel:
     """The models opened (not read): all that the loss and the training step are made of."""
 
     config: Config
-    retriever: Pretrained
-    generator: Pretrained
+    retriever: PretrainedModel
+    generator: PretrainedModel
     special: SpecialTokens  # the generator's
     prompt: Prompt
-    passage_encoder: Pretrained  # the retriever itself, unless `retriever.passage_source` names another
+    passage_encoder: PretrainedModel  # the retriever itself, unless `retriever.passage_source` names another
 
     @property
-    def parts(self) -> dict[str, Pretrained]:
+    def parts(self) -> dict[str, PretrainedModel]:
         """What has parameters in a training state: a passage encoder with weights of its own, and no idle generator."""
         train = self.config.train
         parts = {"retriever": self.retriever}
@@ -68,27 +60,27 @@ class Models:
 
     def abstract_params(self) -> Params:
         """The shapes and types of {"retriever": …, "generator": …}."""
-        return {name: model.abstract for name, model in self.parts.items()}
+        return {name: model.abstract_params for name, model in self.parts.items()}
 
 
 @dataclass(frozen=True)
-class Rag(Models):
+class RagPipeline(RagModel):
     """With them the tokenizers, and what pins all of them."""
 
     retriever_tokenizer: Tokenizer
     passage_tokenizer: Tokenizer
     generator_tokenizer: Tokenizer
-    sources: tuple[Fetched, ...]
+    sources: tuple[ResolvedSource, ...]
     fingerprints: dict[str, str]  # of everything that an index is built from
 
     def initial_params(self) -> Params:
         """The pretrained parameters: {"retriever": …, "generator": …}."""
-        params = {name: model.read() for name, model in self.parts.items()}
+        params = {name: model.load_params() for name, model in self.parts.items()}
         # bound to a device, as restored ones are: JAX would compile everything twice for one of each
         return jax.device_put(params, jax.local_devices()[0])
 
 
-def open_rag(config: Config) -> Rag:
+def load_pipeline(config: Config) -> RagPipeline:
     """Fetches what the configuration names and opens it.
 
     Raises `InputError` for a source that cannot be reached or read, or lengths that a model does not have.
@@ -108,10 +100,10 @@ def open_rag(config: Config) -> Rag:
         passage_encoder = open_bert(other, r.pooling, r.normalize, rate, config.dtype)
         passage_tokenizer = Tokenizer.load(other)
         _check_vocabulary(other, passage_tokenizer, passage_encoder)
-    if passage_encoder.config.embedding_width != retriever.config.embedding_width:
+    if passage_encoder.config.embedding_dim != retriever.config.embedding_dim:
         raise InputError(
-            f"{r.passage_source}: its embeddings have {passage_encoder.config.embedding_width} dimensions and those of "
-            f"{r.source} {retriever.config.embedding_width}; give two encoders that belong together"
+            f"{r.passage_source}: its embeddings have {passage_encoder.config.embedding_dim} dimensions and those of "
+            f"{r.source} {retriever.config.embedding_dim}; give two encoders that belong together"
         )
     _check_vocabulary(encoder, retriever_tokenizer, retriever)
     _check_vocabulary(decoder, generator_tokenizer, generator)
@@ -133,7 +125,7 @@ def open_rag(config: Config) -> Rag:
             f"{g.source}: several tokens end an answer ({', '.join(map(str, special.ends))}), and hf_compatible=true "
             "knows one; leave one in eos_token_id of its config.json and generation_config.json"
         )
-    return Rag(
+    return RagPipeline(
         config=config,
         retriever=retriever,
         passage_encoder=passage_encoder,
@@ -148,13 +140,13 @@ def open_rag(config: Config) -> Rag:
     )
 
 
-def generation_config(generator: Pretrained) -> tuple[Path, dict[str, Any]]:
+def generation_config(generator: PretrainedModel) -> tuple[Path, dict[str, Any]]:
     """The generation_config.json beside a generator's weights, and what it says; a GGUF file says all itself."""
     path = generator.files[0].parent / "generation_config.json"
     return path, read_json(path) if path.is_file() and generator.files[0].suffix != ".gguf" else {}
 
 
-def _special_tokens(generator: Pretrained, tokenizer: Tokenizer) -> SpecialTokens:
+def _special_tokens(generator: PretrainedModel, tokenizer: Tokenizer) -> SpecialTokens:
     """The tokenizer's, what the checkpoint's generation_config.json or else its config.json forces, and all their ends.
 
     Raises `InputError` for what is no token, and for several where one is expected.
@@ -163,8 +155,8 @@ def _special_tokens(generator: Pretrained, tokenizer: Tokenizer) -> SpecialToken
     config = generator.files[0] if generator.files[0].suffix == ".gguf" else path.with_name("config.json")
 
     def named(key: str) -> list[tuple[Path, list[int]]]:
-        files = (config, generator.hf), (path, generation)
-        return [(f, _token_ids(f, key, of[key], generator.config.vocabulary)) for f, of in files if key in of]
+        files = (config, generator.hf_config), (path, generation)
+        return [(f, _token_ids(f, key, of[key], generator.config.vocab_size)) for f, of in files if key in of]
 
     def one(key: str, default: int | None = None) -> int | None:
         for file, ids in reversed(named(key)):
@@ -175,7 +167,9 @@ def _special_tokens(generator: Pretrained, tokenizer: Tokenizer) -> SpecialToken
 
     ends = {tokenizer.eos_id}.union(*(ids for _, ids in named("eos_token_id")))
     # transformers' BartConfig has this default; older checkpoints leave the key out
-    forced_eos = one("forced_eos_token_id", tokenizer.eos_id if generator.hf.get("model_type") == "bart" else None)
+    forced_eos = one(
+        "forced_eos_token_id", tokenizer.eos_id if generator.hf_config.get("model_type") == "bart" else None
+    )
     return SpecialTokens(
         eos=tokenizer.eos_id,
         pad=tokenizer.pad_id,
@@ -196,15 +190,15 @@ def _token_ids(file: Path, key: str, given: Any, vocabulary: int) -> list[int]:
     return ids
 
 
-def _check_vocabulary(checkpoint: Path, tokenizer: Tokenizer, model: Pretrained) -> None:
-    if tokenizer.vocab_size > model.config.vocabulary:
+def _check_vocabulary(checkpoint: Path, tokenizer: Tokenizer, model: PretrainedModel) -> None:
+    if tokenizer.vocab_size > model.config.vocab_size:
         raise InputError(
             f"{checkpoint}: its tokenizer has {tokenizer.vocab_size} tokens, but the model embeds only "
-            f"{model.config.vocabulary}; give the tokenizer that belongs to it"
+            f"{model.config.vocab_size}; give the tokenizer that belongs to it"
         )
 
 
-def check_lengths(config: Config, retriever: Pretrained, generator: Pretrained) -> None:
+def check_lengths(config: Config, retriever: PretrainedModel, generator: PretrainedModel) -> None:
     """Raises `InputError` for questions, passages, prompts or answers longer than a model has positions.
 
     And for a generator with which transformers has no RAG, where its numbers are asked for.
@@ -214,11 +208,11 @@ def check_lengths(config: Config, retriever: Pretrained, generator: Pretrained) 
             f"{config.generator.source}: hf_compatible=true needs BART or T5; transformers has no RAG with others"
         )
     answer = max(config.generator.answer_tokens, config.decode.max_new_tokens)
-    source, longest = config.generator.source_tokens, generator.config.longest
+    source, longest = config.generator.source_tokens, generator.config.max_positions
     both = "generator.source_tokens + the longest answer"
     checked = [
-        ("retriever.question_tokens", config.retriever.question_tokens, retriever.config.positions),
-        ("retriever.passage_tokens", config.retriever.passage_tokens, retriever.config.positions),
+        ("retriever.question_tokens", config.retriever.question_tokens, retriever.config.max_positions),
+        ("retriever.passage_tokens", config.retriever.passage_tokens, retriever.config.max_positions),
     ]
     if generator.config.encoder_decoder:  # each side has positions of its own
         checked += [("generator.source_tokens", source, longest), ("the longest answer", answer, longest)]
@@ -230,31 +224,8 @@ def check_lengths(config: Config, retriever: Pretrained, generator: Pretrained) 
             raise InputError(f"{key} is {wanted}, but the model has {most} positions{window}; lower it")
 
 
-def passage_text(template: str, passage: Passage) -> str:
-    """A passage as `retriever.passage` or `generator.passage` lays it out."""
-    return fill(template, title=passage.title, text=passage.text)
-
-
-@partial(jax.jit, static_argnums=0)
-def encode(
-    graph: nnx.GraphDef, params: Params, tokens: Int[Array, "n S"], mask: Bool[Array, "n S"]
-) -> Float[Array, "n D"]:
-    """Embeddings of questions or passages; `params` are the retriever's."""
-    return nnx.merge(graph, params)(tokens, mask)
-
-
-@dataclass(frozen=True)
-class Retrieved:
-    """The top-k of B questions, best first; id −1, score −inf and prior −inf where there was no hit."""
-
-    queries: Float[np.ndarray, "B D"]
-    ids: Int[np.ndarray, "B K"]
-    scores: Float[np.ndarray, "B K"]  # inner products, before the scale
-    log_prior: Float[np.ndarray, "B K"]
-
-
 def prompt_problems(
-    rag: Rag, questions: Sequence[str], documents: bool = True, closed_book: bool = False
+    rag: RagPipeline, questions: Sequence[str], documents: bool = True, closed_book: bool = False
 ) -> list[str | None]:
     """Why each question does not fit into `generator.source_tokens`, or None where it does.
 
@@ -275,8 +246,8 @@ def prompt_problems(
     return problems
 
 
-def question_rows(
-    rag: Rag, questions: Sequence[str], width: int | None = None
+def tokenize_questions(
+    rag: RagPipeline, questions: Sequence[str], width: int | None = None
 ) -> tuple[Int[np.ndarray, "B S"], Bool[np.ndarray, "B S"]]:
     """Questions as the retriever reads them, padded to a bucket or to `width`.
 
@@ -286,68 +257,17 @@ def question_rows(
         raise InputError("questions[{}]: {}".format(*bad))
     longest = rag.config.retriever.question_tokens
     rows = rag.retriever_tokenizer.encode(questions, special=True, longest=longest)
-    width = width or bucket(max(len(row) for row in rows), buckets_up_to(longest))
-    return pad_rows(rows, width, rag.retriever_tokenizer.pad_id)
+    width = width or pick_bucket(max(len(row) for row in rows), length_buckets(longest))
+    return pad_sequences(rows, width, rag.retriever_tokenizer.pad_id)
 
 
-def search(
-    rag: Rag, params: Params, index: Index, questions: Sequence[str], k: int, mesh: Mesh | None = None
-) -> tuple[Float[np.ndarray, "B D"], Float[np.ndarray, "B K"], Int[np.ndarray, "B K"]]:
-    """The queries of B questions, and the scores and ids of their top-k, known to every process of the mesh.
-
-    `params` lie on the mesh (by default one device), whose axis `data` divides B. All its devices search together; with
-    a FAISS kind each process searches for the questions on its own devices.
-    """
-    mesh = mesh or local_mesh(data=1)
-    queries = encode_questions(rag, params, questions, mesh)
-    if index.on_devices:
-        return queries, *index.search(queries, k, mesh)
-    found = index.search(queries[rows_here(mesh, len(questions))], k)
-    return queries, *from_all_rows(mesh, found, len(questions))
-
-
-def encode_questions(rag: Rag, params: Params, questions: Sequence[str], mesh: Mesh) -> Float[np.ndarray, "B D"]:
-    """The queries of B questions, known to every process; `params` and mesh as in `search`."""
-    rows, count = question_rows(rag, questions), len(questions)
-    mine = rows_here(mesh, count)
-    asked = shard_batch(mesh, tuple(of_all[mine] for of_all in rows), count)
-    return on_host(encode(rag.retriever.graph, params["retriever"], *asked))
-
-
-def from_all_rows(mesh: Mesh, arrays: Any, count: int) -> Any:
-    """A tree of host arrays, which hold the `rows_here` of `count`, whole on every host."""
-    # whether others have other rows must not be judged by this process's own: all or none take part
-    return on_host(shard_batch(mesh, arrays, count)) if mesh.is_multi_process else arrays
-
-
-def retrieve(
-    rag: Rag, params: Params, index: Index, questions: Sequence[str], k: int, mesh: Mesh | None = None
-) -> Retrieved:
-    """As `search`, with the prior normalised as the configuration says."""
-    queries, scores, ids = search(rag, params, index, questions, k, mesh)
-    scale, valid = rag.config.retriever.scale, jnp.asarray(ids >= 0)
-    if rag.config.retriever.prior == "corpus":
-        normalizer = index.log_normalizer(queries, scale, mesh)
-        prior = corpus_log_prior(jnp.asarray(scale * scores), jnp.asarray(normalizer), valid)
-    else:
-        prior = log_prior(jnp.asarray(scale * scores), valid)
-    return Retrieved(queries, ids, scores, np.asarray(prior))
-
-
-def log_mass(rag: Rag, index: Index, retrieved: Retrieved, k: int, mesh: Mesh | None = None) -> Float[np.ndarray, " B"]:
-    """Log of the share of the whole corpus's softmax that the best k documents hold, at most 0 but for rounding."""
-    scale = rag.config.retriever.scale
-    normalizer = index.log_normalizer(retrieved.queries, scale, mesh)
-    return np.asarray(jax.nn.logsumexp(jnp.asarray(scale * retrieved.scores[:, :k]), axis=-1) - normalizer)
-
-
-def prompt_rows(
-    rag: Rag, store: PassageStore | None, questions: Sequence[str], ids: Int[np.ndarray, "B K"]
+def tokenize_prompts(
+    rag: RagPipeline, store: PassageStore | None, questions: Sequence[str], ids: Int[np.ndarray, "B K"]
 ) -> tuple[Int[np.ndarray, "n S"], Bool[np.ndarray, "n S"]]:
     """The B·K prompts that the generator reads, question-major, padded to a bucket; without a store, closed-book."""
     longest, tokenizer = rag.config.generator.source_tokens, rag.generator_tokenizer
     if rag.config.hf_compatible and store is not None:
-        return _hugging_face_prompt_rows(rag, store, questions, ids)
+        return _tokenize_hf_prompts(rag, store, questions, ids)
     rows = []
     texts = [rag.prompt.before_question + question for question in questions]
     for question, of_question in zip(tokenizer.encode(texts), ids, strict=True):
@@ -357,11 +277,11 @@ def prompt_rows(
             else:
                 passage = store.tokens(int(document)) if document >= 0 else ()
                 rows.append(assemble(rag.prompt, passage, question, longest))
-    return pad_rows(rows, bucket(max(map(len, rows)), buckets_up_to(longest)), tokenizer.pad_id)
+    return pad_sequences(rows, pick_bucket(max(map(len, rows)), length_buckets(longest)), tokenizer.pad_id)
 
 
-def _hugging_face_prompt_rows(
-    rag: Rag, store: PassageStore, questions: Sequence[str], ids: Int[np.ndarray, "B K"]
+def _tokenize_hf_prompts(
+    rag: RagPipeline, store: PassageStore, questions: Sequence[str], ids: Int[np.ndarray, "B K"]
 ) -> tuple[Int[np.ndarray, "n S"], Bool[np.ndarray, "n S"]]:
     """As transformers' `RagRetriever.postprocess_docs`: the question as the question encoder's tokenizer spells it, a
     quote before and after the title dropped, double spaces made one, and the end, where the question is, cut off.
@@ -376,10 +296,10 @@ def _hugging_face_prompt_rows(
             told = passage_text(g.passage, replace(passage, title=title))
             texts.append(fill(g.prompt, passage=told, question=question).replace("  ", " "))
     rows = rag.generator_tokenizer.encode(texts, special=True, longest=g.source_tokens)
-    return pad_rows(rows, g.source_tokens, rag.special.pad)
+    return pad_sequences(rows, g.source_tokens, rag.special.pad)
 
 
-def answer_tokens(rag: Rag, answer: str) -> list[int]:
+def tokenize_answer(rag: RagPipeline, answer: str) -> list[int]:
     """An answer as the generator writes it, the end token included; a decoder's <s>, where BART has one, too."""
     framed, eos = rag.generator.config.encoder_decoder, rag.generator_tokenizer.eos_id
     text = fill(rag.config.generator.answer, answer=answer)
@@ -387,7 +307,7 @@ def answer_tokens(rag: Rag, answer: str) -> list[int]:
     return tokens if framed and tokens[-1:] == [eos] else [*tokens, eos]
 
 
-def passage_rows(
+def tokenize_passages(
     tokenizer: Tokenizer, template: str, passages: Sequence[Passage], longest: int, batch: int = 1024
 ) -> list[np.ndarray]:
     """Passages as the retriever reads them, at most `longest` tokens each.
@@ -409,128 +329,18 @@ def passage_rows(
     return rows
 
 
-def passage_batch(
-    rag: Rag, store: PassageStore, ids: Int[np.ndarray, "*n"]
-) -> tuple[Int[np.ndarray, "*n P"], Bool[np.ndarray, "*n P"]]:
-    """Passages as their encoder reads them, padded to a bucket; nothing where the id is -1."""
-    settings, tokenizer = rag.config.retriever, rag.passage_tokenizer
-    every = ids.reshape(-1)
-    found = [store[int(i)] for i in every if i >= 0]
-    told = iter(passage_rows(tokenizer, settings.passage, found, settings.passage_tokens))
-    rows = [next(told) if i >= 0 else np.zeros(0, np.int32) for i in every]
-    width = bucket(max(len(row) for row in rows), buckets_up_to(settings.passage_tokens))
-    tokens, mask = pad_rows(rows, width, tokenizer.pad_id)
-    return tokens.reshape(*ids.shape, width), mask.reshape(*ids.shape, width)
+def drop_unfit_questions(rag: RagPipeline, split: Split, documents: bool, closed_book: bool) -> Split:
+    """Without the questions that do not fit into the prompts, before a model runs; see `prompt_problems`.
 
-
-def embed_with(
-    rag: Rag, params: Params, token_rows: Sequence[Ids], path: Path, progress: Callable[[int], None]
-) -> None:
-    """Writes the embeddings of passages to a file with all devices of this process; see `embed_passages`.
-
-    `params` are the passage encoder's, whole on every device of `local_mesh()`.
+    Tells of those whose end the retriever does not read. Raises `InputError` as `open_split` does.
     """
-    batches = _encoded(rag, params, token_rows)
-    embed_passages(batches, len(token_rows), dtype=rag.config.index.dtype, path=path, progress=progress)
-
-
-def embeddings_with(rag: Rag, params: Params, token_rows: Sequence[Ids]) -> Float[np.ndarray, "n D"]:
-    """As `embed_with`, in memory and in float32."""
-    found = np.zeros((len(token_rows), rag.passage_encoder.config.embedding_width), np.float32)
-    for ids, vectors in _encoded(rag, params, token_rows):
-        found[ids] = vectors
-    return found
-
-
-@cache  # compiled once, not for every shard or part
-def _encoder(graph: nnx.GraphDef, mesh: Mesh) -> Callable[..., Any]:
-    return on_each_device(mesh, partial(encode, graph))
-
-
-def _encoded(rag: Rag, params: Params, token_rows: Sequence[Ids]) -> Iterator[EncodedBatch]:
-    mesh = local_mesh()
-    return encoded_batches(
-        partial(_encoder(rag.passage_encoder.graph, mesh), params),
-        token_rows,
-        width_buckets=buckets_up_to(rag.config.retriever.passage_tokens),
-        batch_size=rag.config.index.batch_size,
-        pad_id=rag.passage_tokenizer.pad_id,
-        devices=mesh.size,
-    )
-
-
-Rows = Any  # NumPy's arrays until they are sharded, then JAX's
-
-
-@struct.dataclass
-class TrainBatch:
-    """B questions, their K documents, and one accepted answer each; leading axes are micro-batches."""
-
-    row: Int[Rows, "... B"]  # number in the global batch: keys the dropout
-    question: Int[Rows, "... B Q"]
-    question_mask: Bool[Rows, "... B Q"]
-    passages: Float[Rows, "... B K D"]  # the documents' embeddings; the question encoder's gradient comes through q·d
-    valid: Bool[Rows, "... B K"]
-    source: Int[Rows, "... B K S"]
-    source_mask: Bool[Rows, "... B K S"]
-    answer: Int[Rows, "... B T"]
-    answer_mask: Bool[Rows, "... B T"]
-    # as the passage encoder reads the documents, where it is trained: then `passages` are not looked at
-    passage: Int[Rows, "... B K P"] | None = None
-    passage_mask: Bool[Rows, "... B K P"] | None = None
-
-
-def train_batch(
-    rag: Rag,
-    index: Index,
-    store: PassageStore,
-    questions: Sequence[str],
-    answers: Sequence[str],
-    ids: Int[np.ndarray, "B K"],
-    rows: Int[np.ndarray, " B"] | None = None,
-) -> TrainBatch:
-    """Host arrays for one step, of the global batch or of its `rows` that these are.
-
-    Answers are padded to `generator.answer_tokens`, which none may exceed.
-    """
-    question, question_mask = question_rows(rag, questions)
-    source, source_mask = prompt_rows(rag, store, questions, ids)
-    written = [answer_tokens(rag, answer) for answer in answers]
-    answer, answer_mask = pad_rows(written, rag.config.generator.answer_tokens, rag.special.pad)
-    shape = (*ids.shape, source.shape[1])
-    passage, passage_mask = None, None
-    if rag.config.train.passage_encoder != "frozen":
-        passage, passage_mask = passage_batch(rag, store, ids)
-    return TrainBatch(
-        row=(np.arange(len(questions)) if rows is None else rows).astype(np.int32),
-        question=question,
-        question_mask=question_mask,
-        passages=index.vectors(ids),
-        valid=ids >= 0,
-        source=source.reshape(shape),
-        source_mask=source_mask.reshape(shape),
-        answer=answer,
-        answer_mask=answer_mask,
-        passage=passage,
-        passage_mask=passage_mask,
-    )
-
-
-WIDTHS = ("question", "source", "passage")  # of a batch: padded to buckets, each with its mask
-
-
-def widths(batch: Any) -> list[int]:
-    """To how many tokens each of `WIDTHS` is padded, 0 where the batch has no such rows."""
-    rows = [getattr(batch, name, None) for name in WIDTHS]
-    return [0 if row is None else row.shape[-1] for row in rows]
-
-
-def widen(batch: Any, widths: Sequence[int]) -> Any:
-    """Host arrays padded to so many tokens; the masks hide whatever the padding is."""
-
-    def padded(rows: np.ndarray, width: int) -> np.ndarray:
-        return np.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, width - rows.shape[-1])])
-
-    named = [(kind, width) for name, width in zip(WIDTHS, widths, strict=True) for kind in (name, f"{name}_mask")]
-    there = [(name, width) for name, width in named if getattr(batch, name, None) is not None]
-    return replace(batch, **{name: padded(getattr(batch, name), width) for name, width in there})
+    texts, longest = [question.question for question in split.questions], rag.config.retriever.question_tokens
+    split = split.without(prompt_problems(rag, texts, documents, closed_book)).checked(rag.config.questions.strict)
+    kept = [question.question for question in split.questions]
+    if cut := sum(len(row) > longest for row in rag.retriever_tokenizer.encode(kept, special=True)):
+        terminal.print(
+            f"{split.path}: {cut} questions are longer than retriever.question_tokens={longest}: "
+            "the retriever reads their beginning, the generator all of them",
+            soft_wrap=True,
+        )
+    return split

@@ -25,13 +25,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ragjax.checkpoint import Checkpoints
-from ragjax.embeddings import EMBEDDINGS, embed_passages
+from ragjax.data.corpus import Passage
+from ragjax.data.passage_store import PassageStore, shard_folder, write_store
+from ragjax.data.questions import read_questions
 from ragjax.errors import InputError
 from ragjax.files import write_jsonl
-from ragjax.index import check_listed, open_index, write_index
-from ragjax.passages import Passage, PassageStore, shard_folder, write_store
-from ragjax.questions import read_questions
+from ragjax.retrieval.embeddings import EMBEDDINGS, embed_passages
+from ragjax.retrieval.index import check_listed, open_index, write_index
+from ragjax.runs.checkpointer import Checkpointer
 
 KINDS = ("bit flipped", "cut short", "deleted")
 
@@ -104,7 +105,7 @@ def make_state(seed: int) -> dict[str, Any]:
 
 def make_checkpoints(folder: Path) -> Path:
     """Two checkpoints, steps 1 and 2, in `folder`/checkpoints."""
-    with Checkpoints(folder / "checkpoints", best=True, writing=True) as checkpoints:
+    with Checkpointer(folder / "checkpoints", best=True, writing=True) as checkpoints:
         for step in (1, 2):
             checkpoints.save(step, make_state(step), {"data": {"next": step}, "note": "é"}, loss=step / 2)
     return folder
@@ -130,10 +131,10 @@ def checkpoint_outcome(folder: Path) -> str:
 
 def _checkpoint_outcome(folder: Path) -> str:
     like = jax.eval_shape(lambda: make_state(1))
-    with Checkpoints(folder / "checkpoints", best=True, writing=True) as checkpoints:
+    with Checkpointer(folder / "checkpoints", best=True, writing=True) as checkpoints:
         told = checkpoints.every_metadata()
-        best = checkpoints.lowest(lambda step: checkpoints.restore_params(step, like["params"]))
-        newest = checkpoints.newest(lambda step: (checkpoints.metadata(step), checkpoints.restore(step, like)))
+        best = checkpoints.restore_best(lambda step: checkpoints.restore_params(step, like["params"]))
+        newest = checkpoints.restore_latest(lambda step: (checkpoints.metadata(step), checkpoints.restore(step, like)))
         assert newest is not None and best is not None
         step, (metadata, state) = newest
         if not same_bits(state, make_state(step)) or metadata != {"data": {"next": step}, "note": "é"}:

@@ -16,11 +16,11 @@ from flax import nnx
 from jaxtyping import Float
 from safetensors.numpy import load_file
 
-from ragjax.models.bert import Bert, BertConfig
+from ragjax.checkpoints.pretrained import open_bert, open_generator, save_bert, save_generator
+from ragjax.checkpoints.random_init import BERT, LLAMA
+from ragjax.models.encoders.bert import Bert, BertConfig
+from ragjax.models.generators.llama import Llama, LlamaConfig
 from ragjax.models.layers import Params, split_parameters
-from ragjax.models.llama import Llama, LlamaConfig
-from ragjax.random_checkpoint import BERT, LLAMA
-from ragjax.weights import open_bert, open_generator, save_bert, save_generator
 
 Tensors = Mapping[str, np.ndarray]
 erf = np.vectorize(math.erf)
@@ -33,14 +33,14 @@ class Small:
     """A checkpoint on disk, and what was read from it by us and by the plain safetensors reader."""
 
     folder: Path
-    hf: dict[str, Any]
-    graph: nnx.GraphDef
+    hf_config: dict[str, Any]
+    graphdef: nnx.GraphDef
     params: Params
     tensors: Tensors
 
     @property
     def model(self) -> Any:
-        return nnx.merge(self.graph, self.params)
+        return nnx.merge(self.graphdef, self.params)
 
 
 def random_llama(folder: Path, seed: int = 0, dropout: float = 0.0, **changes: Any) -> Small:
@@ -49,7 +49,7 @@ def random_llama(folder: Path, seed: int = 0, dropout: float = 0.0, **changes: A
     _, params = split_parameters(Llama(LlamaConfig.from_hf(hf), nnx.Rngs(0)))
     save_generator(folder, hf, draw(params, seed))
     pretrained = open_generator(folder, dropout)
-    return Small(folder, hf, pretrained.graph, pretrained.read(), load_file(folder / "model.safetensors"))
+    return Small(folder, hf, pretrained.graphdef, pretrained.load_params(), load_file(folder / "model.safetensors"))
 
 
 def random_bert(
@@ -60,7 +60,7 @@ def random_bert(
     _, params = split_parameters(Bert(BertConfig.from_hf(hf, pooling, normalize), nnx.Rngs(0)))
     save_bert(folder, hf, draw(params, seed))
     pretrained = open_bert(folder, pooling, normalize, dropout)
-    return Small(folder, hf, pretrained.graph, pretrained.read(), load_file(folder / "model.safetensors"))
+    return Small(folder, hf, pretrained.graphdef, pretrained.load_params(), load_file(folder / "model.safetensors"))
 
 
 def draw(params: Params, seed: int) -> Params:

@@ -28,11 +28,11 @@ import numpy as np
 from processes import RAGJAX, environment, logged, start
 from world import make_world
 
-from ragjax.checkpoint import Checkpoints
-from ragjax.experiment import load_experiment
-from ragjax.index import MANIFEST
-from ragjax.rag import open_rag
-from ragjax.step import initial_state
+from ragjax.rag import load_pipeline
+from ragjax.retrieval.index import MANIFEST
+from ragjax.runs.checkpointer import Checkpointer
+from ragjax.runs.run_dir import load_run_config
+from ragjax.training.state import init_train_state
 
 SETTINGS = ["train.dropout=0.1", "train.save_every=2", "index.shard=4"]
 STOPPED = {signal.SIGTERM: 143, signal.SIGINT: 130}
@@ -273,9 +273,9 @@ def same_state(one: Path, other: Path, step: int) -> bool:
     """Whether two runs ended in the same state, to the bit."""
 
     def leaves(run: Path) -> list[bytes]:
-        rag = open_rag(load_experiment(run))
-        like = jax.eval_shape(lambda params: initial_state(rag, params), rag.abstract_params())
-        with Checkpoints(run / "checkpoints", writing=False) as checkpoints:
+        rag = load_pipeline(load_run_config(run))
+        like = jax.eval_shape(lambda params: init_train_state(rag, params), rag.abstract_params())
+        with Checkpointer(run / "checkpoints", writing=False) as checkpoints:
             state = checkpoints.restore(step, like)
         return [raw(leaf) for leaf in jax.tree.leaves(state)]
 

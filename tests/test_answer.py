@@ -24,15 +24,15 @@ from trained import STEPS
 from world import CAPITALS, LANDS, build, tiny_config
 
 import ragjax
-from ragjax import answer as answer_module
-from ragjax.answer import Answer, Answerer, Candidate, Document, answer_modes, open_answerer, print_answer
+from ragjax.answerer import Answer, Answerer, Candidate, Document, open_answerer
+from ragjax.checkpoints.random_init import write_random_checkpoint
 from ragjax.cli import main
-from ragjax.config import Config, dump_config
+from ragjax.commands.answer import input_lines, print_answer
+from ragjax.config import Config, answer_modes, dump_config
 from ragjax.errors import InputError
 from ragjax.files import read_json
-from ragjax.progress import Screen
-from ragjax.rag import open_rag
-from ragjax.random_checkpoint import write_random_checkpoint
+from ragjax.rag import load_pipeline
+from ragjax.terminal import Screen
 
 Capture = pytest.CaptureFixture[str]
 QUESTIONS = [f"What is the capital of {land}?" for land in LANDS[:8]]
@@ -61,9 +61,9 @@ def test_every_probability_follows_from_the_others(together: list[Answer]) -> No
         assert len(prior) == 3 and np.all(np.diff(prior) <= 0)
         np.testing.assert_allclose(prior.sum(), 1, rtol=1e-5)
         for candidate in answer.candidates:
-            assert candidate.given_document and candidate.thorough is not None and candidate.posterior is not None
+            assert candidate.doc_probability and candidate.thorough is not None and candidate.posterior is not None
             assert candidate.fast is not None
-            given, proposed = np.array(candidate.given_document), np.array(candidate.proposed)
+            given, proposed = np.array(candidate.doc_probability), np.array(candidate.beam_probability)
             np.testing.assert_allclose(candidate.thorough, prior @ given, rtol=1e-4)
             np.testing.assert_allclose(candidate.fast, prior @ proposed, rtol=1e-4)
             np.testing.assert_allclose(candidate.posterior, prior * given / (prior @ given), rtol=1e-3, atol=1e-6)
@@ -94,12 +94,12 @@ def test_fast_sums_what_the_documents_proposed(answerer: Answerer, together: lis
         assert {c.text for c in fast.candidates} == {c.text for c in thorough.candidates}
         order = [(c.finished, c.fast) for c in fast.candidates]
         assert order == sorted(order, reverse=True)
-        assert all(c.thorough is c.given_document is c.posterior is None for c in fast.candidates)
+        assert all(c.thorough is c.doc_probability is c.posterior is None for c in fast.candidates)
 
 
 def test_closed_book_reads_no_documents(answerer: Answerer) -> None:
     for answer in answerer.answer(QUESTIONS, mode="closed_book"):
-        assert answer.documents == [] and all(c.proposed == [] for c in answer.candidates)
+        assert answer.documents == [] and all(c.beam_probability == [] for c in answer.candidates)
         assert 0 < answer.probability <= 1 and answer.text == answer.candidates[0].text
 
 
@@ -175,7 +175,7 @@ def test_sizes_share_their_programs(
 
     def compiled(count: int, most: int, mode: str) -> int:
         config = answerer.rag.config
-        of_size = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, batch_size=most))
+        of_size = config.replace(evaluate=config.evaluate.replace(batch_size=most))
         with_size = dataclasses.replace(answerer, rag=dataclasses.replace(answerer.rag, config=of_size))
         caplog.clear()
         with jax.log_compiles(), caplog.at_level(logging.WARNING):
@@ -276,7 +276,7 @@ def test_a_line_is_read_as_soon_as_it_is_there(monkeypatch: pytest.MonkeyPatch) 
     late.start()
     with os.fdopen(reading) as pipe:
         monkeypatch.setattr("sys.stdin", pipe)
-        lines = answer_module._input_lines()
+        lines = input_lines()
         for number, text in enumerate(("first", "second", "third"), 1):
             os.write(writing, f"{text}\n".encode())
             asked = next(lines)
@@ -290,10 +290,10 @@ def test_standard_input_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> 
     with os.fdopen(os.open("/proc/self/mem", os.O_RDONLY)) as unreadable:
         monkeypatch.setattr("sys.stdin", unreadable)
         with pytest.raises(InputError, match="standard input, line 1: cannot be read"):
-            next(answer_module._input_lines())
+            next(input_lines())
     monkeypatch.setattr("sys.stdin", None)
     with pytest.raises(InputError, match="standard input is closed"):
-        next(answer_module._input_lines())
+        next(input_lines())
 
 
 COUNTING = """
@@ -329,7 +329,7 @@ def test_text_that_looks_like_markup_is_shown_as_it_is() -> None:
         Candidate("\\[i]\\", True, 0.25, None, [], None, None),
         Candidate("", True, 0.25, None, [0.1], None, None),
     ]
-    candidates[:2] = [dataclasses.replace(c, proposed=[0.2]) for c in candidates[:2]]
+    candidates[:2] = [dataclasses.replace(c, beam_probability=[0.2]) for c in candidates[:2]]
     documents = [Document("doc[/a]", "[i]title", "[u]text", 0.5)]
     console = Screen(file=io.StringIO(), width=200)
     print_answer(Answer("[red]?", "[b]x[/b]", "fast", 0.5, documents, candidates), console)
@@ -379,7 +379,7 @@ def two_ends(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
 @pytest.mark.parametrize("model", ["rag_sequence", "rag_token"])
 def test_every_end_token_ends_an_answer(two_ends: Config, model: str) -> None:
     """It stops at <|eot_id|>; the gold answer, taught with the tokenizer's own end, is as likely."""
-    answerer = open_answerer(dataclasses.replace(two_ends, model=model), untrained=True)
+    answerer = open_answerer(two_ends.replace(model=model), untrained=True)
     for mode in answer_modes(answerer.rag.config):
         [answer] = answerer.answer(["Who?"], mode)
         assert (answer.text, answer.candidates[0].finished) == ("A", True)
@@ -392,9 +392,9 @@ def test_every_end_token_ends_an_answer(two_ends: Config, model: str) -> None:
 def test_an_end_that_is_no_token_is_refused(two_ends: Config, ends: Any, tmp_path: Path) -> None:
     source = Path(shutil.copytree(two_ends.generator.source, tmp_path / "generator"))
     (source / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
-    config = dataclasses.replace(two_ends, generator=dataclasses.replace(two_ends.generator, source=str(source)))
+    config = two_ends.replace(generator=two_ends.generator.replace(source=str(source)))
     with pytest.raises(InputError, match=r"generation_config\.json: eos_token_id is .*; expected numbers of tokens"):
-        open_rag(config)
+        load_pipeline(config)
 
 
 def test_all_ends_are_exported(two_ends: Config, tmp_path: Path) -> None:
@@ -405,5 +405,5 @@ def test_all_ends_are_exported(two_ends: Config, tmp_path: Path) -> None:
     assert main(["export", str(run), str(tmp_path / "exported")]) == 0
     exported = tmp_path / "exported" / "generator"
     assert read_json(exported / "generation_config.json")["eos_token_id"] == [2, eot]
-    again = dataclasses.replace(two_ends, generator=dataclasses.replace(two_ends.generator, source=str(exported)))
-    assert open_rag(again).special == open_rag(two_ends).special
+    again = two_ends.replace(generator=two_ends.generator.replace(source=str(exported)))
+    assert load_pipeline(again).special == load_pipeline(two_ends).special

@@ -1,6 +1,6 @@
 """Beam search against exhaustive enumeration and against beam search on Python lists.
 
-The toy model rebuilds each beam's whole prefix from the pool through `visible`, so that a wrong ancestry gives NaN or
+The toy model rebuilds each beam's whole prefix from the pool through `mask`, so that a wrong ancestry gives NaN or
 another distribution.
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from flax import struct
 
-from ragjax.beam import Beams, beam_search
+from ragjax.decoding.beam_search import Beams, BeamSettings, beam_search
 
 V, T = 4, 4
 EOS, PAD, START = 2, 0, 9
@@ -51,13 +51,13 @@ def empty_pool(rows: int, slots: int) -> Pool:
 
 
 def toy_next_logp(
-    tables: jax.Array, tokens: jax.Array, step: jax.Array, visible: jax.Array, cache: Pool
+    tables: jax.Array, tokens: jax.Array, step: jax.Array, mask: jax.Array, cache: Pool
 ) -> tuple[jax.Array, Pool]:
-    """The distribution after a prefix is looked up by the prefix; NaN where `visible` shows no proper prefix."""
+    """The distribution after a prefix is looked up by the prefix; NaN where `mask` shows no proper prefix."""
     n, width = tokens.shape
     depth = cache.tokens.shape[1] // width
     pool = jax.lax.dynamic_update_slice(cache.tokens, tokens, (0, step * width))
-    seen = visible.reshape(n, width, depth, width)
+    seen = mask.reshape(n, width, depth, width)
     prefix = (seen * pool.reshape(n, 1, depth, width)).sum(axis=-1)
     used = jnp.arange(depth) <= step
     proper = (seen.sum(axis=-1) == used).all(axis=-1) & (prefix[..., 0] == START)
@@ -75,12 +75,12 @@ SETTINGS = "beams max_new_tokens min_new_tokens length_penalty early_stopping fo
 def search_and_pool(tables: jax.Array, beams: int, max_new_tokens: int = T, **settings: Any) -> tuple[Beams, Pool]:
     n = tables.shape[0]
     pool, start = empty_pool(n, max_new_tokens * beams), jnp.full(n, START, jnp.int32)
-    settings |= {"beams": beams, "max_new_tokens": max_new_tokens, "eos": EOS, "pad": PAD}
+    how = BeamSettings(num_beams=beams, max_new_tokens=max_new_tokens, eos=EOS, pad=PAD, **settings)
 
     def for_rows(rows: jax.Array) -> Any:
         return partial(toy_next_logp, tables[rows])
 
-    return beam_search(partial(toy_next_logp, tables), pool, start, **settings, for_rows=for_rows)
+    return beam_search(partial(toy_next_logp, tables), pool, start, how, for_rows)
 
 
 def search(tables: Table, beams: int, **settings: Any) -> Beams:
@@ -233,12 +233,12 @@ def test_stops_early() -> None:
     table[:, place(()), EOS] = 0.0
     asked: list[int] = []
 
-    def counting(tokens: jax.Array, step: jax.Array, visible: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+    def counting(tokens: jax.Array, step: jax.Array, mask: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
         jax.debug.callback(lambda number: asked.append(int(number)), step)
-        return toy_next_logp(jnp.asarray(table), tokens, step, visible, cache)
+        return toy_next_logp(jnp.asarray(table), tokens, step, mask, cache)
 
     pool, start = empty_pool(1, T), jnp.full(1, START, jnp.int32)
-    found, _ = beam_search(counting, pool, start, beams=1, max_new_tokens=T, eos=EOS, pad=PAD)
+    found, _ = beam_search(counting, pool, start, BeamSettings(num_beams=1, max_new_tokens=T, eos=EOS, pad=PAD))
     jax.effects_barrier()
     assert asked == [0]
     assert as_lists(found) == [[((EOS,), 0.0, True)]]

@@ -22,20 +22,25 @@ import pytest
 from trained import files
 from world import build, tiny_config
 
-from ragjax import build_index as build_module
-from ragjax import faiss_index as faiss_module
-from ragjax import rag as rag_module
 from ragjax.checksums import CHECKSUMS
+from ragjax.commands import index as build_module
 from ragjax.config import Config, dump_config
+from ragjax.data.corpus import Passage, read_passages
+from ragjax.data.passage_store import PassageStore, shard_folder
+from ragjax.data.prompt import passage_text
 from ragjax.errors import InputError
-from ragjax.files import alone
-from ragjax.index import MANIFEST, Index, open_index, read_manifest, write_index
-from ragjax.passages import Passage, PassageStore, read_passages, shard_folder
-from ragjax.rag import Rag, encode, open_rag, passage_rows, passage_text, retrieve
+from ragjax.files import exclusive_lock
+from ragjax.rag import RagPipeline, load_pipeline, tokenize_passages
+from ragjax.retrieval import encoder as encoder_module
+from ragjax.retrieval import faiss_index as faiss_module
+from ragjax.retrieval import index_builder as builder_module
+from ragjax.retrieval.encoder import encode
+from ragjax.retrieval.index import MANIFEST, Index, open_index, read_manifest, write_index
+from ragjax.retrieval.retrieve import retrieve
 
 
 def opened(config: Config) -> Index:
-    return open_index(Path(config.index.folder), open_rag(config).fingerprints)
+    return open_index(Path(config.index.folder), load_pipeline(config).fingerprints)
 
 
 def names(folder: Path) -> set[str]:
@@ -45,11 +50,11 @@ def names(folder: Path) -> set[str]:
 @pytest.fixture(scope="module")
 def one_by_one(world: Path) -> np.ndarray:
     """The embedding of each passage, alone and without padding."""
-    rag = open_rag(tiny_config(world))
+    rag = load_pipeline(tiny_config(world))
     texts = [passage_text("{title}: {text}", p) for p in read_passages(world / "passages.jsonl", "jsonl")]
     rows = [np.array([row]) for row in rag.retriever_tokenizer.encode(texts, special=True, longest=64)]
-    params = rag.retriever.read()
-    found = [encode(rag.retriever.graph, params, jnp.asarray(row), jnp.ones(row.shape, bool)) for row in rows]
+    params = rag.retriever.load_params()
+    found = [encode(rag.retriever.graphdef, params, jnp.asarray(row), jnp.ones(row.shape, bool)) for row in rows]
     return np.concatenate([np.asarray(x) for x in found])
 
 
@@ -61,24 +66,24 @@ def test_embeddings_are_those_of_each_passage_alone(world: Path, one_by_one: np.
 
 def test_special_tokens_in_the_template_are_special(world: Path) -> None:
     """DPR reads [CLS] title [SEP] text [SEP]; what a passage says of itself stays text, and the end is cut."""
-    tokenizer = open_rag(tiny_config(world)).retriever_tokenizer
+    tokenizer = load_pipeline(tiny_config(world)).retriever_tokenizer
     passages = [Passage("a", "One", "two [SEP] three"), Passage("b", "Four", "five " * 40)]
-    found = passage_rows(tokenizer, "{title} [SEP] {text}", passages, 64)
+    found = tokenize_passages(tokenizer, "{title} [SEP] {text}", passages, 64)
     whole, cut = (row.tolist() for row in found)
     (cls,), (sep,) = tokenizer.frame
     title, text = tokenizer.encode(["One ", " two [SEP] three"])
     assert whole == [cls, *title, sep, *text, sep] and whole.count(sep) == 2
     assert len(cut) == 64 and cut[:1] == [cls] and cut[-1] == sep and cut.count(sep) == 2
-    plain = passage_rows(tokenizer, "{title}: {text}", passages, 64, batch=1)
+    plain = tokenize_passages(tokenizer, "{title}: {text}", passages, 64, batch=1)
     texts = [passage_text("{title}: {text}", passage) for passage in passages]
     assert [row.tolist() for row in plain] == tokenizer.encode(texts, special=True, longest=64)
 
 
 def test_retrieval_is_the_largest_inner_products(world: Path, one_by_one: np.ndarray) -> None:
-    rag, texts = open_rag(tiny_config(world)), ["What is the capital of Arland?"]
+    rag, texts = load_pipeline(tiny_config(world)), ["What is the capital of Arland?"]
     params = rag.initial_params()
     [row] = rag.retriever_tokenizer.encode(texts, special=True, longest=64)
-    [query] = encode(rag.retriever.graph, params["retriever"], jnp.asarray([row]), jnp.ones((1, len(row)), bool))
+    [query] = encode(rag.retriever.graphdef, params["retriever"], jnp.asarray([row]), jnp.ones((1, len(row)), bool))
     found = retrieve(rag, params, opened(rag.config), texts, 4)
     scores = one_by_one @ np.asarray(query)
     np.testing.assert_array_equal(found.ids[0], np.argsort(-scores, kind="stable")[:4])
@@ -86,7 +91,7 @@ def test_retrieval_is_the_largest_inner_products(world: Path, one_by_one: np.nda
 
 
 def test_text_and_tokens_are_kept(world: Path) -> None:
-    store, rag = PassageStore.open(world / "index"), open_rag(tiny_config(world))
+    store, rag = PassageStore.open(world / "index"), load_pipeline(tiny_config(world))
     passages = list(read_passages(world / "passages.jsonl", "jsonl"))
     assert list(store) == passages
     expected = rag.generator_tokenizer.encode([f"{p.title}: {p.text}" for p in passages])
@@ -157,14 +162,14 @@ def test_a_build_that_fails_at_its_end_leaves_the_old_index_and_goes_on(
     build(tiny_config(world, index__folder=str(folder)))
     (folder / "notes.txt").write_text("mine")
     before = files(folder)
-    monkeypatch.setattr(build_module, "write_index", fail)
+    monkeypatch.setattr(builder_module, "write_index", fail)
     with pytest.raises(KeyboardInterrupt):
         build(tiny_config(world, index__folder=str(folder), corpus__limit=7))
     assert files(folder) == before
     assert "index.partial stays: run the same command again to go on" in capsys.readouterr().err
     monkeypatch.undo()
     monkeypatch.setattr(build_module, "scan_passages", fail)  # nothing is read or embedded again
-    monkeypatch.setattr(build_module, "_shard_writer", fail)
+    monkeypatch.setattr(builder_module, "_shard_writer", fail)
     build(tiny_config(world, index__folder=str(folder), corpus__limit=7))
     assert "going on with the index: 7 of 7 passages are there" in capsys.readouterr().err
     assert len(PassageStore.open(folder)) == 7 and (folder / "notes.txt").read_text() == "mine"
@@ -191,7 +196,7 @@ def test_dpr_files_gzipped(world: Path, tmp_path: Path) -> None:
 def test_a_kind_that_cannot_be_built_is_refused_before_anything_is_embedded(
     world: Path, tmp_path: Path, kind: str, why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build_module, "embed_with", lambda *_: pytest.fail("nothing is embedded"))
+    monkeypatch.setattr(builder_module, "embed_to_file", lambda *_: pytest.fail("nothing is embedded"))
     with pytest.raises(InputError, match=f"index.kind.*{kind}.*{why}") as refusal:
         build(tiny_config(world, index__folder=str(tmp_path / "index"), index__kind=kind))
     assert "\n" not in str(refusal.value) and list(tmp_path.iterdir()) == []
@@ -243,16 +248,16 @@ def test_a_build_that_was_interrupted_goes_on(
 ) -> None:
     """Within a shard, after so many whole ones."""
     written: list[Path] = []
-    embed = build_module.embed_with
+    embed = builder_module.embed_to_file
 
-    def interrupted(rag: Rag, params: Any, rows: Any, path: Path, advance: Any) -> None:
+    def interrupted(rag: RagPipeline, params: Any, rows: Any, path: Path, advance: Any) -> None:
         if len(written) == whole:
             raise KeyboardInterrupt
         embed(rag, params, rows, path, advance)
         written.append(path)
 
     config = by_shards(world, tmp_path / "index")
-    monkeypatch.setattr(build_module, "embed_with", interrupted)
+    monkeypatch.setattr(builder_module, "embed_to_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         build(config)
     assert not (tmp_path / "index").exists()
@@ -299,13 +304,13 @@ def test_only_what_is_damaged_is_made_anew(
         content = path.read_bytes()
         path.write_bytes(content[:100] + bytes([content[100] ^ 4]) + content[101:])
     stamps = {path: path.stat().st_mtime_ns for path in files(folder)}
-    written, embed = list[str](), build_module.embed_with
+    written, embed = list[str](), builder_module.embed_to_file
 
-    def counted(rag: Rag, params: Any, rows: Any, path: Path, advance: Any) -> None:
+    def counted(rag: RagPipeline, params: Any, rows: Any, path: Path, advance: Any) -> None:
         written.append(path.parent.name)
         embed(rag, params, rows, path, advance)
 
-    monkeypatch.setattr(build_module, "embed_with", counted)
+    monkeypatch.setattr(builder_module, "embed_to_file", counted)
     build(by_shards(world, folder, index__shard=7 if file in (MANIFEST, "made_of.json") else 5))
     assert files(folder) == whole
     assert written == [f"{number:05d}.partial" for number in HARM[file]]
@@ -330,7 +335,7 @@ def test_mending_that_was_killed_goes_on(
         with pytest.raises(StopIteration):
             build(by_shards(world, folder))
     assert "shards/00001/text.bin has 1 bytes and not" in capsys.readouterr().err
-    monkeypatch.setattr(build_module, "embed_with", lambda *_: pytest.fail("both are there"))
+    monkeypatch.setattr(builder_module, "embed_to_file", lambda *_: pytest.fail("both are there"))
     build(by_shards(world, folder))
     assert files(folder) == whole
     assert [path.name for path in tmp_path.iterdir()] == ["index"]
@@ -412,7 +417,7 @@ def test_a_build_that_was_killed_in_the_swap_goes_on(
         patch.setattr(Path, "unlink", counted(Path.unlink))
         with contextlib.suppress(Killed):
             build(config)
-    monkeypatch.setattr(build_module, "_shard_writer", None)  # nothing is embedded again
+    monkeypatch.setattr(builder_module, "_shard_writer", None)  # nothing is embedded again
     build(config)
     assert same_files(folder, sharded)
     assert [path.name for path in tmp_path.iterdir()] == ["index"]
@@ -433,7 +438,7 @@ def test_with_other_settings_a_build_starts_anew(
 def leave_shards(config: Config) -> None:
     """What a build leaves that is interrupted before its manifest is written."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build_module, "write_index", lambda *_: 1 / 0)
+        patch.setattr(builder_module, "write_index", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             build(config)
 
@@ -452,7 +457,7 @@ def test_a_corpus_that_changed_is_embedded_anew(
 
 def test_a_second_build_of_the_same_index_is_refused(world: Path, tmp_path: Path) -> None:
     config = by_shards(world, tmp_path / "index")
-    with alone(tmp_path / "index.partial", "builds"), pytest.raises(InputError) as refusal:
+    with exclusive_lock(tmp_path / "index.partial", "builds"), pytest.raises(InputError) as refusal:
         build(config)
     assert "index.partial: another process builds this index; wait for it, or choose another" in str(refusal.value)
     build(config)
@@ -462,7 +467,7 @@ def test_embeddings_that_are_no_numbers(world: Path, tmp_path: Path, monkeypatch
     def broken(params: Any, tokens: Any, mask: Any) -> np.ndarray:
         return np.where(np.arange(32) == 3, np.nan, np.ones((len(tokens), 32)))
 
-    monkeypatch.setattr(rag_module, "_encoder", lambda *_: broken)
+    monkeypatch.setattr(encoder_module, "_sharded_encode", lambda *_: broken)
     with pytest.raises(InputError, match=r"an embedding is not finite in index\.dtype=float32"):
         build(by_shards(world, tmp_path / "index"))
     assert list(tmp_path.iterdir()) == []
@@ -487,14 +492,14 @@ def test_no_more_than_a_shard_of_passages_is_held(world: Path, tmp_path: Path, m
 def test_the_encoder_is_compiled_once_for_all_shards(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made, on_each_device = [], rag_module.on_each_device
+    made, on_each_device = [], encoder_module.map_per_device
 
     def count(*given: Any) -> Any:
         made.append(given)
         return on_each_device(*given)
 
-    rag_module._encoder.cache_clear()
-    monkeypatch.setattr(rag_module, "on_each_device", count)
+    encoder_module._sharded_encode.cache_clear()
+    monkeypatch.setattr(encoder_module, "map_per_device", count)
     build(by_shards(world, tmp_path / "index"))
     assert len(made) == 1
 
@@ -519,7 +524,7 @@ def test_a_disk_that_is_too_small_is_refused(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(build_module, "free_disk", lambda folder: 9000)
-    monkeypatch.setattr(build_module, "embed_with", lambda *_: pytest.fail("nothing is embedded"))
+    monkeypatch.setattr(builder_module, "embed_to_file", lambda *_: pytest.fail("nothing is embedded"))
     config = tiny_config(world, index__folder=str(tmp_path / "index"))
     with pytest.raises(InputError, match=r"has 8\.8 KiB free, and the index needs .* more; .*index\.dtype=bfloat16"):
         build(config)
@@ -528,7 +533,7 @@ def test_a_disk_that_is_too_small_is_refused(
 
 def test_what_is_there_already_needs_no_room(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = by_shards(world, tmp_path / "index")
-    monkeypatch.setattr(build_module, "write_index", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(builder_module, "write_index", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         build(config)
     monkeypatch.undo()
@@ -560,7 +565,7 @@ def test_a_killed_pass_of_faiss_starts_again(
     with pytest.raises(KeyboardInterrupt):
         build(config)
     monkeypatch.undo()
-    monkeypatch.setattr(build_module, "embed_with", lambda *_: pytest.fail("the shards are there"))
+    monkeypatch.setattr(builder_module, "embed_to_file", lambda *_: pytest.fail("the shards are there"))
     assert same_files(build(config), undisturbed)
     assert json.loads((tmp_path / "index" / "manifest.json").read_text())["faiss"]["add_batch"] == 65_536
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from ragjax import chat_template
-from ragjax.chat_template import RENDERER, render_chat_template
+from ragjax.data import chat_template
+from ragjax.data.chat_template import RENDERER, render_chat_template
 from ragjax.errors import InputError
 
 

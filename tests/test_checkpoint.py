@@ -20,9 +20,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from trained import no_file_larger_than
 
 from ragjax import checksums
-from ragjax.checkpoint import Checkpoints, DamagedCheckpoint
 from ragjax.checksums import CHECKSUMS, checksum
 from ragjax.errors import InputError
+from ragjax.runs.checkpointer import Checkpointer, DamagedCheckpoint
 
 pytestmark = pytest.mark.any_devices
 
@@ -44,10 +44,10 @@ def make_state(seed: int = 0, width: int = 16) -> State:
 
 def test_what_comes_back_is_bit_for_bit_the_same(tmp_path: Path) -> None:
     state = make_state()
-    with Checkpoints(tmp_path / "new" / "checkpoints", writing=True) as checkpoints:
+    with Checkpointer(tmp_path / "new" / "checkpoints", writing=True) as checkpoints:
         assert checkpoints.latest() is None
         checkpoints.save(3, state, {"data": {"next": 12}, "note": "é"})
-    with Checkpoints(tmp_path / "new" / "checkpoints", writing=True) as checkpoints:
+    with Checkpointer(tmp_path / "new" / "checkpoints", writing=True) as checkpoints:
         assert checkpoints.latest() == 3
         assert checkpoints.metadata(3) == {"data": {"next": 12}, "note": "é"}
         chex.assert_trees_all_equal(checkpoints.restore(3, jax.eval_shape(make_state)), state)
@@ -55,11 +55,11 @@ def test_what_comes_back_is_bit_for_bit_the_same(tmp_path: Path) -> None:
 
 
 def test_only_the_newest_stay(tmp_path: Path) -> None:
-    with Checkpoints(tmp_path, keep=2, writing=True) as checkpoints:
+    with Checkpointer(tmp_path, keep=2, writing=True) as checkpoints:
         for step in (1, 2, 3, 10):
             checkpoints.save(step, make_state(step), {"step": step})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["10", "3"]
-    with Checkpoints(tmp_path, writing=True) as checkpoints:
+    with Checkpointer(tmp_path, writing=True) as checkpoints:
         chex.assert_trees_all_equal(checkpoints.restore(3, make_state()), make_state(3))
         with pytest.raises(InputError, match="no such checkpoint; the steps saved are: 3, 10"):
             checkpoints.restore(1, make_state())
@@ -67,13 +67,13 @@ def test_only_the_newest_stay(tmp_path: Path) -> None:
 
 def test_the_one_of_lowest_loss_stays_too(tmp_path: Path) -> None:
     """It comes first where the best is asked for; what was saved without a loss, as on a signal, comes last."""
-    with Checkpoints(tmp_path, keep=1, best=True, writing=True) as checkpoints:
+    with Checkpointer(tmp_path, keep=1, best=True, writing=True) as checkpoints:
         for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, None)):
             checkpoints.save(step, make_state(step), {}, loss)
         checkpoints.wait()
         assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "4"]
-    with Checkpoints(tmp_path, keep=1, best=True, writing=True) as checkpoints:
-        for find, step in ((checkpoints.lowest, 2), (checkpoints.newest, 4)):
+    with Checkpointer(tmp_path, keep=1, best=True, writing=True) as checkpoints:
+        for find, step in ((checkpoints.restore_best, 2), (checkpoints.restore_latest, 4)):
             found = find(lambda step: checkpoints.restore(step, make_state()))
             assert found is not None and found[0] == step
             chex.assert_trees_all_equal(found[1], make_state(step))
@@ -83,7 +83,7 @@ def test_the_one_of_lowest_loss_stays_too(tmp_path: Path) -> None:
 
 
 def test_a_step_can_be_saved_again(tmp_path: Path) -> None:
-    with Checkpoints(tmp_path, writing=True) as checkpoints:
+    with Checkpointer(tmp_path, writing=True) as checkpoints:
         checkpoints.save(1, make_state(1), {})
         checkpoints.save(1, make_state(2), {})
         chex.assert_trees_all_equal(checkpoints.restore(1, make_state()), make_state(2))
@@ -92,7 +92,7 @@ def test_a_step_can_be_saved_again(tmp_path: Path) -> None:
 def test_the_state_may_be_donated_right_after_save(tmp_path: Path) -> None:
     state = {"params": jnp.arange(300_000.0)}
     step = jax.jit(lambda s: jax.tree.map(lambda x: x * 0 - 1, s), donate_argnums=0)
-    with Checkpoints(tmp_path, writing=True) as checkpoints:
+    with Checkpointer(tmp_path, writing=True) as checkpoints:
         checkpoints.save(1, state, {})
         jax.block_until_ready(step(state))
         restored = checkpoints.restore(1, {"params": jax.ShapeDtypeStruct((300_000,), jnp.float32)})
@@ -109,7 +109,7 @@ def test_saved_on_one_device_restored_over_all(tmp_path: Path) -> None:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=split if leaf.shape == (3, 16, 5) else whole)
 
     wanted = jax.tree.map(like, state)
-    with Checkpoints(tmp_path, writing=True) as checkpoints:
+    with Checkpointer(tmp_path, writing=True) as checkpoints:
         checkpoints.save(0, state, {})
         restored = checkpoints.restore(0, wanted)
         assert jax.tree.map(lambda leaf: leaf.sharding, restored) == jax.tree.map(lambda leaf: leaf.sharding, wanted)
@@ -123,7 +123,7 @@ def test_saved_on_one_device_restored_over_all(tmp_path: Path) -> None:
 
 def test_parameters_alone(tmp_path: Path) -> None:
     state = make_state()
-    with Checkpoints(tmp_path, writing=True) as checkpoints:
+    with Checkpointer(tmp_path, writing=True) as checkpoints:
         checkpoints.save(0, state, {})
         params = checkpoints.restore_params(0, jax.eval_shape(make_state).params)
         with pytest.raises(InputError, match=r"it has no params\.reader\.w"):
@@ -132,7 +132,7 @@ def test_parameters_alone(tmp_path: Path) -> None:
 
 
 def test_another_model(tmp_path: Path) -> None:
-    with Checkpoints(tmp_path, writing=True) as checkpoints:
+    with Checkpointer(tmp_path, writing=True) as checkpoints:
         checkpoints.save(0, make_state(), {})
         with pytest.raises(InputError, match=r"another model.*retriever\.w is float32\[3, 16, 5\], not .*\[3, 8, 5\]"):
             checkpoints.restore(0, make_state(width=8))
@@ -178,11 +178,11 @@ def do_damage(checkpoint: Path, damage: str) -> None:
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_an_incomplete_checkpoint_names_its_folder(tmp_path: Path, damage: str) -> None:
     state = {"params": jax.random.normal(jax.random.key(0), (20, 10))}
-    with Checkpoints(tmp_path, writing=True) as checkpoints:
+    with Checkpointer(tmp_path, writing=True) as checkpoints:
         checkpoints.save(7, state, {})
     do_damage(tmp_path / "7", damage)
     damaged = pytest.raises(DamagedCheckpoint, match=rf"{tmp_path}/7: the checkpoint is incomplete or damaged")
-    with Checkpoints(tmp_path, writing=True) as checkpoints, damaged:
+    with Checkpointer(tmp_path, writing=True) as checkpoints, damaged:
         checkpoints.restore(7, state)
 
 
@@ -196,14 +196,16 @@ def test_the_one_before_a_damaged_checkpoint_is_used(
     def state(step: int) -> dict[str, jax.Array]:
         return {"params": jax.random.normal(jax.random.key(step), (20, 10))}
 
-    with Checkpoints(folder, keep=3, writing=True) as checkpoints:
+    with Checkpointer(folder, keep=3, writing=True) as checkpoints:
         for step in (5, 6, 7):
             checkpoints.save(step, state(step), {"step": step})
     for step in (6, 7):
         do_damage(folder / str(step), damage)
     for writing in (False, True):
-        with Checkpoints(folder, keep=1, writing=writing) as checkpoints:
-            found = checkpoints.newest(lambda step: (checkpoints.metadata(step), checkpoints.restore(step, state(0))))
+        with Checkpointer(folder, keep=1, writing=writing) as checkpoints:
+            found = checkpoints.restore_latest(
+                lambda step: (checkpoints.metadata(step), checkpoints.restore(step, state(0)))
+            )
             assert found is not None and found[0] == 5 == found[1][0]["step"]
             chex.assert_trees_all_equal(found[1][1], state(5))
             err = " ".join(capsys.readouterr().err.split())
@@ -218,25 +220,29 @@ def test_the_one_before_a_damaged_checkpoint_is_used(
 
 def unsummed(folder: Path, step: int) -> None:
     """As a kill leaves a checkpoint right after it was written."""
-    with Checkpoints(folder, writing=True) as checkpoints:
+    with Checkpointer(folder, writing=True) as checkpoints:
         checkpoints.save(step, make_state(step), {"step": step})
     (folder / str(step) / CHECKSUMS).unlink()
 
 
-def test_a_checkpoint_that_a_kill_left_unsummed_is_used_and_summed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("half_written", [False, True])
+def test_a_checkpoint_that_a_kill_left_unsummed_is_used_and_summed(tmp_path: Path, half_written: bool) -> None:
     unsummed(tmp_path, 1)
     unsummed(tmp_path, 2)
-    for writing in (False, True):
-        with Checkpoints(tmp_path, writing=writing) as checkpoints:
-            found = checkpoints.newest(
+    if half_written:  # the kill came while its sums were written
+        (tmp_path / "2" / f"{CHECKSUMS}.partial").write_text("{")
+    for writing in (False, True, True):
+        with Checkpointer(tmp_path, writing=writing) as checkpoints:
+            found = checkpoints.restore_latest(
                 lambda step: (checkpoints.metadata(step), checkpoints.restore(step, make_state()))
             )
             assert found is not None and found[0] == 2 and found[1][0] == {"step": 2}
             chex.assert_trees_all_equal(found[1][1], make_state(2))
         assert (tmp_path / "2" / CHECKSUMS).exists() == writing
+    assert not list(tmp_path.rglob("*.partial"))
     assert not (tmp_path / "1" / CHECKSUMS).exists() and not (tmp_path.parent / "damaged-checkpoints").exists()
     do_damage(tmp_path / "2", "bit blocks")
-    with Checkpoints(tmp_path, writing=False) as checkpoints, pytest.raises(DamagedCheckpoint, match="have changed"):
+    with Checkpointer(tmp_path, writing=False) as checkpoints, pytest.raises(DamagedCheckpoint, match="have changed"):
         checkpoints.restore(2, make_state())
 
 
@@ -248,8 +254,8 @@ def test_what_an_unsummed_checkpoint_lacks_is_found_all_the_same(tmp_path: Path,
     unsummed(tmp_path, 2)
     for path in list((tmp_path / "2").glob(file)):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    with Checkpoints(tmp_path, writing=False) as checkpoints:
-        found = checkpoints.newest(lambda step: checkpoints.restore(step, make_state()))
+    with Checkpointer(tmp_path, writing=False) as checkpoints:
+        found = checkpoints.restore_latest(lambda step: checkpoints.restore(step, make_state()))
         assert found is not None and found[0] == 1
         assert checkpoints.every_metadata() == [{"step": 1}] or file not in ("_CHECKPOINT_METADATA", "state/_METADATA")
 
@@ -257,7 +263,7 @@ def test_what_an_unsummed_checkpoint_lacks_is_found_all_the_same(tmp_path: Path,
 def test_each_file_is_read_once_and_the_last_save_is_summed_in_the_background(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with Checkpoints(tmp_path, writing=True) as checkpoints:
+    with Checkpointer(tmp_path, writing=True) as checkpoints:
         checkpoints.save(1, make_state(), {})
         limit = time.monotonic() + 30
         while not (tmp_path / "1" / CHECKSUMS).exists():
@@ -270,27 +276,27 @@ def test_each_file_is_read_once_and_the_last_save_is_summed_in_the_background(
         return checksum(path, *rest)
 
     monkeypatch.setattr(checksums, "checksum", counted)
-    with Checkpoints(tmp_path, writing=True) as checkpoints:
-        checkpoints.newest(lambda step: (checkpoints.metadata(step), checkpoints.restore(step, make_state())))
+    with Checkpointer(tmp_path, writing=True) as checkpoints:
+        checkpoints.restore_latest(lambda step: (checkpoints.metadata(step), checkpoints.restore(step, make_state())))
         checkpoints.restore_params(1, make_state().params)
     assert sum(read.values()) == len(checksums.files_below(tmp_path / "1"))
 
 
 def test_a_checkpoint_of_another_model_is_not_passed_over(tmp_path: Path) -> None:
-    with Checkpoints(tmp_path, writing=True) as checkpoints:
+    with Checkpointer(tmp_path, writing=True) as checkpoints:
         checkpoints.save(1, make_state(), {})
         with pytest.raises(InputError, match="a checkpoint of another model"):
-            checkpoints.newest(lambda step: checkpoints.restore(step, make_state(width=8)))
+            checkpoints.restore_latest(lambda step: checkpoints.restore(step, make_state(width=8)))
 
 
 def test_what_an_interrupted_save_left_is_no_checkpoint(tmp_path: Path) -> None:
-    with Checkpoints(tmp_path, writing=True) as checkpoints:
+    with Checkpointer(tmp_path, writing=True) as checkpoints:
         checkpoints.save(1, make_state(), {})
     shutil.copytree(tmp_path / "1", tmp_path / "2.orbax-checkpoint-tmp")
-    with Checkpoints(tmp_path, writing=False) as checkpoints:  # it may be the save of a run that is going on
+    with Checkpointer(tmp_path, writing=False) as checkpoints:  # it may be the save of a run that is going on
         assert checkpoints.latest() == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2.orbax-checkpoint-tmp"]
-    with Checkpoints(tmp_path, writing=True) as checkpoints:
+    with Checkpointer(tmp_path, writing=True) as checkpoints:
         assert checkpoints.latest() == 1
         checkpoints.save(2, make_state(2), {})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
@@ -298,7 +304,7 @@ def test_what_an_interrupted_save_left_is_no_checkpoint(tmp_path: Path) -> None:
 
 def test_a_checkpoint_that_does_not_fit_on_the_disk(tmp_path: Path) -> None:
     state = {"params": jax.random.normal(jax.random.key(0), (500, 500))}
-    checkpoints = Checkpoints(tmp_path, writing=True)
+    checkpoints = Checkpointer(tmp_path, writing=True)
     checkpoints.save(1, state, {})
     checkpoints.wait()
     with no_file_larger_than(100_000), pytest.raises(InputError, match=r"/2: the checkpoint could not be written"):

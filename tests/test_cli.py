@@ -252,7 +252,7 @@ def test_a_full_disk_elsewhere(capsys: Capture, monkeypatch: pytest.MonkeyPatch,
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "runs/x/train.jsonl")
 
-    monkeypatch.setattr("ragjax.train.open_world", full)
+    monkeypatch.setattr("ragjax.commands.train.load_artifacts", full)
     assert main(["train", str(world / "config.yaml"), "output=runs/none"]) == 2
     assert capsys.readouterr().err == "ragjax: runs/x/train.jsonl: the disk is full; free some space\n"
 
@@ -300,7 +300,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(
     message: str,
 ) -> None:
     module = command.replace("-", "_")
-    monkeypatch.setattr(f"ragjax.{module}.open_world", lambda config: pytest.fail("models are opened"))
+    monkeypatch.setattr(f"ragjax.commands.{module}.open_world", lambda config: pytest.fail("models are opened"))
     assert message in refused(capsys, tmp_path, command, str(world / "config.yaml"), f"output={output}")
 
 

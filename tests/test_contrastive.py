@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,24 @@ from gradients import assert_same_gradients, moments
 from processes import ends, logged, start
 from world import open_world, tiny_config
 
-from ragjax.answer import open_answerer
-from ragjax.checkpoint import Checkpoints
+from ragjax.answerer import open_answerer
 from ragjax.checksums import CHECKSUMS
 from ragjax.cli import main
+from ragjax.commands.evaluate import evaluate
+from ragjax.commands.train import train
 from ragjax.config import Config, load_config
-from ragjax.contrastive import (
+from ragjax.data.passage_store import PassageStore
+from ragjax.data.questions import Question, read_questions
+from ragjax.errors import InputError
+from ragjax.files import write_jsonl
+from ragjax.models.layers import Params
+from ragjax.parallel.mesh import make_mesh
+from ragjax.parallel.sharding import put_global, shard_batch
+from ragjax.rag import load_pipeline
+from ragjax.retrieval.encoder import encode
+from ragjax.runs.checkpointer import Checkpointer
+from ragjax.runs.restore import restore_params
+from ragjax.training.contrastive import (
     abstract_contrastive,
     choose_passages,
     contrastive_batch,
@@ -30,18 +42,9 @@ from ragjax.contrastive import (
     count_passages,
     label_positions,
 )
-from ragjax.errors import InputError
-from ragjax.evaluate import evaluate
-from ragjax.files import write_jsonl
-from ragjax.loss import passage_params
-from ragjax.mesh import make_mesh, place, shard_batch
-from ragjax.models.layers import Params
-from ragjax.passages import PassageStore
-from ragjax.questions import Question, read_questions
-from ragjax.rag import encode, open_rag
-from ragjax.step import initial_state, make_train_step, state_shardings, trace_step
-from ragjax.train import train
-from ragjax.world import restore_trained
+from ragjax.training.loss import passage_params
+from ragjax.training.state import init_train_state, state_shardings
+from ragjax.training.step import make_train_step, trace_step
 
 KEY = jax.random.key(0)
 SETTINGS: dict[str, Any] = {
@@ -76,11 +79,11 @@ def test_loss_and_gradient_are_the_formula(world: Path, tmp_path: Path, encoder:
 
     def explicit(params: Params) -> jax.Array:
         """−log of e^(s·q·d⁺) over the sum of it and of what does not answer, one question after the other."""
-        queries = encode(rag.retriever.graph, params["retriever"], batch.question, batch.question_mask)
+        queries = encode(rag.retriever.graphdef, params["retriever"], batch.question, batch.question_mask)
         vectors = jnp.asarray(index.vectors(ids)).reshape(12, -1)
         if encoder != "frozen":
             tokens, mask = batch.passage.reshape(12, -1), batch.passage_mask.reshape(12, -1)
-            vectors = encode(rag.passage_encoder.graph, passage_params(rag, params), tokens, mask)
+            vectors = encode(rag.passage_encoder.graphdef, passage_params(rag, params), tokens, mask)
         terms = []
         for b, question in enumerate(questions):
             if ids[b, 0] < 0:
@@ -116,7 +119,7 @@ def test_what_is_chosen(world: Path, tmp_path: Path) -> None:
     """By answer: Arland's capital stands in passage 0 alone. By label: whatever the text says."""
     _, _, store = open_world(tiny_config(world))
     [plain, *_] = read_questions(world / "train.jsonl")
-    labelled = replace(plain, passages=("p7", "p3"))
+    labelled = dataclasses.replace(plain, passages=("p7", "p3"))
     positions = label_positions(store, [labelled])
     assert positions == {"p3": 3, "p7": 7}
 
@@ -173,13 +176,13 @@ def test_it_learns(world: Path, learnt: Config) -> None:
 
 def test_evaluation_and_answers_after_it(learnt: Config, capsys: pytest.CaptureFixture[str]) -> None:
     """The retriever as trained, its own index, and the generator as it came."""
-    config = replace(learnt, evaluate=replace(learnt.evaluate, split="train", limit=2, untrained_limit=2))
+    config = learnt.replace(evaluate=learnt.evaluate.replace(split="train", limit=2, untrained_limit=2))
     models = evaluate(config)["models"]
     assert models["trained"]["recall@1"] > models["untrained"]["recall@1"]
-    rag = open_rag(config)
-    restored = restore_trained(rag)
+    rag = load_pipeline(config)
+    restored = restore_params(rag)
     assert restored is not None
-    chex.assert_trees_all_equal(restored[0]["generator"], rag.generator.read())
+    chex.assert_trees_all_equal(restored[0]["generator"], rag.generator.load_params())
     assert open_answerer(config).index.manifest["refreshed"] == 40
 
 
@@ -189,16 +192,15 @@ def test_the_way_on(learnt: Config, tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "exported").iterdir()} == {"question_encoder", CHECKSUMS}
     source = str(tmp_path / "exported" / "question_encoder")
     config = load_config(Path(learnt.output) / "config.yaml", ["output=" + str(tmp_path / "run")])
-    config = replace(
-        config,
-        train=replace(config.train, objective="marginal", passage_encoder="frozen", steps=1, dev_questions=0),
-        retriever=replace(config.retriever, source=source),
-        index=replace(config.index, folder=str(tmp_path / "index")),
+    config = config.replace(
+        train=config.train.replace(objective="marginal", passage_encoder="frozen", steps=1, dev_questions=0),
+        retriever=config.retriever.replace(source=source),
+        index=config.index.replace(folder=str(tmp_path / "index")),
     )
     rag, index, _ = open_world(config)
-    trained = restore_trained(open_rag(learnt))
+    trained = restore_params(load_pipeline(learnt))
     assert trained is not None
-    chex.assert_trees_all_equal(rag.retriever.read(), jax.device_get(trained[0]["retriever"]))
+    chex.assert_trees_all_equal(rag.retriever.load_params(), jax.device_get(trained[0]["retriever"]))
     before = open_answerer(learnt).index
     np.testing.assert_allclose(np.asarray(index.embeddings), np.asarray(before.embeddings), atol=1e-5)
     train(config)
@@ -212,7 +214,7 @@ def test_its_own_passage_encoder_is_exported(world: Path, tmp_path: Path) -> Non
         "passage_encoder",
         CHECKSUMS,
     }
-    rag = open_rag(
+    rag = load_pipeline(
         contrasting(
             world,
             run,
@@ -221,7 +223,7 @@ def test_its_own_passage_encoder_is_exported(world: Path, tmp_path: Path) -> Non
             train__passage_encoder="own",
         )
     )
-    trained = restore_trained(open_rag(contrasting(world, run, train__passage_encoder="own")))
+    trained = restore_params(load_pipeline(contrasting(world, run, train__passage_encoder="own")))
     assert trained is not None
     for part in ("retriever", "passage_encoder"):
         chex.assert_trees_all_equal(rag.initial_params()[part], jax.device_get(trained[0][part]))
@@ -236,9 +238,9 @@ def test_eight_devices_are_one(world: Path, tmp_path: Path) -> None:
     results = []
     for devices in (1, 8):
         mesh = make_mesh(devices=jax.devices()[:devices])
-        state = initial_state(rag, rag.initial_params())
+        state = init_train_state(rag, rag.initial_params())
         shardings = state_shardings(rag, mesh, state)
-        new, metrics = make_train_step(rag, shardings)(place(state, shardings), shard_batch(mesh, batch, 8))
+        new, metrics = make_train_step(rag, shardings)(put_global(state, shardings), shard_batch(mesh, batch, 8))
         results.append((jax.device_get(metrics), moments(new.optimizer)["mu"]))
     chex.assert_trees_all_close(results[0][0], results[1][0], rtol=1e-5, atol=1e-6)
     assert_same_gradients(results[1][1], results[0][1])
@@ -246,14 +248,14 @@ def test_eight_devices_are_one(world: Path, tmp_path: Path) -> None:
 
 def test_the_abstract_step_is_the_real_one(world: Path, tmp_path: Path) -> None:
     config = contrasting(world, tmp_path, retriever__question_tokens=24, retriever__passage_tokens=32)
-    rag, index, store = open_world(replace(config, index=replace(config.index, folder=str(tmp_path / "index"))))
+    rag, index, store = open_world(config.replace(index=config.index.replace(folder=str(tmp_path / "index"))))
     questions = [Question(f"What is the capital of land {i}, and why?", ("x",), str(i)) for i in range(8)]
     batch = contrastive_batch(rag, index, store, questions, np.zeros((8, 3), np.int32), np.arange(8))
     chex.assert_trees_all_equal_shapes_and_dtypes(batch, abstract_contrastive(config, 32))
     mesh = make_mesh()
-    state = initial_state(rag, rag.initial_params())
+    state = init_train_state(rag, rag.initial_params())
     shardings = state_shardings(rag, mesh, state)
-    real = make_train_step(rag, shardings).lower(place(state, shardings), shard_batch(mesh, batch, 8), None)
+    real = make_train_step(rag, shardings).lower(put_global(state, shardings), shard_batch(mesh, batch, 8), None)
     assert trace_step(rag, mesh, len(index)).lower().as_text() == real.as_text()
 
 
@@ -262,16 +264,16 @@ def test_a_run_resumes_and_mines_from_an_index_that_follows(
 ) -> None:
     settings = {"refresh__every": 4, "refresh__steps": 2, "train__save_every": 3, "train__dropout": 0.1}
     reference = train(contrasting(world, tmp_path / "reference", **settings))
-    save = Checkpoints.save
+    save = Checkpointer.save
 
-    def killed(self: Checkpoints, step: int, *more: Any) -> None:
+    def killed(self: Checkpointer, step: int, *more: Any) -> None:
         save(self, step, *more)
         if step == 6:
             raise RuntimeError("the power went off")
 
     config = contrasting(world, tmp_path / "run", **settings)
     with monkeypatch.context() as patch:
-        patch.setattr(Checkpoints, "save", killed)
+        patch.setattr(Checkpointer, "save", killed)
         with pytest.raises(RuntimeError):
             train(config)
     train(config)

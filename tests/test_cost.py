@@ -13,9 +13,11 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from world import tiny_config
 
-from ragjax.cost import Cost, NotCompiled, bytes_each, bytes_sent, compiled_cost, matmul_flops
-from ragjax.mesh import lay, make_mesh
-from ragjax.rag import encode, open_rag
+from ragjax.parallel.mesh import make_mesh
+from ragjax.parallel.sharding import abstract_with_sharding
+from ragjax.planning.program_cost import Cost, NotCompiled, bytes_each, bytes_sent, compiled_cost, matmul_flops
+from ragjax.rag import load_pipeline
+from ragjax.retrieval.encoder import encode
 
 L, B, D = 10, 8, 16
 X, W = jax.ShapeDtypeStruct((B, D), jnp.float32), jax.ShapeDtypeStruct((L, D, D), jnp.float32)
@@ -59,12 +61,12 @@ def test_matrix_products_are_counted_as_often_as_they_run(function: Callable[...
 
 def test_a_model_by_its_formula(world: Path) -> None:
     """BERT, of each token: four projections and two feed-forward maps a layer, and attention to all S tokens."""
-    rag = open_rag(tiny_config(world))
+    rag = load_pipeline(tiny_config(world))
     config, rows, tokens = rag.retriever.config, 5, 24
     inputs = jnp.zeros((rows, tokens), jnp.int32), jnp.ones((rows, tokens), bool)
-    weights = 4 * config.width**2 + 2 * config.width * config.ffn
-    counted = 2 * rows * tokens * config.layers * (weights + 2 * tokens * config.width)
-    found = matmul_flops(encode.trace(rag.retriever.graph, rag.retriever.abstract, *inputs).jaxpr.jaxpr)
+    weights = 4 * config.hidden_size**2 + 2 * config.hidden_size * config.mlp_dim
+    counted = 2 * rows * tokens * config.num_layers * (weights + 2 * tokens * config.hidden_size)
+    found = matmul_flops(encode.trace(rag.retriever.graphdef, rag.retriever.abstract_params, *inputs).jaxpr.jaxpr)
     assert found == counted
 
 
@@ -75,15 +77,18 @@ def compiled(function: Callable[..., Any], *arguments: Any, **options: Any) -> s
 def test_data_parallel_gradients_are_all_reduced() -> None:
     mesh = make_mesh()
     gradient = jax.grad(lambda w, x: jnp.tanh(x @ w).sum())
-    w, x = lay(mesh, jax.ShapeDtypeStruct((D, D), jnp.float32)), lay(mesh, X, "data")
+    w, x = (
+        abstract_with_sharding(mesh, jax.ShapeDtypeStruct((D, D), jnp.float32)),
+        abstract_with_sharding(mesh, X, "data"),
+    )
     assert bytes_sent(compiled(gradient, w, x, out_shardings=w.sharding)) == {"all-reduce": 2 * 7 * D * D * 4 // 8}
     alone = make_mesh(devices=jax.devices()[:1])
-    assert bytes_sent(compiled(gradient, lay(alone, w), lay(alone, x))) == {}
+    assert bytes_sent(compiled(gradient, abstract_with_sharding(alone, w), abstract_with_sharding(alone, x))) == {}
 
 
 def test_layers_split_over_devices_are_gathered_in_every_turn() -> None:
     mesh = make_mesh(2)  # 4 devices along data
-    x, w = lay(mesh, X, "data"), lay(mesh, W, None, "data")
+    x, w = abstract_with_sharding(mesh, X, "data"), abstract_with_sharding(mesh, W, None, "data")
     matrix = D * D * 4
     assert bytes_sent(compiled(layers, x, w)) == {"all-gather": L * matrix * 3 // 4, "all-reduce": 2 * 4 * 3 // 4}
     gradient = compiled(jax.grad(layers, argnums=1), x, w, out_shardings=w.sharding)

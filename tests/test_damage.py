@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from damage import ATTACKS, KINDS, attack, checkpoint_outcome, make_checkpoints
 
-from ragjax import checkpoint
+from ragjax.runs import checkpointer as checkpoint
 
 
 @pytest.mark.parametrize(("name", "count"), [("checkpoint", 24), ("index", 60), ("index with a graph", 60)])

@@ -14,17 +14,21 @@ from reference import GOLDEN, Small, answer_logp, log_softmax, random_llama, rou
 from safetensors.numpy import load_file
 from world import shared_world, tiny_config
 
-from ragjax import decode as decode_module
+from ragjax.checkpoints.pretrained import open_generator
 from ragjax.config import Decode
-from ragjax.decode import Candidates, decode, decode_together, pad_answers, read
+from ragjax.decoding import decode as decode_module
+from ragjax.decoding.candidates import Candidates, pad_answers
+from ragjax.decoding.decode import decode_rag_sequence
+from ragjax.decoding.prefix_cache import PrefixScorer
+from ragjax.decoding.propose import prefill_documents
+from ragjax.decoding.rag_token import decode_rag_token
 from ragjax.files import read_json
-from ragjax.loss import joint_logp
 from ragjax.models.generator import SpecialTokens
-from ragjax.prefixes import Known
-from ragjax.rag import TrainBatch, open_rag
-from ragjax.step import make_nll
-from ragjax.text import pad_rows
-from ragjax.weights import open_generator
+from ragjax.padding import pad_sequences
+from ragjax.rag import load_pipeline
+from ragjax.training.batch import TrainBatch
+from ragjax.training.loss import prior_and_token_logp
+from ragjax.training.step import make_nll
 
 ENDING = SpecialTokens(eos=2, pad=0)
 # the second end is the padding token, as in Llama 3; a third is no word of the tokenizer's
@@ -44,7 +48,7 @@ def generator() -> Small:
     pretrained = open_generator(folder)
     tensors = load_file(folder / "model.safetensors")
     hf = {**read_json(folder / "config.json"), "rope_theta": 10000.0}
-    return Small(folder, hf, pretrained.graph, pretrained.read(), tensors)
+    return Small(folder, hf, pretrained.graphdef, pretrained.load_params(), tensors)
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +70,9 @@ def decoded(
     width: int = 24,
     special: SpecialTokens = ENDING,
 ) -> list[Candidates]:
-    tokens, mask = pad_rows(prompts, width, 0)
-    memory = read(small.graph, small.params, jnp.asarray(tokens), jnp.asarray(mask))
-    return decode(small.graph, small.params, memory, np.asarray(prior, np.float32), settings, special)
+    tokens, mask = pad_sequences(prompts, width, 0)
+    memory = prefill_documents(small.graphdef, small.params, jnp.asarray(tokens), jnp.asarray(mask))
+    return decode_rag_sequence(small.graphdef, small.params, memory, np.asarray(prior, np.float32), settings, special)
 
 
 def all_answers(special: SpecialTokens) -> list[tuple[int, ...]]:
@@ -85,9 +89,11 @@ def all_answers(special: SpecialTokens) -> list[tuple[int, ...]]:
 
 def event_logp(small: Small, prompt: list[int], answer: tuple[int, ...], special: SpecialTokens) -> np.ndarray:
     """log p of each token [T], the last one summed over all ends if it is one."""
-    logp = answer_logp(small.tensors, small.hf, prompt, list(answer))
+    logp = answer_logp(small.tensors, small.hf_config, prompt, list(answer))
     if answer[-1] == special.eos:
-        ways = [answer_logp(small.tensors, small.hf, prompt, [*answer[:-1], end])[-1] for end in special.other_ends]
+        ways = [
+            answer_logp(small.tensors, small.hf_config, prompt, [*answer[:-1], end])[-1] for end in special.other_ends
+        ]
         logp[-1] = np.logaddexp.reduce([logp[-1], *ways])
     return logp
 
@@ -99,13 +105,13 @@ def with_end(found: Candidates) -> list[tuple[int, ...]]:
 
 def one_by_one(small: Small, prompts: list[list[int]], answers: list[tuple[int, ...]]) -> np.ndarray:
     """log p(y|x,z) [K,C], each pair in a row of its own without padding or sharing."""
-    return np.array([[answer_logp(small.tensors, small.hf, x, list(y)).sum() for y in answers] for x in prompts])
+    return np.array([[answer_logp(small.tensors, small.hf_config, x, list(y)).sum() for y in answers] for x in prompts])
 
 
 def assert_equal_candidates(found: Candidates, expected: Candidates) -> None:
     assert with_end(found) == with_end(expected)
-    apart = rounding(expected.scored)  # so far may a share of 1 be, too, whose logarithm is
-    for name in ("proposed", "fast", "scored", "thorough", "posterior"):
+    apart = rounding(expected.doc_logp)  # so far may a share of 1 be, too, whose logarithm is
+    for name in ("beam_logp", "fast_logp", "doc_logp", "thorough_logp", "posterior"):
         np.testing.assert_allclose(getattr(found, name), getattr(expected, name), atol=apart, err_msg=name)
 
 
@@ -140,9 +146,11 @@ def test_equals_hugging_face(
         else:
             assert ours == theirs
         shared = [y for y in theirs if y in ours]
-        assert found.thorough is not None
+        assert found.thorough_logp is not None
         np.testing.assert_allclose(
-            [-found.thorough[ours.index(y)] for y in shared], [nll[theirs.index(y)] for y in shared], atol=rounding(nll)
+            [-found.thorough_logp[ours.index(y)] for y in shared],
+            [nll[theirs.index(y)] for y in shared],
+            atol=rounding(nll),
         )
         assert ours[found.best("thorough")[0]] == theirs[golden[f"{name}/chosen_index"][question]]
 
@@ -155,13 +163,13 @@ def test_equals_scoring_one_by_one(
         scored = one_by_one(generator, prompts[3 * question : 3 * question + 3], with_end(found))
         joint = prior[question][:, None] + scored
         marginal = np.logaddexp.reduce(joint, axis=0)
-        assert found.scored is not None and found.posterior is not None
-        np.testing.assert_allclose(found.scored, scored, atol=rounding(scored))
+        assert found.doc_logp is not None and found.posterior is not None
+        np.testing.assert_allclose(found.doc_logp, scored, atol=rounding(scored))
         np.testing.assert_allclose(found.marginal("thorough"), marginal, atol=rounding(scored))
         np.testing.assert_allclose(found.posterior, np.exp(joint - marginal), atol=rounding(scored))
         assert found.best("thorough")[0] == marginal.argmax()
-        proposed = found.proposed > -np.inf
-        np.testing.assert_allclose(found.proposed[proposed], scored[proposed], atol=rounding(scored))
+        proposed = found.beam_logp > -np.inf
+        np.testing.assert_allclose(found.beam_logp[proposed], scored[proposed], atol=rounding(scored))
 
 
 def test_fast_marginal_counts_the_documents_that_proposed(
@@ -172,10 +180,10 @@ def test_fast_marginal_counts_the_documents_that_proposed(
         for c in range(len(found.tokens)):
             total = 0.0
             for k in range(3):
-                if found.proposed[k, c] > -np.inf:
-                    total += np.exp(golden["score/doc_logprobs"][question, k] + found.proposed[k, c])
+                if found.beam_logp[k, c] > -np.inf:
+                    total += np.exp(golden["score/doc_logprobs"][question, k] + found.beam_logp[k, c])
             assert found.marginal("fast")[c] == pytest.approx(np.log(total), abs=1e-4)
-            partly += 0 < (found.proposed[:, c] > -np.inf).sum() < 3
+            partly += 0 < (found.beam_logp[:, c] > -np.inf).sum() < 3
         assert (found.marginal("fast") <= found.marginal("thorough") + 1e-4).all()
         order = found.best("fast", len(found.tokens))
         assert found.finished[order].tolist() == sorted(found.finished, reverse=True)
@@ -191,7 +199,7 @@ def test_fast_mode_scores_nothing_more(
     for fast, thorough in zip(found, golden_candidates[2], strict=True):
         assert with_end(fast) == with_end(thorough)
         np.testing.assert_allclose(fast.marginal("fast"), thorough.marginal("fast"), atol=1e-5)
-        assert fast.scored is None and fast.thorough is None and fast.posterior is None
+        assert fast.doc_logp is None and fast.thorough_logp is None and fast.posterior is None
         with pytest.raises(AssertionError, match="no thorough marginal"):
             fast.best("thorough")
 
@@ -206,15 +214,15 @@ def test_certified_is_thorough_with_fewer_scores(
     for certified, thorough in zip(found, golden_candidates[beams], strict=True):
         assert with_end(certified) == with_end(thorough)
         assert certified.best("certified") == thorough.best("thorough")
-        assert certified.bounds is not None and certified.needed is not None and certified.scored is None
+        assert certified.bounds is not None and certified.needed is not None and certified.doc_logp is None
         assert (certified.bounds[0] - 1e-4 <= thorough.marginal("thorough")).all()
         assert (thorough.marginal("thorough") <= certified.bounds[1] + 1e-4).all()
-        assert (thorough.proposed == -np.inf).sum() >= certified.needed[1]
+        assert (thorough.beam_logp == -np.inf).sum() >= certified.needed[1]
         computed, needed = computed + certified.needed[0], needed + certified.needed[1]
     assert computed < 0.7 * needed if beams > 1 else computed <= needed
 
 
-class Told(Known):
+class Told(PrefixScorer):
     """Stands for the generator: log p(y_t|y_<t,x,z) [B,K,C,T] of every answer, the first tokens of which are known."""
 
     def __init__(self, rng: np.random.Generator, shape: tuple[int, int, int, int], sharpness: float) -> None:
@@ -252,13 +260,13 @@ def test_certified_never_chooses_otherwise() -> None:
         prior[rng.random(prior.shape) < 0.1] = -np.inf
         finished = [rng.random(count) < 0.8 for _ in range(questions)]
         answers = told.answers
-        bounds, needs = decode_module._certify(told, answers, finished, prior, count)
-        truth = np.asarray(decode_module._thorough(prior, told.logp)[0])
-        assert (bounds[0] <= truth + 1e-5).all() and (truth <= bounds[1] + 1e-5).all()
+        bounds, needs = decode_module.certify(told, answers, finished, prior, count)
+        truth = np.asarray(decode_module.thorough_marginals(prior, told.logp)[0])
+        assert (bounds[:, 0] <= truth + 1e-5).all() and (truth <= bounds[:, 1] + 1e-5).all()
         for b in range(questions):
-            shared: dict[str, Any] = {"tokens": answers[b], "finished": finished[b], "proposed": told.logp[b]}
-            certified = Candidates(**shared, bounds=bounds[:, b])
-            assert certified.best("certified") == Candidates(**shared, thorough=truth[b]).best("thorough")
+            shared: dict[str, Any] = {"tokens": answers[b], "finished": finished[b], "beam_logp": told.logp[b]}
+            certified = Candidates(**shared, bounds=bounds[b])
+            assert certified.best("certified") == Candidates(**shared, thorough_logp=truth[b]).best("thorough")
         assert needs[:, 0].sum() == told.scored and (needs[:, 0] <= needs[:, 1]).all()
         computed, needed, cases = computed + told.scored, needed + int(needs[:, 1].sum()), cases + questions
     assert cases > 2000 and 0 < computed < 0.5 * needed
@@ -321,10 +329,10 @@ def test_impossible_documents_change_nothing(
     (without,) = decoded(generator, [prompts[0], prompts[2]], prior[:1, [0, 2]])
     assert set(with_end(masked)) < set(with_end(three[0]))
     assert with_end(masked) == with_end(without)
-    assert (masked.proposed[1] == -np.inf).all() and masked.posterior is not None
+    assert (masked.beam_logp[1] == -np.inf).all() and masked.posterior is not None
     np.testing.assert_array_equal(masked.posterior[1], 0)
-    apart = rounding(without.scored)
-    for name in ("proposed", "scored", "posterior"):
+    apart = rounding(without.doc_logp)
+    for name in ("beam_logp", "doc_logp", "posterior"):
         np.testing.assert_allclose(getattr(masked, name)[[0, 2]], getattr(without, name), atol=apart, err_msg=name)
     for name in ("fast", "thorough"):
         np.testing.assert_allclose(getattr(masked, name), getattr(without, name), atol=apart, err_msg=name)
@@ -342,15 +350,17 @@ def test_answers_have_the_least_length(generator: Small, golden: dict[str, np.nd
 def test_unfinished_answers_come_last() -> None:
     tokens: list[tuple[int, ...]] = [(5, 5), (6,), (7, 7), (8,)]
     logp = np.log([0.5, 0.1, 0.6, 0.2])
-    found = Candidates(tokens, np.array([False, True, False, True]), logp[None], fast=logp, thorough=logp[::-1])
+    found = Candidates(
+        tokens, np.array([False, True, False, True]), logp[None], fast_logp=logp, thorough_logp=logp[::-1]
+    )
     assert found.best("fast", 4) == [3, 1, 2, 0]
     assert found.best("thorough", 4) == [1, 3, 0, 2]
-    cut = Candidates(tokens[:3:2], np.array([False, False]), logp[None, :2], fast=logp[:2])
+    cut = Candidates(tokens[:3:2], np.array([False, False]), logp[None, :2], fast_logp=logp[:2])
     assert cut.best("fast", 2) == [0, 1]
 
 
 def test_ties_go_to_the_first_proposed() -> None:
-    found = Candidates([(5,), (6,)], np.array([True, True]), np.zeros((1, 2)), fast=np.zeros(2))
+    found = Candidates([(5,), (6,)], np.array([True, True]), np.zeros((1, 2)), fast_logp=np.zeros(2))
     assert found.best("fast") == [0]
 
 
@@ -363,10 +373,10 @@ def test_rag_token_sums_over_documents_at_every_token(tiny: Small, special: Spec
     prompts = PROMPTS
     prior = log_softmax(np.array([[0.3, -0.2], [-0.5, 0.5]]))
     answers = all_answers(special)
-    tokens, mask = pad_rows(prompts, 8, 0)
-    memory = read(tiny.graph, tiny.params, jnp.asarray(tokens), jnp.asarray(mask))
+    tokens, mask = pad_sequences(prompts, 8, 0)
+    memory = prefill_documents(tiny.graphdef, tiny.params, jnp.asarray(tokens), jnp.asarray(mask))
     settings = Decode(k=2, beams=len(answers), max_new_tokens=T)
-    found = decode_together(tiny.graph, tiny.params, memory, np.asarray(prior, np.float32), settings, special)
+    found = decode_rag_token(tiny.graphdef, tiny.params, memory, np.asarray(prior, np.float32), settings, special)
     for question, of_question in enumerate(found):
         of_documents = prompts[2 * question : 2 * question + 2]
         logp = {y: np.array([event_logp(tiny, x, y, special) for x in of_documents]) for y in answers}
@@ -376,13 +386,13 @@ def test_rag_token_sums_over_documents_at_every_token(tiny: Small, special: Spec
         assert sorted(ours) == sorted(answers)
         np.testing.assert_allclose(of_question.marginal("thorough"), [marginal[y] for y in ours], atol=1e-4)
         np.testing.assert_allclose(np.exp(of_question.marginal("thorough")).sum(), 1.0, rtol=1e-4)
-        assert of_question.scored is not None and of_question.posterior is not None
-        np.testing.assert_allclose(of_question.scored, np.array([logp[y].sum(axis=1) for y in ours]).T, atol=1e-4)
+        assert of_question.doc_logp is not None and of_question.posterior is not None
+        np.testing.assert_allclose(of_question.doc_logp, np.array([logp[y].sum(axis=1) for y in ours]).T, atol=1e-4)
         shares = [np.exp(joint[y] - np.logaddexp.reduce(joint[y], axis=0)).mean(axis=1) for y in ours]
         np.testing.assert_allclose(of_question.posterior, np.array(shares).T, atol=1e-4)
         finished = [y for y in answers if y[-1] == ENDING.eos]
         assert ours[of_question.best("thorough")[0]] == max(finished, key=marginal.__getitem__)
-        assert of_question.fast is None and (of_question.proposed == -np.inf).all()
+        assert of_question.fast_logp is None and (of_question.beam_logp == -np.inf).all()
 
 
 def test_the_end_is_forbidden_and_forced_as_one_event(tiny: Small) -> None:
@@ -390,12 +400,12 @@ def test_the_end_is_forbidden_and_forced_as_one_event(tiny: Small) -> None:
     special, settings = replace(SEVERAL, forced_eos=2), Decode(k=2, beams=16, max_new_tokens=2, min_new_tokens=1)
     prior = log_softmax(np.array([[0.3, -0.2]]))
     [found] = decoded(tiny, PROMPTS[:2], prior, settings, width=8, special=special)
-    assert found.scored is not None and found.thorough is not None and found.finished.all()
+    assert found.doc_logp is not None and found.thorough_logp is not None and found.finished.all()
     assert sorted(found.tokens) == [(1,), (3,), (5,)]
     logp = np.array([[event_logp(tiny, x, (*y, 2), special).sum() for y in found.tokens] for x in PROMPTS[:2]])
-    np.testing.assert_allclose(found.scored, logp, atol=1e-4)
-    np.testing.assert_allclose(found.proposed, logp, atol=1e-4)
-    np.testing.assert_allclose(found.thorough, np.logaddexp.reduce(prior.T + logp, axis=0), atol=1e-4)
+    np.testing.assert_allclose(found.doc_logp, logp, atol=1e-4)
+    np.testing.assert_allclose(found.beam_logp, logp, atol=1e-4)
+    np.testing.assert_allclose(found.thorough_logp, np.logaddexp.reduce(prior.T + logp, axis=0), atol=1e-4)
 
 
 def test_rag_token_is_what_training_has(
@@ -406,7 +416,7 @@ def test_rag_token_is_what_training_has(
     source = rng.integers(3, 60, (2, 3, 12)).astype(np.int32)
     assert all(len({*ends}) == 3 for ends in source[..., -1].tolist())
     config = tiny_config(shared_world(tmp_path_factory), model="rag_token", retriever__scale=1.0)
-    rag = open_rag(config)
+    rag = load_pipeline(config)
     rag = replace(rag, generator=open_generator(generator.folder), special=ENDING)
     params = rag.initial_params()
     questions = rng.integers(3, 200, (2, 8)).astype(np.int32)
@@ -414,21 +424,21 @@ def test_rag_token_is_what_training_has(
         row=np.arange(2),
         question=questions,
         question_mask=np.ones((2, 8), bool),
-        passages=rng.normal(size=(2, 3, rag.retriever.config.embedding_width)).astype(np.float32) / 4,
+        passages=rng.normal(size=(2, 3, rag.retriever.config.embedding_dim)).astype(np.float32) / 4,
         valid=np.ones((2, 3), bool),
         source=source,
         source_mask=np.ones(source.shape, bool),
         answer=np.zeros((2, 6), np.int32),
         answer_mask=np.zeros((2, 6), bool),
     )
-    prior = np.asarray(joint_logp(rag, params, jax.tree.map(jnp.asarray, batch), jax.random.key(0))[0])
+    prior = np.asarray(prior_and_token_logp(rag, params, jax.tree.map(jnp.asarray, batch), jax.random.key(0))[0])
     assert np.exp(prior).max() < 0.9
-    graph = rag.generator.graph
-    memory = read(graph, params["generator"], source.reshape(6, 12), np.ones((6, 12), bool))
-    found = decode_together(graph, params["generator"], memory, prior, SETTINGS, ENDING)
+    graph = rag.generator.graphdef
+    memory = prefill_documents(graph, params["generator"], source.reshape(6, 12), np.ones((6, 12), bool))
+    found = decode_rag_token(graph, params["generator"], memory, prior, SETTINGS, ENDING)
     nll = make_nll(rag)
     for c in range(SETTINGS.beams):
-        answer, mask = pad_rows([with_end(of_question)[c] for of_question in found], 6, 0)
+        answer, mask = pad_sequences([with_end(of_question)[c] for of_question in found], 6, 0)
         trained = nll(params, replace(batch, answer=answer, answer_mask=mask))
         decided = [of_question.marginal("thorough")[c] for of_question in found]
         np.testing.assert_allclose(decided, -np.asarray(trained), rtol=1e-5, atol=1e-5)

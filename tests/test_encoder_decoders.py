@@ -18,18 +18,19 @@ from flax import nnx
 from reference import rounding
 from safetensors.numpy import load_file, save_file
 
+from ragjax.checkpoints.pretrained import PretrainedModel, open_generator, save_generator
+from ragjax.checkpoints.random_init import write_random_checkpoint
 from ragjax.cli import main
+from ragjax.data.questions import read_questions
+from ragjax.decoding.prefix_cache import beam_step, empty_prefix_cache
 from ragjax.errors import InputError
 from ragjax.files import read_json, write_jsonl
 from ragjax.marginal import log_prior, marginal_logp
-from ragjax.models.bart import BartConfig
-from ragjax.models.generator import Generator, Memory, score
-from ragjax.models.layers import row_keys
-from ragjax.models.t5 import T5Config, distance_bucket
-from ragjax.prefixes import no_prefixes, read_step
-from ragjax.questions import read_questions
-from ragjax.random_checkpoint import write_random_checkpoint
-from ragjax.weights import Pretrained, open_generator, save_generator
+from ragjax.models.generator import Generator, score
+from ragjax.models.generators.bart import BartConfig
+from ragjax.models.generators.t5 import T5Config, distance_bucket
+from ragjax.models.kv_cache import DocumentMemory
+from ragjax.models.layers import row_rngs
 
 Capture = pytest.CaptureFixture[str]
 GOLDEN = Path(__file__).parent / "golden"
@@ -42,28 +43,28 @@ class Golden:
     """A generator cut out of a Hugging Face RAG checkpoint, and what Hugging Face computes with it."""
 
     folder: Path
-    pretrained: Pretrained
+    pretrained: PretrainedModel
     params: Any
     values: dict[str, np.ndarray]
     pad: int
 
     @property
     def model(self) -> Any:
-        return nnx.merge(self.pretrained.graph, self.params)
+        return nnx.merge(self.pretrained.graphdef, self.params)
 
     @property
-    def memory(self) -> Memory:
+    def memory(self) -> DocumentMemory:
         source, mask = self.values["in/context_input_ids"], self.values["in/context_attention_mask"]
-        return _read(self.pretrained.graph, self.params, jnp.asarray(source, jnp.int32), jnp.asarray(mask, bool))
+        return _read(self.pretrained.graphdef, self.params, jnp.asarray(source, jnp.int32), jnp.asarray(mask, bool))
 
 
 @partial(jax.jit, static_argnums=0)
-def _read(graph: nnx.GraphDef, params: Any, source: jax.Array, mask: jax.Array) -> Memory:
+def _read(graph: nnx.GraphDef, params: Any, source: jax.Array, mask: jax.Array) -> DocumentMemory:
     return nnx.merge(graph, params).prefill(source, mask)
 
 
 @partial(jax.jit, static_argnums=0)
-def _score(graph: nnx.GraphDef, params: Any, memory: Memory, answers: jax.Array) -> jax.Array:
+def _score(graph: nnx.GraphDef, params: Any, memory: DocumentMemory, answers: jax.Array) -> jax.Array:
     return score(nnx.merge(graph, params), memory, answers)
 
 
@@ -76,7 +77,7 @@ def golden(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     (folder / "config.json").write_text(json.dumps(hf))
     pretrained = open_generator(folder)
     values = dict(np.load(GOLDEN / request.param / "golden.npz"))
-    return Golden(folder, pretrained, pretrained.read(), values, hf["pad_token_id"])
+    return Golden(folder, pretrained, pretrained.load_params(), values, hf["pad_token_id"])
 
 
 def label_rows(golden: Golden, labels: np.ndarray) -> jax.Array:
@@ -90,7 +91,7 @@ def golden_logp(golden: Golden, params: Any, name: str) -> jax.Array:
     """log p [B,K,T] of each label after the one before, 0 where it is padding."""
     labels = golden.values[f"in/{name}"]
     rows = label_rows(golden, labels)
-    model = nnx.merge(golden.pretrained.graph, params)
+    model = nnx.merge(golden.pretrained.graphdef, params)
     source, mask = golden.values["in/context_input_ids"], golden.values["in/context_attention_mask"]
     memory = model.prefill(jnp.asarray(source, jnp.int32), jnp.asarray(mask, bool))
     # labels need not begin with the start token: it is whatever the first label is
@@ -150,18 +151,18 @@ def test_beams_in_a_pool_score_as_whole_answers(golden: Golden) -> None:
     rng = np.random.default_rng(0)
     answers = rng.integers(4, 100, (n, beams, longest)).astype(np.int32)
     answers[:, 1, 0] = answers[:, 0, 0]
-    expected = _score(golden.pretrained.graph, golden.params, memory, jnp.asarray(answers))
+    expected = _score(golden.pretrained.graphdef, golden.params, memory, jnp.asarray(answers))
 
     @jax.jit
     def run(params: Any) -> jax.Array:
-        model = nnx.merge(golden.pretrained.graph, params)
-        read = no_prefixes(model, memory, beams * longest)
+        model = nnx.merge(golden.pretrained.graphdef, params)
+        read = empty_prefix_cache(model, memory, beams * longest)
         tokens, found = jnp.broadcast_to(memory.start[:, None], (n, beams)), []
         visible = np.zeros((n, beams, longest, beams), bool)
         for step in range(longest):
             visible[:, 0, step, 0] = visible[:, 1, step, min(step, 1)] = True
             seen = jnp.asarray(visible.reshape(n, beams, -1).copy())
-            logp, read = read_step(model, memory, read, tokens, jnp.asarray(step), seen)
+            logp, read = beam_step(model, memory, read, tokens, jnp.asarray(step), seen)
             tokens = jnp.asarray(answers[:, :, step])
             found.append(jnp.take_along_axis(logp, tokens[..., None], -1)[..., 0])
         return jnp.stack(found, axis=-1)
@@ -172,7 +173,7 @@ def test_beams_in_a_pool_score_as_whole_answers(golden: Golden) -> None:
 def test_groups_do_not_see_each_other_and_padding_changes_nothing(golden: Golden) -> None:
     memory = golden.memory
     answers = jnp.asarray(np.random.default_rng(1).integers(4, 100, (memory.start.shape[0], 3, 4)), jnp.int32)
-    graph, params = golden.pretrained.graph, golden.params
+    graph, params = golden.pretrained.graphdef, golden.params
     together = _score(graph, params, memory, answers)
     for group in range(3):
         alone = _score(graph, params, memory, answers[:, group : group + 1])
@@ -190,15 +191,15 @@ def test_dropout_is_drawn_by_row(golden: Golden) -> None:
     answers = jnp.asarray(np.random.default_rng(2).integers(4, 100, (len(source), 1, 4)), jnp.int32)
 
     @jax.jit
-    def run(source: jax.Array, mask: jax.Array, answers: jax.Array, keys: Any) -> jax.Array:
-        model = nnx.merge(dropping.graph, golden.params)
-        return score(model, model.prefill(source, mask, keys, remat=True), answers, keys, remat=True)
+    def run(source: jax.Array, mask: jax.Array, answers: jax.Array, rngs: Any) -> jax.Array:
+        model = nnx.merge(dropping.graphdef, golden.params)
+        return score(model, model.prefill(source, mask, rngs, remat=True), answers, rngs, remat=True)
 
-    keys = row_keys(jax.random.key(0), jnp.arange(len(source)))
-    first = run(source, mask, answers, keys)
-    without = _score(golden.pretrained.graph, golden.params, golden.memory, answers)
+    rngs = row_rngs(jax.random.key(0), jnp.arange(len(source)))
+    first = run(source, mask, answers, rngs)
+    without = _score(golden.pretrained.graphdef, golden.params, golden.memory, answers)
     assert np.abs(first - without).min(axis=-1).max() > 1e-3
-    backwards = run(source[::-1], mask[::-1], answers[::-1], keys[::-1])
+    backwards = run(source[::-1], mask[::-1], answers[::-1], rngs[::-1])
     np.testing.assert_allclose(backwards[::-1], first, atol=rounding(first))
 
 
@@ -216,7 +217,7 @@ def renamed(golden: Golden, change: Any, folder: Path) -> Any:
     tensors = load_file(golden.folder / "w.safetensors")
     save_file(change(dict(tensors)), folder / "w.safetensors")
     shutil.copy(golden.folder / "config.json", folder)
-    return open_generator(folder).read()
+    return open_generator(folder).load_params()
 
 
 def test_files_named_as_on_the_hub(golden: Golden, tmp_path: Path) -> None:
@@ -246,11 +247,11 @@ def test_bfloat16_keeps_log_probabilities_in_float32(golden: Golden) -> None:
     half = open_generator(golden.folder, dtype="bfloat16")
     memory = golden.memory
     answers = jnp.asarray(np.random.default_rng(3).integers(4, 100, (memory.start.shape[0], 1, 4)), jnp.int32)
-    expected = _score(golden.pretrained.graph, golden.params, memory, answers)
+    expected = _score(golden.pretrained.graphdef, golden.params, memory, answers)
     source, mask = golden.values["in/context_input_ids"], golden.values["in/context_attention_mask"]
-    read = _read(half.graph, golden.params, jnp.asarray(source, jnp.int32), jnp.asarray(mask, bool))
+    read = _read(half.graphdef, golden.params, jnp.asarray(source, jnp.int32), jnp.asarray(mask, bool))
     assert read.keys.dtype == jnp.bfloat16
-    found = _score(half.graph, golden.params, read, answers)
+    found = _score(half.graphdef, golden.params, read, answers)
     assert found.dtype == jnp.float32
     assert 0 < np.abs(found - expected).mean() < 0.2
 
@@ -317,9 +318,9 @@ def test_from_training_to_an_answer(family: str, more: list[str], world: Path, t
     shown = capsys.readouterr().out
     assert ("proposes" in shown) == ("model=rag_token" not in more)
     for candidate in answer["candidates"]:
-        given = np.array(candidate["given_document"])
+        given = np.array(candidate["doc_probability"])
         if "hf_compatible=true" not in more:
-            proposed = zip(candidate["proposed"], given, strict=True)
+            proposed = zip(candidate["beam_probability"], given, strict=True)
             assert all(beam in (0.0, pytest.approx(scored, rel=1e-3)) for beam, scored in proposed)
         elif "model=rag_token" not in more:
             assert given[2] == 0 == candidate["posterior"][2], "the training's two documents score"

@@ -14,16 +14,16 @@ import numpy as np
 import pytest
 from trained import STEPS
 
-from ragjax import evaluate as evaluate_module
-from ragjax.answer import Answerer
+from ragjax.answerer import Answerer
 from ragjax.cli import main
-from ragjax.evaluate import print_metrics
-from ragjax.experiment import load_experiment
+from ragjax.commands import evaluate as evaluate_module
+from ragjax.commands.evaluate import print_metrics
+from ragjax.data.questions import read_questions
 from ragjax.files import write_jsonl
-from ragjax.mesh import local_mesh
 from ragjax.metrics import exact_match, expected_calibration_error, f1
-from ragjax.questions import read_questions
-from ragjax.world import open_world
+from ragjax.parallel.mesh import local_mesh
+from ragjax.runs.restore import load_artifacts
+from ragjax.runs.run_dir import load_run_config
 
 Capture = pytest.CaptureFixture[str]
 MODES = ("thorough", "fast", "closed_book")
@@ -282,16 +282,16 @@ def test_an_evaluation_goes_on_where_it_was_stopped(
 
 def test_an_evaluation_is_bound_to_its_checkpoint(run: Path, tmp_path: Path) -> None:
     """And to its questions, settings, index and software."""
-    rag, _, _ = open_world(load_experiment(run))
+    rag, _, _ = load_artifacts(load_run_config(run))
     mesh, prints = local_mesh(data=1), {"questions": "x"}
     binding = evaluate_module._evaluation(rag, prints, STEPS, mesh)
     assert binding == evaluate_module._evaluation(rag, prints, STEPS, mesh)
-    moved = dataclasses.replace(rag, config=dataclasses.replace(rag.config, output=str(tmp_path)))
+    moved = dataclasses.replace(rag, config=rag.config.replace(output=str(tmp_path)))
     shutil.copytree(run / "checkpoints", tmp_path / "checkpoints")
     assert binding == evaluate_module._evaluation(moved, prints, STEPS, mesh)
     saved = tmp_path / "checkpoints" / str(STEPS) / "_CHECKPOINT_METADATA"
     saved.write_bytes(saved.read_bytes() + b" ")
-    other = dataclasses.replace(rag, config=dataclasses.replace(rag.config, model="rag_token"))
+    other = dataclasses.replace(rag, config=rag.config.replace(model="rag_token"))
     others = [(moved, prints, STEPS), (other, prints, STEPS), (rag, {"questions": "y"}, STEPS), (rag, prints, None)]
     assert all(evaluate_module._evaluation(*given, mesh) != binding for given in others)
     assert evaluate_module._evaluation(rag, prints, STEPS, local_mesh(data=2)) != binding

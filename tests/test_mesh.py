@@ -13,20 +13,18 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType
 
 from ragjax.errors import InputError
-from ragjax.mesh import (
-    check_batch,
-    enable_compilation_cache,
-    local_mesh,
-    make_mesh,
-    on_each_device,
-    on_host,
+from ragjax.parallel.mesh import check_batch, local_mesh, make_mesh
+from ragjax.parallel.processes import wait_for_all
+from ragjax.parallel.sharding import (
+    gather_to_host,
+    local_rows,
+    map_per_device,
     parameter_spec,
-    place,
+    put_global,
     replicated,
-    rows_here,
     shard_batch,
-    wait_for_all,
 )
+from ragjax.runs.restore import enable_compilation_cache
 
 
 def test_a_batch_is_split_and_parameters_are_whole() -> None:
@@ -34,9 +32,9 @@ def test_a_batch_is_split_and_parameters_are_whole() -> None:
     assert mesh.axis_names == ("data", "model") and mesh.axis_types == (AxisType.Auto,) * 2
     assert (mesh.shape["data"], mesh.shape["model"]) == (8, 1)
     batch = {"tokens": np.arange(48).reshape(16, 3), "mask": np.ones(16, bool)}
-    sharded, params = shard_batch(mesh, batch, 16), place({"w": jnp.arange(3.0)}, replicated(mesh))
-    assert rows_here(mesh, 16).tolist() == list(range(16))
-    chex.assert_trees_all_equal(on_host(sharded), batch)
+    sharded, params = shard_batch(mesh, batch, 16), put_global({"w": jnp.arange(3.0)}, replicated(mesh))
+    assert local_rows(mesh, 16).tolist() == list(range(16))
+    chex.assert_trees_all_equal(gather_to_host(sharded), batch)
     chex.assert_trees_all_equal(sharded, batch)
     assert [s.data.shape for s in sharded["tokens"].addressable_shards] == [(2, 3)] * 8
     assert params["w"].sharding.is_fully_replicated and len(params["w"].sharding.device_set) == 8
@@ -51,7 +49,7 @@ def test_each_device_works_as_if_alone() -> None:
     w, x, y = (np.random.default_rng(0).normal(size=shape).astype(np.float32) for shape in ((3, 2), (16, 3), (16, 2)))
     mesh = local_mesh()
     assert mesh.size == 8
-    found = on_each_device(mesh, centred)(place(w, replicated(mesh)), x, y)
+    found = map_per_device(mesh, centred)(put_global(w, replicated(mesh)), x, y)
     parts = [jax.jit(centred)(w, *part) for part in zip(np.split(x, 8), np.split(y, 8), strict=True)]
     np.testing.assert_array_equal(found, np.concatenate(parts))
 

@@ -3,14 +3,8 @@ import math
 import numpy as np
 import pytest
 
-from ragjax.metrics import (
-    bootstrap_interval,
-    contains_answer,
-    exact_match,
-    expected_calibration_error,
-    f1,
-    normalize,
-)
+from ragjax.data.answer_matching import contains_answer
+from ragjax.metrics import bootstrap_interval, exact_match, expected_calibration_error, f1, normalize
 
 
 @pytest.mark.parametrize(

@@ -26,16 +26,17 @@ from reference import (
 )
 from safetensors.numpy import load_file
 
+from ragjax.checkpoints.pretrained import PretrainedModel, open_bert, open_generator
+from ragjax.checkpoints.random_init import LLAMA
+from ragjax.decoding.prefix_cache import beam_step, empty_prefix_cache
 from ragjax.errors import InputError
 from ragjax.marginal import log_prior, marginal_logp
-from ragjax.models import layers
-from ragjax.models.bert import BertConfig
-from ragjax.models.generator import Memory, score
-from ragjax.models.llama import LlamaConfig
-from ragjax.prefixes import no_prefixes, read_step
-from ragjax.random_checkpoint import LLAMA
-from ragjax.text import pad_rows
-from ragjax.weights import Pretrained, open_bert, open_generator
+from ragjax.models import layers, vocab_head
+from ragjax.models.encoders.bert import BertConfig
+from ragjax.models.generator import score
+from ragjax.models.generators.llama import LlamaConfig
+from ragjax.models.kv_cache import DocumentMemory
+from ragjax.padding import pad_sequences
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama3": {
@@ -67,35 +68,35 @@ def golden() -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def generator() -> Pretrained:
+def generator() -> PretrainedModel:
     return open_generator(GOLDEN / "generator")
 
 
 @pytest.fixture(scope="module")
-def encoder() -> Pretrained:
+def encoder() -> PretrainedModel:
     return open_bert(GOLDEN / "question_encoder", "cls", normalize=False)
 
 
 def padded(rows: list[list[int]], width: int) -> tuple[jax.Array, jax.Array]:
-    tokens, mask = pad_rows(rows, width, 0)
+    tokens, mask = pad_sequences(rows, width, 0)
     return jnp.asarray(tokens), jnp.asarray(mask)
 
 
-def prefilled(small: Small, source: jax.Array, mask: jax.Array) -> Memory:
-    return _prefilled(small.graph, small.params, source, mask)
+def prefilled(small: Small, source: jax.Array, mask: jax.Array) -> DocumentMemory:
+    return _prefilled(small.graphdef, small.params, source, mask)
 
 
-def scored(small: Small, memory: Memory, answers: jax.Array) -> jax.Array:
-    return _scored(small.graph, small.params, memory, answers)
+def scored(small: Small, memory: DocumentMemory, answers: jax.Array) -> jax.Array:
+    return _scored(small.graphdef, small.params, memory, answers)
 
 
 @partial(jax.jit, static_argnums=0)
-def _prefilled(graph: nnx.GraphDef, params: Any, source: jax.Array, mask: jax.Array) -> Memory:
+def _prefilled(graph: nnx.GraphDef, params: Any, source: jax.Array, mask: jax.Array) -> DocumentMemory:
     return nnx.merge(graph, params).prefill(source, mask)
 
 
 @partial(jax.jit, static_argnums=0)
-def _scored(graph: nnx.GraphDef, params: Any, memory: Memory, answers: jax.Array) -> jax.Array:
+def _scored(graph: nnx.GraphDef, params: Any, memory: DocumentMemory, answers: jax.Array) -> jax.Array:
     return score(nnx.merge(graph, params), memory, answers)
 
 
@@ -112,18 +113,20 @@ def golden_logp(model: Any, golden: dict[str, np.ndarray]) -> jax.Array:
 
 
 @pytest.fixture(scope="module")
-def golden_run(generator: Pretrained, encoder: Pretrained, golden: dict[str, np.ndarray]) -> Any:
+def golden_run(generator: PretrainedModel, encoder: PretrainedModel, golden: dict[str, np.ndarray]) -> Any:
     """((loss, log-probabilities [B,K,A,T]), gradients): the sum over questions of −log p of the first answer."""
     tokens, mask = jnp.asarray(golden["in/input_ids"]), jnp.asarray(golden["in/attention_mask"], bool)
     documents = jnp.asarray(golden["in/doc_embeds"])
 
     def loss(params: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
-        questions = nnx.merge(encoder.graph, params["encoder"])(tokens, mask)
+        questions = nnx.merge(encoder.graphdef, params["encoder"])(tokens, mask)
         prior = log_prior(jnp.einsum("bd,bkd->bk", questions, documents), jnp.ones(documents.shape[:2], bool))
-        logp = golden_logp(nnx.merge(generator.graph, params["generator"]), golden)
+        logp = golden_logp(nnx.merge(generator.graphdef, params["generator"]), golden)
         return -marginal_logp(prior, logp.sum(axis=-1))[:, 0].sum(), logp
 
-    return jax.jit(jax.value_and_grad(loss, has_aux=True))({"encoder": encoder.read(), "generator": generator.read()})
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))(
+        {"encoder": encoder.load_params(), "generator": generator.load_params()}
+    )
 
 
 def test_llama_equals_hugging_face(golden_run: Any, golden: dict[str, np.ndarray]) -> None:
@@ -136,9 +139,9 @@ def test_llama_equals_hugging_face(golden_run: Any, golden: dict[str, np.ndarray
     np.testing.assert_allclose(nll, golden["score/nll"], atol=rounding(answers))
 
 
-def test_bert_equals_hugging_face(encoder: Pretrained, golden: dict[str, np.ndarray]) -> None:
+def test_bert_equals_hugging_face(encoder: PretrainedModel, golden: dict[str, np.ndarray]) -> None:
     tokens, mask = golden["in/input_ids"], golden["in/attention_mask"]
-    embeddings = nnx.merge(encoder.graph, encoder.read())(jnp.asarray(tokens), jnp.asarray(mask, bool))
+    embeddings = nnx.merge(encoder.graphdef, encoder.load_params())(jnp.asarray(tokens), jnp.asarray(mask, bool))
     np.testing.assert_allclose(embeddings, golden["score/question_embeds"], atol=1e-4)
     hf = {"num_attention_heads": 4, "num_hidden_layers": 2}
     tensors = load_file(GOLDEN / "question_encoder" / "model.safetensors")
@@ -175,7 +178,7 @@ def test_llama_family_equals_numpy(family: str, tmp_path: Path) -> None:
     model = random_llama(tmp_path, seed=3, **FAMILIES[family])
     logp = scored(model, prefilled(model, *padded(PROMPTS, 9)), jnp.asarray(ANSWERS))
     expected = [
-        [answer_logp(model.tensors, model.hf, x, y) for y in ys] for x, ys in zip(PROMPTS, ANSWERS, strict=True)
+        [answer_logp(model.tensors, model.hf_config, x, y) for y in ys] for x, ys in zip(PROMPTS, ANSWERS, strict=True)
     ]
     np.testing.assert_allclose(logp, expected, atol=rounding(expected))
     assert -logp.mean() > 1, "sharp enough to tell"
@@ -228,18 +231,21 @@ def test_cached_equals_uncached(small: Small) -> None:
     answers = jnp.asarray(ANSWERS)
     memory = prefilled(small, *padded(PROMPTS, 9))
     n, width, longest = answers.shape
-    read, last = no_prefixes(small.model, memory, width * longest), jnp.broadcast_to(memory.start[:, None], (n, width))
+    read, last = (
+        empty_prefix_cache(small.model, memory, width * longest),
+        jnp.broadcast_to(memory.start[:, None], (n, width)),
+    )
     slot = jnp.arange(width * longest)
     found = []
 
     @jax.jit
     def follow(params: Any, *given: Any) -> Any:
-        return read_step(nnx.merge(small.graph, params), *given)
+        return beam_step(nnx.merge(small.graphdef, params), *given)
 
     for t in range(longest):
         own = (slot % width == jnp.arange(width)[:, None]) & (slot // width <= t)
-        visible = jnp.broadcast_to(own, (n, *own.shape))
-        logp, read = follow(small.params, memory, read, last, jnp.asarray(t), visible)
+        seen = jnp.broadcast_to(own, (n, *own.shape))
+        logp, read = follow(small.params, memory, read, last, jnp.asarray(t), seen)
         last = answers[:, :, t]
         found.append(jnp.take_along_axis(logp, last[..., None], axis=-1)[..., 0])
     assert int(read.past.filled) == width * longest
@@ -256,10 +262,10 @@ def test_prefix_tree_equals_separate_answers(small: Small) -> None:
     start = np.asarray(memory.start)
     tokens = np.array([[[node[-1] if node else first for node in nodes]] for first in start])
     depth = np.array([[[len(node) for node in nodes]]])
-    hidden, _ = jax.jit(lambda *given: model.extend(memory, None, *given))(
+    hidden, _ = jax.jit(lambda *given: model.forward_with_cache(memory, None, *given))(
         jnp.asarray(tokens), jnp.asarray(depth), jnp.asarray(sees)[None, None]
     )
-    logp = jax.nn.log_softmax(model.logits(hidden[:, 0]))
+    logp = jax.nn.log_softmax(model.vocab_head().logits(hidden[:, 0]))
     tree = jnp.array(
         [
             [[logp[i, nodes.index(tuple(y[:t])), y[t]] for t in range(len(y))] for y in answers]
@@ -274,7 +280,7 @@ def test_prefix_tree_equals_separate_answers(small: Small) -> None:
 @pytest.mark.parametrize("vocabulary", [2500, 2048, 30])
 def test_blocks_of_the_vocabulary(vocabulary: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks that overlap, that do not, and only one: values, smoothing means and both gradients as of log_softmax."""
-    monkeypatch.setattr(layers, "LOGIT_BUDGET", 1)
+    monkeypatch.setattr(vocab_head, "LOGIT_BUDGET", 1)
     rng = np.random.default_rng(0)
     hidden = jnp.asarray(rng.normal(size=(2, 3, 8)), jnp.float32)
     head = jnp.asarray(rng.normal(size=(vocabulary, 8)) * 2, jnp.float32)
@@ -287,8 +293,9 @@ def test_blocks_of_the_vocabulary(vocabulary: int, monkeypatch: pytest.MonkeyPat
         return jnp.take_along_axis(logp, targets[..., None], axis=-1)[..., 0], logp.mean(axis=-1)
 
     def blocks(hidden: jax.Array, head: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logsumexp, mean = layers.normalizer(hidden, head)
-        return layers.target_logits(hidden, head, targets) - logsumexp, mean - logsumexp
+        whole_head = vocab_head.VocabHead(head)
+        logsumexp, mean = whole_head.logsumexp_and_mean(hidden)
+        return whole_head.target_logits(hidden, targets) - logsumexp, mean - logsumexp
 
     def weighted(function: Any) -> Any:
         return lambda *args: sum((w * out).sum() for w, out in zip(weights, function(*args), strict=True))
@@ -306,49 +313,49 @@ def test_dropout_follows_its_row(small: Small) -> None:
     """Rows with their keys may stand anywhere; other keys, other values; without keys, no dropout."""
 
     @jax.jit
-    def run(params: Any, source: jax.Array, mask: jax.Array, answers: jax.Array, keys: Any) -> jax.Array:
-        model = nnx.merge(small.graph, params)
-        return score(model, model.prefill(source, mask, keys), answers, keys)
+    def run(params: Any, source: jax.Array, mask: jax.Array, answers: jax.Array, rngs: Any) -> jax.Array:
+        model = nnx.merge(small.graphdef, params)
+        return score(model, model.prefill(source, mask, rngs), answers, rngs)
 
     tokens, mask = padded(PROMPTS, 9)
     answers, order = jnp.asarray(ANSWERS), jnp.array([2, 0, 1])
-    keys = layers.row_keys(jax.random.key(0), jnp.arange(3))
-    dropped = run(small.params, tokens, mask, answers, keys)
+    rngs = layers.row_rngs(jax.random.key(0), jnp.arange(3))
+    dropped = run(small.params, tokens, mask, answers, rngs)
     np.testing.assert_allclose(
-        run(small.params, tokens[order], mask[order], answers[order], keys[order]),
+        run(small.params, tokens[order], mask[order], answers[order], rngs[order]),
         dropped[order],
         atol=rounding(dropped),
     )
-    other = run(small.params, tokens, mask, answers, layers.row_keys(jax.random.key(1), jnp.arange(3)))
+    other = run(small.params, tokens, mask, answers, layers.row_rngs(jax.random.key(1), jnp.arange(3)))
     plain = run(small.params, tokens, mask, answers, None)
     assert np.abs(other - dropped).max() > 0.1 and np.abs(plain - dropped).max() > 0.1
 
 
 def test_bert_dropout_follows_its_row(tmp_path: Path) -> None:
     bert = random_bert(tmp_path, "mean", False, dropout=0.3)
-    run = jax.jit(lambda params, *given: nnx.merge(bert.graph, params)(*given))
+    run = jax.jit(lambda params, *given: nnx.merge(bert.graphdef, params)(*given))
     tokens, mask = padded(PROMPTS, 9)
-    keys, order = layers.row_keys(jax.random.key(0), jnp.arange(3)), jnp.array([2, 0, 1])
-    dropped = run(bert.params, tokens, mask, keys)
-    again = run(bert.params, tokens[order], mask[order], keys[order])
+    rngs, order = layers.row_rngs(jax.random.key(0), jnp.arange(3)), jnp.array([2, 0, 1])
+    dropped = run(bert.params, tokens, mask, rngs)
+    again = run(bert.params, tokens[order], mask[order], rngs[order])
     np.testing.assert_allclose(again, dropped[order], atol=rounding(dropped))
     assert np.abs(run(bert.params, tokens, mask) - dropped).max() > 0.1
 
 
 def test_dropout_keeps_the_mean() -> None:
     rows = jnp.ones((4, 20_000))
-    dropped = layers.dropout(rows, layers.row_keys(jax.random.key(0), jnp.arange(4)), 0.25)
+    dropped = layers.dropout(rows, layers.row_rngs(jax.random.key(0), jnp.arange(4)), 0.25)
     np.testing.assert_allclose(dropped.mean(axis=1), 1.0, atol=0.02)
     np.testing.assert_allclose((dropped == 0).mean(axis=1), 0.25, atol=0.02)
 
 
 def test_remat_changes_nothing(small: Small) -> None:
     tokens, mask = padded(PROMPTS, 9)
-    keys, answers = layers.row_keys(jax.random.key(0), jnp.arange(3)), jnp.asarray(ANSWERS)
+    rngs, answers = layers.row_rngs(jax.random.key(0), jnp.arange(3)), jnp.asarray(ANSWERS)
 
     def loss(params: Any, remat: bool) -> jax.Array:
-        model = nnx.merge(small.graph, params)
-        return score(model, model.prefill(tokens, mask, keys, remat), answers, keys, remat).sum()
+        model = nnx.merge(small.graphdef, params)
+        return score(model, model.prefill(tokens, mask, rngs, remat), answers, rngs, remat).sum()
 
     run = jax.jit(jax.value_and_grad(loss), static_argnums=1)
     chex.assert_trees_all_close(run(small.params, True), run(small.params, False), rtol=1e-4, atol=1e-3)
@@ -356,7 +363,7 @@ def test_remat_changes_nothing(small: Small) -> None:
 
 def test_bfloat16_gives_float32_close_by(small: Small) -> None:
     pretrained = open_generator(small.folder, dtype="bfloat16")
-    half = dataclasses.replace(small, graph=pretrained.graph, params=pretrained.read())
+    half = dataclasses.replace(small, graphdef=pretrained.graphdef, params=pretrained.load_params())
     memory = prefilled(half, *padded(PROMPTS, 9))
     assert memory.keys.dtype == jnp.bfloat16
     logp = scored(half, memory, jnp.asarray(ANSWERS))
@@ -373,9 +380,9 @@ def test_bfloat16_gives_float32_close_by(small: Small) -> None:
 def test_bert_equals_numpy(pooling: str, normalize: bool, projection: int, tmp_path: Path) -> None:
     small = random_bert(tmp_path, pooling, normalize, projection_dim=projection)
     tokens, mask = padded(PROMPTS, 9)
-    run = jax.jit(lambda params, *given: nnx.merge(small.graph, params)(*given))
+    run = jax.jit(lambda params, *given: nnx.merge(small.graphdef, params)(*given))
     embeddings = run(small.params, jnp.where(mask, tokens, 33), mask)
-    expected = [bert_embedding(small.tensors, small.hf, row, pooling, normalize) for row in PROMPTS]
+    expected = [bert_embedding(small.tensors, small.hf_config, row, pooling, normalize) for row in PROMPTS]
     np.testing.assert_allclose(embeddings, expected, atol=1e-4)
     chex.assert_shape(embeddings, (3, projection or 32))
 
@@ -394,7 +401,7 @@ def test_bert_equals_numpy(pooling: str, normalize: bool, projection: int, tmp_p
 )
 def test_a_sliding_window_is_as_far_as_a_model_reads(changes: dict[str, Any], longest: int) -> None:
     hf = {**LLAMA, "vocab_size": 40, "max_position_embeddings": 9000, **changes}
-    assert LlamaConfig.from_hf(hf).longest == longest
+    assert LlamaConfig.from_hf(hf).max_positions == longest
 
 
 def test_other_families_are_refused() -> None:

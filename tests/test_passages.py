@@ -11,20 +11,10 @@ import numpy as np
 import pytest
 
 from ragjax.checksums import write_checksums
+from ragjax.data.corpus import CorpusStats, Passage, count_passages, passage_place, read_passages, scan_passages
+from ragjax.data.passage_store import STORE_FILES, PassageStore, shard_folder, write_store
 from ragjax.errors import InputError
-from ragjax.files import alone, write_jsonl
-from ragjax.passages import (
-    STORE_FILES,
-    Passage,
-    PassageStore,
-    Scan,
-    count_passages,
-    passage_place,
-    read_passages,
-    scan_passages,
-    shard_folder,
-    write_store,
-)
+from ragjax.files import exclusive_lock, write_jsonl
 
 PASSAGES = [
     Passage("1", "Paris", "Paris ist schön."),
@@ -124,7 +114,7 @@ def test_two_passages_with_one_id_are_named_by_their_lines(tmp_path):
 
 
 def test_a_line_has_a_longest_length(tmp_path, monkeypatch):
-    monkeypatch.setattr("ragjax.passages.LONGEST_LINE", 1 << 20)
+    monkeypatch.setattr("ragjax.data.corpus.LONGEST_LINE", 1 << 20)
     path = write(tmp_path / "c.jsonl", GOOD + b'{"id": "b", "text": "' + b"x" * (1 << 20) + b'"}\n')
     with pytest.raises(InputError, match=r"c\.jsonl:2: longer than 1 MiB"):
         list(read_passages(path, "jsonl"))
@@ -171,7 +161,7 @@ def test_shards_read_as_one_store(tmp_path, sizes):
     assert [store.tokens(i).tolist() for i in range(7)] == encode([text_of(passage) for passage in passages])
 
 
-def scan(passages: list[Passage], **settings) -> Scan:
+def scan(passages: list[Passage], **settings) -> CorpusStats:
     return scan_passages(lambda: iter(passages), **settings)
 
 
@@ -180,7 +170,7 @@ def test_a_scan_counts_and_fingerprints(tmp_path):
     first = scan(PASSAGES, progress=seen.append)
     write_shards(tmp_path, PASSAGES)
     text = (shard_folder(tmp_path, 0) / "text.bin").read_bytes()
-    assert first == Scan(3, f"sha256:{hashlib.sha256(text).hexdigest()}", len(text)) and sum(seen) == 3
+    assert first == CorpusStats(3, f"sha256:{hashlib.sha256(text).hexdigest()}", len(text)) and sum(seen) == 3
     assert scan(PASSAGES) == first != scan(PASSAGES[::-1])
 
 
@@ -273,12 +263,15 @@ def test_a_folder_is_held_by_one_process(tmp_path):
     folder = tmp_path / "folder"
     with subprocess.Popen([sys.executable, "-c", hold, str(folder)], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None and other.stdout.readline() == "held\n"
-        with pytest.raises(InputError, match="folder: another process works here"), alone(folder, "works here"):
+        with (
+            pytest.raises(InputError, match="folder: another process works here"),
+            exclusive_lock(folder, "works here"),
+        ):
             pass
         other.kill()
-    with alone(folder, "works here"):  # its death frees the folder
+    with exclusive_lock(folder, "works here"):  # its death frees the folder
         shutil.rmtree(folder)
-        with alone(folder, "works here"):  # a new folder is not the old one
+        with exclusive_lock(folder, "works here"):  # a new folder is not the old one
             pass
 
 

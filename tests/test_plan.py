@@ -19,19 +19,27 @@ from jax.sharding import Mesh
 from trained import refused
 from world import open_world, tiny_config
 
-from ragjax import plan
+from ragjax.checkpoints.random_init import write_random_checkpoint
 from ragjax.cli import main
-from ragjax.config import Config, MeshConfig, dump_config, load_config
-from ragjax.cost import Cost, bytes_each, bytes_sent, size_text
-from ragjax.decode import pad_answers, propose, propose_together, read, score_tokens
+from ragjax.commands.plan import print_plan
+from ragjax.config import Config, dump_config, load_config
+from ragjax.config import Mesh as MeshSettings
+from ragjax.data.passage_store import STORE_FILES
+from ragjax.decoding.candidates import pad_answers
+from ragjax.decoding.propose import beam_search_documents, prefill_documents
+from ragjax.decoding.rag_token import beam_search_rag_token
+from ragjax.decoding.rescore import score_tokens
 from ragjax.errors import InputError
-from ragjax.mesh import make_mesh
-from ragjax.models.generator import Memory, empty_past
-from ragjax.passages import STORE_FILES
-from ragjax.plan import SPECIAL, Row, memory_plan, print_plan, totals
-from ragjax.rag import open_rag, prompt_rows
-from ragjax.random_checkpoint import write_random_checkpoint
-from ragjax.step import abstract_state, for_answering, initial_state, split_frozen, state_shardings, trace_step
+from ragjax.models.kv_cache import DocumentMemory, empty_kv_cache
+from ragjax.parallel.mesh import make_mesh
+from ragjax.planning import plan
+from ragjax.planning.plan import SPECIAL, Row, memory_plan, totals
+from ragjax.planning.program_cost import Cost, bytes_each, bytes_sent
+from ragjax.rag import load_pipeline, tokenize_prompts
+from ragjax.resources import size_text
+from ragjax.training.optimizer import partition_params
+from ragjax.training.state import abstract_state, for_inference, init_train_state, state_shardings
+from ragjax.training.step import trace_step
 
 CONFIGS = ("rag_sequence_nq", "rag_token_nq", "rag_sequence_t5")
 V5E_MEMORY = 15.75 * 2**30  # what XLA may use of its 16 GiB
@@ -88,15 +96,15 @@ def compiled(uncompiled: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_parameters_and_state_are_those_of_real_arrays(world: Path) -> None:
     config = tiny_config(world, train__freeze=["generator.embed", "retriever.words"], train__keep=4)
-    rag, planned = open_rag(config), sizes(config)
+    rag, planned = load_pipeline(config), sizes(config)
     params = rag.initial_params()
-    state = initial_state(rag, params)
+    state = init_train_state(rag, params)
     for model in ("retriever", "generator"):
         assert planned["train", f"{model} parameters", "device"] == in_bytes(params[model])
         assert planned["evaluate", f"{model} parameters", "device"] == 2 * in_bytes(params[model])
     assert planned["index", "passage encoder parameters", "device"] == in_bytes(params["retriever"])
     assert planned["train", "optimiser state", "device"] == in_bytes(state.optimizer)
-    trained, _ = split_frozen(params, config.train.freeze)
+    trained, _ = partition_params(params, config.train.freeze)
     assert planned["train", "gradients", "device"] == in_bytes(trained)
     assert planned["train", "checkpoints", "disk"] == 5 * in_bytes(state)
 
@@ -113,13 +121,13 @@ def test_embeddings_and_passages_are_the_files(world: Path) -> None:
     assert not store.counted and not embeddings.counted
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(), MeshConfig(model=2, fsdp=True)])
-def test_on_several_devices_each_has_its_part(world: Path, mesh: MeshConfig) -> None:
-    config = replace(tiny_config(world, evaluate__batch_size=8), mesh=mesh)
-    rag, devices = open_rag(config), make_mesh(mesh.model)
-    state = initial_state(rag, rag.initial_params())
+@pytest.mark.parametrize("mesh", [MeshSettings(), MeshSettings(model=2, fsdp=True)])
+def test_on_several_devices_each_has_its_part(world: Path, mesh: MeshSettings) -> None:
+    config = tiny_config(world, evaluate__batch_size=8).replace(mesh=mesh)
+    rag, devices = load_pipeline(config), make_mesh(mesh.model)
+    state = init_train_state(rag, rag.initial_params())
     placed = jax.device_put(state, state_shardings(rag, devices, state))
-    answering = jax.device_put(state.params, state_shardings(for_answering(rag), devices, state.params))
+    answering = jax.device_put(state.params, state_shardings(for_inference(rag), devices, state.params))
     found = sizes(config, devices)
 
     def on_the_first(tree: Any) -> int:
@@ -132,7 +140,7 @@ def test_on_several_devices_each_has_its_part(world: Path, mesh: MeshConfig) -> 
     assert found["train", "checkpoints", "disk"] == 3 * in_bytes(state)  # whole
     assert found["index", "passage encoder parameters", "device"] == in_bytes(state.params["retriever"])
     assert found["train", NETWORK, "device"] == 2**21
-    whole = sizes(replace(config, mesh=MeshConfig()))
+    whole = sizes(config.replace(mesh=MeshSettings()))
     assert ("train", NETWORK, "device") not in whole
     assert found["train", FLOPS, "devices"] == whole["train", FLOPS, "devices"] == 2 * 8 * 50 * 100
     # 8 questions, 3 documents and 2 beams over 259 tokens: a device has 1 of them, with the axis `model` 2
@@ -144,11 +152,11 @@ def test_temporaries_and_network_are_those_of_the_compiled_step(
     compiled: None, world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_config(world, mesh__fsdp=True, train__remat=False, train__k=1)
-    rag, mesh = open_rag(config), make_mesh(devices=jax.devices()[:2])
+    rag, mesh = load_pipeline(config), make_mesh(devices=jax.devices()[:2])
     monkeypatch.setattr(plan._Plan, "temporaries", lambda *_: 1)  # evaluation is not the question here
     found = sizes(config, mesh)
     for remat, row in ((False, KEPT), (True, f"{RECOMPUTED} (train.remat=true)")):
-        told = replace(rag, config=replace(config, train=replace(config.train, remat=remat)))
+        told = replace(rag, config=config.replace(train=config.train.replace(remat=remat)))
         step = trace_step(told, mesh, 30).lower().compile()
         analysis = step.memory_analysis()
         assert analysis is not None
@@ -161,12 +169,12 @@ def test_the_documents_memory_is_that_of_real_prompts(world: Path) -> None:
     config = tiny_config(world, generator__source_tokens=80, evaluate__untrained_limit=0)
     rag, _, store = open_world(config)
     texts = [f"What is the capital of land {i}, and why?" for i in range(config.evaluate.batch_size)]
-    rows = prompt_rows(rag, store, texts, np.zeros((len(texts), config.decode.k), np.int32))
-    memory = read(rag.generator.graph, rag.generator.read(), *rows)
-    past = empty_past(memory, config.decode.max_new_tokens * config.decode.beams)
+    rows = tokenize_prompts(rag, store, texts, np.zeros((len(texts), config.decode.k), np.int32))
+    memory = prefill_documents(rag.generator.graphdef, rag.generator.load_params(), *rows)
+    past = empty_kv_cache(memory, config.decode.max_new_tokens * config.decode.beams)
     planned = sizes(config)
     assert planned["evaluate", "documents' keys and values", "device"] == in_bytes(memory) + in_bytes(past)
-    assert planned["evaluate", "generator parameters", "device"] == in_bytes(rag.generator.read())
+    assert planned["evaluate", "generator parameters", "device"] == in_bytes(rag.generator.load_params())
 
 
 @pytest.mark.parametrize("model", ["rag_sequence", "rag_token"])
@@ -175,10 +183,10 @@ def test_temporaries_of_answering_are_compiled(
 ) -> None:
     monkeypatch.setattr(plan, "trace_step", lambda *_: jax.jit(jnp.sin).trace(1.0))  # not the question here
     config = tiny_config(world, model=model, evaluate__batch_size=1, decode__beams=1)
-    rag, planned = open_rag(config), sizes(config)
-    graph, params, settings = rag.generator.graph, rag.initial_params()["generator"], config.decode
+    rag, planned = load_pipeline(config), sizes(config)
+    graph, params, settings = rag.generator.graphdef, rag.initial_params()["generator"], config.decode
     source = jnp.zeros((settings.k, 128), jnp.int32), jnp.ones((settings.k, 128), bool)
-    memory, prior = read(graph, params, *source), jnp.zeros((1, settings.k))
+    memory, prior = prefill_documents(graph, params, *source), jnp.zeros((1, settings.k))
     count = settings.beams if model == "rag_token" else settings.k
     answers, lengths = pad_answers(
         [[((0,) * settings.max_new_tokens, False)] * count], SPECIAL, settings.max_new_tokens
@@ -188,15 +196,15 @@ def test_temporaries_of_answering_are_compiled(
     @jax.jit
     def search(params: Any, prior: jax.Array, *leaves: jax.Array) -> Any:
         if model == "rag_token":
-            return propose_together(graph, params, Memory(*leaves), prior, settings, SPECIAL)
-        return propose(graph, params, Memory(*leaves), settings, SPECIAL)
+            return beam_search_rag_token(graph, params, DocumentMemory(*leaves), prior, settings, SPECIAL)
+        return beam_search_documents(graph, params, DocumentMemory(*leaves), settings, SPECIAL)
 
     @jax.jit
     def score(params: Any, answers: Any, lengths: Any, *leaves: jax.Array) -> Any:
-        return score_tokens(graph, params, Memory(*leaves), answers, lengths, SPECIAL)
+        return score_tokens(graph, params, DocumentMemory(*leaves), answers, lengths, SPECIAL)
 
     most = max(
-        COST(read.lower(graph, params, *source)).temporaries,
+        COST(prefill_documents.lower(graph, params, *source)).temporaries,
         COST(search.lower(params, prior, *leaves)).temporaries,
         COST(score.lower(params, answers, lengths, *leaves)).temporaries,
     )
@@ -386,8 +394,8 @@ def test_the_table_says_what_does_not_fit_and_what_would_help(capsys: Capture, w
     out = capsys.readouterr().out
     assert "this machine has 1,024.00 GiB: fits" in out and "each has 1.0 KiB: DOES NOT FIT" in out
     advice = out[out.index("what would help to train") :]
-    state = abstract_state(open_rag(config), make_mesh(1, jax.devices()[:2]))
-    split = abstract_state(open_rag(replace(config, mesh=MeshConfig(fsdp=True))), make_mesh(1, jax.devices()[:2]))
+    state = abstract_state(load_pipeline(config), make_mesh(1, jax.devices()[:2]))
+    split = abstract_state(load_pipeline(config.replace(mesh=MeshSettings(fsdp=True))), make_mesh(1, jax.devices()[:2]))
     saved = f"{size_text(bytes_each(split))} instead of {size_text(bytes_each(state))}"
     for setting in ("index.kind=HNSW32", f"optimiser state {saved}", "dtype=bfloat16", "train.accumulate=4;"):
         assert setting in advice
@@ -494,9 +502,10 @@ ON_A_TPU = """
 import json, sys
 import jax
 from ragjax.config import load_config
-from ragjax.cost import bytes_each, bytes_sent
-from ragjax.plan import _Plan, planned_mesh
-from ragjax.step import abstract_state, trace_step
+from ragjax.planning.program_cost import bytes_each, bytes_sent
+from ragjax.planning.plan import _Plan, planned_mesh
+from ragjax.training.state import abstract_state
+from ragjax.training.step import trace_step
 passages, path, *settings = sys.argv[1:]
 config = load_config(path, settings)
 mesh = planned_mesh(config, None, "v5e:2x4")

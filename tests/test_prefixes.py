@@ -12,14 +12,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-import ragjax.prefixes as prefixes_module
+import ragjax.decoding.prefix_cache as prefixes_module
+from ragjax.checkpoints.pretrained import PretrainedModel, open_generator
+from ragjax.checkpoints.random_init import write_random_checkpoint
 from ragjax.config import Decode
-from ragjax.decode import propose, read
-from ragjax.models.generator import Memory, SpecialTokens, score
-from ragjax.prefixes import Known, few_sizes
-from ragjax.random_checkpoint import write_random_checkpoint
-from ragjax.text import pad_rows
-from ragjax.weights import Pretrained, open_generator
+from ragjax.decoding.prefix_cache import PrefixScorer
+from ragjax.decoding.propose import beam_search_documents, prefill_documents
+from ragjax.models.generator import SpecialTokens, score
+from ragjax.models.kv_cache import DocumentMemory
+from ragjax.padding import bucket_size, pad_sequences
 
 ROWS, BEAMS, LONGEST = 4, 3, 5
 SPECIAL = SpecialTokens(eos=2, pad=0)
@@ -30,16 +31,16 @@ class Read:
 
     def __init__(self, family: str, folder: Path) -> None:
         write_random_checkpoint(family, folder, seed=3)
-        self.pretrained: Pretrained = open_generator(folder)
-        self.params = self.pretrained.read()
+        self.pretrained: PretrainedModel = open_generator(folder)
+        self.params = self.pretrained.load_params()
         rng = np.random.default_rng(0)
         source = [rng.integers(5, 200, length).tolist() for length in (5, 9, 7, 3)]
-        tokens, mask = pad_rows(source, 12, 0)
-        graph = self.pretrained.graph
-        self.memory: Memory = read(graph, self.params, jnp.asarray(tokens), jnp.asarray(mask))
+        tokens, mask = pad_sequences(source, 12, 0)
+        graph = self.pretrained.graphdef
+        self.memory: DocumentMemory = prefill_documents(graph, self.params, jnp.asarray(tokens), jnp.asarray(mask))
         settings = Decode(k=ROWS, beams=BEAMS, max_new_tokens=LONGEST)
-        self.beams, prefixes = propose(graph, self.params, self.memory, settings, SPECIAL)
-        self.known = Known(graph, self.params, self.memory, prefixes, SPECIAL)
+        self.beams, prefixes = beam_search_documents(graph, self.params, self.memory, settings, SPECIAL)
+        self.scorer = PrefixScorer(graph, self.params, self.memory, prefixes, SPECIAL)
 
     def proposals(self, row: int) -> list[tuple[int, ...]]:
         rows = zip(self.beams.tokens[row].tolist(), self.beams.length[row].tolist(), strict=True)
@@ -48,11 +49,11 @@ class Read:
     def one_by_one(self, row: int, answer: Sequence[int]) -> np.ndarray:
         """log p of each token, by the plain pass."""
         memory = self.memory.take(jnp.array([row]))
-        return np.asarray(_score(self.pretrained.graph, self.params, memory, jnp.array([[answer]])))[0, 0]
+        return np.asarray(_score(self.pretrained.graphdef, self.params, memory, jnp.array([[answer]])))[0, 0]
 
 
 @jax.jit(static_argnums=0)
-def _score(graph: nnx.GraphDef, params: Any, memory: Memory, answers: jax.Array) -> jax.Array:
+def _score(graph: nnx.GraphDef, params: Any, memory: DocumentMemory, answers: jax.Array) -> jax.Array:
     return score(nnx.merge(graph, params), memory, answers)
 
 
@@ -71,48 +72,48 @@ def test_equals_scoring_one_by_one(world: Read) -> None:
     """All rows, and some of them in another order, each with answers of its own."""
     every = candidates(world)
     for wanted in ({row: every for row in range(ROWS)}, {2: every[::2], 0: every[1:4], 3: every[-1:]}):
-        found = world.known.score(wanted)
+        found = world.scorer.score(wanted)
         assert list(found) == list(wanted)
         for row, answers in wanted.items():
             for logp, answer in zip(found[row], answers, strict=True):
                 np.testing.assert_allclose(logp, world.one_by_one(row, answer), atol=2e-5, rtol=1e-5)
-    assert world.known.score({}) == {} == world.known.bounds({})
+    assert world.scorer.score({}) == {} == world.scorer.bounds({})
 
 
 def test_nothing_is_read_twice(world: Read, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a document proposed costs no reading there; of what others did, only prefixes that it has not seen."""
     reads: list[np.ndarray] = []
-    original = prefixes_module.read_further
+    original = prefixes_module.extend_prefixes
 
     def counted(*given: Any) -> Any:
         reads.append(np.asarray(given[-1]))
         return original(*given)
 
-    monkeypatch.setattr(prefixes_module, "read_further", counted)
-    own = world.known.score({row: world.proposals(row) for row in range(ROWS)})
+    monkeypatch.setattr(prefixes_module, "extend_prefixes", counted)
+    own = world.scorer.score({row: world.proposals(row) for row in range(ROWS)})
     assert not reads
     for row in range(ROWS):
         sums = [logp.sum() for logp in own[row]]
         np.testing.assert_allclose(sums, world.beams.logp[row], atol=2e-5, rtol=1e-5)
     every = candidates(world)
-    world.known.score({0: every})
-    searched, parents = (np.asarray(x)[0] for x in (world.known.prefixes.tokens, world.known.prefixes.parent))
+    world.scorer.score({0: every})
+    searched, parents = (np.asarray(x)[0] for x in (world.scorer.prefixes.tokens, world.scorer.prefixes.parent))
     seen: set[tuple[int, ...]] = {()}
-    for slot in range(int(world.known.prefixes.past.filled)):
+    for slot in range(int(world.scorer.prefixes.past.filled)):
         prefix, at = [], slot
         while parents[at] >= 0:
             prefix.append(int(searched[at]))
             at = parents[at]
         seen.add(tuple(prefix[::-1]))
     missing = {y[:t] for y in every for t in range(1, len(y))} - seen
-    [visible] = reads
-    used = visible.sum(axis=-1)[0] > 1  # what fills up sees itself alone
+    [mask] = reads
+    used = mask.sum(axis=-1)[0] > 1  # what fills up sees itself alone
     assert 0 < used.sum() == len(missing) < sum(len(y) - 1 for y in every)
 
 
 def test_bounds_are_the_longest_prefix_read(world: Read) -> None:
     every = candidates(world)
-    found = world.known.bounds({row: every for row in (1, 3)})
+    found = world.scorer.bounds({row: every for row in (1, 3)})
     for row in (1, 3):
         at_most, whole = found[row]
         for bound, is_whole, answer in zip(at_most, whole, every, strict=True):
@@ -127,5 +128,5 @@ def test_bounds_are_the_longest_prefix_read(world: Read) -> None:
 
 
 def test_few_sizes() -> None:
-    assert [few_sizes(count) for count in range(1, 18)] == [1, 2, 3, 4, 6, 6, 8, 8] + [12] * 4 + [16] * 4 + [24]
-    assert [few_sizes(count, 8) for count in (0, 1, 8, 9)] == [8, 8, 8, 12]
+    assert [bucket_size(count) for count in range(1, 18)] == [1, 2, 3, 4, 6, 6, 8, 8] + [12] * 4 + [16] * 4 + [24]
+    assert [bucket_size(count, 8) for count in (0, 1, 8, 9)] == [8, 8, 8, 12]

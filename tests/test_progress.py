@@ -7,8 +7,8 @@ import io
 import pytest
 from rich.console import Console
 
-from ragjax import progress
-from ragjax.progress import progress_bar
+from ragjax import terminal as progress
+from ragjax.terminal import progress_bar
 
 
 def test_elsewhere_than_on_a_terminal_the_last_line_counts_it_all(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from ragjax.data.questions import FEW, Question, Split, as_json, read_questions, read_split, text_problem
 from ragjax.errors import InputError
 from ragjax.files import write_jsonl
-from ragjax.questions import FEW, Question, Split, as_json, read_questions, read_split, text_problem
 
 GOOD = {"question": "q", "answer": "a"}
 

@@ -16,28 +16,21 @@ import pytest
 from safetensors.numpy import load_file
 from world import open_world, tiny_config
 
+from ragjax.checkpoints.pretrained import open_bert, open_generator, save_bert, save_generator
+from ragjax.data.corpus import Passage
+from ragjax.data.passage_store import PassageStore
+from ragjax.data.prompt import passage_text
+from ragjax.data.questions import read_questions
 from ragjax.errors import InputError
-from ragjax.index import Index
-from ragjax.loss import joint_logp, loss
 from ragjax.marginal import marginal_logp
 from ragjax.models.layers import Params
-from ragjax.passages import Passage, PassageStore
-from ragjax.questions import read_questions
-from ragjax.rag import (
-    Rag,
-    TrainBatch,
-    answer_tokens,
-    encode,
-    log_mass,
-    open_rag,
-    passage_text,
-    prompt_rows,
-    question_rows,
-    retrieve,
-    train_batch,
-)
-from ragjax.text import pad_rows
-from ragjax.weights import open_bert, open_generator, save_bert, save_generator
+from ragjax.padding import pad_sequences
+from ragjax.rag import RagPipeline, load_pipeline, tokenize_answer, tokenize_prompts, tokenize_questions
+from ragjax.retrieval.encoder import encode
+from ragjax.retrieval.index import Index
+from ragjax.retrieval.retrieve import log_prior_mass, retrieve
+from ragjax.training.batch import TrainBatch, train_batch
+from ragjax.training.loss import prior_and_token_logp, rag_loss
 
 KEY = jax.random.key(0)
 GOLDEN = Path(__file__).parent / "golden" / "llama-tiny"
@@ -45,7 +38,7 @@ GOLDEN = Path(__file__).parent / "golden" / "llama-tiny"
 
 @dataclass(frozen=True)
 class Opened:
-    rag: Rag
+    rag: RagPipeline
     index: Index
     store: PassageStore
     params: Params
@@ -68,7 +61,7 @@ def plain(world: Path) -> Opened:
 def test_a_title_or_an_answer_that_reads_as_a_slot_stays_as_it_is(plain: Opened) -> None:
     assert passage_text("{title}: {text}", Passage("1", "{text}", "a {title}")) == "{text}: a {title}"
     tokenizer = plain.rag.generator_tokenizer
-    assert tokenizer.decode(answer_tokens(plain.rag, "{answer} {text}")).strip() == "{answer} {text}"
+    assert tokenizer.decode(tokenize_answer(plain.rag, "{answer} {text}")).strip() == "{answer} {text}"
 
 
 # retrieval
@@ -79,9 +72,9 @@ def brute_force_scores(o: Opened) -> np.ndarray:
     texts = [f"{passage.title}: {passage.text}" for passage in o.store]
     rows = o.rag.retriever_tokenizer.encode(texts, special=True)
     passages = encode(
-        o.rag.retriever.graph, o.params["retriever"], *pad_rows(rows, 64, o.rag.retriever_tokenizer.pad_id)
+        o.rag.retriever.graphdef, o.params["retriever"], *pad_sequences(rows, 64, o.rag.retriever_tokenizer.pad_id)
     )
-    queries = encode(o.rag.retriever.graph, o.params["retriever"], *question_rows(o.rag, o.questions))
+    queries = encode(o.rag.retriever.graphdef, o.params["retriever"], *tokenize_questions(o.rag, o.questions))
     return np.asarray(queries, np.float64) @ np.asarray(passages, np.float64).T
 
 
@@ -111,7 +104,7 @@ def test_the_mass_of_the_best_documents(world: Path) -> None:
     best = -np.sort(-scores, axis=1)[:, :2]
     expected = np.logaddexp.reduce(best, axis=1) - np.logaddexp.reduce(scores, axis=1)
     found = retrieve(o.rag, o.params, o.index, o.questions, 4)
-    np.testing.assert_allclose(log_mass(o.rag, o.index, found, 2), expected, atol=2e-5)
+    np.testing.assert_allclose(log_prior_mass(o.rag, o.index, found, 2), expected, atol=2e-5)
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model(world: Path, tmp_path: Path) -> None:
@@ -122,7 +115,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model(world: Path, tmp_path: Path
         vocabulary["never seen"] = 1 + max(vocabulary.values())
         (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
         with pytest.raises(InputError, match=rf"{part}: its tokenizer has \d+ tokens, but the model embeds only"):
-            open_rag(tiny_config(world, **{f"{part}__source": str(folder)}))
+            load_pipeline(tiny_config(world, **{f"{part}__source": str(folder)}))
 
 
 def test_fewer_passages_than_k_change_neither_loss_nor_gradient(world: Path, tmp_path: Path) -> None:
@@ -132,15 +125,15 @@ def test_fewer_passages_than_k_change_neither_loss_nor_gradient(world: Path, tmp
     assert (found.scores[:, 3:] == -np.inf).all() and (found.log_prior[:, 3:] == -np.inf).all()
     np.testing.assert_allclose(np.exp(found.log_prior).sum(axis=1), 1, rtol=1e-5)
 
-    tokens, mask = prompt_rows(o.rag, o.store, o.questions, found.ids)
+    tokens, mask = tokenize_prompts(o.rag, o.store, o.questions, found.ids)
     empty = o.rag.generator_tokenizer.encode([f"\n\nQuestion: {o.questions[0]}\nAnswer:"])[0]
     assert tokens[4][mask[4]].tolist() == empty
 
     @jax.jit
     def run(params: Params, batch: TrainBatch) -> tuple[Any, Any]:
-        prior, scores = joint_logp(o.rag, params, batch, KEY)
+        prior, scores = prior_and_token_logp(o.rag, params, batch, KEY)
         joint = (prior, scores.logp.sum(axis=-1))
-        (_, metrics), grads = jax.value_and_grad(lambda p: loss(o.rag, p, batch, KEY), has_aux=True)(params)
+        (_, metrics), grads = jax.value_and_grad(lambda p: rag_loss(o.rag, p, batch, KEY), has_aux=True)(params)
         return (metrics, grads), joint
 
     batch = train_batch(o.rag, o.index, o.store, o.questions, o.answers, found.ids)
@@ -167,7 +160,7 @@ def test_an_empty_question(plain: Opened) -> None:
 
 def test_prompts_are_the_text_assembled_by_hand(plain: Opened) -> None:
     ids = np.array([[4, 0], [29, 4]])
-    tokens, mask = prompt_rows(plain.rag, plain.store, plain.questions[:2], ids)
+    tokens, mask = tokenize_prompts(plain.rag, plain.store, plain.questions[:2], ids)
     chex.assert_shape((tokens, mask), (4, 96))
     texts = [
         f"{plain.store[int(i)].title}: {plain.store[int(i)].text}\n\nQuestion: {question}\nAnswer:"
@@ -181,25 +174,25 @@ def test_prompts_are_the_text_assembled_by_hand(plain: Opened) -> None:
 
 def test_passages_are_cut_to_fit_and_questions_never(world: Path, plain: Opened) -> None:
     longest = 64
-    rag = open_rag(tiny_config(world, generator__source_tokens=longest))
+    rag = load_pipeline(tiny_config(world, generator__source_tokens=longest))
     ids = np.array([[7]])
-    tokens, mask = prompt_rows(rag, plain.store, plain.questions[:1], ids)
+    tokens, mask = tokenize_prompts(rag, plain.store, plain.questions[:1], ids)
     assert mask.all() and tokens.shape == (1, longest)
     ending = f"\n\nQuestion: {plain.questions[0]}\nAnswer:"
     whole = f"{plain.store[7].title}: {plain.store[7].text}"
     assert rag.generator_tokenizer.decode(tokens[0]) == whole[: longest - len(ending)] + ending
     with pytest.raises(InputError, match=r"generator\.source_tokens is 64"):
-        prompt_rows(rag, plain.store, ["Why? " * 12], ids)
+        tokenize_prompts(rag, plain.store, ["Why? " * 12], ids)
 
 
 def test_closed_book_prompts_have_no_passage(plain: Opened) -> None:
-    tokens, mask = prompt_rows(plain.rag, None, plain.questions, np.zeros((5, 1), int))
+    tokens, mask = tokenize_prompts(plain.rag, None, plain.questions, np.zeros((5, 1), int))
     texts = [plain.rag.generator_tokenizer.decode(row[kept]) for row, kept in zip(tokens, mask, strict=True)]
     assert texts == [f"Question: {question}\nAnswer:" for question in plain.questions]
 
 
 def test_answers_end_in_the_end_token(plain: Opened) -> None:
-    tokens = answer_tokens(plain.rag, "Kesvik")
+    tokens = tokenize_answer(plain.rag, "Kesvik")
     assert tokens[-1] == plain.rag.special.eos and tokens.count(plain.rag.special.eos) == 1
     assert plain.rag.generator_tokenizer.decode(tokens[:-1]) == " Kesvik"
     batch = train_batch(plain.rag, plain.index, plain.store, ["Where?"], ["Kesvik"], np.array([[3, 1]]))
@@ -219,8 +212,8 @@ def test_answers_end_in_the_end_token(plain: Opened) -> None:
 )
 def test_lengths_that_a_model_does_not_have(world: Path, key: str, value: int, named: str) -> None:
     with pytest.raises(InputError, match=named):
-        open_rag(tiny_config(world, **{key: value}))
-    open_rag(tiny_config(world, **{key: value - 1 if value != 600 else 512}))
+        load_pipeline(tiny_config(world, **{key: value}))
+    load_pipeline(tiny_config(world, **{key: value - 1 if value != 600 else 512}))
 
 
 def test_a_window_shorter_than_prompt_and_answer_is_refused(world: Path, tmp_path: Path) -> None:
@@ -232,10 +225,10 @@ def test_a_window_shorter_than_prompt_and_answer_is_refused(world: Path, tmp_pat
         (folder / "config.json").write_text(json.dumps(hf))
         config = tiny_config(world, generator__source=str(folder))
         if fits:
-            open_rag(config)
+            load_pipeline(config)
         else:
             with pytest.raises(InputError, match=r"is 140, .* 139 positions \(or a sliding window"):
-                open_rag(config)
+                load_pipeline(config)
 
 
 # golden values: Hugging Face's models, the paper's formula
@@ -256,7 +249,7 @@ def golden(world: Path) -> Golden:
     with np.load(GOLDEN / "golden.npz") as file:
         g = {name: file[name] for name in file.files if not name.startswith("decode")}
     rag = replace(
-        open_rag(tiny_config(world, retriever__pooling="cls", retriever__normalize=False, retriever__scale=1.0)),
+        load_pipeline(tiny_config(world, retriever__pooling="cls", retriever__normalize=False, retriever__scale=1.0)),
         retriever=open_bert(GOLDEN / "question_encoder", "cls", False),
         generator=open_generator(GOLDEN / "generator"),
     )
@@ -277,7 +270,7 @@ def golden(world: Path) -> Golden:
     batch = jax.tree.map(jnp.asarray, batch)
 
     def total(params: Params, passages: jax.Array) -> tuple[jax.Array, Any]:
-        prior, scores = joint_logp(rag, params, replace(batch, passages=passages), KEY)
+        prior, scores = prior_and_token_logp(rag, params, replace(batch, passages=passages), KEY)
         logp = scores.logp.sum(axis=-1)
         return -marginal_logp(prior, logp).sum(), (prior, logp)
 

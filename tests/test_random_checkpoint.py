@@ -8,11 +8,12 @@ import jax
 import numpy as np
 import pytest
 
+from ragjax.checkpoints.pretrained import open_bert, open_generator
+from ragjax.checkpoints.random_init import FAMILIES, write_random_checkpoint
+from ragjax.data.prompt import make_prompt
+from ragjax.data.tokenizer import Tokenizer
 from ragjax.errors import InputError
 from ragjax.files import read_json
-from ragjax.random_checkpoint import FAMILIES, write_random_checkpoint
-from ragjax.text import Tokenizer, make_prompt
-from ragjax.weights import open_bert, open_generator
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -34,9 +35,9 @@ def test_loads_and_repeats(family: str, tmp_path: Path) -> None:
         "tokenizer_config.json",
     ]
     pretrained = open_bert(tmp_path / "a", "mean", True) if family == "bert" else open_generator(tmp_path / "a")
-    assert all(np.isfinite(leaf).all() and leaf.size for leaf in jax.tree.leaves(pretrained.read()))
+    assert all(np.isfinite(leaf).all() and leaf.size for leaf in jax.tree.leaves(pretrained.load_params()))
     tokenizer = Tokenizer.load(tmp_path / "a")
-    assert tokenizer.vocab_size == pretrained.config.vocabulary
+    assert tokenizer.vocab_size == pretrained.config.vocab_size
     text = "zürich is 2 km away, 東京 is not"
     (ids,) = tokenizer.encode([text])
     assert len(ids) == len(text.encode()), "one token a byte"

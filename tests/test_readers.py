@@ -25,22 +25,26 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 
-from ragjax import chat_template, text
-from ragjax.build_index import MADE_OF, _found
+from ragjax.checkpoints.gguf import read_gguf
+from ragjax.checkpoints.pretrained import open_bert, open_generator
+from ragjax.checkpoints.random_init import write_random_checkpoint
+from ragjax.checkpoints.sentence_transformers import check_sentence_transformers
 from ragjax.checksums import write_sealed
 from ragjax.config import Retriever
+from ragjax.data import chat_template
+from ragjax.data.corpus import Passage, read_passages
+from ragjax.data.passage_store import PassageStore, shard_folder, write_store
+from ragjax.data.prompt import make_prompt
+from ragjax.data.questions import read_questions
+from ragjax.data.tokenizer import Tokenizer
 from ragjax.errors import InputError
-from ragjax.experiment import _check_same_inputs
-from ragjax.index import open_index, write_index
-from ragjax.passages import Passage, PassageStore, read_passages, shard_folder, write_store
-from ragjax.questions import read_questions
 from ragjax.rag import _special_tokens
-from ragjax.random_checkpoint import write_random_checkpoint
-from ragjax.sentence_transformers import check_sentence_transformers
-from ragjax.text import Tokenizer, make_prompt
-from ragjax.train import _lines_until
-from ragjax.weights import open_bert, open_generator
+from ragjax.retrieval.index import MADE_OF, open_index, write_index
+from ragjax.retrieval.index_builder import read_saved_stats
+from ragjax.runs.metrics_log import _lines_until
+from ragjax.runs.run_dir import _check_same_inputs
 
+ENCODER = Retriever(source="m")
 MUTATIONS = int(os.environ.get("RAGJAX_MUTATIONS", "0"))
 MEMORY, SECONDS = 4 << 30, 120  # what a reader of such small files may take beyond what is there, and how long
 FINGERPRINTS = {"encoder": "sha256:e"}
@@ -314,20 +318,20 @@ def read_corpus(folder: Path, name: str, format: str) -> None:
 
 
 def read_encoder(folder: Path) -> None:
-    open_bert(folder, "mean", True).read()
+    open_bert(folder, "mean", True).load_params()
 
 
 def read_generator(folder: Path) -> None:
-    text.read_gguf.cache_clear()
+    read_gguf.cache_clear()
     file = folder / "model.gguf"
     checkpoint = file if file.is_file() else folder
     generator = open_generator(checkpoint)
-    generator.read()
+    generator.load_params()
     _special_tokens(generator, read_tokenizer(checkpoint))
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
-    text.read_gguf.cache_clear()
+    read_gguf.cache_clear()
     tokenizer = Tokenizer.load(path)
     make_prompt(tokenizer, "{passage}\n\nQuestion: {question}\nAnswer:", framed=True)
     for special in (True, False):
@@ -369,7 +373,7 @@ READERS = [
     Reader("data/questions.jsonl", lambda folder: read_questions(folder / "questions.jsonl"), as_lines, 40),
     Reader("data/train.jsonl", lambda folder: _lines_until(folder / "train.jsonl", 9), as_lines, 40),
     Reader("data/manifest.json", lambda folder: _check_same_inputs(folder / "manifest.json", {"corpus": "c"}), few=40),
-    Reader(f"data/{MADE_OF}", lambda folder: _found(folder, BUILT_OF), few=40),
+    Reader(f"data/{MADE_OF}", lambda folder: read_saved_stats(folder, BUILT_OF), few=40),
     Reader("bert/config.json", read_encoder),
     Reader("llama/config.json", read_generator),
     Reader("bart/config.json", read_generator),
@@ -389,10 +393,11 @@ READERS = [
     Reader("index/shards/00001/token_offsets.npy", read_index, None),
     Reader("index/shards/00000/text.bin", read_index, as_lines),
     Reader("index/shards/00000/tokens.bin", read_index, None),
-    Reader("sentences/modules.json", lambda folder: check_sentence_transformers(folder, Retriever(), True, True)),
-    Reader("sentences/1_Pooling/config.json", lambda f: check_sentence_transformers(f, Retriever(), True, True)),
+    Reader("sentences/modules.json", lambda folder: check_sentence_transformers(folder, ENCODER, True, True)),
+    Reader("sentences/1_Pooling/config.json", lambda f: check_sentence_transformers(f, ENCODER, True, True)),
     Reader(
-        "sentences/config_sentence_transformers.json", lambda f: check_sentence_transformers(f, Retriever(), True, True)
+        "sentences/config_sentence_transformers.json",
+        lambda f: check_sentence_transformers(f, ENCODER, True, True),
     ),
 ]
 

@@ -18,25 +18,29 @@ from processes import ends, logged, start
 from trained import files
 from world import open_world, tiny_config
 
-from ragjax.answer import open_answerer
-from ragjax.checkpoint import Checkpoints
+from ragjax.answerer import open_answerer
+from ragjax.commands.evaluate import evaluate
+from ragjax.commands.train import train
+from ragjax.commands.verify import verify
 from ragjax.config import Config, load_config
-from ragjax.data import QuestionBatches
+from ragjax.data.passage_store import PassageStore
+from ragjax.data.question_sampler import QuestionSampler
+from ragjax.data.questions import read_questions
 from ragjax.errors import InputError
-from ragjax.evaluate import evaluate
-from ragjax.index import open_index
-from ragjax.loss import loss, passage_params
-from ragjax.mesh import local_mesh, make_mesh, place, replicated
 from ragjax.models.layers import Params
-from ragjax.passages import PassageStore
-from ragjax.questions import read_questions
-from ragjax.rag import Rag, embed_with, encode, encode_questions, open_rag, passage_batch, search, train_batch
-from ragjax.refresh import Refresh, Refreshed, refreshed_index, version_folder
-from ragjax.step import abstract_state, initial_state
-from ragjax.supply import Reader, Reading, Supply, answerable
-from ragjax.train import train
-from ragjax.verify import verify
-from ragjax.world import restore_trained, trained_index
+from ragjax.parallel.mesh import local_mesh, make_mesh
+from ragjax.parallel.sharding import put_global, replicated
+from ragjax.rag import RagPipeline, load_pipeline
+from ragjax.retrieval.encoder import embed_to_file, encode, passage_batch
+from ragjax.retrieval.index import open_index
+from ragjax.retrieval.refresh import IndexRefresher, RefreshedIndex, refreshed_index, version_folder
+from ragjax.retrieval.retrieve import encode_questions, search
+from ragjax.runs.checkpointer import Checkpointer
+from ragjax.runs.restore import restore_params, trained_index
+from ragjax.training.batch import train_batch
+from ragjax.training.data_loader import BatchBuilder, LoadedBatch, TrainLoader, train_questions
+from ragjax.training.loss import passage_params, rag_loss
+from ragjax.training.state import abstract_state, init_train_state
 
 KEY = jax.random.key(3)
 SLOW = pytest.mark.slow
@@ -59,17 +63,17 @@ def refreshing(world: Path, output: Path, **more: object) -> Config:
 
 def state_at(config: Config, step: int) -> tuple[Any, dict[str, Any]]:
     """What the checkpoint of a step holds, on one device."""
-    rag = open_rag(config)
-    with Checkpoints(Path(config.output) / "checkpoints", keep=20, writing=False) as checkpoints:
+    rag = load_pipeline(config)
+    with Checkpointer(Path(config.output) / "checkpoints", keep=20, writing=False) as checkpoints:
         return checkpoints.restore(step, abstract_state(rag, local_mesh(data=1))), checkpoints.metadata(step)
 
 
-def encoded(rag: Rag, store: PassageStore, encoder: Params) -> np.ndarray:
+def encoded(rag: RagPipeline, store: PassageStore, encoder: Params) -> np.ndarray:
     """All passages, each alone."""
     found = []
     for i in range(len(store)):
         tokens, mask = passage_batch(rag, store, np.array([i]))
-        found.append(encode(rag.passage_encoder.graph, encoder, jnp.asarray(tokens), jnp.asarray(mask))[0])
+        found.append(encode(rag.passage_encoder.graphdef, encoder, jnp.asarray(tokens), jnp.asarray(mask))[0])
     return np.stack(found)
 
 
@@ -92,15 +96,15 @@ def test_the_gradient_reaches_the_passages_too(world: Path, encoder: str) -> Non
 
     def explicit(params: Params) -> jax.Array:
         rows = encode(
-            rag.passage_encoder.graph,
+            rag.passage_encoder.graphdef,
             passage_params(rag, params),
             batch.passage.reshape(8, -1),
             batch.passage_mask.reshape(8, -1),
         )
         given = replace(batch, passages=rows.reshape(4, 2, -1), passage=None, passage_mask=None)
-        return loss(rag, params, given, KEY)[0]
+        return rag_loss(rag, params, given, KEY)[0]
 
-    found = jax.jit(jax.value_and_grad(lambda params: loss(rag, params, batch, KEY)[0]))(params)
+    found = jax.jit(jax.value_and_grad(lambda params: rag_loss(rag, params, batch, KEY)[0]))(params)
     expected = jax.jit(jax.value_and_grad(explicit))(params)
     chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-6)
     own = found[1]["passage_encoder" if encoder == "own" else "retriever"]
@@ -149,7 +153,7 @@ def test_answers_come_from_the_index_of_the_checkpoint(world: Path, undisturbed:
     answerer = open_answerer(config)
     assert answerer.index.manifest["refreshed"] == 14
     questions = read_questions(world / "train.jsonl")
-    restored = restore_trained(rag)
+    restored = restore_params(rag)
     assert restored is not None
     params, _ = restored
     queries = encode_questions(rag, params, [q.question for q in questions], local_mesh(data=1))
@@ -180,9 +184,9 @@ def test_a_run_killed_in_the_middle_of_a_refresh_resumes(
 ) -> None:
     """After a part was written, or before; the checkpoints are of steps 4, 8 and 12, the second of before a switch."""
     config, reference = refreshing(world, tmp_path / "run", **SLOWER), slower
-    go_on = Refresh.go_on
+    go_on = IndexRefresher.advance
 
-    def killed(self: Refresh, step: int, indexed: Any) -> bool:
+    def killed(self: IndexRefresher, step: int, indexed: Any) -> bool:
         if step == stop and stop % 2:
             raise RuntimeError("the power went off")
         switched = go_on(self, step, indexed)
@@ -191,14 +195,14 @@ def test_a_run_killed_in_the_middle_of_a_refresh_resumes(
         return switched
 
     with monkeypatch.context() as patch:
-        patch.setattr(Refresh, "go_on", killed)
+        patch.setattr(IndexRefresher, "go_on", killed)
         with pytest.raises(RuntimeError):
             train(config)
     train(config)
     run = tmp_path / "run"
     assert logged(run) == logged(reference)
     for step in (8, 12, 14):
-        one, other = (state_at(replace(config, output=str(of)), step)[0] for of in (run, reference))
+        one, other = (state_at(config.replace(output=str(of)), step)[0] for of in (run, reference))
         chex.assert_trees_all_equal(one.params, other.params)
     ours, theirs = ({p.relative_to(of): data for p, data in files(of / "refreshed").items()} for of in (run, reference))
     assert ours == theirs and len(ours) > 3
@@ -239,8 +243,8 @@ def test_overlap_is_what_would_stay(world: Path, tmp_path: Path) -> None:
     """With 4k at least N nothing is overlooked: brute force over all passages."""
     config = refreshing(world, tmp_path, train__passage_encoder="own", train__k=8)
     rag, index, store = open_world(config)
-    refresh = Refresh(rag, index, store, tmp_path, local_mesh())
-    params = place(rag.initial_params(), replicated(local_mesh()))
+    refresh = IndexRefresher(rag, index, store, tmp_path, local_mesh())
+    params = put_global(rag.initial_params(), replicated(local_mesh()))
     questions = [question.question for question in read_questions(world / "train.jsonl")[:7]]
     assert refresh.overlap(params, params["passage_encoder"], questions, 8) == 1.0
     noise = np.random.default_rng(0)
@@ -253,27 +257,27 @@ def test_overlap_is_what_would_stay(world: Path, tmp_path: Path) -> None:
     expected = np.mean([len(set(a) & set(b)) / 8 for a, b in zip(before.tolist(), after.tolist(), strict=True)])
     assert 0 < expected < 1
     assert refresh.overlap(params, moved, questions, 8) == pytest.approx(expected)
-    refresh.begin(1)
-    refresh.finish(moved)
+    refresh.start(1)
+    refresh.complete(moved)
     assert refresh.compare(index, params, questions, 8) == pytest.approx(expected)
-    assert refresh.state == Refreshed(1, None)
+    assert refresh.state == RefreshedIndex(1, None)
 
 
 def test_parts_of_another_number_of_processes_are_encoded_again(world: Path, tmp_path: Path) -> None:
     config = refreshing(world, tmp_path / "run")
     rag, index, store = open_world(config)
-    encoder = place(rag.initial_params()["retriever"], replicated(local_mesh()))
+    encoder = put_global(rag.initial_params()["retriever"], replicated(local_mesh()))
 
     def parts(saved: dict[str, Any]) -> dict[str, int]:
-        again = Refresh(rag, index, store, tmp_path / "run", local_mesh())
+        again = IndexRefresher(rag, index, store, tmp_path / "run", local_mesh())
         again.restore(saved, 6, encoder)
-        assert again.state == Refreshed(None, 5)
+        assert again.state == RefreshedIndex(None, 5)
         shards = version_folder(tmp_path / "run", 5) / "shards"
         return {path.name: (path / "embeddings.npy").stat().st_mtime_ns for path in sorted(shards.iterdir())}
 
-    refresh = Refresh(rag, index, store, tmp_path / "run", local_mesh())
-    refresh.begin(5)
-    refresh.go_on(5, encoder)
+    refresh = IndexRefresher(rag, index, store, tmp_path / "run", local_mesh())
+    refresh.start(5)
+    refresh.advance(5, encoder)
     stays, other = {"searched": None, "building": 5, "processes": 1}, {"searched": None, "building": 5, "processes": 2}
     first = parts(stays)
     assert list(first) == ["00000", "00001"] and parts(stays) == first
@@ -297,22 +301,22 @@ def test_a_run_killed_while_its_last_index_is_built_goes_on_with_it(
     world: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No step is repeated, and no part is encoded again that is there."""
-    config, embed, made = refreshing(world, tmp_path / "run"), embed_with, list[Path]()
+    config, embed, made = refreshing(world, tmp_path / "run"), embed_to_file, list[Path]()
 
-    def killed(rag: Rag, params: Params, rows: Any, path: Path, advance: Any) -> None:
+    def killed(rag: RagPipeline, params: Params, rows: Any, path: Path, advance: Any) -> None:
         if path.parents[2].name == "000014" and len(made) == 1:
             raise RuntimeError("the power went off")
         embed(rag, params, rows, path, advance)
         made.extend([path] if path.parents[2].name == "000014" else [])
 
     with monkeypatch.context() as patch:
-        patch.setattr("ragjax.refresh.embed_with", killed)
+        patch.setattr("ragjax.retrieval.refresh.embed_to_file", killed)
         with pytest.raises(RuntimeError):
             train(config)
         rag, index, _ = open_world(config)
         assert trained_index(rag, index, 14).manifest["refreshed"] == 10  # that of the last steps, meanwhile
     stamp = made[0].stat().st_mtime_ns
-    monkeypatch.setattr("ragjax.train.make_train_step", lambda *_: lambda *_: pytest.fail("no step is left"))
+    monkeypatch.setattr("ragjax.commands.train.make_train_step", lambda *_: lambda *_: pytest.fail("no step is left"))
     train(config)
     assert made[0].stat().st_mtime_ns == stamp
     assert logged(tmp_path / "run") == logged(undisturbed)
@@ -447,7 +451,7 @@ def test_queries_are_one_step_old(world: Path, ahead: Config) -> None:
 
 
 def next_questions(config: Config, position: dict[str, Any], count: int) -> list[int]:
-    batches = QuestionBatches([1] * count, config.train.batch_size, config.seed)
+    batches = QuestionSampler([1] * count, config.train.batch_size, config.seed)
     batches.restore(position | {"fingerprint": None})
     return next(batches).questions.tolist()
 
@@ -456,10 +460,10 @@ def next_questions(config: Config, position: dict[str, Any], count: int) -> list
 def test_a_resumed_run_trains_on_what_was_in_flight(
     world: Path, ahead: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
 ) -> None:
-    config = replace(ahead, output=str(tmp_path / "run"))
+    config = ahead.replace(output=str(tmp_path / "run"))
 
     def after(function: Callable[..., Any]) -> Callable[..., Any]:
-        def save(self: Checkpoints, step: int, *more: Any) -> None:
+        def save(self: Checkpointer, step: int, *more: Any) -> None:
             function(self, step, *more)
             if step == stop:
                 raise RuntimeError("the power went off")
@@ -467,7 +471,7 @@ def test_a_resumed_run_trains_on_what_was_in_flight(
         return save
 
     with monkeypatch.context() as patch:
-        patch.setattr(Checkpoints, "save", after(Checkpoints.save))
+        patch.setattr(Checkpointer, "save", after(Checkpointer.save))
         with pytest.raises(RuntimeError):
             train(config)
     train(config)
@@ -477,7 +481,7 @@ def test_a_resumed_run_trains_on_what_was_in_flight(
 
 def test_the_first_step_is_as_without(world: Path, ahead: Config, tmp_path: Path) -> None:
     """Nothing could be sought before it; from the second step on the queries are old, and the numbers others."""
-    plain = train(replace(ahead, output=str(tmp_path / "run"), train=replace(ahead.train, search_ahead=False)))
+    plain = train(ahead.replace(output=str(tmp_path / "run"), train=ahead.train.replace(search_ahead=False)))
     ours, theirs = logged(Path(ahead.output)), logged(plain)
     assert ours[0] == theirs[0] and ours[1:] != theirs[1:]
 
@@ -490,10 +494,10 @@ def test_reading_ahead_changes_nothing(
     config = tiny_config(world, train__fused=True) if fused else ahead
     rag, index, store = open_world(config)
     mesh = make_mesh()
-    reader, params = Reader(rag, index, store, mesh, {}), place(rag.initial_params(), replicated(mesh))
-    asked, reads = answerable(rag, read_questions(world / "train.jsonl")), 0
+    reader, params = BatchBuilder(rag, index, store, mesh, {}), put_global(rag.initial_params(), replicated(mesh))
+    asked, reads = train_questions(rag, read_questions(world / "train.jsonl")), 0
 
-    def counted(*given: Any) -> Reading:
+    def counted(*given: Any) -> LoadedBatch:
         nonlocal reads
         reads += 1
         return read(*given)
@@ -501,8 +505,8 @@ def test_reading_ahead_changes_nothing(
     read = reader.read
     monkeypatch.setattr(reader, "read", counted)
 
-    def supply() -> Supply:
-        return Supply(reader, QuestionBatches([len(a) for a in asked.usable.answers], 8, 0), asked, {})
+    def supply() -> TrainLoader:
+        return TrainLoader(reader, QuestionSampler([len(a) for a in asked.usable.answers], 8, 0), asked, {})
 
     with supply() as late, supply() as early:
         for _ in range(3):
@@ -525,7 +529,7 @@ def test_reading_ahead_changes_nothing(
 
 
 def test_initial_state_copies_the_encoder(world: Path, tmp_path: Path) -> None:
-    rag = open_rag(refreshing(world, tmp_path))
-    state = initial_state(rag, rag.initial_params())
+    rag = load_pipeline(refreshing(world, tmp_path))
+    state = init_train_state(rag, rag.initial_params())
     chex.assert_trees_all_equal(state.indexed, state.params["retriever"])
-    assert initial_state(open_rag(tiny_config(world)), rag.initial_params()).indexed is None
+    assert init_train_state(load_pipeline(tiny_config(world)), rag.initial_params()).indexed is None

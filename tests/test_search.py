@@ -9,15 +9,15 @@ import pytest
 from jax.sharding import Mesh
 from reference import rounding
 
-from ragjax.mesh import local_mesh, make_mesh
-from ragjax.search import (
-    Corpus,
+from ragjax.parallel.mesh import local_mesh, make_mesh
+from ragjax.retrieval.device_index import (
+    DeviceIndex,
     block_log_normalizer,
-    block_search,
+    blockwise_top_k,
+    gather_rows,
     log_normalizer,
     place_rows,
-    search_corpus,
-    take_rows,
+    sharded_top_k,
 )
 
 
@@ -31,8 +31,10 @@ def brute_force(embeddings: np.ndarray, queries: np.ndarray, k: int) -> tuple[np
     return np.take_along_axis(scores, order, 1), order
 
 
-def place_corpus(embeddings: np.ndarray, mesh: Mesh) -> Corpus:
-    return Corpus(place_rows(mesh, len(embeddings), lambda start, stop: embeddings[start:stop]), len(embeddings), mesh)
+def place_corpus(embeddings: np.ndarray, mesh: Mesh) -> DeviceIndex:
+    return DeviceIndex(
+        place_rows(mesh, len(embeddings), lambda start, stop: embeddings[start:stop]), len(embeddings), mesh
+    )
 
 
 def integers(n: int, width: int, seed: int) -> np.ndarray:
@@ -56,7 +58,7 @@ def integers(n: int, width: int, seed: int) -> np.ndarray:
 )
 def test_search_by_blocks_and_groups_is_brute_force(count: int, block: int, group: int, k: int) -> None:
     embeddings, queries = vectors(count), vectors(5, seed=1)
-    scores, ids = block_search(jnp.asarray(embeddings), jnp.asarray(queries), k, block=block, group=group)
+    scores, ids = blockwise_top_k(jnp.asarray(embeddings), jnp.asarray(queries), k, block=block, group=group)
     expected_scores, expected_ids = brute_force(embeddings, queries, k)
     np.testing.assert_array_equal(ids, expected_ids)
     np.testing.assert_allclose(scores, expected_scores, rtol=1e-5, atol=1e-5)
@@ -66,14 +68,14 @@ def test_search_by_blocks_and_groups_is_brute_force(count: int, block: int, grou
 @pytest.mark.parametrize("k", [1, 4, 9])
 def test_equal_scores_come_by_lower_id(block: int, group: int, k: int) -> None:
     embeddings, queries = integers(150, 3, seed=2), integers(20, 3, seed=3)
-    _, ids = block_search(jnp.asarray(embeddings), jnp.asarray(queries), k, block=block, group=group)
+    _, ids = blockwise_top_k(jnp.asarray(embeddings), jnp.asarray(queries), k, block=block, group=group)
     np.testing.assert_array_equal(ids, brute_force(embeddings, queries, k)[1])
 
 
 @pytest.mark.parametrize("block", [1, 2, 3])
 def test_fewer_passages_than_asked_for(block: int) -> None:
     embeddings, queries = vectors(3), vectors(2, seed=1)
-    scores, ids = block_search(jnp.asarray(embeddings), jnp.asarray(queries), 5, block=block)
+    scores, ids = blockwise_top_k(jnp.asarray(embeddings), jnp.asarray(queries), 5, block=block)
     np.testing.assert_array_equal(ids[:, :3], brute_force(embeddings, queries, 3)[1])
     np.testing.assert_array_equal(ids[:, 3:], -1)
     assert np.all(np.isneginf(scores[:, 3:]))
@@ -86,7 +88,7 @@ def test_search_over_a_mesh_is_brute_force(model: int, count: int, k: int) -> No
     embeddings, queries = -np.abs(vectors(count)), np.abs(vectors(4, seed=1))
     corpus = place_corpus(embeddings, make_mesh(model))
     assert {shard.data.shape for shard in corpus.embeddings.addressable_shards} == {(-(-count // 8), 16)}
-    scores, ids = search_corpus(corpus, jnp.asarray(queries), k)
+    scores, ids = sharded_top_k(corpus, jnp.asarray(queries), k)
     expected_scores, expected_ids = brute_force(embeddings, queries, k)
     np.testing.assert_array_equal(ids[:, :count], expected_ids)
     np.testing.assert_allclose(scores[:, :count], expected_scores, rtol=1e-5, atol=1e-5)
@@ -95,7 +97,7 @@ def test_search_over_a_mesh_is_brute_force(model: int, count: int, k: int) -> No
 
 def test_equal_scores_come_by_lower_id_over_a_mesh() -> None:
     embeddings, queries = integers(150, 3, seed=2), integers(20, 3, seed=3)
-    _, ids = search_corpus(place_corpus(embeddings, make_mesh()), jnp.asarray(queries), 9)
+    _, ids = sharded_top_k(place_corpus(embeddings, make_mesh()), jnp.asarray(queries), 9)
     np.testing.assert_array_equal(ids, brute_force(embeddings, queries, 9)[1])
 
 
@@ -104,10 +106,10 @@ def test_the_approximate_search_is_exact_on_a_cpu(over_a_mesh: bool) -> None:
     """Where JAX's own falls back on sorting, as in one array here; over a mesh it is not even asked."""
     embeddings, queries = vectors(500), vectors(6, seed=1)
     if over_a_mesh:
-        scores, ids = search_corpus(place_corpus(embeddings, make_mesh()), jnp.asarray(queries), 20, recall=0.9)
+        scores, ids = sharded_top_k(place_corpus(embeddings, make_mesh()), jnp.asarray(queries), 20, recall=0.9)
     else:
         given = jnp.asarray(embeddings), jnp.asarray(queries)
-        scores, ids = block_search(*given, 20, block=128, recall=0.9, total=500)
+        scores, ids = blockwise_top_k(*given, 20, block=128, recall=0.9, total=500)
     expected_scores, expected_ids = brute_force(embeddings, queries, 20)
     np.testing.assert_array_equal(ids, expected_ids)
     np.testing.assert_allclose(scores, expected_scores, rtol=1e-5, atol=1e-5)
@@ -116,7 +118,7 @@ def test_the_approximate_search_is_exact_on_a_cpu(over_a_mesh: bool) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_scores_are_float32_of_what_is_stored(dtype: str) -> None:
     embeddings, queries = vectors(100).astype(dtype), vectors(4, seed=1)
-    scores, ids = search_corpus(place_corpus(embeddings, make_mesh()), jnp.asarray(queries), 7)
+    scores, ids = sharded_top_k(place_corpus(embeddings, make_mesh()), jnp.asarray(queries), 7)
     expected_scores, expected_ids = brute_force(embeddings, queries, 7)
     np.testing.assert_array_equal(ids, expected_ids)
     np.testing.assert_allclose(scores, expected_scores, rtol=1e-5, atol=1e-5)
@@ -125,7 +127,7 @@ def test_scores_are_float32_of_what_is_stored(dtype: str) -> None:
 def test_memory_does_not_grow_with_queries_times_passages() -> None:
     def temporaries(count: int) -> int:
         corpus = place_corpus(np.zeros((count, 8), np.float32), local_mesh(data=1))
-        compiled = search_corpus.lower(corpus, jnp.zeros((64, 8)), 10).compile()
+        compiled = sharded_top_k.lower(corpus, jnp.zeros((64, 8)), 10).compile()
         return compiled.memory_analysis().temp_size_in_bytes  # type: ignore[union-attr]
 
     few, many = temporaries(20_000), temporaries(200_000)
@@ -159,7 +161,7 @@ def test_rows_come_from_the_devices_that_hold_them() -> None:
     table = place_rows(mesh, 61, lambda start, stop: tokens[start:stop])
     ids = np.array([[0, 60, -1], [7, 8, 8]], np.int32)
     taken = jax.jit(
-        lambda corpus, table, ids: (take_rows(corpus, corpus.embeddings, ids), take_rows(corpus, table, ids))
+        lambda corpus, table, ids: (gather_rows(corpus, corpus.embeddings, ids), gather_rows(corpus, table, ids))
     )
     of_embeddings, of_tokens = taken(corpus, table, ids)
     assert (of_embeddings.dtype, of_tokens.dtype) == (jnp.float32, jnp.int32)
@@ -169,7 +171,7 @@ def test_rows_come_from_the_devices_that_hold_them() -> None:
 
 
 def test_a_corpus_is_placed_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ragjax.search.UPLOAD", 5)
+    monkeypatch.setattr("ragjax.retrieval.device_index.UPLOAD", 5)
     asked, embeddings = [], vectors(61)
 
     def read(start: int, stop: int) -> np.ndarray:

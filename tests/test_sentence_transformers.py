@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
+from ragjax.checkpoints.sentence_transformers import check_sentence_transformers
 from ragjax.config import Retriever
 from ragjax.errors import InputError
-from ragjax.sentence_transformers import check_sentence_transformers
 
 OLD, NEW = "sentence_transformers.models.", "sentence_transformers.sentence_transformer.modules.pooling."
+ENCODER = Retriever(source="m")
 MEAN = {"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": False}
 CLS = {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}
 MAX = {"pooling_mode_cls_token": False, "pooling_mode_max_tokens": True}
@@ -36,17 +37,17 @@ def write(
 @pytest.mark.parametrize(
     ("folder", "settings"),
     [
-        ({}, Retriever()),
-        ({"pooling": {"pooling_mode": "mean"}, "prefix": NEW}, Retriever()),
-        ({"pooling": {"pooling_mode": ["cls"]}}, Retriever(pooling="cls")),
-        ({"pooling": CLS}, Retriever(pooling="cls")),
-        ({"normalize": False}, Retriever()),  # it does not say by what its embeddings are compared
-        ({"normalize": False}, Retriever(normalize=False)),
-        ({"normalize": False, "similarity_fn_name": "cosine"}, Retriever()),
-        ({"normalize": False, "similarity_fn_name": "dot"}, Retriever(normalize=False)),
-        ({"prompts": {"query": "", "document": ""}, "default_prompt_name": None}, Retriever()),
-        ({"prompts": {"document": "passage: "}}, Retriever(passage="passage: {title} {text}")),
-        ({"prompts": {"clustering": "cluster: "}}, Retriever()),
+        ({}, ENCODER),
+        ({"pooling": {"pooling_mode": "mean"}, "prefix": NEW}, ENCODER),
+        ({"pooling": {"pooling_mode": ["cls"]}}, ENCODER.replace(pooling="cls")),
+        ({"pooling": CLS}, ENCODER.replace(pooling="cls")),
+        ({"normalize": False}, ENCODER),  # it does not say by what its embeddings are compared
+        ({"normalize": False}, ENCODER.replace(normalize=False)),
+        ({"normalize": False, "similarity_fn_name": "cosine"}, ENCODER),
+        ({"normalize": False, "similarity_fn_name": "dot"}, ENCODER.replace(normalize=False)),
+        ({"prompts": {"query": "", "document": ""}, "default_prompt_name": None}, ENCODER),
+        ({"prompts": {"document": "passage: "}}, ENCODER.replace(passage="passage: {title} {text}")),
+        ({"prompts": {"clustering": "cluster: "}}, ENCODER),
     ],
 )
 def test_what_agrees_is_taken(tmp_path: Path, folder: dict[str, Any], settings: Retriever) -> None:
@@ -56,18 +57,26 @@ def test_what_agrees_is_taken(tmp_path: Path, folder: dict[str, Any], settings: 
 @pytest.mark.parametrize(
     ("folder", "settings", "message"),
     [
-        ({"pooling": CLS}, Retriever(), r"1_Pooling/config\.json: it pools by cls.*set retriever\.pooling=cls"),
-        ({}, Retriever(pooling="cls"), r"set retriever\.pooling=mean"),
-        ({"pooling": MAX}, Retriever(), r"it pools by \['max_tokens'\]; supported are mean and cls"),
-        ({"pooling": {"pooling_mode": ["cls", "mean"]}}, Retriever(), "it pools by"),
-        ({"dense": True}, Retriever(), r"modules\.json: a Dense module is not supported"),
-        ({}, Retriever(normalize=False), r"set retriever\.normalize=true"),
-        ({"normalize": False, "similarity_fn_name": "dot"}, Retriever(), r"set retriever\.normalize=false"),
-        ({"normalize": False, "similarity_fn_name": "cosine"}, Retriever(normalize=False), r"normalize=true"),
-        (E5, Retriever(), r"questions begin with 'query: ', which is not supported yet"),
-        ({"prompts": {"x": "q: "}, "default_prompt_name": "x"}, Retriever(), "questions begin with 'q: '"),
-        ({"prompts": {"document": "p: "}}, Retriever(), r"set retriever\.passage='p: \{title\}: \{text\}'"),
-        ({"prompts": ["query: "]}, Retriever(), "expected texts by name"),
+        (
+            {"pooling": CLS},
+            ENCODER,
+            r"1_Pooling/config\.json: it pools by cls.*set retriever\.pooling=cls",
+        ),
+        ({}, ENCODER.replace(pooling="cls"), r"set retriever\.pooling=mean"),
+        ({"pooling": MAX}, ENCODER, r"it pools by \['max_tokens'\]; supported are mean and cls"),
+        ({"pooling": {"pooling_mode": ["cls", "mean"]}}, ENCODER, "it pools by"),
+        ({"dense": True}, ENCODER, r"modules\.json: a Dense module is not supported"),
+        ({}, ENCODER.replace(normalize=False), r"set retriever\.normalize=true"),
+        ({"normalize": False, "similarity_fn_name": "dot"}, ENCODER, r"set retriever\.normalize=false"),
+        (
+            {"normalize": False, "similarity_fn_name": "cosine"},
+            ENCODER.replace(normalize=False),
+            r"normalize=true",
+        ),
+        (E5, ENCODER, r"questions begin with 'query: ', which is not supported yet"),
+        ({"prompts": {"x": "q: "}, "default_prompt_name": "x"}, ENCODER, "questions begin with 'q: '"),
+        ({"prompts": {"document": "p: "}}, ENCODER, r"set retriever\.passage='p: \{title\}: \{text\}'"),
+        ({"prompts": ["query: "]}, ENCODER, "expected texts by name"),
     ],
 )
 def test_what_contradicts_is_refused(tmp_path: Path, folder: dict[str, Any], settings: Retriever, message: str) -> None:
@@ -77,7 +86,7 @@ def test_what_contradicts_is_refused(tmp_path: Path, folder: dict[str, Any], set
 
 def test_an_encoder_of_passages_alone_needs_no_prompt_for_questions(tmp_path: Path) -> None:
     folder = write(tmp_path / "m", **E5)
-    check_sentence_transformers(folder, Retriever(passage="passage: {text}"), questions=False, passages=True)
+    check_sentence_transformers(folder, ENCODER.replace(passage="passage: {text}"), questions=False, passages=True)
 
 
 def test_an_older_layout_has_its_encoder_in_a_folder(tmp_path: Path) -> None:
@@ -86,6 +95,6 @@ def test_an_older_layout_has_its_encoder_in_a_folder(tmp_path: Path) -> None:
     modules[0]["path"] = "0_Transformer"
     (folder / "modules.json").write_text(json.dumps(modules))
     with pytest.raises(InputError, match=r"set retriever\.pooling=cls"):
-        check_sentence_transformers(folder / "0_Transformer", Retriever(), True, True)
-    check_sentence_transformers(folder / "another", Retriever(), True, True)
-    check_sentence_transformers(tmp_path / "plain", Retriever(), True, True)
+        check_sentence_transformers(folder / "0_Transformer", ENCODER, True, True)
+    check_sentence_transformers(folder / "another", ENCODER, True, True)
+    check_sentence_transformers(tmp_path / "plain", ENCODER, True, True)

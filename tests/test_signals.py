@@ -17,8 +17,8 @@ import pytest
 
 from ragjax.cli import main
 from ragjax.errors import InputError
-from ragjax.progress import progress_bar
 from ragjax.signals import guarded, listening
+from ragjax.terminal import progress_bar
 
 Capture = pytest.CaptureFixture[str]
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
@@ -203,7 +203,7 @@ def test_bad_input_and_a_signal_in_the_command_line(
     world: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     """A build that is stopped by SIGTERM leaves as little as one that is stopped by Ctrl-C."""
-    monkeypatch.setattr("ragjax.build_index._write_shards", lambda *_: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr("ragjax.commands.index.embed_shards", lambda *_: signal.raise_signal(signal.SIGTERM))
     folder = world.parent / "stopped"
     assert main(["index", str(world / "config.yaml"), f"index.folder={folder}", "index.batch_size=8"]) == 143
     assert capsys.readouterr().err.splitlines()[-1] == "ragjax: terminated"

@@ -18,31 +18,24 @@ from flax import nnx
 from gradients import assert_same_gradients, moments
 from world import open_world, tiny_config
 
-from ragjax.config import MeshConfig, Train
-from ragjax.cost import Cost, NotCompiled, bytes_each, compiled_cost, size_text
+from ragjax.config import Mesh, Train
+from ragjax.data.questions import read_questions
 from ragjax.errors import InputError
-from ragjax.loss import answer_nll, joint_logp, loss
-from ragjax.mesh import local_mesh, make_mesh, place, replicated, shard_batch
 from ragjax.models.generator import answer_hidden
 from ragjax.models.layers import Params
-from ragjax.questions import read_questions
-from ragjax.rag import Rag, TrainBatch, open_rag, retrieve, train_batch
-from ragjax.search import Corpus
-from ragjax.step import (
-    TrainState,
-    abstract_batch,
-    abstract_state,
-    check_fits,
-    gradients,
-    initial_state,
-    make_gradient_error,
-    make_optimizer,
-    make_train_step,
-    split_frozen,
-    state_shardings,
-    trace_step,
-    whole_on_every_device,
-)
+from ragjax.parallel.mesh import local_mesh, make_mesh
+from ragjax.parallel.sharding import put_global, replicated, shard_batch
+from ragjax.planning.memory import check_memory
+from ragjax.planning.program_cost import Cost, NotCompiled, bytes_each, compiled_cost
+from ragjax.rag import RagPipeline, load_pipeline
+from ragjax.resources import size_text
+from ragjax.retrieval.device_index import DeviceIndex
+from ragjax.retrieval.retrieve import retrieve
+from ragjax.training.batch import TrainBatch, abstract_batch, train_batch
+from ragjax.training.loss import answer_nll, prior_and_token_logp, rag_loss
+from ragjax.training.optimizer import make_optimizer, partition_params
+from ragjax.training.state import TrainState, abstract_state, init_train_state, state_shardings, unsplit_modules
+from ragjax.training.step import gradients, make_gradient_error, make_train_step, trace_step
 
 KEY = jax.random.fold_in(jax.random.key(0), 0)  # that of step 0 under seed 0
 # A shift common to all keys leaves a softmax unchanged: the gradient of BERT's key bias is 0 but for rounding, which
@@ -54,13 +47,13 @@ KEY_BIAS = "retriever.layers.key.bias"
 class Setup:
     """One model, its initial parameters, and a batch of 8 questions with 3 documents each."""
 
-    rag: Rag
+    rag: RagPipeline
     params: Params
     batch: TrainBatch
-    corpus: Corpus
+    corpus: DeviceIndex
 
     def state(self) -> TrainState:
-        return initial_state(self.rag, jax.tree.map(jnp.array, self.params))
+        return init_train_state(self.rag, jax.tree.map(jnp.array, self.params))
 
 
 def setup(world: Path, **overrides: object) -> Setup:
@@ -84,7 +77,7 @@ def dropping(world: Path) -> Setup:
     return setup(world, train__dropout=0.2, train__freeze=[KEY_BIAS], train__clip=1e9)
 
 
-def differentiate(rag: Rag, corpus: Corpus | None = None) -> Callable[[Params, TrainBatch], Any]:
+def differentiate(rag: RagPipeline, corpus: DeviceIndex | None = None) -> Callable[[Params, TrainBatch], Any]:
     return jax.jit(lambda params, batch: gradients(rag, params, batch, KEY, corpus))
 
 
@@ -121,9 +114,9 @@ def flat(params: Params) -> dict[tuple[str, ...], np.ndarray]:
 # the gradient itself
 
 
-def sequence_logp(rag: Rag, params: Params, batch: TrainBatch, corpus: Corpus | None = None) -> Any:
+def sequence_logp(rag: RagPipeline, params: Params, batch: TrainBatch, corpus: DeviceIndex | None = None) -> Any:
     """log p(z|x) and log p(y|x,z) [B,K]."""
-    prior, scores = joint_logp(rag, params, batch, KEY, corpus)
+    prior, scores = prior_and_token_logp(rag, params, batch, KEY, corpus)
     return prior, scores.logp.sum(axis=-1)
 
 
@@ -158,7 +151,7 @@ def test_gradient_through_the_prior_over_the_corpus(world: Path, plain_gradients
     logp = jax.jit(lambda p: sequence_logp(s.rag, p, s.batch, s.corpus)[1])(s.params)
 
     def explicit(params: Params) -> jax.Array:
-        encoder = nnx.merge(s.rag.retriever.graph, params)
+        encoder = nnx.merge(s.rag.retriever.graphdef, params)
         scores = s.rag.config.retriever.scale * encoder(s.batch.question, s.batch.question_mask) @ every.T
         # documents outside the top k contribute nothing to the sum, but take their share of the prior
         logp_of_all = jnp.full(scores.shape, -jnp.inf).at[jnp.arange(len(ids))[:, None], ids].set(logp)
@@ -177,20 +170,20 @@ def test_gradient_through_the_prior_over_the_corpus(world: Path, plain_gradients
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_the_loss_written_out(plain: Setup, model: str, smoothing: float) -> None:
     """From the probabilities of the whole vocabulary at every place, without any trick."""
-    config = replace(plain.rag.config, model=model)
+    config = plain.rag.config.replace(model=model)
     rag = with_train(replace(plain.rag, config=config), label_smoothing=smoothing)
     batch, (b, k, s) = plain.batch, plain.batch.source.shape
 
     @jax.jit
     def run(params: Params) -> Any:
-        generator = nnx.merge(rag.generator.graph, params["generator"])
+        generator = nnx.merge(rag.generator.graphdef, params["generator"])
         memory = generator.prefill(batch.source.reshape(b * k, s), batch.source_mask.reshape(b * k, s))
         hidden = answer_hidden(generator, memory, jnp.repeat(batch.answer, k, axis=0)[:, None])
-        every = jax.nn.log_softmax(generator.logits(hidden), axis=-1)
+        every = jax.nn.log_softmax(generator.vocab_head().logits(hidden), axis=-1)
         return (
-            joint_logp(rag, params, batch, KEY)[0],
+            prior_and_token_logp(rag, params, batch, KEY)[0],
             every.reshape(b, k, *every.shape[2:]),
-            loss(rag, params, batch, KEY),
+            rag_loss(rag, params, batch, KEY),
         )
 
     prior, every, (value, metrics) = jax.device_get(run(plain.params))
@@ -222,11 +215,11 @@ def test_an_answer_s_start_token_may_be_left_out_of_the_loss(plain: Setup) -> No
     answer[1, 0] = bos + 1
     batch = replace(plain.batch, answer=jnp.asarray(answer))
     rag = replace(plain.rag, special=replace(plain.rag.special, bos=bos))
-    prior, scores = jax.jit(lambda p: joint_logp(rag, p, batch, KEY))(plain.params)
+    prior, scores = jax.jit(lambda p: prior_and_token_logp(rag, p, batch, KEY))(plain.params)
     logp = np.array(scores.logp)
 
     def nll(exclude: bool, hf_compatible: bool) -> np.ndarray:
-        config = replace(rag.config, hf_compatible=hf_compatible)
+        config = rag.config.replace(hf_compatible=hf_compatible)
         asked = with_train(replace(rag, config=config), exclude_bos=exclude)
         return np.asarray(answer_nll(asked, prior, scores, batch.answer, batch.answer_mask))
 
@@ -274,7 +267,7 @@ def test_what_the_generator_misses_is_measured(through: int, dropping: Setup) ->
         key = jax.random.fold_in(state.key, state.step)
 
         def logp(params: Params) -> tuple[jax.Array, jax.Array]:
-            prior, scores = joint_logp(dropping.rag, params, dropping.batch, key)
+            prior, scores = prior_and_token_logp(dropping.rag, params, dropping.batch, key)
             return scores.logp.sum(axis=-1), prior
 
         (scores, prior), pull_back = jax.vjp(lambda p: logp(p), params)
@@ -283,7 +276,7 @@ def test_what_the_generator_misses_is_measured(through: int, dropping: Setup) ->
         return jax.nn.softmax(prior + scores, axis=1), every
 
     weights, every = jax.device_get(by_document(dropping.params))
-    trained, _ = split_frozen(dropping.params, rag.config.train.freeze)
+    trained, _ = partition_params(dropping.params, rag.config.train.freeze)
     paths = [path for path in trained if path[0] == "generator"]
     of_documents = np.concatenate(
         [flat({"generator": every})[path].reshape(weights.size, -1) for path in paths], axis=1
@@ -311,7 +304,7 @@ def test_what_a_frozen_generator_misses_is_not_asked(dropping: Setup) -> None:
 def test_eight_devices_give_the_gradients_of_one(plain: Setup, plain_gradients: tuple[Any, Any]) -> None:
     mesh = make_mesh()
     grads, metrics = differentiate(plain.rag)(
-        place(plain.params, replicated(mesh)), shard_batch(mesh, jax.device_get(plain.batch), len(plain.batch.row))
+        put_global(plain.params, replicated(mesh)), shard_batch(mesh, jax.device_get(plain.batch), len(plain.batch.row))
     )
     assert all(len(leaf.sharding.device_set) == 8 for leaf in jax.tree.leaves(grads))
     assert_same_gradients(jax.device_get(grads), plain_gradients[0])
@@ -324,7 +317,7 @@ def test_a_step_on_eight_devices_equals_one_with_dropout(
     mesh, (one, metrics_one) = make_mesh(), dropping_stepped
     assert mesh.size == 8
     eight, metrics_eight = dropping_step(
-        place(dropping.state(), replicated(mesh)),
+        put_global(dropping.state(), replicated(mesh)),
         shard_batch(mesh, jax.device_get(dropping.batch), len(dropping.batch.row)),
     )
     leaf = eight.params["generator"]["embed"]["embedding"]
@@ -336,11 +329,11 @@ def test_a_step_on_eight_devices_equals_one_with_dropout(
 
 
 def test_pmap_with_psum_gives_the_same_gradients(dropping: Setup, dropping_gradients: tuple[Any, Any]) -> None:
-    trained, frozen = split_frozen(dropping.params, dropping.rag.config.train.freeze)
+    trained, frozen = partition_params(dropping.params, dropping.rag.config.train.freeze)
 
     def on_one_device(trained: Any, batch: TrainBatch) -> Any:
         def part(trained: Any) -> jax.Array:
-            return loss(dropping.rag, nnx.traversals.unflatten_mapping(trained | frozen), batch, KEY)[0]
+            return rag_loss(dropping.rag, nnx.traversals.unflatten_mapping(trained | frozen), batch, KEY)[0]
 
         summed = jax.lax.psum(jax.value_and_grad(part)(trained), "data")
         return jax.tree.map(lambda x: x / jax.lax.psum(1, "data"), summed)
@@ -359,7 +352,7 @@ def test_a_step_on_a_mesh_equals_one_on_a_device(
     model: int, fsdp: bool, dropping: Setup, dropping_stepped: tuple[TrainState, Any]
 ) -> None:
     """Heads, feed-forward and, with FSDP, the rest of the state split up: the same loss, gradient and parameters."""
-    config = replace(dropping.rag.config, mesh=MeshConfig(model=model, fsdp=fsdp))
+    config = dropping.rag.config.replace(mesh=Mesh(model=model, fsdp=fsdp))
     rag, mesh = replace(dropping.rag, config=config), make_mesh(model)
     shardings = state_shardings(rag, mesh, dropping.state())
     state = jax.device_put(dropping.state(), shardings)
@@ -375,8 +368,8 @@ def test_a_step_on_a_mesh_equals_one_on_a_device(
 
 
 def test_what_the_axis_does_not_divide_is_told(dropping: Setup) -> None:
-    assert whole_on_every_device(dropping.rag, make_mesh(2)) == []
-    found = whole_on_every_device(dropping.rag, make_mesh(4))
+    assert unsplit_modules(dropping.rag, make_mesh(2)) == []
+    found = unsplit_modules(dropping.rag, make_mesh(4))
     of_retriever = [f"retriever.layers.{name} (2)" for name in ("key", "output", "query", "value")]
     assert found == ["generator.layers.key (2)", "generator.layers.value (2)", *of_retriever]
 
@@ -392,7 +385,7 @@ def test_accumulation_changes_nothing(count: int, dropping: Setup, dropping_grad
 def test_dropout_is_drawn_by_key_and_row(
     dropping: Setup, plain_gradients: tuple[Any, Any], dropping_gradients: tuple[Any, Any]
 ) -> None:
-    value = jax.jit(lambda key, batch: loss(dropping.rag, dropping.params, batch, key)[0])
+    value = jax.jit(lambda key, batch: rag_loss(dropping.rag, dropping.params, batch, key)[0])
     first = value(KEY, dropping.batch)
     assert first == pytest.approx(dropping_gradients[1]["loss"], rel=1e-5)
     assert abs(first - plain_gradients[1]["loss"]) > 1e-4
@@ -420,7 +413,7 @@ def test_bfloat16_keeps_probabilities_and_parameters_in_float32(
     assert metrics["loss"] == pytest.approx(plain_gradients[1]["loss"], rel=0.02)
     assert metrics["loss"] != plain_gradients[1]["loss"]
     assert 0.8 < optax.tree.norm(grads) / optax.tree.norm(plain_gradients[0]) < 1.25
-    logps = jax.eval_shape(lambda p: jax.tree.leaves(joint_logp(rag, p, plain.batch, KEY)), plain.params)
+    logps = jax.eval_shape(lambda p: jax.tree.leaves(prior_and_token_logp(rag, p, plain.batch, KEY)), plain.params)
     assert [x.dtype for x in logps] == [jnp.float32] * 3
 
 
@@ -457,7 +450,7 @@ def test_frozen_parts_stay_and_have_no_optimiser_state(plain: Setup) -> None:
 
 def test_a_learning_rate_of_zero_leaves_the_retriever(plain: Setup, plain_gradients: tuple[Any, Any]) -> None:
     rag = with_train(plain.rag, retriever_lr=0.0)
-    state, params = initial_state(rag, plain.params), flat(plain.params)
+    state, params = init_train_state(rag, plain.params), flat(plain.params)
     update = jax.jit(make_optimizer(rag.config.train).update)
     updates, _ = update(plain_gradients[0], state.optimizer, params)
     largest = {path: np.abs(leaf).max() for path, leaf in updates.items()}
@@ -468,19 +461,19 @@ def test_a_learning_rate_of_zero_leaves_the_retriever(plain: Setup, plain_gradie
 @pytest.mark.parametrize("prefix", ["retreiver", "generator.emb", "generator.layers.9"])
 def test_freezing_what_does_not_exist(plain: Setup, prefix: str) -> None:
     with pytest.raises(InputError, match=rf"no parameters under '{prefix}'.*generator\.embed.*retriever"):
-        initial_state(with_train(plain.rag, freeze=[prefix]), plain.params)
+        init_train_state(with_train(plain.rag, freeze=[prefix]), plain.params)
 
 
 def test_freezing_everything(plain: Setup) -> None:
     with pytest.raises(InputError, match="nothing to train"):
-        initial_state(with_train(plain.rag, freeze=["retriever", "generator"]), plain.params)
+        init_train_state(with_train(plain.rag, freeze=["retriever", "generator"]), plain.params)
 
 
 # the optimiser
 
 
-def with_train(rag: Rag, **changes: Any) -> Rag:
-    return replace(rag, config=replace(rag.config, train=replace(rag.config.train, **changes)))
+def with_train(rag: RagPipeline, **changes: Any) -> RagPipeline:
+    return replace(rag, config=rag.config.replace(train=rag.config.train.replace(**changes)))
 
 
 def rates(train: Train, steps: int) -> dict[str, list[float]]:
@@ -504,7 +497,7 @@ def rates(train: Train, steps: int) -> dict[str, list[float]]:
     ],
 )
 def test_rates_rise_and_fall(decay: str, after: list[float]) -> None:
-    train = Train(steps=7, warmup=3, decay=decay, retriever_lr=0.01, generator_lr=0.2, clip=100.0)
+    train = Train(steps=7, warmup=3).replace(decay=decay, retriever_lr=0.01, generator_lr=0.2, clip=100.0)
     shape = np.array([1 / 3, 2 / 3, 1.0, *after])
     taken = rates(train, len(shape))
     np.testing.assert_allclose(taken["retriever"], 0.01 * shape, rtol=1e-5, atol=1e-8)
@@ -542,17 +535,17 @@ def test_weight_decay_acts_on_matrices_only() -> None:
 # before a run
 
 
-@pytest.mark.parametrize(("prior", "mesh"), [("top_k", MeshConfig(fsdp=True)), ("corpus", MeshConfig(model=2))])
-def test_the_abstract_step_is_the_real_one(world: Path, prior: str, mesh: MeshConfig) -> None:
+@pytest.mark.parametrize(("prior", "mesh"), [("top_k", Mesh(fsdp=True)), ("corpus", Mesh(model=2))])
+def test_the_abstract_step_is_the_real_one(world: Path, prior: str, mesh: Mesh) -> None:
     """Word for word the same program, where a batch is as wide as can be."""
     config = tiny_config(world, retriever__question_tokens=24, generator__source_tokens=80, retriever__prior=prior)
-    config = replace(config, mesh=mesh)
+    config = config.replace(mesh=mesh)
     rag, index, store = open_world(config)
     texts = [f"What is the capital of land {i}, and why?" for i in range(config.train.batch_size)]
     batch = train_batch(rag, index, store, texts, ["x"] * len(texts), np.zeros((len(texts), config.train.k), np.int32))
     chex.assert_trees_all_equal_shapes_and_dtypes(batch, abstract_batch(config, 32))
     devices = make_mesh(mesh.model)
-    state = initial_state(rag, rag.initial_params())
+    state = init_train_state(rag, rag.initial_params())
     shardings = state_shardings(rag, devices, state)
     state, corpus = jax.device_put(state, shardings), index.corpus(devices)
     given = state, shard_batch(devices, batch, len(texts)), corpus if prior == "corpus" else None
@@ -564,7 +557,7 @@ def test_the_abstract_step_is_the_real_one(world: Path, prior: str, mesh: MeshCo
 
 def test_fsdp_sends_parameters_and_gradients_not_activations(world: Path) -> None:
     """Twice gathered, going forward and backward, and once summed: at most 2 + 2 times their bytes, and a little."""
-    rag, mesh = open_rag(tiny_config(world, mesh__fsdp=True, train__batch_size=64)), make_mesh()
+    rag, mesh = load_pipeline(tiny_config(world, mesh__fsdp=True, train__batch_size=64)), make_mesh()
     sent = compiled_cost(trace_step(rag, mesh, 30).lower()).sent
     assert sent is not None
     parameters = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(rag.abstract_params()))
@@ -573,21 +566,21 @@ def test_fsdp_sends_parameters_and_gradients_not_activations(world: Path) -> Non
 
 
 def test_a_step_that_cannot_be_split_is_refused_as_in_training(world: Path) -> None:
-    rag = open_rag(tiny_config(world, train__batch_size=12))
+    rag = load_pipeline(tiny_config(world, train__batch_size=12))
     with pytest.raises(InputError, match="12 questions cannot be split over 8 devices"):
         trace_step(rag, make_mesh(), 30)
 
 
 def test_what_does_not_fit_is_refused_with_advice(world: Path) -> None:
-    rag, mesh = open_rag(tiny_config(world, train__remat=False)), make_mesh()
+    rag, mesh = load_pipeline(tiny_config(world, train__remat=False)), make_mesh()
     analysis = trace_step(rag, mesh, 30).lower().compile().memory_analysis()
     assert analysis is not None
     need = (
         bytes_each(abstract_state(rag, mesh)) + analysis.temp_size_in_bytes + 4 * 32 * 4
     )  # of 30 passages each device has 4
-    check_fits(rag, mesh, 30, limit=need)
+    check_memory(rag, mesh, 30, limit=need)
     with pytest.raises(InputError, match="training does not fit") as refused:
-        check_fits(rag, mesh, 30, limit=need - 1)
+        check_memory(rag, mesh, 30, limit=need - 1)
     message = str(refused.value)
     assert f"it needs {size_text(need)} of a device" in message and "passages 0.5 KiB" in message
     for setting in ("index.kind=HNSW32", "mesh.fsdp=true", "dtype=bfloat16", "train.remat=true", "train.k below 3"):
@@ -598,36 +591,36 @@ def test_a_step_that_measures_must_fit_too(world: Path) -> None:
     """All documents go backward there: they take more than the step's own."""
     mesh = make_mesh()
     few, measuring = (
-        open_rag(tiny_config(world, train__remat=False, train__backward_documents=1, train__probe_every=every))
+        load_pipeline(tiny_config(world, train__remat=False, train__backward_documents=1, train__probe_every=every))
         for every in (None, 10)
     )
     step = compiled_cost(trace_step(few, mesh, 30).lower()).temporaries
     need = bytes_each(abstract_state(few, mesh)) + step + 4 * 32 * 4
-    check_fits(few, mesh, 30, limit=need)
+    check_memory(few, mesh, 30, limit=need)
     with pytest.raises(InputError, match="training does not fit"):
-        check_fits(measuring, mesh, 30, limit=need)
+        check_memory(measuring, mesh, 30, limit=need)
 
 
 def test_what_the_compiler_refuses_does_not_fit(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rag, mesh = open_rag(tiny_config(world)), make_mesh()
+    rag, mesh = load_pipeline(tiny_config(world)), make_mesh()
 
     def refuse(_: object) -> Cost:
         raise NotCompiled("XLA cannot compile it")
 
-    monkeypatch.setattr("ragjax.step.compiled_cost", refuse)
-    check_fits(rag, mesh, 30, limit=1)  # unknown: nothing is refused
-    monkeypatch.setattr("ragjax.step.compiled_cost", lambda _: Cost(2**34, None))
+    monkeypatch.setattr("ragjax.planning.memory.compiled_cost", refuse)
+    check_memory(rag, mesh, 30, limit=1)  # unknown: nothing is refused
+    monkeypatch.setattr("ragjax.planning.memory.compiled_cost", lambda _: Cost(2**34, None))
     with pytest.raises(InputError, match=r"temporaries 16\.00 GiB"):
-        check_fits(rag, mesh, 30, limit=2**30)
+        check_memory(rag, mesh, 30, limit=2**30)
 
 
 def test_on_a_cpu_the_state_alone_must_fit(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rag, mesh = open_rag(tiny_config(world, mesh__fsdp=True)), make_mesh()
+    rag, mesh = load_pipeline(tiny_config(world, mesh__fsdp=True)), make_mesh()
     need = 8 * bytes_each(abstract_state(rag, mesh))
     machine = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": need}
     monkeypatch.setattr("os.sysconf", machine.__getitem__)
-    monkeypatch.setattr("ragjax.step.trace_step", lambda *_: pytest.fail("nothing is compiled"))
-    check_fits(rag, mesh, 30)
+    monkeypatch.setattr("ragjax.planning.memory.trace_step", lambda *_: pytest.fail("nothing is compiled"))
+    check_memory(rag, mesh, 30)
     machine["SC_PHYS_PAGES"] -= 1
     with pytest.raises(InputError, match=r"and this machine has .*; use smaller models or train.freeze"):
-        check_fits(rag, mesh, 30)
+        check_memory(rag, mesh, 30)

@@ -8,10 +8,10 @@ import unicodedata
 import pytest
 from rich.table import Table
 
-from ragjax.answer import Answer, Candidate, Document, print_answer
+from ragjax.answerer import Answer, Candidate, Document
 from ragjax.cli import main
-from ragjax.progress import Screen
-from ragjax.terminal_text import KEPT, visible
+from ragjax.commands.answer import print_answer
+from ragjax.terminal import KEPT, Screen, visible
 
 # of Unicode: up to the CJK punctuation, surrogates, presentation forms and specials, tags
 PARTS = range(0x3001), range(0xD7F0, 0xE010), range(0xFB00, 0x10000), range(0x13430, 0x13456), range(0xE0000, 0xE0200)

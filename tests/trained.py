@@ -12,9 +12,9 @@ import pytest
 from world import shared_world
 
 from ragjax.cli import main
+from ragjax.data.questions import read_questions
 from ragjax.files import write_jsonl
-from ragjax.index import MANIFEST
-from ragjax.questions import read_questions
+from ragjax.retrieval.index import MANIFEST
 
 STEPS = 24
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from ragjax.build_index import build_index
+from ragjax.checkpoints.random_init import write_random_checkpoint
+from ragjax.commands.index import build_index
 from ragjax.config import Config, load_config
+from ragjax.data.passage_store import PassageStore
 from ragjax.files import write_jsonl
-from ragjax.index import MANIFEST, Index, open_index
-from ragjax.passages import PassageStore
-from ragjax.rag import Rag, open_rag
-from ragjax.random_checkpoint import write_random_checkpoint
+from ragjax.rag import RagPipeline, load_pipeline
+from ragjax.retrieval.index import MANIFEST, Index, open_index
 
 LANDS = [first + last for first in "Ar Bel Cor Dun Es Fal".split() for last in "land mark nia ria stan".split()]
 CAPITALS = [first + last for first in "Kes Lor Mar Nov Or Pel".split() for last in "bourg ton vik dam polis".split()]
@@ -68,9 +68,9 @@ def build(config: Config) -> Path:
     return build_index(config)
 
 
-def open_world(config: Config) -> tuple[Rag, Index, PassageStore]:
+def open_world(config: Config) -> tuple[RagPipeline, Index, PassageStore]:
     """The models, the index, which is built where there is none, and the passages."""
-    rag, folder = open_rag(config), Path(config.index.folder)
+    rag, folder = load_pipeline(config), Path(config.index.folder)
     if not (folder / MANIFEST).exists():
         build(config)
     return rag, open_index(folder, rag.fingerprints), PassageStore.open(folder)

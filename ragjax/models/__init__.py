@@ -1,0 +1,1 @@
+"""Encoders and generators, one file a family, and what they are built of."""

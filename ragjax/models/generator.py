@@ -1,19 +1,24 @@
 """The one interface that decoding and training know of a generator, and what follows from it for every family.
 
-A document is read once, by `prefill`; all that is ever generated or scored after it shares that memory.
+A document is read once, by `prefill`; all that is ever generated or scored after it shares that memory:
+
+    log p(y|x,z) = Σ_t log softmax(vocab_head(forward_with_cache(memory(x,z), y_<t)))[y_t]
+
+A new family is one file in `generators/`, its rows in `checkpoints/name_tables.py`, and its tests.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from flax import struct
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int
 
-Keys = Key[Array, " n"]
+from ragjax.models.kv_cache import DocumentMemory, KVCache
+from ragjax.models.layers import RowRngs
+from ragjax.models.vocab_head import VocabHead
 
 
 @dataclass(frozen=True)
@@ -37,65 +42,6 @@ class SpecialTokens:
         return tuple(sorted({*self.ends} - {self.eos}))
 
 
-@struct.dataclass
-class Memory:
-    """What a document leaves behind: keys and values of L layers, which of them count, and how to begin."""
-
-    keys: Float[Array, "L n S Hkv Dh"]
-    values: Float[Array, "L n S Hkv Dh"]
-    mask: Bool[Array, "n S"]
-    offset: Int[Array, " n"]  # absolute position of the start token
-    start: Int[Array, " n"]  # the token from which the answer begins
-
-    def take(self, rows: Int[Array, " R"]) -> Memory:
-        """The memories of some rows."""
-        return Memory(self.keys[:, rows], self.values[:, rows], self.mask[rows], self.offset[rows], self.start[rows])
-
-
-@struct.dataclass
-class Past:
-    """A write-once pool of P slots a row, for tokens already extended."""
-
-    keys: Float[Array, "L n P Hkv Dh"]
-    values: Float[Array, "L n P Hkv Dh"]
-    positions: Int[Array, "n P"]
-    filled: Int[Array, ""]
-
-    def write(
-        self, layer: Int[Array, ""], keys: Float[Array, "n G M Hkv Dh"], values: Float[Array, "n G M Hkv Dh"]
-    ) -> Past:
-        """With one layer's keys and values in the next G·M slots."""
-        at = (layer, 0, self.filled, 0, 0)
-        slots = (1, keys.shape[0], keys.shape[1] * keys.shape[2], *keys.shape[3:])
-        return replace(
-            self,
-            keys=jax.lax.dynamic_update_slice(self.keys, keys.reshape(slots), at),
-            values=jax.lax.dynamic_update_slice(self.values, values.reshape(slots), at),
-        )
-
-    def place(self, positions: Int[Array, "n G M"]) -> Past:
-        """With the positions of the tokens that the next G·M slots will hold."""
-        rows = positions.reshape(positions.shape[0], -1)
-        return replace(self, positions=jax.lax.dynamic_update_slice(self.positions, rows, (0, self.filled)))
-
-    def take(self, rows: Int[Array, " R"]) -> Past:
-        """The pools of some rows."""
-        return replace(self, keys=self.keys[:, rows], values=self.values[:, rows], positions=self.positions[rows])
-
-    def put(self, rows: Int[Array, " R"], part: Past) -> Past:
-        """With the pools of some rows; all are as full as theirs, and the others have nothing in the newest slots."""
-        return Past(
-            self.keys.at[:, rows].set(part.keys),
-            self.values.at[:, rows].set(part.values),
-            self.positions.at[rows].set(part.positions),
-            part.filled,
-        )
-
-    def advance(self, count: int) -> Past:
-        """With `count` more slots filled, once every layer has written them."""
-        return replace(self, filled=self.filled + count)
-
-
 @runtime_checkable
 class Generator(Protocol):
     """Families: `llama.py`, `bart.py`, `t5.py`. Positions count from the start token, which is 0."""
@@ -103,38 +49,34 @@ class Generator(Protocol):
     config: Any
 
     def prefill(
-        self, source: Int[Array, "n S"], mask: Bool[Array, "n S"], keys: Keys | None = None, remat: bool = False
-    ) -> Memory:
-        """Reads right-padded sources [n,S]."""
+        self,
+        source: Int[Array, "n S"],
+        mask: Bool[Array, "n S"],
+        dropout_rngs: RowRngs | None = None,
+        remat: bool = False,
+    ) -> DocumentMemory:
+        """Reads right-padded sources. Dropout acts where one PRNG key a row is given; for `remat` see `scan_layers`."""
         ...
 
-    def extend(
+    def forward_with_cache(
         self,
-        memory: Memory,
-        past: Past | None,
+        memory: DocumentMemory,
+        past: KVCache | None,
         tokens: Int[Array, "n G M"],
         positions: Int[Array, "#n #G M"],
-        visible: Bool[Array, "#n #G M P"],
-        keys: Keys | None = None,
+        attention_mask: Bool[Array, "#n #G M P"],
+        dropout_rngs: RowRngs | None = None,
         remat: bool = False,
-    ) -> tuple[Float[Array, "n G M D"], Past | None]:
-        """G groups of M tokens after each memory.
+    ) -> tuple[Float[Array, "n G M D"], KVCache | None]:
+        """The states after G groups of M tokens that follow each memory, and the pool that holds these tokens, too.
 
-        Without a past a token sees, of its own group, what `visible` [n|1,G|1,M,M] says. With one, the new tokens
-        are written to the next G·M slots of the pool, and `visible` [n,G,M,P] says which slots each sees.
+        Without a past a token sees, of its own group, what `attention_mask` [n|1,G|1,M,M] says. With one, the new
+        tokens are written to the next G·M slots of the pool, and `attention_mask` [n,G,M,P] says which slots each sees.
         """
         ...
 
-    def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
-        """Float32 logits."""
-        ...
-
-    def normalizer(self, hidden: Float[Array, "... D"]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-        """The logsumexp of the logits and their mean over the vocabulary, never all of them at once."""
-        ...
-
-    def target_logits(self, hidden: Float[Array, "... D"], targets: Int[Array, "..."]) -> Float[Array, "..."]:
-        """The logits of the targets alone."""
+    def vocab_head(self) -> VocabHead:
+        """What turns states into logits."""
         ...
 
 
@@ -142,8 +84,9 @@ def token_logp(
     generator: Generator, hidden: Float[Array, "... D"], targets: Int[Array, "..."]
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
     """Log-probability of each target and the mean over the vocabulary, in nats."""
-    normalizer, mean = generator.normalizer(hidden)
-    return generator.target_logits(hidden, targets) - normalizer, mean - normalizer
+    head = generator.vocab_head()
+    logsumexp, mean = head.logsumexp_and_mean(hidden)
+    return head.target_logits(hidden, targets) - logsumexp, mean - logsumexp
 
 
 def join_ends(logp: Float[Array, "*n V"], special: SpecialTokens) -> Float[Array, "*n V"]:
@@ -157,53 +100,39 @@ def join_ends(logp: Float[Array, "*n V"], special: SpecialTokens) -> Float[Array
 
 
 def event_logits(
-    generator: Generator, hidden: Float[Array, "*n D"], targets: Int[Array, "*n"], special: SpecialTokens
+    head: VocabHead, hidden: Float[Array, "*n D"], targets: Int[Array, "*n"], special: SpecialTokens
 ) -> Float[Array, "*n"]:
     """The logits of the targets; where one is `special.eos`, the logsumexp of those of all ends."""
-    logits = generator.target_logits(hidden, targets)
+    logits = head.target_logits(hidden, targets)
     if not special.other_ends:
         return logits
-    others = [generator.target_logits(hidden, jnp.full_like(targets, other)) for other in special.other_ends]
+    others = [head.target_logits(hidden, jnp.full_like(targets, other)) for other in special.other_ends]
     together = jax.nn.logsumexp(jnp.stack([logits, *others]), axis=0)
     return jnp.where(targets == special.eos, together, logits)
 
 
 def score(
-    generator: Generator, memory: Memory, answers: Int[Array, "n C T"], keys: Keys | None = None, remat: bool = False
+    generator: Generator,
+    memory: DocumentMemory,
+    answers: Int[Array, "n C T"],
+    dropout_rngs: RowRngs | None = None,
+    remat: bool = False,
 ) -> Float[Array, "n C T"]:
-    """log p(answers[t] | answers[<t], x, z) for C answers that share each memory; callers mask padding and sum."""
-    return token_logp(generator, answer_hidden(generator, memory, answers, keys, remat), answers)[0]
+    """log p(answers[t] | answers[<t], x, z) of C answers that share each memory; callers mask padding and sum."""
+    return token_logp(generator, answer_hidden(generator, memory, answers, dropout_rngs, remat), answers)[0]
 
 
 def answer_hidden(
-    generator: Generator, memory: Memory, answers: Int[Array, "n C T"], keys: Keys | None = None, remat: bool = False
+    generator: Generator,
+    memory: DocumentMemory,
+    answers: Int[Array, "n C T"],
+    dropout_rngs: RowRngs | None = None,
+    remat: bool = False,
 ) -> Float[Array, "n C T D"]:
     """The states from which each answer token is predicted, its predecessors given."""
     n, count, length = answers.shape
     start = jnp.broadcast_to(memory.start[:, None, None], (n, count, 1))
     inputs = jnp.concatenate([start, answers[:, :, :-1]], axis=-1)
     causal = jnp.tril(jnp.ones((1, 1, length, length), bool))
-    return generator.extend(memory, None, inputs, jnp.arange(length)[None, None], causal, keys, remat)[0]
-
-
-def empty_past(memory: Memory, slots: int) -> Past:
-    """A pool of `slots` unwritten slots beside each memory."""
-    layers, n, _, heads, width = memory.keys.shape
-    shape = (layers, n, slots, heads, width)
-    keys, values = jnp.zeros(shape, memory.keys.dtype), jnp.zeros(shape, memory.values.dtype)
-    return Past(keys, values, jnp.zeros((n, slots), jnp.int32), jnp.zeros((), jnp.int32))
-
-
-def next_logp(
-    generator: Generator,
-    memory: Memory,
-    past: Past,
-    tokens: Int[Array, "n W"],
-    step: Int[Array, ""],
-    visible: Bool[Array, "n W P"],
-) -> tuple[Float[Array, "n W V"], Past]:
-    """One step of W beams: log-probabilities of the token after `tokens`, which stand at position `step`."""
-    positions = jnp.broadcast_to(step, (1, tokens.shape[1], 1))
-    hidden, past_after = generator.extend(memory, past, tokens[:, :, None], positions, visible[:, :, None, :])
-    assert past_after is not None
-    return jax.nn.log_softmax(generator.logits(hidden[:, :, 0]), axis=-1), past_after
+    positions = jnp.arange(length)[None, None]
+    return generator.forward_with_cache(memory, None, inputs, positions, causal, dropout_rngs, remat)[0]

@@ -1,0 +1,1 @@
+"""Pretrained weights: fetched, opened, read and written."""

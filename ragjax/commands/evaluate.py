@@ -1,0 +1,379 @@
+"""`ragjax evaluate`: thorough, fast and closed-book answers side by side, before and after training."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Callable, Sequence
+from functools import partial, reduce
+from operator import getitem
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from rich import box
+from rich.table import Table
+
+from ragjax.answerer import Answerer, repeat_to_size
+from ragjax.checkpoints.hub import fingerprint_files
+from ragjax.config import Config, answer_modes, most_documents
+from ragjax.data.answer_matching import has_answer
+from ragjax.data.questions import LeftOut, Question, Split, as_json
+from ragjax.decoding.candidates import Candidates
+from ragjax.files import atomic_write, check_writable, write_jsonl
+from ragjax.metrics import bootstrap_interval, exact_match, expected_calibration_error, f1
+from ragjax.parallel.mesh import local_mesh
+from ragjax.parallel.processes import allgather_text, is_process_zero, run_on_process_zero, wait_for_all
+from ragjax.rag import RagPipeline, drop_unfit_questions, tokenize_answer
+from ragjax.retrieval.index import check_k
+from ragjax.retrieval.retrieve import RetrievalResult, log_prior_mass, retrieve
+from ragjax.runs.checkpointer import fingerprint
+from ragjax.runs.journal import Journal, read_journal
+from ragjax.runs.restore import load_artifacts, open_split, pretrained_params, restore_params, trained_index
+from ragjax.runs.run_dir import PACKAGES, check_processes_agree, make_folder
+from ragjax.terminal import Screen, progress_bar, terminal
+
+RETRIEVAL_BATCH = 64
+VERSION = 1  # of predictions.jsonl: changes with the meaning of a key
+METRICS, PREDICTIONS = "metrics.json", "predictions.jsonl"
+Made = dict[int, list[Any]]  # what was made of a batch, one item a question, by the number of its first question
+
+
+def evaluate(config: Config) -> dict[str, Any]:
+    """Measures the pretrained models and the newest checkpoint (with `train.keep_best` the best), if there is one.
+
+    Retrieval is measured on every question of the split, answers on the first `evaluate.limit` (before training:
+    `evaluate.untrained_limit`). Questions are split over the devices of each process, and batches of them over the
+    processes, each of which holds the models. Writes metrics.json and predictions.jsonl into `output`, and returns
+    the metrics. A question that cannot be asked counts as wrong, and as not found; `answerable` has the figures without
+    such.
+
+    What is made of each batch is kept in predictions.N.partial, N the process, until all is done: the same evaluation,
+    begun again, goes on. Raises `InputError` for bad input.
+    """
+    check_processes_agree(config)
+    split, folder = open_split(config, config.evaluate.split), Path(config.output)
+    run_on_process_zero(lambda: check_writable(folder))
+    rag, index, store = load_artifacts(config)
+    check_k(most_documents(config), len(index))
+    split = drop_unfit_questions(rag, split, documents=True, closed_book=config.evaluate.closed_book)
+    # more devices than questions in a batch would only repeat some
+    mesh = local_mesh(config.mesh.model, data=config.evaluate.batch_size)
+    trained = restore_params(rag, mesh)
+    run_on_process_zero(lambda: make_folder(folder))
+    for line in split.told(folder / METRICS):
+        terminal.print(line, soft_wrap=True)
+    report: dict[str, Any] = {
+        "split": config.evaluate.split,
+        "model": config.model,
+        "hf_compatible": config.hf_compatible,
+        "exclude_bos": config.train.exclude_bos,
+        "decode": config.decode.model_dump(),
+        "fingerprints": rag.fingerprints | {"questions": fingerprint_files([split.path])},
+        "models": {},
+    }
+    if split.left_out:
+        report["left_out"] = as_json(split.left_out)
+    predictions: list[dict[str, Any]] = []
+    limit, before = config.evaluate.limit, config.evaluate.untrained_limit
+    with Kept(folder, _evaluation(rag, report["fingerprints"], trained[1] if trained else None, mesh)) as kept:
+        if before != 0 or trained is None:
+            answerer = Answerer(rag, pretrained_params(rag, mesh), index, store, None, mesh)
+            report["models"]["untrained"], made = _measure(answerer, split, before or limit, "untrained", kept)
+            predictions += made
+        if trained is not None:
+            index = trained_index(rag, index, trained[1])
+            answerer = Answerer(rag, trained[0], index, store, trained[1], mesh)
+            report["models"]["trained"], made = _measure(answerer, split, limit, "trained", kept)
+            predictions += made
+
+        def write() -> None:
+            with atomic_write(folder / METRICS) as (file,):
+                file.write(json.dumps(report, indent=1).encode() + b"\n")
+            write_jsonl(folder / PREDICTIONS, ({"version": VERSION} | line for line in predictions))
+            kept.delete()
+
+        run_on_process_zero(write)
+    return report
+
+
+def _evaluation(rag: RagPipeline, fingerprints: dict[str, str], step: int | None, mesh: Mesh) -> dict[str, Any]:
+    """All that the numbers of an evaluation depend on, and so that nothing of another one is taken for its own."""
+    of_models = {name: fingerprint_files(getattr(rag, name).files) for name in ("retriever", "generator")}
+    devices = [f"{device.platform}:{device.device_kind}" for device in mesh.devices.flat]
+    about = {
+        "version": VERSION,
+        "config": rag.config.model_dump(mode="json", exclude={"output"}),
+        "fingerprints": fingerprints | of_models,
+        "checkpoint": None if step is None else fingerprint(Path(rag.config.output) / "checkpoints", step),
+        "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
+        "source": fingerprint_files(Path(__file__).parent.rglob("*.py")),
+        "devices": devices,
+    }
+    return json.loads(json.dumps(about))
+
+
+class Kept:
+    """What every process has made of its batches so far, each in a journal of its own; see `evaluate`.
+
+    Whatever the number of processes that made it, those that go on share out what is missing.
+    """
+
+    def __init__(self, folder: Path, evaluation: dict[str, Any]) -> None:
+        self.folder, self.evaluation = folder, evaluation
+        self._journal = Journal(folder / f"predictions.{jax.process_index()}.partial", evaluation)
+        self._before: dict[str, Made] = {}  # by what was measured, with which index; in process 0 alone
+        self._done: dict[str, list[int]] = {}  # the batches of it, in all
+
+    def __enter__(self) -> Kept:
+        self._journal.__enter__()
+        wait_for_all("evaluation")  # now nobody cuts off another one's last line
+        for path in sorted(self.folder.glob("predictions.*.partial")) if is_process_zero() else []:
+            for record in read_journal(path, self.evaluation):
+                self._before.setdefault(record["what"], {})[record["start"]] = record["made"]
+        self._done = json.loads(
+            allgather_text(json.dumps({what: list(made) for what, made in self._before.items()}))[0]
+        )
+        if count := sum(map(len, self._done.values())):
+            terminal.print(f"going on with an evaluation that was stopped: {count} batches were done", soft_wrap=True)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._journal.__exit__(*error)
+
+    def delete(self) -> None:
+        for path in self.folder.glob("predictions.*.partial"):
+            path.unlink(missing_ok=True)
+
+    def measure(
+        self,
+        name: str,
+        answerer: Answerer,
+        questions: Sequence[Question],
+        size: int,
+        of_batch: Callable[..., list[Any]],
+    ) -> list[Any]:
+        """What `of_batch` makes of the questions, JSON, one item each, in batches that all processes share out.
+
+        Each has `size` questions, filled up so that the devices divide it.
+        """
+        size = -(-size // (devices := answerer.mesh.shape["data"])) * devices
+        what = f"{name} {answerer.index.version}"
+        done = set(self._done.get(what, []))
+        missing = [start for start in range(0, len(questions), size) if start not in done]
+        mine = missing[jax.process_index() :: jax.process_count()]
+        batches = {start: list(questions[start : start + size]) for start in mine}
+        made = dict(self._before.get(what, {}))
+        with progress_bar(name, sum(map(len, batches.values())), "questions") as advance:
+            for start, batch in batches.items():
+                made[start] = of_batch(repeat_to_size(batch, size))[: len(batch)]
+                self._journal.add({"what": what, "start": start, "made": made[start]})
+                advance(len(batch))
+        of_all = {
+            start: items for text in allgather_text(json.dumps(list(made.items()))) for start, items in json.loads(text)
+        }
+        return [item for start in sorted(of_all) for item in of_all[start]]
+
+
+def _measure(
+    answerer: Answerer, split: Split, limit: int | None, name: str, kept: Kept
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The metrics, and the lines of predictions.jsonl: of the first `limit` questions, in the order of the file."""
+    config, asked = answerer.rag.config, split.first(limit)
+    metrics: dict[str, Any] = {"step": answerer.step} | _measure_retrieval(answerer, split, name, kept)
+    size = config.evaluate.batch_size
+    made = kept.measure(f"answer ({name})", answerer, asked.questions, size, partial(_predict, answerer))
+    modes = [mode for mode in answer_modes(config) if mode in ("thorough", "fast")]
+    modes += ["closed_book"] if config.evaluate.closed_book else []
+    metrics |= _summarise(made, len(asked.left_out), modes)
+    if split.left_out:
+        metrics["answerable"] |= {mode: of for mode, of in _scores(made, 0, modes).items()}
+    lines = sorted([*made, *map(_unanswered, asked.left_out)], key=lambda line: line["line"])
+    return metrics, [{"model": name} | line for line in lines]
+
+
+def _measure_retrieval(answerer: Answerer, split: Split, name: str, kept: Kept) -> dict[str, Any]:
+    """Recall at 1, 5 and k, and the mean share of the whole corpus's softmax that the top k hold."""
+    rag, index, k = answerer.rag, answerer.index, answerer.rag.config.decode.k
+
+    def of_batch(batch: list[Question]) -> list[tuple[list[bool], float | None]]:
+        found = retrieve(rag, answerer.params, index, [q.question for q in batch], max(5, k), answerer.mesh)
+        hits = [has_answer(answerer.store, q, ids).tolist() for q, ids in zip(batch, found.ids, strict=True)]
+        if not index.on_devices:
+            return [(of_question, None) for of_question in hits]
+        return list(zip(hits, np.exp(log_prior_mass(rag, index, found, k, answerer.mesh)).tolist(), strict=True))
+
+    told = kept.measure(f"retrieve ({name})", answerer, split.questions, RETRIEVAL_BATCH, of_batch)
+    found = {f"recall@{at}": sum(any(hits[:at]) for hits, _ in told) for at in sorted({1, 5, k})}
+    metrics: dict[str, Any] = {"questions": len(split)} | {key: count / len(split) for key, count in found.items()}
+    metrics["top_k_mass"] = float(np.mean([mass for _, mass in told])) if index.on_devices else None
+    if split.left_out:
+        metrics["answerable"] = {key: count / len(told) for key, count in found.items()}
+    return metrics
+
+
+def _predict(answerer: Answerer, batch: list[Question]) -> list[dict[str, Any]]:
+    """One batch: thorough and fast share a beam search, the gold answer the documents' memory."""
+    texts, golds = [q.question for q in batch], [_gold(answerer.rag, q) for q in batch]
+    gold = ["" if answer is None else answer for answer in golds]
+    retrieved = answerer.retrieve(texts)
+    found, gold_logp = answerer.candidates(texts, retrieved, "thorough", gold)
+    assert gold_logp is not None
+    closed: Sequence[Candidates | None] = [None] * len(batch)
+    if answerer.rag.config.evaluate.closed_book:
+        closed, _ = answerer.candidates(texts, None, "fast")
+    return [
+        _prediction(answerer, q, b, retrieved, found[b], closed[b], None if golds[b] is None else -float(gold_logp[b]))
+        for b, q in enumerate(batch)
+    ]
+
+
+def _gold(rag: RagPipeline, question: Question) -> str | None:
+    """The first answer whose probability can be measured: no longer than a prompt, and there are positions for it."""
+    g = rag.config.generator
+    room = rag.generator.config.max_positions - (0 if rag.generator.config.encoder_decoder else g.source_tokens)
+    longest = min(room, max(g.source_tokens, g.answer_tokens))
+    return next((answer for answer in question.answers if len(tokenize_answer(rag, answer)) <= longest), None)
+
+
+def _prediction(
+    answerer: Answerer,
+    question: Question,
+    b: int,
+    retrieved: RetrievalResult,
+    found: Candidates,
+    closed: Candidates | None,
+    gold_nll: float | None,
+) -> dict[str, Any]:
+    """One line of predictions.jsonl; probabilities are those of the thorough answer."""
+    assert found.thorough_logp is not None and found.doc_logp is not None and found.posterior is not None
+    modes = [mode for mode in answer_modes(answerer.rag.config) if mode in ("thorough", "fast")]
+    best = {mode: found.best(mode)[0] for mode in modes}
+    answers, thorough = {mode: answerer.text(found.tokens[c]) for mode, c in best.items()}, best["thorough"]
+    if closed is not None:
+        answers["closed_book"] = answerer.text(closed.tokens[closed.best("fast")[0]])
+    documents = [
+        {
+            "id": document.id,
+            "title": document.title,
+            "prior": document.prior,
+            "p_answer": float(np.exp(found.doc_logp[z, thorough])),
+            "posterior": float(found.posterior[z, thorough]),
+        }
+        for z, document in enumerate(answerer.documents(retrieved, b))
+    ]
+    scores = {
+        mode: {"exact_match": exact_match(answer, question.answers), "f1": f1(answer, question.answers)}
+        for mode, answer in answers.items()
+    }
+    return {
+        "line": question.line,
+        "id": question.id,
+        "question": question.question,
+        "gold": list(question.answers),
+        "answer": answers["thorough"],
+        "answers": answers,
+        "scores": scores,
+        "p_answer": float(np.exp(found.thorough_logp[thorough])),
+        "finished": bool(found.finished[thorough]),
+        "gold_nll": gold_nll,
+        "candidates": len(found.tokens),
+        "documents": documents,
+    }
+
+
+def _unanswered(question: LeftOut) -> dict[str, Any]:
+    """The line of a question that could not be asked."""
+    return {
+        "line": question.line,
+        "id": question.id,
+        "question": question.question,
+        "gold": list(question.answers),
+        "error": question.reason,
+    }
+
+
+def _scores(predictions: Sequence[dict[str, Any]], missed: int, modes: Sequence[str]) -> dict[str, Any]:
+    """Exact match, its interval and F1 of each mode, in which `missed` questions more count as wrong."""
+    scores: dict[str, Any] = {}
+    for mode in modes:
+        matches, f1s = (
+            np.array([p["scores"][mode][score] for p in predictions] + [0.0] * missed)
+            for score in ("exact_match", "f1")
+        )
+        scores[mode] = {
+            "exact_match": _mean(matches),
+            "exact_match_interval": list(bootstrap_interval(matches, seed=0)) if len(matches) else None,
+            "f1": _mean(f1s),
+        }
+    return scores
+
+
+def _summarise(predictions: Sequence[dict[str, Any]], missed: int, modes: Sequence[str]) -> dict[str, Any]:
+    summary: dict[str, Any] = {"answered": len(predictions)} | ({"unanswerable": missed} if missed else {})
+    summary |= _scores(predictions, missed, modes)
+    if "fast" in modes:
+        differ = [p for p in predictions if p["answers"]["thorough"] != p["answers"]["fast"]]
+        summary["thorough_and_fast_differ"] = {
+            "questions": len(differ),
+            "thorough_right": int(sum(p["scores"]["thorough"]["exact_match"] for p in differ)),
+            "fast_right": int(sum(p["scores"]["fast"]["exact_match"] for p in differ)),
+        }
+    summary["gold_nll"] = _mean([p["gold_nll"] for p in predictions if p["gold_nll"] is not None])
+    summary["mean_candidates"] = _mean([p["candidates"] for p in predictions])
+    right = np.array([p["scores"]["thorough"]["exact_match"] == 1 for p in predictions])
+    confidence = np.array([p["p_answer"] for p in predictions])
+    summary["calibration_error"] = expected_calibration_error(confidence, right) if predictions else None
+    return summary
+
+
+def _mean(values: Any) -> float | None:
+    return float(np.mean(values)) if len(values) else None
+
+
+def print_metrics(report: dict[str, Any], as_json: bool) -> None:
+    """The metrics as a table, one column for each model; how many questions were answered stands in its head."""
+    if as_json:
+        print(json.dumps(report))
+        return
+    models = report["models"]
+    first = next(iter(models.values()))
+    heads = [
+        f"{name}{'' if m['step'] is None else ', step ' + str(m['step'])}\n{m['answered']} answered"
+        + (f", {m['unanswerable']} not" if "unanswerable" in m else "")
+        for name, m in models.items()
+    ]
+    table = Table(f"{first['questions']} {report['split']} questions", *heads, box=box.SIMPLE_HEAD)
+
+    def shown(value: Any) -> str:
+        if isinstance(value, list):
+            return " … ".join(map(shown, value))
+        return "–" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+
+    def row(label: str, *keys: str) -> None:
+        table.add_row(label, *(shown(reduce(getitem, keys, m)) for m in models.values()))
+
+    def row_and_without(label: str, *keys: str) -> None:
+        """What could not be asked counts as wrong; without such it is another number, if there are any."""
+        row(label, *keys)
+        if "answerable" in first:
+            row("  of those that could be asked", "answerable", *keys)
+
+    for key in first:
+        if key.startswith("recall@"):
+            row_and_without(f"{key} (all questions)", key)
+    row("prior mass of the top k (all questions)", "top_k_mass")
+    for mode in ("thorough", "fast", "closed_book"):
+        if mode in first:
+            row_and_without(f"{mode.replace('_', ' ')}: exact match", mode, "exact_match")
+            row("  its 95 % interval", mode, "exact_match_interval")
+            row_and_without(f"{mode.replace('_', ' ')}: F1", mode, "f1")
+    row("−log p(gold answer), nats", "gold_nll")
+    row("calibration error of p(answer)", "calibration_error")
+    if "fast" in first:
+        row("thorough and fast differ", "thorough_and_fast_differ", "questions")
+        for mode in ("thorough", "fast"):
+            row(f"  of these, {mode} right", "thorough_and_fast_differ", f"{mode}_right")
+    Screen(highlight=False, markup=False).print(table)

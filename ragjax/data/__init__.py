@@ -1,0 +1,1 @@
+"""Text: passages, questions, tokens and prompts."""

@@ -1,0 +1,1 @@
+"""The CIA World Factbook as passages and questions."""

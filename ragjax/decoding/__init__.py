@@ -1,0 +1,1 @@
+"""Stages 2 to 4: candidates, their marginals, and the choice."""

@@ -1,0 +1,237 @@
+"""Beam search over any next-token distribution; it knows nothing of models, documents or retrieval.
+
+Beams are never copied: a token is written once into a pool of T·W slots, and each beam keeps its ancestry, the slot
+that it occupies at every earlier step. A score is the sum of log-probabilities, the end token included. Once half of
+the rows are finished, and again when three quarters are, the others go on by themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+# (tokens[n,W], step, attention_mask[n,W,T·W], cache) → (log-probabilities of what follows [n,W,V], cache)
+NextLogp = Callable[[Array, Array, Array, Any], tuple[Array, Any]]
+
+
+@dataclass(frozen=True)
+class BeamSettings:
+    """How to search; a static argument of the programs that do."""
+
+    num_beams: int  # W
+    max_new_tokens: int  # T
+    eos: int  # the token that ends an answer
+    pad: int  # what fills up after it
+    min_new_tokens: int = 0  # before these no answer ends
+    length_penalty: float = 0.0  # answers are ranked by logp / length**length_penalty
+    early_stopping: bool = False  # end with the first W answers
+    forced_bos: int | None = None  # the only first token allowed; it counts with the probability that it has
+    forced_eos: int | None = None  # the only token allowed at the length limit; likewise
+    # As transformers has it, to the letter: a forced token counts 0, a prefix cut at the length limit may push out a
+    # finished answer, and whether a running beam can still win is guessed from its present length.
+    hugging_face: bool = False
+
+    def rank(
+        self, logp: Float[Array | np.ndarray, "*n"], length: Int[Array | np.ndarray, "..."] | int
+    ) -> Float[Array, "*n"]:
+        """By what answers are compared."""
+        return jnp.asarray(logp) / jnp.asarray(length, jnp.float32) ** self.length_penalty
+
+    @property
+    def stops_at_first(self) -> bool:
+        """Whether a row is done with its first W answers; one beam of transformers is a greedy search."""
+        return self.early_stopping or (self.hugging_face and self.num_beams == 1)
+
+
+@struct.dataclass
+class Beams:
+    """The W best answers of each row, finished ones first, then by score; on the device, or fetched from it."""
+
+    tokens: Int[Array | np.ndarray, "n W T"]  # the end token included, then padding
+    length: Int[Array | np.ndarray, "n W"]
+    logp: Float[Array | np.ndarray, "n W"]  # nats; −inf where there are fewer than W answers
+    finished: Bool[Array | np.ndarray, "n W"]  # reached the end token
+
+
+@struct.dataclass
+class _State:
+    step: Int[Array, ""]
+    last: Int[Array, "n W"]  # the newest token of each running beam
+    tokens: Int[Array, "n W T"]
+    ancestry: Int[Array, "n W T"]  # which of the W slots of each step this beam came through
+    logp: Float[Array, "n W"]
+    done: Beams
+    open: Bool[Array, " n"]  # rows whose best answers can still change
+    cache: Any
+
+    def take(self, rows: Int[Array, " R"]) -> _State:
+        """The search of some rows alone."""
+        parts = {name: jax.tree.map(lambda x: x[rows], getattr(self, name)) for name in _BY_ROW}
+        return replace(self, cache=self.cache.take(rows), **parts)
+
+    def put(self, rows: Int[Array, " R"], part: _State) -> _State:
+        """With these rows as the search of them alone left them."""
+
+        def put(whole: Any, some: Any) -> Any:
+            return jax.tree.map(lambda x, new: x.at[rows].set(new), whole, some)
+
+        wholes = {name: put(getattr(self, name), getattr(part, name)) for name in _BY_ROW}
+        return replace(part, cache=self.cache.put(rows, part.cache), **wholes)
+
+
+_BY_ROW = ("last", "tokens", "ancestry", "logp", "done", "open")
+
+
+def batch_sizes(rows: int) -> list[int]:
+    """The numbers of rows of a search that lets finished rows leave: all, then a half of them, then a quarter."""
+    return [rows, *(size for size in (rows // 2, rows // 4) if size > 1)]
+
+
+def beam_search(
+    next_logp: NextLogp,
+    cache: Any,
+    start: Int[Array, " n"],
+    settings: BeamSettings,
+    for_rows: Callable[[Int[Array, " R"]], NextLogp] | None = None,
+) -> tuple[Beams, Any]:
+    """Searches until no running beam can enter the best W, or at `max_new_tokens`, which leaves unfinished prefixes.
+
+    As in Hugging Face, the 2W best continuations are looked at in each step, and an end token finishes an answer if
+    it is among the best W. Pure: call it inside `jax.jit`.
+
+    Args:
+        next_logp: gives log-probabilities [n,W,V] of what follows the newest tokens [n,W], which stand at position
+            `step` and attend to the slots of the pool that `attention_mask` [n,W,T·W] says; and the cache after that.
+        cache: what `next_logp` keeps, of T·W slots a row. With `for_rows` it has `take(rows)` and `put(rows, part)`.
+        start: the token before the first one, of each row.
+        settings: how to search.
+        for_rows: gives `next_logp` for some of the rows, and so lets finished rows leave (see `batch_sizes`).
+
+    Returns:
+        The best W answers of each row, and the cache as the last step left it.
+    """
+    sizes = [*batch_sizes(start.shape[0]), 0] if for_rows else [start.shape[0], 0]
+
+    def going(fewer: int, state: _State) -> Array:
+        return (state.step < settings.max_new_tokens) & (state.open.sum() > fewer)
+
+    state = _first_state(settings, start, cache)
+    state = jax.lax.while_loop(partial(going, sizes[1]), partial(_advance, settings, next_logp), state)
+    for size, fewer in pairwise(sizes[1:]):
+
+        def with_fewer(state: _State, size: int = size, fewer: int = fewer) -> _State:
+            rows = jnp.argsort(~state.open)[:size]  # those still open first
+            assert for_rows is not None
+            search = partial(_advance, settings, for_rows(rows))
+            return state.put(rows, jax.lax.while_loop(partial(going, fewer), search, state.take(rows)))
+
+        state = jax.lax.cond(going(0, state), with_fewer, lambda state: state, state)
+    if settings.hugging_face:
+        return state.done, state.cache
+    # prefixes that ran into the limit fill the places that no finished answer takes
+    length = jnp.full_like(state.last, settings.max_new_tokens)
+    cut = jnp.where(state.open[:, None], state.logp, -jnp.inf)
+    prefixes = Beams(state.tokens, length, cut, jnp.zeros(length.shape, bool))
+    return _best(settings, state.done, prefixes), state.cache
+
+
+def _first_state(settings: BeamSettings, start: Int[Array, " n"], cache: Any) -> _State:
+    """Of W equal beams only the first counts."""
+    n, width, longest = start.shape[0], settings.num_beams, settings.max_new_tokens
+    blank = jnp.full((n, width, longest), settings.pad, jnp.int32)
+    first_only = jnp.where(jnp.arange(width) == 0, 0.0, -jnp.inf)
+    none = Beams(blank, jnp.ones((n, width), jnp.int32), jnp.full((n, width), -jnp.inf), jnp.zeros((n, width), bool))
+    return _State(
+        step=jnp.zeros((), jnp.int32),
+        last=jnp.broadcast_to(start[:, None], (n, width)),
+        tokens=blank,
+        ancestry=jnp.zeros((n, width, longest), jnp.int32),
+        logp=jnp.broadcast_to(first_only, (n, width)),
+        done=none,
+        open=jnp.ones(n, bool),
+        cache=cache,
+    )
+
+
+def _advance(settings: BeamSettings, next_logp: NextLogp, state: _State) -> _State:
+    """One step of all beams: the 2W best continuations, of which those that end are finished and W others go on."""
+    (n, width), longest, step = state.last.shape, settings.max_new_tokens, state.step
+    row, here = jnp.arange(n)[:, None], jnp.arange(longest) == step
+    ancestry = jnp.where(here, jnp.arange(width)[None, :, None], state.ancestry)
+    past = (ancestry[..., None] == jnp.arange(width)) & (jnp.arange(longest) <= step)[:, None]
+    logp, cache = next_logp(state.last, step, past.reshape(n, width, longest * width), state.cache)
+    vocabulary = logp.shape[-1]
+    total = state.logp[..., None] + _allowed(settings, logp, step)
+    best, flat = jax.lax.top_k(total.reshape(n, -1), min(2 * width, width * vocabulary))
+    parent, token = flat // vocabulary, flat % vocabulary
+    tokens = jnp.where(here, token[..., None], state.tokens[row, parent])
+    done = _finish(settings, state, tokens, token, best)
+
+    going, keep = jax.lax.top_k(jnp.where(token == settings.eos, -jnp.inf, best), width)
+    # log-probabilities only fall, so this bounds whatever a running beam can still become
+    longer = settings.length_penalty > 0 and not settings.hugging_face
+    bound = settings.rank(going[:, 0], longest if longer else step + 1)
+    worst = settings.rank(done.logp, done.length).min(axis=1)
+    full = settings.stops_at_first & (done.logp > -jnp.inf).all(axis=1)
+    return _State(
+        step=step + 1,
+        last=token[row, keep],
+        tokens=tokens[row, keep],
+        ancestry=ancestry[row, parent[row, keep]],
+        logp=going,
+        done=done,
+        open=state.open & (bound > worst) & ~full,
+        cache=cache,
+    )
+
+
+def _allowed(settings: BeamSettings, logp: Float[Array, "n W V"], step: Int[Array, ""]) -> Float[Array, "n W V"]:
+    """−inf for tokens that may not come at this step: an end too early, or any but a forced one."""
+    token = jnp.arange(logp.shape[-1])
+    too_short = (token == settings.eos) & (step < settings.min_new_tokens)
+    allowed = jnp.where(too_short, -jnp.inf, logp)
+    for forced, when in ((settings.forced_bos, 0), (settings.forced_eos, settings.max_new_tokens - 1)):
+        if forced is not None:
+            only = jnp.where(token == forced, 0.0 if settings.hugging_face else logp, -jnp.inf)
+            allowed = jnp.where(step == when, only, allowed)
+    return allowed
+
+
+def _finish(
+    settings: BeamSettings,
+    state: _State,
+    tokens: Int[Array, "n Q T"],
+    token: Int[Array, "n Q"],
+    logp: Float[Array, "n Q"],
+) -> Beams:
+    """The finished answers with those of the Q best continuations that end here and are among the best W."""
+    ends = token == settings.eos
+    at_limit = state.step + 1 == settings.max_new_tokens
+    complete = ends | (at_limit & settings.hugging_face)
+    among_best = jnp.arange(logp.shape[1]) < settings.num_beams
+    length = jnp.full_like(token, state.step + 1)
+    fresh = Beams(tokens, length, jnp.where(complete & among_best, logp, -jnp.inf), ends)
+    done = _best(settings, state.done, fresh)
+    return jax.tree.map(lambda new, old: jnp.where(_rows(state.open, new), new, old), done, state.done)
+
+
+def _rows(flags: Bool[Array, " n"], like: Array) -> Array:
+    return flags.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def _best(settings: BeamSettings, *groups: Beams) -> Beams:
+    """The best W answers of several groups, finished ones first unless as Hugging Face; earlier groups win ties."""
+    joined = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *groups)
+    joined = replace(joined, finished=joined.finished & (joined.logp > -jnp.inf))
+    score = settings.rank(joined.logp, joined.length)
+    order = jnp.lexsort((-score, ~joined.finished & (not settings.hugging_face)), axis=1)[:, : settings.num_beams]
+    return jax.tree.map(lambda leaf: leaf[jnp.arange(leaf.shape[0])[:, None], order], joined)

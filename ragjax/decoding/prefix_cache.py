@@ -1,0 +1,264 @@
+"""The prefixes that a beam search reads under each document, and the scores of candidates computed from them.
+
+    log p(y|x,z) = Σ_t [ logit(y_t | y_<t, x, z) − log Σ_v exp logit(v | y_<t, x, z) ]
+
+Whatever prefix a beam search has read under z, its state is kept. A candidate that another document proposed shares
+some prefixes with it: these are not read again, and the others, each of them once, in one padded pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx, struct
+from jaxtyping import Array, Bool, Float, Int
+
+from ragjax.models.generator import Generator, SpecialTokens, event_logits
+from ragjax.models.kv_cache import DocumentMemory, KVCache, empty_kv_cache
+from ragjax.models.layers import Params
+from ragjax.padding import bucket_size
+
+Tokens = tuple[int, ...]
+
+
+@struct.dataclass
+class PrefixCache:
+    """The prefixes that were read after each of n memories: each is one slot, that of its last token."""
+
+    past: KVCache
+    tokens: Int[Array, "n P"]
+    parent: Int[Array, "n P"]  # the slot of the prefix without its last token; -1 for the start token, and unwritten
+    hidden: Float[Array, "n P D"]
+    logsumexp: Float[Array, "n P"]  # of the logits of what follows
+
+    def take(self, rows: Int[Array, " R"]) -> PrefixCache:
+        """What was read after some of the memories."""
+        others = (x[rows] for x in (self.tokens, self.parent, self.hidden, self.logsumexp))
+        return PrefixCache(self.past.take(rows), *others)
+
+    def put(self, rows: Int[Array, " R"], part: PrefixCache) -> PrefixCache:
+        """With what was read after some of the memories; the others read nothing meanwhile."""
+
+        def put(name: str) -> Array:
+            return getattr(self, name).at[rows].set(getattr(part, name))
+
+        arrays = {name: put(name) for name in ("tokens", "parent", "hidden", "logsumexp")}
+        return replace(self, past=self.past.put(rows, part.past), **arrays)
+
+
+def empty_prefix_cache(generator: Generator, memory: DocumentMemory, slots: int) -> PrefixCache:
+    """`slots` unwritten slots beside each memory."""
+    shape, config = (memory.start.shape[0], slots), generator.config
+    nothing, states = jnp.zeros(shape, jnp.int32), jnp.zeros((*shape, config.hidden_size), config.dtype)
+    return PrefixCache(empty_kv_cache(memory, slots), nothing, nothing - 1, states, jnp.zeros(shape, jnp.float32))
+
+
+def beam_step(
+    generator: Generator,
+    memory: DocumentMemory,
+    prefixes: PrefixCache,
+    tokens: Int[Array, "n W"],
+    step: Int[Array, ""],
+    attention_mask: Bool[Array, "n W P"],
+) -> tuple[Float[Array, "n W V"], PrefixCache]:
+    """One step of W beams: log-probabilities (nats) of what follows `tokens`, which stand at position `step`.
+
+    `attention_mask` says which slots each beam sees, its own new one included. The prefixes read are cached.
+    """
+    first, past = prefixes.past.filled, prefixes.past
+    positions = jnp.broadcast_to(step, (1, tokens.shape[1], 1))
+    hidden, after = generator.forward_with_cache(
+        memory, past, tokens[:, :, None], positions, attention_mask[:, :, None, :]
+    )
+    assert after is not None
+    hidden = hidden[:, :, 0]
+    logits = generator.vocab_head().logits(hidden)
+    logsumexp = jax.nn.logsumexp(logits, axis=-1)
+    slots = jnp.arange(attention_mask.shape[-1])
+    parent = jnp.where(attention_mask & (slots < first), slots, -1).max(axis=-1)
+
+    def write(into: Array, new: Array) -> Array:
+        return jax.lax.dynamic_update_slice(into, new, (0, first, *[0] * (new.ndim - 2)))
+
+    cache = PrefixCache(
+        after,
+        write(prefixes.tokens, tokens),
+        write(prefixes.parent, parent),
+        write(prefixes.hidden, hidden),
+        write(prefixes.logsumexp, logsumexp),
+    )
+    return logits - logsumexp[..., None], cache
+
+
+class PrefixScorer:
+    """Scores any answer under n memories, on the host: from the prefix cache where it can, else by reading more."""
+
+    def __init__(
+        self, graph: nnx.GraphDef, params: Params, memory: DocumentMemory, prefixes: PrefixCache, special: SpecialTokens
+    ) -> None:
+        self.graphdef, self.params, self.memory, self.prefixes, self.special = graph, params, memory, prefixes, special
+        filled, tokens, parent = jax.device_get((prefixes.past.filled, prefixes.tokens, prefixes.parent))
+        self._tokens, self._parent = tokens[:, :filled].tolist(), parent[:, :filled].tolist()
+
+    def bounds(self, answers: Mapping[int, Sequence[Tokens]]) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+        """By memory: upper bounds on log p(y|x,z) (nats) of its answers, and whether they are exact; nothing is read.
+
+        An answer is never likelier than a prefix of it, so the log-probability of its longest cached prefix is a bound.
+        It is exact where all T − 1 prefixes of an answer of T tokens are cached.
+        """
+        if not answers:
+            return {}
+        trees, paths = self._trees(answers, grow=False)
+        rows = np.array(list(answers), np.int32)
+        logp = self._path_logp(trees, paths, self.prefixes.hidden[rows], self.prefixes.logsumexp[rows])
+        return {
+            row: (
+                np.array([steps.sum() for steps in by_answer], np.float32),
+                np.array([len(steps) == len(y) for steps, y in zip(by_answer, answers[row], strict=True)], bool),
+            )
+            for row, by_answer in zip(answers, logp, strict=True)
+        }
+
+    def score(self, answers: Mapping[int, Sequence[Tokens]]) -> dict[int, list[Float[np.ndarray, " T"]]]:
+        """By memory: log p(y_t|y_<t,x,z) (nats) of each answer. Prefixes not cached are read, each once, together."""
+        if not answers:
+            return {}
+        trees, paths = self._trees(answers, grow=True)
+        rows, most = list(answers), max(len(tree.new) for tree in trees)
+        if most == 0:
+            hidden, logsumexp = self.prefixes.hidden[np.array(rows)], self.prefixes.logsumexp[np.array(rows)]
+        else:
+            hidden, logsumexp = self._read(rows, trees, most)
+        return dict(zip(rows, self._path_logp(trees, paths, hidden, logsumexp), strict=True))
+
+    def _trees(self, answers: Mapping[int, Sequence[Tokens]], grow: bool) -> tuple[list[_Tree], list[list[list[int]]]]:
+        """The tree under each memory, and the path along each of its answers."""
+        slots = self.prefixes.tokens.shape[1]
+        trees = [_Tree(self._tokens[row], self._parent[row], slots) for row in answers]
+        return trees, [[tree.path(y, grow) for y in ys] for tree, ys in zip(trees, answers.values(), strict=True)]
+
+    def _read(self, rows: list[int], trees: Sequence[_Tree], most: int) -> tuple[Array, Array]:
+        """States and logsumexps [R,Q(,D)] of all prefixes of some memories, once the new ones of `trees` are read.
+
+        Few shapes, so that few programs are compiled: rows that fill up repeat the first, and of M columns at most an
+        eighth, or 15, are padding.
+        """
+        whole = rows == list(range(len(self._tokens)))
+        chosen = np.array(rows + ([] if whole else rows[:1] * (bucket_size(len(rows)) - len(rows))), np.int32)
+        count, slots = len(chosen), self.prefixes.tokens.shape[1]
+        step = max(16, 1 << max(0, most.bit_length() - 4))
+        width = -(-most // step) * step
+        tokens, positions = np.zeros((2, count, width), np.int32)
+        attention_mask = np.zeros((count, width, slots + width), bool)
+        for r, tree in enumerate(trees):
+            tree.write(tokens[r], positions[r], attention_mask[r])
+        # each sees itself, and what fills up sees nothing else
+        attention_mask[:, np.arange(width), slots + np.arange(width)] = True
+        new = (None if whole else chosen, tokens, positions, attention_mask)
+        return extend_prefixes(self.graphdef, self.params, self.memory, self.prefixes, *new)
+
+    def _path_logp(
+        self, trees: Sequence[_Tree], paths: Sequence[list[list[int]]], hidden: Array, logsumexp: Array
+    ) -> list[list[Float[np.ndarray, " T"]]]:
+        """The log-probabilities along each path, by tree."""
+        edges = np.zeros((2, hidden.shape[0], bucket_size(max(len(tree.edges) for tree in trees), 8)), np.int32)
+        for r, tree in enumerate(trees):
+            edges[:, r, : len(tree.edges)] = np.array(list(tree.edges), np.int32).reshape(-1, 2).T
+        logp = np.asarray(edge_logp(self.graphdef, self.params, self.special, hidden, logsumexp, *edges))
+        return [[row[path] for path in by_answer] for row, by_answer in zip(logp, paths, strict=False)]
+
+
+class _Tree:
+    """The prefixes cached under one memory, new ones that must be read, and the edges along which answers lead."""
+
+    def __init__(self, tokens: Sequence[int], parent: Sequence[int], first: int) -> None:
+        """Slots from `first` on are for new prefixes."""
+        self.parent, self.first = parent, first
+        # equal prefixes in two slots have equal states
+        self.children = {(p, t): slot for slot, (p, t) in enumerate(zip(parent, tokens, strict=True)) if p >= 0}
+        self.new: list[tuple[int, int]] = []  # parent and token
+        self.edges: dict[tuple[int, int], int] = {}  # slot of a prefix and the token after it
+
+    def path(self, answer: Tokens, grow: bool) -> list[int]:
+        """The edges along an answer; without `grow`, as far as its prefixes are cached."""
+        path, slot = [], 0
+        for token in answer:
+            path.append(self.edges.setdefault((slot, token), len(self.edges)))
+            if len(path) == len(answer):
+                break
+            child = self.children.get((slot, token))
+            if child is None:
+                if not grow:
+                    break
+                child = self.children[slot, token] = self.first + len(self.new)
+                self.new.append((slot, token))
+            slot = child
+        return path
+
+    def write(self, tokens: np.ndarray, positions: np.ndarray, attention_mask: np.ndarray) -> None:
+        """Writes the new prefixes into rows of M: tokens, their positions, and which slots [M,P+M] each sees."""
+        for m, (parent, token) in enumerate(self.new):
+            if parent >= self.first:
+                attention_mask[m] |= attention_mask[parent - self.first]
+            else:
+                slot = parent
+                while slot >= 0:
+                    attention_mask[m, slot] = True
+                    slot = self.parent[slot]
+            tokens[m], positions[m] = token, attention_mask[m].sum()
+            attention_mask[m, self.first + m] = True
+
+
+@partial(jax.jit, static_argnums=0)
+def extend_prefixes(
+    graph: nnx.GraphDef,
+    params: Params,
+    memory: DocumentMemory,
+    prefixes: PrefixCache,
+    rows: Int[Array, " R"] | None,
+    tokens: Int[Array, "R M"],
+    positions: Int[Array, "R M"],
+    attention_mask: Bool[Array, "R M Q"],
+) -> tuple[Float[Array, "R Q D"], Float[Array, "R Q"]]:
+    """Reads M more prefixes beside the P cached ones of some memories: states and logsumexps of all Q = P + M.
+
+    `rows` are the memories, or None for all; `attention_mask` says which of the Q slots each new token sees, its own
+    included.
+    """
+    if rows is not None:
+        memory, prefixes = memory.take(rows), prefixes.take(rows)
+    more, past, generator = tokens.shape[1], prefixes.past, nnx.merge(graph, params)
+
+    def room(x: Array, axis: int) -> Array:
+        return jnp.pad(x, [(0, more if a == axis else 0) for a in range(x.ndim)])
+
+    slots = prefixes.tokens.shape[1]
+    pool = KVCache(room(past.keys, 2), room(past.values, 2), room(past.positions, 1), jnp.asarray(slots, jnp.int32))
+    hidden, _ = generator.forward_with_cache(memory, pool, tokens[:, None], positions[:, None], attention_mask[:, None])
+    hidden = hidden[:, 0]
+    logsumexp, _ = generator.vocab_head().logsumexp_and_mean(hidden)
+    return (
+        jnp.concatenate([prefixes.hidden, hidden], axis=1),
+        jnp.concatenate([prefixes.logsumexp, logsumexp], axis=1),
+    )
+
+
+@partial(jax.jit, static_argnums=(0, 2))
+def edge_logp(
+    graph: nnx.GraphDef,
+    params: Params,
+    special: SpecialTokens,
+    hidden: Float[Array, "R Q D"],
+    logsumexp: Float[Array, "R Q"],
+    slot: Int[Array, "R E"],
+    token: Int[Array, "R E"],
+) -> Float[Array, "R E"]:
+    """log p(token | the prefix in a slot); of `special.eos`, that the answer ends there."""
+    states = jnp.take_along_axis(hidden, slot[..., None], axis=1)
+    logits = event_logits(nnx.merge(graph, params).vocab_head(), states, token, special)
+    return logits - jnp.take_along_axis(logsumexp, slot, axis=1)

@@ -1,0 +1,67 @@
+"""Stage 2: documents are read once, and a beam search under each proposes candidates."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Bool, Int
+
+from ragjax.config import Decode
+from ragjax.decoding.beam_search import Beams, BeamSettings, NextLogp, beam_search
+from ragjax.decoding.prefix_cache import PrefixCache, beam_step, empty_prefix_cache
+from ragjax.models.generator import SpecialTokens, join_ends
+from ragjax.models.kv_cache import DocumentMemory
+from ragjax.models.layers import Params
+
+
+@partial(jax.jit, static_argnums=0)
+def prefill_documents(
+    graph: nnx.GraphDef, params: Params, source: Int[Array, "n S"], mask: Bool[Array, "n S"]
+) -> DocumentMemory:
+    """Each of n right-padded prompts read once; `params` are the generator's."""
+    return nnx.merge(graph, params).prefill(source, mask)
+
+
+@partial(jax.jit, static_argnums=(0, 3, 4, 5))
+def beam_search_documents(
+    graph: nnx.GraphDef,
+    params: Params,
+    memory: DocumentMemory,
+    settings: Decode,
+    special: SpecialTokens,
+    hugging_face: bool = False,
+) -> tuple[Beams, PrefixCache]:
+    """Beam search under each of n documents, all at once in one program; and the prefixes that it read.
+
+    A score is log p(y|x,z) in nats. `hugging_face` repeats transformers' beam search to the letter.
+    """
+    generator = nnx.merge(graph, params)
+
+    def next_logp(memory: DocumentMemory) -> NextLogp:
+        def step(tokens: Array, number: Array, mask: Array, prefixes: PrefixCache) -> tuple[Array, PrefixCache]:
+            logp, prefixes = beam_step(generator, memory, prefixes, tokens, number, mask)
+            return join_ends(logp, special), prefixes
+
+        return step
+
+    search = beam_settings(settings, special, hugging_face)
+    cache = empty_prefix_cache(generator, memory, search.max_new_tokens * search.num_beams)
+    return beam_search(next_logp(memory), cache, memory.start, search, lambda rows: next_logp(memory.take(rows)))
+
+
+def beam_settings(settings: Decode, special: SpecialTokens, hugging_face: bool) -> BeamSettings:
+    """What the configuration and the checkpoint's special tokens say of a beam search."""
+    return BeamSettings(
+        num_beams=settings.beams,
+        max_new_tokens=settings.max_new_tokens,
+        eos=special.eos,
+        pad=special.pad,
+        min_new_tokens=settings.min_new_tokens,
+        length_penalty=settings.length_penalty,
+        early_stopping=settings.early_stopping,
+        forced_bos=special.forced_bos,
+        forced_eos=special.forced_eos,
+        hugging_face=hugging_face,
+    )

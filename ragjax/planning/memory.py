@@ -1,0 +1,87 @@
+"""Whether training fits into the memory of its devices, and what would help."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from jax.sharding import Mesh
+
+from ragjax.config import ON_DEVICES
+from ragjax.errors import InputError
+from ragjax.planning.program_cost import NotCompiled, bytes_each, compiled_cost
+from ragjax.rag import RagModel
+from ragjax.resources import host_memory, size_text
+from ragjax.training.fused_retrieval import abstract_corpus
+from ragjax.training.state import abstract_state
+from ragjax.training.step import trace_step, train_programs
+
+
+def check_memory(rag: RagModel, mesh: Mesh, passages: int, limit: int | None = None) -> None:
+    """Raises `InputError`, with advice, if training needs more memory of a device than the `limit` (bytes) it has.
+
+    Without a limit it is what the device reports. A CPU reports none: there the state alone, of all its devices, is
+    held against the machine's memory, and nothing is compiled. `passages` is N.
+    """
+    config, state = rag.config, bytes_each(abstract_state(rag, mesh))
+    if limit is None:
+        limit = (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
+    if limit is None:
+        memory, need = host_memory(), state * len(mesh.local_devices)
+        if memory is not None and need > memory:
+            has = f"parameters and optimiser state take {size_text(need)}, and this machine has {size_text(memory)}"
+            raise InputError(f"training does not fit: {has}; use smaller models or train.freeze")
+        return
+    searched = 0
+    if config.index.kind in ON_DEVICES:
+        searched = bytes_each(abstract_corpus(rag, mesh, passages))
+    try:
+        temporaries = max(
+            compiled_cost(trace_step(rag, mesh, passages, make).lower()).temporaries
+            for make in train_programs(config.train)
+        )
+    except NotCompiled:
+        return  # then the step itself will tell
+    if (need := state + temporaries + searched) > limit:
+        parts = f"parameters and optimiser state {size_text(state)}, temporaries {size_text(temporaries)}"
+        parts += f", passages {size_text(searched)}" if searched else ""
+        raise InputError(
+            f"training does not fit: it needs {size_text(need)} of a device that has {size_text(limit)} ({parts}); "
+            f"what would help: {'; '.join(memory_advice(rag, mesh))}"
+        )
+
+
+def memory_advice(rag: RagModel, mesh: Mesh) -> list[str]:
+    """Settings that would lower what training needs of each device, the least costly first."""
+    config, train, (data, _) = rag.config, rag.config.train, mesh.devices.shape
+    found = []
+    if config.index.kind in ON_DEVICES and config.retriever.prior == "top_k":
+        found.append("index.kind=HNSW32 (the host then searches)")
+    if not config.mesh.fsdp and data > 1:
+        split = replace(rag, config=config.replace(mesh=config.mesh.replace(fsdp=True)))
+        before, after = (size_text(bytes_each(abstract_state(models, mesh))) for models in (rag, split))
+        found.append(f"mesh.fsdp=true (parameters and optimiser state {after} instead of {before})")
+    if config.dtype == "float32":
+        found.append("dtype=bfloat16")
+    if not train.remat:
+        found.append("train.remat=true")
+    if train.objective == "contrastive":
+        smaller = [f"train.batch_size below {train.batch_size}", f"train.k below {train.k}"]
+        return [*found, *smaller, f"retriever.passage_tokens below {config.retriever.passage_tokens}", "smaller models"]
+    # of one micro-batch every device should have as few questions as can be, and at least one
+    parts = [
+        n for n in range(1, train.batch_size + 1) if train.batch_size % n == 0 and train.batch_size // n % data == 0
+    ]
+    if parts and train.accumulate not in parts:
+        found.append(
+            f"train.accumulate={parts[-1]} (now {data} devices share {train.batch_size // train.accumulate} questions)"
+        )
+    elif more := [n for n in parts if n > train.accumulate]:
+        found.append(f"train.accumulate={more[0]}")
+    elif train.k > 1:
+        found.append(f"train.k below {train.k}")
+    found.append(f"generator.source_tokens below {config.generator.source_tokens}")
+    if train.backward_documents is None and config.model == "rag_sequence" and train.k > 1:
+        found.append("train.backward_documents=1")
+    if config.index.kind in ON_DEVICES and config.index.dtype == "float32":
+        found.append("index.dtype=bfloat16")
+    return [*found, "smaller models"]

@@ -1,0 +1,191 @@
+"""What a program costs, read from its own text: floating-point operations, and bytes between devices.
+
+XLA's `cost_analysis` counts a loop's body once, and the layers run in a loop: so both are counted here.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+
+class NotCompiled(Exception):
+    """XLA cannot compile a program, or does not tell what it needs; the message says why."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a compiled program takes of each device, in bytes."""
+
+    temporaries: int  # set aside beside its arguments and results
+    sent: dict[str, int] | None  # as `bytes_sent`; None where XLA refuses to compile what cannot fit
+
+
+def compiled_cost(lowered: jax.stages.Lowered) -> Cost:
+    """Compiles a program and asks XLA. Raises `NotCompiled`."""
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        # the TPU's compiler knows how much memory there is, and gives up where a program needs more
+        if found := re.search(r"HLO temporaries \(([\d.]+)([KMG])\)", str(error)):
+            return Cost(round(float(found[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[found[2]]), None)
+        raise NotCompiled(f"XLA cannot compile it: {str(error).splitlines()[0]}") from None
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        raise NotCompiled("XLA has no analysis for this device")
+    return Cost(int(analysis.temp_size_in_bytes), bytes_sent(compiled.as_text() or ""))
+
+
+def bytes_each(tree: Any) -> int:
+    """What the arrays of a tree, abstract ones too, take on each device that holds a part of them."""
+
+    def part(leaf: Any) -> tuple[int, ...]:
+        return leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+
+    return sum(math.prod(part(leaf)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def matmul_flops(jaxpr: Jaxpr) -> int:
+    """Floating-point operations of a program's matrix products and convolutions, 2 each multiplication, on all devices.
+
+    A `scan` counts as often as it runs, the dearest branch of a `cond` once, the body of a `while` once (its number of
+    turns is not in the program). What a backward pass recomputes is counted again.
+    """
+    total = 0
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        read: list[Any] = [x.aval for x in equation.invars]
+        made: list[Any] = [x.aval for x in equation.outvars]
+        if name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            total += 2 * made[0].size * math.prod(read[0].shape[d] for d in contracted)
+        elif name == "conv_general_dilated":
+            features = equation.params["dimension_numbers"].rhs_spec[0]
+            total += 2 * made[0].size * read[1].size // read[1].shape[features]
+        else:
+            inside = [matmul_flops(inner) for inner in _jaxprs(equation.params.values())] or [0]
+            total += max(inside) if name == "cond" else sum(inside) * equation.params.get("length", 1)
+    return total
+
+
+def _jaxprs(values: Any) -> Iterator[Jaxpr]:
+    for value in values:
+        if isinstance(value, ClosedJaxpr):
+            yield value.jaxpr
+        elif isinstance(value, Jaxpr):
+            yield value
+        elif isinstance(value, tuple | list):
+            yield from _jaxprs(value)
+
+
+# what each of n devices sends, as a share of the bytes of the operation's result, when they pass parts around a ring
+SENT = {
+    "all-reduce": lambda n: 2 * (n - 1) / n,
+    "all-gather": lambda n: (n - 1) / n,
+    "reduce-scatter": lambda n: n - 1,
+    "all-to-all": lambda n: (n - 1) / n,
+    "collective-permute": lambda n: 1,
+}
+# a started operation returns its operand, too
+STARTED = {"all-gather-start": lambda n: n / (n + 1), "collective-permute-start": lambda n: 1 / 2}
+
+
+_COMPUTATION = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?[\w.-]+ = (\S.*?) ([a-z][a-z-]*)\((.*)")
+_CALLED = re.compile(r"(?:calls|body|condition|to_apply|(?:true|false)_computation)=%?([\w.-]+)")
+_BRANCHES = re.compile(r"(?:branch|called)_computations=\{([^}]*)\}")
+_TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_LIMIT = re.compile(r" = [su]\d+\[\]\S* constant\((\d+)\)")
+_ARRAY = re.compile(r"\b([a-z]+)(\d*)\w*\[([\d,]*)\]")
+
+
+def bytes_sent(hlo: str) -> dict[str, int]:
+    """Bytes that each device sends in one run of a compiled program (its HLO text), by the kind of operation.
+
+    It receives as many. A loop counts as often as it turns: XLA tells, or else the number with which its condition
+    compares the turns, as `scan` does. An operation that XLA has cut into stages stands in the text several times,
+    under one channel, and counts once.
+    """
+    devices = int(found[1]) if (found := re.search(r"num_partitions=(\d+)", hlo)) else 1
+    called: dict[str, list[tuple[str, int | str]]] = {}  # by each computation, and how often, or the loop's condition
+    limit: dict[str, int] = {}  # the largest constant of each computation
+    sent: dict[str, list[tuple[str, str, float]]] = {}  # kind, channel and bytes
+    entry = name = ""
+    for line in hlo.splitlines():
+        if head := _COMPUTATION.match(line):
+            name = head[2]
+            entry = name if head[1] else entry
+            called[name], sent[name], limit[name] = [], [], 1
+        elif instruction := _INSTRUCTION.match(line):
+            shape, operation, rest = instruction.groups()
+            kind = operation.removesuffix("-start")
+            if operation.endswith(("-done", "-update")):
+                continue
+            if kind in SENT:
+                n = _group(rest, devices)
+                size = _bytes(shape) * STARTED.get(operation, lambda n: 1)(n)
+                channel = found[1] if (found := re.search(r"channel_id=(\d+)", rest)) else f"{name} {len(sent[name])}"
+                sent[name].append((kind, channel, SENT[kind](n) * size))
+            if constant := _LIMIT.search(line):
+                limit[name] = max(limit[name], int(constant[1]))
+            callees = _CALLED.findall(rest) + [
+                b for some in _BRANCHES.findall(rest) for b in re.findall(r"[\w.-]+", some)
+            ]
+            turns: int | str = 1
+            if operation == "while":
+                turns = (
+                    int(found[1]) if (found := _TURNS.search(rest)) else re.findall(r"condition=%?([\w.-]+)", rest)[0]
+                )
+            called[name] += [(callee, turns) for callee in callees]
+
+    most: dict[tuple[str, str], float] = {}
+
+    def visit(name: str, times: int) -> None:
+        for kind, channel, size in sent.get(name, []):
+            most[kind, channel] = max(most.get((kind, channel), 0.0), times * size)
+        for callee, turns in called.get(name, []):
+            visit(callee, times * (turns if isinstance(turns, int) else limit[turns]))
+
+    visit(entry, 1)
+    totals: dict[str, int] = {}
+    for (kind, _), size in most.items():
+        totals[kind] = totals.get(kind, 0) + round(size)
+    return totals
+
+
+def _bytes(shape: str) -> int:
+    """Of an HLO shape, tuples and all, such as (f32[8,3]{1,0}, pred[])."""
+    bits = 0
+    for letters, width, dimensions in _ARRAY.findall(shape):
+        each = 8 if letters == "pred" else int(width or 0)  # a token has none
+        bits += each * math.prod(int(d) for d in dimensions.split(",") if d)
+    return bits // 8
+
+
+def _group(rest: str, devices: int) -> int:
+    """How many devices work together, in any of the three ways in which XLA writes groups."""
+    if found := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
+        return found[1].count(",") + 1
+    if found := re.search(r"replica_groups=\[\d+,(\d+)\]", rest):
+        return int(found[1])
+    if found := re.search(r"replica_groups=mesh\[([^]]*)\] \{([^}]*)\}", rest):
+        sizes = dict(re.findall(r"'([\w.]+)'=(\d+)", found[1]))
+        # an axis may be named in part: 'axis_0':(2)4 are 4 of its devices
+        return math.prod(
+            int(part or sizes[axis]) for axis, part in re.findall(r"'([\w.]+)'(?::\(\d+\)(\d+))?", found[2])
+        )
+    return devices
+
+
+def flops_text(count: int | float) -> str:
+    """Floating-point operations as people read them."""
+    for unit, name in ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP")):
+        if count >= unit:
+            return f"{count / unit:,.2f} {name}"
+    return f"{count / 1e6:.1f} MFLOP"

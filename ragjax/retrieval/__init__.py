@@ -1,0 +1,1 @@
+"""Stage 1: the index, and the documents that it finds for a question."""

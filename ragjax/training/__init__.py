@@ -1,0 +1,1 @@
+"""The loss, the batch, the optimizer and the step."""

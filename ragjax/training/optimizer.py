@@ -1,0 +1,72 @@
+"""Which parameters are trained, and how they are updated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import optax
+from flax import nnx
+
+from ragjax.config import Train
+from ragjax.errors import InputError
+from ragjax.models.layers import Params
+
+FlatParams = dict[tuple[str, ...], Any]  # parameters by path
+
+
+def partition_params(params: Params, freeze: Sequence[str]) -> tuple[FlatParams, FlatParams]:
+    """Trained and frozen parameters by path. A prefix in `freeze` is a dotted path such as `generator.embed`.
+
+    Raises `InputError` for a prefix that names nothing, or when nothing is left to train.
+    """
+    flat = nnx.traversals.flatten_mapping(params)
+
+    def under(path: tuple[str, ...], prefix: str) -> bool:
+        return ".".join(path).startswith(prefix + ".") or ".".join(path) == prefix
+
+    for prefix in freeze:
+        if not any(under(path, prefix) for path in flat):
+            parts = sorted({".".join(path[:2]) for path in flat} | {path[0] for path in flat})
+            raise InputError(f"train.freeze: no parameters under {prefix!r}; there are {', '.join(parts)}")
+    frozen = {path: leaf for path, leaf in flat.items() if any(under(path, prefix) for prefix in freeze)}
+    trained = {path: leaf for path, leaf in flat.items() if path not in frozen}
+    if not trained:
+        raise InputError("train.freeze leaves nothing to train")
+    return trained, frozen
+
+
+def make_optimizer(train: Train) -> optax.GradientTransformation:
+    """For each model apart: clipping by the global norm, then AdamW with the retriever's or the generator's rate.
+
+    Clipped together, the generator's gradient, several times the larger, would set the scale of the retriever's, and
+    another one in every step. Weight decay acts on matrices only. The rates rise linearly over `warmup` steps, then
+    fall to zero as `decay` says.
+    """
+
+    def schedule(peak: float) -> Callable[[Any], Any]:
+        left = max(1, train.steps - train.warmup)
+        after = {
+            "cosine": optax.cosine_decay_schedule(peak, left),
+            "linear": optax.linear_schedule(peak, 0.0, left),
+            "constant": optax.constant_schedule(peak),
+        }[train.decay]
+        # the first step already moves: at step 0 of W warm-up steps the rate is peak / W
+        rising = optax.linear_schedule(peak / max(1, train.warmup), peak, max(1, train.warmup - 1))
+        return optax.join_schedules([rising, after], [train.warmup]) if train.warmup else after
+
+    def is_matrix(params: FlatParams) -> dict[tuple[str, ...], bool]:
+        return {path: path[-1] in ("kernel", "embedding") for path in params}
+
+    def clipped_adamw(peak: float) -> optax.GradientTransformation:
+        adamw = optax.adamw(schedule(peak), weight_decay=train.weight_decay, mask=is_matrix)
+        return optax.chain(optax.clip_by_global_norm(train.clip), adamw)
+
+    return optax.partition(
+        {
+            "retriever": clipped_adamw(train.retriever_lr),
+            "passage_encoder": clipped_adamw(train.retriever_lr),
+            "generator": clipped_adamw(train.generator_lr),
+        },
+        lambda params: {path: path[0] for path in params},
+    )

@@ -1,0 +1,108 @@
+"""The training state, and where each of its leaves lies on the mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx, struct
+from jax.sharding import Mesh, NamedSharding
+
+from ragjax.config import refreshes
+from ragjax.models.layers import Params
+from ragjax.parallel.sharding import SPLIT, parameter_spec
+from ragjax.rag import RagModel
+from ragjax.training.loss import passage_params
+from ragjax.training.optimizer import make_optimizer, partition_params
+
+AnyModels = TypeVar("AnyModels", bound=RagModel)
+
+
+@struct.dataclass
+class TrainState:
+    """Everything a run needs to go on, the position in the data apart.
+
+    Types are only told, not checked: Orbax fills this tree with leaves of its own.
+    """
+
+    step: Any  # Int[Array, ""]
+    params: Params
+    optimizer: Any  # of the trained parameters only
+    key: Any  # Key[Array, ""]
+    indexed: Any = None  # with `refresh`: the passage encoder of the index that is being built, or was built last
+
+
+def init_train_state(rag: RagModel, params: Params) -> TrainState:
+    """Step 0. Raises `InputError` as `partition_params` does."""
+    train = rag.config.train
+    trained, _ = partition_params(params, train.freeze)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        optimizer=make_optimizer(train).init(trained),
+        key=jax.random.key(rag.config.seed),
+        indexed=passage_params(rag, params) if refreshes(rag.config) else None,
+    )
+
+
+def for_inference(rag: AnyModels) -> AnyModels:
+    """The same models with a generator, and without FSDP, from which only a training step keeps its activations apart.
+
+    See `split_by_rows`.
+    """
+    mesh, train = rag.config.mesh.replace(fsdp=False), rag.config.train.replace(objective="marginal")
+    return replace(rag, config=rag.config.replace(mesh=mesh, train=train))
+
+
+def state_shardings(rag: RagModel, mesh: Mesh, state: Any) -> Any:
+    """Where each leaf of a training state, or of its abstract one, lies on the mesh."""
+
+    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        names = [name for key in path for name in _names(key)]
+        spec = parameter_spec(mesh, names, leaf.shape, _heads(rag, names), rag.config.mesh.fsdp)
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
+def unsplit_modules(rag: RagModel, mesh: Mesh) -> list[str]:
+    """Of what should be split over `model`: the modules whose heads the axis does not divide."""
+    found = set()
+    for path, leaf in nnx.traversals.flatten_mapping(rag.abstract_params()).items():
+        if path[-1] == "kernel" and path[-2] in SPLIT:
+            spec = parameter_spec(mesh, path, leaf.shape, _heads(rag, path), fsdp=False)
+            if mesh.shape["model"] > 1 and "model" not in spec:
+                found.add(f"{'.'.join(path[:-1])} ({_heads(rag, path) or leaf.shape[SPLIT[path[-2]]]})")
+    return sorted(found)
+
+
+def _names(key: Any) -> tuple[str, ...]:
+    """The optimiser keeps its moments by whole paths."""
+    name = getattr(key, "key", getattr(key, "name", getattr(key, "idx", "")))
+    return name if isinstance(name, tuple) else (str(name),)
+
+
+def _heads(rag: RagModel, names: Sequence[str]) -> int | None:
+    """The attention heads of a projection, None for what is none."""
+    if len(names) < 2 or names[-2] not in ("query", "key", "value", "output"):
+        return None
+    if "indexed" in names:
+        names = ["passage_encoder", *names]
+    config = next((model for name, model in rag.parts.items() if name in names), rag.passage_encoder).config
+    heads = (
+        getattr(config, "num_encoder_heads" if "encoder" in names else "num_decoder_heads", None) or config.num_heads
+    )
+    return getattr(config, "num_kv_heads", heads) if names[-2] in ("key", "value") else heads
+
+
+def abstract_state(rag: RagModel, mesh: Mesh) -> TrainState:
+    """The shapes, types and places of a training state. Raises `InputError` as `partition_params` does."""
+    state = jax.eval_shape(lambda params: init_train_state(rag, params), rag.abstract_params())
+    return jax.tree.map(
+        lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at),
+        state,
+        state_shardings(rag, mesh, state),
+    )

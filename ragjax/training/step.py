@@ -1,0 +1,183 @@
+"""The training step: one global-view function under `jax.jit`, sharded by where its arguments lie."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, use_abstract_mesh
+from jaxtyping import Array, Float, Key
+
+from ragjax.config import Train, reads_corpus
+from ragjax.errors import InputError
+from ragjax.models.layers import Params
+from ragjax.parallel.mesh import check_batch
+from ragjax.parallel.sharding import abstract_with_sharding
+from ragjax.rag import RagModel
+from ragjax.retrieval.device_index import DeviceIndex
+from ragjax.training.batch import TrainBatch, abstract_batch
+from ragjax.training.contrastive import (
+    ContrastiveBatch,
+    abstract_contrastive,
+    contrastive_logp,
+    contrastive_loss,
+    contrastive_nll,
+)
+from ragjax.training.fused_retrieval import QuestionBatch, abstract_corpus, abstract_question_batch, retrieve_in_step
+from ragjax.training.loss import answer_nll, prior_and_token_logp, rag_loss
+from ragjax.training.optimizer import FlatParams, make_optimizer, partition_params
+from ragjax.training.state import TrainState, abstract_state
+
+AnyBatch = TrainBatch | ContrastiveBatch
+
+
+def gradients(
+    rag: RagModel, params: Params, batch: AnyBatch, key: Key[Array, ""], corpus: DeviceIndex | None = None
+) -> tuple[FlatParams, dict[str, Any]]:
+    """The gradient of the mean loss by the trained parameters, and metrics, over `train.accumulate` micro-batches."""
+    trained, frozen = partition_params(params, rag.config.train.freeze)
+
+    def of_trained(trained: FlatParams, part: AnyBatch) -> tuple[Array, dict[str, Any]]:
+        whole = nnx.traversals.unflatten_mapping(trained | frozen)
+        if isinstance(part, ContrastiveBatch):
+            return contrastive_loss(rag, whole, part, key)
+        return rag_loss(rag, whole, part, key, corpus)
+
+    differentiate = jax.grad(of_trained, has_aux=True)
+    count = rag.config.train.accumulate
+    if count == 1:
+        return differentiate(trained, batch)
+    # every count-th row: each device keeps its own rows
+    parts = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
+    first = jax.tree.map(lambda x: x[0], parts)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(differentiate, trained, first))
+
+    def add(total: Any, part: AnyBatch) -> tuple[Any, None]:
+        return jax.tree.map(lambda t, x: t + x / count, total, differentiate(trained, part)), None
+
+    return jax.lax.scan(add, zeros, parts)[0]
+
+
+def make_train_step(rag: RagModel, shardings: Any = None) -> jax.stages.Wrapped:
+    """(state, batch, corpus | None) → (state, metrics); the old state's memory is reused, and it stays where it lies.
+
+    `shardings` are those of the state. `gradient_norm_retriever` and the others are before clipping.
+    With `train.fused` the batch is a `QuestionBatch`, and what it retrieved is among the metrics: `ids` [B,K], and how
+    many `tokens` were read.
+    """
+    train = rag.config.train
+    optimizer = make_optimizer(train)
+
+    @partial(jax.jit, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
+    def train_step(
+        state: TrainState, batch: AnyBatch | QuestionBatch, corpus: DeviceIndex | None = None
+    ) -> tuple[TrainState, dict[str, Any]]:
+        with _use_mesh(shardings):
+            batch, key, found = _attach_documents(rag, state, batch, corpus)
+            grads, metrics = gradients(rag, state.params, batch, key, corpus)
+        metrics |= found
+        for part in rag.parts:
+            of_part = [leaf for path, leaf in grads.items() if path[0] == part]
+            metrics[f"gradient_norm_{part}"] = optax.tree.norm(of_part)
+        trained, frozen = partition_params(state.params, train.freeze)
+        updates, optimizer_state = optimizer.update(grads, state.optimizer, trained)
+        params = nnx.traversals.unflatten_mapping(optax.apply_updates(trained, updates) | frozen)
+        return TrainState(state.step + 1, params, optimizer_state, state.key, state.indexed), metrics
+
+    return train_step
+
+
+def make_gradient_error(rag: RagModel, shardings: Any = None) -> jax.stages.Wrapped:
+    """(state, batch, corpus | None) → ‖g − g_m‖ / ‖g‖, of the generator's gradient before a step.
+
+    g goes through all K documents of each question and g_m, the step's own, through `train.backward_documents`. With
+    r_z the posterior and g_z the gradient of −log p(y|x,z), g − g_m is the mean over the questions of Σ r_z g_z over
+    the documents that are left out: at most their mass times the largest norm of a g_z. Raises `InputError` where the
+    generator is frozen.
+    """
+    through_all = rag.config.train.replace(backward_documents=None, probe_every=None)
+    every = replace(rag, config=rag.config.replace(train=through_all))
+    trained, _ = partition_params(rag.abstract_params(), rag.config.train.freeze)
+    if not any(path[0] == "generator" for path in trained):
+        raise InputError("train.probe_every: train.freeze leaves nothing of the generator to train; leave it out")
+
+    @jax.jit
+    def gradient_error(
+        state: TrainState, batch: AnyBatch | QuestionBatch, corpus: DeviceIndex | None = None
+    ) -> Float[Array, ""]:
+        with _use_mesh(shardings):
+            batch, key, _ = _attach_documents(rag, state, batch, corpus)
+            whole, few = (gradients(models, state.params, batch, key, corpus)[0] for models in (every, rag))
+        of_generator = [path for path in whole if path[0] == "generator"]
+        missed = optax.tree.norm([whole[path] - few[path] for path in of_generator])
+        return missed / jnp.maximum(optax.tree.norm([whole[path] for path in of_generator]), 1e-30)
+
+    return gradient_error
+
+
+def _use_mesh(shardings: Any) -> AbstractContextManager[Any]:
+    return nullcontext() if shardings is None else use_abstract_mesh(shardings.step.mesh.abstract_mesh)
+
+
+def _attach_documents(
+    rag: RagModel, state: TrainState, batch: AnyBatch | QuestionBatch, corpus: DeviceIndex | None
+) -> tuple[AnyBatch, Key[Array, ""], dict[str, Any]]:
+    """The documents of a step, its random numbers, and what is to be told of its own retrieval."""
+    key = jax.random.fold_in(state.key, state.step)
+    if not isinstance(batch, QuestionBatch):
+        return batch, key, {}
+    assert corpus is not None
+    read, ids = retrieve_in_step(rag, state.params, batch, corpus)
+    return read, key, {"ids": ids, "tokens": read.source_mask.sum() + read.answer_mask.sum() * ids.shape[1]}
+
+
+def make_nll(rag: RagModel) -> jax.stages.Wrapped:
+    """(params, batch, corpus | None) → −log p(y|x) [B] of each answer, in nats, without dropout and smoothing.
+
+    Of a contrastive batch −log of the positive's probability, NaN where there is none.
+    """
+    plain = rag.config.train.replace(dropout=0.0, backward_documents=None, probe_every=None)
+    without = replace(rag, config=rag.config.replace(train=plain))
+
+    @jax.jit
+    def nll(params: Params, batch: AnyBatch, corpus: DeviceIndex | None = None) -> Float[Array, " B"]:
+        if isinstance(batch, ContrastiveBatch):
+            of_positive = contrastive_nll(batch, contrastive_logp(without, params, batch, jax.random.key(0)))
+            return jnp.where(batch.has_positive, of_positive, jnp.nan)
+        prior, scores = prior_and_token_logp(without, params, batch, jax.random.key(0), corpus)
+        return answer_nll(without, prior, scores, batch.answer, batch.answer_mask)
+
+    return nll
+
+
+def trace_step(
+    rag: RagModel, mesh: Mesh, passages: int, make: Callable[..., jax.stages.Wrapped] = make_train_step
+) -> jax.stages.Traced:
+    """The training step, or what else `make` makes, at its widest; allocates nothing.
+
+    It is traced with every argument where it would lie on the mesh. `passages` is N, which matters where the step reads
+    the corpus. Raises `InputError` as training would.
+    """
+    check_batch(mesh, rag.config.train.batch_size // rag.config.train.accumulate)
+    state, width = abstract_state(rag, mesh), rag.retriever.config.embedding_dim
+    corpus = abstract_corpus(rag, mesh, passages) if reads_corpus(rag.config) else None
+    if rag.config.train.fused:
+        batch: Any = abstract_question_batch(rag.config)
+    elif rag.config.train.objective == "contrastive":
+        batch = abstract_contrastive(rag.config, width)
+    else:
+        batch = abstract_batch(rag.config, width)
+    batch = abstract_with_sharding(mesh, batch, "data")
+    return make(rag, jax.tree.map(lambda leaf: leaf.sharding, state)).trace(state, batch, corpus)
+
+
+def train_programs(train: Train) -> list[Callable[..., jax.stages.Wrapped]]:
+    """What makes the programs that training runs, each of which must fit."""
+    return [make_train_step, *([] if train.probe_every is None else [make_gradient_error])]
