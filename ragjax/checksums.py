@@ -149,7 +149,7 @@ class CheckedFiles:
             self._known = self._records()
         known = {name: self._known[name] for name in names if name in self._known and name not in self._checked}
         if found := damages(self.folder, known):
-            raise self.damaged(told(found))
+            raise self.damaged(damage_text(found))
         self._checked.update(names)
 
     def _records(self) -> dict[str, Record]:
@@ -168,7 +168,7 @@ class CheckedFiles:
         return DamagedFolder(self.folder, f"{self.folder}: is damaged ({what}); {self.mend}")
 
 
-def told(found: Mapping[str, str]) -> str:
+def damage_text(found: Mapping[str, str]) -> str:
     """Damages in one line: "a: is missing; b: its contents have changed"."""
     some = [f"{name} {what}" for name, what in list(found.items())[:3]]
     return "; ".join([*some, f"and {len(found) - 3} more"] if len(found) > 3 else some)

@@ -24,7 +24,7 @@ import jax
 import numpy as np
 
 from ragjax.checkpoints.hub import ResolvedSource, fetch, fingerprint_files, is_local
-from ragjax.checksums import told, write_sealed
+from ragjax.checksums import damage_text, write_sealed
 from ragjax.config import ON_DEVICES, Config, Corpus
 from ragjax.data.corpus import FORMATS, CorpusStats, passage_place, read_passages, scan_passages
 from ragjax.data.factbook import build as factbook
@@ -83,7 +83,7 @@ def build_index(config: Config) -> Path:
         terminal.print(f"{folder} holds this index already; delete it to build it anew", soft_wrap=True)
         return folder
     if there is not None:
-        terminal.print(f"{folder}: is damaged ({told(there.damage)}); only this is built anew", soft_wrap=True)
+        terminal.print(f"{folder}: is damaged ({damage_text(there.damage)}); only this is built anew", soft_wrap=True)
         index = replace(rag.config.index, shard=there.shard)
         rag = replace(rag, config=replace(rag.config, index=index))
         made_of = index_recipe(rag, content)

@@ -46,7 +46,7 @@ def index_report(config: Config, count: int, plot: Path | None = None) -> dict[s
     """Measures the index on `count` questions of `evaluate.split`, drawn by the seed, with the newest checkpoint's
     question encoder, or the pretrained one.
 
-    Writes OUTPUT/index_report.json and the plot, and returns the report. Raises `InputError` for bad input.
+    Writes RUN/index_report.json and the plot, and returns the report. Raises `InputError` for bad input.
     """
     if plot is not None:
         _check_plot(plot)
@@ -60,7 +60,7 @@ def index_report(config: Config, count: int, plot: Path | None = None) -> dict[s
     params = pretrained_params(rag, mesh) if trained is None else trained[0]
     index = index if trained is None else trained_index(rag, index, trained[1])
     make_folder(folder)
-    for line in split.told(folder / "index_report.json"):
+    for line in split.left_out_lines(folder / "index_report.json"):
         terminal.print(line, soft_wrap=True)
     drawn = np.sort(np.random.default_rng(config.seed).permutation(len(questions))[:count])
     sample = [questions[i] for i in drawn]

@@ -39,7 +39,7 @@ from ragjax.runs.run_dir import (
     LEFT_OUT,
     check_processes_agree,
     check_same_run,
-    read_manifest,
+    read_run_manifest,
     record_changes,
     record_start,
     start_run,
@@ -105,7 +105,7 @@ def _train(config: Config, signals: Signals) -> Path:
         refresh = IndexRefresher(rag, index, store, Path(config.output), mesh)
     probe = [question.question for question in split.questions[: config.refresh.probe_questions]]
     folder = start_run(rag, index, [*split.left_out, *(dev.left_out if dev else [])])
-    for line in [told for of in (split, dev) if of for told in of.told(folder / LEFT_OUT)]:
+    for line in [told for of in (split, dev) if of for told in of.left_out_lines(folder / LEFT_OUT)]:
         terminal.print(line, soft_wrap=True)
     read_from = fingerprint_files([split.path])
 
@@ -254,7 +254,7 @@ def _changes(
             "unlike before: a run that begins with so many ends elsewhere",
             soft_wrap=True,
         )
-    read_before = saved.get("questions", read_manifest(folder)["fingerprints"].get("questions.train"))
+    read_before = saved.get("questions", read_run_manifest(folder)["fingerprints"].get("questions.train"))
     if read_before != read_from:
         changes["questions.train"] = {"before": read_before, "now": read_from, "left_out": len(split.left_out)}
         then = "the order of those trained on stays" if supply.same_questions else "a new epoch begins with them"

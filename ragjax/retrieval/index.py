@@ -169,7 +169,7 @@ def write_index(folder: Path, kind: str, dtype: str, manifest_extra: Mapping[str
 def index_records(folder: Path) -> tuple[dict[str, Record], dict[str, str]]:
     """The record of each file of an index, and what is wrong with those files that hold the records."""
     try:
-        files = read_manifest(folder)["files"]
+        files = read_index_manifest(folder)["files"]
     except InputError as error:
         files = {}
         broken = {MANIFEST: str(error).removeprefix(f"{folder}: ")}
@@ -207,7 +207,7 @@ def check_built(folder: Path) -> None:
         raise InputError(f"{folder}: the index {state}; run: ragjax index CONFIG")
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_index_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of an index. Raises `InputError` where it is missing, damaged or of an older ragjax."""
     check_built(folder)
     try:
@@ -223,7 +223,7 @@ def check_listed(path: Path) -> None:
     """Raises `InputError` for a file of questions that an index brought, and that is not what was written any more."""
     folder = path.parent.parent
     if path.parent.name == "questions" and (folder / MANIFEST).is_file():
-        record = read_manifest(folder)["files"].get(f"questions/{path.name}")
+        record = read_index_manifest(folder)["files"].get(f"questions/{path.name}")
         if record is not None and (what := damage(path, record)) is not None:
             raise InputError(f"{path}: {what}; {MEND}")
 
@@ -237,7 +237,7 @@ def open_index(
     has another fingerprint than one of `expected_fingerprints`.
     """
     folder = Path(folder)
-    manifest = read_manifest(folder)
+    manifest = read_index_manifest(folder)
     try:
         _check_fingerprints(folder, manifest["fingerprints"], expected_fingerprints)
         counts, width, on_devices = manifest["shards"], manifest["D"], manifest["kind"] == "exact"

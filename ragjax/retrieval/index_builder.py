@@ -29,7 +29,7 @@ from ragjax.rag import RagPipeline, tokenize_passages
 from ragjax.retrieval.embeddings import EMBEDDINGS
 from ragjax.retrieval.encoder import embed_to_file
 from ragjax.retrieval.faiss_index import FAISS_FILE
-from ragjax.retrieval.index import MADE_OF, MANIFEST, index_damage, read_manifest, write_index
+from ragjax.retrieval.index import MADE_OF, MANIFEST, index_damage, read_index_manifest, write_index
 from ragjax.terminal import progress_bar, terminal
 
 ReadPassages = Callable[[], Iterable[Passage]]  # the corpus from its beginning
@@ -54,7 +54,7 @@ def find_existing_index(
     if not folder.is_dir() or is_complete(new, rag):
         return None
     try:
-        manifest = read_manifest(folder)
+        manifest = read_index_manifest(folder)
     except InputError:
         if (scan := read_saved_stats(folder, made_of)) is None:
             return None
@@ -246,7 +246,7 @@ def repair_index(
     if there.damage.keys() & {MANIFEST, MADE_OF}:
         _copy(new / MADE_OF, folder / MADE_OF)
     if MANIFEST not in there.damage:
-        records = read_manifest(folder)["files"]
+        records = read_index_manifest(folder)["files"]
         again = {str((path / CHECKSUMS).relative_to(new)) for path in made} | there.damage.keys()
         if any(name.startswith("questions/") for name in again):
             _write_questions(folder, questions)
@@ -265,7 +265,7 @@ def swap_folders(new: Path, folder: Path) -> None:
 
     What else is in the folder stays.
     """
-    kind = read_manifest(new)["kind"]
+    kind = read_index_manifest(new)["kind"]
     folder.mkdir(parents=True, exist_ok=True)
     for name in (MANIFEST, MADE_OF):  # without them a folder is known to be incomplete
         (folder / name).unlink(missing_ok=True)

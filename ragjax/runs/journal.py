@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from ragjax.errors import InputError
-from typing import Any
 import fcntl
 import itertools
 import json
 import zlib
+from pathlib import Path
+from typing import Any
 
+from ragjax.errors import InputError
 
 
 class Journal:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Iterator
-from collections.abc import Sequence
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
 from ragjax.config import Config
 from ragjax.data.corpus import byte_lines
 from ragjax.errors import InputError
-from ragjax.files import atomic_write
-from ragjax.files import parse_json
+from ragjax.files import atomic_write, parse_json
 from ragjax.parallel.processes import is_process_zero
-from typing import Any
-import json
-import math
-
 
 
 def check_finite_metrics(step: int, metrics: dict[str, float], ids: Sequence[str]) -> None:
@@ -30,7 +27,7 @@ def check_finite_metrics(step: int, metrics: dict[str, float], ids: Sequence[str
 
 @contextmanager
 def log_steps(folder: Path, done: int, config: Config) -> Iterator[Callable[[int, dict[str, float]], None]]:
-    """Writes OUTPUT/train.jsonl (steps after a resumed checkpoint are written anew) and TensorBoard on demand."""
+    """Writes RUN/train.jsonl (steps after a resumed checkpoint are written anew) and TensorBoard on demand."""
     if not is_process_zero():
         yield lambda step, metrics: None
         return
