@@ -54,7 +54,7 @@ class PrefixCache:
 def empty_prefix_cache(generator: Generator, memory: DocumentMemory, slots: int) -> PrefixCache:
     """`slots` unwritten slots beside each memory."""
     shape, config = (memory.start.shape[0], slots), generator.config
-    nothing, states = jnp.zeros(shape, jnp.int32), jnp.zeros((*shape, config.width), config.dtype)
+    nothing, states = jnp.zeros(shape, jnp.int32), jnp.zeros((*shape, config.hidden_size), config.dtype)
     return PrefixCache(empty_kv_cache(memory, slots), nothing, nothing - 1, states, jnp.zeros(shape, jnp.float32))
 
 
