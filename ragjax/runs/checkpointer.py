@@ -81,8 +81,8 @@ class Checkpointer:
         return self._steps()
 
     def _steps(self) -> list[int]:
-        found = (int(path.name) for path in self.folder.glob("[0-9]*") if path.name.isdecimal() and path.is_dir())
-        return sorted(found, reverse=True)
+        steps = (int(path.name) for path in self.folder.glob("[0-9]*") if path.name.isdecimal() and path.is_dir())
+        return sorted(steps, reverse=True)
 
     def latest(self) -> int | None:
         """The newest step saved, or None."""
@@ -173,7 +173,7 @@ class Checkpointer:
             raise self._unwritable(step, error) from error
 
     def _complete_early(self, step: int) -> None:
-        """`_complete` in the background, as soon as the checkpoint is there; `wait` meets again, and raises, what fails."""
+        """`_complete`, in the background. What fails here fails again in `wait`, which raises."""
         with suppress(InputError, OSError):
             self._complete(step)
 
@@ -232,11 +232,11 @@ class Checkpointer:
 
     def every_metadata(self) -> list[dict[str, Any]]:
         """The JSON of every checkpoint that can be read."""
-        found = []
+        every = []
         for step in self.steps():
             with suppress(InputError):
-                found.append(self.metadata(step))
-        return found
+                every.append(self.metadata(step))
+        return every
 
     def close(self) -> None:
         """Waits for the last save. Raises as `save` does."""
