@@ -17,10 +17,11 @@ from ragjax.parallel.processes import is_process_zero
 
 
 def check_finite_metrics(step: int, metrics: dict[str, float], ids: Sequence[str]) -> None:
+    """Raises `InputError` where a metric of a step, counted from 1, is NaN or infinite; `ids` names its questions."""
     bad = [name for name, value in metrics.items() if not math.isfinite(value)]
     if bad:
         raise InputError(
-            f"step {step + 1}: {', '.join(bad)} is not finite; the questions of this batch: {', '.join(ids)}; "
+            f"step {step}: {', '.join(bad)} is not finite; the questions of this batch: {', '.join(ids)}; "
             "the last checkpoint is kept: look at these questions, or lower the learning rates with another output"
         )
 

@@ -22,9 +22,16 @@ from ragjax.rag import RagPipeline, load_pipeline
 from ragjax.retrieval.index import MANIFEST, Index, check_built, check_listed, open_index
 from ragjax.retrieval.refresh import refreshed_at, refreshed_index, version_folder
 from ragjax.runs.checkpointer import Checkpointer, fingerprint, newest_step
-from ragjax.runs.run_dir import check_same_models, load_run_config, read_run_manifest
+from ragjax.runs.run_dir import check_same_models, load_run_config, read_run_manifest, record_start
 from ragjax.terminal import terminal
-from ragjax.training.state import abstract_state, for_inference, state_shardings
+from ragjax.training.state import (
+    TrainState,
+    abstract_state,
+    for_inference,
+    init_train_state,
+    state_shardings,
+    unsplit_modules,
+)
 
 
 def enable_compilation_cache(folder: Path) -> None:
@@ -87,7 +94,8 @@ def trained_index(rag: RagPipeline, index: Index, step: int) -> Index:
 def restore_params(rag: RagPipeline, mesh: Mesh | None = None, step: int | None = None) -> tuple[Params, int] | None:
     """The parameters of a checkpoint in `output`, on `mesh` or else one device, and its step; None if there is none.
 
-    Of the checkpoint of `step`, or else the newest; with `train.keep_best` the one of lowest dev loss. Raises `InputError` for a checkpoint that is damaged, or was trained with other models than the configuration's.
+    `step` says which; by default it is the newest, with `train.keep_best` that of lowest dev loss. Raises `InputError`
+    for a checkpoint that is damaged, or was trained with other models than the configuration's.
     """
     if not (Path(rag.config.output) / "checkpoints").is_dir():
         return None
@@ -158,3 +166,36 @@ def start_params(rag: RagPipeline, abstract_params: Params) -> tuple[Params, dic
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params[name])
         params[name] = put_global(rag.parts[name].load_params(), shardings)
     return params, {"run": str(run), "step": step, "fingerprint": fingerprint(run / "checkpoints", step)}
+
+
+def restore_or_initialize(
+    rag: RagPipeline, checkpoints: Checkpointer, index: Index, mesh: Mesh
+) -> tuple[TrainState, dict[str, Any]]:
+    """The state of the newest checkpoint, with its metadata; where there is none the state of step 0, and {}."""
+    if whole := unsplit_modules(rag, mesh):
+        terminal.print(f"not split over mesh.model={mesh.shape['model']}: {', '.join(whole)}", soft_wrap=True)
+    abstract = abstract_state(rag, mesh)
+    newest = checkpoints.restore_latest(lambda step: (checkpoints.metadata(step), checkpoints.restore(step, abstract)))
+    if newest is None:
+        return _initialize(rag, abstract), {}
+    step, (metadata, state) = newest
+    if metadata.get("index", index.version) != index.version:
+        raise InputError(
+            f"{rag.config.output}: step {step} was trained with another index than {rag.config.index.folder} is now; "
+            "bring that one back, or choose another output"
+        )
+    terminal.print(f"going on from step {step}")
+    return state, metadata
+
+
+def _initialize(rag: RagPipeline, abstract: TrainState) -> TrainState:
+    """The state of step 0, with the pretrained parameters, or those of the run `train.start_from`."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    if rag.config.train.start_from is None:
+        params = put_global(rag.initial_params(), shardings.params)
+    else:
+        params, start = start_params(rag, abstract.params)
+        record_start(Path(rag.config.output), start)
+        terminal.print(f"beginning with the parameters of {start['run']}, step {start['step']}", soft_wrap=True)
+    # moments are born where they will lie: no device ever holds the whole state
+    return jax.jit(lambda params: init_train_state(rag, params), out_shardings=shardings)(params)

@@ -15,7 +15,7 @@ import importlib.metadata
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,14 @@ import jax
 
 from ragjax.checkpoints.hub import fingerprint_files
 from ragjax.config import Config, dump_config, load_config
-from ragjax.data.questions import LeftOut, as_json
+from ragjax.data.questions import LeftOut, Split, as_json
 from ragjax.errors import InputError
 from ragjax.files import atomic_write, read_json, write_jsonl
 from ragjax.parallel.processes import allgather_text, run_on_process_zero
 from ragjax.rag import RagPipeline
 from ragjax.retrieval.index import MANIFEST, Index
 from ragjax.runs.checkpointer import newest_step
+from ragjax.terminal import terminal
 
 # what may change between two commands on one run: nothing that the training of a step depends on, but for the number
 # of steps and the questions, whose changes are printed and recorded
@@ -110,15 +111,15 @@ def _check_agreement(settings: dict[str, str]) -> None:
     here = jax.process_index()
     others = [here] if here else range(1, len(every))
     for other in others:
-        of_other = every[other]
-        if differ := sorted(key for key in every[0].keys() | of_other.keys() if every[0].get(key) != of_other.get(key)):
+        theirs = every[other]
+        if differ := sorted(key for key in every[0].keys() | theirs.keys() if every[0].get(key) != theirs.get(key)):
             named = "; ".join(
-                f"{key} is {every[0].get(key)} in process 0 and {of_other.get(key)} there" for key in differ
+                f"{key} is {every[0].get(key)} in process 0 and {theirs.get(key)} there" for key in differ
             )
             raise InputError(
                 f"process {other} differs: {named}; start all with the same command and versions, and on shared storage"
             )
-    if any(of_other != every[0] for of_other in every):
+    if any(theirs != every[0] for theirs in every):
         raise InputError("other processes differ from process 0; their messages tell in what")
 
 
@@ -161,6 +162,31 @@ def _differences(path: Path, config: Config) -> dict[str, str]:
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key)
     }
+
+
+def changes_since(
+    config: Config, step: int, saved: Mapping[str, Any], split: Split, fingerprint: str, same_questions: bool
+) -> dict[str, Any]:
+    """What was different until the checkpoint of `step`, whose metadata are `saved`: number of steps, questions.
+
+    `split` holds the questions to train on, with the `fingerprint` of their file; `same_questions` says whether those
+    that can be used are the same. Prints the changes, too; `record_changes` keeps them.
+    """
+    steps, changes = config.train.steps, dict[str, Any]()
+    steps_before = saved.get("config", {}).get("train", {}).get("steps", steps)
+    if steps_before != steps:
+        changes["train.steps"] = {"before": steps_before, "now": steps}
+        terminal.print(
+            f"train.steps was {steps_before} and is {steps}: from here on the learning rates are those of {steps} "
+            "steps, unlike before: a run that begins with so many ends elsewhere",
+            soft_wrap=True,
+        )
+    first = read_run_manifest(Path(config.output))["fingerprints"].get("questions.train")
+    if (before := saved.get("questions", first)) != fingerprint:
+        changes["questions.train"] = {"before": before, "now": fingerprint, "left_out": len(split.left_out)}
+        then = "the order of those trained on stays" if same_questions else "a new epoch begins with them"
+        terminal.print(f"{split.path}: other questions than before step {step}; {then}", soft_wrap=True)
+    return changes
 
 
 def record_changes(folder: Path, step: int, changes: dict[str, Any]) -> None:
