@@ -35,7 +35,7 @@ from ragjax.retrieval import encoder as encoder_module
 from ragjax.retrieval import faiss_index as faiss_module
 from ragjax.retrieval import index_builder as builder_module
 from ragjax.retrieval.encoder import encode
-from ragjax.retrieval.index import MANIFEST, Index, open_index, read_manifest, write_index
+from ragjax.retrieval.index import MANIFEST, Index, open_index, read_index_manifest, write_index
 from ragjax.retrieval.retrieve import retrieve
 
 
@@ -344,7 +344,7 @@ def test_mending_that_was_killed_goes_on(
 def test_where_a_shard_comes_out_otherwise_the_structure_follows(world: Path, sharded: Path, tmp_path: Path) -> None:
     """As with another JAX or device; here the index had other embeddings, and was summed with them."""
     folder = Path(shutil.copytree(sharded, tmp_path / "index"))
-    shard, manifest = shard_folder(folder, 2), read_manifest(folder)
+    shard, manifest = shard_folder(folder, 2), read_index_manifest(folder)
     vectors = np.load(shard / "embeddings.npy")
     np.save(shard / "embeddings.npy", vectors[::-1])
     (shard / CHECKSUMS).unlink()

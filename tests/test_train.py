@@ -122,6 +122,22 @@ def test_both_parts_have_changed(world: Path, run: Path) -> None:
         assert max(jax.tree.leaves(changes)) > 1e-4
 
 
+@pytest.mark.parametrize(("steps", "warned"), [(5, False), (6, True)])
+def test_more_than_twenty_epochs_are_warned_of_before_the_first_step(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture, steps: int, warned: bool
+) -> None:
+    """With 2 questions and 8 a step, 5 steps are 20 epochs: for one more the warning comes."""
+    write_jsonl(
+        tmp_path / "two.jsonl", [{"question": "Where?", "answer": ["A"]}, {"question": "Who?", "answer": ["B"]}]
+    )
+    monkeypatch.setattr(train_module, "run_steps", lambda *_: crash())
+    own = {"questions__train": str(tmp_path / "two.jsonl"), "output": str(tmp_path / "run")}
+    with pytest.raises(RuntimeError, match="power"):
+        train(tiny_config(world, train__steps=steps, **own))
+    line = f"train.steps={steps} means {4 * steps} epochs over 2 questions; more than 20 tend to learn them by heart"
+    assert (line in " ".join(capsys.readouterr().err.split())) == warned
+
+
 def trainer(world: Path, runs: Path) -> Callable[..., int]:
     """Trains five steps in a folder of `runs`, with more settings, and returns the exit code."""
     return lambda folder, *more: main(["train", str(world / "config.yaml"), f"output={runs / folder}", *PIECES, *more])

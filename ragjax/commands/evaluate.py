@@ -63,7 +63,7 @@ def evaluate(config: Config) -> dict[str, Any]:
     mesh = local_mesh(config.mesh.model, data=config.evaluate.batch_size)
     trained = restore_params(rag, mesh)
     run_on_process_zero(lambda: make_folder(folder))
-    for line in split.told(folder / METRICS):
+    for line in split.left_out_lines(folder / METRICS):
         terminal.print(line, soft_wrap=True)
     report: dict[str, Any] = {
         "split": config.evaluate.split,

@@ -1,6 +1,6 @@
 """The index follows its passage encoder, where that is trained: the corpus is encoded anew while training goes on.
 
-OUTPUT/refreshed/000120/             begun after step 120, with the encoder as it was then
+RUN/refreshed/000120/             begun after step 120, with the encoder as it was then
     shards/00000/embeddings.npy      what one process encoded after one step: consecutive passages, in order
     faiss.index, manifest.json       as in an index; without the manifest it is not complete, and not searched
 
