@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import importlib.metadata
 import os
 import signal
 import sys
@@ -19,6 +20,8 @@ from ragjax.terminal import visible
 
 # in what JAX, Gloo and the coordination service say when a process is gone
 SIGNS_OF_LOSS = ("Gloo", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED", "barrier", "coordination", "peer")
+# how shells complete CONFIG: with files, and bash with the ready-made names, too
+COMPLETED = {"bash": "_ragjax_configs", "zsh": "_files", "fish": "(__fish_complete_path (commandline -ct))"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -100,6 +103,16 @@ class _Parser(argparse.ArgumentParser):
         super().error(visible(message))
 
 
+class _PrintCompletion(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, namespace: object, shell: Any, option: object = None) -> None:
+        import shtab
+
+        names = " ".join(ready_made())
+        configs = f'_ragjax_configs() {{ compgen -W "{names}" -- "$1"; compgen -f -- "$1"; }}'
+        print(shtab.complete(parser, shell, preamble={"bash": configs}))
+        parser.exit()
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="ragjax",
@@ -107,6 +120,14 @@ def _parser() -> argparse.ArgumentParser:
         epilog="example:\n  ragjax train configs/factbook.yaml train.steps=100 output=runs/mine\n\n"
         "`ragjax COMMAND --help` tells more about each command.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"ragjax {importlib.metadata.version('ragjax')}")
+    parser.add_argument(
+        "--print-completion",
+        action=_PrintCompletion,
+        choices=COMPLETED,
+        help="print what makes a shell complete commands, options and configurations; in bash, put into ~/.bashrc: "
+        'eval "$(ragjax --print-completion bash)"',
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
@@ -119,9 +140,14 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         if config:
-            sub.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/factbook.yaml")
+            config_argument(sub)
         sub.set_defaults(run=run, name="ragjax", together=False)
         return sub
+
+    def config_argument(sub: argparse.ArgumentParser, **settings: Any) -> None:
+        help = "a YAML file, the folder of a run, or the name of a ready-made one, such as factbook"
+        argument = sub.add_argument("config", metavar="CONFIG", help=help, **settings)
+        argument.complete = COMPLETED  # type: ignore[attr-defined] # for shtab
 
     def overrides(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="replaces a value, such as train.steps=100")
@@ -203,7 +229,11 @@ def _parser() -> argparse.ArgumentParser:
     verifying = command("verify", _verify, summary, "ragjax verify runs/factbook", config=False)
     verifying.add_argument("folder", metavar="RUN|INDEX|EXPORTED", help="its folder")
     verifying.add_argument("--json", action="store_true", help=json_help)
-    overrides(command("config", _config, "print the resolved configuration", "ragjax config configs/factbook.yaml"))
+    summary = "print the resolved configuration"
+    config = command("config", _config, summary, "ragjax config configs/factbook.yaml", config=False)
+    config_argument(config, nargs="?")
+    overrides(config)
+    config.add_argument("--list", action="store_true", help="list the ready-made configurations, with a line on each")
     return parser
 
 
@@ -219,8 +249,25 @@ def _positive(number: Callable[[str], Any]) -> Callable[[str], Any]:
     return above_zero
 
 
+def ready_made() -> dict[str, Path]:
+    """The configurations that come with ragjax, by name: in the package, or beside it in a clone."""
+    package = Path(__file__).parent
+    folder = next((f for f in (package / "configs", package.parent / "configs") if f.is_dir()), package)
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
 def _load(options: argparse.Namespace) -> Config:
-    return load_config(options.config, [*getattr(options, "overrides", []), *options.set])
+    """The configuration that CONFIG names: a file, the folder of a run, or a ready-made one; with its overrides."""
+    overrides, path, known = [*getattr(options, "overrides", []), *options.set], Path(options.config), ready_made()
+    if path.is_dir() and ((path / "config.yaml").exists() or options.config not in known):
+        from ragjax.runs.run_dir import load_run_config
+
+        return load_run_config(path, overrides)
+    if not path.is_file():
+        if options.config not in known:
+            raise InputError(f"{path}: no such configuration file or run; the ready-made ones are {', '.join(known)}")
+        path = known[options.config]
+    return load_config(path, overrides)
 
 
 def _plan(options: argparse.Namespace) -> int:
@@ -319,5 +366,12 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _config(options: argparse.Namespace) -> int:
+    if options.list:
+        for name, path in ready_made().items():
+            comments = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("# ")]
+            print(f"{name:16}  {next(line for line in comments if '$schema=' not in line)[2:]}")
+        return 0
+    if options.config is None:
+        raise InputError("which configuration? `ragjax config --list` names the ready-made ones")
     print(dump_config(_load(options)), end="")
     return 0
