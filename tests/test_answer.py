@@ -407,3 +407,19 @@ def test_all_ends_are_exported(two_ends: Config, tmp_path: Path) -> None:
     assert read_json(exported / "generation_config.json")["eos_token_id"] == [2, eot]
     again = two_ends.replace(generator=two_ends.generator.replace(source=str(exported)))
     assert load_pipeline(again).special == load_pipeline(two_ends).special
+
+
+def test_neither_fcntl_nor_resource_is_needed(run: Path) -> None:
+    """Windows has neither of them."""
+    program = """
+import sys
+sys.modules.update(fcntl=None, resource=None)
+import ragjax
+from ragjax.resources import raise_open_file_limit
+raise_open_file_limit(10**9)
+[answer] = ragjax.load(sys.argv[1]).answer(sys.argv[2:])
+print(answer.text)
+"""
+    command = [sys.executable, "-c", program, str(run), QUESTIONS[0]]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{ragjax.load(run).answer(QUESTIONS[:1])[0].text}\n"

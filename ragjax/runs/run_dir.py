@@ -21,7 +21,7 @@ from typing import Any
 import jax
 
 from ragjax.checkpoints.hub import fingerprint_files
-from ragjax.config import Config, dump_config, load_config
+from ragjax.config import Config, dump_config, get_key, load_config
 from ragjax.data.questions import LeftOut, Split, as_json
 from ragjax.errors import InputError
 from ragjax.files import atomic_write, read_json, write_jsonl
@@ -236,22 +236,21 @@ def _check_same_inputs(manifest: Path, inputs: dict[str, str]) -> None:
         )
 
 
-def load_run_config(folder: Path) -> Config:
-    """The configuration of the run in `folder`. Raises `InputError` if there is none."""
-    if not (folder / "config.yaml").is_file():
+def load_run_config(folder: Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of the run in `folder`, which may have been moved, with overrides such as `decode.k=5`.
+
+    Raises `InputError` if there is none.
+    """
+    path = folder / "config.yaml"
+    if not path.is_file():
         raise InputError(f"{folder}: no run here (config.yaml is missing); run: ragjax train CONFIG")
-    config = load_config(folder / "config.yaml")
-    before, questions = Path(config.output), config.questions
-
-    def moved(path: str) -> str:
-        """Where a path inside the run is now."""
-        return str(folder / Path(path).relative_to(before)) if Path(path).is_relative_to(before) else path
-
-    return config.replace(
-        output=str(folder),
-        index=config.index.replace(folder=moved(config.index.folder)),
-        questions=questions.replace(train=moved(questions.train), dev=moved(questions.dev), test=moved(questions.test)),
-    )
+    config = load_config(path)
+    before, paths = Path(config.output), {"output": str(folder)}
+    for key in ("index.folder", "questions.train", "questions.dev", "questions.test"):
+        if (named := Path(str(get_key(config, key)))).is_relative_to(before):
+            paths[key] = str(folder / named.relative_to(before))
+    moved = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in paths.items()]
+    return load_config(path, [*(text.replace("${", r"\\${") for text in moved), *overrides])
 
 
 def _write(path: Path, text: str) -> None:
