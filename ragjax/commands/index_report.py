@@ -19,11 +19,11 @@ from ragjax.checkpoints.hub import fingerprint_files
 from ragjax.config import Config
 from ragjax.data.answer_matching import has_answer
 from ragjax.data.passage_store import SHARDS, STORE_FILES
+from ragjax.data.question_batch import drop_unfit_questions, tokenize_questions
 from ragjax.data.questions import as_json
 from ragjax.errors import InputError
 from ragjax.files import atomic_write, check_writable
 from ragjax.parallel.mesh import local_mesh
-from ragjax.rag import drop_unfit_questions
 from ragjax.resources import size_text
 from ragjax.retrieval.device_index import block_log_normalizer, blockwise_top_k
 from ragjax.retrieval.embeddings import EMBEDDINGS, Embeddings
@@ -53,7 +53,7 @@ def index_report(config: Config, count: int, plot: Path | None = None) -> dict[s
     split = open_split(config, config.evaluate.split)
     check_writable(Path(config.output))
     rag, index, store = load_artifacts(config)
-    split = drop_unfit_questions(rag, split, documents=False, closed_book=False)
+    split = drop_unfit_questions(rag.tokenizers, split, documents=False, closed_book=False)
     questions = split.questions
     mesh, folder = local_mesh(data=1), Path(config.output)
     trained = restore_params(rag, mesh)
@@ -71,7 +71,8 @@ def index_report(config: Config, count: int, plot: Path | None = None) -> dict[s
     with progress_bar("measure", len(sample), "questions") as advance:
         for start in range(0, len(sample), TOGETHER):
             part = sample[start : start + TOGETHER]
-            queries = encode_questions(rag, params, [question.question for question in part], mesh)
+            batch = tokenize_questions(rag.tokenizers, [question.question for question in part])
+            queries = encode_questions(rag, params, batch, mesh)
             scores, ids, normalizer = exact_by_shards(index.embeddings, queries, deepest, scale)
             _, found = index.search(queries, deepest)
             mass = np.exp(np.logaddexp.accumulate(scale * scores.astype(np.float64), axis=1) - normalizer[:, None])
@@ -87,7 +88,8 @@ def index_report(config: Config, count: int, plot: Path | None = None) -> dict[s
             advance(len(part))
     measured = {name: np.array([of[name] for of in of_questions], float) for name in ("mass", "recall", "answered")}
     usual = np.median(measured["mass"], axis=0).tolist()
-    queries = encode_questions(rag, params, [q.question for q in sample[:TOGETHER]], mesh)
+    batch = tokenize_questions(rag.tokenizers, [question.question for question in sample[:TOGETHER]])
+    queries = encode_questions(rag, params, batch, mesh)
     report = {
         "index": {"kind": config.index.kind, "dtype": index.manifest["dtype"], "N": len(index)},
         "step": None if trained is None else trained[1],

@@ -152,7 +152,7 @@ def _train(config: Config, signals: Signals) -> Path:
                     supply.read_ahead()
                 measured = gather_to_host(measured | missed)
                 if config.train.fused:
-                    shown, tokens = reader.shown(pairs, measured.pop("ids")), int(measured.pop("tokens"))
+                    shown, tokens = reader.retrieval_metrics(pairs, measured.pop("ids")), int(measured.pop("tokens"))
                 metrics = {name: float(value) for name, value in measured.items()} | shown
                 check_finite_metrics(step, metrics, [question.id for question, _ in pairs])
                 seconds = time.perf_counter() - started
@@ -276,7 +276,7 @@ def _dev_loss(
     for start in range(0, count, size):
         part = np.arange(start, start + size) % count  # filled up with questions that are not counted
         pairs = asked.pairs(SampledQuestions(part, np.zeros(size, np.int64)))
-        batch, _, _ = reader.read(pairs, reader.search(state.params, pairs))
+        batch, _, _ = reader.load(state.params, pairs)
         losses.append(gather_to_host(nll_fn(state.params, batch, corpus))[: count - start])
     every = np.concatenate(losses)
     known = every[~np.isnan(every)]
