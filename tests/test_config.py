@@ -296,7 +296,7 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1) | st.from_
 TEXTS = TEXTS.filter(lambda text: text != "???")
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(TEXTS, st.lists(TEXTS), st.floats(1e-300, 1e300))
 def test_what_is_dumped_is_read_back(folder: Path, text: str, texts: list[str], number: float) -> None:
     config = load_config(written(folder))
