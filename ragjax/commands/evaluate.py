@@ -102,13 +102,13 @@ def evaluate(config: Config) -> dict[str, Any]:
 
 
 def _evaluation(rag: RagPipeline, fingerprints: dict[str, str], step: int | None, mesh: Mesh) -> dict[str, Any]:
-    """All that the numbers of an evaluation depend on, and so that nothing of another one is taken for its own."""
-    of_models = {name: fingerprint_files(getattr(rag, name).files) for name in ("retriever", "generator")}
+    """All that the numbers of an evaluation depend on, so that nothing of another one is taken for its own."""
+    models = {name: fingerprint_files(getattr(rag, name).files) for name in ("retriever", "generator")}
     devices = [f"{device.platform}:{device.device_kind}" for device in mesh.devices.flat]
     about = {
         "version": VERSION,
         "config": rag.config.model_dump(mode="json", exclude={"output"}),
-        "fingerprints": fingerprints | of_models,
+        "fingerprints": fingerprints | models,
         "checkpoint": None if step is None else fingerprint(Path(rag.config.output) / "checkpoints", step),
         "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
         "source": fingerprint_files(Path(__file__).parents[1].rglob("*.py")),
