@@ -113,7 +113,6 @@ def test_ready_made_configurations_have_names(capsys: Capture, tmp_path: Path, m
     assert "no such configuration file or run; the ready-made ones are factbook, " in refused(
         capsys, tmp_path, "config", "nope"
     )
-    assert "`ragjax config --list`" in refused(capsys, tmp_path, "config")
 
 
 def test_a_run_may_stand_where_a_configuration_does(capsys: Capture, own_run: Path) -> None:

@@ -166,7 +166,7 @@ class Kept:
         mine = missing[jax.process_index() :: jax.process_count()]
         batches = {start: list(questions[start : start + size]) for start in mine}
         made = dict(self._before.get(what, {}))
-        with progress_bar(name, sum(map(len, batches.values())), "questions") as advance:
+        with progress_bar(name, sum(map(len, batches.values())), "questions", first="compiling …") as advance:
             for start, batch in batches.items():
                 made[start] = of_batch(repeat_to_size(batch, size))[: len(batch)]
                 self._journal.add({"what": what, "start": start, "made": made[start]})
