@@ -172,7 +172,7 @@ class EvaluationProgress:
         mine = missing[jax.process_index() :: jax.process_count()]
         batches = {start: list(questions[start : start + size]) for start in mine}
         results = dict(self._before.get(measure, {}))
-        with progress_bar(name, sum(map(len, batches.values())), "questions") as advance:
+        with progress_bar(name, sum(map(len, batches.values())), "questions", first="compiling …") as advance:
             for start, batch in batches.items():
                 results[start] = measure_batch(repeat_to_size(batch, size))[: len(batch)]
                 self._journal.add({"measure": measure, "start": start, "results": results[start]})

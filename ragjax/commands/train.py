@@ -108,6 +108,10 @@ class Run:
         some = self.data.splits[0].questions[: self.rag.config.refresh.probe_questions]
         return [question.question for question in some]
 
+    def epochs(self, step: int) -> str:
+        """How often each question has been trained on after a step, as the progress tells it."""
+        return f"epoch {step * self.rag.config.train.batch_size / len(self.data.train.usable.questions):.1f}"
+
 
 def train(config: Config) -> Path:
     """Trains until `train.steps`, going on from the newest checkpoint in `output`; returns that folder.
@@ -256,7 +260,7 @@ def run_steps(run: Run, signals: Signals) -> None:
     """Trains until `train.steps`. Raises `Interrupted` after a signal, once the step is done and saved."""
     train, done = run.rag.config.train, int(run.state.step)
     step, nll = make_step(run), make_nll(run.rag)
-    with progress_bar("train", train.steps, "steps", done) as advance:
+    with progress_bar("train", train.steps, "steps", done, first="compiling …", extra=run.epochs) as advance:
         signals.check()
         signals.instead, last_save = _finish_the_step, time.monotonic()
         for number in range(done + 1, train.steps + 1):

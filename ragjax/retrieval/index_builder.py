@@ -173,7 +173,7 @@ class IndexBuilder:
         todo = sum(min(size, count - start) for start in missing)
         stream, position = iter(read()), 0
         write = _shard_writer(self.rag)
-        with progress_bar(name, total, "passages", total - todo) as advance:
+        with progress_bar(name, total, "passages", total - todo, first="compiling …") as advance:
             for start in missing:
                 passages = list(islice(stream, start - position, start - position + size))
                 position = start + len(passages)

@@ -22,6 +22,7 @@ import jax
 
 from ragjax.checkpoints.hub import fingerprint_files
 from ragjax.config import Config, dump_config, get_key, load_config
+from ragjax.config.reading import escaped
 from ragjax.data.questions import LeftOut, Split, as_json
 from ragjax.errors import InputError
 from ragjax.files import atomic_write, read_json, write_jsonl
@@ -249,8 +250,8 @@ def load_run_config(folder: Path, overrides: Sequence[str] = ()) -> Config:
     for key in ("index.folder", "questions.train", "questions.dev", "questions.test"):
         if (named := Path(str(get_key(config, key)))).is_relative_to(before):
             paths[key] = str(folder / named.relative_to(before))
-    moved = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in paths.items()]
-    return load_config(path, [*(text.replace("${", r"\\${") for text in moved), *overrides])
+    moved = [f"{key}={json.dumps(escaped(value), ensure_ascii=False)}" for key, value in paths.items()]
+    return load_config(path, [*moved, *overrides])
 
 
 def _write(path: Path, text: str) -> None:
