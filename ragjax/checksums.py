@@ -79,8 +79,8 @@ def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
 
 def files_below(folder: Path) -> list[str]:
     """The names of all files below a folder, relative to it, but for its own checksums."""
-    found = (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    return sorted(name for name in found if name != CHECKSUMS)
+    names = (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    return sorted(name for name in names if name != CHECKSUMS)
 
 
 def write_checksums(folder: Path, **about: Any) -> None:
@@ -117,8 +117,8 @@ def damages(
     folder: Path, records: Mapping[str, Record], progress: Progress = _quiet, most: int | None = None
 ) -> dict[str, str]:
     """What is wrong with each damaged file of a folder, by name; `most` as in `damage`."""
-    found = {name: damage(folder / name, record, progress, most) for name, record in records.items()}
-    return {name: what for name, what in found.items() if what is not None}
+    results = {name: damage(folder / name, record, progress, most) for name, record in records.items()}
+    return {name: what for name, what in results.items() if what is not None}
 
 
 class DamagedFolder(InputError):
@@ -147,9 +147,9 @@ class CheckedFiles:
             return
         if self._known is None:
             self._known = self._records()
-        known = {name: self._known[name] for name in names if name in self._known and name not in self._checked}
-        if found := damages(self.folder, known):
-            raise self.damaged(told(found))
+        records = {name: self._known[name] for name in names if name in self._known and name not in self._checked}
+        if damage := damages(self.folder, records):
+            raise self.damaged(damage_text(damage))
         self._checked.update(names)
 
     def _records(self) -> dict[str, Record]:
@@ -168,10 +168,10 @@ class CheckedFiles:
         return DamagedFolder(self.folder, f"{self.folder}: is damaged ({what}); {self.mend}")
 
 
-def told(found: Mapping[str, str]) -> str:
+def damage_text(damage: Mapping[str, str]) -> str:
     """Damages in one line: "a: is missing; b: its contents have changed"."""
-    some = [f"{name} {what}" for name, what in list(found.items())[:3]]
-    return "; ".join([*some, f"and {len(found) - 3} more"] if len(found) > 3 else some)
+    some = [f"{name} {what}" for name, what in list(damage.items())[:3]]
+    return "; ".join([*some, f"and {len(damage) - 3} more"] if len(damage) > 3 else some)
 
 
 def total_size(records: Iterable[Record]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import importlib.metadata
 import json
 import os
 import signal
@@ -20,6 +21,8 @@ from ragjax.terminal import visible
 
 # in what JAX, Gloo and the coordination service say when a process is gone
 SIGNS_OF_LOSS = ("Gloo", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED", "barrier", "coordination", "peer")
+# how shells complete CONFIG: with files, and bash with the ready-made names, too
+COMPLETED = {"bash": "_ragjax_configs", "zsh": "_files", "fish": "(__fish_complete_path (commandline -ct))"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -101,6 +104,16 @@ class _Parser(argparse.ArgumentParser):
         super().error(visible(message))
 
 
+class _PrintCompletion(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, namespace: object, shell: Any, option: object = None) -> None:
+        import shtab
+
+        names = " ".join(ready_made())
+        configs = f'_ragjax_configs() {{ compgen -W "{names}" -- "$1"; compgen -f -- "$1"; }}'
+        print(shtab.complete(parser, shell, preamble={"bash": configs}))  # type: ignore[arg-type]  # shtab takes one for each shell
+        parser.exit()
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="ragjax",
@@ -108,6 +121,14 @@ def _parser() -> argparse.ArgumentParser:
         epilog="example:\n  ragjax train configs/factbook.yaml train.steps=100 output=runs/mine\n\n"
         "`ragjax COMMAND --help` tells more about each command.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"ragjax {importlib.metadata.version('ragjax')}")
+    parser.add_argument(
+        "--print-completion",
+        action=_PrintCompletion,
+        choices=COMPLETED,
+        help="print what makes a shell complete commands, options and configurations; in bash, put into ~/.bashrc: "
+        'eval "$(ragjax --print-completion bash)"',
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
@@ -120,9 +141,14 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         if config:
-            sub.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/factbook.yaml")
+            config_argument(sub)
         sub.set_defaults(run=run, name="ragjax", together=False)
         return sub
+
+    def config_argument(sub: argparse.ArgumentParser, **settings: Any) -> None:
+        help = "a YAML file, the folder of a run, or the name of a ready-made one, such as factbook"
+        argument = sub.add_argument("config", metavar="CONFIG", help=help, **settings)
+        argument.complete = COMPLETED  # type: ignore[attr-defined] # for shtab
 
     def overrides(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="replaces a value, such as train.steps=100")
@@ -206,8 +232,9 @@ def _parser() -> argparse.ArgumentParser:
     verifying.add_argument("--json", action="store_true", help=json_help)
     summary = "print the resolved configuration; without a CONFIG all keys with their defaults and meanings"
     config = command("config", _config, summary, "ragjax config configs/factbook.yaml", config=False)
-    config.add_argument("config", nargs="?", metavar="CONFIG", help="a YAML file, such as configs/factbook.yaml")
+    config_argument(config, nargs="?")
     overrides(config)
+    config.add_argument("--list", action="store_true", help="list the ready-made configurations, with a line on each")
     config.add_argument("--schema", action="store_true", help="print the JSON Schema of a CONFIG, for editors")
     return parser
 
@@ -224,8 +251,25 @@ def _positive(number: Callable[[str], Any]) -> Callable[[str], Any]:
     return above_zero
 
 
+def ready_made() -> dict[str, Path]:
+    """The configurations that come with ragjax, by name: in the package, or beside it in a clone."""
+    package = Path(__file__).parent
+    folder = next((f for f in (package / "configs", package.parent / "configs") if f.is_dir()), package)
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
 def _load(options: argparse.Namespace) -> Config:
-    return load_config(options.config, [*getattr(options, "overrides", []), *options.set])
+    """The configuration that CONFIG names: a file, the folder of a run, or a ready-made one; with its overrides."""
+    overrides, path, known = [*getattr(options, "overrides", []), *options.set], Path(options.config), ready_made()
+    if path.is_dir() and ((path / "config.yaml").exists() or options.config not in known):
+        from ragjax.runs.run_dir import load_run_config
+
+        return load_run_config(path, overrides)
+    if not path.is_file():
+        if options.config not in known:
+            raise InputError(f"{path}: no such configuration file or run; the ready-made ones are {', '.join(known)}")
+        path = known[options.config]
+    return load_config(path, overrides)
 
 
 def _plan(options: argparse.Namespace) -> int:
@@ -324,8 +368,16 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _config(options: argparse.Namespace) -> int:
-    if options.schema:
+    if options.list:
+        for name, path in ready_made().items():
+            comments = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("# ")]
+            print(f"{name:16}  {next(line for line in comments if '$schema=' not in line)[2:]}")
+    elif options.schema:
         print(json.dumps(schema(), indent=2, ensure_ascii=False))
+    elif options.config:
+        print(dump_config(_load(options)), end="")
+    elif options.set:
+        raise InputError("--set replaces values of a CONFIG; name one, such as configs/factbook.yaml")
     else:
-        print(dump_config(_load(options)) if options.config else default_config(), end="")
+        print(default_config(), end="")
     return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -11,7 +10,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 from ragjax.errors import InputError
 
@@ -183,11 +182,22 @@ def exclusive_lock(folder: Path, doing: str) -> Iterator[None]:
         except OSError as error:
             raise InputError(f"{folder}: cannot be created ({error.strerror}); choose another folder") from None
         with (folder / LOCK).open("a") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(f"{folder}: another process {doing}") from None
+            if not lock_file(lock):
+                raise InputError(f"{folder}: another process {doing}")
             # one that held it may have deleted it together with its folder, and a third may lock a new file
             if os.path.exists(lock.name) and os.path.samestat(os.stat(lock.name), os.fstat(lock.fileno())):
                 yield
                 return
+
+
+def lock_file(file: IO[Any]) -> bool:
+    """Locks an open file for this process alone, until it is closed or the process dies; False where another holds it.
+
+    Raises `InputError` where the system or the file system has no locks.
+    """
+    from filelock import lock_descriptor
+
+    try:
+        return lock_descriptor(file.fileno(), blocking=False)
+    except OSError as error:
+        raise InputError(f"{file.name}: cannot be locked ({error.strerror}); choose another file system") from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import shutil
 from pathlib import Path
 
@@ -33,7 +32,14 @@ FEW_FILES = 64  # that a process has open besides
 
 
 def raise_open_file_limit(count: int) -> None:
-    """Lets this process map `count` files more: each holds a descriptor, of which shells allow only 1,024 or so."""
+    """Lets this process map `count` files more: each holds a descriptor, of which shells allow only 1,024 or so.
+
+    Raises `InputError` where this machine allows fewer. Windows has no such limit.
+    """
+    try:
+        import resource
+    except ImportError:
+        return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
         return

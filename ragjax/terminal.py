@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 import unicodedata
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from ragjax.signals import check
@@ -48,7 +50,7 @@ def visible(text: str, lines: bool = False) -> str:
     return text.translate(_WITHIN_LINES if lines else _SYMBOLS)
 
 
-EVERY = 15.0  # seconds between two lines where there is no terminal
+EVERY = 30.0  # seconds between two lines where there is no terminal
 SOON = 2**30  # bytes that are read too soon for a bar
 
 
@@ -63,45 +65,96 @@ class Screen(Console):
 terminal = Screen(stderr=True, highlight=False, markup=False)
 
 
+class _Pace:
+    """How long a unit of work takes: the median of the last intervals, so that one slow step counts for little."""
+
+    INTERVALS, SHORTEST = 20, 1.0  # at most so many, of so many seconds or of one longer step
+
+    def __init__(self, done: int) -> None:
+        self.begun = self.done = done
+        self.started = self.since = time.monotonic()
+        self._counted = done  # at the time `since`
+        self._intervals: deque[float] = deque(maxlen=self.INTERVALS)  # seconds a unit
+
+    def advance(self, step: int) -> None:
+        """Counts a step. The first one takes the programs' compilation, too, and tells nothing of the others."""
+        first, self.done, now = self.done == self.begun, self.done + step, time.monotonic()
+        if first:
+            self.since, self._counted = now, self.done
+        elif now - self.since >= self.SHORTEST and self.done > self._counted:
+            self._intervals.append((now - self.since) / (self.done - self._counted))
+            self.since, self._counted = now, self.done
+
+    def seconds(self) -> float | None:
+        """For a unit; None while it is not known."""
+        return statistics.median(self._intervals) if self._intervals else None
+
+
 @contextmanager
-def progress_bar(name: str, total: int | None, unit: str, done: int = 0) -> Iterator[Callable[..., None]]:
-    """Yields `advance(count=1, note="")`; the rate is counted in `unit` a second. A lost Ctrl-C is raised there."""
-    started, count = time.monotonic(), done
+def progress_bar(
+    name: str, total: int | None, unit: str, done: int = 0, first: str = "", extra: Callable[[int], str] | None = None
+) -> Iterator[Callable[..., None]]:
+    """Yields `advance(count=1, note="")`, which shows how far the work is. A lost Ctrl-C is raised there.
 
-    def rate() -> float:
-        return (count - done) / max(1e-9, time.monotonic() - started)
+    On a terminal this is one line; elsewhere a line every half minute, and one at the end. Rate and time left are those
+    of the last steps.
 
-    def line(note: str) -> str:
-        of = f"/{total}" if total else ""
-        left = f", {_clock((total - count) / rate())} left" if total and count > done and count < total else ""
-        return f"{name}: {count}{of} {unit}, {rate():.3g} {unit}/s{left}{'  ' + note if note else ''}"
+    Args:
+        name: What is done, such as "train".
+        total: The number of units, where it is known.
+        unit: What is counted, such as "steps".
+        done: Units that an earlier process has done.
+        first: What is shown until the first units are done, such as "compiling …".
+        extra: Makes of the number of units done what is shown beside it, such as "epoch 2.5".
+    """
+    pace = _Pace(done)
 
+    def so_far() -> str:
+        beside = f" ({extra(pace.done)})" if extra else ""
+        return f"{pace.done}{f'/{total}' if total else ''} {unit}{beside}"
+
+    def status(note: str) -> str:
+        parts = [so_far()]
+        if seconds := pace.seconds():
+            parts.append(f"{1 / seconds:.3g} {unit}/s")
+            if total and pace.done < total:
+                parts.append(f"{_clock((total - pace.done) * seconds)} left")
+        return ", ".join(parts) + (f"  {note}" if note else "")
+
+    with _shown(name, total, done, first if done != total else "") as show:
+
+        def advance(step: int = 1, note: str = "") -> None:
+            check()
+            pace.advance(step)
+            show(step, lambda: status(note))
+
+        yield advance
+        if not terminal.is_terminal:
+            took = time.monotonic() - pace.started
+            rate = (pace.done - done) / max(1e-9, took)
+            terminal.print(f"{name}: {so_far()}, {rate:.3g} {unit}/s, {_clock(took)} in all", soft_wrap=True)
+
+
+@contextmanager
+def _shown(name: str, total: int | None, done: int, first: str) -> Iterator[Callable[[int, Callable[[], str]], None]]:
+    """Yields what shows a status after a number of units more: a bar on a terminal, elsewhere a line now and then."""
     if terminal.is_terminal:
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[status]}"))
-        with Progress(*columns, TimeRemainingColumn(), console=terminal, transient=False) as bar:
-            task = bar.add_task(name, total=total, completed=done, status="")
-
-            def advance(step: int = 1, note: str = "") -> None:
-                nonlocal count
-                check()
-                count += step
-                of = f"/{total}" if total else ""
-                bar.update(task, advance=step, status=f"{count}{of} {unit}  {rate():.3g}/s  {note}")
-
-            yield advance
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TimeElapsedColumn())
+        with Progress(*columns, TextColumn("{task.fields[status]}"), console=terminal) as bar:
+            task = bar.add_task(name, total=total, completed=done, status=first)
+            yield lambda step, status: bar.update(task, advance=step, status=status())
         return
-    last = started
+    if first:
+        terminal.print(f"{name}: {first}", soft_wrap=True)
+    last = time.monotonic()
 
-    def advance_quietly(step: int = 1, note: str = "") -> None:
-        nonlocal count, last
-        check()
-        count += step
+    def show(step: int, status: Callable[[], str]) -> None:
+        nonlocal last
         if time.monotonic() - last >= EVERY:
             last = time.monotonic()
-            terminal.print(line(note), soft_wrap=True)
+            terminal.print(f"{name}: {status()}", soft_wrap=True)
 
-    yield advance_quietly
-    terminal.print(f"{line('')}, {_clock(time.monotonic() - started)} in all", soft_wrap=True)
+    yield show
 
 
 @contextmanager
@@ -126,5 +179,7 @@ def _mib(size: int) -> int:
 
 
 def _clock(seconds: float) -> str:
+    """Minutes and seconds, with hours where there are any: 4:05, 1:04:05."""
     minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes}:{seconds:02d}"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -28,14 +28,15 @@ from ragjax.config import Config, dump_config
 from ragjax.data.corpus import Passage, read_passages
 from ragjax.data.passage_store import PassageStore, shard_folder
 from ragjax.data.prompt import passage_text
+from ragjax.data.question_batch import tokenize_passages, tokenize_questions
 from ragjax.errors import InputError
 from ragjax.files import exclusive_lock
-from ragjax.rag import RagPipeline, load_pipeline, tokenize_passages
+from ragjax.rag import RagPipeline, load_pipeline
 from ragjax.retrieval import encoder as encoder_module
 from ragjax.retrieval import faiss_index as faiss_module
 from ragjax.retrieval import index_builder as builder_module
 from ragjax.retrieval.encoder import encode
-from ragjax.retrieval.index import MANIFEST, Index, open_index, read_manifest, write_index
+from ragjax.retrieval.index import MANIFEST, Index, open_index, read_index_manifest, write_index
 from ragjax.retrieval.retrieve import retrieve
 
 
@@ -84,7 +85,7 @@ def test_retrieval_is_the_largest_inner_products(world: Path, one_by_one: np.nda
     params = rag.initial_params()
     [row] = rag.retriever_tokenizer.encode(texts, special=True, longest=64)
     [query] = encode(rag.retriever.graphdef, params["retriever"], jnp.asarray([row]), jnp.ones((1, len(row)), bool))
-    found = retrieve(rag, params, opened(rag.config), texts, 4)
+    found = retrieve(rag, params, opened(rag.config), tokenize_questions(rag.tokenizers, texts), 4)
     scores = one_by_one @ np.asarray(query)
     np.testing.assert_array_equal(found.ids[0], np.argsort(-scores, kind="stable")[:4])
     np.testing.assert_allclose(found.scores[0], np.sort(scores)[::-1][:4], atol=1e-5)
@@ -344,7 +345,7 @@ def test_mending_that_was_killed_goes_on(
 def test_where_a_shard_comes_out_otherwise_the_structure_follows(world: Path, sharded: Path, tmp_path: Path) -> None:
     """As with another JAX or device; here the index had other embeddings, and was summed with them."""
     folder = Path(shutil.copytree(sharded, tmp_path / "index"))
-    shard, manifest = shard_folder(folder, 2), read_manifest(folder)
+    shard, manifest = shard_folder(folder, 2), read_index_manifest(folder)
     vectors = np.load(shard / "embeddings.npy")
     np.save(shard / "embeddings.npy", vectors[::-1])
     (shard / CHECKSUMS).unlink()

@@ -55,6 +55,19 @@ def test_what_does_no_good_is_told_in_a_line(cache: Path, template: str, message
     assert not cache.exists()
 
 
+def test_without_limits_of_the_system_the_clock_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Windows, which has no `resource`."""
+    program = (
+        f"import runpy, sys; sys.modules['resource'] = None; runpy.run_path({str(RENDERER)!r}, run_name='__main__')"
+    )
+    (tmp_path / "render.py").write_text(program)
+    monkeypatch.setattr(chat_template, "RENDERER", tmp_path / "render.py")
+    assert render_chat_template("{{ a + 1 }}", {"a": 1}) == "2"
+    monkeypatch.setattr(chat_template, "PATIENCE", 1)
+    with pytest.raises(InputError, match="did not end within 1 s"):
+        render_chat_template("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", {})
+
+
 def test_the_child_imports_jinja_and_nothing_of_ours(tmp_path: Path) -> None:
     code = f"import json, runpy, sys; runpy.run_path({str(RENDERER)!r}); print(json.dumps([*sys.modules]))"
     done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=True)

@@ -20,6 +20,7 @@ from ragjax.cli import main
 from ragjax.files import write_jsonl
 
 Capture = pytest.CaptureFixture[str]
+CONFIGS = Path(__file__).parents[1] / "configs"
 COMMANDS = ("plan", "index", "train", "evaluate", "answer", "config")
 PASSAGES = [{"id": f"{i}", "title": f"Land {i}", "text": f"The capital of land {i} is city {i}."} for i in range(4)]
 
@@ -49,7 +50,9 @@ def test_errors_in_the_configuration(capsys: Capture, tmp_path: Path, world: Pat
     for command in COMMANDS:
         more = ["why?", "--set"] if command == "answer" else []
         assert "unknown key 'train.stepz'" in refused(capsys, tmp_path, command, config, *more, "train.stepz=3")
-        assert "Value 'x'" in refused(capsys, tmp_path, command, config, *more, "train.steps=x")
+        assert "train.steps is 'x'; expected a whole number" in refused(
+            capsys, tmp_path, command, config, *more, "train.steps=x"
+        )
         assert "no such configuration" in refused(capsys, tmp_path, command, str(tmp_path / "no"), *more, "seed=1")
     assert "decode.mode is 'magic'" in refused(capsys, tmp_path, *ask(world), "--set", "decode.mode=magic")
 
@@ -59,6 +62,20 @@ def test_overrides_may_stand_before_and_after_options(capsys: Capture, world: Pa
     assert main(["config", config, "seed=3", "--set", "train.k=2", "train.clip=0.5", "--set", "decode.k=1"]) == 0
     shown = capsys.readouterr().out
     assert all(line in shown for line in ("seed: 3\n", "  k: 2\n", "  clip: 0.5\n", "  k: 1\n"))
+
+
+def test_config_without_a_file_shows_all_defaults(capsys: Capture) -> None:
+    assert main(["config"]) == 0
+    shown = capsys.readouterr().out
+    assert "output: ??? # The folder of the run.\n" in shown and "  steps: 1000 # Optimizer steps.\n" in shown
+    assert main(["config", "--set", "train.k=2"]) == 2
+    assert "--set replaces values of a CONFIG" in capsys.readouterr().err
+
+
+def test_config_prints_the_schema_that_the_ready_made_files_name(capsys: Capture) -> None:
+    assert main(["config", "--schema"]) == 0
+    kept = Path(__file__).parents[1] / "configs" / "schema.json"
+    assert capsys.readouterr().out == kept.read_text(encoding="utf-8"), "ragjax config --schema > configs/schema.json"
 
 
 @pytest.mark.parametrize("extra", [["--fast"], ["-x=3"], ["--json", "--no=1"]])
@@ -84,16 +101,62 @@ def test_help_has_an_example(capsys: Capture, command: tuple[str, ...]) -> None:
     assert "example:\n  ragjax " in capsys.readouterr().out
 
 
-def test_help_and_config_do_not_wait_for_jax(world: Path) -> None:
-    program = (
-        "import sys; from ragjax.cli import main\n"
-        "assert main(['config', sys.argv[1]]) == 0\n"
-        "try: main(['train', '--help'])\n"
-        "except SystemExit: pass\n"
-        "print('jax' in sys.modules, file=sys.stderr)"
+# what CONFIG may be
+
+
+def test_ready_made_configurations_have_names(capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In any folder; a file or a run of that name is nearer."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["config", "--list"]) == 0
+    told = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert told.keys() == {path.stem for path in CONFIGS.glob("*.yaml")}
+    assert told["tiny"].startswith("Random tiny models over part of the CIA World Factbook: ")
+    assert all(line.endswith(".") for line in told.values())
+    for name in told:
+        assert main(["config", name]) == 0
+        assert main(["config", str(CONFIGS / f"{name}.yaml")]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[: len(lines) // 2] == lines[len(lines) // 2 :]
+    (tmp_path / "tiny").mkdir()
+    assert main(["config", "tiny", "seed=3"]) == 0
+    for name in ("tiny/config.yaml", "factbook"):
+        (tmp_path / name).write_text(
+            "{output: mine, corpus: {source: x}, retriever: {source: x}, generator: {source: x}}"
+        )
+    capsys.readouterr()
+    assert main(["config", "tiny"]) == main(["config", "factbook"]) == 0
+    assert "output: tiny\n" in (shown := capsys.readouterr().out) and "output: mine\n" in shown
+    assert "no such configuration file or run; the ready-made ones are factbook, " in refused(
+        capsys, tmp_path, "config", "nope"
     )
-    done = subprocess.run([sys.executable, "-c", program, str(world / "config.yaml")], capture_output=True, text=True)
-    assert done.stderr == "False\n"
+
+
+def test_a_run_may_stand_where_a_configuration_does(capsys: Capture, own_run: Path) -> None:
+    """Wherever it was moved; overrides are counted last."""
+    moved = own_run.rename(own_run.parent / "a ${b} é")
+    assert main(["config", str(moved), "decode.k=1", "index.folder=elsewhere"]) == 0
+    shown = capsys.readouterr().out
+    assert "folder: elsewhere\n" in shown and "  k: 1\n" in shown and "output: " in shown
+    assert main(["answer", str(moved), "What is the capital of Arland?", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["step"] == STEPS
+    assert "no run here (config.yaml is missing)" in refused(capsys, moved, "evaluate", str(moved / "checkpoints"))
+
+
+def test_bash_completes_commands_and_configurations(capsys: Capture, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--print-completion", "bash"])
+    assert stop.value.code == 0
+    (tmp_path / "complete.sh").write_text(capsys.readouterr().out)
+    (tmp_path / "factory.yaml").touch()
+    for words, completed in (
+        (["ind"], "index index-report"),
+        (["train", "fact"], "factbook factbook_long factbook_warmup factory.yaml"),
+        (["answer", "--mo"], "--mode"),
+    ):
+        script = f"source complete.sh; COMP_WORDS=(ragjax {' '.join(words)}); COMP_CWORD={len(words)}; _shtab_ragjax"
+        command = ["bash", "-c", f'{script}; echo "${{COMPREPLY[@]}}"']
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert sorted(done.stdout.split()) == completed.split()
 
 
 def test_the_module_runs(tmp_path: Path, world: Path) -> None:

@@ -1,13 +1,16 @@
-"""JSON that comes from anywhere: read, or refused with the file's name."""
+"""JSON that comes from anywhere: read, or refused with the file's name. And folders that one process holds."""
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from ragjax.errors import InputError
-from ragjax.files import DEEPEST, parse_json, read_json, shown, unicode_json
+from ragjax.files import DEEPEST, exclusive_lock, parse_json, read_json, shown, unicode_json
 
 
 def nested(depth: int) -> str:
@@ -52,3 +55,38 @@ def test_a_file_of_json_is_an_object(tmp_path: Path) -> None:
 def test_values_are_quoted_short_and_in_ascii() -> None:
     assert shown("é\x1b") == r"'\xe9\x1b'"
     assert len(shown("x" * 10_000)) == 80
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from ragjax.files import exclusive_lock
+with exclusive_lock(Path(sys.argv[1]), ""):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_folder_is_held_by_one_process(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    with subprocess.Popen([sys.executable, "-c", HOLD, folder], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        with (
+            pytest.raises(InputError, match="folder: another process works here"),
+            exclusive_lock(folder, "works here"),
+        ):
+            pass
+        other.kill()
+    with exclusive_lock(folder, "works here"):  # its death frees the folder
+        shutil.rmtree(folder)
+        with exclusive_lock(folder, "works here"):  # a new folder is not the old one
+            pass
+
+
+def test_where_there_are_no_locks_that_is_told(tmp_path: Path) -> None:
+    """Python without fcntl: nothing but a lock needs it."""
+    program = "import sys; sys.modules['fcntl'] = None\n" + HOLD
+    done = subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1].endswith(
+        f"InputError: {tmp_path}/.lock: cannot be locked (fcntl is unavailable); choose another file system"
+    )

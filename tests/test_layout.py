@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
@@ -74,3 +76,23 @@ def test_banned_imports(name: str) -> None:
     assert "orbax" not in packages or name == "runs.checkpointer"
     early = {found.split(".")[0] for statement in at_start(tree) for found in imports(statement)}
     assert early & INSIDE_FUNCTIONS == set()
+
+
+JAX = set("jax jaxlib numpy".split())
+MODELS = set("faiss flax gguf grain huggingface_hub optax orbax safetensors tokenizers transformers".split())
+SETTINGS = set("omegaconf pydantic rich".split())
+
+
+@pytest.mark.parametrize(
+    ("program", "not_needed"),
+    [
+        ("import ragjax.marginal", MODELS | SETTINGS),
+        ("import ragjax; ragjax.__version__", JAX | MODELS | SETTINGS),
+        ("from ragjax.cli import main; main(['config', 'tiny'])", JAX | MODELS),
+        ("from ragjax.cli import main; main(['train', '--help'])", JAX | MODELS),
+    ],
+)
+def test_what_starts_quickly_imports_little(program: str, not_needed: set[str]) -> None:
+    tell = f"import sys\ntry: {program}\nfinally: print(*{not_needed} & sys.modules.keys(), file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", tell], capture_output=True, text=True)
+    assert done.stderr == "\n"

@@ -2,8 +2,6 @@ import gzip
 import hashlib
 import resource
 import shutil
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 
@@ -14,7 +12,7 @@ from ragjax.checksums import write_checksums
 from ragjax.data.corpus import CorpusStats, Passage, count_passages, passage_place, read_passages, scan_passages
 from ragjax.data.passage_store import STORE_FILES, PassageStore, shard_folder, write_store
 from ragjax.errors import InputError
-from ragjax.files import exclusive_lock, write_jsonl
+from ragjax.files import write_jsonl
 
 PASSAGES = [
     Passage("1", "Paris", "Paris ist schön."),
@@ -255,24 +253,6 @@ def test_files_are_mapped_beyond_the_usual_limit(tmp_path):
         assert len(list(PassageStore.open(tmp_path))) == 120
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
-
-
-def test_a_folder_is_held_by_one_process(tmp_path):
-    hold = "from pathlib import Path; from ragjax.files import alone; import sys, time\n"
-    hold += "with alone(Path(sys.argv[1]), ''): print('held', flush=True); time.sleep(600)"
-    folder = tmp_path / "folder"
-    with subprocess.Popen([sys.executable, "-c", hold, str(folder)], stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout is not None and other.stdout.readline() == "held\n"
-        with (
-            pytest.raises(InputError, match="folder: another process works here"),
-            exclusive_lock(folder, "works here"),
-        ):
-            pass
-        other.kill()
-    with exclusive_lock(folder, "works here"):  # its death frees the folder
-        shutil.rmtree(folder)
-        with exclusive_lock(folder, "works here"):  # a new folder is not the old one
-            pass
 
 
 def test_write_jsonl_keeps_the_old_file_when_it_fails(tmp_path):

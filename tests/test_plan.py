@@ -25,6 +25,7 @@ from ragjax.commands.plan import print_plan
 from ragjax.config import Config, dump_config, load_config
 from ragjax.config import Mesh as MeshSettings
 from ragjax.data.passage_store import STORE_FILES
+from ragjax.data.question_batch import question_batch, tokenize_prompts
 from ragjax.decoding.candidates import pad_answers
 from ragjax.decoding.propose import beam_search_documents, prefill_documents
 from ragjax.decoding.rag_token import beam_search_rag_token
@@ -32,10 +33,19 @@ from ragjax.decoding.rescore import score_tokens
 from ragjax.errors import InputError
 from ragjax.models.kv_cache import DocumentMemory, empty_kv_cache
 from ragjax.parallel.mesh import make_mesh
-from ragjax.planning import plan
-from ragjax.planning.plan import SPECIAL, Row, memory_plan, totals
-from ragjax.planning.program_cost import Cost, bytes_each, bytes_sent
-from ragjax.rag import load_pipeline, tokenize_prompts
+from ragjax.planning import evaluate_rows, index_rows, plan, train_rows
+from ragjax.planning.inputs import SPECIAL
+from ragjax.planning.plan import memory_plan
+from ragjax.planning.program_cost import (
+    Cost,
+    bytes_each,
+    bytes_sent,
+    compiled_cost,
+    flops_text,
+    program_temporaries,
+)
+from ragjax.planning.rows import Row, totals
+from ragjax.rag import load_pipeline
 from ragjax.resources import size_text
 from ragjax.training.optimizer import partition_params
 from ragjax.training.state import abstract_state, for_inference, init_train_state, state_shardings
@@ -43,7 +53,6 @@ from ragjax.training.step import trace_step
 
 CONFIGS = ("rag_sequence_nq", "rag_token_nq", "rag_sequence_t5")
 V5E_MEMORY = 15.75 * 2**30  # what XLA may use of its 16 GiB
-COST, TEMPORARIES = plan._cost, plan._Plan.temporaries
 RECOMPUTED, KEPT = "temporaries, activations recomputed", "temporaries, activations kept"
 NETWORK, FLOPS = "over the network, a step", "floating-point operations, a step"
 LOGITS = "logits of a step of the beam search"
@@ -79,16 +88,18 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tracing and compiling take the most time: only the tests of temporaries do. A step is a product of matrices."""
     product = jax.jit(jnp.dot).trace(jnp.ones((8, 50)), jnp.ones((50, 100)))
-    monkeypatch.setattr(plan, "trace_step", lambda *_: product)
-    monkeypatch.setattr(plan, "_cost", lambda _: Cost(1, {"all-reduce": 2**21}))
-    monkeypatch.setattr(plan._Plan, "temporaries", lambda *_: 1)
+    monkeypatch.setattr(train_rows, "trace_step", lambda *_: product)
+    monkeypatch.setattr(train_rows, "compiled_cost", lambda _: Cost(1, {"all-reduce": 2**21}))
+    for rows in (index_rows, evaluate_rows):
+        monkeypatch.setattr(rows, "program_temporaries", lambda *_: 1)
 
 
 @pytest.fixture
 def compiled(uncompiled: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "trace_step", trace_step)
-    monkeypatch.setattr(plan, "_cost", COST)
-    monkeypatch.setattr(plan._Plan, "temporaries", TEMPORARIES)
+    monkeypatch.setattr(train_rows, "trace_step", trace_step)
+    monkeypatch.setattr(train_rows, "compiled_cost", compiled_cost)
+    for rows in (index_rows, evaluate_rows):
+        monkeypatch.setattr(rows, "program_temporaries", program_temporaries)
 
 
 # what is really taken
@@ -153,7 +164,8 @@ def test_temporaries_and_network_are_those_of_the_compiled_step(
 ) -> None:
     config = tiny_config(world, mesh__fsdp=True, train__remat=False, train__k=1)
     rag, mesh = load_pipeline(config), make_mesh(devices=jax.devices()[:2])
-    monkeypatch.setattr(plan._Plan, "temporaries", lambda *_: 1)  # evaluation is not the question here
+    for rows in (index_rows, evaluate_rows):
+        monkeypatch.setattr(rows, "program_temporaries", lambda *_: 1)  # not the question here
     found = sizes(config, mesh)
     for remat, row in ((False, KEPT), (True, f"{RECOMPUTED} (train.remat=true)")):
         told = replace(rag, config=config.replace(train=config.train.replace(remat=remat)))
@@ -165,11 +177,19 @@ def test_temporaries_and_network_are_those_of_the_compiled_step(
             assert found["train", NETWORK, "device"] == sum(bytes_sent(step.as_text() or "").values()) > 2**16
 
 
+def test_a_fused_step_is_planned_with_all_passages(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It searches inside the step: traced with none of them, there would be nothing to search."""
+    monkeypatch.setattr(train_rows, "trace_step", trace_step)
+    planned = sizes(tiny_config(world, train__fused=True))
+    assert planned["train", FLOPS, "devices"] > 2 * 8 * 30 * 32  # of the search alone: 8 questions, 30 passages
+
+
 def test_the_documents_memory_is_that_of_real_prompts(world: Path) -> None:
     config = tiny_config(world, generator__source_tokens=80, evaluate__untrained_limit=0)
     rag, _, store = open_world(config)
     texts = [f"What is the capital of land {i}, and why?" for i in range(config.evaluate.batch_size)]
-    rows = tokenize_prompts(rag, store, texts, np.zeros((len(texts), config.decode.k), np.int32))
+    questions = question_batch(rag.tokenizers, texts)
+    rows = tokenize_prompts(rag.tokenizers, store, questions, np.zeros((len(texts), config.decode.k), np.int32))
     memory = prefill_documents(rag.generator.graphdef, rag.generator.load_params(), *rows)
     past = empty_kv_cache(memory, config.decode.max_new_tokens * config.decode.beams)
     planned = sizes(config)
@@ -181,7 +201,7 @@ def test_the_documents_memory_is_that_of_real_prompts(world: Path) -> None:
 def test_temporaries_of_answering_are_compiled(
     compiled: None, world: Path, monkeypatch: pytest.MonkeyPatch, model: str
 ) -> None:
-    monkeypatch.setattr(plan, "trace_step", lambda *_: jax.jit(jnp.sin).trace(1.0))  # not the question here
+    monkeypatch.setattr(train_rows, "trace_step", lambda *_: jax.jit(jnp.sin).trace(1.0))  # not the question here
     config = tiny_config(world, model=model, evaluate__batch_size=1, decode__beams=1)
     rag, planned = load_pipeline(config), sizes(config)
     graph, params, settings = rag.generator.graphdef, rag.initial_params()["generator"], config.decode
@@ -204,9 +224,9 @@ def test_temporaries_of_answering_are_compiled(
         return score_tokens(graph, params, DocumentMemory(*leaves), answers, lengths, SPECIAL)
 
     most = max(
-        COST(prefill_documents.lower(graph, params, *source)).temporaries,
-        COST(search.lower(params, prior, *leaves)).temporaries,
-        COST(score.lower(params, answers, lengths, *leaves)).temporaries,
+        compiled_cost(prefill_documents.lower(graph, params, *source)).temporaries,
+        compiled_cost(search.lower(params, prior, *leaves)).temporaries,
+        compiled_cost(score.lower(params, answers, lengths, *leaves)).temporaries,
     )
     assert planned["evaluate", "temporaries of answering", "device"] == pytest.approx(most, rel=0.02)
     assert planned["index", "temporaries of embedding", "device"]
@@ -404,7 +424,7 @@ def test_the_table_says_what_does_not_fit_and_what_would_help(capsys: Capture, w
     print_plan(told, {"disk": 1, "host": 2**40, "device": 2**40}, as_json=False)
     assert "what would help" not in capsys.readouterr().out
     assert [size_text(size) for size in (512, 3 * 2**20, 2**31)] == ["0.5 KiB", "3.00 MiB", "2.00 GiB"]
-    assert [plan.flops_text(n) for n in (5e5, 2e9, 3.5e12, 1.25e15)] == [
+    assert [flops_text(n) for n in (5e5, 2e9, 3.5e12, 1.25e15)] == [
         "0.5 MFLOP",
         "2.00 GFLOP",
         "3.50 TFLOP",
@@ -474,7 +494,7 @@ def test_a_model_of_another_family_is_unknown(world: Path, tmp_path: Path) -> No
 
 
 def test_hugging_face_reads_more_documents_twice(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan._Plan, "temporaries", TEMPORARIES)
+    monkeypatch.setattr(evaluate_rows, "program_temporaries", program_temporaries)
     write_random_checkpoint("bart", tmp_path / "bart")
     found = {}
     for hf_compatible in (False, True):
@@ -503,13 +523,14 @@ import json, sys
 import jax
 from ragjax.config import load_config
 from ragjax.planning.program_cost import bytes_each, bytes_sent
-from ragjax.planning.plan import _Plan, planned_mesh
+from ragjax.planning.inputs import open_inputs
+from ragjax.planning.plan import planned_mesh
 from ragjax.training.state import abstract_state
 from ragjax.training.step import trace_step
 passages, path, *settings = sys.argv[1:]
 config = load_config(path, settings)
 mesh = planned_mesh(config, None, "v5e:2x4")
-models = _Plan(config, mesh, None).models()
+models = open_inputs(config, mesh).rag()
 state = abstract_state(models, mesh)
 compiled = trace_step(models, mesh, int(passages)).lower().compile()
 memory, ((placed, *_), _) = compiled.memory_analysis(), compiled.input_shardings

@@ -17,6 +17,7 @@ import pytest
 
 from ragjax.cli import main
 from ragjax.errors import InputError
+from ragjax.retrieval.index_builder import IndexBuilder
 from ragjax.signals import guarded, listening
 from ragjax.terminal import progress_bar
 
@@ -203,7 +204,7 @@ def test_bad_input_and_a_signal_in_the_command_line(
     world: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     """A build that is stopped by SIGTERM leaves as little as one that is stopped by Ctrl-C."""
-    monkeypatch.setattr("ragjax.commands.index.embed_shards", lambda *_: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(IndexBuilder, "embed_missing", lambda *_: signal.raise_signal(signal.SIGTERM))
     folder = world.parent / "stopped"
     assert main(["index", str(world / "config.yaml"), f"index.folder={folder}", "index.batch_size=8"]) == 143
     assert capsys.readouterr().err.splitlines()[-1] == "ragjax: terminated"

@@ -25,6 +25,7 @@ from ragjax.checkpoints.hub import fingerprint_files
 from ragjax.cli import main
 from ragjax.commands import train as train_module
 from ragjax.commands.train import train
+from ragjax.data.question_batch import question_batch
 from ragjax.data.questions import read_questions
 from ragjax.errors import InputError
 from ragjax.files import write_jsonl
@@ -35,7 +36,7 @@ from ragjax.runs.checkpointer import Checkpointer
 from ragjax.runs.restore import restore_params
 from ragjax.runs.run_dir import load_run_config
 from ragjax.terminal import progress_bar
-from ragjax.training.batch import train_batch
+from ragjax.training.batch import attach_documents
 from ragjax.training.data_loader import TrainQuestions
 from ragjax.training.loss import rag_loss
 from ragjax.training.state import TrainState, init_train_state
@@ -122,6 +123,22 @@ def test_both_parts_have_changed(world: Path, run: Path) -> None:
         assert max(jax.tree.leaves(changes)) > 1e-4
 
 
+@pytest.mark.parametrize(("steps", "warned"), [(5, False), (6, True)])
+def test_more_than_twenty_epochs_are_warned_of_before_the_first_step(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture, steps: int, warned: bool
+) -> None:
+    """With 2 questions and 8 a step, 5 steps are 20 epochs: for one more the warning comes."""
+    write_jsonl(
+        tmp_path / "two.jsonl", [{"question": "Where?", "answer": ["A"]}, {"question": "Who?", "answer": ["B"]}]
+    )
+    monkeypatch.setattr(train_module, "run_steps", lambda *_: crash())
+    own = {"questions__train": str(tmp_path / "two.jsonl"), "output": str(tmp_path / "run")}
+    with pytest.raises(RuntimeError, match="power"):
+        train(tiny_config(world, train__steps=steps, **own))
+    line = f"train.steps={steps} means {4 * steps} epochs over 2 questions; more than 20 tend to learn them by heart"
+    assert (line in " ".join(capsys.readouterr().err.split())) == warned
+
+
 def trainer(world: Path, runs: Path) -> Callable[..., int]:
     """Trains five steps in a folder of `runs`, with more settings, and returns the exit code."""
     return lambda folder, *more: main(["train", str(world / "config.yaml"), f"output={runs / folder}", *PIECES, *more])
@@ -165,7 +182,7 @@ def test_a_run_in_pieces_equals_the_whole_one_bit_for_bit(
     def started(*_: object) -> None:
         raise AssertionError("a finished run trains no more")
 
-    monkeypatch.setattr(train_module.BatchBuilder, "read", started)
+    monkeypatch.setattr(train_module.BatchBuilder, "attach", started)
     assert go("pieces") == 0
 
 
@@ -516,7 +533,8 @@ def test_the_loss_on_dev_questions_at_every_save(world: Path, tmp_path: Path) ->
     plain, losses = dataclasses.replace(rag, config=tiny_config(world)), []
     once = jax.jit(lambda params, batch: rag_loss(plain, params, batch, jax.random.key(0))[0])
     for question in read_questions(world / "dev.jsonl")[:3]:
-        found = retrieve(plain, restored[0], index, [question.question], config.train.k)
-        batch = train_batch(plain, index, store, [question.question], [question.answers[0]], found.ids)
+        questions = question_batch(plain.tokenizers, [question.question], [question.answers[0]])
+        ids = retrieve(plain, restored[0], index, questions, config.train.k).ids
+        batch = attach_documents(plain, index, store, questions, ids)
         losses.append(float(once(restored[0], jax.tree.map(jnp.asarray, batch))))
     assert measured[restored[1]] == pytest.approx(np.mean(losses), rel=1e-4)

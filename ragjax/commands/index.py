@@ -11,25 +11,21 @@ shards are written beside it as ever and then take their places, where they have
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
 from ragjax.checkpoints.hub import ResolvedSource, fetch, fingerprint_files, is_local
-from ragjax.checksums import told, write_sealed
+from ragjax.checksums import damage_text
 from ragjax.config import ON_DEVICES, Config, Corpus
 from ragjax.data.corpus import FORMATS, CorpusStats, passage_place, read_passages, scan_passages
 from ragjax.data.factbook import build as factbook
 from ragjax.data.factbook import facts as factbook_facts
-from ragjax.data.passage_store import PassageStore
 from ragjax.data.prompt import passage_text
 from ragjax.errors import InputError
 from ragjax.files import cache_folder
@@ -37,21 +33,7 @@ from ragjax.parallel.processes import is_process_zero, run_on_process_zero, wait
 from ragjax.rag import RagPipeline, load_pipeline
 from ragjax.resources import free_disk, host_memory, size_text
 from ragjax.retrieval.faiss_index import check_kind, faiss_bytes, smaller_kinds
-from ragjax.retrieval.index import MADE_OF
-from ragjax.retrieval.index_builder import (
-    ReadPassages,
-    agree_on_existing,
-    building_folder,
-    complete_index,
-    embed_shards,
-    find_existing_index,
-    index_recipe,
-    is_complete,
-    partial_index_folder,
-    read_saved_stats,
-    repair_index,
-    swap_folders,
-)
+from ragjax.retrieval.index_builder import IndexBuilder, ReadPassages
 from ragjax.runs.restore import enable_compilation_cache
 from ragjax.runs.run_dir import check_processes_agree
 from ragjax.terminal import progress_bar, terminal
@@ -72,44 +54,37 @@ def build_index(config: Config) -> Path:
     enable_compilation_cache(cache_folder() / "xla")
     rag = load_pipeline(config)
     check_kind(config.index.kind, rag.passage_encoder.config.embedding_dim)
-    corpus = fetch(config.corpus.source)
-    content = _content(config, corpus)
-    folder = Path(config.index.folder)
-    new, made_of = partial_index_folder(folder), index_recipe(rag, content)
-    there = agree_on_existing(lambda: find_existing_index(folder, new, rag, content, made_of))
-    if there is not None and not there.damage:
-        if read_saved_stats(new, made_of):  # by a build that was killed after its last step
-            shutil.rmtree(new, ignore_errors=True)
+    source = fetch(config.corpus.source)
+    builder = IndexBuilder(rag, Path(config.index.folder), _content(config, source))
+    existing, folder = builder.find_existing(), builder.folder
+    if existing is not None and not existing.damage:
+        builder.remove_leftovers()
         terminal.print(f"{folder} holds this index already; delete it to build it anew", soft_wrap=True)
         return folder
-    if there is not None:
-        terminal.print(f"{folder}: is damaged ({told(there.damage)}); only this is built anew", soft_wrap=True)
-        index = rag.config.index.replace(shard=there.shard)
-        rag = replace(rag, config=rag.config.replace(index=index))
-        made_of = index_recipe(rag, content)
+    if existing is not None:
+        damage = damage_text(existing.damage)
+        terminal.print(f"{folder}: is damaged ({damage}); only this is built anew", soft_wrap=True)
+        builder = builder.with_shard_size(existing.shard)
     with ExitStack() as stack:
-        run_on_process_zero(lambda: stack.enter_context(building_folder(new, made_of)))
-        if not new.is_dir():
-            raise InputError(f"{new}: process {jax.process_index()} does not see what process 0 has made there")
-        read, questions = _read_corpus(config, corpus)
-        place = partial(passage_place, corpus.path, config.corpus.format)
-        scan, whole = _scan(new, made_of, read, place), there is None and is_complete(new, rag)
-        if not whole:
-            if there is None:
-                run_on_process_zero(lambda: _check_room(rag, read, scan, new))
-            embed_shards(rag, read, scan.count, new, there.good if there else [])
+        run_on_process_zero(lambda: stack.enter_context(builder.working_folder()))
+        if not builder.partial.is_dir():
+            raise InputError(
+                f"{builder.partial}: process {jax.process_index()} does not see what process 0 has made there"
+            )
+        read, questions = _read_corpus(config, source)
+        stats = _corpus_stats(builder, read, partial(passage_place, source.path, config.corpus.format))
+        if not builder.is_complete():
+            if existing is None:
+                run_on_process_zero(lambda: _check_room(builder.rag, read, stats, builder.partial))
+            builder.embed_missing(read, stats.count, existing.good if existing else [])
         wait_for_all("ragjax index: the shards are written")
-
-        def finish() -> None:
-            about = partial(_about, rag, corpus, content, scan)
-            if there is not None:
-                repair_index(rag, about, questions, there, new, folder)
-                return
-            if not whole:
-                complete_index(rag, about, questions, new)
-            swap_folders(new, folder)
-
-        run_on_process_zero(finish)
+        about = {
+            "source": source.source,
+            "pin": source.revision,
+            "content": builder.content,
+            "fingerprint": stats.fingerprint,
+        }
+        run_on_process_zero(lambda: builder.finish(about, questions, existing))
     return folder
 
 
@@ -119,21 +94,21 @@ def _check_corpus(corpus: Corpus) -> None:
         raise InputError(f"corpus.source: {corpus.source}: no such file; expected {FORMATS[corpus.format]}")
 
 
-def _content(config: Config, corpus: ResolvedSource) -> str:
+def _content(config: Config, source: ResolvedSource) -> str:
     """What the passages are made from: the files' contents, and the code that turns the Factbook into passages."""
-    files = [corpus.path] if corpus.path.is_file() else [p for p in corpus.path.rglob("*") if p.is_file()]
-    content = fingerprint_files(files) if corpus.revision == "local" else corpus.revision
+    files = [source.path] if source.path.is_file() else [p for p in source.path.rglob("*") if p.is_file()]
+    content = fingerprint_files(files) if source.revision == "local" else source.revision
     if config.corpus.format != "factbook":
         return content
     return f"{content} {fingerprint_files([Path(str(m.__file__)) for m in (factbook, factbook_facts)])}"
 
 
-def _read_corpus(config: Config, corpus: ResolvedSource) -> tuple[ReadPassages, dict[str, list[dict]]]:
+def _read_corpus(config: Config, source: ResolvedSource) -> tuple[ReadPassages, dict[str, list[dict]]]:
     """How to stream the corpus, and the questions that the Factbook brings, by split."""
     c = config.corpus
     if c.format != "factbook":
-        return lambda: read_passages(corpus.path, c.format, c.limit), {}
-    passages, questions = factbook.build_factbook(corpus.path, c.passage_words, config.seed, c.categories)
+        return lambda: read_passages(source.path, c.format, c.limit), {}
+    passages, questions = factbook.build_factbook(source.path, c.passage_words, config.seed, c.categories)
     if c.limit is not None:
         passages = passages[: c.limit]
         kept = {passage.id for passage in passages}
@@ -141,75 +116,61 @@ def _read_corpus(config: Config, corpus: ResolvedSource) -> tuple[ReadPassages, 
             split: [q for q in records if kept.intersection(q["passages"])] for split, records in questions.items()
         }
     if not passages:
-        raise InputError(f"{corpus.path}: no passages were found in this Factbook")
+        raise InputError(f"{source.path}: no passages were found in this Factbook")
     return lambda: passages, questions
 
 
-def _scan(new: Path, made_of: dict[str, Any], read: ReadPassages, place: Callable[[int], str]) -> CorpusStats:
+def _corpus_stats(builder: IndexBuilder, read: ReadPassages, place: Callable[[int], str]) -> CorpusStats:
     """Checks and counts the corpus, before anything is embedded; once for a build and all that go on with it."""
-    scan = read_saved_stats(new, made_of)
-    if scan is None:
+    stats = builder.saved_stats()
+    if stats is None:
         with progress_bar("read", None, "passages") as advance:
-            scan = scan_passages(read, advance, place=place)
+            stats = scan_passages(read, advance, place=place)
         if is_process_zero():
-            write_sealed(new / MADE_OF, {"made_of": made_of, "scan": asdict(scan)})
-    return scan
+            builder.save_stats(stats)
+    return stats
 
 
-def _check_room(rag: RagPipeline, read: ReadPassages, scan: CorpusStats, new: Path) -> None:
+def _check_room(rag: RagPipeline, read: ReadPassages, stats: CorpusStats, new: Path) -> None:
     """Tells what the index will take of disk and memory. Raises `InputError` where this machine cannot build it.
 
     All but the tokens is known exactly; how many these are, the first passages tell.
     """
     index = rag.config.index
-    check_kind(index.kind, rag.passage_encoder.config.embedding_dim, scan.count)
+    check_kind(index.kind, rag.passage_encoder.config.embedding_dim, stats.count)
     some = [passage_text(rag.config.generator.passage, passage) for passage in islice(read(), SAMPLE)]
     tokens = sum(map(len, rag.generator_tokenizer.encode(some)))
-    width, offsets = rag.passage_encoder.config.embedding_dim, 16 * (scan.count + -(-scan.count // index.shard))
+    width, offsets = rag.passage_encoder.config.embedding_dim, 16 * (stats.count + -(-stats.count // index.shard))
     disk = {
-        "text": scan.size + offsets,
-        "tokens": round(4 * tokens * scan.count / len(some)),
-        "embeddings": scan.count * width * np.dtype(index.dtype).itemsize,
+        "text": stats.size + offsets,
+        "tokens": round(4 * tokens * stats.count / len(some)),
+        "embeddings": stats.count * width * np.dtype(index.dtype).itemsize,
     }
-    of_faiss = None
-    if index.kind not in ON_DEVICES and (of_faiss := faiss_bytes(index.kind, width, scan.count)) is not None:
-        disk[index.kind] = of_faiss
+    faiss = None
+    if index.kind not in ON_DEVICES and (faiss := faiss_bytes(index.kind, width, stats.count)) is not None:
+        disk[index.kind] = faiss
     there = sum(path.stat().st_size for path in new.rglob("*") if path.is_file())
     need, free, memory = sum(disk.values()), free_disk(new), host_memory()
     parts = ", ".join(f"{'about ' if part == 'tokens' else ''}{size_text(size)} {part}" for part, size in disk.items())
     goes_on = f", of which {size_text(there)} are there" if there > MANY else ""
-    terminal.print(f"{scan.count} passages will take {size_text(need)} of disk ({parts}){goes_on}", soft_wrap=True)
+    terminal.print(f"{stats.count} passages will take {size_text(need)} of disk ({parts}){goes_on}", soft_wrap=True)
     if need - there > free:
         half = size_text(disk["embeddings"] // 2)
         halves = [f"index.dtype=bfloat16 ({half} less)"] if index.dtype == "float32" else []
-        leaner = smaller_kinds(width, scan.count, (of_faiss or 0) - (need - there - free)) if of_faiss else []
+        leaner = smaller_kinds(width, stats.count, (faiss or 0) - (need - there - free)) if faiss else []
         raise InputError(
             f"{new.parent}: has {size_text(free)} free, and the index needs {size_text(need - there)} more; "
             f"what would help: {'; '.join([*halves, *leaner, 'corpus.limit', 'another index.folder'])}"
         )
-    searched = disk["embeddings"] if index.kind in ON_DEVICES else of_faiss
+    searched = disk["embeddings"] if index.kind in ON_DEVICES else faiss
     if searched is None or memory is None:
         return
     where = "all devices together, or the host's where these are CPUs" if index.kind in ON_DEVICES else "each host's"
     terminal.print(f"to search it takes {size_text(searched)} of memory: {where}", soft_wrap=True)
     if searched > memory:
-        fit = "; ".join(smaller_kinds(width, scan.count, memory)) or "none that is common"
+        fit = "; ".join(smaller_kinds(width, stats.count, memory)) or "none that is common"
         has = f"{size_text(searched)} of memory, and this machine has {size_text(memory)}; kinds that would fit: {fit}"
         if index.kind not in ON_DEVICES:
             raise InputError(f"index.kind={index.kind}: building it takes {has}")
         if jax.default_backend() == "cpu":
             terminal.print(f"it can be built here, but not searched: that takes {has}", soft_wrap=True)
-
-
-def _about(rag: RagPipeline, corpus: ResolvedSource, content: str, scan: CorpusStats, folder: Path) -> dict[str, Any]:
-    """What the manifest tells of the shards in `folder`."""
-    return {
-        "corpus": {
-            "source": corpus.source,
-            "pin": corpus.revision,
-            "content": content,
-            "fingerprint": scan.fingerprint,
-        },
-        "generator_tokens": PassageStore.open(folder).token_count,
-        "fingerprints": rag.fingerprints,
-    }

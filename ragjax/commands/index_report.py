@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,12 @@ from rich.table import Table
 from ragjax.checkpoints.hub import fingerprint_files
 from ragjax.config import Config
 from ragjax.data.answer_matching import has_answer
-from ragjax.data.passage_store import SHARDS, STORE_FILES
-from ragjax.data.questions import as_json
+from ragjax.data.passage_store import SHARDS, STORE_FILES, PassageStore
+from ragjax.data.question_batch import drop_unfit_questions, tokenize_questions
+from ragjax.data.questions import Question, as_json
 from ragjax.errors import InputError
 from ragjax.files import atomic_write, check_writable
 from ragjax.parallel.mesh import local_mesh
-from ragjax.rag import drop_unfit_questions
 from ragjax.resources import size_text
 from ragjax.retrieval.device_index import block_log_normalizer, blockwise_top_k
 from ragjax.retrieval.embeddings import EMBEDDINGS, Embeddings
@@ -42,71 +43,88 @@ REPEATS, LONGEST = 100, 10.0  # searches timed at each batch size, and seconds a
 PLOTS = (".png", ".svg")
 
 
+Encode = Callable[[Sequence[Question]], Float[np.ndarray, "B D"]]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of each question, for each k: shares of the prior's mass and of the exact top k, and whether it is answered."""
+
+    mass: Float[np.ndarray, "Q k"]
+    recall: Float[np.ndarray, "Q k"]
+    answered: Float[np.ndarray, "Q k"]
+
+
 def index_report(config: Config, count: int, plot: Path | None = None) -> dict[str, Any]:
     """Measures the index on `count` questions of `evaluate.split`, drawn by the seed, with the newest checkpoint's
     question encoder, or the pretrained one.
 
-    Writes OUTPUT/index_report.json and the plot, and returns the report. Raises `InputError` for bad input.
+    Writes RUN/index_report.json and the plot, and returns the report. Raises `InputError` for bad input.
     """
     if plot is not None:
         _check_plot(plot)
-    split = open_split(config, config.evaluate.split)
-    check_writable(Path(config.output))
+    split, folder = open_split(config, config.evaluate.split), Path(config.output)
+    check_writable(folder)
     rag, index, store = load_artifacts(config)
-    split = drop_unfit_questions(rag, split, documents=False, closed_book=False)
-    questions = split.questions
-    mesh, folder = local_mesh(data=1), Path(config.output)
-    trained = restore_params(rag, mesh)
-    params = pretrained_params(rag, mesh) if trained is None else trained[0]
-    index = index if trained is None else trained_index(rag, index, trained[1])
+    split = drop_unfit_questions(rag.tokenizers, split, documents=False, closed_book=False)
+    mesh, step = local_mesh(data=1), None
+    if (restored := restore_params(rag, mesh)) is None:
+        params = pretrained_params(rag, mesh)
+    else:
+        params, step = restored
+        index = trained_index(rag, index, step)
     make_folder(folder)
-    for line in split.told(folder / "index_report.json"):
+    for line in split.left_out_lines(folder / "index_report.json"):
         terminal.print(line, soft_wrap=True)
-    drawn = np.sort(np.random.default_rng(config.seed).permutation(len(questions))[:count])
-    sample = [questions[i] for i in drawn]
-    ks = [k for k in KS if k <= len(index)]
-    scale, deepest = config.retriever.scale, ks[-1]
 
-    of_questions: list[dict[str, Any]] = []
-    with progress_bar("measure", len(sample), "questions") as advance:
-        for start in range(0, len(sample), TOGETHER):
-            part = sample[start : start + TOGETHER]
-            queries = encode_questions(rag, params, [question.question for question in part], mesh)
-            scores, ids, normalizer = exact_by_shards(index.embeddings, queries, deepest, scale)
-            _, found = index.search(queries, deepest)
-            mass = np.exp(np.logaddexp.accumulate(scale * scores.astype(np.float64), axis=1) - normalizer[:, None])
-            for b, question in enumerate(part):
-                answers = has_answer(store, question, found[b])
-                of_questions.append(
-                    {
-                        "mass": [min(1.0, float(mass[b, k - 1])) for k in ks],
-                        "recall": [len(np.intersect1d(found[b, :k], ids[b, :k])) / k for k in ks],
-                        "answered": [bool(answers[:k].any()) for k in ks],
-                    }
-                )
-            advance(len(part))
-    measured = {name: np.array([of[name] for of in of_questions], float) for name in ("mass", "recall", "answered")}
-    usual = np.median(measured["mass"], axis=0).tolist()
-    queries = encode_questions(rag, params, [q.question for q in sample[:TOGETHER]], mesh)
+    def encode(questions: Sequence[Question]) -> Float[np.ndarray, "B D"]:
+        batch = tokenize_questions(rag.tokenizers, [question.question for question in questions])
+        return encode_questions(rag, params, batch, mesh)
+
+    drawn = np.sort(np.random.default_rng(config.seed).permutation(len(split.questions))[:count])
+    sample = [split.questions[i] for i in drawn]
+    ks = [k for k in KS if k <= len(index)]
+    measured = measure(index, store, encode, sample, ks, config.retriever.scale)
+    queries = encode(sample[:TOGETHER])
     report = {
         "index": {"kind": config.index.kind, "dtype": index.manifest["dtype"], "N": len(index)},
-        "step": None if trained is None else trained[1],
+        "step": step,
         "split": config.evaluate.split,
         "questions": len(sample),
         "left_out": as_json(split.left_out),
-        "scale": scale,
+        "scale": config.retriever.scale,
         "bytes_per_passage": _bytes(Path(config.index.folder), index),
-        "k": [_at(k, *(measured[name][:, i] for name in measured)) for i, k in enumerate(ks)],
-        "smallest_k": {str(share): _smallest(ks, usual, share) for share in SHARES},
+        "k": [_at(k, measured, i) for i, k in enumerate(ks)],
+        "smallest_k": {str(share): _smallest(ks, np.median(measured.mass, axis=0), share) for share in SHARES},
         "latency": [_latency(index, queries, size, config.decode.k) for size in BATCHES],
-        "fingerprints": rag.fingerprints
-        | {"questions": fingerprint_files([Path(getattr(config.questions, config.evaluate.split))])},
+        "fingerprints": rag.fingerprints | {"questions": fingerprint_files([split.path])},
     }
     with atomic_write(folder / "index_report.json") as (file,):
         file.write(json.dumps(report, indent=1).encode() + b"\n")
     if plot is not None:
         _draw(report, plot)
     return report
+
+
+def measure(
+    index: Index, store: PassageStore, encode: Encode, questions: Sequence[Question], ks: Sequence[int], scale: float
+) -> Measured:
+    """Searches the index for each question, and compares what it finds with the exact search, for each k of `ks`."""
+    mass, recall, answered = list[np.ndarray](), list[list[float]](), list[list[bool]]()
+    with progress_bar("measure", len(questions), "questions") as advance:
+        for start in range(0, len(questions), TOGETHER):
+            batch = questions[start : start + TOGETHER]
+            queries = encode(batch)
+            scores, exact, normalizer = exact_by_shards(index.embeddings, queries, ks[-1], scale)
+            _, ids = index.search(queries, ks[-1])
+            log_mass = np.logaddexp.accumulate(scale * scores.astype(np.float64), axis=1) - normalizer[:, None]
+            mass.append(np.minimum(1.0, np.exp(log_mass)[:, np.array(ks) - 1]))
+            for b, question in enumerate(batch):
+                hits = has_answer(store, question, ids[b])
+                recall.append([len(np.intersect1d(ids[b, :k], exact[b, :k])) / k for k in ks])
+                answered.append([bool(hits[:k].any()) for k in ks])
+            advance(len(batch))
+    return Measured(np.concatenate(mass), np.array(recall, float), np.array(answered, float))
 
 
 def exact_by_shards(
@@ -116,36 +134,38 @@ def exact_by_shards(
 
     One shard after the other is on the device: an index that only the host can hold is measured as well.
     """
-    asked = jnp.asarray(queries)
+    on_device = jnp.asarray(queries)
     scores = np.full((len(queries), 0), -np.inf, np.float32)
     ids, normalizer, first = np.zeros((len(queries), 0), np.int32), np.full(len(queries), -np.inf), 0
     for shard in embeddings.checked_shards():
-        of_shard = jnp.asarray(shard)
-        more, places = (np.asarray(found) for found in blockwise_top_k(of_shard, asked, k))
-        normalizer = np.logaddexp(normalizer, np.asarray(block_log_normalizer(of_shard, asked, scale), np.float64))
-        scores, ids = (
-            np.concatenate([scores, more], 1),
-            np.concatenate([ids, np.where(places < 0, -1, first + places)], 1),
-        )
+        rows = jnp.asarray(shard)
+        shard_scores, places = map(np.asarray, blockwise_top_k(rows, on_device, k))
+        shard_normalizer = np.asarray(block_log_normalizer(rows, on_device, scale), np.float64)
+        normalizer = np.logaddexp(normalizer, shard_normalizer)
+        scores = np.concatenate([scores, shard_scores], 1)
+        ids = np.concatenate([ids, np.where(places < 0, -1, first + places)], 1)
         best = np.argsort(-scores, axis=1, kind="stable")[:, :k]  # equal ones by id, as shards are in order
         scores, ids = np.take_along_axis(scores, best, 1), np.take_along_axis(ids, best, 1)
         first += len(shard)
     return scores, ids, normalizer
 
 
-def _at(k: int, mass: np.ndarray, recall: np.ndarray, answered: np.ndarray) -> dict[str, Any]:
+def _at(k: int, measured: Measured, i: int) -> dict[str, Any]:
+    """The summary for k, which is column i of what was measured."""
+    mass = measured.mass[:, i]
     low, middle, high = (float(q) for q in np.quantile(mass, (0.1, 0.5, 0.9)))
     return {
         "k": k,
-        "recall": float(recall.mean()),  # of the exact top k
-        "answered": float(answered.mean()),  # questions with a passage that answers among them
+        "recall": float(measured.recall[:, i].mean()),  # of the exact top k
+        "answered": float(measured.answered[:, i].mean()),  # questions with a passage that answers among them
         "mass": {"mean": float(mass.mean()), "10 %": low, "median": middle, "90 %": high},
         "unknown": {"median": 1 - middle, "worst": 1 - float(mass.min())},  # how much p(y|x) may be above p_topk(y|x)
     }
 
 
-def _smallest(ks: Sequence[int], mass: Sequence[float], share: float) -> int | None:
-    return next((k for k, of_k in zip(ks, mass, strict=True) if of_k >= share), None)
+def _smallest(ks: Sequence[int], mass: Float[np.ndarray, " k"], share: float) -> int | None:
+    """The smallest k whose mass is at least this share; None where no k has so much."""
+    return next((k for k, at_k in zip(ks, mass.tolist(), strict=True) if at_k >= share), None)
 
 
 def _bytes(folder: Path, index: Index) -> dict[str, float]:
@@ -184,8 +204,8 @@ def print_report(report: dict[str, Any], as_json: bool) -> None:
     console = Screen(highlight=False, markup=False)
     about, each = report["index"], report["bytes_per_passage"]
     encoder = "the pretrained encoder" if report["step"] is None else f"the encoder of step {report['step']}"
-    asked = f"{report['questions']} {report['split']} questions"
-    console.print(f"{about['kind']}, {about['N']:,} passages, {about['dtype']}; {asked}, {encoder}", soft_wrap=True)
+    questions = f"{report['questions']} {report['split']} questions"
+    console.print(f"{about['kind']}, {about['N']:,} passages, {about['dtype']}; {questions}, {encoder}", soft_wrap=True)
     sizes = ", ".join(f"{name} {size:,.0f}" for name, size in each.items() if size)
     whole = size_text(round(sum(each.values()) * about["N"]))
     console.print(f"bytes a passage: {sizes}; {whole} in all", soft_wrap=True)
@@ -200,8 +220,8 @@ def print_report(report: dict[str, Any], as_json: bool) -> None:
     for at in report["k"]:
         mass, unknown = at["mass"], at["unknown"]
         spread = f"{mass['10 %']:.3f} … {mass['90 %']:.3f}"
-        known = f"{unknown['median']:.3f} (worst {unknown['worst']:.3f})"
-        row = (str(at["k"]), f"{at['recall']:.3f}", f"{at['answered']:.3f}", f"{mass['median']:.3f}", spread, known)
+        bound = f"{unknown['median']:.3f} (worst {unknown['worst']:.3f})"
+        row = (str(at["k"]), f"{at['recall']:.3f}", f"{at['answered']:.3f}", f"{mass['median']:.3f}", spread, bound)
         table.add_row(*row)
     console.print(table)
     for share, k in report["smallest_k"].items():
@@ -227,14 +247,14 @@ def _draw(report: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     about, at = report["index"], report["k"]
-    ks, masses = [of_k["k"] for of_k in at], [of_k["mass"] for of_k in at]
+    ks, masses = [row["k"] for row in at], [row["mass"] for row in at]
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     low, high = ([mass[name] for mass in masses] for name in ("10 %", "90 %"))
     axes.fill_between(ks, low, high, alpha=0.2, label="prior mass, 10 % to 90 % of the questions")
     axes.plot(ks, [mass["median"] for mass in masses], marker="o", label="prior mass, median question")
-    axes.plot(ks, [of_k["answered"] for of_k in at], marker="s", label="questions with a passage that answers")
-    axes.plot(ks, [of_k["recall"] for of_k in at], marker="^", label="share of the exact top k found")
+    axes.plot(ks, [row["answered"] for row in at], marker="s", label="questions with a passage that answers")
+    axes.plot(ks, [row["recall"] for row in at], marker="^", label="share of the exact top k found")
     axes.set(xscale="log", xlabel="k, documents a question", ylabel="share", ylim=(0, 1.02))
     axes.set_xticks(ks, [str(k) for k in ks], minor=False)
     axes.minorticks_off()

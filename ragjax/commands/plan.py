@@ -9,10 +9,13 @@ import sys
 from rich import box
 from rich.table import Table
 
-from ragjax.planning.plan import PLACES, Plan, Row, Total, totals
+from ragjax.planning.plan import Plan
 from ragjax.planning.program_cost import flops_text
+from ragjax.planning.rows import Row, Total, totals
 from ragjax.resources import size_text
 from ragjax.terminal import Screen
+
+PLACES = {"device": "each device", "devices": "all devices"}  # as the table has them
 
 
 def _amount(row: Row) -> str:
@@ -37,8 +40,8 @@ def print_plan(plan: Plan, has: dict[str, int | None], as_json: bool) -> None:
                 helps.setdefault(total.command, []).extend(settings)
     if as_json:
         summed = [dataclasses.asdict(total) | {"fits": total.fits} for total in sums]
-        told = {"rows": [dataclasses.asdict(row) for row in rows], "totals": summed, "advice": helps}
-        print(json.dumps(told, ensure_ascii=False))
+        whole = {"rows": [dataclasses.asdict(row) for row in rows], "totals": summed, "advice": helps}
+        print(json.dumps(whole, ensure_ascii=False))
         return
     table = Table("command", "what", "where", "size", "how", box=box.SIMPLE_HEAD)
     table.columns[3].justify = "right"

@@ -66,7 +66,7 @@ class QuestionSampler(Iterator[SampledQuestions]):
             raise InputError("there are no questions to train on")
         if seed < 0:
             raise InputError(f"seed is {seed}; expected 0 or more")
-        self._experiment = {"batch_size": batch_size, "seed": seed}
+        self._settings = {"batch_size": batch_size, "seed": seed}
         self._questions = {"questions": len(num_answers), "fingerprint": fingerprint}
         # Grain shuffles epoch e by seed + e: without hashing, seed 1 would repeat the epochs of seed 0 one later.
         order, choice = (int(s) for s in np.random.SeedSequence(seed).generate_state(2))
@@ -84,7 +84,7 @@ class QuestionSampler(Iterator[SampledQuestions]):
 
     def state(self) -> dict[str, Any]:
         """The position, as JSON: what `restore` needs to go on with the next batch."""
-        return {**self._experiment, **self._questions, "grain": self._stream.get_state()}
+        return {**self._settings, **self._questions, "grain": self._stream.get_state()}
 
     def restore(self, state: dict[str, Any]) -> bool:
         """Goes to a position from `state()`; whether it was one among the same questions.
@@ -92,7 +92,7 @@ class QuestionSampler(Iterator[SampledQuestions]):
         Among others it goes on with the next epoch, in which each of them has its turn: a position within an epoch
         means nothing there. Raises `InputError` if it belongs to other batches or another seed.
         """
-        for key, value in self._experiment.items():
+        for key, value in self._settings.items():
             if state.get(key) != value:
                 raise InputError(
                     f"the saved position in the training data is for {key}={state.get(key)}, but this run has "

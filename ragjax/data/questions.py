@@ -77,8 +77,8 @@ class Split:
             raise InputError(f"{self.path}: none of its {count} questions can be used; the first: {self.left_out[0]}")
         return self
 
-    def told(self, where: Path) -> list[str]:
-        """What to say of those that are left out; `where` is the file that lists all of them."""
+    def left_out_lines(self, where: Path) -> list[str]:
+        """What to print of those that are left out, line by line; `where` is the file that lists all of them."""
         if not self.left_out:
             return []
         more = [f"  and {len(self.left_out) - FEW} more"] if len(self.left_out) > FEW else []

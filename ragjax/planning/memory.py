@@ -53,35 +53,40 @@ def check_memory(rag: RagModel, mesh: Mesh, passages: int, limit: int | None = N
 def memory_advice(rag: RagModel, mesh: Mesh) -> list[str]:
     """Settings that would lower what training needs of each device, the least costly first."""
     config, train, (data, _) = rag.config, rag.config.train, mesh.devices.shape
-    found = []
+    advice = []
     if config.index.kind in ON_DEVICES and config.retriever.prior == "top_k":
-        found.append("index.kind=HNSW32 (the host then searches)")
+        advice.append("index.kind=HNSW32 (the host then searches)")
     if not config.mesh.fsdp and data > 1:
         split = replace(rag, config=config.replace(mesh=config.mesh.replace(fsdp=True)))
         before, after = (size_text(bytes_each(abstract_state(models, mesh))) for models in (rag, split))
-        found.append(f"mesh.fsdp=true (parameters and optimiser state {after} instead of {before})")
+        advice.append(f"mesh.fsdp=true (parameters and optimiser state {after} instead of {before})")
     if config.dtype == "float32":
-        found.append("dtype=bfloat16")
+        advice.append("dtype=bfloat16")
     if not train.remat:
-        found.append("train.remat=true")
+        advice.append("train.remat=true")
     if train.objective == "contrastive":
         smaller = [f"train.batch_size below {train.batch_size}", f"train.k below {train.k}"]
-        return [*found, *smaller, f"retriever.passage_tokens below {config.retriever.passage_tokens}", "smaller models"]
+        return [
+            *advice,
+            *smaller,
+            f"retriever.passage_tokens below {config.retriever.passage_tokens}",
+            "smaller models",
+        ]
     # of one micro-batch every device should have as few questions as can be, and at least one
     parts = [
         n for n in range(1, train.batch_size + 1) if train.batch_size % n == 0 and train.batch_size // n % data == 0
     ]
     if parts and train.accumulate not in parts:
-        found.append(
+        advice.append(
             f"train.accumulate={parts[-1]} (now {data} devices share {train.batch_size // train.accumulate} questions)"
         )
     elif more := [n for n in parts if n > train.accumulate]:
-        found.append(f"train.accumulate={more[0]}")
+        advice.append(f"train.accumulate={more[0]}")
     elif train.k > 1:
-        found.append(f"train.k below {train.k}")
-    found.append(f"generator.source_tokens below {config.generator.source_tokens}")
+        advice.append(f"train.k below {train.k}")
+    advice.append(f"generator.source_tokens below {config.generator.source_tokens}")
     if train.backward_documents is None and config.model == "rag_sequence" and train.k > 1:
-        found.append("train.backward_documents=1")
+        advice.append("train.backward_documents=1")
     if config.index.kind in ON_DEVICES and config.index.dtype == "float32":
-        found.append("index.dtype=bfloat16")
-    return [*found, "smaller models"]
+        advice.append("index.dtype=bfloat16")
+    return [*advice, "smaller models"]

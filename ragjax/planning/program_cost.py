@@ -33,13 +33,21 @@ def compiled_cost(lowered: jax.stages.Lowered) -> Cost:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         # the TPU's compiler knows how much memory there is, and gives up where a program needs more
-        if found := re.search(r"HLO temporaries \(([\d.]+)([KMG])\)", str(error)):
-            return Cost(round(float(found[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[found[2]]), None)
+        if match := re.search(r"HLO temporaries \(([\d.]+)([KMG])\)", str(error)):
+            return Cost(round(float(match[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[match[2]]), None)
         raise NotCompiled(f"XLA cannot compile it: {str(error).splitlines()[0]}") from None
     analysis = compiled.memory_analysis()
     if analysis is None:
         raise NotCompiled("XLA has no analysis for this device")
     return Cost(int(analysis.temp_size_in_bytes), bytes_sent(compiled.as_text() or ""))
+
+
+def program_temporaries(program: jax.stages.Wrapped, *arguments: Any) -> int:
+    """Bytes of each device that a jitted function sets aside for these arguments, abstract ones too.
+
+    Raises `NotCompiled`.
+    """
+    return compiled_cost(program.lower(*arguments)).temporaries
 
 
 def bytes_each(tree: Any) -> int:
@@ -112,7 +120,7 @@ def bytes_sent(hlo: str) -> dict[str, int]:
     compares the turns, as `scan` does. An operation that XLA has cut into stages stands in the text several times,
     under one channel, and counts once.
     """
-    devices = int(found[1]) if (found := re.search(r"num_partitions=(\d+)", hlo)) else 1
+    devices = int(match[1]) if (match := re.search(r"num_partitions=(\d+)", hlo)) else 1
     called: dict[str, list[tuple[str, int | str]]] = {}  # by each computation, and how often, or the loop's condition
     limit: dict[str, int] = {}  # the largest constant of each computation
     sent: dict[str, list[tuple[str, str, float]]] = {}  # kind, channel and bytes
@@ -130,7 +138,7 @@ def bytes_sent(hlo: str) -> dict[str, int]:
             if kind in SENT:
                 n = _group(rest, devices)
                 size = _bytes(shape) * STARTED.get(operation, lambda n: 1)(n)
-                channel = found[1] if (found := re.search(r"channel_id=(\d+)", rest)) else f"{name} {len(sent[name])}"
+                channel = match[1] if (match := re.search(r"channel_id=(\d+)", rest)) else f"{name} {len(sent[name])}"
                 sent[name].append((kind, channel, SENT[kind](n) * size))
             if constant := _LIMIT.search(line):
                 limit[name] = max(limit[name], int(constant[1]))
@@ -140,7 +148,7 @@ def bytes_sent(hlo: str) -> dict[str, int]:
             turns: int | str = 1
             if operation == "while":
                 turns = (
-                    int(found[1]) if (found := _TURNS.search(rest)) else re.findall(r"condition=%?([\w.-]+)", rest)[0]
+                    int(match[1]) if (match := _TURNS.search(rest)) else re.findall(r"condition=%?([\w.-]+)", rest)[0]
                 )
             called[name] += [(callee, turns) for callee in callees]
 
@@ -170,15 +178,15 @@ def _bytes(shape: str) -> int:
 
 def _group(rest: str, devices: int) -> int:
     """How many devices work together, in any of the three ways in which XLA writes groups."""
-    if found := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
-        return found[1].count(",") + 1
-    if found := re.search(r"replica_groups=\[\d+,(\d+)\]", rest):
-        return int(found[1])
-    if found := re.search(r"replica_groups=mesh\[([^]]*)\] \{([^}]*)\}", rest):
-        sizes = dict(re.findall(r"'([\w.]+)'=(\d+)", found[1]))
+    if match := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
+        return match[1].count(",") + 1
+    if match := re.search(r"replica_groups=\[\d+,(\d+)\]", rest):
+        return int(match[1])
+    if match := re.search(r"replica_groups=mesh\[([^]]*)\] \{([^}]*)\}", rest):
+        sizes = dict(re.findall(r"'([\w.]+)'=(\d+)", match[1]))
         # an axis may be named in part: 'axis_0':(2)4 are 4 of its devices
         return math.prod(
-            int(part or sizes[axis]) for axis, part in re.findall(r"'([\w.]+)'(?::\(\d+\)(\d+))?", found[2])
+            int(part or sizes[axis]) for axis, part in re.findall(r"'([\w.]+)'(?::\(\d+\)(\d+))?", match[2])
         )
     return devices
 

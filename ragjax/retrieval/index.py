@@ -1,11 +1,11 @@
-"""The index: embeddings of all passages on disk, searched on the devices (search.py) or by FAISS on the host.
+"""The index: embeddings of all passages on disk, searched on the devices (device_index.py) or by FAISS on the host.
 
 index/manifest.json                  written last: a folder without it is incomplete
 index/shards/00000/embeddings.npy    [n, D], 00001, …: consecutive passages, whose text and tokens lie beside them;
                                      bfloat16 is kept as uint16, which .npy can name
 index/shards/00000/checksums.json    of the shard's files; the manifest has this file's own, and that of all else
 index/faiss.index                    only for a FAISS kind
-index/made_of.json                   what the bytes of the shards depend on (build_index.py)
+index/made_of.json                   what the bytes of the shards depend on (index_builder.py)
 
 Embeddings are compared with their checksums when they are put on devices, and passages when they are first read. What
 FAISS maps, it would take a full read to check: that is done up to CHECKED_AT_ONCE, and beyond by `ragjax verify`.
@@ -106,8 +106,8 @@ class Index:
         import faiss
 
         faiss.omp_set_num_threads(cores())
-        _, found = self.faiss_index.search(queries, OVERSAMPLE * k)
-        ids = found.astype(np.int32)
+        _, candidates = self.faiss_index.search(queries, OVERSAMPLE * k)
+        ids = candidates.astype(np.int32)
         scores = np.einsum("BD,BKD->BK", queries, self.vectors(ids))
         scores = np.where(ids >= 0, scores, -np.inf).astype(np.float32)
         best = np.lexsort((ids, -scores), axis=-1)[:, :k]
@@ -124,9 +124,9 @@ class Index:
 
     def vectors(self, ids: Int[np.ndarray, "B K"]) -> Float32[np.ndarray, "B K D"]:
         """The embeddings of passages; zeros where the id is -1."""
-        found = np.asarray(self.embeddings[np.maximum(ids, 0)], np.float32)
-        check_finite(found, "some passages that were found")
-        return np.where(ids[..., None] >= 0, found, np.float32(0))
+        vectors = np.asarray(self.embeddings[np.maximum(ids, 0)], np.float32)
+        check_finite(vectors, "some passages that were found")
+        return np.where(ids[..., None] >= 0, vectors, np.float32(0))
 
     def corpus(self, mesh: Mesh) -> DeviceIndex:
         """All embeddings, put on the devices of a mesh once, in the type in which they are stored."""
@@ -169,7 +169,7 @@ def write_index(folder: Path, kind: str, dtype: str, manifest_extra: Mapping[str
 def index_records(folder: Path) -> tuple[dict[str, Record], dict[str, str]]:
     """The record of each file of an index, and what is wrong with those files that hold the records."""
     try:
-        files = read_manifest(folder)["files"]
+        files = read_index_manifest(folder)["files"]
     except InputError as error:
         files = {}
         broken = {MANIFEST: str(error).removeprefix(f"{folder}: ")}
@@ -207,7 +207,7 @@ def check_built(folder: Path) -> None:
         raise InputError(f"{folder}: the index {state}; run: ragjax index CONFIG")
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_index_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of an index. Raises `InputError` where it is missing, damaged or of an older ragjax."""
     check_built(folder)
     try:
@@ -223,7 +223,7 @@ def check_listed(path: Path) -> None:
     """Raises `InputError` for a file of questions that an index brought, and that is not what was written any more."""
     folder = path.parent.parent
     if path.parent.name == "questions" and (folder / MANIFEST).is_file():
-        record = read_manifest(folder)["files"].get(f"questions/{path.name}")
+        record = read_index_manifest(folder)["files"].get(f"questions/{path.name}")
         if record is not None and (what := damage(path, record)) is not None:
             raise InputError(f"{path}: {what}; {MEND}")
 
@@ -237,7 +237,7 @@ def open_index(
     has another fingerprint than one of `expected_fingerprints`.
     """
     folder = Path(folder)
-    manifest = read_manifest(folder)
+    manifest = read_index_manifest(folder)
     try:
         _check_fingerprints(folder, manifest["fingerprints"], expected_fingerprints)
         counts, width, on_devices = manifest["shards"], manifest["D"], manifest["kind"] == "exact"

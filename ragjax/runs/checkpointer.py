@@ -17,15 +17,15 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
-from ragjax.checksums import CHECKSUMS, damages, read_checksums, told, total_size, write_checksums
+from ragjax.checksums import CHECKSUMS, damage_text, damages, read_checksums, total_size, write_checksums
 from ragjax.errors import InputError
 from ragjax.parallel.processes import allgather_text, is_process_zero, run_on_process_zero
 from ragjax.resources import size_text
 from ragjax.terminal import bytes_bar, terminal
 
 Loaded = TypeVar("Loaded")
-SLOWEST_SAVE = 1200.0  # seconds after which several processes give up a save, in which one may have failed
-SMALL = 1 << 20  # bytes up to which a file is read when only the metadata are asked for
+SAVE_TIMEOUT = 1200.0  # seconds after which several processes give up a save, in which one may have failed
+SMALL_FILE = 1 << 20  # bytes up to which a file is read when only the metadata are asked for
 UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a folder that is being written
 DAMAGED = "the checkpoint is incomplete or damaged"
 CHECKPOINTS_MEND = "ragjax train sets it aside and goes on from the one before"
@@ -40,10 +40,11 @@ class Checkpointer:
     """The checkpoints under one folder, of which the newest `keep` stay, and with `best` the one of lowest loss.
 
     A save goes on in the background while training continues; a checkpoint appears under its name only when it is
-    whole, and is then summed: STEP/checksums.json has a checksum of each of its files. It is compared with them, once,
-    before anything is made of it. One without that file, as a kill just then leaves it, is not held to be damaged.
+    whole, and then gets STEP/checksums.json, with a checksum of each of its files. The files are compared with it,
+    once, before the first of them is used. A checkpoint without it, as a kill at that moment leaves one, counts as
+    undamaged.
 
-    One process may write, which clears away what an interrupted save left; others read meanwhile. Use as a context
+    One process may write, and clears away what an interrupted save left; others read meanwhile. Use as a context
     manager, or call `close`.
     """
 
@@ -58,7 +59,7 @@ class Checkpointer:
         self._ocp = ocp
         self._saving: tuple[int, Any] | None = None
         self._completing = Lock()
-        self._intact: set[int] = set()  # steps whose files are known to be what was saved
+        self._intact: set[int] = set()  # steps whose files are what was saved
         if writing:
             run_on_process_zero(self._clear)
 
@@ -80,15 +81,15 @@ class Checkpointer:
         return self._steps()
 
     def _steps(self) -> list[int]:
-        found = (int(path.name) for path in self.folder.glob("[0-9]*") if path.name.isdecimal() and path.is_dir())
-        return sorted(found, reverse=True)
+        steps = (int(path.name) for path in self.folder.glob("[0-9]*") if path.name.isdecimal() and path.is_dir())
+        return sorted(steps, reverse=True)
 
     def latest(self) -> int | None:
         """The newest step saved, or None."""
         return next(iter(self.steps()), None)
 
     def restore_latest(self, load: Callable[[int], Loaded]) -> tuple[int, Loaded] | None:
-        """The newest step that can be read, and what `load(step)` makes of it; None if nothing was saved.
+        """The newest step that can be read, and what `load(step)` returns for it; None if nothing was saved.
 
         A damaged checkpoint is reported, and the one before it is tried; where one may write, the damaged one is moved
         out of the way, else it would be kept as the newest. Raises `InputError` if none is left, or as `load` does.
@@ -96,17 +97,17 @@ class Checkpointer:
         return self._first_readable(self.steps(), load)
 
     def restore_best(self, load: Callable[[int], Loaded]) -> tuple[int, Loaded] | None:
-        """As `newest`, of the step whose loss was the lowest; steps without one come last."""
+        """As `restore_latest`, but the step whose loss is the lowest comes first; steps without a loss come last."""
         return self._first_readable(sorted(self.steps(), key=self._loss), load)
 
     def _first_readable(self, order: list[int], load: Callable[[int], Loaded]) -> tuple[int, Loaded] | None:
         order = json.loads(allgather_text(json.dumps(order))[0])  # the same in all processes
         damaged: list[tuple[int, str]] = []
         for step in order:
-            found, why = None, self._damage_for_all(step)
+            loaded, why = None, self._damage_for_all(step)
             if not why:
                 try:
-                    found = load(step)
+                    loaded = load(step)
                 except DamagedCheckpoint as error:
                     why = str(error)
                 # a process may have read its own parts well
@@ -118,8 +119,8 @@ class Checkpointer:
                 terminal.print(f"{why}; going back to step {step}", soft_wrap=True)
                 self._set_aside(bad)
             if self.writing:
-                run_on_process_zero(lambda: self._sum(step))  # noqa: B023  # it is called at once
-            return step, found  # type: ignore[return-value]
+                run_on_process_zero(lambda: self._write_checksums(step))  # noqa: B023  # it is called at once
+            return step, loaded  # type: ignore[return-value]
         if damaged:
             raise InputError(f"{damaged[0][1]}; no other can be read: delete {self.folder} to start anew")
         return None
@@ -165,21 +166,21 @@ class Checkpointer:
             return
         (step, response), self._saving = self._saving, None
         try:
-            response.result(timeout=None if jax.process_count() == 1 else SLOWEST_SAVE)
+            response.result(timeout=None if jax.process_count() == 1 else SAVE_TIMEOUT)
             if is_process_zero():
                 self._complete(step)
         except Exception as error:
             raise self._unwritable(step, error) from error
 
     def _complete_early(self, step: int) -> None:
-        """As soon as a checkpoint is there, in the background; what goes wrong, `wait` meets again and tells."""
+        """`_complete`, in the background. What fails here fails again in `wait`, which raises."""
         with suppress(InputError, OSError):
             self._complete(step)
 
     def _complete(self, step: int) -> None:
-        """Sums a checkpoint that has just been written, and only then deletes those that are no longer kept."""
+        """Writes the checksums of a new checkpoint, and only then deletes those that are no longer kept."""
         with self._completing:
-            self._sum(step)
+            self._write_checksums(step)
             steps = self._steps()
             kept = {step, *steps[: self.keep]}
             if self.best:
@@ -189,22 +190,22 @@ class Checkpointer:
                 self._path(old).rename(gone)  # it is there as a whole, or not at all
                 shutil.rmtree(gone)
 
-    def _sum(self, step: int) -> None:
+    def _write_checksums(self, step: int) -> None:
         if not (self._path(step) / CHECKSUMS).exists():
             write_checksums(self._path(step))
 
-    def restore(self, step: int, like: Any) -> Any:
-        """The state saved at `step`, in the shapes, types and shardings of `like` (arrays or `ShapeDtypeStruct`s).
+    def restore(self, step: int, abstract_state: Any) -> Any:
+        """The state saved at `step`; `abstract_state` (arrays or `ShapeDtypeStruct`s) has its shapes, types, shardings.
 
         Raises `InputError` for an incomplete or damaged checkpoint, and for one of another model.
         """
         self.wait()
-        return self._load(step, like, partial=False)
+        return self._load(step, abstract_state, partial=False)
 
-    def restore_params(self, step: int, like: Any) -> Any:
-        """Only the subtree `params` of the state saved at `step`; `like` and errors as in `restore`."""
+    def restore_params(self, step: int, abstract_params: Any) -> Any:
+        """Only the subtree `params` of the state saved at `step`; else as `restore`."""
         self.wait()
-        return self._load(step, {"params": like}, partial=True)["params"]
+        return self._load(step, {"params": abstract_params}, partial=True)["params"]
 
     def metadata(self, step: int) -> dict[str, Any]:
         """The JSON saved with the state. Raises `InputError` for an incomplete or damaged checkpoint.
@@ -223,7 +224,7 @@ class Checkpointer:
         return math.inf if loss is None else loss
 
     def _about(self, step: int) -> dict[str, Any]:
-        self._check(step, SMALL)
+        self._check(step, SMALL_FILE)
         about = self._read_metadata(step).custom_metadata
         if not isinstance(about, dict) or not {"metadata", "loss"} <= about.keys():
             raise DamagedCheckpoint(f"{self._path(step)}: {DAMAGED} (it does not say where training was)")
@@ -231,18 +232,18 @@ class Checkpointer:
 
     def every_metadata(self) -> list[dict[str, Any]]:
         """The JSON of every checkpoint that can be read."""
-        found = []
+        every = []
         for step in self.steps():
             with suppress(InputError):
-                found.append(self.metadata(step))
-        return found
+                every.append(self.metadata(step))
+        return every
 
     def close(self) -> None:
         """Waits for the last save. Raises as `save` does."""
         self.wait()
 
     def _damage(self, step: int, most: int | None) -> dict[str, str]:
-        """What is wrong with each damaged file, by name; nothing is known to be where there are no checksums."""
+        """What is wrong with each damaged file, by name; {} where there are no checksums. `most` is in bytes."""
         folder = self._path(step)
         if not (folder / CHECKSUMS).exists():
             return {}
@@ -257,8 +258,8 @@ class Checkpointer:
         """Raises `DamagedCheckpoint` for files that are not what was saved; those above `most` bytes are not read."""
         if step in self._intact:
             return
-        if found := self._damage(step, most):
-            raise DamagedCheckpoint(f"{self._path(step)}: {DAMAGED} ({told(found)})")
+        if damage := self._damage(step, most):
+            raise DamagedCheckpoint(f"{self._path(step)}: {DAMAGED} ({damage_text(damage)})")
         if most is None:
             self._intact.add(step)
 
@@ -277,32 +278,33 @@ class Checkpointer:
             self._intact.add(step)
         return why
 
-    def _load(self, step: int, like: Any, partial: bool) -> Any:
+    def _load(self, step: int, abstract: Any, partial: bool) -> Any:
         self._check(step)
-        self._check_fits(step, like, partial)
+        self._check_fits(step, abstract, partial)
         loading = self._ocp.options.PyTreeOptions.Loading(partial_load=partial)
         try:
-            with self._alone(pytree_options=self._ocp.options.PyTreeOptions(loading=loading)):
-                wanted = jax.tree.map(_abstract, like)
-                return jax.tree.map(_exactly_there, self._ocp.load(self._path(step), wanted), wanted)
+            with self._this_process_alone(pytree_options=self._ocp.options.PyTreeOptions(loading=loading)):
+                abstract = jax.tree.map(_with_sharding, abstract)
+                return jax.tree.map(_put_exactly, self._ocp.load(self._path(step), abstract), abstract)
         except Exception as error:
             raise self._unreadable(step, error) from error
 
-    def _alone(self, **options: Any) -> Any:
+    def _this_process_alone(self, **options: Any) -> Any:
         """Each process reads by itself: one that finds its part damaged would leave the others waiting."""
         here = jax.process_index()
-        alone = self._ocp.options.MultiprocessingOptions(primary_host=here, active_processes={here})
-        return self._ocp.Context(multiprocessing_options=alone, **options)
+        multiprocessing = self._ocp.options.MultiprocessingOptions(primary_host=here, active_processes={here})
+        return self._ocp.Context(multiprocessing_options=multiprocessing, **options)
 
-    def _check_fits(self, step: int, like: Any, partial: bool) -> None:
+    def _check_fits(self, step: int, abstract: Any, partial: bool) -> None:
+        """Raises `InputError` unless the arrays saved have the names, types and shapes of `abstract`."""
         self._about(step)
         saved = _shapes(self._read_metadata(step).metadata)
         if not saved:  # what Orbax makes of blocks that are not there
             raise DamagedCheckpoint(f"{self._path(step)}: {DAMAGED} (its arrays cannot be read)")
-        wanted = _shapes(like)
-        missing = sorted(wanted.keys() - saved.keys())
-        unknown = [] if partial else sorted(saved.keys() - wanted.keys())
-        differ = [f"{n} is {saved[n]}, not {wanted[n]}" for n in wanted if n in saved and saved[n] != wanted[n]]
+        expected = _shapes(abstract)
+        missing = sorted(expected.keys() - saved.keys())
+        unknown = [] if partial else sorted(saved.keys() - expected.keys())
+        differ = [f"{n} is {saved[n]}, not {expected[n]}" for n in expected if n in saved and saved[n] != expected[n]]
         problems = [f"it has no {n}" for n in missing] + [f"{n} is not of this model" for n in unknown] + differ
         if problems:
             more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
@@ -313,7 +315,7 @@ class Checkpointer:
 
     def _read_metadata(self, step: int) -> Any:
         try:
-            with self._alone():
+            with self._this_process_alone():
                 return self._ocp.metadata(self._path(step))
         except Exception as error:
             raise self._unreadable(step, error) from error
@@ -322,14 +324,14 @@ class Checkpointer:
         return self.folder / str(step)
 
     def _unreadable(self, step: int, error: Exception) -> InputError:
-        _raise_unless_of_storage(error)
+        _raise_errors_of_jax(error)
         if not self._path(step).exists():
             there = ", ".join(map(str, sorted(self._steps()))) or "none"
             return InputError(f"{self._path(step)}: there is no such checkpoint; the steps saved are: {there}")
         return DamagedCheckpoint(f"{self._path(step)}: {DAMAGED} ({_first_line(error)})")
 
     def _unwritable(self, step: int, error: Exception) -> InputError:
-        _raise_unless_of_storage(error)
+        _raise_errors_of_jax(error)
         if jax.process_count() == 1:
             self._clear()
         return InputError(
@@ -352,10 +354,10 @@ def fingerprint(folder: Path, step: int) -> str:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def _raise_unless_of_storage(error: Exception) -> None:
-    """Raises what JAX itself reports: a process that is gone, a device without memory.
+def _raise_errors_of_jax(error: Exception) -> None:
+    """Raises again what JAX reports, such as a process that is gone or a device without memory: no fault of the disk.
 
-    Orbax makes a `TimeoutError` of it where processes wait for one another.
+    Where processes wait for one another, Orbax wraps it in a `TimeoutError`.
     """
     cause: BaseException | None = error
     while cause is not None:
@@ -364,15 +366,15 @@ def _raise_unless_of_storage(error: Exception) -> None:
         cause = cause.__cause__
 
 
-def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+def _with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
     """Without a sharding of its own a leaf goes to the first device, wherever it was when it was saved."""
     sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def _exactly_there(leaf: jax.Array, wanted: jax.ShapeDtypeStruct) -> jax.Array:
-    """An equivalent place is not enough: on one device a key comes back as if it had a dimension."""
-    return leaf if leaf.sharding == wanted.sharding else jax.device_put(leaf, wanted.sharding)
+def _put_exactly(leaf: jax.Array, abstract: jax.ShapeDtypeStruct) -> jax.Array:
+    """An equivalent sharding is not enough: on one device a key comes back as if it had a dimension."""
+    return leaf if leaf.sharding == abstract.sharding else jax.device_put(leaf, abstract.sharding)
 
 
 def _shapes(tree: Any) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import json
 import zlib
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ragjax.errors import InputError
+from ragjax.files import lock_file
 
 
 class Journal:
@@ -27,12 +27,11 @@ class Journal:
         """Raises `InputError` if the file cannot be written, or while another process holds it."""
         try:
             self._file = self.path.open("ab", buffering=0)
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.close()
-            raise InputError(f"{self.path}: another process does this work; wait for it") from None
         except OSError as error:
             raise InputError(f"{self.path}: cannot be written ({error.strerror})") from None
+        if not lock_file(self._file):
+            self._file.close()
+            raise InputError(f"{self.path}: another process does this work; wait for it")
         kept = _valid_lines(self.path)
         whole = sum(map(len, kept)) if kept and _of_line(kept[0]) == self.header else 0
         self._file.truncate(whole)

@@ -17,17 +17,18 @@ from ragjax.parallel.processes import is_process_zero
 
 
 def check_finite_metrics(step: int, metrics: dict[str, float], ids: Sequence[str]) -> None:
+    """Raises `InputError` where a metric of a step, counted from 1, is NaN or infinite; `ids` names its questions."""
     bad = [name for name, value in metrics.items() if not math.isfinite(value)]
     if bad:
         raise InputError(
-            f"step {step + 1}: {', '.join(bad)} is not finite; the questions of this batch: {', '.join(ids)}; "
+            f"step {step}: {', '.join(bad)} is not finite; the questions of this batch: {', '.join(ids)}; "
             "the last checkpoint is kept: look at these questions, or lower the learning rates with another output"
         )
 
 
 @contextmanager
 def log_steps(folder: Path, done: int, config: Config) -> Iterator[Callable[[int, dict[str, float]], None]]:
-    """Writes OUTPUT/train.jsonl (steps after a resumed checkpoint are written anew) and TensorBoard on demand."""
+    """Writes RUN/train.jsonl (steps after a resumed checkpoint are written anew) and TensorBoard on demand."""
     if not is_process_zero():
         yield lambda step, metrics: None
         return

@@ -1,4 +1,4 @@
-"""What commands open: models, index and passages, and what a run has trained."""
+"""What commands open: the models, index and passages of a configuration, and the parameters that a run has trained."""
 
 from __future__ import annotations
 
@@ -22,9 +22,16 @@ from ragjax.rag import RagPipeline, load_pipeline
 from ragjax.retrieval.index import MANIFEST, Index, check_built, check_listed, open_index
 from ragjax.retrieval.refresh import refreshed_at, refreshed_index, version_folder
 from ragjax.runs.checkpointer import Checkpointer, fingerprint, newest_step
-from ragjax.runs.run_dir import check_same_models, load_run_config, read_manifest
+from ragjax.runs.run_dir import check_same_models, load_run_config, read_run_manifest, record_start
 from ragjax.terminal import terminal
-from ragjax.training.state import abstract_state, for_inference, state_shardings
+from ragjax.training.state import (
+    TrainState,
+    abstract_state,
+    for_inference,
+    init_train_state,
+    state_shardings,
+    unsplit_modules,
+)
 
 
 def enable_compilation_cache(folder: Path) -> None:
@@ -68,7 +75,10 @@ def pretrained_params(rag: RagPipeline, mesh: Mesh) -> Params:
 
 
 def trained_index(rag: RagPipeline, index: Index, step: int) -> Index:
-    """The index for the checkpoint of `step`: begun after it, or else the one it searched; else the one given."""
+    """The index that belongs to the checkpoint of `step`.
+
+    That is the one begun after that step where it is complete, else the one that this step searched, else `index`.
+    """
     folder = Path(rag.config.output)
     if (version_folder(folder, step) / MANIFEST).is_file():
         index.release()
@@ -86,77 +96,110 @@ def trained_index(rag: RagPipeline, index: Index, step: int) -> Index:
 
 
 def restore_params(rag: RagPipeline, mesh: Mesh | None = None, step: int | None = None) -> tuple[Params, int] | None:
-    """The parameters of a checkpoint in `output`, on the mesh or one device, and its step: the newest, with
-    `train.keep_best` that of lowest dev loss, or `step`.
+    """The parameters of a checkpoint in `output`, on `mesh` or else one device, and its step; None if there is none.
 
-    None if there is none.
-
-    Raises `InputError` for a checkpoint that is damaged, or was trained with other models than the configuration's.
+    `step` says which; by default it is the newest, with `train.keep_best` that of lowest dev loss. Raises `InputError`
+    for a checkpoint that is damaged, or was trained with other models than the configuration's.
     """
     if not (Path(rag.config.output) / "checkpoints").is_dir():
         return None
     check_same_models(rag.config)
     mesh = mesh or local_mesh(data=1)
     answering = for_inference(rag)
-    like = {name: of for name, of in abstract_state(answering, mesh).params.items() if name in rag.parts}
-    found = _restored(rag.config, like, step)
-    if found is None:
+    trained = {name: part for name, part in abstract_state(answering, mesh).params.items() if name in rag.parts}
+    restored = _restore(rag.config, trained, step)
+    if restored is None:
         return None
-    params = found[1]
-    if "generator" not in params:  # of contrastive training: it answers as it came
+    step, params = restored
+    if "generator" not in params:  # contrastive training leaves it as it came
         untrained = {"generator": rag.generator.load_params()}
         params |= put_global(untrained, state_shardings(answering, mesh, {"generator": rag.generator.abstract_params}))
-    return params, found[0]
+    return params, step
 
 
-def _restored(config: Config, like: Params, step: int | None = None) -> tuple[int, Params] | None:
-    """The newest parameters in `output`, with `train.keep_best` the best, or those of `step`, laid out as in `like`."""
+def _restore(config: Config, abstract_params: Params, step: int | None = None) -> tuple[int, Params] | None:
+    """As `restore_params`, of any configuration; each parameter gets the shape and sharding of `abstract_params`."""
     folder = Path(config.output) / "checkpoints"
     with Checkpointer(folder, keep=config.train.keep, writing=False) as checkpoints:
 
         def load(step: int) -> Any:
-            return checkpoints.restore_params(step, like)
+            return checkpoints.restore_params(step, abstract_params)
 
-        find = checkpoints.restore_best if config.train.keep_best else checkpoints.restore_latest
-        return find(load) if step is None else (step, load(step))
+        restore = checkpoints.restore_best if config.train.keep_best else checkpoints.restore_latest
+        return restore(load) if step is None else (step, load(step))
 
 
 def check_start(rag: RagPipeline) -> None:
-    """Raises `InputError` unless the run `train.start_from`, if there is one, has models that this one can go on with.
+    """Raises `InputError` unless this run can go on with the models of the run `train.start_from`, if that is set.
 
-    They come from the same pretrained ones, and passages were encoded in the same way.
+    Both must come from the same pretrained models, and their passages from the same encoder.
     """
-    if (run := rag.config.train.start_from) is None:
+    if (start_from := rag.config.train.start_from) is None:
         return
-    start, wanted = f"train.start_from: {run}", rag.config.train.passage_encoder
-    other = load_run_config(Path(run))
-    if (has := other.train.passage_encoder) != wanted:
+    start, ours = f"train.start_from: {start_from}", rag.config.train.passage_encoder
+    theirs = load_run_config(Path(start_from)).train.passage_encoder
+    if theirs != ours:
         raise InputError(
-            f"{start} has train.passage_encoder={has}, and this run {wanted}; use the same, or export that run and "
+            f"{start} has train.passage_encoder={theirs}, and this run {ours}; use the same, or export that run and "
             "give its encoders as sources"
         )
-    theirs, ours = read_manifest(Path(run))["fingerprints"], {"encoder": rag.fingerprints["encoder"]}
-    ours |= {name: fingerprint_files(getattr(rag, name).files) for name in ("retriever", "generator")}
-    if differ := [name for name, value in ours.items() if theirs.get(name) != value]:
+    before, now = read_run_manifest(Path(start_from))["fingerprints"], {"encoder": rag.fingerprints["encoder"]}
+    now |= {name: fingerprint_files(getattr(rag, name).files) for name in ("retriever", "generator")}
+    if differ := [name for name, fingerprint in now.items() if before.get(name) != fingerprint]:
         named = ", ".join("encoder of passages" if name == "encoder" else name for name in differ)
         raise InputError(f"{start} was trained from another {named}; give the same sources, or export that run")
-    if newest_step(Path(run) / "checkpoints") == 0:
+    if newest_step(Path(start_from) / "checkpoints") == 0:
         raise InputError(f"{start} has no checkpoint yet")
 
 
-def start_params(rag: RagPipeline, like: Params) -> tuple[Params, dict[str, Any]]:
-    """The parameters of `train.start_from`, each laid out as `like` says, and what the manifest is to say of them.
+def start_params(rag: RagPipeline, abstract_params: Params) -> tuple[Params, dict[str, Any]]:
+    """The parameters of the run `train.start_from`, and what the manifest records of that run.
 
-    What that run has not trained is as it came. See `check_start`.
+    Each gets the sharding of `abstract_params`. What that run did not train comes from the pretrained model. Raises
+    `InputError` where it has no checkpoint; call `check_start` first.
     """
     assert rag.config.train.start_from is not None
     run = Path(rag.config.train.start_from)
     other = load_run_config(run)
-    parts = replace(rag, config=other).parts.keys() & like.keys()
-    found = _restored(other, {name: like[name] for name in parts})
-    if found is None:
+    trained = replace(rag, config=other).parts.keys() & abstract_params.keys()
+    restored = _restore(other, {name: abstract_params[name] for name in trained})
+    if restored is None:
         raise InputError(f"train.start_from: {run} has no checkpoint yet")
-    step, params = found
-    untrained = {name: rag.parts[name].load_params() for name in like.keys() - parts}
-    params |= put_global(untrained, {name: jax.tree.map(lambda leaf: leaf.sharding, like[name]) for name in untrained})
+    step, params = restored
+    for name in abstract_params.keys() - trained:
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params[name])
+        params[name] = put_global(rag.parts[name].load_params(), shardings)
     return params, {"run": str(run), "step": step, "fingerprint": fingerprint(run / "checkpoints", step)}
+
+
+def restore_or_initialize(
+    rag: RagPipeline, checkpoints: Checkpointer, index: Index, mesh: Mesh
+) -> tuple[TrainState, dict[str, Any]]:
+    """The state of the newest checkpoint, with its metadata; where there is none the state of step 0, and {}."""
+    if whole := unsplit_modules(rag, mesh):
+        terminal.print(f"not split over mesh.model={mesh.shape['model']}: {', '.join(whole)}", soft_wrap=True)
+    abstract = abstract_state(rag, mesh)
+    newest = checkpoints.restore_latest(lambda step: (checkpoints.metadata(step), checkpoints.restore(step, abstract)))
+    if newest is None:
+        return _initialize(rag, abstract), {}
+    step, (metadata, state) = newest
+    if metadata.get("index", index.version) != index.version:
+        raise InputError(
+            f"{rag.config.output}: step {step} was trained with another index than {rag.config.index.folder} is now; "
+            "bring that one back, or choose another output"
+        )
+    terminal.print(f"going on from step {step}")
+    return state, metadata
+
+
+def _initialize(rag: RagPipeline, abstract: TrainState) -> TrainState:
+    """The state of step 0, with the pretrained parameters, or those of the run `train.start_from`."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    if rag.config.train.start_from is None:
+        params = put_global(rag.initial_params(), shardings.params)
+    else:
+        params, start = start_params(rag, abstract.params)
+        record_start(Path(rag.config.output), start)
+        terminal.print(f"beginning with the parameters of {start['run']}, step {start['step']}", soft_wrap=True)
+    # moments are born where they will lie: no device ever holds the whole state
+    return jax.jit(lambda params: init_train_state(rag, params), out_shardings=shardings)(params)

@@ -1,11 +1,11 @@
-"""The output folder of a run: which experiment it holds, and everything needed to repeat it.
+"""The folder of a run, which is the key `output`: its settings, and everything needed to repeat it.
 
-OUTPUT/config.yaml      the resolved configuration
-OUTPUT/manifest.json    versions, git revision, devices, sources and fingerprints; `history`: what was changed later
-OUTPUT/left_out.jsonl   the questions that training leaves out, each with its file, line and reason
-OUTPUT/checkpoints/     one folder a step (checkpoint.py)
-OUTPUT/train.jsonl      one line of metrics a logged step
-OUTPUT/refreshed/       the index anew, where passages' encoder is trained (refresh.py)
+RUN/config.yaml      the resolved configuration
+RUN/manifest.json    versions, git revision, devices, sources and fingerprints; `history`: what was changed later
+RUN/left_out.jsonl   the questions that training leaves out, each with its file, line and reason
+RUN/checkpoints/     one folder a step (checkpointer.py)
+RUN/train.jsonl      one line of metrics a logged step
+RUN/refreshed/       the index, encoded again, where the passage encoder is trained (retrieval/refresh.py)
 """
 
 from __future__ import annotations
@@ -14,24 +14,26 @@ import importlib.metadata
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from ragjax.checkpoints.hub import fingerprint_files
-from ragjax.config import Config, dump_config, load_config
-from ragjax.data.questions import LeftOut, as_json
+from ragjax.config import Config, dump_config, get_key, load_config
+from ragjax.config.reading import escaped
+from ragjax.data.questions import LeftOut, Split, as_json
 from ragjax.errors import InputError
 from ragjax.files import atomic_write, read_json, write_jsonl
 from ragjax.parallel.processes import allgather_text, run_on_process_zero
 from ragjax.rag import RagPipeline
 from ragjax.retrieval.index import MANIFEST, Index
 from ragjax.runs.checkpointer import newest_step
+from ragjax.terminal import terminal
 
-# what may change between two calls on one output folder: nothing that the training of a step depends on, but for the
-# number of steps and the questions, whose changes are told and recorded
+# what may change between two commands on one run: nothing that the training of a step depends on, but for the number
+# of steps and the questions, whose changes are printed and recorded
 FREE = (
     "output",
     "questions",
@@ -54,7 +56,7 @@ PACKAGES = "ragjax jax jaxlib flax optax orbax-checkpoint grain transformers tok
 
 
 def start_run(rag: RagPipeline, index: Index, left_out: Sequence[LeftOut] = ()) -> Path:
-    """Creates the output folder, or checks that it holds this very experiment on the very same inputs.
+    """Creates the folder of a run, or checks that it holds this very run, with the very same inputs.
 
     `left_out` are the questions that training leaves out. Raises `InputError` naming the keys or inputs that differ, if
     the folder cannot be written, or if another process has other inputs or does not see it.
@@ -85,7 +87,7 @@ def start_run(rag: RagPipeline, index: Index, left_out: Sequence[LeftOut] = ()) 
 
 
 def make_folder(folder: Path) -> None:
-    """Creates an output folder where there is none. Raises `InputError` if that fails."""
+    """Creates the folder of a run where there is none. Raises `InputError` if that fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -109,20 +111,20 @@ def _check_agreement(settings: dict[str, str]) -> None:
     here = jax.process_index()
     others = [here] if here else range(1, len(every))
     for other in others:
-        of_other = every[other]
-        if differ := sorted(key for key in every[0].keys() | of_other.keys() if every[0].get(key) != of_other.get(key)):
+        theirs = every[other]
+        if differ := sorted(key for key in every[0].keys() | theirs.keys() if every[0].get(key) != theirs.get(key)):
             named = "; ".join(
-                f"{key} is {every[0].get(key)} in process 0 and {of_other.get(key)} there" for key in differ
+                f"{key} is {every[0].get(key)} in process 0 and {theirs.get(key)} there" for key in differ
             )
             raise InputError(
                 f"process {other} differs: {named}; start all with the same command and versions, and on shared storage"
             )
-    if any(of_other != every[0] for of_other in every):
+    if any(theirs != every[0] for theirs in every):
         raise InputError("other processes differ from process 0; their messages tell in what")
 
 
 def check_same_run(config: Config) -> None:
-    """Raises `InputError` if the output folder holds a run with another configuration."""
+    """Raises `InputError` if the folder holds a run with another configuration."""
     path = Path(config.output) / "config.yaml"
     if not path.exists():
         if Path(config.output, "checkpoints").exists():
@@ -130,7 +132,7 @@ def check_same_run(config: Config) -> None:
         return
     if differ := [d for key, d in _differences(path, config).items() if not key.startswith(FREE)]:
         raise InputError(
-            f"{config.output}: holds another experiment: {'; '.join(differ)}; "
+            f"{config.output}: holds another run: {'; '.join(differ)}; "
             "go back to its settings, or choose another folder with output=…"
         )
     if (done := newest_step(Path(config.output) / "checkpoints")) > config.train.steps:
@@ -141,7 +143,7 @@ def check_same_run(config: Config) -> None:
 
 
 def check_same_models(config: Config) -> None:
-    """Raises `InputError` if the run in the output folder was trained with other models, prompts or priors."""
+    """Raises `InputError` if the run in the folder was trained with other models, prompts or priors."""
     path = Path(config.output) / "config.yaml"
     if not path.exists():
         return
@@ -162,6 +164,31 @@ def _differences(path: Path, config: Config) -> dict[str, str]:
     }
 
 
+def changes_since(
+    config: Config, step: int, saved: Mapping[str, Any], split: Split, fingerprint: str, same_questions: bool
+) -> dict[str, Any]:
+    """What was different until the checkpoint of `step`, whose metadata are `saved`: number of steps, questions.
+
+    `split` holds the questions to train on, with the `fingerprint` of their file; `same_questions` says whether those
+    that can be used are the same. Prints the changes, too; `record_changes` keeps them.
+    """
+    steps, changes = config.train.steps, dict[str, Any]()
+    steps_before = saved.get("config", {}).get("train", {}).get("steps", steps)
+    if steps_before != steps:
+        changes["train.steps"] = {"before": steps_before, "now": steps}
+        terminal.print(
+            f"train.steps was {steps_before} and is {steps}: from here on the learning rates are those of {steps} "
+            "steps, unlike before: a run that begins with so many ends elsewhere",
+            soft_wrap=True,
+        )
+    first = read_run_manifest(Path(config.output))["fingerprints"].get("questions.train")
+    if (before := saved.get("questions", first)) != fingerprint:
+        changes["questions.train"] = {"before": before, "now": fingerprint, "left_out": len(split.left_out)}
+        then = "the order of those trained on stays" if same_questions else "a new epoch begins with them"
+        terminal.print(f"{split.path}: other questions than before step {step}; {then}", soft_wrap=True)
+    return changes
+
+
 def record_changes(folder: Path, step: int, changes: dict[str, Any]) -> None:
     """Keeps in the manifest's `history` what is other from `step` on, {} where nothing is: what was before, and is now.
 
@@ -169,7 +196,7 @@ def record_changes(folder: Path, step: int, changes: dict[str, Any]) -> None:
     """
 
     def write() -> None:
-        manifest = read_manifest(folder)
+        manifest = read_run_manifest(folder)
         before = manifest.get("history", [])
         now = [entry for entry in before if entry["step"] < step] + ([{"step": step} | changes] if changes else [])
         if now != before:
@@ -180,11 +207,13 @@ def record_changes(folder: Path, step: int, changes: dict[str, Any]) -> None:
 
 def record_start(folder: Path, start: dict[str, Any]) -> None:
     """Adds to the manifest from which run's parameters this one began."""
-    run_on_process_zero(lambda: _write_json(folder / "manifest.json", read_manifest(folder) | {"start_from": start}))
+    run_on_process_zero(
+        lambda: _write_json(folder / "manifest.json", read_run_manifest(folder) | {"start_from": start})
+    )
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Raises `InputError` where it is missing or damaged."""
+def read_run_manifest(folder: Path) -> dict[str, Any]:
+    """The contents of RUN/manifest.json. Raises `InputError` where it is missing or damaged."""
     path = folder / "manifest.json"
     manifest = read_json(path, "choose another output folder")
     history = manifest.get("history", [])
@@ -199,7 +228,7 @@ def _check_same_inputs(manifest: Path, inputs: dict[str, str]) -> None:
 
     Other questions are a change that `record_changes` tells of.
     """
-    saved = read_manifest(manifest.parent)["fingerprints"]
+    saved = read_run_manifest(manifest.parent)["fingerprints"]
     held = inputs.keys() - {"questions.train"}
     if differ := [name for name in inputs if name in held and saved.get(name) != inputs[name]]:
         raise InputError(
@@ -208,22 +237,21 @@ def _check_same_inputs(manifest: Path, inputs: dict[str, str]) -> None:
         )
 
 
-def load_run_config(folder: Path) -> Config:
-    """The configuration of the run in `folder`. Raises `InputError` if there is none."""
-    if not (folder / "config.yaml").is_file():
+def load_run_config(folder: Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of the run in `folder`, which may have been moved, with overrides such as `decode.k=5`.
+
+    Raises `InputError` if there is none.
+    """
+    path = folder / "config.yaml"
+    if not path.is_file():
         raise InputError(f"{folder}: no run here (config.yaml is missing); run: ragjax train CONFIG")
-    config = load_config(folder / "config.yaml")
-    before, asked = Path(config.output), config.questions
-
-    def moved(path: str) -> str:
-        """Where a path inside the output folder is now."""
-        return str(folder / Path(path).relative_to(before)) if Path(path).is_relative_to(before) else path
-
-    return config.replace(
-        output=str(folder),
-        index=config.index.replace(folder=moved(config.index.folder)),
-        questions=config.questions.replace(train=moved(asked.train), dev=moved(asked.dev), test=moved(asked.test)),
-    )
+    config = load_config(path)
+    before, paths = Path(config.output), {"output": str(folder)}
+    for key in ("index.folder", "questions.train", "questions.dev", "questions.test"):
+        if (named := Path(str(get_key(config, key)))).is_relative_to(before):
+            paths[key] = str(folder / named.relative_to(before))
+    moved = [f"{key}={json.dumps(escaped(value), ensure_ascii=False)}" for key, value in paths.items()]
+    return load_config(path, [*moved, *overrides])
 
 
 def _write(path: Path, text: str) -> None:

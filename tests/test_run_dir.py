@@ -1,4 +1,4 @@
-"""The output folder: one experiment, recorded well enough to be repeated."""
+"""The folder of a run: recorded well enough to be repeated."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ragjax.runs.run_dir import (
     check_same_run,
     git_revision,
     load_run_config,
-    read_manifest,
+    read_run_manifest,
     record_changes,
     start_run,
 )
@@ -52,7 +52,7 @@ def test_what_is_recorded_repeats_the_run(world: Path, tmp_path: Path) -> None:
     assert manifest["index"]["corpus"]["fingerprint"].startswith("sha256:")
 
 
-def test_the_same_experiment_may_go_on_with_what_is_free_changed(world: Path, tmp_path: Path) -> None:
+def test_the_same_run_may_go_on_with_what_is_free_changed(world: Path, tmp_path: Path) -> None:
     start_run(*opened(world, tmp_path, train__retriever_lr=1e-5))
     manifest = (tmp_path / "manifest.json").read_bytes()
     again = opened(world, tmp_path, train__retriever_lr=1e-5, decode__k=1, evaluate__limit=3, train__log_every=7)
@@ -73,17 +73,17 @@ def test_fewer_steps_than_were_trained_are_refused(world: Path, tmp_path: Path) 
 
 def test_what_was_changed_later_is_recorded_once(world: Path, tmp_path: Path) -> None:
     start_run(*opened(world, tmp_path))
-    before = read_manifest(tmp_path)
+    before = read_run_manifest(tmp_path)
     record_changes(tmp_path, 5, {})
-    assert read_manifest(tmp_path) == before
+    assert read_run_manifest(tmp_path) == before
     for _ in range(2):
         record_changes(tmp_path, 5, {"train.steps": {"before": 5, "now": 9}})
         record_changes(tmp_path, 7, {})
-    assert read_manifest(tmp_path)["history"] == [{"step": 5, "train.steps": {"before": 5, "now": 9}}]
+    assert read_run_manifest(tmp_path)["history"] == [{"step": 5, "train.steps": {"before": 5, "now": 9}}]
     record_changes(tmp_path, 7, {"train.steps": {"before": 9, "now": 8}})
-    assert [entry["step"] for entry in read_manifest(tmp_path)["history"]] == [5, 7]
+    assert [entry["step"] for entry in read_run_manifest(tmp_path)["history"]] == [5, 7]
     record_changes(tmp_path, 5, {})  # from there on all is trained again, as it was begun
-    assert read_manifest(tmp_path)["history"] == []
+    assert read_run_manifest(tmp_path)["history"] == []
 
 
 def test_a_run_from_before_a_key_was_there_may_go_on(world: Path, tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_a_run_from_before_a_key_was_there_may_go_on(world: Path, tmp_path: Path
         check_same_models(config.replace(model="rag_token"))
 
 
-def test_another_experiment_is_refused_key_by_key(world: Path, tmp_path: Path) -> None:
+def test_another_run_is_refused_key_by_key(world: Path, tmp_path: Path) -> None:
     start_run(*opened(world, tmp_path))
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     another = tiny_config(world, output=str(tmp_path), seed=1, train__k=2, decode__k=1)

@@ -1,0 +1,111 @@
+"""What `ragjax evaluate` takes: each row of the table names the function that computes its number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ragjax.config import most_documents
+from ragjax.decoding.candidates import pad_answers
+from ragjax.decoding.propose import beam_search_documents, prefill_documents
+from ragjax.decoding.rag_token import beam_search_rag_token
+from ragjax.decoding.rescore import score_tokens
+from ragjax.models.kv_cache import DocumentMemory, empty_kv_cache
+from ragjax.models.layers import Params
+from ragjax.parallel.sharding import abstract_with_sharding
+from ragjax.planning.inputs import SPECIAL, PlanInputs
+from ragjax.planning.program_cost import bytes_each, program_temporaries
+from ragjax.planning.rows import Number, Row, make_row
+from ragjax.planning.shared_rows import parameters_row, questions_text, search_row
+
+
+def evaluate_rows(inputs: PlanInputs) -> list[Row]:
+    """The rows of `ragjax evaluate`: of answering one batch of questions."""
+    copies = 1 if inputs.config.evaluate.untrained_limit == 0 else 2
+
+    def row(what: str, number: Callable[[PlanInputs], Number], **how: Any) -> Row:
+        return make_row("evaluate", what, "device", lambda: number(inputs), **how)
+
+    return [
+        parameters_row(inputs, "evaluate", "retriever", copies),
+        parameters_row(inputs, "evaluate", "generator", copies),
+        row("documents' keys and values", _documents_memory),
+        row("logits of a step of the beam search", _logits, part=True),
+        row("temporaries of answering", _temporaries),
+        search_row(inputs, "evaluate"),
+    ]
+
+
+def _questions(inputs: PlanInputs) -> int:
+    """How many questions each device answers together."""
+    return -(-inputs.config.evaluate.batch_size // inputs.mesh.shape["data"])
+
+
+def _prompts(inputs: PlanInputs) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    """Tokens and mask [questions · documents, S] that a device reads."""
+    shape = _questions(inputs) * most_documents(inputs.config), inputs.config.generator.source_tokens
+    return jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.bool)
+
+
+def _documents_memory(inputs: PlanInputs) -> Number:
+    model, config = inputs.model("generator"), inputs.config
+    # for Hugging Face's numbers documents are read with the padding unmasked and masked
+    copies = 2 if config.hf_compatible and config.model != "rag_token" else 1
+
+    def memory_and_cache(*arguments: Any) -> Any:
+        memory = prefill_documents(model.graphdef, *arguments)
+        return jax.tree.leaves((memory, empty_kv_cache(memory, config.decode.max_new_tokens * config.decode.beams)))
+
+    size = bytes_each(jax.eval_shape(memory_and_cache, model.abstract_params, *_prompts(inputs)))
+    documents, longest = most_documents(config), config.generator.source_tokens
+    how = f"{questions_text(_questions(inputs))} × {documents} documents × {longest} tokens, and the answers'"
+    how += ", read twice" if copies > 1 else ""
+    how += "; all devices in one process" if inputs.mesh.size > 1 else ""
+    return copies * size, how
+
+
+def _logits(inputs: PlanInputs) -> Number:
+    beams = _questions(inputs) * most_documents(inputs.config) * inputs.config.decode.beams
+    vocabulary = inputs.model("generator").config.vocab_size
+    how = f"{beams:,} beams × {vocabulary:,} in float32; scoring goes by blocks; part of the temporaries below"
+    return beams * vocabulary * 4, how
+
+
+def _temporaries(inputs: PlanInputs) -> Number:
+    """The most that one of the three programs takes: reading the documents, the beam search, scoring candidates."""
+    config, decode, model = inputs.config, inputs.config.decode, inputs.model("generator")
+    together = config.model == "rag_token"
+    questions, documents = _questions(inputs), most_documents(config)
+
+    def placed(tree: Any) -> Any:
+        return abstract_with_sharding(inputs.one_device, tree)
+
+    graph, params, prompts = model.graphdef, placed(model.abstract_params), _prompts(inputs)
+    # a memory is passed by its leaves: it is checked to hold arrays, which shapes are not
+    memory = placed(jax.eval_shape(lambda *given: jax.tree.leaves(prefill_documents(graph, *given)), params, *prompts))
+    count = decode.beams if together else documents * decode.beams
+    candidates = [[((0,) * decode.max_new_tokens, False)] * count] * questions
+    answers = placed(pad_answers(candidates, SPECIAL, decode.max_new_tokens))
+
+    @jax.jit
+    def search(params: Params, memory: list[Any]) -> Any:
+        read = DocumentMemory(*memory)
+        if together:
+            prior = jnp.zeros((questions, documents))
+            return beam_search_rag_token(graph, params, read, prior, decode, SPECIAL, config.hf_compatible)
+        return beam_search_documents(graph, params, read, decode, SPECIAL, config.hf_compatible)
+
+    @jax.jit
+    def score(params: Params, memory: list[Any], *answers: Any) -> Any:
+        return score_tokens(graph, params, DocumentMemory(*memory), *answers, SPECIAL)
+
+    most = max(
+        program_temporaries(prefill_documents, graph, params, *placed(prompts)),
+        program_temporaries(search, params, memory),
+        program_temporaries(score, params, memory, *answers),
+    )
+    how = f"{questions_text(questions)}, at most {count} distinct candidates each"
+    return most, f"XLA's analysis ({inputs.device_kind}): {how}"

@@ -1,0 +1,133 @@
+"""What a plan is computed from: the configuration, the devices, the models' shapes and the number of passages.
+
+Of a model only config.json is read; its parameters are shapes without values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from jax.sharding import Mesh
+
+from ragjax.checkpoints.hub import fetch_config, is_local
+from ragjax.checkpoints.pretrained import PretrainedModel, bert_shape, generator_shape, open_generator
+from ragjax.config import Config
+from ragjax.data.corpus import count_passages
+from ragjax.data.prompt import Prompt
+from ragjax.errors import InputError
+from ragjax.files import read_json
+from ragjax.models.generator import SpecialTokens
+from ragjax.parallel.mesh import check_batch, make_mesh
+from ragjax.planning.rows import Unknown
+from ragjax.rag import RagModel, check_lengths
+from ragjax.retrieval.faiss_index import check_kind
+from ragjax.retrieval.index import MANIFEST
+from ragjax.training.optimizer import partition_params
+
+SPECIAL = SpecialTokens(eos=0, pad=0)  # which tokens they are changes no size
+NO_PROMPT = Prompt((), (), (), question_first=False, closed_book=((), ()))  # nor do those around a passage
+
+
+@dataclass(frozen=True)
+class PlanInputs:
+    """A model that cannot be had is the `InputError` that says why, and a number of passages likewise `Unknown`."""
+
+    config: Config
+    mesh: Mesh
+    retriever: PretrainedModel | InputError
+    passage_encoder: PretrainedModel | InputError
+    generator: PretrainedModel | InputError
+    count: tuple[int, str] | Unknown  # N, and the same in words
+
+    @property
+    def one_device(self) -> Mesh:
+        """For what runs on one device, or on each by itself."""
+        return make_mesh(devices=[self.mesh.devices.flat[0]])
+
+    @property
+    def device_kind(self) -> str:
+        """Such as "TPU v5 lite": for which device XLA compiles."""
+        return self.mesh.devices.flat[0].device_kind
+
+    def model(self, name: str) -> PretrainedModel:
+        """The retriever, passage encoder or generator, by that name. Raises `Unknown`."""
+        model: PretrainedModel | InputError = getattr(self, name.replace(" ", "_"))
+        if isinstance(model, InputError):
+            raise Unknown(f"needs the {name}")
+        return model
+
+    def rag(self) -> RagModel:
+        """All models together. Raises `Unknown` where one is missing."""
+        retriever, generator = self.model("retriever"), self.model("generator")
+        return RagModel(self.config, retriever, generator, SPECIAL, NO_PROMPT, self.model("passage encoder"))
+
+    def passages(self) -> tuple[int, str]:
+        """N, the number of passages, and the same in words. Raises `Unknown`."""
+        if isinstance(self.count, Unknown):
+            raise self.count
+        return self.count
+
+
+def open_inputs(config: Config, mesh: Mesh) -> PlanInputs:
+    """Reads the models' config.json and counts the passages. Raises `InputError` for settings that do not fit."""
+    check_batch(mesh, config.train.batch_size // config.train.accumulate)
+    count = _count(config)
+    r, g, dropout = config.retriever, config.generator, config.train.dropout
+    sources = {r.source, g.source, r.passage_source or r.source}
+    with ThreadPoolExecutor() as pool:  # a hub that cannot be reached is asked several times before it is given up
+        fetched = dict(zip(sources, pool.map(_fetch, sources), strict=True))
+
+    def encoder(source: str, dropout: float) -> PretrainedModel | InputError:
+        return _open(fetched[source], lambda path: bert_shape(path, r.pooling, r.normalize, dropout, config.dtype))
+
+    def generator_of(path: Path) -> PretrainedModel:
+        return (open_generator if path.suffix == ".gguf" else generator_shape)(path, dropout, config.dtype)
+
+    retriever = encoder(r.source, dropout)
+    passage_encoder = encoder(r.passage_source, 0.0) if r.passage_source else retriever
+    generator = _open(fetched[g.source], generator_of)
+    inputs = PlanInputs(config, mesh, retriever, passage_encoder, generator, count)
+    if isinstance(retriever, PretrainedModel) and isinstance(generator, PretrainedModel):
+        check_lengths(config, retriever, generator)
+        partition_params(inputs.rag().abstract_params(), config.train.freeze)
+    if isinstance(passage_encoder, PretrainedModel):
+        check_kind(config.index.kind, passage_encoder.config.embedding_dim)
+    return inputs
+
+
+def _fetch(source: str) -> Path | InputError:
+    try:
+        return fetch_config(source)
+    except InputError as error:
+        return error
+
+
+def _open(path: Path | InputError, open_shape: Callable[[Path], PretrainedModel]) -> PretrainedModel | InputError:
+    if isinstance(path, InputError):
+        return path
+    try:
+        return open_shape(path)
+    except InputError as error:
+        return error
+
+
+def _count(config: Config) -> tuple[int, str] | Unknown:
+    """N: from the index if there is one, else the limit, else the lines of the file."""
+    corpus, manifest = config.corpus, Path(config.index.folder) / MANIFEST
+    if manifest.is_file():
+        count = read_json(manifest, "run: ragjax index CONFIG").get("N")
+        if type(count) is not int or not 0 < count < 2**31:
+            raise InputError(f"{manifest}: damaged; delete its folder and run: ragjax index CONFIG")
+        return count, f"{count:,} passages"
+    if corpus.limit is not None:
+        return corpus.limit, f"at most {corpus.limit:,} passages"
+    path = Path(corpus.source).expanduser()
+    if not is_local(corpus.source) or corpus.format == "factbook":
+        return Unknown("the corpus is counted when it is read")
+    if not path.exists():
+        return Unknown(f"no file {corpus.source} to count")
+    count = count_passages(path, corpus.format)
+    return count, f"at most {count:,} passages"

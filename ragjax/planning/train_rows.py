@@ -1,0 +1,117 @@
+"""What `ragjax train` takes: each row of the table names the function that computes its number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+
+from ragjax.config import reads_corpus, refreshes
+from ragjax.planning.inputs import PlanInputs
+from ragjax.planning.program_cost import Cost, bytes_each, compiled_cost, flops_text, matmul_flops
+from ragjax.planning.rows import Number, Row, Unknown, make_row
+from ragjax.planning.shared_rows import parameters_row, questions_text, search_row, split_text
+from ragjax.resources import size_text
+from ragjax.training.optimizer import partition_params
+from ragjax.training.state import abstract_state
+from ragjax.training.step import trace_step, train_programs
+
+
+def train_rows(inputs: PlanInputs, peak: int | float | None) -> list[Row]:
+    """The rows of `ragjax train`; `peak` is what each device can compute, in TFLOP/s.
+
+    The step is compiled twice, with and without `train.remat`: what recomputing saves is the question.
+    """
+    train = inputs.config.train
+    used, other = train.remat, not train.remat
+
+    @cache
+    def step(remat: bool) -> tuple[int, Cost]:
+        return _compile_step(inputs, remat)
+
+    def row(what: str, place: str, number: Callable[[], Number]) -> Row:
+        return make_row("train", what, place, number)
+
+    def part(what: str, place: str, number: Callable[[], Number], unit: str = "bytes") -> Row:
+        return make_row("train", what, place, number, part=True, unit=unit)
+
+    rows = [parameters_row(inputs, "train", "retriever")]
+    if train.objective != "contrastive":
+        rows.append(parameters_row(inputs, "train", "generator"))
+    if train.passage_encoder == "own":
+        rows.append(parameters_row(inputs, "train", "passage encoder"))
+    if refreshes(inputs.config):
+        rows.append(parameters_row(inputs, "train", "passage encoder", indexed=True))
+    name = {True: "temporaries, activations recomputed", False: "temporaries, activations kept"}
+    instead = f"{name[other]} (train.remat={str(other).lower()})"
+    rows += [
+        row("optimiser state", "device", lambda: _optimizer(inputs)),
+        part("gradients", "device", lambda: _gradients(inputs)),
+        row(name[used], "device", lambda: _temporaries(inputs, step(used)[1])),
+        part(instead, "device", lambda: _temporaries(inputs, step(other)[1])),
+        search_row(inputs, "train"),
+        row("checkpoints", "disk", lambda: _checkpoints(inputs)),
+    ]
+    if inputs.mesh.size > 1:
+        rows.append(part("over the network, a step", "device", lambda: _network(step(used)[1])))
+    rows.append(part("floating-point operations, a step", "devices", lambda: _flops(inputs, step(used)[0]), "FLOP"))
+    if peak is not None:
+        rows.append(
+            part("time of a step, at least", "devices", lambda: _seconds(inputs, step(used)[0], peak), "seconds")
+        )
+    return rows
+
+
+def _compile_step(inputs: PlanInputs, remat: bool) -> tuple[int, Cost]:
+    """FLOPs of a step, and its cost; of several programs (see `train_programs`) the largest temporaries count."""
+    rag, train = inputs.rag(), inputs.config.train
+    passages = inputs.passages()[0] if reads_corpus(inputs.config) else 0
+    rag = replace(rag, config=inputs.config.replace(train=train.replace(remat=remat)))
+    traced = [trace_step(rag, inputs.mesh, passages, make) for make in train_programs(train)]
+    costs = [compiled_cost(program.lower()) for program in traced]
+    most = max(cost.temporaries for cost in costs)
+    return matmul_flops(traced[0].jaxpr.jaxpr), replace(costs[0], temporaries=most)
+
+
+def _optimizer(inputs: PlanInputs) -> Number:
+    state = abstract_state(inputs.rag(), inputs.mesh)
+    return bytes_each(state.optimizer), f"AdamW: two float32 moments of what is trained{split_text(inputs)}"
+
+
+def _gradients(inputs: PlanInputs) -> Number:
+    params = abstract_state(inputs.rag(), inputs.mesh).params
+    trained, _ = partition_params(params, inputs.config.train.freeze)
+    return bytes_each(trained), "float32, of what is trained; part of the temporaries below"
+
+
+def _temporaries(inputs: PlanInputs, cost: Cost) -> Number:
+    train, (data, _) = inputs.config.train, inputs.mesh.devices.shape
+    batch = f"{questions_text(train.batch_size // data)}, {train.k} documents each"
+    if train.accumulate > 1:
+        batch += f", in {train.accumulate} parts"
+    refused = "; the compiler refuses" if cost.sent is None else ""
+    return cost.temporaries, f"XLA's analysis ({inputs.device_kind}): {batch}{refused}"
+
+
+def _checkpoints(inputs: PlanInputs) -> Number:
+    keep = inputs.config.train.keep
+    size = bytes_each(abstract_state(inputs.rag(), inputs.one_device))
+    return (keep + 1) * size, f"at most: {keep} kept and one being written, {size_text(size)} each"
+
+
+def _network(cost: Cost) -> Number:
+    if cost.sent is None:
+        raise Unknown("the compiler refuses what does not fit")
+    kinds = ", ".join(f"{kind} {size_text(size)}" for kind, size in sorted(cost.sent.items()) if size >= 2**20)
+    return sum(cost.sent.values()), f"sent by each, and received, around a ring: {kinds or 'next to nothing'}"
+
+
+def _flops(inputs: PlanInputs, flops: int) -> Number:
+    devices = inputs.mesh.size
+    each = f", {flops_text(flops / devices)} for each" if devices > 1 else ""
+    recomputed = ", what is recomputed too" if inputs.config.train.remat else ""
+    return flops, f"matrix products alone{recomputed}{each}"
+
+
+def _seconds(inputs: PlanInputs, flops: int, peak: int | float) -> Number:
+    return flops / (inputs.mesh.size * peak * 1e12), f"at {peak:g} TFLOP/s each, nothing waiting"
