@@ -232,6 +232,7 @@ def test_an_index_that_is_gone_is_named(
         open_answerer(refreshing(world, tmp_path / "run"))
 
 
+@SLOW
 def test_drift_begins_a_refresh(world: Path, tmp_path: Path) -> None:
     """At the first probe whose share is below, and not while one is going on."""
     settings = {"refresh__every": None, "refresh__below": 0.999, "refresh__steps": 2, "train__retriever_lr": 1e-2}
@@ -359,6 +360,7 @@ def test_a_run_with_more_steps_goes_on_with_the_index_of_its_end(
     assert "train.steps was 14 and is 16" in " ".join(capsys.readouterr().err.split())
 
 
+@SLOW
 def test_a_run_that_begins_with_a_trained_encoder_searches_its_index(
     world: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
