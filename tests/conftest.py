@@ -1,4 +1,4 @@
-"""Eight virtual CPU devices (`--devices N`: N), no network, and programs compiled once for all processes and runs.
+"""Eight virtual CPU devices (`--devices N`: N), no network, and programs compiled once for both workers and later runs.
 
 And what many tests share: a tiny world with its index, and a run that was trained on it.
 """
@@ -40,17 +40,22 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def keep_compiled_programs(config: pytest.Config) -> None:
-    """XLA's cache in .pytest_cache: for workers, child processes and later runs with this JAX on such a processor."""
+    """XLA's cache in .pytest_cache: for the other worker and later runs with this JAX on such a processor."""
     cpuinfo = Path("/proc/cpuinfo")
     features = [line for line in cpuinfo.read_text().splitlines() if "flags" in line][:1] if cpuinfo.exists() else []
-    made_with = (jax.__version__, jaxlib.__version__, os.environ.get("XLA_FLAGS"), platform.uname()[4:], *features)
+    made_with = (jax.__version__, jaxlib.__version__, os.environ.get("XLA_FLAGS"), platform.machine(), *features)
     folder = config.cache.mkdir(f"xla-{hashlib.sha256(repr(made_with).encode()).hexdigest()[:12]}")
     if not hasattr(config, "workerinput") and sum(path.stat().st_size for path in folder.iterdir()) > COMPILED_BYTES:
         shutil.rmtree(folder)  # most of them are of code that is no more
-    kept = {"compilation_cache_dir": str(folder), "persistent_cache_min_compile_time_secs": 0.0}
-    for name, value in kept.items():
-        jax.config.update(f"jax_{name}", value)
-        os.environ[f"JAX_{name.upper()}"] = str(value)  # for child processes
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)  # child processes, which tests kill, would leave half an entry
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """What was being written to the cache when Ctrl-C came may be half of it."""
+    if exitstatus == pytest.ExitCode.INTERRUPTED and not hasattr(session.config, "workerinput"):
+        shutil.rmtree(jax.config.jax_compilation_cache_dir, ignore_errors=True)  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="module")

@@ -310,7 +310,7 @@ print(events.count("cache_misses"), events.count("cache_hits"))
 @pytest.mark.slow
 def test_a_second_process_compiles_nothing_anew(run: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", COUNTING, "answer", str(run / "config.yaml"), QUESTIONS[0]]
-    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path)}
+    environment = os.environ | {"RAGJAX_CACHE": str(tmp_path)}
     outputs = [subprocess.check_output(command, env=environment, text=True) for _ in range(2)]
     (compiled, _), (compiled_anew, kept) = (map(int, out.splitlines()[-1].split()) for out in outputs)
     assert compiled_anew == 0 and kept >= compiled > 0

@@ -293,7 +293,7 @@ def test_parts_of_another_number_of_processes_are_encoded_again(world: Path, tmp
 
 
 def test_a_faiss_index_is_built_anew(world: Path, tmp_path: Path) -> None:
-    settings = {"index__kind": "HNSW8", "index__folder": str(tmp_path / "index")}
+    settings: dict[str, Any] = {"index__kind": "HNSW8", "index__folder": str(tmp_path / "index")}
     settings |= {"train__steps": 5, "refresh__every": 2, "refresh__steps": 2}
     config = refreshing(world, tmp_path / "run", **settings)
     rag, index, store = open_world(config)

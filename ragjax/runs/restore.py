@@ -39,7 +39,7 @@ def enable_compilation_cache(folder: Path) -> None:
 
     A folder that JAX was given already ($JAX_COMPILATION_CACHE_DIR) is used instead.
     """
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
