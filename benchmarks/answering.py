@@ -45,6 +45,7 @@ from benchmarks.report import (
 from ragjax.answerer import Answerer, open_answerer
 from ragjax.checkpoints.pretrained import generator_tensors
 from ragjax.config import load_config
+from ragjax.data.question_batch import question_batch, tokenize_prompts
 from ragjax.data.questions import read_questions
 from ragjax.decoding.candidates import Candidates, pad_answers, with_end
 from ragjax.decoding.decode import decode_rag_sequence
@@ -52,7 +53,6 @@ from ragjax.decoding.prefix_cache import PrefixScorer
 from ragjax.decoding.propose import beam_search_documents, prefill_documents
 from ragjax.decoding.rescore import score_tokens
 from ragjax.models.kv_cache import DocumentMemory
-from ragjax.rag import tokenize_prompts
 from ragjax.resources import size_text
 from ragjax.retrieval.retrieve import RetrievalResult
 
@@ -144,14 +144,16 @@ def measure(answerer: Answerer, question: str, costs: dict[tuple[int, ...], tupl
     """`costs` keeps the operations of reading and of a prefix in the beam search for each shape of prompts."""
     rag, params, settings = answerer.rag, answerer.params["generator"], answerer.rag.config.decode
     graph, special, seconds = rag.generator.graphdef, rag.special, {}
-    seconds["retrieval"], retrieved = timed(answerer.retrieve, [question])
+    tokenizing, batch = timed(question_batch, rag.tokenizers, [question])
+    seconds["retrieval"], retrieved = timed(answerer.retrieve, batch)
+    seconds["retrieval"] += tokenizing
     prior = retrieved.log_prior[0]
-    source, mask = tokenize_prompts(rag, answerer.store, [question], retrieved.ids)
+    source, mask = tokenize_prompts(rag.tokenizers, answerer.store, batch, retrieved.ids)
     seconds["reading"], memory = timed(prefill_documents, graph, params, source, mask)
     seconds["beam search"], (_, prefixes) = timed(beam_search_documents, graph, params, memory, settings, special)
     found = {}
     for mode in MODES:
-        seconds[mode], ([found[mode]], _) = timed(answerer.candidates, [question], retrieved, mode)
+        seconds[mode], ([found[mode]], _) = timed(answerer.candidates, batch, retrieved, mode)
         seconds[mode] += seconds["retrieval"]
     seconds["scoring all, whole"], whole = timed(score_whole, answerer, memory, found["thorough"], prior)
     wanted = {z: list(whole) for z in np.flatnonzero(prior > -np.inf).tolist()}
@@ -188,9 +190,10 @@ def measure(answerer: Answerer, question: str, costs: dict[tuple[int, ...], tupl
 def choose(answerer: Answerer, question: str) -> tuple[dict[str, Candidates], dict[str, dict[Answer, float]]]:
     """By the modes, and by brute force, for `compare`."""
     rag, params, settings = answerer.rag, answerer.params["generator"], answerer.rag.config.decode
-    retrieved = answerer.retrieve([question])
+    batch = question_batch(rag.tokenizers, [question])
+    retrieved = answerer.retrieve(batch)
     memory = prefill_documents(
-        rag.generator.graphdef, params, *tokenize_prompts(rag, answerer.store, [question], retrieved.ids)
+        rag.generator.graphdef, params, *tokenize_prompts(rag.tokenizers, answerer.store, batch, retrieved.ids)
     )
     found = {}
     for mode in ("thorough", "certified"):

@@ -32,10 +32,10 @@ from benchmarks.report import (
 )
 from ragjax.checkpoints.hub import checkpoint_folder, fetch
 from ragjax.config import load_config
+from ragjax.data.question_batch import tokenize_passages
 from ragjax.errors import InputError
 from ragjax.parallel.mesh import local_mesh
 from ragjax.parallel.sharding import put_global, replicated
-from ragjax.rag import tokenize_passages
 from ragjax.retrieval.encoder import embed_in_memory, encode
 from ragjax.runs.restore import load_artifacts
 

@@ -40,6 +40,7 @@ from benchmarks.report import (
 from ragjax.checkpoints.pretrained import open_bert, open_generator
 from ragjax.config import Config, Corpus, Decode, Generator, Retriever, Train
 from ragjax.data.prompt import Prompt
+from ragjax.data.question_batch import QuestionBatch
 from ragjax.decoding.candidates import with_end
 from ragjax.decoding.decode import decode_rag_sequence
 from ragjax.decoding.propose import beam_search_documents, prefill_documents
@@ -254,29 +255,32 @@ def training(options: argparse.Namespace, console: Console, most: float) -> dict
         question = rng.integers(4, 1000, (count, 20)).astype(np.int32)
         source, answer = tokens(count, k, options.source_tokens), tokens(count, longest)
         return TrainBatch(
-            row=np.arange(count, dtype=np.int32),
-            question=question,
-            question_mask=np.ones_like(question, bool),
-            passages=rng.normal(size=(count, k, width)).astype(np.float32),
+            questions=QuestionBatch(
+                row=np.arange(count, dtype=np.int32),
+                question=question,
+                question_mask=np.ones_like(question, bool),
+                answer=answer,
+                answer_mask=np.ones_like(answer, bool),
+            ),
+            passage_embeddings=rng.normal(size=(count, k, width)).astype(np.float32),
             valid=np.ones((count, k), bool),
             source=source,
             source_mask=np.ones_like(source, bool),
-            answer=answer,
-            answer_mask=np.ones_like(answer, bool),
         )
 
     def by_hugging_face(batch: TrainBatch) -> float:
         def placed(array: np.ndarray) -> Any:
             return torch.tensor(array, device=there["device"])
 
-        labels = np.concatenate([np.full((count, 1), SPECIAL.eos), batch.answer], axis=1)  # the start token before
+        answer, _ = batch.questions.answers
+        labels = np.concatenate([np.full((count, 1), SPECIAL.eos), answer], axis=1)  # the start token before
         # the parameters stay float32, as in ragjax
         with torch.autocast(there["device"], there["dtype"], enabled=options.dtype != "float32"):
-            query = theirs.question_encoder(placed(batch.question).long())[0]
+            query = theirs.question_encoder(placed(batch.questions.question).long())[0]
             loss = theirs(
                 context_input_ids=placed(batch.source.reshape(count * k, -1)).long(),
                 context_attention_mask=placed(batch.source_mask.reshape(count * k, -1)).long(),
-                doc_scores=torch.einsum("bd,bkd->bk", query, placed(batch.passages)),
+                doc_scores=torch.einsum("bd,bkd->bk", query, placed(batch.passage_embeddings)),
                 labels=placed(labels).long(),
                 reduce_loss=True,
             ).loss

@@ -19,13 +19,13 @@ import jax
 
 from benchmarks.report import Stage, make_console, or_input_error, peak, show, timed, times_as_fast, write
 from ragjax.config import load_config
+from ragjax.data.question_batch import question_batch, tokenize_answer
 from ragjax.data.questions import read_questions
 from ragjax.parallel.mesh import local_mesh
 from ragjax.planning.program_cost import matmul_flops
-from ragjax.rag import tokenize_answer
 from ragjax.retrieval.retrieve import retrieve
 from ragjax.runs.restore import load_artifacts
-from ragjax.training.batch import train_batch
+from ragjax.training.batch import attach_documents
 from ragjax.training.state import init_train_state
 from ragjax.training.step import make_train_step
 
@@ -49,13 +49,12 @@ def main() -> None:
     params = rag.initial_params()
     longest = config.generator.answer_tokens
     every = read_questions(Path(config.questions.train))
-    questions = [q for q in every if len(tokenize_answer(rag, q.answers[0])) <= longest]
+    questions = [q for q in every if len(tokenize_answer(rag.tokenizers, q.answers[0])) <= longest]
     batches = []
     for start in range(0, (options.steps + 1) * size, size):
         some = questions[start : start + size]
-        texts, answers = [q.question for q in some], [q.answers[0] for q in some]
-        ids = retrieve(rag, params, index, texts, k).ids
-        batches.append(train_batch(rag, index, store, texts, answers, ids))
+        tokens = question_batch(rag.tokenizers, [q.question for q in some], [q.answers[0] for q in some])
+        batches.append(attach_documents(rag, index, store, tokens, retrieve(rag, params, index, tokens, k).ids))
     corpus = index.corpus(local_mesh(data=1)) if config.retriever.prior == "corpus" else None
 
     steps, states, compiling, stages = {}, {}, {}, {}

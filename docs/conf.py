@@ -34,8 +34,7 @@ Every key of a configuration file, with its default. `ragjax config CONFIG` show
 command line a key is written `section.key=value`.
 
 """
-reference = getattr(config, "reference", str)  # until the schema describes itself, the page is empty
-REFERENCE.write_text(ABOUT_KEYS + reference(), encoding="utf-8")
+REFERENCE.write_text(ABOUT_KEYS + config.reference(), encoding="utf-8")
 
 
 def add_fields(app: Any, what: str, name: str, of: Any, options: Any, lines: list[str]) -> None:

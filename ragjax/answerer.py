@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from ragjax.config import Config, check_mode, most_documents, rescores_as_hugging_face
 from ragjax.data.passage_store import PassageStore
+from ragjax.data.question_batch import QuestionBatch, prompt_problems, question_batch, tokenize_prompts
 from ragjax.data.questions import text_problem
 from ragjax.decoding.candidates import Candidates
 from ragjax.decoding.decode import decode_rag_sequence
@@ -31,7 +32,7 @@ from ragjax.models.layers import Params
 from ragjax.padding import bucket_size, length_buckets, pad_sequences, pick_bucket
 from ragjax.parallel.mesh import local_mesh
 from ragjax.parallel.sharding import shard_batch
-from ragjax.rag import RagPipeline, prompt_problems, tokenize_answer, tokenize_prompts
+from ragjax.rag import RagPipeline
 from ragjax.retrieval.index import Index, check_k
 from ragjax.retrieval.retrieve import RetrievalResult, retrieve
 from ragjax.runs.restore import load_artifacts, pretrained_params, restore_params, trained_index
@@ -89,7 +90,7 @@ class Answerer:
     step: int | None  # of training; None for the pretrained models
     mesh: Mesh  # of this process, where `params` lie
 
-    def retrieve(self, questions: Sequence[str]) -> RetrievalResult:
+    def retrieve(self, questions: QuestionBatch) -> RetrievalResult:
         """The documents that `candidates` reads, `decode.k` of each question.
 
         Hugging Face rescores under the training's number of documents, whatever the number that proposed: with
@@ -98,30 +99,34 @@ class Answerer:
         config = self.rag.config
         if not rescores_as_hugging_face(config):
             return retrieve(self.rag, self.params, self.index, questions, config.decode.k, self.mesh)
-        found = retrieve(self.rag, self.params, self.index, questions, most_documents(config), self.mesh)
-        counted = (found.ids >= 0) & (np.arange(found.ids.shape[1]) < config.train.k)
+        retrieval = retrieve(self.rag, self.params, self.index, questions, most_documents(config), self.mesh)
+        counted = (retrieval.ids >= 0) & (np.arange(retrieval.ids.shape[1]) < config.train.k)
         return dataclasses.replace(
-            found, log_prior=np.asarray(log_prior(jnp.asarray(found.log_prior), jnp.asarray(counted)))
+            retrieval, log_prior=np.asarray(log_prior(jnp.asarray(retrieval.log_prior), jnp.asarray(counted)))
         )
 
     def answer(
         self, questions: str | Sequence[str], mode: str | None = None, n_best: int | None = None
     ) -> list[Answer]:
-        """Answers questions, `evaluate.batch_size` at a time; a text is one question, and gives a list of one answer.
+        """Answers questions, `evaluate.batch_size` at a time.
 
-        `mode` is `thorough`, `certified`, `fast` or `closed_book`, by default as configured; `n_best` keeps so many
-        candidates of each. Raises `InputError` for an unknown mode, and, before any is answered, for a question that is
-        empty, no Unicode text or too long, naming it; `TypeError` for an argument of another type.
+        Args:
+            questions: texts; a text alone is one question, and gives a list of one answer.
+            mode: `thorough`, `certified`, `fast` or `closed_book`; by default as configured.
+            n_best: keeps so many candidates of each; by default all.
+
+        Raises `InputError` for an unknown mode, and, before any is answered, for a question that is empty, no Unicode
+        text or too long, naming it; `TypeError` for an argument of another type.
         """
-        asked = _texts(questions)
+        texts = _texts(questions)
         if n_best is not None and _whole_number("n_best", n_best) < 1:
             raise InputError(f"n_best is {n_best}; expected 1 or more")
         mode = self._mode(mode)
-        for i, why in enumerate(self.problems(asked, mode)):
+        for i, why in enumerate(self.problems(texts, mode)):
             if why:
                 raise InputError(f"questions[{i}]: {why}")
         size = self.rag.config.evaluate.batch_size
-        parts = [asked[start : start + size] for start in range(0, len(asked), size)]
+        parts = [texts[start : start + size] for start in range(0, len(texts), size)]
         return [answer for part in parts for answer in self._batch(part, size, mode, n_best)]
 
     def problems(self, questions: Sequence[str], mode: str | None = None) -> list[str | None]:
@@ -129,8 +134,10 @@ class Answerer:
         closed_book = self._mode(mode) == "closed_book"
         problems = [text_problem(question) for question in questions]
         sound = [i for i, why in enumerate(problems) if why is None]
-        told = prompt_problems(self.rag, [questions[i] for i in sound], not closed_book, closed_book)
-        for i, why in zip(sound, told, strict=True):
+        texts = [questions[i] for i in sound]
+        for i, why in zip(
+            sound, prompt_problems(self.rag.tokenizers, texts, not closed_book, closed_book), strict=True
+        ):
             problems[i] = why
         return problems
 
@@ -145,55 +152,62 @@ class Answerer:
         """Filled up to one of a few sizes: each has programs of its own, which are compiled when it first comes."""
         count = len(questions)
         whole = repeat_to_size(questions, min(bucket_size(count), max(most, count)))
-        if mode == "closed_book":
-            found, _ = self.candidates(whole, None, "fast")
-            documents: list[list[Document]] = [[]] * count
-        else:
-            retrieved = self.retrieve(whole)
-            found, _ = self.candidates(whole, retrieved, mode)
-            documents = [self.documents(retrieved, b) for b in range(count)]
-        return [self._answer(questions[b], mode, found[b], documents[b], n_best) for b in range(count)]
+        batch = question_batch(self.rag.tokenizers, whole)
+        retrieval = None if mode == "closed_book" else self.retrieve(batch)
+        candidates, _ = self.candidates(batch, retrieval, "fast" if retrieval is None else mode)
+        documents = [[] if retrieval is None else self.documents(retrieval, b) for b in range(count)]
+        return [self._answer(questions[b], mode, candidates[b], documents[b], n_best) for b in range(count)]
 
     def candidates(
-        self, questions: Sequence[str], retrieved: RetrievalResult | None, mode: str, gold: Sequence[str] | None = None
+        self,
+        questions: QuestionBatch,
+        retrieval: RetrievalResult | None,
+        mode: str,
+        gold: Sequence[Sequence[int]] | None = None,
     ) -> tuple[list[Candidates], np.ndarray | None]:
-        """What the documents propose (without `retrieved`: the question alone), and log p(gold|x) [B] if asked."""
+        """The candidates for each of B questions, and log p(gold|x) [B], in nats, if `gold` is given.
+
+        Args:
+            questions: as both models read them.
+            retrieval: their documents; None for closed-book answers.
+            mode: `thorough`, `certified` or `fast`; without documents `fast`.
+            gold: the tokens of an answer to each question.
+        """
         graph, params, config = self.rag.generator.graphdef, self.params["generator"], self.rag.config
-        if retrieved is None:
-            ids, prior = np.zeros((len(questions), 1), np.int32), np.zeros((len(questions), 1), np.float32)
+        if retrieval is None:
+            store, shape = None, (len(questions.row), 1)
+            ids, prior = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
         else:
-            ids, prior = retrieved.ids, retrieved.log_prior
-        store = None if retrieved is None else self.store
-        source, mask = tokenize_prompts(self.rag, store, questions, ids)
+            store, ids, prior = self.store, retrieval.ids, retrieval.log_prior
+        source, mask = tokenize_prompts(self.rag.tokenizers, store, questions, ids)
         source, mask = shard_batch(self.mesh, (source, mask), len(source))
         memory = prefill_documents(graph, params, source, mask)
         settings, special = config.decode.replace(mode=mode), self.rag.special
-        if retrieved is not None and rescores_as_hugging_face(config):
+        if retrieval is not None and rescores_as_hugging_face(config):
             unmasked = prefill_documents(graph, params, source, jnp.ones_like(mask))
             scoring = prior[:, : config.train.k]
             proposing = (ids >= 0) & (np.arange(ids.shape[1]) < config.decode.k)
-            found = decode_hf_compatible(graph, params, unmasked, memory, scoring, proposing, settings, special)
-        elif retrieved is not None and config.model == "rag_token":
-            found = decode_rag_token(graph, params, memory, prior, settings, special, config.hf_compatible)
+            candidates = decode_hf_compatible(graph, params, unmasked, memory, scoring, proposing, settings, special)
+        elif retrieval is not None and config.model == "rag_token":
+            candidates = decode_rag_token(graph, params, memory, prior, settings, special, config.hf_compatible)
         else:
-            found = decode_rag_sequence(graph, params, memory, prior, settings, special)
-        return found, None if gold is None else self._gold_logp(memory, prior, gold)
+            candidates = decode_rag_sequence(graph, params, memory, prior, settings, special)
+        return candidates, None if gold is None else self._gold_logp(memory, prior, gold)
 
-    def _gold_logp(self, memory: DocumentMemory, prior: np.ndarray, gold: Sequence[str]) -> np.ndarray:
+    def _gold_logp(self, memory: DocumentMemory, prior: np.ndarray, gold: Sequence[Sequence[int]]) -> np.ndarray:
         """log p(gold|x) [B], in nats, as answering counts it: any of the generator's end tokens ends it."""
-        rows = [tokenize_answer(self.rag, answer) for answer in gold]
-        longest = max(self.rag.config.generator.answer_tokens, *map(len, rows))
+        longest = max(self.rag.config.generator.answer_tokens, *map(len, gold))
         width = pick_bucket(longest, [self.rag.config.generator.answer_tokens, *length_buckets(longest + 32)])
-        answers, counted = pad_sequences(rows, width, self.rag.special.pad)
+        answers, counted = pad_sequences(gold, width, self.rag.special.pad)
         lengths = counted.sum(axis=1, dtype=np.int32)[:, None]
         graph, params = self.rag.generator.graphdef, self.params["generator"]
         logp = score_tokens(graph, params, memory, answers[:, None], lengths, self.rag.special)[:, :, 0]
         scores = TokenScores(logp, jnp.zeros_like(logp))
         return -np.asarray(answer_nll(self.rag, jnp.asarray(prior), scores, jnp.asarray(answers), jnp.asarray(counted)))
 
-    def documents(self, retrieved: RetrievalResult, b: int) -> list[Document]:
+    def documents(self, retrieval: RetrievalResult, b: int) -> list[Document]:
         """The documents of question b, best first, and only those that are there."""
-        pairs = zip(retrieved.ids[b], np.exp(retrieved.log_prior[b]), strict=True)
+        pairs = zip(retrieval.ids[b], np.exp(retrieval.log_prior[b]), strict=True)
         return [Document(**dataclasses.asdict(self.store[int(i)]), prior=float(p)) for i, p in pairs if i >= 0]
 
     def text(self, tokens: Sequence[int]) -> str:
@@ -201,24 +215,24 @@ class Answerer:
         return " ".join(self.rag.generator_tokenizer.decode(tokens).split())
 
     def _answer(
-        self, question: str, mode: str, found: Candidates, documents: list[Document], n_best: int | None
+        self, question: str, mode: str, result: Candidates, documents: list[Document], n_best: int | None
     ) -> Answer:
         count, by = len(documents), "fast" if mode == "closed_book" else mode
         candidates = [
             Candidate(
-                text=self.text(found.tokens[c]),
-                finished=bool(found.finished[c]),
-                fast=None if found.fast_logp is None else math.exp(found.fast_logp[c]),
-                thorough=None if found.thorough_logp is None else math.exp(found.thorough_logp[c]),
-                beam_probability=np.exp(found.beam_logp[:count, c]).tolist(),
-                doc_probability=None if found.doc_logp is None else np.exp(found.doc_logp[:count, c]).tolist(),
-                posterior=None if found.posterior is None else found.posterior[:count, c].tolist(),
-                probability_bounds=None if found.bounds is None else np.exp(found.bounds[:, c]).tolist(),
+                text=self.text(result.tokens[c]),
+                finished=bool(result.finished[c]),
+                fast=None if result.fast_logp is None else math.exp(result.fast_logp[c]),
+                thorough=None if result.thorough_logp is None else math.exp(result.thorough_logp[c]),
+                beam_probability=np.exp(result.beam_logp[:count, c]).tolist(),
+                doc_probability=None if result.doc_logp is None else np.exp(result.doc_logp[:count, c]).tolist(),
+                posterior=None if result.posterior is None else result.posterior[:count, c].tolist(),
+                probability_bounds=None if result.bounds is None else np.exp(result.bounds[:, c]).tolist(),
             )
-            for c in found.best(by, len(found.tokens) if n_best is None else n_best)
+            for c in result.best(by, len(result.tokens) if n_best is None else n_best)
         ]
-        probability = math.exp(found.marginal(by)[found.best(by)[0]])
-        scores = None if found.needed is None else list(found.needed)
+        probability = math.exp(result.marginal(by)[result.best(by)[0]])
+        scores = None if result.needed is None else list(result.needed)
         return Answer(question, candidates[0].text, mode, probability, documents, candidates, scores)
 
 

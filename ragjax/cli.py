@@ -374,6 +374,10 @@ def _config(options: argparse.Namespace) -> int:
             print(f"{name:16}  {next(line for line in comments if '$schema=' not in line)[2:]}")
     elif options.schema:
         print(json.dumps(schema(), indent=2, ensure_ascii=False))
+    elif options.config:
+        print(dump_config(_load(options)), end="")
+    elif options.set:
+        raise InputError("--set replaces values of a CONFIG; name one, such as configs/factbook.yaml")
     else:
-        print(dump_config(_load(options)) if options.config else default_config(), end="")
+        print(default_config(), end="")
     return 0

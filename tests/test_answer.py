@@ -29,6 +29,7 @@ from ragjax.checkpoints.random_init import write_random_checkpoint
 from ragjax.cli import main
 from ragjax.commands.answer import input_lines, print_answer
 from ragjax.config import Config, answer_modes, dump_config
+from ragjax.data.question_batch import question_batch, tokenize_answer
 from ragjax.errors import InputError
 from ragjax.files import read_json
 from ragjax.rag import load_pipeline
@@ -384,7 +385,9 @@ def test_every_end_token_ends_an_answer(two_ends: Config, model: str) -> None:
         [answer] = answerer.answer(["Who?"], mode)
         assert (answer.text, answer.candidates[0].finished) == ("A", True)
         np.testing.assert_allclose(answer.probability, 1, atol=1e-4)
-    _, gold = answerer.candidates(["Who?"], answerer.retrieve(["Who?"]), "thorough", gold=["A"])
+    tokenizers = answerer.rag.tokenizers
+    questions, gold_tokens = question_batch(tokenizers, ["Who?"]), [tokenize_answer(tokenizers, "A")]
+    _, gold = answerer.candidates(questions, answerer.retrieve(questions), "thorough", gold_tokens)
     assert gold is not None and abs(gold[0]) < 1e-4
 
 

@@ -28,9 +28,10 @@ from ragjax.config import Config, dump_config
 from ragjax.data.corpus import Passage, read_passages
 from ragjax.data.passage_store import PassageStore, shard_folder
 from ragjax.data.prompt import passage_text
+from ragjax.data.question_batch import tokenize_passages, tokenize_questions
 from ragjax.errors import InputError
 from ragjax.files import exclusive_lock
-from ragjax.rag import RagPipeline, load_pipeline, tokenize_passages
+from ragjax.rag import RagPipeline, load_pipeline
 from ragjax.retrieval import encoder as encoder_module
 from ragjax.retrieval import faiss_index as faiss_module
 from ragjax.retrieval import index_builder as builder_module
@@ -84,7 +85,7 @@ def test_retrieval_is_the_largest_inner_products(world: Path, one_by_one: np.nda
     params = rag.initial_params()
     [row] = rag.retriever_tokenizer.encode(texts, special=True, longest=64)
     [query] = encode(rag.retriever.graphdef, params["retriever"], jnp.asarray([row]), jnp.ones((1, len(row)), bool))
-    found = retrieve(rag, params, opened(rag.config), texts, 4)
+    found = retrieve(rag, params, opened(rag.config), tokenize_questions(rag.tokenizers, texts), 4)
     scores = one_by_one @ np.asarray(query)
     np.testing.assert_array_equal(found.ids[0], np.argsort(-scores, kind="stable")[:4])
     np.testing.assert_allclose(found.scores[0], np.sort(scores)[::-1][:4], atol=1e-5)

@@ -50,7 +50,9 @@ def test_errors_in_the_configuration(capsys: Capture, tmp_path: Path, world: Pat
     for command in COMMANDS:
         more = ["why?", "--set"] if command == "answer" else []
         assert "unknown key 'train.stepz'" in refused(capsys, tmp_path, command, config, *more, "train.stepz=3")
-        assert "Value 'x'" in refused(capsys, tmp_path, command, config, *more, "train.steps=x")
+        assert "train.steps is 'x'; expected a whole number" in refused(
+            capsys, tmp_path, command, config, *more, "train.steps=x"
+        )
         assert "no such configuration" in refused(capsys, tmp_path, command, str(tmp_path / "no"), *more, "seed=1")
     assert "decode.mode is 'magic'" in refused(capsys, tmp_path, *ask(world), "--set", "decode.mode=magic")
 
@@ -60,6 +62,20 @@ def test_overrides_may_stand_before_and_after_options(capsys: Capture, world: Pa
     assert main(["config", config, "seed=3", "--set", "train.k=2", "train.clip=0.5", "--set", "decode.k=1"]) == 0
     shown = capsys.readouterr().out
     assert all(line in shown for line in ("seed: 3\n", "  k: 2\n", "  clip: 0.5\n", "  k: 1\n"))
+
+
+def test_config_without_a_file_shows_all_defaults(capsys: Capture) -> None:
+    assert main(["config"]) == 0
+    shown = capsys.readouterr().out
+    assert "output: ??? # The folder of the run.\n" in shown and "  steps: 1000 # Optimizer steps.\n" in shown
+    assert main(["config", "--set", "train.k=2"]) == 2
+    assert "--set replaces values of a CONFIG" in capsys.readouterr().err
+
+
+def test_config_prints_the_schema_that_the_ready_made_files_name(capsys: Capture) -> None:
+    assert main(["config", "--schema"]) == 0
+    kept = Path(__file__).parents[1] / "configs" / "schema.json"
+    assert capsys.readouterr().out == kept.read_text(encoding="utf-8"), "ragjax config --schema > configs/schema.json"
 
 
 @pytest.mark.parametrize("extra", [["--fast"], ["-x=3"], ["--json", "--no=1"]])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +25,22 @@ from ragjax.commands.evaluate import evaluate
 from ragjax.commands.train import train
 from ragjax.config import Config, load_config
 from ragjax.data.passage_store import PassageStore
+from ragjax.data.question_batch import tokenize_questions
 from ragjax.data.questions import Question, read_questions
 from ragjax.errors import InputError
 from ragjax.files import write_jsonl
 from ragjax.models.layers import Params
 from ragjax.parallel.mesh import make_mesh
 from ragjax.parallel.sharding import put_global, shard_batch
-from ragjax.rag import load_pipeline
+from ragjax.rag import RagPipeline, load_pipeline
 from ragjax.retrieval.encoder import encode
+from ragjax.retrieval.index import Index
 from ragjax.runs.checkpointer import Checkpointer
 from ragjax.runs.restore import restore_params
+from ragjax.training.batch import ContrastiveBatch, abstract_batch
 from ragjax.training.contrastive import (
-    abstract_contrastive,
+    attach_passages,
     choose_passages,
-    contrastive_batch,
     contrastive_loss,
     count_passages,
     label_positions,
@@ -61,6 +64,14 @@ def contrasting(world: Path, output: Path, **more: object) -> Config:
     return tiny_config(world, output=str(output), **(SETTINGS | more))
 
 
+def attached(
+    rag: RagPipeline, index: Index, store: PassageStore, questions: Sequence[Question], ids: np.ndarray
+) -> ContrastiveBatch:
+    """The batch of all these questions."""
+    batch = tokenize_questions(rag.tokenizers, [question.question for question in questions])
+    return attach_passages(rag, index, store, questions, batch, ids)
+
+
 def chosen_ids() -> np.ndarray:
     """One question has no positive, another lacks a negative; one's positive is another's negative."""
     return np.array([[0, 5, 6], [1, 0, -1], [-1, 7, 8], [3, 9, 5]], np.int32)
@@ -72,17 +83,18 @@ def test_loss_and_gradient_are_the_formula(world: Path, tmp_path: Path, encoder:
     rag, index, store = open_world(config)
     questions = read_questions(world / "train.jsonl")[:4]
     ids = chosen_ids()
-    made = contrastive_batch(rag, index, store, questions, ids, np.arange(4))
+    made = attached(rag, index, store, questions, ids)
     batch = jax.tree.map(jnp.asarray, made)
     params, scale = rag.initial_params(), config.retriever.scale
     assert set(params) == {"retriever"} | ({"passage_encoder"} if encoder == "own" else set())
 
     def explicit(params: Params) -> jax.Array:
         """−log of e^(s·q·d⁺) over the sum of it and of what does not answer, one question after the other."""
-        queries = encode(rag.retriever.graphdef, params["retriever"], batch.question, batch.question_mask)
+        tokens, mask = batch.questions.question, batch.questions.question_mask
+        queries = encode(rag.retriever.graphdef, params["retriever"], tokens, mask)
         vectors = jnp.asarray(index.vectors(ids)).reshape(12, -1)
         if encoder != "frozen":
-            tokens, mask = batch.passage.reshape(12, -1), batch.passage_mask.reshape(12, -1)
+            tokens, mask = batch.passage_tokens.reshape(12, -1), batch.passage_mask.reshape(12, -1)
             vectors = encode(rag.passage_encoder.graphdef, passage_params(rag, params), tokens, mask)
         terms = []
         for b, question in enumerate(questions):
@@ -107,7 +119,7 @@ def test_a_batch_without_positives_teaches_nothing(world: Path, tmp_path: Path) 
     rag, index, store = open_world(contrasting(world, tmp_path))
     questions = read_questions(world / "train.jsonl")[:2]
     ids = np.array([[-1, 4, 5], [-1, -1, -1]], np.int32)
-    batch = jax.tree.map(jnp.asarray, contrastive_batch(rag, index, store, questions, ids, np.arange(2)))
+    batch = jax.tree.map(jnp.asarray, attached(rag, index, store, questions, ids))
     (value, metrics), gradient = jax.value_and_grad(
         lambda params: contrastive_loss(rag, params, batch, KEY), has_aux=True
     )(rag.initial_params())
@@ -234,7 +246,7 @@ def test_eight_devices_are_one(world: Path, tmp_path: Path) -> None:
     rag, index, store = open_world(contrasting(world, tmp_path, train__freeze=["retriever.layers.key.bias"]))
     questions = read_questions(world / "train.jsonl")[:8]
     ids = np.array([[i, (i + 3) % 30, (i + 11) % 30] for i in range(8)], np.int32)
-    batch = contrastive_batch(rag, index, store, questions, ids, np.arange(8))
+    batch = attached(rag, index, store, questions, ids)
     results = []
     for devices in (1, 8):
         mesh = make_mesh(devices=jax.devices()[:devices])
@@ -250,8 +262,8 @@ def test_the_abstract_step_is_the_real_one(world: Path, tmp_path: Path) -> None:
     config = contrasting(world, tmp_path, retriever__question_tokens=24, retriever__passage_tokens=32)
     rag, index, store = open_world(config.replace(index=config.index.replace(folder=str(tmp_path / "index"))))
     questions = [Question(f"What is the capital of land {i}, and why?", ("x",), str(i)) for i in range(8)]
-    batch = contrastive_batch(rag, index, store, questions, np.zeros((8, 3), np.int32), np.arange(8))
-    chex.assert_trees_all_equal_shapes_and_dtypes(batch, abstract_contrastive(config, 32))
+    batch = attached(rag, index, store, questions, np.zeros((8, 3), np.int32))
+    chex.assert_trees_all_equal_shapes_and_dtypes(batch, abstract_batch(config, 32))
     mesh = make_mesh()
     state = init_train_state(rag, rag.initial_params())
     shardings = state_shardings(rag, mesh, state)

@@ -16,6 +16,7 @@ from world import shared_world, tiny_config
 
 from ragjax.checkpoints.pretrained import open_generator
 from ragjax.config import Decode
+from ragjax.data.question_batch import QuestionBatch
 from ragjax.decoding import decode as decode_module
 from ragjax.decoding.candidates import Candidates, pad_answers
 from ragjax.decoding.decode import decode_rag_sequence
@@ -421,15 +422,17 @@ def test_rag_token_is_what_training_has(
     params = rag.initial_params()
     questions = rng.integers(3, 200, (2, 8)).astype(np.int32)
     batch = TrainBatch(
-        row=np.arange(2),
-        question=questions,
-        question_mask=np.ones((2, 8), bool),
-        passages=rng.normal(size=(2, 3, rag.retriever.config.embedding_dim)).astype(np.float32) / 4,
+        questions=QuestionBatch(
+            row=np.arange(2),
+            question=questions,
+            question_mask=np.ones((2, 8), bool),
+            answer=np.zeros((2, 6), np.int32),
+            answer_mask=np.zeros((2, 6), bool),
+        ),
+        passage_embeddings=rng.normal(size=(2, 3, rag.retriever.config.embedding_dim)).astype(np.float32) / 4,
         valid=np.ones((2, 3), bool),
         source=source,
         source_mask=np.ones(source.shape, bool),
-        answer=np.zeros((2, 6), np.int32),
-        answer_mask=np.zeros((2, 6), bool),
     )
     prior = np.asarray(prior_and_token_logp(rag, params, jax.tree.map(jnp.asarray, batch), jax.random.key(0))[0])
     assert np.exp(prior).max() < 0.9
@@ -439,7 +442,8 @@ def test_rag_token_is_what_training_has(
     nll = make_nll(rag)
     for c in range(SETTINGS.beams):
         answer, mask = pad_sequences([with_end(of_question)[c] for of_question in found], 6, 0)
-        trained = nll(params, replace(batch, answer=answer, answer_mask=mask))
+        one = replace(batch, questions=replace(batch.questions, answer=answer, answer_mask=mask))
+        trained = nll(params, one)
         decided = [of_question.marginal("thorough")[c] for of_question in found]
         np.testing.assert_allclose(decided, -np.asarray(trained), rtol=1e-5, atol=1e-5)
 

@@ -149,7 +149,11 @@ def run(block: Block) -> None:
         exec(compile(block.text, f"{block.page}:{block.line}", "exec"), {})
     elif all(line.startswith("ragjax ") for line in block.text.splitlines()) and not re.search(r"[|<>;$]", block.text):
         for line in block.text.splitlines():
-            assert main(shlex.split(line)[1:]) == 0, f"{block.page.name}: {line}"
+            try:
+                code = main(shlex.split(line)[1:])
+            except SystemExit as stop:  # as argparse ends with --version
+                code = int(stop.code or 0)
+            assert code == 0, f"{block.page.name}: {line}"
     else:
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         environment = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)}

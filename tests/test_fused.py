@@ -16,13 +16,14 @@ from world import build, open_world, tiny_config
 from ragjax.commands.train import train
 from ragjax.config import load_config
 from ragjax.data.prompt import Prompt, assemble
+from ragjax.data.question_batch import question_batch
 from ragjax.data.questions import read_questions
 from ragjax.errors import InputError
 from ragjax.parallel.mesh import local_mesh, make_mesh
 from ragjax.parallel.sharding import put_global, replicated, shard_batch
 from ragjax.retrieval.retrieve import search
-from ragjax.training.batch import train_batch, widen
-from ragjax.training.fused_retrieval import corpus_with_tokens, prompt_on_device, question_batch, retrieve_in_step
+from ragjax.training.batch import attach_documents, widen
+from ragjax.training.fused_retrieval import corpus_with_tokens, prompt_on_device, retrieve_in_step
 from ragjax.training.state import TrainState, init_train_state, state_shardings
 from ragjax.training.step import make_train_step
 
@@ -59,23 +60,24 @@ def test_the_step_retrieves_what_the_host_does(world: Path, tmp_path: Path, devi
     chosen = read_questions(world / "train.jsonl")[: config.train.batch_size]
     texts, answers = [q.question for q in chosen], [q.answers[0] for q in chosen]
     params, mesh = rag.initial_params(), make_mesh(devices=jax.devices()[:devices])
-    _, _, ids = search(flat_rag, params, flat, texts, config.train.k)
-    on_host = train_batch(rag, flat, store, texts, answers, ids)
+    questions = question_batch(rag.tokenizers, texts, answers)
+    _, _, ids = search(flat_rag, params, flat, questions, config.train.k)
+    on_host = attach_documents(rag, flat, store, questions, ids)
 
     corpus = corpus_with_tokens(rag, index, store, mesh)
     assert corpus.tokens.dtype == jnp.uint16
-    asked = shard_batch(mesh, question_batch(rag, texts, answers), len(texts))
+    asked = shard_batch(mesh, question_batch(rag.tokenizers, texts, answers, widest=True), len(texts))
     batch, found = jax.jit(lambda p, a, c: retrieve_in_step(rag, p, a, c))(
         put_global(params, replicated(mesh)), asked, corpus
     )
     np.testing.assert_array_equal(found, ids)
-    wide = widen(on_host, [batch.question.shape[1], batch.source.shape[2], 0])
+    wide = widen(on_host, [batch.source.shape[2], 0])
     np.testing.assert_array_equal(batch.source_mask, wide.source_mask)
     np.testing.assert_array_equal(
         np.where(batch.source_mask, batch.source, 0), np.where(wide.source_mask, wide.source, 0)
     )
-    chex.assert_trees_all_equal(batch.passages, wide.passages)
-    chex.assert_trees_all_equal((batch.answer, batch.valid), (wide.answer, wide.valid))
+    chex.assert_trees_all_equal(batch.passage_embeddings, wide.passage_embeddings)
+    chex.assert_trees_all_equal((batch.questions.answers, batch.valid), (wide.questions.answers, wide.valid))
 
     outside_given = shard_batch(mesh, on_host, len(texts)), corpus if prior == "corpus" else None
     shardings = state_shardings(rag, mesh, init_train_state(rag, params))
@@ -86,7 +88,8 @@ def test_the_step_retrieves_what_the_host_does(world: Path, tmp_path: Path, devi
     fused, inside = make_train_step(rag, shardings)(start(), asked, corpus)
     apart, outside = make_train_step(rag, shardings)(start(), *outside_given)
     np.testing.assert_array_equal(inside.pop("ids"), ids)
-    assert inside.pop("tokens") == on_host.source_mask.sum() + on_host.answer_mask.sum() * config.train.k
+    _, answer_mask = questions.answers
+    assert inside.pop("tokens") == on_host.source_mask.sum() + answer_mask.sum() * config.train.k
     chex.assert_trees_all_close(inside, outside, rtol=1e-5, atol=1e-5)
     assert_same_gradients(moments(fused.optimizer)["mu"], moments(apart.optimizer)["mu"])
 
@@ -99,7 +102,7 @@ def test_nothing_comes_back_to_the_host(world: Path) -> None:
     state = init_train_state(rag, rag.initial_params())
     shardings = state_shardings(rag, mesh, state)
     chosen = read_questions(world / "train.jsonl")[: config.train.batch_size]
-    asked = question_batch(rag, [q.question for q in chosen], [q.answers[0] for q in chosen])
+    asked = question_batch(rag.tokenizers, [q.question for q in chosen], [q.answers[0] for q in chosen], widest=True)
     given = (
         jax.device_put(state, shardings),
         shard_batch(mesh, asked, len(chosen)),
@@ -144,12 +147,6 @@ def test_short_passages_take_little_room(world: Path) -> None:
 def test_what_does_not_go_together(world: Path, setting: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         load_config(world / "config.yaml", ["train.fused=true", setting])
-
-
-def test_a_question_that_does_not_fit(world: Path) -> None:
-    rag, _, _ = open_world(tiny_config(world, train__fused=True, generator__source_tokens=24))
-    with pytest.raises(InputError, match="before any passage"):
-        question_batch(rag, ["What is " + "very " * 30 + "long?"], ["x"])
 
 
 def test_built_once(world: Path) -> None:

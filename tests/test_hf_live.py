@@ -34,6 +34,7 @@ from ragjax.checkpoints.pretrained import open_bert, open_generator
 from ragjax.cli import main
 from ragjax.commands.hugging_face import import_rag
 from ragjax.config import Config, Decode, load_config
+from ragjax.data.question_batch import QuestionBatch, question_batch
 from ragjax.data.questions import read_questions
 from ragjax.decoding.hf_compat import decode_hf_compatible
 from ragjax.decoding.propose import prefill_documents
@@ -43,7 +44,7 @@ from ragjax.models.generator import SpecialTokens
 from ragjax.rag import RagPipeline, load_pipeline
 from ragjax.retrieval.retrieve import retrieve
 from ragjax.runs.restore import restore_params
-from ragjax.training.batch import TrainBatch, train_batch
+from ragjax.training.batch import TrainBatch, attach_documents
 from ragjax.training.loss import rag_loss
 
 CASES = [  # family, seed, documents, longest source, longest answer, how the models differ
@@ -146,15 +147,17 @@ def test_fresh_models(
     }
     targets = np.concatenate([labels[:, 1:], np.full((count, 1), special.pad)], axis=1)
     batch = TrainBatch(
-        row=np.arange(count),
-        question=question,
-        question_mask=question_mask,
-        passages=passages,
+        questions=QuestionBatch(
+            row=np.arange(count),
+            question=question,
+            question_mask=question_mask,
+            answer=targets,
+            answer_mask=targets != special.pad,
+        ),
+        passage_embeddings=passages,
         valid=np.ones((count, documents), bool),
         source=context.reshape(count, documents, -1),
         source_mask=context_mask.reshape(count, documents, -1),
-        answer=targets,
-        answer_mask=targets != special.pad,
     )
     batch = jax.tree.map(jnp.asarray, batch)
     params = rag.initial_params()
@@ -234,11 +237,11 @@ def test_transformers_loads_what_was_trained_and_exported(family: str, kind: str
     model = {"RagSequenceForGeneration": RagSequenceForGeneration, "RagTokenForGeneration": RagTokenForGeneration}[kind]
     theirs = model.from_pretrained(tmp_path / "exported").eval()
     start = rag.generator.config.start
-    labels = torch.tensor(np.concatenate([np.full((8, 1), start), batch.answer], axis=1)).long()
+    labels = torch.tensor(np.concatenate([np.full((8, 1), start), batch.questions.answer], axis=1)).long()
     with torch.no_grad():
-        mask = torch.tensor(batch.question_mask).long()
-        embedded = theirs.question_encoder(torch.tensor(batch.question).long(), attention_mask=mask)[0]
-        scores = torch.einsum("bd,bkd->bk", embedded, torch.tensor(batch.passages))
+        mask = torch.tensor(batch.questions.question_mask).long()
+        embedded = theirs.question_encoder(torch.tensor(batch.questions.question).long(), attention_mask=mask)[0]
+        scores = torch.einsum("bd,bkd->bk", embedded, torch.tensor(batch.passage_embeddings))
         nll = theirs(
             context_input_ids=torch.tensor(batch.source).long().flatten(0, 1),
             context_attention_mask=torch.tensor(batch.source_mask).long().flatten(0, 1),
@@ -253,7 +256,7 @@ def test_transformers_loads_what_was_trained_and_exported(family: str, kind: str
 
 def evaluate_batch(rag: RagPipeline, params: Any, index: Any, store: Any, world: Path) -> tuple[Any, float]:
     chosen = read_questions(world / "train.jsonl")[:8]
-    texts, answers = [q.question for q in chosen], [q.answers[0] for q in chosen]
-    batch = train_batch(rag, index, store, texts, answers, retrieve(rag, params, index, texts, 3).ids)
+    questions = question_batch(rag.tokenizers, [q.question for q in chosen], [q.answers[0] for q in chosen])
+    batch = attach_documents(rag, index, store, questions, retrieve(rag, params, index, questions, 3).ids)
     arrays = jax.tree.map(jnp.asarray, batch)
     return batch, float(jax.jit(lambda p: rag_loss(rag, p, arrays, jax.random.key(0))[0])(params))

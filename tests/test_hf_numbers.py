@@ -26,6 +26,7 @@ from ragjax.config import Decode
 from ragjax.data.corpus import Passage
 from ragjax.data.passage_store import PassageStore, shard_folder, write_store
 from ragjax.data.prompt import passage_text
+from ragjax.data.question_batch import QuestionBatch, question_batch, tokenize_prompts
 from ragjax.data.tokenizer import Tokenizer
 from ragjax.decoding.candidates import Candidates
 from ragjax.decoding.hf_compat import decode_hf_compatible
@@ -35,7 +36,7 @@ from ragjax.marginal import hugging_face_nll, log_prior, marginal_logp
 from ragjax.models.generator import SpecialTokens, answer_hidden, token_logp
 from ragjax.models.kv_cache import DocumentMemory
 from ragjax.models.layers import Params
-from ragjax.rag import load_pipeline, tokenize_prompts
+from ragjax.rag import load_pipeline
 from ragjax.training.batch import TrainBatch
 from ragjax.training.loss import rag_loss
 
@@ -158,24 +159,26 @@ def test_the_reduced_loss_and_its_gradients(golden: Golden, smoothing: float, wo
     labels, mask = values["in/labels"], values["in/context_attention_mask"] == 1
     answer = np.concatenate([labels[:, 1:], np.full_like(labels[:, :1], golden.special.pad)], axis=1)
     batch = TrainBatch(
-        row=np.arange(4),
-        question=values["in/input_ids"],
-        question_mask=values["in/attention_mask"] == 1,
-        passages=values["in/doc_embeds"],
+        questions=QuestionBatch(
+            row=np.arange(4),
+            question=values["in/input_ids"],
+            question_mask=values["in/attention_mask"] == 1,
+            answer=answer,
+            answer_mask=answer != golden.special.pad,
+        ),
+        passage_embeddings=values["in/doc_embeds"],
         valid=np.ones((4, 3), bool),
         source=values["in/context_input_ids"].reshape(4, 3, -1),
         source_mask=mask.reshape(4, 3, -1),
-        answer=answer,
-        answer_mask=answer != golden.special.pad,
     )
     batch = jax.tree.map(jnp.asarray, batch)
 
     def total(params: Params, passages: jax.Array) -> jax.Array:
-        mean, _ = rag_loss(rag, params, replace(batch, passages=passages), jax.random.key(0))
+        mean, _ = rag_loss(rag, params, replace(batch, passage_embeddings=passages), jax.random.key(0))
         return mean * 4
 
     function = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))
-    value, (grads, doc_embeds) = jax.device_get(function(rag.initial_params(), batch.passages))
+    value, (grads, doc_embeds) = jax.device_get(function(rag.initial_params(), batch.passage_embeddings))
     np.testing.assert_allclose(value, values[f"{start}loss"], rtol=1e-4)
     # every gradient is weighed by shares, each as uncertain as the logarithm that it is exp of; smoothing's, to the
     # letter, counts the whole vocabulary, so that it is V times as large
@@ -380,7 +383,9 @@ def test_prompts_have_the_token_ids_of_rag_retriever(
         special=SpecialTokens(tokenizer.eos_id, tokenizer.pad_id),
     )
     write_store(shard_folder(tmp_path, 0), documents, tokenizer.encode, lambda p: passage_text(generator.passage, p))
-    tokens, mask = tokenize_prompts(rag, PassageStore.open(tmp_path), QUESTIONS, ids)
+    tokens, mask = tokenize_prompts(
+        rag.tokenizers, PassageStore.open(tmp_path), question_batch(rag.tokenizers, QUESTIONS), ids
+    )
     np.testing.assert_array_equal(tokens, expected["context_input_ids"])
     np.testing.assert_array_equal(mask, expected["context_attention_mask"] == 1)
     cut = mask.all(axis=1)

@@ -15,6 +15,7 @@ from world import open_world, tiny_config
 
 from ragjax.cli import main
 from ragjax.commands.index_report import exact_by_shards, index_report
+from ragjax.data.question_batch import tokenize_questions
 from ragjax.data.questions import read_questions
 from ragjax.marginal import marginal_bounds
 from ragjax.parallel.mesh import local_mesh
@@ -29,7 +30,8 @@ def world_scores(world: Path, **overrides: object) -> tuple[np.ndarray, np.ndarr
     """Of the training questions: all scores, the queries, the questions, and the index in use."""
     rag, index, _ = open_world(tiny_config(world, **overrides))
     questions = read_questions(world / "train.jsonl")
-    queries = encode_questions(rag, rag.initial_params(), [q.question for q in questions], local_mesh(data=1))
+    batch = tokenize_questions(rag.tokenizers, [question.question for question in questions])
+    queries = encode_questions(rag, rag.initial_params(), batch, local_mesh(data=1))
     return queries.astype(np.float64) @ np.asarray(index.embeddings, np.float64).T, queries, questions, index
 
 

@@ -25,6 +25,7 @@ from ragjax.commands.plan import print_plan
 from ragjax.config import Config, dump_config, load_config
 from ragjax.config import Mesh as MeshSettings
 from ragjax.data.passage_store import STORE_FILES
+from ragjax.data.question_batch import question_batch, tokenize_prompts
 from ragjax.decoding.candidates import pad_answers
 from ragjax.decoding.propose import beam_search_documents, prefill_documents
 from ragjax.decoding.rag_token import beam_search_rag_token
@@ -44,7 +45,7 @@ from ragjax.planning.program_cost import (
     program_temporaries,
 )
 from ragjax.planning.rows import Row, totals
-from ragjax.rag import load_pipeline, tokenize_prompts
+from ragjax.rag import load_pipeline
 from ragjax.resources import size_text
 from ragjax.training.optimizer import partition_params
 from ragjax.training.state import abstract_state, for_inference, init_train_state, state_shardings
@@ -187,7 +188,8 @@ def test_the_documents_memory_is_that_of_real_prompts(world: Path) -> None:
     config = tiny_config(world, generator__source_tokens=80, evaluate__untrained_limit=0)
     rag, _, store = open_world(config)
     texts = [f"What is the capital of land {i}, and why?" for i in range(config.evaluate.batch_size)]
-    rows = tokenize_prompts(rag, store, texts, np.zeros((len(texts), config.decode.k), np.int32))
+    questions = question_batch(rag.tokenizers, texts)
+    rows = tokenize_prompts(rag.tokenizers, store, questions, np.zeros((len(texts), config.decode.k), np.int32))
     memory = prefill_documents(rag.generator.graphdef, rag.generator.load_params(), *rows)
     past = empty_kv_cache(memory, config.decode.max_new_tokens * config.decode.beams)
     planned = sizes(config)

@@ -17,19 +17,24 @@ from safetensors.numpy import load_file
 from world import open_world, tiny_config
 
 from ragjax.checkpoints.pretrained import open_bert, open_generator, save_bert, save_generator
-from ragjax.data.corpus import Passage
 from ragjax.data.passage_store import PassageStore
-from ragjax.data.prompt import passage_text
+from ragjax.data.question_batch import (
+    QuestionBatch,
+    question_batch,
+    tokenize_answer,
+    tokenize_prompts,
+    tokenize_questions,
+)
 from ragjax.data.questions import read_questions
 from ragjax.errors import InputError
 from ragjax.marginal import marginal_logp
 from ragjax.models.layers import Params
 from ragjax.padding import pad_sequences
-from ragjax.rag import RagPipeline, load_pipeline, tokenize_answer, tokenize_prompts, tokenize_questions
+from ragjax.rag import RagPipeline, load_pipeline
 from ragjax.retrieval.encoder import encode
 from ragjax.retrieval.index import Index
 from ragjax.retrieval.retrieve import log_prior_mass, retrieve
-from ragjax.training.batch import TrainBatch, train_batch
+from ragjax.training.batch import TrainBatch, attach_documents
 from ragjax.training.loss import prior_and_token_logp, rag_loss
 
 KEY = jax.random.key(0)
@@ -45,6 +50,10 @@ class Opened:
     questions: list[str]
     answers: list[str]
 
+    @property
+    def batch(self) -> QuestionBatch:
+        return question_batch(self.rag.tokenizers, self.questions, self.answers)
+
 
 def opened(world: Path, **overrides: object) -> Opened:
     rag, index, store = open_world(tiny_config(world, **overrides))
@@ -58,12 +67,6 @@ def plain(world: Path) -> Opened:
     return opened(world)
 
 
-def test_a_title_or_an_answer_that_reads_as_a_slot_stays_as_it_is(plain: Opened) -> None:
-    assert passage_text("{title}: {text}", Passage("1", "{text}", "a {title}")) == "{text}: a {title}"
-    tokenizer = plain.rag.generator_tokenizer
-    assert tokenizer.decode(tokenize_answer(plain.rag, "{answer} {text}")).strip() == "{answer} {text}"
-
-
 # retrieval
 
 
@@ -74,7 +77,8 @@ def brute_force_scores(o: Opened) -> np.ndarray:
     passages = encode(
         o.rag.retriever.graphdef, o.params["retriever"], *pad_sequences(rows, 64, o.rag.retriever_tokenizer.pad_id)
     )
-    queries = encode(o.rag.retriever.graphdef, o.params["retriever"], *tokenize_questions(o.rag, o.questions))
+    questions = tokenize_questions(o.rag.tokenizers, o.questions)
+    queries = encode(o.rag.retriever.graphdef, o.params["retriever"], questions.question, questions.question_mask)
     return np.asarray(queries, np.float64) @ np.asarray(passages, np.float64).T
 
 
@@ -84,7 +88,7 @@ def test_retrieval_equals_brute_force(prior: str, world: Path) -> None:
     scores = brute_force_scores(o)
     ids = np.argsort(-scores, axis=1)[:, :4]
     best = np.take_along_axis(scores, ids, 1)
-    found = retrieve(o.rag, o.params, o.index, o.questions, 4)
+    found = retrieve(o.rag, o.params, o.index, o.batch, 4)
     np.testing.assert_array_equal(found.ids, ids)
     np.testing.assert_allclose(found.scores, best, rtol=1e-5)
     scale = o.rag.config.retriever.scale
@@ -103,7 +107,7 @@ def test_the_mass_of_the_best_documents(world: Path) -> None:
     scores = o.rag.config.retriever.scale * brute_force_scores(o)
     best = -np.sort(-scores, axis=1)[:, :2]
     expected = np.logaddexp.reduce(best, axis=1) - np.logaddexp.reduce(scores, axis=1)
-    found = retrieve(o.rag, o.params, o.index, o.questions, 4)
+    found = retrieve(o.rag, o.params, o.index, o.batch, 4)
     np.testing.assert_allclose(log_prior_mass(o.rag, o.index, found, 2), expected, atol=2e-5)
 
 
@@ -120,12 +124,12 @@ def test_a_tokenizer_with_more_tokens_than_the_model(world: Path, tmp_path: Path
 
 def test_fewer_passages_than_k_change_neither_loss_nor_gradient(world: Path, tmp_path: Path) -> None:
     o = opened(world, corpus__limit=3, index__folder=str(tmp_path / "small"))
-    found = retrieve(o.rag, o.params, o.index, o.questions, 5)
+    found = retrieve(o.rag, o.params, o.index, o.batch, 5)
     assert (found.ids[:, 3:] == -1).all() and (np.sort(found.ids[:, :3], axis=1) == np.arange(3)).all()
     assert (found.scores[:, 3:] == -np.inf).all() and (found.log_prior[:, 3:] == -np.inf).all()
     np.testing.assert_allclose(np.exp(found.log_prior).sum(axis=1), 1, rtol=1e-5)
 
-    tokens, mask = tokenize_prompts(o.rag, o.store, o.questions, found.ids)
+    tokens, mask = tokenize_prompts(o.rag.tokenizers, o.store, o.batch, found.ids)
     empty = o.rag.generator_tokenizer.encode([f"\n\nQuestion: {o.questions[0]}\nAnswer:"])[0]
     assert tokens[4][mask[4]].tolist() == empty
 
@@ -136,69 +140,30 @@ def test_fewer_passages_than_k_change_neither_loss_nor_gradient(world: Path, tmp
         (_, metrics), grads = jax.value_and_grad(lambda p: rag_loss(o.rag, p, batch, KEY), has_aux=True)(params)
         return (metrics, grads), joint
 
-    batch = train_batch(o.rag, o.index, o.store, o.questions, o.answers, found.ids)
-    assert (batch.valid == (found.ids >= 0)).all() and not batch.passages[:, 3:].any()
+    batch = attach_documents(o.rag, o.index, o.store, o.batch, found.ids)
+    assert (batch.valid == (found.ids >= 0)).all() and not batch.passage_embeddings[:, 3:].any()
     result, (prior, logp) = run(o.params, batch)
     chex.assert_tree_all_finite(result)
     assert (np.asarray(prior)[:, 3:] == -np.inf).all()
     of_three = np.logaddexp.reduce(np.asarray(prior + logp)[:, :3], axis=1)
     np.testing.assert_allclose(result[0]["loss"], -of_three.mean(), rtol=1e-5)
     # whatever stands in the place of the missing documents counts for nothing
-    passages, source = batch.passages.copy(), batch.source.copy()
+    passages, source = batch.passage_embeddings.copy(), batch.source.copy()
     passages[:, 3:], source[:, 3:] = 7.0, 65
-    changed, _ = run(o.params, replace(batch, passages=passages, source=source))
+    changed, _ = run(o.params, replace(batch, passage_embeddings=passages, source=source))
     chex.assert_trees_all_equal(changed, result)
 
 
-def test_an_empty_question(plain: Opened) -> None:
-    with pytest.raises(InputError, match="empty question"):
-        retrieve(plain.rag, plain.params, plain.index, ["Who?", " \n"], 2)
+# batches and lengths
 
 
-# prompts and answers
-
-
-def test_prompts_are_the_text_assembled_by_hand(plain: Opened) -> None:
-    ids = np.array([[4, 0], [29, 4]])
-    tokens, mask = tokenize_prompts(plain.rag, plain.store, plain.questions[:2], ids)
-    chex.assert_shape((tokens, mask), (4, 96))
-    texts = [
-        f"{plain.store[int(i)].title}: {plain.store[int(i)].text}\n\nQuestion: {question}\nAnswer:"
-        for question, row in zip(plain.questions, ids, strict=False)
-        for i in row
-    ]
-    for row, kept, text in zip(tokens, mask, texts, strict=True):
-        assert row[kept].tolist() == plain.rag.generator_tokenizer.encode([text])[0]
-        assert (row[~kept] == plain.rag.generator_tokenizer.pad_id).all() and (np.diff(kept.astype(int)) <= 0).all()
-
-
-def test_passages_are_cut_to_fit_and_questions_never(world: Path, plain: Opened) -> None:
-    longest = 64
-    rag = load_pipeline(tiny_config(world, generator__source_tokens=longest))
-    ids = np.array([[7]])
-    tokens, mask = tokenize_prompts(rag, plain.store, plain.questions[:1], ids)
-    assert mask.all() and tokens.shape == (1, longest)
-    ending = f"\n\nQuestion: {plain.questions[0]}\nAnswer:"
-    whole = f"{plain.store[7].title}: {plain.store[7].text}"
-    assert rag.generator_tokenizer.decode(tokens[0]) == whole[: longest - len(ending)] + ending
-    with pytest.raises(InputError, match=r"generator\.source_tokens is 64"):
-        tokenize_prompts(rag, plain.store, ["Why? " * 12], ids)
-
-
-def test_closed_book_prompts_have_no_passage(plain: Opened) -> None:
-    tokens, mask = tokenize_prompts(plain.rag, None, plain.questions, np.zeros((5, 1), int))
-    texts = [plain.rag.generator_tokenizer.decode(row[kept]) for row, kept in zip(tokens, mask, strict=True)]
-    assert texts == [f"Question: {question}\nAnswer:" for question in plain.questions]
-
-
-def test_answers_end_in_the_end_token(plain: Opened) -> None:
-    tokens = tokenize_answer(plain.rag, "Kesvik")
-    assert tokens[-1] == plain.rag.special.eos and tokens.count(plain.rag.special.eos) == 1
-    assert plain.rag.generator_tokenizer.decode(tokens[:-1]) == " Kesvik"
-    batch = train_batch(plain.rag, plain.index, plain.store, ["Where?"], ["Kesvik"], np.array([[3, 1]]))
-    chex.assert_shape(batch.answer, (1, 12))
-    assert batch.answer[batch.answer_mask].tolist() == tokens
-    np.testing.assert_array_equal(batch.passages[0], plain.index.embeddings[[3, 1]])
+def test_answers_are_padded_and_embeddings_attached(plain: Opened) -> None:
+    questions = question_batch(plain.rag.tokenizers, ["Where?"], ["Kesvik"])
+    batch = attach_documents(plain.rag, plain.index, plain.store, questions, np.array([[3, 1]]))
+    answer, answer_mask = batch.questions.answers
+    chex.assert_shape(answer, (1, 12))
+    assert answer[answer_mask].tolist() == tokenize_answer(plain.rag.tokenizers, "Kesvik")
+    np.testing.assert_array_equal(batch.passage_embeddings[0], plain.index.embeddings[[3, 1]])
 
 
 @pytest.mark.parametrize(
@@ -256,26 +221,28 @@ def golden(world: Path) -> Golden:
     count, documents, _ = g["in/doc_embeds"].shape
     answer = g["in/answers"][:, 0]
     batch = TrainBatch(
-        row=np.arange(count),
-        question=g["in/input_ids"],
-        question_mask=g["in/attention_mask"] == 1,
-        passages=g["in/doc_embeds"],
+        questions=QuestionBatch(
+            row=np.arange(count),
+            question=g["in/input_ids"],
+            question_mask=g["in/attention_mask"] == 1,
+            answer=answer,
+            answer_mask=np.arange(answer.shape[1]) < g["in/answer_length"][:, :1],
+        ),
+        passage_embeddings=g["in/doc_embeds"],
         valid=np.ones((count, documents), bool),
         source=g["in/prompt_ids_right"].reshape(count, documents, -1),
         source_mask=g["in/prompt_mask_right"].reshape(count, documents, -1) == 1,
-        answer=answer,
-        answer_mask=np.arange(answer.shape[1]) < g["in/answer_length"][:, :1],
     )
 
     batch = jax.tree.map(jnp.asarray, batch)
 
     def total(params: Params, passages: jax.Array) -> tuple[jax.Array, Any]:
-        prior, scores = prior_and_token_logp(rag, params, replace(batch, passages=passages), KEY)
+        prior, scores = prior_and_token_logp(rag, params, replace(batch, passage_embeddings=passages), KEY)
         logp = scores.logp.sum(axis=-1)
         return -marginal_logp(prior, logp).sum(), (prior, logp)
 
     function = jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))
-    (grads, doc_embeds), (prior, logp) = jax.device_get(function(rag.initial_params(), batch.passages))
+    (grads, doc_embeds), (prior, logp) = jax.device_get(function(rag.initial_params(), batch.passage_embeddings))
     return Golden(g, prior, logp, grads, doc_embeds, GOLDEN)
 
 

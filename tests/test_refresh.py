@@ -24,6 +24,7 @@ from ragjax.commands.train import train
 from ragjax.commands.verify import verify
 from ragjax.config import Config, load_config
 from ragjax.data.passage_store import PassageStore
+from ragjax.data.question_batch import question_batch, tokenize_questions
 from ragjax.data.question_sampler import QuestionSampler
 from ragjax.data.questions import read_questions
 from ragjax.errors import InputError
@@ -37,7 +38,7 @@ from ragjax.retrieval.refresh import IndexRefresher, RefreshedIndex, refreshed_i
 from ragjax.retrieval.retrieve import encode_questions, search
 from ragjax.runs.checkpointer import Checkpointer
 from ragjax.runs.restore import restore_params, trained_index
-from ragjax.training.batch import train_batch
+from ragjax.training.batch import attach_documents
 from ragjax.training.data_loader import BatchBuilder, LoadedBatch, TrainLoader, train_questions
 from ragjax.training.loss import passage_params, rag_loss
 from ragjax.training.state import abstract_state, init_train_state
@@ -90,7 +91,8 @@ def test_the_gradient_reaches_the_passages_too(world: Path, encoder: str) -> Non
     params = rag.initial_params()
     chosen = read_questions(world / "train.jsonl")[:4]
     ids = np.array([[0, 1], [1, 5], [9, -1], [3, 29]], np.int32)
-    made = train_batch(rag, index, store, [q.question for q in chosen], [q.answers[0] for q in chosen], ids)
+    questions = question_batch(rag.tokenizers, [q.question for q in chosen], [q.answers[0] for q in chosen])
+    made = attach_documents(rag, index, store, questions, ids)
     batch = jax.tree.map(jnp.asarray, made)
     assert not batch.passage_mask[2, 1].any()
 
@@ -98,10 +100,10 @@ def test_the_gradient_reaches_the_passages_too(world: Path, encoder: str) -> Non
         rows = encode(
             rag.passage_encoder.graphdef,
             passage_params(rag, params),
-            batch.passage.reshape(8, -1),
+            batch.passage_tokens.reshape(8, -1),
             batch.passage_mask.reshape(8, -1),
         )
-        given = replace(batch, passages=rows.reshape(4, 2, -1), passage=None, passage_mask=None)
+        given = replace(batch, passage_embeddings=rows.reshape(4, 2, -1), passage_tokens=None, passage_mask=None)
         return rag_loss(rag, params, given, KEY)[0]
 
     found = jax.jit(jax.value_and_grad(lambda params: rag_loss(rag, params, batch, KEY)[0]))(params)
@@ -156,7 +158,9 @@ def test_answers_come_from_the_index_of_the_checkpoint(world: Path, undisturbed:
     restored = restore_params(rag)
     assert restored is not None
     params, _ = restored
-    queries = encode_questions(rag, params, [q.question for q in questions], local_mesh(data=1))
+    queries = encode_questions(
+        rag, params, tokenize_questions(rag.tokenizers, [q.question for q in questions]), local_mesh(data=1)
+    )
     best = np.argmax(queries @ encoded(rag, store, params["retriever"]).T, axis=1)
     right = np.mean([q.answers[0] in store[int(i)].text for q, i in zip(questions, best, strict=True)])
     assert evaluate(config)["models"]["trained"]["recall@1"] == pytest.approx(right)
@@ -249,7 +253,9 @@ def test_overlap_is_what_would_stay(world: Path, tmp_path: Path) -> None:
     assert refresh.overlap(params, params["passage_encoder"], questions, 8) == 1.0
     noise = np.random.default_rng(0)
     moved = jax.tree.map(lambda x: x + 0.05 * noise.normal(size=x.shape).astype(np.float32), params["passage_encoder"])
-    queries = encode_questions(rag, rag.initial_params(), questions, local_mesh(data=1))
+    queries = encode_questions(
+        rag, rag.initial_params(), tokenize_questions(rag.tokenizers, questions), local_mesh(data=1)
+    )
     before, after = (
         np.argsort(-queries @ vectors.T, axis=1, kind="stable")[:, :8]
         for vectors in (np.asarray(index.embeddings), encoded(rag, store, moved))
@@ -442,10 +448,10 @@ def test_queries_are_one_step_old(world: Path, ahead: Config) -> None:
         now, about = state_at(ahead, step)
         before, _ = state_at(ahead, step - 1)
         chosen = next_questions(ahead, about["data"], len(questions))
-        texts = [questions[i].question for i in chosen]
-        _, _, expected = search(rag, before.params, index, texts, 3)
+        batch = tokenize_questions(rag.tokenizers, [questions[i].question for i in chosen])
+        _, _, expected = search(rag, before.params, index, batch, 3)
         assert about["ahead"] == expected.tolist()
-        stale += about["ahead"] != search(rag, now.params, index, texts, 3)[2].tolist()
+        stale += about["ahead"] != search(rag, now.params, index, batch, 3)[2].tolist()
     assert stale > 0  # else it could not be told which retriever was asked
     assert state_at(ahead, 6)[1]["ahead"] is None
 
@@ -500,10 +506,10 @@ def test_reading_ahead_changes_nothing(
     def counted(*given: Any) -> LoadedBatch:
         nonlocal reads
         reads += 1
-        return read(*given)
+        return attach(*given)
 
-    read = reader.read
-    monkeypatch.setattr(reader, "read", counted)
+    attach = reader.attach
+    monkeypatch.setattr(reader, "attach", counted)
 
     def supply() -> TrainLoader:
         return TrainLoader(reader, QuestionSampler([len(a) for a in asked.usable.answers], 8, 0), asked, {})

@@ -19,6 +19,7 @@ from gradients import assert_same_gradients, moments
 from world import open_world, tiny_config
 
 from ragjax.config import Mesh, Train
+from ragjax.data.question_batch import question_batch
 from ragjax.data.questions import read_questions
 from ragjax.errors import InputError
 from ragjax.models.generator import answer_hidden
@@ -31,7 +32,7 @@ from ragjax.rag import RagPipeline, load_pipeline
 from ragjax.resources import size_text
 from ragjax.retrieval.device_index import DeviceIndex
 from ragjax.retrieval.retrieve import retrieve
-from ragjax.training.batch import TrainBatch, abstract_batch, train_batch
+from ragjax.training.batch import TrainBatch, abstract_batch, attach_documents
 from ragjax.training.loss import answer_nll, prior_and_token_logp, rag_loss
 from ragjax.training.optimizer import make_optimizer, partition_params
 from ragjax.training.state import TrainState, abstract_state, init_train_state, state_shardings, unsplit_modules
@@ -61,9 +62,9 @@ def setup(world: Path, **overrides: object) -> Setup:
     rag, index, store = open_world(config)
     params = rag.initial_params()
     chosen = read_questions(world / "train.jsonl")[: config.train.batch_size]
-    texts = [question.question for question in chosen]
-    ids = retrieve(rag, params, index, texts, config.train.k).ids
-    batch = train_batch(rag, index, store, texts, [question.answers[0] for question in chosen], ids)
+    questions = question_batch(rag.tokenizers, [q.question for q in chosen], [q.answers[0] for q in chosen])
+    ids = retrieve(rag, params, index, questions, config.train.k).ids
+    batch = attach_documents(rag, index, store, questions, ids)
     return Setup(rag, params, jax.tree.map(jnp.asarray, batch), index.corpus(local_mesh(data=1)))
 
 
@@ -144,15 +145,15 @@ def test_gradient_is_the_posterior_weighted_sum(plain: Setup, plain_gradients: t
 def test_gradient_through_the_prior_over_the_corpus(world: Path, plain_gradients: tuple[Any, Any]) -> None:
     s = setup(world, retriever__prior="corpus", train__freeze=["generator"])
     every = np.asarray(s.corpus.embeddings, np.float32)
-    ids = (
-        np.abs(np.asarray(s.batch.passages)[:, :, None] - every).sum(axis=-1).argmin(axis=-1)
-    )  # which passage each document is
+    embeddings = np.asarray(s.batch.passage_embeddings)
+    ids = np.abs(embeddings[:, :, None] - every).sum(axis=-1).argmin(axis=-1)  # which passage each document is
 
     logp = jax.jit(lambda p: sequence_logp(s.rag, p, s.batch, s.corpus)[1])(s.params)
 
     def explicit(params: Params) -> jax.Array:
         encoder = nnx.merge(s.rag.retriever.graphdef, params)
-        scores = s.rag.config.retriever.scale * encoder(s.batch.question, s.batch.question_mask) @ every.T
+        queries = encoder(s.batch.questions.question, s.batch.questions.question_mask)
+        scores = s.rag.config.retriever.scale * queries @ every.T
         # documents outside the top k contribute nothing to the sum, but take their share of the prior
         logp_of_all = jnp.full(scores.shape, -jnp.inf).at[jnp.arange(len(ids))[:, None], ids].set(logp)
         return -jax.nn.logsumexp(jax.nn.log_softmax(scores, axis=-1) + logp_of_all, axis=-1).mean()
@@ -178,7 +179,7 @@ def test_the_loss_written_out(plain: Setup, model: str, smoothing: float) -> Non
     def run(params: Params) -> Any:
         generator = nnx.merge(rag.generator.graphdef, params["generator"])
         memory = generator.prefill(batch.source.reshape(b * k, s), batch.source_mask.reshape(b * k, s))
-        hidden = answer_hidden(generator, memory, jnp.repeat(batch.answer, k, axis=0)[:, None])
+        hidden = answer_hidden(generator, memory, jnp.repeat(batch.questions.answers[0], k, axis=0)[:, None])
         every = jax.nn.log_softmax(generator.vocab_head().logits(hidden), axis=-1)
         return (
             prior_and_token_logp(rag, params, batch, KEY)[0],
@@ -187,8 +188,8 @@ def test_the_loss_written_out(plain: Setup, model: str, smoothing: float) -> Non
         )
 
     prior, every, (value, metrics) = jax.device_get(run(plain.params))
-    picked = np.take_along_axis(every, np.asarray(batch.answer)[:, None, :, None], axis=-1)[..., 0]
-    counted = np.asarray(batch.answer_mask)
+    picked = np.take_along_axis(every, np.asarray(batch.questions.answer)[:, None, :, None], axis=-1)[..., 0]
+    counted = np.asarray(batch.questions.answer_mask)
     if model == "rag_sequence":
         smoothed = (1 - smoothing) * picked + smoothing * every.mean(axis=-1)
         expected = -np.logaddexp.reduce(prior + (smoothed * counted[:, None]).sum(axis=-1), axis=1)
@@ -197,7 +198,7 @@ def test_the_loss_written_out(plain: Setup, model: str, smoothing: float) -> Non
         weight = np.exp(joint - np.logaddexp.reduce(joint, axis=1, keepdims=True))
     else:
         marginal = np.logaddexp.reduce(prior[..., None, None] + every, axis=1)
-        of_answer = np.take_along_axis(marginal, np.asarray(batch.answer)[..., None], axis=-1)[..., 0]
+        of_answer = np.take_along_axis(marginal, np.asarray(batch.questions.answer)[..., None], axis=-1)[..., 0]
         smoothed = (1 - smoothing) * of_answer + smoothing * marginal.mean(axis=-1)
         expected, nll = -(smoothed * counted).sum(axis=-1), -(of_answer * counted).sum(axis=-1)
         of_tokens = np.exp(prior[..., None] + picked - of_answer[:, None]) * counted[:, None]
@@ -210,10 +211,11 @@ def test_the_loss_written_out(plain: Setup, model: str, smoothing: float) -> Non
 
 def test_an_answer_s_start_token_may_be_left_out_of_the_loss(plain: Setup) -> None:
     """Row by row: whether another row begins with it does not matter, as it does in Hugging Face's."""
-    answer = np.asarray(plain.batch.answer).copy()
+    answer = np.asarray(plain.batch.questions.answer).copy()
     bos = int(answer[0, 0])
     answer[1, 0] = bos + 1
-    batch = replace(plain.batch, answer=jnp.asarray(answer))
+    questions = replace(plain.batch.questions, answer=jnp.asarray(answer))
+    batch = replace(plain.batch, questions=questions)
     rag = replace(plain.rag, special=replace(plain.rag.special, bos=bos))
     prior, scores = jax.jit(lambda p: prior_and_token_logp(rag, p, batch, KEY))(plain.params)
     logp = np.array(scores.logp)
@@ -221,7 +223,7 @@ def test_an_answer_s_start_token_may_be_left_out_of_the_loss(plain: Setup) -> No
     def nll(exclude: bool, hf_compatible: bool) -> np.ndarray:
         config = rag.config.replace(hf_compatible=hf_compatible)
         asked = with_train(replace(rag, config=config), exclude_bos=exclude)
-        return np.asarray(answer_nll(asked, prior, scores, batch.answer, batch.answer_mask))
+        return np.asarray(answer_nll(asked, prior, scores, *batch.questions.answers))
 
     whole = -np.logaddexp.reduce(prior + logp.sum(axis=-1), axis=1)
     np.testing.assert_allclose(nll(False, False), whole, rtol=1e-5)
@@ -304,7 +306,8 @@ def test_what_a_frozen_generator_misses_is_not_asked(dropping: Setup) -> None:
 def test_eight_devices_give_the_gradients_of_one(plain: Setup, plain_gradients: tuple[Any, Any]) -> None:
     mesh = make_mesh()
     grads, metrics = differentiate(plain.rag)(
-        put_global(plain.params, replicated(mesh)), shard_batch(mesh, jax.device_get(plain.batch), len(plain.batch.row))
+        put_global(plain.params, replicated(mesh)),
+        shard_batch(mesh, jax.device_get(plain.batch), len(plain.batch.source)),
     )
     assert all(len(leaf.sharding.device_set) == 8 for leaf in jax.tree.leaves(grads))
     assert_same_gradients(jax.device_get(grads), plain_gradients[0])
@@ -318,7 +321,7 @@ def test_a_step_on_eight_devices_equals_one_with_dropout(
     assert mesh.size == 8
     eight, metrics_eight = dropping_step(
         put_global(dropping.state(), replicated(mesh)),
-        shard_batch(mesh, jax.device_get(dropping.batch), len(dropping.batch.row)),
+        shard_batch(mesh, jax.device_get(dropping.batch), len(dropping.batch.source)),
     )
     leaf = eight.params["generator"]["embed"]["embedding"]
     assert len(leaf.sharding.device_set) == 8 and leaf.sharding.is_fully_replicated
@@ -358,7 +361,7 @@ def test_a_step_on_a_mesh_equals_one_on_a_device(
     state = jax.device_put(dropping.state(), shardings)
     up = state.params["generator"]["layers"]["up"]["kernel"]
     assert up.addressable_shards[0].data.size * (8 if fsdp else model) == up.size
-    batch = shard_batch(mesh, jax.device_get(dropping.batch), len(dropping.batch.row))
+    batch = shard_batch(mesh, jax.device_get(dropping.batch), len(dropping.batch.source))
     (one, metrics_one), (after, metrics) = dropping_stepped, make_train_step(rag, shardings)(state, batch)
     chex.assert_trees_all_close(jax.device_get(metrics), jax.device_get(metrics_one), rtol=1e-4)
     assert float(metrics["loss"]) == pytest.approx(float(metrics_one["loss"]), rel=1e-5)
@@ -390,7 +393,8 @@ def test_dropout_is_drawn_by_key_and_row(
     assert first == pytest.approx(dropping_gradients[1]["loss"], rel=1e-5)
     assert abs(first - plain_gradients[1]["loss"]) > 1e-4
     assert abs(first - value(jax.random.key(8), dropping.batch)) > 1e-4
-    assert abs(first - value(KEY, replace(dropping.batch, row=dropping.batch.row + 8))) > 1e-4
+    questions = replace(dropping.batch.questions, row=dropping.batch.questions.row + 8)
+    assert abs(first - value(KEY, replace(dropping.batch, questions=questions))) > 1e-4
     backwards = jax.tree.map(lambda x: x[::-1], dropping.batch)
     np.testing.assert_allclose(value(KEY, backwards), first, rtol=1e-5)
 
@@ -542,7 +546,8 @@ def test_the_abstract_step_is_the_real_one(world: Path, prior: str, mesh: Mesh) 
     config = config.replace(mesh=mesh)
     rag, index, store = open_world(config)
     texts = [f"What is the capital of land {i}, and why?" for i in range(config.train.batch_size)]
-    batch = train_batch(rag, index, store, texts, ["x"] * len(texts), np.zeros((len(texts), config.train.k), np.int32))
+    questions = question_batch(rag.tokenizers, texts, ["x"] * len(texts))
+    batch = attach_documents(rag, index, store, questions, np.zeros((len(texts), config.train.k), np.int32))
     chex.assert_trees_all_equal_shapes_and_dtypes(batch, abstract_batch(config, 32))
     devices = make_mesh(mesh.model)
     state = init_train_state(rag, rag.initial_params())

@@ -25,6 +25,7 @@ from ragjax.checkpoints.hub import fingerprint_files
 from ragjax.cli import main
 from ragjax.commands import train as train_module
 from ragjax.commands.train import train
+from ragjax.data.question_batch import question_batch
 from ragjax.data.questions import read_questions
 from ragjax.errors import InputError
 from ragjax.files import write_jsonl
@@ -35,7 +36,7 @@ from ragjax.runs.checkpointer import Checkpointer
 from ragjax.runs.restore import restore_params
 from ragjax.runs.run_dir import load_run_config
 from ragjax.terminal import progress_bar
-from ragjax.training.batch import train_batch
+from ragjax.training.batch import attach_documents
 from ragjax.training.data_loader import TrainQuestions
 from ragjax.training.loss import rag_loss
 from ragjax.training.state import TrainState, init_train_state
@@ -174,7 +175,7 @@ def test_a_run_in_pieces_equals_the_whole_one_bit_for_bit(
     def started(*_: object) -> None:
         raise AssertionError("a finished run trains no more")
 
-    monkeypatch.setattr(train_module.BatchBuilder, "read", started)
+    monkeypatch.setattr(train_module.BatchBuilder, "attach", started)
     assert go("whole") == 0
 
 
@@ -526,7 +527,8 @@ def test_the_loss_on_dev_questions_at_every_save(world: Path, tmp_path: Path) ->
     assert restored is not None and restored[1] == min(measured, key=lambda step: measured[step])
     plain, losses = dataclasses.replace(rag, config=tiny_config(world)), []
     for question in read_questions(world / "dev.jsonl")[:3]:
-        found = retrieve(plain, restored[0], index, [question.question], config.train.k)
-        batch = train_batch(plain, index, store, [question.question], [question.answers[0]], found.ids)
+        questions = question_batch(plain.tokenizers, [question.question], [question.answers[0]])
+        ids = retrieve(plain, restored[0], index, questions, config.train.k).ids
+        batch = attach_documents(plain, index, store, questions, ids)
         losses.append(float(rag_loss(plain, restored[0], jax.tree.map(jnp.asarray, batch), jax.random.key(0))[0]))
     assert measured[restored[1]] == pytest.approx(np.mean(losses), rel=1e-4)

@@ -20,13 +20,14 @@ from ragjax.answerer import Answerer, repeat_to_size
 from ragjax.checkpoints.hub import fingerprint_files
 from ragjax.config import Config, answer_modes, most_documents
 from ragjax.data.answer_matching import has_answer
+from ragjax.data.question_batch import drop_unfit_questions, question_batch, tokenize_answer, tokenize_questions
 from ragjax.data.questions import LeftOut, Question, Split, as_json
 from ragjax.decoding.candidates import Candidates
 from ragjax.files import atomic_write, check_writable, write_jsonl
 from ragjax.metrics import bootstrap_interval, exact_match, expected_calibration_error, f1
 from ragjax.parallel.mesh import local_mesh
 from ragjax.parallel.processes import allgather_text, is_process_zero, run_on_process_zero, wait_for_all
-from ragjax.rag import RagPipeline, drop_unfit_questions, tokenize_answer
+from ragjax.rag import RagPipeline
 from ragjax.retrieval.index import check_k
 from ragjax.retrieval.retrieve import RetrievalResult, log_prior_mass, retrieve
 from ragjax.runs.checkpointer import fingerprint
@@ -38,7 +39,7 @@ from ragjax.terminal import Screen, progress_bar, terminal
 RETRIEVAL_BATCH = 64
 VERSION = 1  # of predictions.jsonl: changes with the meaning of a key
 METRICS, PREDICTIONS = "metrics.json", "predictions.jsonl"
-Made = dict[int, list[Any]]  # what was made of a batch, one item a question, by the number of its first question
+BatchResults = dict[int, list[Any]]  # one result a question, by the number of the batch's first question
 
 
 def evaluate(config: Config) -> dict[str, Any]:
@@ -50,7 +51,7 @@ def evaluate(config: Config) -> dict[str, Any]:
     the metrics. A question that cannot be asked counts as wrong, and as not found; `answerable` has the figures without
     such.
 
-    What is made of each batch is kept in predictions.N.partial, N the process, until all is done: the same evaluation,
+    The results of each batch are kept in predictions.N.partial, N the process, until all is done: the same evaluation,
     begun again, goes on. Raises `InputError` for bad input.
     """
     check_processes_agree(config)
@@ -58,7 +59,7 @@ def evaluate(config: Config) -> dict[str, Any]:
     run_on_process_zero(lambda: check_writable(folder))
     rag, index, store = load_artifacts(config)
     check_k(most_documents(config), len(index))
-    split = drop_unfit_questions(rag, split, documents=True, closed_book=config.evaluate.closed_book)
+    split = drop_unfit_questions(rag.tokenizers, split, documents=True, closed_book=config.evaluate.closed_book)
     # more devices than questions in a batch would only repeat some
     mesh = local_mesh(config.mesh.model, data=config.evaluate.batch_size)
     trained = restore_params(rag, mesh)
@@ -78,64 +79,64 @@ def evaluate(config: Config) -> dict[str, Any]:
         report["left_out"] = as_json(split.left_out)
     predictions: list[dict[str, Any]] = []
     limit, before = config.evaluate.limit, config.evaluate.untrained_limit
-    with Kept(folder, _evaluation(rag, report["fingerprints"], trained[1] if trained else None, mesh)) as kept:
+    evaluation = _evaluation(rag, report["fingerprints"], trained[1] if trained else None, mesh)
+    with EvaluationProgress(folder, evaluation) as progress:
         if before != 0 or trained is None:
             answerer = Answerer(rag, pretrained_params(rag, mesh), index, store, None, mesh)
-            report["models"]["untrained"], made = _measure(answerer, split, before or limit, "untrained", kept)
-            predictions += made
+            report["models"]["untrained"], lines = _measure(answerer, split, before or limit, "untrained", progress)
+            predictions += lines
         if trained is not None:
             index = trained_index(rag, index, trained[1])
             answerer = Answerer(rag, trained[0], index, store, trained[1], mesh)
-            report["models"]["trained"], made = _measure(answerer, split, limit, "trained", kept)
-            predictions += made
+            report["models"]["trained"], lines = _measure(answerer, split, limit, "trained", progress)
+            predictions += lines
 
         def write() -> None:
             with atomic_write(folder / METRICS) as (file,):
                 file.write(json.dumps(report, indent=1).encode() + b"\n")
             write_jsonl(folder / PREDICTIONS, ({"version": VERSION} | line for line in predictions))
-            kept.delete()
+            progress.delete()
 
         run_on_process_zero(write)
     return report
 
 
 def _evaluation(rag: RagPipeline, fingerprints: dict[str, str], step: int | None, mesh: Mesh) -> dict[str, Any]:
-    """All that the numbers of an evaluation depend on, and so that nothing of another one is taken for its own."""
-    of_models = {name: fingerprint_files(getattr(rag, name).files) for name in ("retriever", "generator")}
+    """All that the numbers of an evaluation depend on, so that nothing of another one is taken for its own."""
+    models = {name: fingerprint_files(getattr(rag, name).files) for name in ("retriever", "generator")}
     devices = [f"{device.platform}:{device.device_kind}" for device in mesh.devices.flat]
     about = {
         "version": VERSION,
         "config": rag.config.model_dump(mode="json", exclude={"output"}),
-        "fingerprints": fingerprints | of_models,
+        "fingerprints": fingerprints | models,
         "checkpoint": None if step is None else fingerprint(Path(rag.config.output) / "checkpoints", step),
         "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
-        "source": fingerprint_files(Path(__file__).parent.rglob("*.py")),
+        "source": fingerprint_files(Path(__file__).parents[1].rglob("*.py")),
         "devices": devices,
     }
     return json.loads(json.dumps(about))
 
 
-class Kept:
-    """What every process has made of its batches so far, each in a journal of its own; see `evaluate`.
+class EvaluationProgress:
+    """The results of all processes' batches so far, each process's in a journal of its own; see `evaluate`.
 
-    Whatever the number of processes that made it, those that go on share out what is missing.
+    Whatever the number of processes that wrote them, those that go on share out what is missing.
     """
 
     def __init__(self, folder: Path, evaluation: dict[str, Any]) -> None:
         self.folder, self.evaluation = folder, evaluation
         self._journal = Journal(folder / f"predictions.{jax.process_index()}.partial", evaluation)
-        self._before: dict[str, Made] = {}  # by what was measured, with which index; in process 0 alone
-        self._done: dict[str, list[int]] = {}  # the batches of it, in all
+        self._before: dict[str, BatchResults] = {}  # by measure and version of the index; in process 0 alone
+        self._done: dict[str, list[int]] = {}  # the first questions of their batches, in all processes
 
-    def __enter__(self) -> Kept:
+    def __enter__(self) -> EvaluationProgress:
         self._journal.__enter__()
         wait_for_all("evaluation")  # now nobody cuts off another one's last line
         for path in sorted(self.folder.glob("predictions.*.partial")) if is_process_zero() else []:
             for record in read_journal(path, self.evaluation):
-                self._before.setdefault(record["what"], {})[record["start"]] = record["made"]
-        self._done = json.loads(
-            allgather_text(json.dumps({what: list(made) for what, made in self._before.items()}))[0]
-        )
+                self._before.setdefault(record["measure"], {})[record["start"]] = record["results"]
+        done = {measure: list(results) for measure, results in self._before.items()}
+        self._done = json.loads(allgather_text(json.dumps(done))[0])
         if count := sum(map(len, self._done.values())):
             terminal.print(f"going on with an evaluation that was stopped: {count} batches were done", soft_wrap=True)
         return self
@@ -153,105 +154,114 @@ class Kept:
         answerer: Answerer,
         questions: Sequence[Question],
         size: int,
-        of_batch: Callable[..., list[Any]],
+        measure_batch: Callable[[list[Question]], list[Any]],
     ) -> list[Any]:
-        """What `of_batch` makes of the questions, JSON, one item each, in batches that all processes share out.
+        """One result a question, in their order, in every process.
 
-        Each has `size` questions, filled up so that the devices divide it.
+        Args:
+            name: of the measure, for the progress bar and the journal.
+            answerer: whose mesh and index are used.
+            questions: all of them; batches of them are split over the processes.
+            size: of a batch, raised to what the devices divide; the last one is filled up.
+            measure_batch: gives one result, as JSON, for each question of a batch.
         """
         size = -(-size // (devices := answerer.mesh.shape["data"])) * devices
-        what = f"{name} {answerer.index.version}"
-        done = set(self._done.get(what, []))
+        measure = f"{name} {answerer.index.version}"
+        done = set(self._done.get(measure, []))
         missing = [start for start in range(0, len(questions), size) if start not in done]
         mine = missing[jax.process_index() :: jax.process_count()]
         batches = {start: list(questions[start : start + size]) for start in mine}
-        made = dict(self._before.get(what, {}))
+        results = dict(self._before.get(measure, {}))
         with progress_bar(name, sum(map(len, batches.values())), "questions", first="compiling …") as advance:
             for start, batch in batches.items():
-                made[start] = of_batch(repeat_to_size(batch, size))[: len(batch)]
-                self._journal.add({"what": what, "start": start, "made": made[start]})
+                results[start] = measure_batch(repeat_to_size(batch, size))[: len(batch)]
+                self._journal.add({"measure": measure, "start": start, "results": results[start]})
                 advance(len(batch))
-        of_all = {
-            start: items for text in allgather_text(json.dumps(list(made.items()))) for start, items in json.loads(text)
-        }
-        return [item for start in sorted(of_all) for item in of_all[start]]
+        by_process = [json.loads(text) for text in allgather_text(json.dumps(list(results.items())))]
+        by_start = dict(item for items in by_process for item in items)
+        return [result for start in sorted(by_start) for result in by_start[start]]
 
 
 def _measure(
-    answerer: Answerer, split: Split, limit: int | None, name: str, kept: Kept
+    answerer: Answerer, split: Split, limit: int | None, name: str, progress: EvaluationProgress
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The metrics, and the lines of predictions.jsonl: of the first `limit` questions, in the order of the file."""
-    config, asked = answerer.rag.config, split.first(limit)
-    metrics: dict[str, Any] = {"step": answerer.step} | _measure_retrieval(answerer, split, name, kept)
+    config, first = answerer.rag.config, split.first(limit)
+    metrics: dict[str, Any] = {"step": answerer.step} | _measure_retrieval(answerer, split, name, progress)
     size = config.evaluate.batch_size
-    made = kept.measure(f"answer ({name})", answerer, asked.questions, size, partial(_predict, answerer))
+    predictions = progress.measure(f"answer ({name})", answerer, first.questions, size, partial(_predict, answerer))
     modes = [mode for mode in answer_modes(config) if mode in ("thorough", "fast")]
     modes += ["closed_book"] if config.evaluate.closed_book else []
-    metrics |= _summarise(made, len(asked.left_out), modes)
+    metrics |= _summarise(predictions, len(first.left_out), modes)
     if split.left_out:
-        metrics["answerable"] |= {mode: of for mode, of in _scores(made, 0, modes).items()}
-    lines = sorted([*made, *map(_unanswered, asked.left_out)], key=lambda line: line["line"])
+        metrics["answerable"] |= _scores(predictions, 0, modes)
+    lines = sorted([*predictions, *map(_unanswered, first.left_out)], key=lambda line: line["line"])
     return metrics, [{"model": name} | line for line in lines]
 
 
-def _measure_retrieval(answerer: Answerer, split: Split, name: str, kept: Kept) -> dict[str, Any]:
+def _measure_retrieval(answerer: Answerer, split: Split, name: str, progress: EvaluationProgress) -> dict[str, Any]:
     """Recall at 1, 5 and k, and the mean share of the whole corpus's softmax that the top k hold."""
     rag, index, k = answerer.rag, answerer.index, answerer.rag.config.decode.k
 
-    def of_batch(batch: list[Question]) -> list[tuple[list[bool], float | None]]:
-        found = retrieve(rag, answerer.params, index, [q.question for q in batch], max(5, k), answerer.mesh)
-        hits = [has_answer(answerer.store, q, ids).tolist() for q, ids in zip(batch, found.ids, strict=True)]
+    def hits_and_mass(batch: list[Question]) -> list[tuple[list[bool], float | None]]:
+        questions = tokenize_questions(rag.tokenizers, [q.question for q in batch])
+        retrieval = retrieve(rag, answerer.params, index, questions, max(5, k), answerer.mesh)
+        hits = [has_answer(answerer.store, q, ids).tolist() for q, ids in zip(batch, retrieval.ids, strict=True)]
         if not index.on_devices:
-            return [(of_question, None) for of_question in hits]
-        return list(zip(hits, np.exp(log_prior_mass(rag, index, found, k, answerer.mesh)).tolist(), strict=True))
+            return [(ranks, None) for ranks in hits]
+        return list(zip(hits, np.exp(log_prior_mass(rag, index, retrieval, k, answerer.mesh)).tolist(), strict=True))
 
-    told = kept.measure(f"retrieve ({name})", answerer, split.questions, RETRIEVAL_BATCH, of_batch)
-    found = {f"recall@{at}": sum(any(hits[:at]) for hits, _ in told) for at in sorted({1, 5, k})}
-    metrics: dict[str, Any] = {"questions": len(split)} | {key: count / len(split) for key, count in found.items()}
-    metrics["top_k_mass"] = float(np.mean([mass for _, mass in told])) if index.on_devices else None
+    measured = progress.measure(f"retrieve ({name})", answerer, split.questions, RETRIEVAL_BATCH, hits_and_mass)
+    recall = {f"recall@{at}": sum(any(hits[:at]) for hits, _ in measured) for at in sorted({1, 5, k})}
+    metrics: dict[str, Any] = {"questions": len(split)} | {key: count / len(split) for key, count in recall.items()}
+    metrics["top_k_mass"] = float(np.mean([mass for _, mass in measured])) if index.on_devices else None
     if split.left_out:
-        metrics["answerable"] = {key: count / len(told) for key, count in found.items()}
+        metrics["answerable"] = {key: count / len(measured) for key, count in recall.items()}
     return metrics
 
 
 def _predict(answerer: Answerer, batch: list[Question]) -> list[dict[str, Any]]:
     """One batch: thorough and fast share a beam search, the gold answer the documents' memory."""
-    texts, golds = [q.question for q in batch], [_gold(answerer.rag, q) for q in batch]
-    gold = ["" if answer is None else answer for answer in golds]
-    retrieved = answerer.retrieve(texts)
-    found, gold_logp = answerer.candidates(texts, retrieved, "thorough", gold)
+    tokenizers = answerer.rag.tokenizers
+    questions = question_batch(tokenizers, [q.question for q in batch])
+    golds = [_gold(answerer.rag, q) for q in batch]
+    gold = [tokenize_answer(tokenizers, "") if answer is None else answer for answer in golds]
+    retrieval = answerer.retrieve(questions)
+    candidates, gold_logp = answerer.candidates(questions, retrieval, "thorough", gold)
     assert gold_logp is not None
     closed: Sequence[Candidates | None] = [None] * len(batch)
     if answerer.rag.config.evaluate.closed_book:
-        closed, _ = answerer.candidates(texts, None, "fast")
-    return [
-        _prediction(answerer, q, b, retrieved, found[b], closed[b], None if golds[b] is None else -float(gold_logp[b]))
-        for b, q in enumerate(batch)
-    ]
+        closed, _ = answerer.candidates(questions, None, "fast")
+    nll = [None if golds[b] is None else -float(gold_logp[b]) for b in range(len(batch))]
+    return [_prediction(answerer, q, b, retrieval, candidates[b], closed[b], nll[b]) for b, q in enumerate(batch)]
 
 
-def _gold(rag: RagPipeline, question: Question) -> str | None:
-    """The first answer whose probability can be measured: no longer than a prompt, and there are positions for it."""
+def _gold(rag: RagPipeline, question: Question) -> list[int] | None:
+    """The tokens of the first answer whose probability can be measured.
+
+    It is no longer than a prompt, and the generator has positions for it.
+    """
     g = rag.config.generator
     room = rag.generator.config.max_positions - (0 if rag.generator.config.encoder_decoder else g.source_tokens)
     longest = min(room, max(g.source_tokens, g.answer_tokens))
-    return next((answer for answer in question.answers if len(tokenize_answer(rag, answer)) <= longest), None)
+    rows = (tokenize_answer(rag.tokenizers, answer) for answer in question.answers)
+    return next((row for row in rows if len(row) <= longest), None)
 
 
 def _prediction(
     answerer: Answerer,
     question: Question,
     b: int,
-    retrieved: RetrievalResult,
-    found: Candidates,
+    retrieval: RetrievalResult,
+    candidates: Candidates,
     closed: Candidates | None,
     gold_nll: float | None,
 ) -> dict[str, Any]:
     """One line of predictions.jsonl; probabilities are those of the thorough answer."""
-    assert found.thorough_logp is not None and found.doc_logp is not None and found.posterior is not None
+    assert candidates.thorough_logp is not None and candidates.doc_logp is not None and candidates.posterior is not None
     modes = [mode for mode in answer_modes(answerer.rag.config) if mode in ("thorough", "fast")]
-    best = {mode: found.best(mode)[0] for mode in modes}
-    answers, thorough = {mode: answerer.text(found.tokens[c]) for mode, c in best.items()}, best["thorough"]
+    best = {mode: candidates.best(mode)[0] for mode in modes}
+    answers, thorough = {mode: answerer.text(candidates.tokens[c]) for mode, c in best.items()}, best["thorough"]
     if closed is not None:
         answers["closed_book"] = answerer.text(closed.tokens[closed.best("fast")[0]])
     documents = [
@@ -259,10 +269,10 @@ def _prediction(
             "id": document.id,
             "title": document.title,
             "prior": document.prior,
-            "p_answer": float(np.exp(found.doc_logp[z, thorough])),
-            "posterior": float(found.posterior[z, thorough]),
+            "p_answer": float(np.exp(candidates.doc_logp[z, thorough])),
+            "posterior": float(candidates.posterior[z, thorough]),
         }
-        for z, document in enumerate(answerer.documents(retrieved, b))
+        for z, document in enumerate(answerer.documents(retrieval, b))
     ]
     scores = {
         mode: {"exact_match": exact_match(answer, question.answers), "f1": f1(answer, question.answers)}
@@ -276,10 +286,10 @@ def _prediction(
         "answer": answers["thorough"],
         "answers": answers,
         "scores": scores,
-        "p_answer": float(np.exp(found.thorough_logp[thorough])),
-        "finished": bool(found.finished[thorough]),
+        "p_answer": float(np.exp(candidates.thorough_logp[thorough])),
+        "finished": bool(candidates.finished[thorough]),
         "gold_nll": gold_nll,
-        "candidates": len(found.tokens),
+        "candidates": len(candidates.tokens),
         "documents": documents,
     }
 
@@ -347,13 +357,13 @@ def print_metrics(report: dict[str, Any], as_json: bool) -> None:
     ]
     table = Table(f"{first['questions']} {report['split']} questions", *heads, box=box.SIMPLE_HEAD)
 
-    def shown(value: Any) -> str:
+    def text(value: Any) -> str:
         if isinstance(value, list):
-            return " … ".join(map(shown, value))
+            return " … ".join(map(text, value))
         return "–" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
 
     def row(label: str, *keys: str) -> None:
-        table.add_row(label, *(shown(reduce(getitem, keys, m)) for m in models.values()))
+        table.add_row(label, *(text(reduce(getitem, keys, m)) for m in models.values()))
 
     def row_and_without(label: str, *keys: str) -> None:
         """What could not be asked counts as wrong; without such it is another number, if there are any."""

@@ -43,7 +43,7 @@ CONFIG = """\
 #   ragjax index config.yaml corpus.source=psgs_w100.tsv retriever.passage_source=hf:ORG/CONTEXT-ENCODER
 output: {run}
 model: {model}
-hf_compatible: false # true repeats transformers' numbers to the letter, mistakes included: the README lists them
+hf_compatible: false # true repeats transformers' numbers to the letter (docs/from_hugging_face.md)
 corpus: {{source: "???", format: dpr}}
 questions: {{train: "???", dev: "???", test: "???"}}
 retriever:

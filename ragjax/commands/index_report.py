@@ -20,11 +20,11 @@ from ragjax.checkpoints.hub import fingerprint_files
 from ragjax.config import Config
 from ragjax.data.answer_matching import has_answer
 from ragjax.data.passage_store import SHARDS, STORE_FILES, PassageStore
+from ragjax.data.question_batch import drop_unfit_questions, tokenize_questions
 from ragjax.data.questions import Question, as_json
 from ragjax.errors import InputError
 from ragjax.files import atomic_write, check_writable
 from ragjax.parallel.mesh import local_mesh
-from ragjax.rag import drop_unfit_questions
 from ragjax.resources import size_text
 from ragjax.retrieval.device_index import block_log_normalizer, blockwise_top_k
 from ragjax.retrieval.embeddings import EMBEDDINGS, Embeddings
@@ -66,7 +66,7 @@ def index_report(config: Config, count: int, plot: Path | None = None) -> dict[s
     split, folder = open_split(config, config.evaluate.split), Path(config.output)
     check_writable(folder)
     rag, index, store = load_artifacts(config)
-    split = drop_unfit_questions(rag, split, documents=False, closed_book=False)
+    split = drop_unfit_questions(rag.tokenizers, split, documents=False, closed_book=False)
     mesh, step = local_mesh(data=1), None
     if (restored := restore_params(rag, mesh)) is None:
         params = pretrained_params(rag, mesh)
@@ -78,7 +78,8 @@ def index_report(config: Config, count: int, plot: Path | None = None) -> dict[s
         terminal.print(line, soft_wrap=True)
 
     def encode(questions: Sequence[Question]) -> Float[np.ndarray, "B D"]:
-        return encode_questions(rag, params, [question.question for question in questions], mesh)
+        batch = tokenize_questions(rag.tokenizers, [question.question for question in questions])
+        return encode_questions(rag, params, batch, mesh)
 
     drawn = np.sort(np.random.default_rng(config.seed).permutation(len(split.questions))[:count])
     sample = [split.questions[i] for i in drawn]

@@ -299,7 +299,7 @@ def take_step(run: Run, step: Callable[..., Any], number: int) -> dict[str, floa
         run.loader.read_ahead()
     measured = gather_to_host(on_devices)
     if train.fused:
-        retrieval, tokens = run.builder.shown(pairs, measured.pop("ids")), int(measured.pop("tokens"))
+        retrieval, tokens = run.builder.retrieval_metrics(pairs, measured.pop("ids")), int(measured.pop("tokens"))
     metrics = {name: float(value) for name, value in measured.items()} | retrieval
     check_finite_metrics(number, metrics, [question.id for question, _ in pairs])
     seconds = time.perf_counter() - started
@@ -332,7 +332,7 @@ def measure_dev_loss(run: Run, nll: Callable[..., Any], number: int) -> float | 
     for start in range(0, count, size):
         chosen = np.arange(start, start + size) % count  # filled up with questions that are not counted
         pairs = questions.pairs(SampledQuestions(chosen, np.zeros(size, np.int64)))
-        batch, _, _ = run.builder.read(pairs, run.builder.search(run.state.params, pairs))
+        batch, _, _ = run.builder.load(run.state.params, pairs)
         losses.append(gather_to_host(nll(run.state.params, batch, run.corpus))[: count - start])
     every = np.concatenate(losses)
     counted = every[~np.isnan(every)]

@@ -63,20 +63,20 @@ class Section(BaseModel):
 
 
 def template(*needed: str, also: str = "", or_word: str = "") -> Callable[[str], str]:
-    """A check of texts with slots such as {title}: the needed ones and no unknown ones.
+    """A check of texts with slots such as {title}: all the needed ones, perhaps `also`, and no others.
 
-    Instead of a template there may be one word; then each slot stands once.
+    Where a word may stand instead of a template, each needed slot stands in it only once.
     """
+    known = (*needed, also) if also else needed
+    once = f" once (or be the word {or_word})" if or_word else ""
 
     def check(text: str) -> str:
-        known, word = [*needed, also] if also else needed, f" once (or be the word {or_word})" if or_word else ""
         found = re.findall(r"\{[A-Za-z_]\w*\}", text)
-        problems = [
-            f"must contain {slot}{word}" for slot in needed if slot not in found or (word and found.count(slot) > 1)
-        ]
+        lacking = [slot for slot in needed if slot not in found or (once and found.count(slot) > 1)]
+        problems = [f"must contain {slot}{once}" for slot in lacking]
         if unknown := sorted(set(found) - set(known)):
             problems.append(f"has the unknown slot {', '.join(unknown)} (known are {', '.join(known)})")
-        if problems and not (or_word and text == or_word):
+        if problems and text != or_word:
             raise ValueError(" and ".join(problems))
         return text
 

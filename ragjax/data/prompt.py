@@ -20,7 +20,7 @@ CHAT_MESSAGE_CLOSED_BOOK = "Question: {question}\nAnswer briefly."
 
 def fill(template: str, **slots: str) -> str:
     """A template with a text for each {slot}; what such a text holds is never a slot."""
-    return re.sub(r"\{(" + "|".join(slots) + r")\}", lambda found: slots[found[1]], template)
+    return re.sub(r"\{(" + "|".join(slots) + r")\}", lambda match: slots[match[1]], template)
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,12 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from ragjax.data.passage_store import PassageStore
+from ragjax.data.question_batch import tokenize_passages
 from ragjax.models.layers import Params
 from ragjax.padding import Ids, length_buckets, pad_sequences, pick_bucket
 from ragjax.parallel.mesh import local_mesh
 from ragjax.parallel.sharding import map_per_device
-from ragjax.rag import RagPipeline, tokenize_passages
+from ragjax.rag import RagPipeline
 from ragjax.retrieval.embeddings import EncodedBatch, embed_passages, encoded_batches
 
 
@@ -33,12 +34,12 @@ def encode(
 def passage_batch(
     rag: RagPipeline, store: PassageStore, ids: Int[np.ndarray, "*n"]
 ) -> tuple[Int[np.ndarray, "*n P"], Bool[np.ndarray, "*n P"]]:
-    """Passages as their encoder reads them, padded to a bucket; nothing where the id is -1."""
+    """Passages as their encoder reads them, padded to a bucket, and the mask; nothing where the id is -1."""
     settings, tokenizer = rag.config.retriever, rag.passage_tokenizer
-    every = ids.reshape(-1)
-    found = [store[int(i)] for i in every if i >= 0]
-    told = iter(tokenize_passages(tokenizer, settings.passage, found, settings.passage_tokens))
-    rows = [next(told) if i >= 0 else np.zeros(0, np.int32) for i in every]
+    flat = ids.reshape(-1)
+    passages = [store[int(i)] for i in flat if i >= 0]
+    tokenized = iter(tokenize_passages(tokenizer, settings.passage, passages, settings.passage_tokens))
+    rows = [next(tokenized) if i >= 0 else np.zeros(0, np.int32) for i in flat]
     width = pick_bucket(max(len(row) for row in rows), length_buckets(settings.passage_tokens))
     tokens, mask = pad_sequences(rows, width, tokenizer.pad_id)
     return tokens.reshape(*ids.shape, width), mask.reshape(*ids.shape, width)
@@ -57,10 +58,10 @@ def embed_to_file(
 
 def embed_in_memory(rag: RagPipeline, params: Params, token_rows: Sequence[Ids]) -> Float[np.ndarray, "n D"]:
     """As `embed_to_file`, in memory and in float32."""
-    found = np.zeros((len(token_rows), rag.passage_encoder.config.embedding_dim), np.float32)
+    embeddings = np.zeros((len(token_rows), rag.passage_encoder.config.embedding_dim), np.float32)
     for ids, vectors in _embeddings(rag, params, token_rows):
-        found[ids] = vectors
-    return found
+        embeddings[ids] = vectors
+    return embeddings
 
 
 @cache  # compiled once, not for every shard or part

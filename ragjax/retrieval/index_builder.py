@@ -28,12 +28,13 @@ from ragjax.config import structure
 from ragjax.data.corpus import CorpusStats, Passage
 from ragjax.data.passage_store import SHARDS, STORE_FILES, PassageStore, shard_folder, write_store
 from ragjax.data.prompt import passage_text
+from ragjax.data.question_batch import tokenize_passages
 from ragjax.errors import InputError
 from ragjax.files import LOCK, atomic_write, exclusive_lock, partial_folder, write_jsonl
 from ragjax.parallel.mesh import local_mesh
 from ragjax.parallel.processes import allgather_text, run_on_process_zero
 from ragjax.parallel.sharding import put_global, replicated
-from ragjax.rag import RagPipeline, tokenize_passages
+from ragjax.rag import RagPipeline
 from ragjax.retrieval.embeddings import EMBEDDINGS
 from ragjax.retrieval.encoder import embed_to_file
 from ragjax.retrieval.faiss_index import FAISS_FILE

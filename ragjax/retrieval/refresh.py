@@ -25,12 +25,13 @@ from jaxtyping import Float, Int
 
 from ragjax.checksums import write_checksums
 from ragjax.data.passage_store import PassageStore, shard_folder
+from ragjax.data.question_batch import tokenize_passages, tokenize_questions
 from ragjax.errors import InputError
 from ragjax.models.layers import Params
 from ragjax.parallel.mesh import local_mesh
 from ragjax.parallel.processes import broadcast_from_process_zero, run_on_process_zero, wait_for_all
 from ragjax.parallel.sharding import gather_to_host, put_global, replicated
-from ragjax.rag import RagPipeline, tokenize_passages
+from ragjax.rag import RagPipeline
 from ragjax.retrieval.embeddings import EMBEDDINGS
 from ragjax.retrieval.encoder import embed_in_memory, embed_to_file
 from ragjax.retrieval.index import MANIFEST, Index, open_index, write_index
@@ -161,7 +162,8 @@ class IndexRefresher:
     def _queries(self, params: Params, questions: Sequence[str]) -> Float[np.ndarray, "B D"]:
         """Filled up so that the devices divide them."""
         missing = -len(questions) % self.mesh.shape["data"]
-        return encode_questions(self.rag, params, [*questions, *[questions[0]] * missing], self.mesh)[: len(questions)]
+        batch = tokenize_questions(self.rag.tokenizers, [*questions, *[questions[0]] * missing])
+        return encode_questions(self.rag, params, batch, self.mesh)[: len(questions)]
 
     def _rows(self, ids: Iterable[int]) -> list[np.ndarray]:
         settings, stream, rows = self.rag.config.retriever, iter(ids), list[np.ndarray]()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -11,11 +10,12 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
+from ragjax.data.question_batch import QuestionBatch
 from ragjax.marginal import corpus_log_prior, log_prior
 from ragjax.models.layers import Params
 from ragjax.parallel.mesh import local_mesh
 from ragjax.parallel.sharding import allgather_rows, gather_to_host, local_rows, shard_batch
-from ragjax.rag import RagPipeline, tokenize_questions
+from ragjax.rag import RagPipeline
 from ragjax.retrieval.encoder import encode
 from ragjax.retrieval.index import Index
 
@@ -30,36 +30,42 @@ class RetrievalResult:
     log_prior: Float[np.ndarray, "B K"]
 
 
-def search(
-    rag: RagPipeline, params: Params, index: Index, questions: Sequence[str], k: int, mesh: Mesh | None = None
-) -> tuple[Float[np.ndarray, "B D"], Float[np.ndarray, "B K"], Int[np.ndarray, "B K"]]:
-    """The queries of B questions, and the scores and ids of their top-k, known to every process of the mesh.
+def encode_questions(
+    rag: RagPipeline, params: Params, questions: QuestionBatch, mesh: Mesh
+) -> Float[np.ndarray, "B D"]:
+    """The queries of B questions, in every process; `params`, questions and mesh as in `search`."""
+    count = len(questions.row)
+    local = questions.take(local_rows(mesh, count))
+    tokens, mask = shard_batch(mesh, (local.question, local.question_mask), count)
+    return gather_to_host(encode(rag.retriever.graphdef, params["retriever"], tokens, mask))
 
-    `params` lie on the mesh (by default one device), whose axis `data` divides B. All its devices search together; with
-    a FAISS kind each process searches for the questions on its own devices.
+
+def search(
+    rag: RagPipeline, params: Params, index: Index, questions: QuestionBatch, k: int, mesh: Mesh | None = None
+) -> tuple[Float[np.ndarray, "B D"], Float[np.ndarray, "B K"], Int[np.ndarray, "B K"]]:
+    """The queries of B questions, and the scores and ids of their top-k, in every process of the mesh.
+
+    Args:
+        rag: the models.
+        params: {"retriever": …, …}, on the mesh.
+        index: all its devices search together; with a FAISS kind each process searches for the questions on its own
+            devices.
+        questions: host arrays with all B questions, the same in every process.
+        k: how many documents to look for.
+        mesh: by default one device; its axis `data` divides B.
     """
-    mesh = mesh or local_mesh(data=1)
+    mesh, count = mesh or local_mesh(data=1), len(questions.row)
     queries = encode_questions(rag, params, questions, mesh)
     if index.on_devices:
         return queries, *index.search(queries, k, mesh)
-    found = index.search(queries[local_rows(mesh, len(questions))], k)
-    return queries, *allgather_rows(mesh, found, len(questions))
-
-
-def encode_questions(
-    rag: RagPipeline, params: Params, questions: Sequence[str], mesh: Mesh
-) -> Float[np.ndarray, "B D"]:
-    """The queries of B questions, known to every process; `params` and mesh as in `search`."""
-    rows, count = tokenize_questions(rag, questions), len(questions)
-    mine = local_rows(mesh, count)
-    asked = shard_batch(mesh, tuple(of_all[mine] for of_all in rows), count)
-    return gather_to_host(encode(rag.retriever.graphdef, params["retriever"], *asked))
+    hits = index.search(queries[local_rows(mesh, count)], k)
+    return queries, *allgather_rows(mesh, hits, count)
 
 
 def retrieve(
-    rag: RagPipeline, params: Params, index: Index, questions: Sequence[str], k: int, mesh: Mesh | None = None
+    rag: RagPipeline, params: Params, index: Index, questions: QuestionBatch, k: int, mesh: Mesh | None = None
 ) -> RetrievalResult:
-    """As `search`, with the prior normalised as the configuration says."""
+    """As `search`, with the prior normalised as `retriever.prior` says."""
     queries, scores, ids = search(rag, params, index, questions, k, mesh)
     scale, valid = rag.config.retriever.scale, jnp.asarray(ids >= 0)
     if rag.config.retriever.prior == "corpus":
@@ -71,9 +77,9 @@ def retrieve(
 
 
 def log_prior_mass(
-    rag: RagPipeline, index: Index, retrieved: RetrievalResult, k: int, mesh: Mesh | None = None
+    rag: RagPipeline, index: Index, retrieval: RetrievalResult, k: int, mesh: Mesh | None = None
 ) -> Float[np.ndarray, " B"]:
     """Log of the share of the whole corpus's softmax that the best k documents hold, at most 0 but for rounding."""
     scale = rag.config.retriever.scale
-    normalizer = index.log_normalizer(retrieved.queries, scale, mesh)
-    return np.asarray(jax.nn.logsumexp(jnp.asarray(scale * retrieved.scores[:, :k]), axis=-1) - normalizer)
+    normalizer = index.log_normalizer(retrieval.queries, scale, mesh)
+    return np.asarray(jax.nn.logsumexp(jnp.asarray(scale * retrieval.scores[:, :k]), axis=-1) - normalizer)

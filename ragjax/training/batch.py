@@ -1,10 +1,10 @@
-"""The arrays that a training step reads."""
+"""The arrays that a training step reads: questions, and the documents attached to them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,107 +14,113 @@ from jaxtyping import Bool, Float, Int
 
 from ragjax.config import Config
 from ragjax.data.passage_store import PassageStore
-from ragjax.padding import pad_sequences
-from ragjax.rag import RagPipeline, tokenize_answer, tokenize_prompts, tokenize_questions
+from ragjax.data.question_batch import QuestionBatch, Rows, tokenize_prompts
+from ragjax.rag import RagPipeline
 from ragjax.retrieval.encoder import passage_batch
 from ragjax.retrieval.index import Index
-
-Rows = Any  # NumPy's arrays until they are sharded, then JAX's
 
 
 @struct.dataclass
 class TrainBatch:
-    """B questions, their K documents, and one accepted answer each; leading axes are micro-batches."""
+    """B questions with an answer each, and their K documents; leading axes are micro-batches."""
 
-    row: Int[Rows, "... B"]  # number in the global batch: keys the dropout
-    question: Int[Rows, "... B Q"]
-    question_mask: Bool[Rows, "... B Q"]
-    passages: Float[Rows, "... B K D"]  # the documents' embeddings; the question encoder's gradient comes through q·d
-    valid: Bool[Rows, "... B K"]
-    source: Int[Rows, "... B K S"]
+    questions: QuestionBatch
+    # the documents'; the question encoder's gradient comes through q·d
+    passage_embeddings: Float[Rows, "... B K D"]
+    valid: Bool[Rows, "... B K"]  # False where fewer than K documents were there
+    source: Int[Rows, "... B K S"]  # the generator's prompts
     source_mask: Bool[Rows, "... B K S"]
-    answer: Int[Rows, "... B T"]
-    answer_mask: Bool[Rows, "... B T"]
-    # as the passage encoder reads the documents, where it is trained: then `passages` are not looked at
-    passage: Int[Rows, "... B K P"] | None = None
+    # as the passage encoder reads the documents, where it is trained: then `passage_embeddings` is not read
+    passage_tokens: Int[Rows, "... B K P"] | None = None
     passage_mask: Bool[Rows, "... B K P"] | None = None
 
 
-def train_batch(
-    rag: RagPipeline,
-    index: Index,
-    store: PassageStore,
-    questions: Sequence[str],
-    answers: Sequence[str],
-    ids: Int[np.ndarray, "B K"],
-    rows: Int[np.ndarray, " B"] | None = None,
-) -> TrainBatch:
-    """Host arrays for one step, of the global batch or of its `rows` that these are.
+@struct.dataclass
+class ContrastiveBatch:
+    """B questions with K passages each, of which the first is the positive."""
 
-    Answers are padded to `generator.answer_tokens`, which none may exceed.
+    questions: QuestionBatch
+    passage_embeddings: Float[Rows, "B K D"]
+    counted: Bool[Rows, "B C K"]  # which passages of all C = B questions each one is to tell its positive from, and it
+    has_positive: Bool[Rows, " B"]  # a question without one teaches nothing
+    # as the passage encoder reads them, where it is trained: then `passage_embeddings` is not read
+    passage_tokens: Int[Rows, "B K P"] | None = None
+    passage_mask: Bool[Rows, "B K P"] | None = None
+
+
+DocumentBatch = TrainBatch | ContrastiveBatch
+AnyBatch = TypeVar("AnyBatch", bound=DocumentBatch)
+
+
+def attach_documents(
+    rag: RagPipeline, index: Index, store: PassageStore, questions: QuestionBatch, ids: Int[np.ndarray, "B K"]
+) -> TrainBatch:
+    """Host arrays for one step.
+
+    Args:
+        rag: the models and tokenizers.
+        index: where the documents' embeddings are.
+        store: where their texts and tokens are.
+        questions: those of the global batch, or some of its rows, with their answers.
+        ids: the documents of each of these questions, -1 where there is none.
+
+    Raises `InputError` as `tokenize_prompts` does.
     """
-    question, question_mask = tokenize_questions(rag, questions)
-    source, source_mask = tokenize_prompts(rag, store, questions, ids)
-    written = [tokenize_answer(rag, answer) for answer in answers]
-    answer, answer_mask = pad_sequences(written, rag.config.generator.answer_tokens, rag.special.pad)
+    source, source_mask = tokenize_prompts(rag.tokenizers, store, questions, ids)
     shape = (*ids.shape, source.shape[1])
-    passage, passage_mask = None, None
-    if rag.config.train.passage_encoder != "frozen":
-        passage, passage_mask = passage_batch(rag, store, ids)
+    passages = (None, None) if rag.config.train.passage_encoder == "frozen" else passage_batch(rag, store, ids)
     return TrainBatch(
-        row=(np.arange(len(questions)) if rows is None else rows).astype(np.int32),
-        question=question,
-        question_mask=question_mask,
-        passages=index.vectors(ids),
-        valid=ids >= 0,
-        source=source.reshape(shape),
-        source_mask=source_mask.reshape(shape),
-        answer=answer,
-        answer_mask=answer_mask,
-        passage=passage,
-        passage_mask=passage_mask,
+        questions.without_prompts(),
+        index.vectors(ids),
+        ids >= 0,
+        source.reshape(shape),
+        source_mask.reshape(shape),
+        *passages,
     )
 
 
-WIDTHS = ("question", "source", "passage")  # of a batch: padded to buckets, each with its mask
+PADDED = {"source": "source_mask", "passage_tokens": "passage_mask"}  # what is padded to buckets, and its masks
 
 
-def widths(batch: Any) -> list[int]:
-    """To how many tokens each of `WIDTHS` is padded, 0 where the batch has no such rows."""
-    rows = [getattr(batch, name, None) for name in WIDTHS]
+def widths(batch: DocumentBatch) -> list[int]:
+    """To how many tokens each of `PADDED` is padded, 0 where the batch has no such rows."""
+    rows = [getattr(batch, name, None) for name in PADDED]
     return [0 if row is None else row.shape[-1] for row in rows]
 
 
-def widen(batch: Any, widths: Sequence[int]) -> Any:
+def widen(batch: AnyBatch, widths: Sequence[int]) -> AnyBatch:
     """Host arrays padded to so many tokens; the masks hide whatever the padding is."""
 
     def padded(rows: np.ndarray, width: int) -> np.ndarray:
         return np.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, width - rows.shape[-1])])
 
-    named = [(kind, width) for name, width in zip(WIDTHS, widths, strict=True) for kind in (name, f"{name}_mask")]
+    named = [(name, width) for pair, width in zip(PADDED.items(), widths, strict=True) for name in pair]
     there = [(name, width) for name, width in named if getattr(batch, name, None) is not None]
-    return replace(batch, **{name: padded(getattr(batch, name), width) for name, width in there})
+    changes: dict[str, Any] = {name: padded(getattr(batch, name), width) for name, width in there}
+    return replace(batch, **changes)
 
 
-def abstract_batch(config: Config, width: int) -> TrainBatch:
-    """The widest batch of a training step, in shapes and types; D is the embeddings' `width`."""
-    questions, documents = config.train.batch_size, config.train.k
-    asked = questions, config.retriever.question_tokens
-    prompts = questions, documents, config.generator.source_tokens
-    answered = questions, config.generator.answer_tokens
-    encoded = questions, documents, config.retriever.passage_tokens
-    shape = jax.ShapeDtypeStruct
-    trained = config.train.passage_encoder != "frozen"
-    return TrainBatch(
-        row=shape((questions,), jnp.int32),
-        question=shape(asked, jnp.int32),
-        question_mask=shape(asked, jnp.bool),
-        passages=shape((questions, documents, width), jnp.float32),
-        valid=shape((questions, documents), jnp.bool),
-        source=shape(prompts, jnp.int32),
-        source_mask=shape(prompts, jnp.bool),
-        answer=shape(answered, jnp.int32),
-        answer_mask=shape(answered, jnp.bool),
-        passage=shape(encoded, jnp.int32) if trained else None,
-        passage_mask=shape(encoded, jnp.bool) if trained else None,
+def abstract_batch(config: Config, embedding_dim: int) -> DocumentBatch | QuestionBatch:
+    """The widest batch of a training step, in shapes and types: what the configured step reads."""
+    r, g, train = config.retriever, config.generator, config.train
+    b, k, shape = train.batch_size, train.k, jax.ShapeDtypeStruct
+
+    def tokens(*sizes: int) -> tuple[Any, Any]:
+        return shape(sizes, jnp.int32), shape(sizes, jnp.bool)
+
+    none = None, None
+    contrastive = train.objective == "contrastive"
+    questions = QuestionBatch(
+        shape((b,), jnp.int32),
+        *tokens(b, r.question_tokens),
+        *(tokens(b, g.source_tokens) if train.fused else none),
+        *(none if contrastive else tokens(b, g.answer_tokens)),
     )
+    if train.fused:
+        return questions
+    embeddings = shape((b, k, embedding_dim), jnp.float32)
+    passages = none if train.passage_encoder == "frozen" else tokens(b, k, r.passage_tokens)
+    if contrastive:
+        counted, has_positive = shape((b, b, k), jnp.bool), shape((b,), jnp.bool)
+        return ContrastiveBatch(questions, embeddings, counted, has_positive, *passages)
+    return TrainBatch(questions, embeddings, shape((b, k), jnp.bool), *tokens(b, k, g.source_tokens), *passages)

@@ -13,37 +13,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx, struct
+from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from ragjax.config import Config
 from ragjax.data.answer_matching import has_answer
 from ragjax.data.passage_store import PassageStore
+from ragjax.data.question_batch import QuestionBatch
 from ragjax.data.questions import Question
 from ragjax.errors import InputError
 from ragjax.marginal import log_prior
 from ragjax.models.layers import Params, fold_rngs, row_rngs
-from ragjax.rag import RagModel, RagPipeline, tokenize_questions
+from ragjax.rag import RagModel, RagPipeline
 from ragjax.retrieval.encoder import passage_batch
 from ragjax.retrieval.index import Index
 from ragjax.terminal import progress_bar
-from ragjax.training.batch import Rows
-from ragjax.training.loss import encode_questions_with_dropout
-
-
-@struct.dataclass
-class ContrastiveBatch:
-    """B questions with K passages each, of which the first is the positive."""
-
-    row: Int[Rows, " B"]  # number in the global batch: keys the dropout
-    question: Int[Rows, "B Q"]
-    question_mask: Bool[Rows, "B Q"]
-    passages: Float[Rows, "B K D"]  # embeddings
-    counted: Bool[Rows, "B C K"]  # which passages of all C = B questions each one is to tell its positive from, and it
-    has_positive: Bool[Rows, " B"]  # a question without one teaches nothing
-    # as the passage encoder reads them, where it is trained: then `passages` are not looked at
-    passage: Int[Rows, "B K P"] | None = None
-    passage_mask: Bool[Rows, "B K P"] | None = None
+from ragjax.training.batch import ContrastiveBatch
+from ragjax.training.loss import passage_embeddings
 
 
 def label_positions(store: PassageStore, questions: Sequence[Question]) -> dict[str, int]:
@@ -54,20 +39,20 @@ def label_positions(store: PassageStore, questions: Sequence[Question]) -> dict[
     named = {passage for question in questions for passage in question.passages}
     if not named:
         return {}
-    found: dict[str, int] = {}
+    positions: dict[str, int] = {}
     with progress_bar("look up labels", len(store), "passages") as advance:
         for number, passage in enumerate(store):
             if passage.id in named:
-                found[passage.id] = number
+                positions[passage.id] = number
             advance()
     for question in questions:
         for passage_id in question.passages:
-            if passage_id not in found:
+            if passage_id not in positions:
                 raise InputError(
                     f"question {question.id} names passage {passage_id!r}, which is not in the corpus; correct its "
                     '"passages", or leave them out: then passages that contain an answer count'
                 )
-    return found
+    return positions
 
 
 def choose_passages(
@@ -92,69 +77,49 @@ def count_passages(
     counted = []
     for question, row in zip(questions, rows, strict=True):
         wrong = ~has_answer(store, question, distinct) & (distinct >= 0)
-        of_batch = wrong[at.reshape(ids.shape)]
-        of_batch[row, 0] = ids[row, 0] >= 0
-        counted.append(of_batch)
+        counts = wrong[at.reshape(ids.shape)]
+        counts[row, 0] = ids[row, 0] >= 0
+        counted.append(counts)
     return np.stack(counted)
 
 
-def contrastive_batch(
+def attach_passages(
     rag: RagPipeline,
     index: Index,
     store: PassageStore,
     questions: Sequence[Question],
+    batch: QuestionBatch,
     ids: Int[np.ndarray, "C K"],
-    rows: Int[np.ndarray, " B"],
 ) -> ContrastiveBatch:
-    """Host arrays for one step: of the questions of some `rows`, given the passages `ids` of the whole batch."""
-    question, question_mask = tokenize_questions(rag, [q.question for q in questions])
-    mine, passage, passage_mask = ids[rows], None, None
-    if rag.config.train.passage_encoder != "frozen":
-        passage, passage_mask = passage_batch(rag, store, mine)
-    return ContrastiveBatch(
-        row=rows.astype(np.int32),
-        question=question,
-        question_mask=question_mask,
-        passages=index.vectors(mine),
-        counted=count_passages(store, questions, rows, ids),
-        has_positive=mine[:, 0] >= 0,
-        passage=passage,
-        passage_mask=passage_mask,
-    )
+    """Host arrays for one step.
 
-
-def abstract_contrastive(config: Config, width: int) -> ContrastiveBatch:
-    """The widest batch of a step, in shapes and types; D is the embeddings' `width`."""
-    count, k, shape = config.train.batch_size, config.train.k, jax.ShapeDtypeStruct
-    asked, encoded = (count, config.retriever.question_tokens), (count, k, config.retriever.passage_tokens)
-    trained = config.train.passage_encoder != "frozen"
-    return ContrastiveBatch(
-        row=shape((count,), jnp.int32),
-        question=shape(asked, jnp.int32),
-        question_mask=shape(asked, jnp.bool),
-        passages=shape((count, k, width), jnp.float32),
-        counted=shape((count, count, k), jnp.bool),
-        has_positive=shape((count,), jnp.bool),
-        passage=shape(encoded, jnp.int32) if trained else None,
-        passage_mask=shape(encoded, jnp.bool) if trained else None,
-    )
+    Args:
+        rag: the models and tokenizers.
+        index: where the passages' embeddings are.
+        store: where their texts and tokens are.
+        questions: B of the C questions of the global batch.
+        batch: these as the retriever reads them.
+        ids: the passages of all C questions, from `choose_passages`.
+    """
+    own = ids[batch.row]
+    passages = (None, None) if rag.config.train.passage_encoder == "frozen" else passage_batch(rag, store, own)
+    counted = count_passages(store, questions, batch.row, ids)
+    return ContrastiveBatch(batch, index.vectors(own), counted, own[:, 0] >= 0, *passages)
 
 
 def contrastive_logp(
-    rag: RagModel, params: Params, batch: ContrastiveBatch, key: Key[Array, ""]
+    rag: RagModel, params: Params, batch: ContrastiveBatch, rng: Key[Array, ""]
 ) -> Float[Array, "B n"]:
     """Log-softmax of each question over the n = C·K passages of the batch that count; −inf for the others.
 
-    `key` draws the dropout masks.
+    `rng` draws the dropout masks.
     """
-    settings = rag.config.retriever
-    keys = row_rngs(key, batch.row) if rag.config.train.dropout > 0 else None
+    questions, settings = batch.questions, rag.config.retriever
+    dropout_rngs = row_rngs(rng, questions.row) if rag.config.train.dropout > 0 else None
     queries = nnx.merge(rag.retriever.graphdef, params["retriever"])(
-        batch.question, batch.question_mask, fold_rngs(keys, 0)
+        questions.question, questions.question_mask, fold_rngs(dropout_rngs, 0)
     )
-    passages = batch.passages
-    if batch.passage is not None and batch.passage_mask is not None:
-        passages = encode_questions_with_dropout(rag, params, batch.passage, batch.passage_mask, keys)
+    passages = passage_embeddings(rag, params, batch, dropout_rngs)
     scores = settings.scale * jnp.einsum("BD,CKD->BCK", queries, passages, precision="highest")
     flat = scores.shape[0], -1
     return log_prior(scores.reshape(flat), batch.counted.reshape(flat))
@@ -168,13 +133,13 @@ def contrastive_nll(batch: ContrastiveBatch, logp: Float[Array, "B n"]) -> Float
 
 
 def contrastive_loss(
-    rag: RagModel, params: Params, batch: ContrastiveBatch, key: Key[Array, ""]
+    rag: RagModel, params: Params, batch: ContrastiveBatch, rng: Key[Array, ""]
 ) -> tuple[Float[Array, ""], dict[str, Any]]:
     """The mean over the questions that have a positive, in nats, and what is worth watching.
 
     `accuracy` is the share of positives that come first; `without_positive` that of questions that have none.
     """
-    logp = contrastive_logp(rag, params, batch, key)
+    logp = contrastive_logp(rag, params, batch, rng)
     nll, there = contrastive_nll(batch, logp), batch.has_positive
     some = jnp.maximum(there.sum(), 1)
     first = -nll >= jax.lax.stop_gradient(logp).max(axis=-1)

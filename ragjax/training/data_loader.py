@@ -1,4 +1,4 @@
-"""What a training step reads: questions, one batch after the other, with the documents found for them."""
+"""What a training step reads: questions, one batch after the other, with the documents retrieved for them."""
 
 from __future__ import annotations
 
@@ -16,21 +16,27 @@ from jaxtyping import Int
 
 from ragjax.data.answer_matching import has_answer
 from ragjax.data.passage_store import PassageStore
+from ragjax.data.question_batch import (
+    QuestionBatch,
+    drop_unfit_questions,
+    question_batch,
+    tokenize_answer,
+    tokenize_questions,
+)
 from ragjax.data.question_sampler import QuestionSampler, SampledQuestions, UsableAnswers, usable_answers
 from ragjax.data.questions import Question, Split
 from ragjax.models.layers import Params
 from ragjax.parallel.sharding import allgather_rows, local_rows, shard_batch
-from ragjax.rag import RagPipeline, drop_unfit_questions, tokenize_answer
+from ragjax.rag import RagPipeline
 from ragjax.retrieval.index import Index
 from ragjax.retrieval.retrieve import encode_questions, search
 from ragjax.terminal import terminal
-from ragjax.training.batch import TrainBatch, train_batch, widen, widths
-from ragjax.training.contrastive import ContrastiveBatch, choose_passages, contrastive_batch
-from ragjax.training.fused_retrieval import QuestionBatch, question_batch
+from ragjax.training.batch import DocumentBatch, TrainBatch, attach_documents, widen, widths
+from ragjax.training.contrastive import attach_passages, choose_passages
 
 Pair = tuple[Question, str]  # and the answer to train on
-# a batch, what retrieval alone tells, and how many tokens
-LoadedBatch = tuple[TrainBatch | ContrastiveBatch | QuestionBatch, dict[str, float], int]
+# a batch, the metrics of its retrieval, and how many tokens; where the step itself retrieves, it says the latter two
+LoadedBatch = tuple[DocumentBatch | QuestionBatch, dict[str, float], int]
 
 
 @dataclass(frozen=True)
@@ -43,22 +49,25 @@ class TrainQuestions:
     @property
     def fingerprint(self) -> str:
         """ "sha256:…" over what is trained on: a file from which only unusable questions were deleted has the same."""
-        chosen = zip(self.usable.questions, self.usable.answers, strict=True)
-        told = [[(q := self.questions[i]).question, [q.answers[a] for a in which], q.passages] for i, which in chosen]
-        return f"sha256:{hashlib.sha256(json.dumps(told).encode()).hexdigest()}"
+        pairs = zip(self.usable.questions, self.usable.answers, strict=True)
+        content = [[(q := self.questions[i]).question, [q.answers[a] for a in which], q.passages] for i, which in pairs]
+        return f"sha256:{hashlib.sha256(json.dumps(content).encode()).hexdigest()}"
 
-    def pairs(self, chosen: SampledQuestions) -> list[Pair]:
-        of = self.usable
+    def pairs(self, sample: SampledQuestions) -> list[Pair]:
+        """The questions of a sample, each with the answer to train on."""
+        usable = self.usable
         return [
-            (question := self.questions[of.questions[i]], question.answers[of.answers[i][a]])
-            for i, a in zip(chosen.questions, chosen.answers, strict=True)
+            (question := self.questions[usable.questions[i]], question.answers[usable.answers[i][a]])
+            for i, a in zip(sample.questions, sample.answers, strict=True)
         ]
 
 
 def train_questions(rag: RagPipeline, questions: Sequence[Question]) -> TrainQuestions:
+    """What can be trained on; says how many answers are too long. Raises `InputError` where all are."""
     # what is not generated may be as long as it likes
     longest = rag.config.generator.answer_tokens if rag.config.train.objective == "marginal" else sys.maxsize
-    usable = usable_answers(questions, lambda answer: tokenize_answer(rag, answer), longest)
+    tokenizers = rag.tokenizers
+    usable = usable_answers(questions, lambda answer: tokenize_answer(tokenizers, answer), longest)
     if usable.answers_dropped:
         terminal.print(
             f"{usable.answers_dropped} answers are longer than generator.answer_tokens={longest} and are not trained "
@@ -71,20 +80,23 @@ def train_questions(rag: RagPipeline, questions: Sequence[Question]) -> TrainQue
 def trainable_questions(rag: RagPipeline, split: Split) -> tuple[TrainQuestions, Split]:
     """What of a split can be trained on, and the split, in which the rest is left out.
 
-    Raises `InputError` as `fitting` does, and where no answer fits.
+    Raises `InputError` as `drop_unfit_questions` does, and where no answer fits.
     """
     marginal = rag.config.train.objective == "marginal"  # else the generator reads nothing
-    split = drop_unfit_questions(rag, split, documents=marginal, closed_book=False)
-    asked = train_questions(rag, split.questions)
+    split = drop_unfit_questions(rag.tokenizers, split, documents=marginal, closed_book=False)
+    questions = train_questions(rag, split.questions)
     why = f"every answer is longer than generator.answer_tokens={rag.config.generator.answer_tokens}"
-    kept = set(asked.usable.questions)
+    kept = set(questions.usable.questions)
     problems = [None if i in kept else why for i in range(len(split.questions))]
-    return asked, split.without(problems).checked(rag.config.questions.strict)
+    return questions, split.without(problems).checked(rag.config.questions.strict)
 
 
 @dataclass
 class BatchBuilder:
-    """Makes batches on the mesh of questions and what is found for them. Each process reads for its own devices."""
+    """Makes batches on the mesh: tokenises questions, searches, attaches documents, shards.
+
+    Each process attaches documents to the questions on its own devices.
+    """
 
     rag: RagPipeline
     index: Index
@@ -98,47 +110,53 @@ class BatchBuilder:
         train = self.rag.config.train
         return min(train.mined, len(self.index)) if train.objective == "contrastive" else train.k
 
-    def search(self, params: Params, pairs: Sequence[Pair]) -> Int[np.ndarray, "B M"]:
+    def tokenize(self, pairs: Sequence[Pair], widest: bool = False) -> QuestionBatch:
+        """The tokens of all these questions, and so of the same widths in every process; see `question_batch`."""
         texts = [question.question for question, _ in pairs]
-        return search(self.rag, params, self.index, texts, self.depth, self.mesh)[2]
-
-    def read(self, pairs: Sequence[Pair], ids: Int[np.ndarray, "B M"] | None) -> LoadedBatch:
-        """The batch of these questions; without ids the step retrieves, and tells."""
-        mine = local_rows(self.mesh, len(pairs))
-        texts, answers = [pairs[i][0].question for i in mine], [pairs[i][1] for i in mine]
-        if ids is None:
-            return shard_batch(self.mesh, question_batch(self.rag, texts, answers, mine), len(pairs)), {}, 0
-        arrays: TrainBatch | ContrastiveBatch
         if self.rag.config.train.objective == "contrastive":
-            arrays = self._contrast([pairs[i][0] for i in mine], ids, mine)
-            tokens = arrays.question_mask.sum(axis=1)
-            if arrays.passage_mask is not None:
-                tokens = tokens + arrays.passage_mask.sum(axis=(1, 2))
+            return tokenize_questions(self.rag.tokenizers, texts)
+        return question_batch(self.rag.tokenizers, texts, [answer for _, answer in pairs], widest)
+
+    def search(self, params: Params, questions: QuestionBatch) -> Int[np.ndarray, "B M"]:
+        """The M = `depth` documents of each question, in every process."""
+        return search(self.rag, params, self.index, questions, self.depth, self.mesh)[2]
+
+    def load(self, params: Params, pairs: Sequence[Pair]) -> LoadedBatch:
+        """The batch of these questions with the documents that the retriever's `params` find, searched here."""
+        questions = self.tokenize(pairs)
+        return self.attach(pairs, questions, self.search(params, questions))
+
+    def attach(
+        self, pairs: Sequence[Pair], questions: QuestionBatch, ids: Int[np.ndarray, "B M"] | None
+    ) -> LoadedBatch:
+        """The batch of these questions with their documents `ids`; without ids the step itself retrieves."""
+        rows = local_rows(self.mesh, len(pairs))
+        local = questions.take(rows)
+        if ids is None:
+            return shard_batch(self.mesh, local, len(pairs)), {}, 0
+        batch: DocumentBatch
+        if self.rag.config.train.objective == "contrastive":
+            own = [pairs[i][0] for i in rows]
+            passages = self._choose(own, ids[rows], len(ids))
+            batch = attach_passages(self.rag, self.index, self.store, own, local, passages)
         else:
-            arrays = train_batch(self.rag, self.index, self.store, texts, answers, ids[mine], mine)
-            tokens = arrays.source_mask.sum(axis=(1, 2)) + arrays.answer_mask.sum(axis=1) * ids.shape[1]
+            batch = attach_documents(self.rag, self.index, self.store, local, ids[rows])
         # widths are agreed, since all run one program
-        of_rows = np.stack([tokens, *(np.full(len(mine), width) for width in widths(arrays))], axis=1).astype(np.int32)
-        of_rows = allgather_rows(self.mesh, of_rows, len(pairs))
-        widest = widen(arrays, of_rows[:, 1:].max(axis=0).tolist())
-        return shard_batch(self.mesh, widest, len(pairs)), self.shown(pairs, ids), int(of_rows[:, 0].sum())
+        counts = np.stack([_tokens(batch), *(np.full(len(rows), width) for width in widths(batch))], axis=1)
+        counts = allgather_rows(self.mesh, counts.astype(np.int32), len(pairs))
+        batch = shard_batch(self.mesh, widen(batch, counts[:, 1:].max(axis=0).tolist()), len(pairs))
+        return batch, self.retrieval_metrics(pairs, ids), int(counts[:, 0].sum())
 
-    def _contrast(
-        self, questions: Sequence[Question], ids: Int[np.ndarray, "B M"], mine: Int[np.ndarray, " n"]
-    ) -> ContrastiveBatch:
-        """What these questions learn from is chosen here, and known to all: it counts for every question."""
+    def _choose(self, questions: Sequence[Question], ids: Int[np.ndarray, "n M"], count: int) -> Int[np.ndarray, "C K"]:
+        """The passages that each of all C = `count` questions brings: they count for every question."""
         k = self.rag.config.train.k
-        chosen = [
-            choose_passages(self.store, question, ids[i], k, self.positions)
-            for question, i in zip(questions, mine, strict=True)
-        ]
-        of_all = allgather_rows(self.mesh, np.stack(chosen), len(ids))
-        return contrastive_batch(self.rag, self.index, self.store, questions, of_all, mine)
+        own = [choose_passages(self.store, q, row, k, self.positions) for q, row in zip(questions, ids, strict=True)]
+        return allgather_rows(self.mesh, np.stack(own), count)
 
-    def shown(self, pairs: Sequence[Pair], ids: Int[np.ndarray, "B M"]) -> dict[str, float]:
-        """How many questions found a document that answers among the top k, and how many of these differ."""
-        mine, ids = local_rows(self.mesh, len(pairs)), ids[:, : self.rag.config.train.k]
-        hits = np.array([has_answer(self.store, pairs[i][0], ids[i]).any() for i in mine])
+    def retrieval_metrics(self, pairs: Sequence[Pair], ids: Int[np.ndarray, "B M"]) -> dict[str, float]:
+        """The share of questions with a document that answers among the top k, and of documents that differ."""
+        rows, ids = local_rows(self.mesh, len(pairs)), ids[:, : self.rag.config.train.k]
+        hits = np.array([has_answer(self.store, pairs[i][0], ids[i]).any() for i in rows])
         valid = ids[ids >= 0]
         return {
             "recall": float(allgather_rows(self.mesh, hits, len(pairs)).mean()),
@@ -146,27 +164,45 @@ class BatchBuilder:
         }
 
 
+def _tokens(batch: DocumentBatch) -> Int[np.ndarray, " n"]:
+    """How many tokens the models read, and the generator writes, of each question and its documents."""
+    if isinstance(batch, TrainBatch):
+        _, answer_mask = batch.questions.answers
+        return batch.source_mask.sum(axis=(1, 2)) + answer_mask.sum(axis=1) * batch.valid.shape[1]
+    tokens = batch.questions.question_mask.sum(axis=1)
+    return tokens if batch.passage_mask is None else tokens + batch.passage_mask.sum(axis=(1, 2))
+
+
+@dataclass
+class _NextStep:
+    """What there is of the next step's questions while a step runs."""
+
+    pairs: list[Pair]
+    questions: QuestionBatch
+    ids: Future[Any] | Int[np.ndarray, "B M"] | None  # None where the step itself retrieves
+    batch: tuple[Index, LoadedBatch] | None = None  # with vectors of that index
+
+
 class TrainLoader:
     """The questions of one step after the other, with their documents, unless the step itself retrieves.
 
     With `train.search_ahead` FAISS looks for the next step's documents in a thread while a step runs. Checkpoints keep
-    what it found, so that a resumed run goes on with the very same. What is known of the next step by then is also read
-    while a step runs, so that devices need not wait for it. Use as a context manager.
+    their ids, so that a resumed run goes on with the very same. `read_ahead` assembles the next batch while a step
+    runs, so that devices need not wait for it. Use as a context manager.
     """
 
     def __init__(
-        self, reader: BatchBuilder, batches: QuestionSampler, asked: TrainQuestions, saved: Mapping[str, Any]
+        self, builder: BatchBuilder, sampler: QuestionSampler, questions: TrainQuestions, saved: Mapping[str, Any]
     ) -> None:
-        """`saved` is a checkpoint's metadata, with what `state` gave."""
-        self.reader, self.batches, self.asked = reader, batches, asked
+        """`saved` is a checkpoint's metadata, with what `state` returned; empty at the beginning of a run."""
+        self.builder, self.sampler, self.questions = builder, sampler, questions
         self._pool = ThreadPoolExecutor(max_workers=1)
-        self._ahead: tuple[list[Pair], Future[Any] | np.ndarray | None] | None = None
-        self._position: dict[str, Any] | None = None  # in the data, before what was looked ahead for
-        self._read: tuple[Index, LoadedBatch] | None = None  # with vectors of that index
-        self.same_questions = batches.restore(saved["data"]) if saved else True
+        self._next: _NextStep | None = None
+        self._position: dict[str, Any] | None = None  # in the data, before the next step's questions
+        self.same_questions = sampler.restore(saved["data"]) if saved else True
         if self.same_questions and saved.get("ahead") is not None:
             self._position = saved["data"]
-            self._ahead = asked.pairs(next(batches)), np.array(saved["ahead"], np.int32)
+            self._next = self._draw(np.array(saved["ahead"], np.int32))
 
     def __enter__(self) -> TrainLoader:
         return self
@@ -175,42 +211,47 @@ class TrainLoader:
         self._pool.shutdown()
 
     def take(self, params: Params) -> tuple[list[Pair], LoadedBatch]:
-        """The next questions, read with the documents that the retriever's `params` find if none were sought before."""
-        reader = self.reader
-        if self._ahead is None:
-            pairs = self.asked.pairs(next(self.batches))
-            return pairs, reader.read(pairs, None if reader.rag.config.train.fused else reader.search(params, pairs))
-        (pairs, _), ids, read = self._ahead, self._found(), self._read
-        self._ahead = self._read = None
-        return pairs, read[1] if read and read[0] is reader.index else reader.read(pairs, ids)
+        """The next step's questions and batch, with the documents that `params` find if none were looked for before."""
+        step, self._next = self._next, None
+        if step is not None:
+            if step.batch is not None and step.batch[0] is self.builder.index:
+                return step.pairs, step.batch[1]
+            return step.pairs, self.builder.attach(step.pairs, step.questions, self._ids(step))
+        step = self._draw()
+        ids = None if self.builder.rag.config.train.fused else self.builder.search(params, step.questions)
+        return step.pairs, self.builder.attach(step.pairs, step.questions, ids)
 
     def look_ahead(self, params: Params) -> None:
         """Begins to search for what `take` gives next."""
-        reader, self._position = self.reader, self.batches.state()
-        pairs = self.asked.pairs(next(self.batches))
-        queries = encode_questions(reader.rag, params, [question.question for question, _ in pairs], reader.mesh)
-        mine = queries[local_rows(reader.mesh, len(pairs))]
-        self._ahead = pairs, self._pool.submit(lambda: reader.index.search(mine, reader.depth)[1])
+        builder, self._position = self.builder, self.sampler.state()
+        step = self._draw()
+        queries = encode_questions(builder.rag, params, step.questions, builder.mesh)
+        local = queries[local_rows(builder.mesh, len(step.pairs))]
+        step.ids = self._pool.submit(lambda: builder.index.search(local, builder.depth)[1])
+        self._next = step
 
     def read_ahead(self) -> None:
-        """Reads what `take` gives next, if it does not hang on the parameters of the step that runs."""
-        if self._ahead is None and self.reader.rag.config.train.fused:
-            self._position = self.batches.state()
-            self._ahead = self.asked.pairs(next(self.batches)), None
-        if self._ahead is not None:
-            self._read = self.reader.index, self.reader.read(self._ahead[0], self._found())
+        """Assembles what `take` gives next, if it does not depend on the parameters of the step that runs."""
+        if self._next is None and self.builder.rag.config.train.fused:
+            self._position = self.sampler.state()
+            self._next = self._draw()
+        if (step := self._next) is not None:
+            ids = self._ids(step)
+            step.batch = self.builder.index, self.builder.attach(step.pairs, step.questions, ids)
 
     def state(self) -> dict[str, Any]:
-        """As JSON, what a run needs to go on with the next step."""
-        if self._ahead is None:
-            return {"data": self.batches.state(), "ahead": None}
-        ids = self._found()
+        """As JSON, what a run needs to go on with the next step: the position in the data, and ids searched ahead."""
+        if self._next is None:
+            return {"data": self.sampler.state(), "ahead": None}
+        ids = self._ids(self._next)
         return {"data": self._position, "ahead": None if ids is None else ids.tolist()}
 
-    def _found(self) -> Int[np.ndarray, "B K"] | None:
-        assert self._ahead is not None
-        pairs, ids = self._ahead
+    def _draw(self, ids: Int[np.ndarray, "B M"] | None = None) -> _NextStep:
+        pairs = self.questions.pairs(next(self.sampler))
+        return _NextStep(pairs, self.builder.tokenize(pairs, widest=self.builder.rag.config.train.fused), ids)
+
+    def _ids(self, step: _NextStep) -> Int[np.ndarray, "B M"] | None:
+        ids = step.ids
         if isinstance(ids, Future):
-            ids = allgather_rows(self.reader.mesh, ids.result(), len(pairs))
-            self._ahead = pairs, ids
+            ids = step.ids = allgather_rows(self.builder.mesh, ids.result(), len(step.pairs))
         return ids

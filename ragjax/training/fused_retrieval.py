@@ -1,7 +1,7 @@
 """Retrieval inside the training step: from the tokens of questions to a batch, without the host.
 
-The devices hold embeddings and tokens of all passages (search.py), and put together the prompts that
-`rag.prompt_rows` makes on the host.
+The devices hold embeddings and tokens of all passages (`DeviceIndex`), and put together the prompts that
+`tokenize_prompts` makes on the host.
 """
 
 from __future__ import annotations
@@ -12,60 +12,19 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx, struct
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Int
 
-from ragjax.config import Config
 from ragjax.data.passage_store import PassageStore
-from ragjax.data.prompt import Prompt, check_prompt_fits
+from ragjax.data.prompt import Prompt
+from ragjax.data.question_batch import QuestionBatch
 from ragjax.models.layers import Params
-from ragjax.padding import pad_sequences
 from ragjax.parallel.sharding import abstract_with_sharding
-from ragjax.rag import RagModel, RagPipeline, tokenize_answer, tokenize_questions
+from ragjax.rag import RagModel, RagPipeline
 from ragjax.retrieval.device_index import DeviceIndex, gather_rows, place_rows, rows_each, sharded_top_k, split_rows
 from ragjax.retrieval.index import Index
-from ragjax.training.batch import Rows, TrainBatch
-
-
-@struct.dataclass
-class QuestionBatch:
-    """B questions and one accepted answer each, before anything is retrieved; the host knows no more of a step."""
-
-    row: Int[Rows, " B"]  # number in the global batch: keys the dropout
-    question: Int[Rows, "B Q"]  # as the retriever reads it
-    question_mask: Bool[Rows, "B Q"]
-    told: Int[Rows, "B S"]  # as the generator reads it
-    told_mask: Bool[Rows, "B S"]
-    answer: Int[Rows, "B T"]
-    answer_mask: Bool[Rows, "B T"]
-
-
-def question_batch(
-    rag: RagPipeline, questions: Sequence[str], answers: Sequence[str], rows: Int[np.ndarray, " B"] | None = None
-) -> QuestionBatch:
-    """Host arrays for one step, of the global batch or of its `rows` that these are, always of the same widths.
-
-    Raises `InputError` for a question that does not fit into a prompt.
-    """
-    config, tokenizer = rag.config, rag.generator_tokenizer
-    question, question_mask = tokenize_questions(rag, questions, config.retriever.question_tokens)
-    told = tokenizer.encode([rag.prompt.before_question + question for question in questions])
-    for tokens in told:
-        check_prompt_fits(rag.prompt, tokens, config.generator.source_tokens)
-    told_rows, told_mask = pad_sequences(told, config.generator.source_tokens, tokenizer.pad_id)
-    written = [tokenize_answer(rag, answer) for answer in answers]
-    answer, answer_mask = pad_sequences(written, config.generator.answer_tokens, rag.special.pad)
-    row = (np.arange(len(questions)) if rows is None else rows).astype(np.int32)
-    return QuestionBatch(row, question, question_mask, told_rows, told_mask, answer, answer_mask)
-
-
-def abstract_question_batch(config: Config) -> QuestionBatch:
-    """The shapes and types of a step's questions."""
-    count, shape = config.train.batch_size, jax.ShapeDtypeStruct
-    widths = config.retriever.question_tokens, config.generator.source_tokens, config.generator.answer_tokens
-    pairs = [(shape((count, width), jnp.int32), shape((count, width), jnp.bool)) for width in widths]
-    return QuestionBatch(shape((count,), jnp.int32), *pairs[0], *pairs[1], *pairs[2])
+from ragjax.training.batch import TrainBatch
 
 
 def corpus_with_tokens(rag: RagPipeline, index: Index, store: PassageStore, mesh: Mesh) -> DeviceIndex:
@@ -103,29 +62,23 @@ def _token_dtype(rag: RagModel) -> str:
 
 
 def retrieve_in_step(
-    rag: RagModel, params: Params, asked: QuestionBatch, corpus: DeviceIndex
+    rag: RagModel, params: Params, questions: QuestionBatch, corpus: DeviceIndex
 ) -> tuple[TrainBatch, Int[Array, "B K"]]:
-    """The batch that `rag.train_batch` makes on the host after `rag.search`, and the ids of the documents; pure."""
+    """The batch that `search` and `attach_documents` make on the host, and the ids of the documents; pure.
+
+    `questions` are the widest, with their answers, and lie with `corpus` on its devices.
+    """
     train = rag.config.train
     retriever = nnx.merge(rag.retriever.graphdef, jax.lax.stop_gradient(params["retriever"]))
-    queries = retriever(asked.question, asked.question_mask)
+    queries = retriever(questions.question, questions.question_mask)
     recall = rag.config.index.recall if rag.config.index.kind == "approximate" else None
     _, ids = sharded_top_k(corpus, queries, train.k, recall)
     tokens, lengths = gather_rows(corpus, corpus.tokens, ids), gather_rows(corpus, corpus.lengths, ids)
     source, source_mask = prompt_on_device(
-        rag.prompt, tokens, lengths, asked.told, asked.told_mask, rag.config.generator.source_tokens, rag.special.pad
+        rag.prompt, tokens, lengths, *questions.for_generator, rag.config.generator.source_tokens, rag.special.pad
     )
-    batch = TrainBatch(
-        row=asked.row,
-        question=asked.question,
-        question_mask=asked.question_mask,
-        passages=gather_rows(corpus, corpus.embeddings, ids),
-        valid=ids >= 0,
-        source=source,
-        source_mask=source_mask,
-        answer=asked.answer,
-        answer_mask=asked.answer_mask,
-    )
+    embeddings = gather_rows(corpus, corpus.embeddings, ids)
+    batch = TrainBatch(questions.without_prompts(), embeddings, ids >= 0, source, source_mask)
     by_questions = NamedSharding(corpus.mesh, PartitionSpec("data"))
     return jax.lax.with_sharding_constraint(batch, by_questions), ids
 
@@ -139,12 +92,25 @@ def prompt_on_device(
     longest: int,
     pad_id: int,
 ) -> tuple[Int[Array, "B K S"], Bool[Array, "B K S"]]:
-    """As `text.assemble`, for every passage, which is cut to fit into `longest` tokens. The question must fit."""
+    """As `data.prompt.assemble`, for K passages of each question, in one program.
+
+    Args:
+        prompt: the tokens around a passage and a question.
+        passages: tokens, of which as many count as `lengths` says; they are cut so that a prompt fits.
+        lengths: in tokens.
+        question: as the generator reads it; it must fit.
+        question_mask: true on the question's own tokens.
+        longest: S, in tokens.
+        pad_id: what stands behind a prompt.
+    """
     shape = lengths.shape
-    asked = question_mask.sum(axis=-1)[:, None]
-    fixed = len(prompt.head) + len(prompt.middle) + len(prompt.tail) + asked
+    question_lengths = question_mask.sum(axis=-1)[:, None]
+    fixed = len(prompt.head) + len(prompt.middle) + len(prompt.tail) + question_lengths
     passage = passages, jnp.minimum(lengths, longest - fixed)
-    questions = jnp.broadcast_to(question[:, None], (*shape, question.shape[1])), jnp.broadcast_to(asked, shape)
+    questions = (
+        jnp.broadcast_to(question[:, None], (*shape, question.shape[1])),
+        jnp.broadcast_to(question_lengths, shape),
+    )
     first, second = (questions, passage) if prompt.question_first else (passage, questions)
     position = jnp.broadcast_to(jnp.arange(longest), (*shape, longest))
     source = jnp.full((*shape, longest), pad_id, jnp.int32)

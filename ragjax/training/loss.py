@@ -21,7 +21,7 @@ from ragjax.models.generator import Generator, answer_hidden, token_logp
 from ragjax.models.layers import Params, RowRngs, fold_rngs, row_rngs
 from ragjax.rag import RagModel
 from ragjax.retrieval.device_index import DeviceIndex, log_normalizer
-from ragjax.training.batch import TrainBatch
+from ragjax.training.batch import DocumentBatch, TrainBatch
 
 
 @struct.dataclass
@@ -34,47 +34,52 @@ class TokenScores:
 
 
 def prior_and_token_logp(
-    rag: RagModel, params: Params, batch: TrainBatch, key: Key[Array, ""], corpus: DeviceIndex | None = None
+    rag: RagModel, params: Params, batch: TrainBatch, rng: Key[Array, ""], corpus: DeviceIndex | None = None
 ) -> tuple[Float[Array, "B K"], TokenScores]:
     """log p_η(z|x), and log p_θ(y_t|y_<t,x,z) of the training answers; pure, to be differentiated.
 
-    `corpus` is there where the prior is normalised over it. `key` draws the dropout masks.
     With `train.backward_documents: m` below K, only the m documents of highest posterior pass a gradient to the
     generator. A document's gradient has its posterior for weight: what the others weigh together is all that is missed.
+
+    Args:
+        rag: the models and the configuration.
+        params: {"retriever": …, "generator": …}, and the passage encoder's where it has its own.
+        batch: B questions with their answers and K documents each.
+        rng: draws the dropout masks.
+        corpus: all embeddings, where the prior is normalised over them.
     """
     questions, documents = batch.source.shape[:2]
-    keys = row_rngs(key, batch.row) if rag.config.train.dropout > 0 else None
-    prior = _question_log_prior(rag, params, batch, keys, corpus)
-    document_keys = None
-    if keys is not None:
-        document_keys = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, 1), documents))(keys)
+    dropout_rngs = row_rngs(rng, batch.questions.row) if rag.config.train.dropout > 0 else None
+    prior = _question_log_prior(rag, params, batch, dropout_rngs, corpus)
+    document_rngs = None
+    if dropout_rngs is not None:
+        document_rngs = jax.vmap(lambda rng: jax.random.split(jax.random.fold_in(rng, 1), documents))(dropout_rngs)
     through = rag.config.train.backward_documents
     if through is None or through >= documents:
-        return prior, _token_scores(rag, params, batch, batch.source, batch.source_mask, document_keys, prior)
+        return prior, _token_scores(rag, params, batch, batch.source, batch.source_mask, document_rngs, prior)
     constant = jax.lax.stop_gradient(params)
-    scores = _token_scores(rag, constant, batch, batch.source, batch.source_mask, document_keys, prior)
+    scores = _token_scores(rag, constant, batch, batch.source, batch.source_mask, document_rngs, prior)
     _, likeliest = jax.lax.top_k(posterior(jax.lax.stop_gradient(prior), scores.logp.sum(axis=-1)), through)
 
-    def chosen(x: Array) -> Array:
-        return jax.vmap(lambda of_question, which: of_question[which])(x, likeliest)
+    def likeliest_of(x: Array) -> Array:
+        return jax.vmap(lambda documents, which: documents[which])(x, likeliest)
 
-    few_keys = None if document_keys is None else chosen(document_keys)
-    again = _token_scores(rag, params, batch, chosen(batch.source), chosen(batch.source_mask), few_keys, prior)
+    few_rngs = None if document_rngs is None else likeliest_of(document_rngs)
+    few = likeliest_of(batch.source), likeliest_of(batch.source_mask)
+    again = _token_scores(rag, params, batch, *few, few_rngs, prior)
     at = (jnp.arange(questions)[:, None], likeliest)
-    return prior, jax.tree.map(lambda all_of_them, some: all_of_them.at[at].set(some), scores, again)
+    return prior, jax.tree.map(lambda whole, few: whole.at[at].set(few), scores, again)
 
 
 def _question_log_prior(
-    rag: RagModel, params: Params, batch: TrainBatch, keys: RowRngs | None, corpus: DeviceIndex | None
+    rag: RagModel, params: Params, batch: TrainBatch, dropout_rngs: RowRngs | None, corpus: DeviceIndex | None
 ) -> Float[Array, "B K"]:
     """log p_η(z|x), the questions encoded anew so that the gradient reaches their encoder, as it may the passages'."""
-    settings = rag.config.retriever
+    questions, settings = batch.questions, rag.config.retriever
     queries = nnx.merge(rag.retriever.graphdef, params["retriever"])(
-        batch.question, batch.question_mask, fold_rngs(keys, 0)
+        questions.question, questions.question_mask, fold_rngs(dropout_rngs, 0)
     )
-    passages = batch.passages
-    if batch.passage is not None and batch.passage_mask is not None:
-        passages = encode_questions_with_dropout(rag, params, batch.passage, batch.passage_mask, keys)
+    passages = passage_embeddings(rag, params, batch, dropout_rngs)
     scores = settings.scale * jnp.einsum("BD,BKD->BK", queries, passages, precision="highest")
     if settings.prior == "top_k":
         return log_prior(scores, batch.valid)
@@ -82,18 +87,24 @@ def _question_log_prior(
     return corpus_log_prior(scores, log_normalizer(corpus, queries, settings.scale), batch.valid)
 
 
-def encode_questions_with_dropout(
-    rag: RagModel, params: Params, passage: Int[Array, "B K P"], mask: Bool[Array, "B K P"], keys: RowRngs | None = None
+def passage_embeddings(
+    rag: RagModel, params: Params, batch: DocumentBatch, dropout_rngs: RowRngs | None = None
 ) -> Float[Array, "B K D"]:
-    """Embeddings of passages by the encoder as it is trained; `keys`, one a question, draw the dropout."""
-    questions, documents, length = passage.shape
-    rows, of_rows = questions * documents, None
-    if keys is not None:
-        of_rows = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, 2), documents))(keys).reshape(rows)
+    """The documents' embeddings: those of the index, or, where their encoder is trained, made here with its gradient.
+
+    `dropout_rngs`, one a question, draw the dropout.
+    """
+    if batch.passage_tokens is None or batch.passage_mask is None:
+        return batch.passage_embeddings
+    questions, documents, length = batch.passage_tokens.shape
+    rows, passage_rngs = questions * documents, None
+    if dropout_rngs is not None:
+        split = jax.vmap(lambda rng: jax.random.split(jax.random.fold_in(rng, 2), documents))
+        passage_rngs = split(dropout_rngs).reshape(rows)
     encoder = jax.checkpoint(_encode, static_argnums=0) if rag.config.train.remat else _encode
-    tokens, shown = passage.reshape(rows, length), mask.reshape(rows, length)
-    found = encoder(rag.passage_encoder.graphdef, passage_params(rag, params), tokens, shown, of_rows)
-    return found.reshape(questions, documents, -1)
+    tokens, mask = batch.passage_tokens.reshape(rows, length), batch.passage_mask.reshape(rows, length)
+    embeddings = encoder(rag.passage_encoder.graphdef, passage_params(rag, params), tokens, mask, passage_rngs)
+    return embeddings.reshape(questions, documents, -1)
 
 
 def passage_params(rag: RagModel, params: Params) -> Params:
@@ -101,8 +112,8 @@ def passage_params(rag: RagModel, params: Params) -> Params:
     return params["passage_encoder" if rag.config.train.passage_encoder == "own" else "retriever"]
 
 
-def _encode(graph: nnx.GraphDef, params: Params, tokens: Array, mask: Array, keys: RowRngs | None) -> Array:
-    return nnx.merge(graph, params)(tokens, mask, keys)
+def _encode(graph: nnx.GraphDef, params: Params, tokens: Array, mask: Array, rngs: RowRngs | None) -> Array:
+    return nnx.merge(graph, params)(tokens, mask, rngs)
 
 
 def _token_scores(
@@ -111,21 +122,22 @@ def _token_scores(
     batch: TrainBatch,
     source: Int[Array, "B k S"],
     source_mask: Bool[Array, "B k S"],
-    keys: Key[Array, "B k"] | None,
+    document_rngs: Key[Array, "B k"] | None,
     prior: Float[Array, "B K"],
 ) -> TokenScores:
     """What each answer is worth under k of its documents, in one padded pass."""
     questions, documents, length = source.shape
+    answer, answer_mask = batch.questions.answers
     rows, remat, shape = questions * documents, rag.config.train.remat, (questions, documents, -1)
-    of_rows = None if keys is None else keys.reshape(rows)
+    rngs = None if document_rngs is None else document_rngs.reshape(rows)
     generator = nnx.merge(rag.generator.graphdef, params["generator"])
-    memory = generator.prefill(source.reshape(rows, length), source_mask.reshape(rows, length), of_rows, remat)
-    answers = jnp.repeat(batch.answer, documents, axis=0)[:, None]
-    hidden = answer_hidden(generator, memory, answers, of_rows, remat)
+    memory = generator.prefill(source.reshape(rows, length), source_mask.reshape(rows, length), rngs, remat)
+    answers = jnp.repeat(answer, documents, axis=0)[:, None]
+    hidden = answer_hidden(generator, memory, answers, rngs, remat)
     logp, mean_logp = (x[:, 0].reshape(shape) for x in token_logp(generator, hidden, answers))
     if rag.config.model == "rag_token" and rag.config.train.label_smoothing > 0:
         mean_logp = jnp.broadcast_to(_mean_marginal_logp(generator, hidden[:, 0], prior)[:, None], logp.shape)
-    return TokenScores(jnp.where(batch.answer_mask[:, None], logp, 0.0), mean_logp)
+    return TokenScores(jnp.where(answer_mask[:, None], logp, 0.0), mean_logp)
 
 
 def _mean_marginal_logp(
@@ -174,27 +186,29 @@ def answer_nll(
 
 
 def rag_loss(
-    rag: RagModel, params: Params, batch: TrainBatch, key: Key[Array, ""], corpus: DeviceIndex | None = None
+    rag: RagModel, params: Params, batch: TrainBatch, rng: Key[Array, ""], corpus: DeviceIndex | None = None
 ) -> tuple[Float[Array, ""], dict[str, Any]]:
     """The mean of −log p(y|x) over the batch, in nats, and what is worth watching (Lewis et al. 2020, section 2.4).
 
-    `posterior_entropy` is in nats; `prior_top` is the prior mass of the best document; `posterior_skipped` is what the
-    documents that `train.backward_documents` leaves out weigh together. `nll_per_token` is without label smoothing.
+    The arguments are those of `prior_and_token_logp`. `nll_per_token` is without label smoothing. `posterior_entropy`
+    is in nats. `prior_top` is the prior mass of the best document. `posterior_skipped` is what the documents that
+    `train.backward_documents` leaves out weigh together.
     """
-    prior, scores = prior_and_token_logp(rag, params, batch, key, corpus)
+    answer, answer_mask = batch.questions.answers
+    prior, scores = prior_and_token_logp(rag, params, batch, rng, corpus)
     smoothing, through = rag.config.train.label_smoothing, rag.config.train.backward_documents
-    mean_loss = answer_nll(rag, prior, scores, batch.answer, batch.answer_mask, smoothing).mean()
+    mean_loss = answer_nll(rag, prior, scores, answer, answer_mask, smoothing).mean()
     prior, scores = jax.lax.stop_gradient((prior, scores))
-    nll = answer_nll(rag, prior, scores, batch.answer, batch.answer_mask)
+    nll = answer_nll(rag, prior, scores, answer, answer_mask)
     if rag.config.model == "rag_token":
-        weight = token_posterior(prior, scores.logp, batch.answer_mask)
+        weight = token_posterior(prior, scores.logp, answer_mask)
     else:
         weight = posterior(prior, scores.logp.sum(axis=-1))
     entropy = -jnp.where(weight > 0, weight * jnp.log(jnp.maximum(weight, 1e-30)), 0.0)
     kept = weight if through is None else jax.lax.top_k(weight, min(through, weight.shape[1]))[0]
     return mean_loss, {
         "loss": mean_loss,
-        "nll_per_token": (nll / batch.answer_mask.sum(axis=-1)).mean(),
+        "nll_per_token": (nll / answer_mask.sum(axis=-1)).mean(),
         "posterior_entropy": entropy.sum(axis=-1).mean(),
         "posterior_skipped": (weight.sum(axis=-1) - kept.sum(axis=-1)).mean(),
         "prior_top": jnp.exp(prior.max(axis=-1)).mean(),

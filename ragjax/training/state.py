@@ -25,13 +25,13 @@ AnyModels = TypeVar("AnyModels", bound=RagModel)
 class TrainState:
     """Everything a run needs to go on, the position in the data apart.
 
-    Types are only told, not checked: Orbax fills this tree with leaves of its own.
+    Types are in comments, not checked: Orbax fills this tree with leaves of its own. Checkpoints have these names.
     """
 
     step: Any  # Int[Array, ""]
     params: Params
     optimizer: Any  # of the trained parameters only
-    key: Any  # Key[Array, ""]
+    key: Any  # Key[Array, ""]: the random numbers of all steps
     indexed: Any = None  # with `refresh`: the passage encoder of the index that is being built, or was built last
 
 
@@ -61,7 +61,7 @@ def state_shardings(rag: RagModel, mesh: Mesh, state: Any) -> Any:
     """Where each leaf of a training state, or of its abstract one, lies on the mesh."""
 
     def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        names = [name for key in path for name in _names(key)]
+        names = [name for entry in path for name in _names(entry)]
         spec = parameter_spec(mesh, names, leaf.shape, _heads(rag, names), rag.config.mesh.fsdp)
         return NamedSharding(mesh, spec)
 
@@ -70,18 +70,18 @@ def state_shardings(rag: RagModel, mesh: Mesh, state: Any) -> Any:
 
 def unsplit_modules(rag: RagModel, mesh: Mesh) -> list[str]:
     """Of what should be split over `model`: the modules whose heads the axis does not divide."""
-    found = set()
+    modules = set()
     for path, leaf in nnx.traversals.flatten_mapping(rag.abstract_params()).items():
         if path[-1] == "kernel" and path[-2] in SPLIT:
             spec = parameter_spec(mesh, path, leaf.shape, _heads(rag, path), fsdp=False)
             if mesh.shape["model"] > 1 and "model" not in spec:
-                found.add(f"{'.'.join(path[:-1])} ({_heads(rag, path) or leaf.shape[SPLIT[path[-2]]]})")
-    return sorted(found)
+                modules.add(f"{'.'.join(path[:-1])} ({_heads(rag, path) or leaf.shape[SPLIT[path[-2]]]})")
+    return sorted(modules)
 
 
-def _names(key: Any) -> tuple[str, ...]:
-    """The optimiser keeps its moments by whole paths."""
-    name = getattr(key, "key", getattr(key, "name", getattr(key, "idx", "")))
+def _names(entry: Any) -> tuple[str, ...]:
+    """The names in one entry of a path. The optimiser keeps its moments by whole paths."""
+    name = getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", "")))
     return name if isinstance(name, tuple) else (str(name),)
 
 

@@ -16,41 +16,37 @@ from jax.sharding import Mesh, use_abstract_mesh
 from jaxtyping import Array, Float, Key
 
 from ragjax.config import Train, reads_corpus
+from ragjax.data.question_batch import QuestionBatch
 from ragjax.errors import InputError
 from ragjax.models.layers import Params
 from ragjax.parallel.mesh import check_batch
 from ragjax.parallel.sharding import abstract_with_sharding
 from ragjax.rag import RagModel
 from ragjax.retrieval.device_index import DeviceIndex
-from ragjax.training.batch import TrainBatch, abstract_batch
-from ragjax.training.contrastive import (
-    ContrastiveBatch,
-    abstract_contrastive,
-    contrastive_logp,
-    contrastive_loss,
-    contrastive_nll,
-)
-from ragjax.training.fused_retrieval import QuestionBatch, abstract_corpus, abstract_question_batch, retrieve_in_step
+from ragjax.training.batch import ContrastiveBatch, DocumentBatch, abstract_batch
+from ragjax.training.contrastive import contrastive_logp, contrastive_loss, contrastive_nll
+from ragjax.training.fused_retrieval import abstract_corpus, retrieve_in_step
 from ragjax.training.loss import answer_nll, prior_and_token_logp, rag_loss
 from ragjax.training.optimizer import FlatParams, make_optimizer, partition_params
 from ragjax.training.state import TrainState, abstract_state
 
-AnyBatch = TrainBatch | ContrastiveBatch
-
 
 def gradients(
-    rag: RagModel, params: Params, batch: AnyBatch, key: Key[Array, ""], corpus: DeviceIndex | None = None
+    rag: RagModel, params: Params, batch: DocumentBatch, rng: Key[Array, ""], corpus: DeviceIndex | None = None
 ) -> tuple[FlatParams, dict[str, Any]]:
-    """The gradient of the mean loss by the trained parameters, and metrics, over `train.accumulate` micro-batches."""
+    """The gradient of the mean loss by the trained parameters, and metrics, over `train.accumulate` micro-batches.
+
+    The arguments are those of `prior_and_token_logp`.
+    """
     trained, frozen = partition_params(params, rag.config.train.freeze)
 
-    def of_trained(trained: FlatParams, part: AnyBatch) -> tuple[Array, dict[str, Any]]:
+    def mean_loss(trained: FlatParams, part: DocumentBatch) -> tuple[Array, dict[str, Any]]:
         whole = nnx.traversals.unflatten_mapping(trained | frozen)
         if isinstance(part, ContrastiveBatch):
-            return contrastive_loss(rag, whole, part, key)
-        return rag_loss(rag, whole, part, key, corpus)
+            return contrastive_loss(rag, whole, part, rng)
+        return rag_loss(rag, whole, part, rng, corpus)
 
-    differentiate = jax.grad(of_trained, has_aux=True)
+    differentiate = jax.grad(mean_loss, has_aux=True)
     count = rag.config.train.accumulate
     if count == 1:
         return differentiate(trained, batch)
@@ -59,7 +55,7 @@ def gradients(
     first = jax.tree.map(lambda x: x[0], parts)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(differentiate, trained, first))
 
-    def add(total: Any, part: AnyBatch) -> tuple[Any, None]:
+    def add(total: Any, part: DocumentBatch) -> tuple[Any, None]:
         return jax.tree.map(lambda t, x: t + x / count, total, differentiate(trained, part)), None
 
     return jax.lax.scan(add, zeros, parts)[0]
@@ -77,15 +73,15 @@ def make_train_step(rag: RagModel, shardings: Any = None) -> jax.stages.Wrapped:
 
     @partial(jax.jit, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
     def train_step(
-        state: TrainState, batch: AnyBatch | QuestionBatch, corpus: DeviceIndex | None = None
+        state: TrainState, batch: DocumentBatch | QuestionBatch, corpus: DeviceIndex | None = None
     ) -> tuple[TrainState, dict[str, Any]]:
         with _use_mesh(shardings):
-            batch, key, found = _attach_documents(rag, state, batch, corpus)
-            grads, metrics = gradients(rag, state.params, batch, key, corpus)
-        metrics |= found
+            batch, rng, retrieval = _attach_documents(rag, state, batch, corpus)
+            grads, metrics = gradients(rag, state.params, batch, rng, corpus)
+        metrics |= retrieval
         for part in rag.parts:
-            of_part = [leaf for path, leaf in grads.items() if path[0] == part]
-            metrics[f"gradient_norm_{part}"] = optax.tree.norm(of_part)
+            leaves = [leaf for path, leaf in grads.items() if path[0] == part]
+            metrics[f"gradient_norm_{part}"] = optax.tree.norm(leaves)
         trained, frozen = partition_params(state.params, train.freeze)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, trained)
         params = nnx.traversals.unflatten_mapping(optax.apply_updates(trained, updates) | frozen)
@@ -110,14 +106,14 @@ def make_gradient_error(rag: RagModel, shardings: Any = None) -> jax.stages.Wrap
 
     @jax.jit
     def gradient_error(
-        state: TrainState, batch: AnyBatch | QuestionBatch, corpus: DeviceIndex | None = None
+        state: TrainState, batch: DocumentBatch | QuestionBatch, corpus: DeviceIndex | None = None
     ) -> Float[Array, ""]:
         with _use_mesh(shardings):
-            batch, key, _ = _attach_documents(rag, state, batch, corpus)
-            whole, few = (gradients(models, state.params, batch, key, corpus)[0] for models in (every, rag))
-        of_generator = [path for path in whole if path[0] == "generator"]
-        missed = optax.tree.norm([whole[path] - few[path] for path in of_generator])
-        return missed / jnp.maximum(optax.tree.norm([whole[path] for path in of_generator]), 1e-30)
+            batch, rng, _ = _attach_documents(rag, state, batch, corpus)
+            whole, few = (gradients(models, state.params, batch, rng, corpus)[0] for models in (every, rag))
+        paths = [path for path in whole if path[0] == "generator"]
+        missed = optax.tree.norm([whole[path] - few[path] for path in paths])
+        return missed / jnp.maximum(optax.tree.norm([whole[path] for path in paths]), 1e-30)
 
     return gradient_error
 
@@ -127,15 +123,16 @@ def _use_mesh(shardings: Any) -> AbstractContextManager[Any]:
 
 
 def _attach_documents(
-    rag: RagModel, state: TrainState, batch: AnyBatch | QuestionBatch, corpus: DeviceIndex | None
-) -> tuple[AnyBatch, Key[Array, ""], dict[str, Any]]:
-    """The documents of a step, its random numbers, and what is to be told of its own retrieval."""
-    key = jax.random.fold_in(state.key, state.step)
+    rag: RagModel, state: TrainState, batch: DocumentBatch | QuestionBatch, corpus: DeviceIndex | None
+) -> tuple[DocumentBatch, Key[Array, ""], dict[str, Any]]:
+    """The batch with its documents, the step's random numbers, and, where it retrieves by itself, metrics of that."""
+    rng = jax.random.fold_in(state.key, state.step)
     if not isinstance(batch, QuestionBatch):
-        return batch, key, {}
+        return batch, rng, {}
     assert corpus is not None
-    read, ids = retrieve_in_step(rag, state.params, batch, corpus)
-    return read, key, {"ids": ids, "tokens": read.source_mask.sum() + read.answer_mask.sum() * ids.shape[1]}
+    whole, ids = retrieve_in_step(rag, state.params, batch, corpus)
+    _, answer_mask = batch.answers
+    return whole, rng, {"ids": ids, "tokens": whole.source_mask.sum() + answer_mask.sum() * ids.shape[1]}
 
 
 def make_nll(rag: RagModel) -> jax.stages.Wrapped:
@@ -147,12 +144,12 @@ def make_nll(rag: RagModel) -> jax.stages.Wrapped:
     without = replace(rag, config=rag.config.replace(train=plain))
 
     @jax.jit
-    def nll(params: Params, batch: AnyBatch, corpus: DeviceIndex | None = None) -> Float[Array, " B"]:
+    def nll(params: Params, batch: DocumentBatch, corpus: DeviceIndex | None = None) -> Float[Array, " B"]:
         if isinstance(batch, ContrastiveBatch):
-            of_positive = contrastive_nll(batch, contrastive_logp(without, params, batch, jax.random.key(0)))
-            return jnp.where(batch.has_positive, of_positive, jnp.nan)
+            logp = contrastive_logp(without, params, batch, jax.random.key(0))
+            return jnp.where(batch.has_positive, contrastive_nll(batch, logp), jnp.nan)
         prior, scores = prior_and_token_logp(without, params, batch, jax.random.key(0), corpus)
-        return answer_nll(without, prior, scores, batch.answer, batch.answer_mask)
+        return answer_nll(without, prior, scores, *batch.questions.answers)
 
     return nll
 
@@ -166,15 +163,9 @@ def trace_step(
     the corpus. Raises `InputError` as training would.
     """
     check_batch(mesh, rag.config.train.batch_size // rag.config.train.accumulate)
-    state, width = abstract_state(rag, mesh), rag.retriever.config.embedding_dim
+    state = abstract_state(rag, mesh)
     corpus = abstract_corpus(rag, mesh, passages) if reads_corpus(rag.config) else None
-    if rag.config.train.fused:
-        batch: Any = abstract_question_batch(rag.config)
-    elif rag.config.train.objective == "contrastive":
-        batch = abstract_contrastive(rag.config, width)
-    else:
-        batch = abstract_batch(rag.config, width)
-    batch = abstract_with_sharding(mesh, batch, "data")
+    batch = abstract_with_sharding(mesh, abstract_batch(rag.config, rag.retriever.config.embedding_dim), "data")
     return make(rag, jax.tree.map(lambda leaf: leaf.sharding, state)).trace(state, batch, corpus)
 
 
