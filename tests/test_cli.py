@@ -364,7 +364,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(
     message: str,
 ) -> None:
     module = command.replace("-", "_")
-    monkeypatch.setattr(f"ragjax.commands.{module}.open_world", lambda config: pytest.fail("models are opened"))
+    monkeypatch.setattr(f"ragjax.commands.{module}.load_artifacts", lambda config: pytest.fail("models are opened"))
     assert message in refused(capsys, tmp_path, command, str(world / "config.yaml"), f"output={output}")
 
 

@@ -63,12 +63,16 @@ def files(*folders: Path) -> dict[Path, bytes]:
 
 
 def refused(capsys: pytest.CaptureFixture[str], untouched: Path, *arguments: str) -> str:
-    """Runs a command that must end with one line on standard error and code 2, and change no file; the line."""
+    """Runs a command that must end with one line on standard error and code 2, and change no file; the line.
+
+    Training may say before that it has many epochs.
+    """
     before = files(untouched)
     capsys.readouterr()
     assert main(arguments) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith("ragjax: ") and err.count("\n") == 1, err
+    *notes, line = err.splitlines(keepends=True)
+    assert line.startswith("ragjax: ") and all(" epochs over " in note for note in notes), err
     assert files(untouched) == before
-    return err
+    return line
