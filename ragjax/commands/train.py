@@ -84,6 +84,10 @@ class TrainData:
     splits: list[Split]  # the files of both
     fingerprint: str  # of the first one, when it was read
 
+    def epochs(self, steps: int) -> float:
+        """How often so many steps go through the questions."""
+        return steps * self.rag.config.train.batch_size / len(self.train.usable.questions)
+
 
 @dataclass
 class Run:
@@ -107,10 +111,6 @@ class Run:
         """The questions by whose documents the drift of the index is measured."""
         some = self.data.splits[0].questions[: self.rag.config.refresh.probe_questions]
         return [question.question for question in some]
-
-    def epochs(self, step: int) -> str:
-        """How often each question has been trained on after a step, as the progress tells it."""
-        return f"epoch {step * self.rag.config.train.batch_size / len(self.data.train.usable.questions):.1f}"
 
 
 def train(config: Config) -> Path:
@@ -199,11 +199,11 @@ def print_questions(data: TrainData, folder: Path) -> None:
     for split in data.splits:
         for line in split.left_out_lines(folder / LEFT_OUT):
             terminal.print(line, soft_wrap=True)
-    train, count = data.rag.config.train, len(data.train.usable.questions)
-    if (epochs := train.steps * train.batch_size / count) > MANY_EPOCHS:
+    steps, count = data.rag.config.train.steps, len(data.train.usable.questions)
+    if (epochs := data.epochs(steps)) > MANY_EPOCHS:
         terminal.print(
-            f"train.steps={train.steps} means {epochs:.0f} epochs over {count} questions; more than {MANY_EPOCHS} tend "
-            "to learn them by heart: lower train.steps, or set train.dev_questions and watch dev_loss",
+            f"train.steps={steps} means {epochs:.0f} epochs over {count} questions; more than {MANY_EPOCHS} tend to "
+            "learn them by heart: lower train.steps, or set train.dev_questions and watch dev_loss",
             soft_wrap=True,
         )
 
@@ -260,7 +260,11 @@ def run_steps(run: Run, signals: Signals) -> None:
     """Trains until `train.steps`. Raises `Interrupted` after a signal, once the step is done and saved."""
     train, done = run.rag.config.train, int(run.state.step)
     step, nll = make_step(run), make_nll(run.rag)
-    with progress_bar("train", train.steps, "steps", done, first="compiling …", extra=run.epochs) as advance:
+
+    def epoch(number: int) -> str:
+        return f"epoch {run.data.epochs(number):.1f}"
+
+    with progress_bar("train", train.steps, "steps", done, first="compiling …", extra=epoch) as advance:
         signals.check()
         signals.instead, last_save = _finish_the_step, time.monotonic()
         for number in range(done + 1, train.steps + 1):
