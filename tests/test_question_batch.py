@@ -98,7 +98,7 @@ def _for_retriever(tokenizers: Tokenizers, questions: list[str]) -> tuple[np.nda
 
 
 def test_an_empty_question(tokenizers: Tokenizers) -> None:
-    with pytest.raises(InputError, match=r"questions\[1\]: empty question"):
+    with pytest.raises(InputError, match=r"questions\[1\]: an empty question"):
         tokenize_questions(tokenizers, ["Who?", " \n"])
 
 
