@@ -8,12 +8,14 @@ VENV := .venv-$(VERSION)
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q
+TWO_AT_A_TIME := -n 2 --dist loadfile --no-loadscope-reorder
+CHANGED_SINCE ?= main
 ANY_DEVICES := -m 'any_devices and not slow'
 
 # glibc puts large arrays on huge pages: less time goes into page faults.
 quickstart bench: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: quickstart test test-other test-slow test-torch test-tpu soak lint bench docs clean
+.PHONY: quickstart test test-changed test-other test-slow test-torch test-tpu soak lint bench docs clean
 
 quickstart: $(VENV)/dev
 	$(BIN)/ragjax index configs/factbook.yaml
@@ -22,9 +24,12 @@ quickstart: $(VENV)/dev
 	$(BIN)/ragjax answer configs/factbook.yaml "What is the capital of France?"
 
 test: $(VENV)/dev
-	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder
-	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder --devices 1 $(ANY_DEVICES)
-	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder --devices 2 $(ANY_DEVICES)
+	$(PYTEST) $(TWO_AT_A_TIME)
+	$(PYTEST) $(TWO_AT_A_TIME) --devices 1 $(ANY_DEVICES)
+
+# the tests of what differs from main (CHANGED_SINCE=HEAD~1: from another commit)
+test-changed: $(VENV)/dev
+	@tests=$$(.ci/changed-tests $(CHANGED_SINCE)) && if [ -n "$$tests" ]; then $(PYTEST) $(TWO_AT_A_TIME) $$tests; fi
 
 # resuming, the golden values and a training step, with another Python and so with the other end of JAX's versions
 test-other:
@@ -35,7 +40,8 @@ test-other-with: $(VENV)/dev
 	$(PYTEST) -n 2 --devices 1 -m 'other_python and not slow'
 
 test-slow: $(VENV)/dev
-	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder -m slow
+	$(PYTEST) -n 2 --dist worksteal -m slow
+	$(PYTEST) $(TWO_AT_A_TIME) --devices 2 $(ANY_DEVICES)
 
 test-torch: $(VENV)/dev
 	$(PIP) -e '.[dev,torch]'

@@ -1,25 +1,32 @@
-"""Eight virtual CPU devices (`--devices N`: N), no network and no compilation cache, whatever machine runs the tests.
+"""Eight virtual CPU devices (`--devices N`: N), no network, and programs compiled once for both workers and later runs.
 
 And what many tests share: a tiny world with its index, and a run that was trained on it.
 """
 
 from __future__ import annotations
 
+import gc
+import hashlib
 import os
+import platform
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
 
 import jax
+import jaxlib
 import pytest
 from trained import quick_world, trained_run
 
 jax.config.update("jax_disable_most_optimizations", True)  # tiny models: compiling is what takes the time
 if jax.__version_info__ < (0, 11):  # the older way to compile fusions takes 2.5 times less; JAX 0.12 has no choice
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
+
+
+COMPILED_BYTES = 500_000_000  # one run of all tests leaves less than a fifth
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -29,6 +36,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_num_cpu_devices", config.getoption("devices"))
+    keep_compiled_programs(config)
+
+
+def keep_compiled_programs(config: pytest.Config) -> None:
+    """XLA's cache in .pytest_cache: for the other worker and later runs with this JAX on such a processor."""
+    cpuinfo = Path("/proc/cpuinfo")
+    features = [line for line in cpuinfo.read_text().splitlines() if "flags" in line][:1] if cpuinfo.exists() else []
+    made_with = (jax.__version__, jaxlib.__version__, os.environ.get("XLA_FLAGS"), platform.machine(), *features)
+    folder = config.cache.mkdir(f"xla-{hashlib.sha256(repr(made_with).encode()).hexdigest()[:12]}")
+    if not hasattr(config, "workerinput") and sum(path.stat().st_size for path in folder.iterdir()) > COMPILED_BYTES:
+        shutil.rmtree(folder)  # most of them are of code that is no more
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)  # child processes, which tests kill, would leave half an entry
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """What was being written to the cache when Ctrl-C came may be half of it."""
+    if exitstatus == pytest.ExitCode.INTERRUPTED and not hasattr(session.config, "workerinput"):
+        shutil.rmtree(jax.config.jax_compilation_cache_dir, ignore_errors=True)  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +69,14 @@ def run(world: Path) -> Path:
     return trained_run(world)
 
 
-LONGEST = [f"test_{name}" for name in "processes refresh encoder_decoders step train plan fused soak".split()]
+def pytest_collection_finish() -> None:
+    """The many objects of imports and traces are not looked through again and again: a tenth of all the time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
+
+
+LONGEST = [f"test_{name}" for name in "refresh train step processes encoder_decoders plan soak fused".split()]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -101,11 +101,14 @@ def test_compiled_programs_are_kept(tmp_path: Path) -> None:
         "jax_persistent_cache_min_entry_size_bytes",
     )
     before = {name: getattr(jax.config, name) for name in names}
+    jax.config.update("jax_compilation_cache_dir", None)
     compilation_cache.reset_cache()
     try:
         enable_compilation_cache(tmp_path)
         jax.jit(lambda x: jnp.sin(x) @ jnp.cos(x))(jnp.ones((5, 5)))
         assert list(tmp_path.glob("jit_*"))
+        enable_compilation_cache(tmp_path / "another")
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path), "one that was given stays"
     finally:
         for name, value in before.items():
             jax.config.update(name, value)

@@ -19,8 +19,9 @@ from trained import files
 
 from ragjax.cli import main
 
-STEPS = 20
-SETTINGS = f"train.steps={STEPS} train.dropout=0.1 train.save_every=10 train.dev_questions=3 evaluate.limit=5".split()
+SLOW = pytest.mark.slow
+STEPS = 10
+SETTINGS = f"train.steps={STEPS} train.dropout=0.1 train.save_every=5 train.dev_questions=3 evaluate.limit=5".split()
 SETTINGS += ["evaluate.untrained_limit=0", "evaluate.closed_book=false"]
 
 
@@ -68,20 +69,21 @@ def reference(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     [
         (1, 8, ["mesh.fsdp=true"]),
         (2, 2, []),
-        pytest.param(2, 2, ["mesh.fsdp=true"], marks=pytest.mark.slow),
-        pytest.param(1, 8, [], marks=pytest.mark.slow),
-        pytest.param(2, 4, [], marks=pytest.mark.slow),
-        pytest.param(2, 4, ["mesh.fsdp=true", "mesh.model=2"], marks=pytest.mark.slow),
-        pytest.param(4, 2, ["mesh.fsdp=true"], marks=pytest.mark.slow),
-        pytest.param(4, 2, ["mesh.model=8"], marks=pytest.mark.slow),
-        pytest.param(3, 2, ["mesh.model=3"], marks=pytest.mark.slow),  # the second process has parts of both rows
+        (2, 2, ["mesh.fsdp=true"]),
+        (1, 8, []),
+        (2, 4, []),
+        (2, 4, ["mesh.fsdp=true", "mesh.model=2"]),
+        (4, 2, ["mesh.fsdp=true"]),
+        (4, 2, ["mesh.model=8"]),
+        (3, 2, ["mesh.model=3"]),  # the second process has parts of both rows
     ],
 )
+@SLOW
 def test_the_same_numbers_on_any_layout(
     world: Path, reference: Path, tmp_path: Path, processes: int, devices: int, settings: list[str]
 ) -> None:
     err = launch(world, processes, devices, tmp_path, *settings)
-    assert len(re.findall("train: 20/20 steps.* in all", err)) == 1, "only one process tells of progress"
+    assert len(re.findall(f"train: {STEPS}/{STEPS} steps.* in all", err)) == 1, "only one process tells of progress"
     assert_same(tmp_path, reference)
 
 
@@ -100,7 +102,7 @@ def test_a_machine_of_two_is_taken_away_and_one_goes_on(world: Path, reference: 
     assert_same(tmp_path, reference)
 
 
-@pytest.mark.slow
+@SLOW
 def test_a_damaged_checkpoint_is_passed_over_by_all(world: Path, reference: Path, tmp_path: Path) -> None:
     """Though one has read its own part of it well."""
     launch(world, 2, 2, tmp_path, "mesh.fsdp=true")
@@ -110,12 +112,12 @@ def test_a_damaged_checkpoint_is_passed_over_by_all(world: Path, reference: Path
     for path in parts:
         path.write_bytes(b"?" * path.stat().st_size)
     err = launch(world, 2, 2, tmp_path, "mesh.fsdp=true")
-    assert err.count(f"{newest}: the checkpoint is incomplete or damaged") == 1 and "going on from step 10" in err
+    assert err.count(f"{newest}: the checkpoint is incomplete or damaged") == 1 and "going on from step 5" in err
     assert [path.name for path in (tmp_path / "damaged-checkpoints").iterdir()] == [f"{STEPS}-1"]
     assert_same(tmp_path, reference)
 
 
-@pytest.mark.slow
+@SLOW
 def test_an_evaluation_that_was_killed_goes_on_whatever_the_number_of_processes(world: Path, tmp_path: Path) -> None:
     """Two begin, one is killed, and three go on. No batch is made twice, and the files come out the same."""
     settings = ["evaluate.split=train", "evaluate.batch_size=1", "evaluate.closed_book=false"]
@@ -146,13 +148,13 @@ def test_an_evaluation_that_was_killed_goes_on_whatever_the_number_of_processes(
     assert list((tmp_path / "pieces").glob("*.partial")) == []
 
 
-@pytest.mark.slow
+@SLOW
 def test_the_quickstart_s_models_go_on_on_one_device(tmp_path: Path) -> None:
     """MiniLM and SmolLM2: stopped after the first step and started again, all comes out as it does at once."""
     settings = [
         f"index.folder={tmp_path}/index",
-        "corpus.limit=600",
-        "train.steps=4",
+        "corpus.limit=100",
+        "train.steps=3",
         "train.batch_size=2",
         "train.k=2",
     ]
@@ -172,12 +174,12 @@ def test_the_quickstart_s_models_go_on_on_one_device(tmp_path: Path) -> None:
     [(code, err)] = ends([begin("train", "pieces")], within=300)
     assert code == 0 and "going on from step" in err, err
     assert logged(tmp_path / "pieces") == logged(tmp_path / "whole")
-    assert same_state(tmp_path / "pieces", tmp_path / "whole", 4)
+    assert same_state(tmp_path / "pieces", tmp_path / "whole", 3)
     for run in ("pieces", "whole"):
         shutil.rmtree(tmp_path / run)  # a gigabyte each
 
 
-@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("lost", [pytest.param(0, marks=SLOW), 1])
 def test_a_process_that_dies_stops_the_other(world: Path, tmp_path: Path, lost: int) -> None:
     arguments = ["train", str(world / "config.yaml"), f"output={tmp_path}", *SETTINGS, "train.steps=100000"]
     processes = start(world, 2, *arguments)
@@ -198,6 +200,7 @@ def test_processes_that_disagree_say_so_and_stop(world: Path, tmp_path: Path) ->
     assert not (tmp_path / "run").exists()
 
 
+@SLOW
 def test_what_one_process_finds_wrong_is_told_by_all(world: Path, tmp_path: Path) -> None:
     """The lock and the folder are tried by process 0 alone."""
     shutil.copy(world / "config.yaml", tmp_path / "taken")
@@ -206,6 +209,7 @@ def test_what_one_process_finds_wrong_is_told_by_all(world: Path, tmp_path: Path
     assert all(f"{tmp_path / 'taken'}: cannot be created" in err and "Traceback" not in err for _, err in told)
 
 
+@SLOW
 def test_two_processes_build_the_same_index(world: Path, tmp_path: Path) -> None:
     """To the byte: here one process with eight devices, there two with two each."""
 

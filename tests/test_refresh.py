@@ -178,7 +178,7 @@ def slower(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     "stop",
     [
         pytest.param(6, marks=SLOW),
-        8,
+        pytest.param(8, marks=SLOW),
         pytest.param(9, marks=SLOW),
         pytest.param(11, marks=pytest.mark.any_devices),
     ],
@@ -232,14 +232,15 @@ def test_an_index_that_is_gone_is_named(
         open_answerer(refreshing(world, tmp_path / "run"))
 
 
+@SLOW
 def test_drift_begins_a_refresh(world: Path, tmp_path: Path) -> None:
     """At the first probe whose share is below, and not while one is going on."""
     settings = {"refresh__every": None, "refresh__below": 0.999, "refresh__steps": 2, "train__retriever_lr": 1e-2}
-    run = train(refreshing(world, tmp_path / "run", **settings))
+    run = train(refreshing(world, tmp_path / "run", **settings, train__steps=8))
     lines = [line for line in logged(run) if "loss" in line]
-    below = [line["step"] for line in lines if line.get("index_kept", 1) < 0.999 and line["step"] < 12]
+    below = [line["step"] for line in lines if line.get("index_kept", 1) < 0.999 and line["step"] < 6]
     switched = [line["step"] for line in logged(run) if "index_overlap" in line]
-    assert below and switched[0] == below[0] + 1 and switched[-1] == 14
+    assert below and switched[0] == below[0] + 1 and switched[-1] == 8
     assert {line["step"]: line["index_age"] for line in lines}[switched[0]] == 1
 
 
@@ -292,12 +293,15 @@ def test_parts_of_another_number_of_processes_are_encoded_again(world: Path, tmp
 
 
 def test_a_faiss_index_is_built_anew(world: Path, tmp_path: Path) -> None:
-    config = refreshing(world, tmp_path / "run", index__kind="HNSW8", index__folder=str(tmp_path / "index"))
+    settings: dict[str, Any] = {"index__kind": "HNSW8", "index__folder": str(tmp_path / "index")}
+    settings |= {"train__steps": 5, "refresh__every": 2, "refresh__steps": 2}
+    config = refreshing(world, tmp_path / "run", **settings)
     rag, index, store = open_world(config)
     run = train(config)
-    state, _ = state_at(config, 14)
-    newest = trained_index(rag, index, 14)
-    assert newest.kind == "HNSW8" and (version_folder(run, 14) / "faiss.index").exists()
+    state, _ = state_at(config, 5)
+    newest = trained_index(rag, index, 5)
+    assert newest.kind == "HNSW8" and (version_folder(run, 5) / "faiss.index").exists()
+    assert state_at(config, 5)[1]["refresh"]["searched"] is not None, "one that was built meanwhile was searched"
     every = encoded(rag, store, state.params["retriever"])
     scores, ids = newest.search(every[:5], 3)
     np.testing.assert_allclose(scores, np.take_along_axis(every[:5] @ every.T, ids, 1), atol=1e-5)
@@ -333,6 +337,7 @@ def test_a_run_killed_while_its_last_index_is_built_goes_on_with_it(
     assert files(tmp_path / "run").keys() == before.keys() and logged(tmp_path / "run") == logged(undisturbed)
 
 
+@SLOW
 def test_a_run_with_more_steps_goes_on_with_the_index_of_its_end(
     world: Path, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -355,6 +360,7 @@ def test_a_run_with_more_steps_goes_on_with_the_index_of_its_end(
     assert "train.steps was 14 and is 16" in " ".join(capsys.readouterr().err.split())
 
 
+@SLOW
 def test_a_run_that_begins_with_a_trained_encoder_searches_its_index(
     world: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -376,6 +382,7 @@ def test_a_run_that_begins_with_a_trained_encoder_searches_its_index(
     assert line["index_age"] == 1
 
 
+@SLOW
 def test_two_processes_switch_at_the_same_step(world: Path, undisturbed: Path, tmp_path: Path) -> None:
     """And each encodes its part; one that resumes alone makes its own parts."""
     settings = [f"{key.replace('__', '.')}={value}" for key, value in SETTINGS.items()]
@@ -462,7 +469,7 @@ def next_questions(config: Config, position: dict[str, Any], count: int) -> list
     return next(batches).questions.tolist()
 
 
-@pytest.mark.parametrize("stop", [1, 4])
+@pytest.mark.parametrize("stop", [pytest.param(1, marks=SLOW), 4])
 def test_a_resumed_run_trains_on_what_was_in_flight(
     world: Path, ahead: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
 ) -> None:

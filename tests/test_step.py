@@ -232,7 +232,7 @@ def test_an_answer_s_start_token_may_be_left_out_of_the_loss(plain: Setup) -> No
     np.testing.assert_allclose(nll(True, False), -np.logaddexp.reduce(prior + logp.sum(axis=-1), axis=1), rtol=1e-5)
 
 
-@pytest.mark.parametrize("through", [1, 2])
+@pytest.mark.parametrize("through", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_backward_through_the_likeliest_documents(
     through: int, dropping: Setup, dropping_gradients: tuple[Any, Any]
 ) -> None:
@@ -257,7 +257,7 @@ def test_backward_through_the_likeliest_documents(
     chex.assert_trees_all_close(metrics, {name: whole_metrics[name] for name in metrics}, rtol=1e-5)
 
 
-@pytest.mark.parametrize("through", [1, 2])
+@pytest.mark.parametrize("through", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_what_the_generator_misses_is_measured(through: int, dropping: Setup) -> None:
     rag = with_train(dropping.rag, backward_documents=through)
     state = dropping.state()
@@ -592,6 +592,7 @@ def test_what_does_not_fit_is_refused_with_advice(world: Path) -> None:
         assert setting in message
 
 
+@pytest.mark.slow
 def test_a_step_that_measures_must_fit_too(world: Path) -> None:
     """All documents go backward there: they take more than the step's own."""
     mesh = make_mesh()

@@ -144,13 +144,20 @@ def trainer(world: Path, runs: Path) -> Callable[..., int]:
     return lambda folder, *more: main(["train", str(world / "config.yaml"), f"output={runs / folder}", *PIECES, *more])
 
 
+@pytest.fixture(scope="module")
+def whole(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five steps, undisturbed."""
+    runs = tmp_path_factory.mktemp("whole")
+    assert trainer(world, runs)("run") == 0
+    return runs / "run"
+
+
 @pytest.mark.other_python
 @pytest.mark.any_devices
 def test_a_run_in_pieces_equals_the_whole_one_bit_for_bit(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+    world: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     go = trainer(world, tmp_path)
-    assert go("whole") == 0
     at_step(monkeypatch, 2, crash)
     with pytest.raises(RuntimeError, match="power"):
         go("pieces", "train.save_every=1")  # step 2 is logged, and lost
@@ -165,18 +172,18 @@ def test_a_run_in_pieces_equals_the_whole_one_bit_for_bit(
     assert go("pieces") == 0
 
     overrides: dict[str, Any] = {"train__steps": 5, "train__k": 2, "train__dropout": 0.1}
-    (whole, position), (pieces, same) = (
-        saved_state(world, tmp_path / folder, 5, **overrides) for folder in ("whole", "pieces")
+    (expected, position), (state, same) = (
+        saved_state(world, folder, 5, **overrides) for folder in (whole, tmp_path / "pieces")
     )
-    chex.assert_trees_all_equal(jax.tree.map(raw, whole), jax.tree.map(raw, pieces))
+    chex.assert_trees_all_equal(jax.tree.map(raw, expected), jax.tree.map(raw, state))
     assert (position["data"], position["index"]) == (same["data"], same["index"])
-    assert losses(tmp_path / "whole") == losses(tmp_path / "pieces")
+    assert losses(whole) == losses(tmp_path / "pieces")
 
     def started(*_: object) -> None:
         raise AssertionError("a finished run trains no more")
 
     monkeypatch.setattr(train_module.BatchBuilder, "attach", started)
-    assert go("whole") == 0
+    assert go("pieces") == 0
 
 
 def raw(leaf: jax.Array) -> np.ndarray:
@@ -185,12 +192,11 @@ def raw(leaf: jax.Array) -> np.ndarray:
 
 @pytest.mark.any_devices
 def test_a_machine_that_is_taken_away(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+    world: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     """SIGTERM saves and ends with 143; a save that is damaged later costs the steps since the one before, no more."""
 
     go = trainer(world, tmp_path)
-    assert go("whole") == 0
     at_step(monkeypatch, 3, lambda: signal.raise_signal(signal.SIGTERM))
     handler = signal.getsignal(signal.SIGTERM)
     often = ["train.save_minutes=1e-9", "train.keep=9"]
@@ -204,16 +210,15 @@ def test_a_machine_that_is_taken_away(
     capsys.readouterr()
     assert go("pieces", *often) == 0
     assert "going on from step 2" in capsys.readouterr().err
-    assert losses(tmp_path / "whole") == losses(tmp_path / "pieces")
+    assert losses(whole) == losses(tmp_path / "pieces")
 
 
 @pytest.mark.any_devices
 def test_a_run_goes_on_over_another_mesh(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+    world: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     """On one device only the layout of FSDP is another; test_processes has other numbers of devices."""
     go, model = trainer(world, tmp_path), min(4, jax.device_count())
-    assert go("whole") == 0
     at_step(monkeypatch, 3, lambda: signal.raise_signal(signal.SIGTERM))
     assert go("pieces") == 143
     at_step(monkeypatch, 0, crash)
@@ -221,7 +226,7 @@ def test_a_run_goes_on_over_another_mesh(
     assert go("pieces", f"mesh.model={model}", "mesh.fsdp=true") == 0
     err, two_heads = " ".join(capsys.readouterr().err.split()), "generator.layers.key (2), generator.layers.value (2)"
     assert (f"not split over mesh.model=4: {two_heads}" in err) == (model == 4)
-    of_steps = zip(losses(tmp_path / "pieces"), losses(tmp_path / "whole"), strict=True)
+    of_steps = zip(losses(tmp_path / "pieces"), losses(whole), strict=True)
     assert all(ours == pytest.approx(theirs, rel=1e-4) for ours, theirs in of_steps)
 
 
@@ -486,7 +491,7 @@ def test_the_corpus_prior_is_trained(world: Path, tmp_path: Path) -> None:
     assert first["prior_top"] < 1 / 3  # of the mass of all thirty passages
 
 
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("fused", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_what_the_generator_misses_is_logged(world: Path, tmp_path: Path, fused: bool) -> None:
     settings = {"train__backward_documents": 1, "train__probe_every": 2, "train__log_every": 10, "train__steps": 5}
     lines = logged(train(tiny_config(world, train__fused=fused, output=str(tmp_path), **settings)))
@@ -526,9 +531,10 @@ def test_the_loss_on_dev_questions_at_every_save(world: Path, tmp_path: Path) ->
     restored = restore_params(rag)
     assert restored is not None and restored[1] == min(measured, key=lambda step: measured[step])
     plain, losses = dataclasses.replace(rag, config=tiny_config(world)), []
+    once = jax.jit(lambda params, batch: rag_loss(plain, params, batch, jax.random.key(0))[0])
     for question in read_questions(world / "dev.jsonl")[:3]:
         questions = question_batch(plain.tokenizers, [question.question], [question.answers[0]])
         ids = retrieve(plain, restored[0], index, questions, config.train.k).ids
         batch = attach_documents(plain, index, store, questions, ids)
-        losses.append(float(rag_loss(plain, restored[0], jax.tree.map(jnp.asarray, batch), jax.random.key(0))[0]))
+        losses.append(float(once(restored[0], jax.tree.map(jnp.asarray, batch))))
     assert measured[restored[1]] == pytest.approx(np.mean(losses), rel=1e-4)

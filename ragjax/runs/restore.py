@@ -35,8 +35,12 @@ from ragjax.training.state import (
 
 
 def enable_compilation_cache(folder: Path) -> None:
-    """Keeps compiled programs, small ones too, under `folder` for later processes; call it before any is compiled."""
-    jax.config.update("jax_compilation_cache_dir", str(folder))
+    """Keeps compiled programs, small ones too, under `folder` for later processes; call it before any is compiled.
+
+    A folder that JAX was given already ($JAX_COMPILATION_CACHE_DIR) is used instead.
+    """
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
+        jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
