@@ -40,7 +40,7 @@ def trained_run(world: Path) -> Path:
             {"question": q.question, "answer": [q.answers[0][0]], "passages": [f"p{i}"]} for i, q in enumerate(some)
         ]
         write_jsonl(world / "letters.jsonl", records)
-        settings = [f"train.steps={STEPS}", "train.k=2", "train.generator_lr=1e-2", "train.retriever_lr=3e-3"]
+        settings = [f"train.steps={STEPS}", "train.num_docs=2", "train.generator_lr=1e-2", "train.retriever_lr=3e-3"]
         questions = [f"questions.{split}={world}/letters.jsonl" for split in ("train", "dev")]
         assert main(["train", str(world / "config.yaml"), *settings, *questions]) == 0
     return run
