@@ -292,7 +292,8 @@ def main() -> None:
     count = np.median([len(of.whole) for of in measured])
     console.print(
         f"{config.generator.source}, step {answerer.step}: k = {d.num_docs}, {d.num_beams} beams, "
-        f"{d.max_new_tokens} new tokens, {count:.0f} candidates; {jax.devices()[0]}, {config.dtype}, {most / 1e9:.0f} GFLOP/s\n",
+        f"{d.max_new_tokens} new tokens, {count:.0f} candidates; "
+        f"{jax.devices()[0]}, {config.dtype}, {most / 1e9:.0f} GFLOP/s\n",
         soft_wrap=True,
     )
     show(console, f"{len(questions)} questions", stages, "thorough", most)

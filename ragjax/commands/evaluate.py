@@ -47,9 +47,9 @@ def evaluate(config: Config) -> dict[str, Any]:
 
     Retrieval is measured on every question of the split, answers on the first `evaluate.max_questions` (before
     training: `evaluate.max_untrained_questions`). Questions are split over the devices of each process, and batches of
-    them over the processes, each of which holds the models. Writes metrics.json and predictions.jsonl into `output`, and returns
-    the metrics. A question that cannot be asked counts as wrong, and as not found; `answerable` has the figures without
-    such.
+    them over the processes, each of which holds the models. Writes metrics.json and predictions.jsonl into `output`,
+    and returns the metrics. A question that cannot be asked counts as wrong, and as not found; `answerable` has the
+    figures without such.
 
     The results of each batch are kept in predictions.N.partial, N the process, until all is done: the same evaluation,
     begun again, goes on. Raises `InputError` for bad input.

@@ -366,8 +366,8 @@ def _check_contrastive(config: Config) -> list[str]:
         problems.append("train.objective=contrastive has no prior over the corpus; use retriever.prior=top_k")
     if train.mined_negatives < train.num_docs:
         problems.append(
-            f"train.mined_negatives={train.mined_negatives} is less than train.num_docs={train.num_docs}, of which all but "
-            "one are sought there"
+            f"train.mined_negatives={train.mined_negatives} is less than train.num_docs={train.num_docs}, of which all "
+            "but one are sought there"
         )
     return problems
 

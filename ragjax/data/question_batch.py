@@ -101,8 +101,8 @@ def question_batch(
     Args:
         tokenizers: those of the retriever and of the generator.
         questions: B texts.
-        answers: one to each question, to train on, of at most `generator.max_answer_tokens` tokens each: they are padded
-            to so many. None where nothing is trained.
+        answers: one to each question, to train on, of at most `generator.max_answer_tokens` tokens each: they are
+            padded to so many. None where nothing is trained.
         widest: whether to pad to the most tokens that the configuration allows, so that all batches have the same
             shapes, for a step that retrieves by itself.
 

@@ -65,8 +65,8 @@ def make_train_step(rag: RagModel, shardings: Any = None) -> jax.stages.Wrapped:
     """(state, batch, corpus | None) → (state, metrics); the old state's memory is reused, and it stays where it lies.
 
     `shardings` are those of the state. `gradient_norm_retriever` and the others are before clipping.
-    With `train.fused_retrieval` the batch is a `QuestionBatch`, and what it retrieved is among the metrics: `ids` [B,K],
-    and how many `tokens` were read.
+    With `train.fused_retrieval` the batch is a `QuestionBatch`, and what it retrieved is among the metrics: `ids`
+    [B,K], and how many `tokens` were read.
     """
     train = rag.config.train
     optimizer = make_optimizer(train)
