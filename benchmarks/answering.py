@@ -1,6 +1,6 @@
 """How long one question takes, models loaded and programs compiled, where the time goes, and whether modes agree.
 
-    python -m benchmarks.answering configs/factbook.yaml decode.k=10 decode.beams=5 --torch --compare 180
+    python -m benchmarks.answering configs/factbook.yaml decode.num_docs=10 decode.num_beams=5 --torch --compare 180
 
 Questions of the test split are answered one by one by every mode in turn, with the configuration's newest checkpoint,
 or else the pretrained models. The stages of thorough decoding are timed apart: retrieval, reading the documents, the
@@ -91,8 +91,8 @@ def answer_on_torch(model: Any, answerer: Answerer, prompts: list[list[int]], pr
         found = model.generate(
             rows,
             attention_mask=mask,
-            num_beams=settings.beams,
-            num_return_sequences=settings.beams,
+            num_beams=settings.num_beams,
+            num_return_sequences=settings.num_beams,
             max_new_tokens=settings.max_new_tokens,
             min_new_tokens=settings.min_new_tokens,
             length_penalty=0.0,
@@ -171,7 +171,7 @@ def measure(answerer: Answerer, question: str, costs: dict[tuple[int, ...], tupl
         costs[source.shape] = flops_of(partial(prefill_documents, graph), params, source, mask), of_prefix
     reading, of_prefix = costs[source.shape]
     flops = {"reading": reading * mask.mean()}
-    flops["beam search"] = of_prefix * count_read(prefixes, settings.beams)
+    flops["beam search"] = of_prefix * count_read(prefixes, settings.num_beams)
     # of each prefix the same is computed as in the beam search
     flops["scoring what is unread"] = of_prefix * count_unread(prefixes, wanted)
     flops["thorough"] = sum(flops.values())
@@ -291,8 +291,9 @@ def main() -> None:
     d, most = config.decode, peak(config.dtype)
     count = np.median([len(of.whole) for of in measured])
     console.print(
-        f"{config.generator.source}, step {answerer.step}: k = {d.k}, {d.beams} beams, {d.max_new_tokens} new tokens, "
-        f"{count:.0f} candidates; {jax.devices()[0]}, {config.dtype}, {most / 1e9:.0f} GFLOP/s\n",
+        f"{config.generator.source}, step {answerer.step}: k = {d.num_docs}, {d.num_beams} beams, "
+        f"{d.max_new_tokens} new tokens, {count:.0f} candidates; "
+        f"{jax.devices()[0]}, {config.dtype}, {most / 1e9:.0f} GFLOP/s\n",
         soft_wrap=True,
     )
     show(console, f"{len(questions)} questions", stages, "thorough", most)

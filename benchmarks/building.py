@@ -140,15 +140,15 @@ def measure(options: argparse.Namespace, folder: Path, console: Console) -> None
 
         return a_moment_later
 
-    few = build(config, f"index.folder={folder}/few", f"corpus.limit={FEW}", "index.kind=exact")
-    whole = build(config, f"index.folder={folder}/whole")
+    few = build(config, f"index.path={folder}/few", f"corpus.max_passages={FEW}", "index.kind=exact")
+    whole = build(config, f"index.path={folder}/whole")
     rows: list[tuple[str, list[Build]]] = [(f"{FEW:,} passages", [few]), (f"{options.count:,} passages", [whole])]
     kills = {"killed half-way": half_there} | ({} if options.kind == "exact" else {"killed in FAISS's pass": all_there})
     same = {}
     for name, when in kills.items():
         place = name.replace(" ", "-").replace("'", "")
-        first = build(config, f"index.folder={folder}/{place}", kill=when(place))
-        again = build(config, f"index.folder={folder}/{place}")
+        first = build(config, f"index.path={folder}/{place}", kill=when(place))
+        again = build(config, f"index.path={folder}/{place}")
         rows.append((f"{name}, and again", [first, again]))
         same[name] = first.killed and fingerprints(folder / place) == fingerprints(folder / "whole")
     table = Table("build", "seconds", "passages/s", "peak memory", "beyond the models", box=box.SIMPLE_HEAD)

@@ -67,10 +67,12 @@ def main() -> None:
     folder = checkpoint_folder(fetch(settings.source).path)
     place_there = torch_place(config.dtype)
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval().to(**place_there)
-    texts = [settings.passage.format(title=passage.title, text=passage.text) for passage in passages]
+    texts = [settings.passage_template.format(title=passage.title, text=passage.text) for passage in passages]
 
     def rows() -> list:
-        return tokenize_passages(rag.passage_tokenizer, settings.passage, passages, settings.passage_tokens)
+        return tokenize_passages(
+            rag.passage_tokenizer, settings.passage_template, passages, settings.max_passage_tokens
+        )
 
     def by_ragjax() -> np.ndarray:
         return embed_in_memory(rag, params, rows())
@@ -85,7 +87,7 @@ def main() -> None:
                     [texts[i] for i in ids],
                     padding=True,
                     truncation=True,
-                    max_length=settings.passage_tokens,
+                    max_length=settings.max_passage_tokens,
                     return_tensors="pt",
                 ).to(place_there["device"])
                 states, mask = model(**given).last_hidden_state, given["attention_mask"][..., None]
@@ -103,7 +105,7 @@ def main() -> None:
     for _ in range(options.repeats):
         for name, program in programs.items():
             stages[name].seconds.append(timed(program)[0])
-    width, count = settings.passage_tokens, sum(map(len, rows()))
+    width, count = settings.max_passage_tokens, sum(map(len, rows()))
     shape = jax.ShapeDtypeStruct((1, width), np.int32), jax.ShapeDtypeStruct((1, width), np.bool_)
     flops = flops_of(partial(encode, rag.passage_encoder.graphdef), params, *shape) / width * count
     for stage in stages.values():

@@ -138,7 +138,7 @@ def decoding(options: argparse.Namespace, console: Console, most: float) -> dict
     rng = np.random.default_rng(0)
     sources = rng.integers(4, ours.config.vocab_size, (questions, k, options.source_tokens)).astype(np.int32)
     scores = rng.normal(size=(questions, k)).astype(np.float32)
-    settings = Decode(k=k, beams=options.beams, max_new_tokens=longest, min_new_tokens=2)
+    settings = Decode(num_docs=k, num_beams=options.beams, max_new_tokens=longest, min_new_tokens=2)
 
     def by_hugging_face(b: int) -> tuple[int, ...]:
         with torch.no_grad():
@@ -226,7 +226,9 @@ def training(options: argparse.Namespace, console: Console, most: float) -> dict
 
     k, count, longest, rate = options.train_documents, options.train_questions, options.target_tokens, 1e-5
     theirs = hugging_face(SHAPES[options.model], k)
-    settings = Train(batch_size=count, k=k, retriever_lr=rate, generator_lr=rate, decay="constant", remat=False)
+    settings = Train(
+        batch_size=count, num_docs=k, retriever_lr=rate, generator_lr=rate, lr_schedule="constant", remat=False
+    )
     with tempfile.TemporaryDirectory() as folder:
         theirs.generator.save_pretrained(Path(folder) / "generator")
         theirs.question_encoder.save_pretrained(Path(folder) / "retriever")
@@ -287,7 +289,7 @@ def training(options: argparse.Namespace, console: Console, most: float) -> dict
         optimizer.zero_grad()
         (loss / count).backward()
         for part in (theirs.question_encoder, theirs.generator):
-            torch.nn.utils.clip_grad_norm_(part.parameters(), settings.clip)
+            torch.nn.utils.clip_grad_norm_(part.parameters(), settings.max_grad_norm)
         optimizer.step()
         return loss.item() / count
 

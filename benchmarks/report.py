@@ -73,7 +73,7 @@ def flops_of_search(
 ) -> float:
     """Of the beam search after n memories, for each prefix that it reads, in the mean."""
     flops = flops_of(lambda p, m: beam_search_documents(graph, p, m, settings, special), params, memory)
-    return flops / settings.beams / sum(batch_sizes(memory.start.shape[0]))  # a step of each size counts once
+    return flops / settings.num_beams / sum(batch_sizes(memory.start.shape[0]))  # a step of each size counts once
 
 
 def count_read(prefixes: PrefixCache, beams: int) -> int:

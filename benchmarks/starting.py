@@ -79,7 +79,9 @@ def main() -> None:
                 for stage, took in seconds.items():
                     tables.setdefault(title, {}).setdefault(stage, Stage()).seconds.append(took)
     console, most = make_console(), peak(config.dtype)
-    console.print(f"{config.retriever.source}, {config.generator.source}, k = {config.decode.k}\n", soft_wrap=True)
+    console.print(
+        f"{config.retriever.source}, {config.generator.source}, k = {config.decode.num_docs}\n", soft_wrap=True
+    )
     for title, stages in tables.items():
         show(console, title, stages, "the whole process", most)
     write(console, options.folder, "starting", tables)

@@ -1,6 +1,6 @@
 """The training step with all of a question's documents going backward, and with the likeliest alone, side by side.
 
-    python -m benchmarks.training configs/factbook.yaml train.k=8 --through 2
+    python -m benchmarks.training configs/factbook.yaml train.num_docs=8 --through 2
 
 Both compile the configuration's own step, start from the pretrained models and see the same batches, in turn. Needs the
 index. `GLIBC_TUNABLES= python -m benchmarks.training …` shows what huge pages are worth. Of the operations that are
@@ -45,9 +45,9 @@ def main() -> None:
     config = load_config(options.config, options.overrides)
     rag, index, store = load_artifacts(config)
     jax.config.update("jax_enable_compilation_cache", False)
-    k, size = config.train.k, config.train.batch_size
+    k, size = config.train.num_docs, config.train.batch_size
     params = rag.initial_params()
-    longest = config.generator.answer_tokens
+    longest = config.generator.max_answer_tokens
     every = read_questions(Path(config.questions.train))
     questions = [q for q in every if len(tokenize_answer(rag.tokenizers, q.answers[0])) <= longest]
     batches = []
@@ -59,7 +59,7 @@ def main() -> None:
 
     steps, states, compiling, stages = {}, {}, {}, {}
     for through in (k, options.through):
-        changed = config.train.replace(backward_documents=through)
+        changed = config.train.replace(backprop_docs=through)
         own = dataclasses.replace(rag, config=config.replace(train=changed))
         states[through] = init_train_state(own, jax.tree.map(jax.numpy.array, params))
         traced = make_train_step(own).trace(states[through], batches[0], corpus)

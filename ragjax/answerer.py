@@ -91,16 +91,16 @@ class Answerer:
     mesh: Mesh  # of this process, where `params` lie
 
     def retrieve(self, questions: QuestionBatch) -> RetrievalResult:
-        """The documents that `candidates` reads, `decode.k` of each question.
+        """The documents that `candidates` reads, `decode.num_docs` of each question.
 
         Hugging Face rescores under the training's number of documents, whatever the number that proposed: with
-        `hf_compatible` there are as many as either needs, and the prior is 0 beyond `train.k`.
+        `hf_compatible` there are as many as either needs, and the prior is 0 beyond `train.num_docs`.
         """
         config = self.rag.config
         if not rescores_as_hugging_face(config):
-            return retrieve(self.rag, self.params, self.index, questions, config.decode.k, self.mesh)
+            return retrieve(self.rag, self.params, self.index, questions, config.decode.num_docs, self.mesh)
         retrieval = retrieve(self.rag, self.params, self.index, questions, most_documents(config), self.mesh)
-        counted = (retrieval.ids >= 0) & (np.arange(retrieval.ids.shape[1]) < config.train.k)
+        counted = (retrieval.ids >= 0) & (np.arange(retrieval.ids.shape[1]) < config.train.num_docs)
         return dataclasses.replace(
             retrieval, log_prior=np.asarray(log_prior(jnp.asarray(retrieval.log_prior), jnp.asarray(counted)))
         )
@@ -185,8 +185,8 @@ class Answerer:
         settings, special = config.decode.replace(mode=mode), self.rag.special
         if retrieval is not None and rescores_as_hugging_face(config):
             unmasked = prefill_documents(graph, params, source, jnp.ones_like(mask))
-            scoring = prior[:, : config.train.k]
-            proposing = (ids >= 0) & (np.arange(ids.shape[1]) < config.decode.k)
+            scoring = prior[:, : config.train.num_docs]
+            proposing = (ids >= 0) & (np.arange(ids.shape[1]) < config.decode.num_docs)
             candidates = decode_hf_compatible(graph, params, unmasked, memory, scoring, proposing, settings, special)
         elif retrieval is not None and config.model == "rag_token":
             candidates = decode_rag_token(graph, params, memory, prior, settings, special, config.hf_compatible)
@@ -196,8 +196,8 @@ class Answerer:
 
     def _gold_logp(self, memory: DocumentMemory, prior: np.ndarray, gold: Sequence[Sequence[int]]) -> np.ndarray:
         """log p(gold|x) [B], in nats, as answering counts it: any of the generator's end tokens ends it."""
-        longest = max(self.rag.config.generator.answer_tokens, *map(len, gold))
-        width = pick_bucket(longest, [self.rag.config.generator.answer_tokens, *length_buckets(longest + 32)])
+        longest = max(self.rag.config.generator.max_answer_tokens, *map(len, gold))
+        width = pick_bucket(longest, [self.rag.config.generator.max_answer_tokens, *length_buckets(longest + 32)])
         answers, counted = pad_sequences(gold, width, self.rag.special.pad)
         lengths = counted.sum(axis=1, dtype=np.int32)[:, None]
         graph, params = self.rag.generator.graphdef, self.params["generator"]

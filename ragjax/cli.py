@@ -189,7 +189,7 @@ def _parser() -> argparse.ArgumentParser:
         "evaluate",
         _evaluate,
         "measure answers and retrieval, before and after training, going on where the same evaluation was stopped",
-        "ragjax evaluate configs/factbook.yaml evaluate.limit=20",
+        "ragjax evaluate configs/factbook.yaml evaluate.max_questions=20",
     )
     for sub in (index, train, evaluate):
         overrides(sub)
@@ -209,7 +209,7 @@ def _parser() -> argparse.ArgumentParser:
         "answer",
         _answer,
         "answer questions, with documents and probabilities; exit code 2 if there was one that cannot be answered",
-        'ragjax answer configs/factbook.yaml "What is the capital of France?" --set decode.k=5',
+        'ragjax answer configs/factbook.yaml "What is the capital of France?" --set decode.num_docs=5',
     )
     answer.add_argument("questions", nargs="+", metavar="QUESTION", help="a question; - reads one a line from input")
     answer.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="replaces a value")

@@ -30,7 +30,7 @@ class RagModel:
     generator: PretrainedModel
     special: SpecialTokens  # the generator's
     prompt: Prompt
-    passage_encoder: PretrainedModel  # the retriever itself, unless `retriever.passage_source` names another
+    passage_encoder: PretrainedModel  # the retriever itself, unless `retriever.passage_encoder` names another
 
     @property
     def parts(self) -> dict[str, PretrainedModel]:
@@ -80,7 +80,7 @@ def load_pipeline(config: Config) -> RagPipeline:
     lengths that a model does not have.
     """
     r, g, rate = config.retriever, config.generator, config.train.dropout
-    fetched = tuple(fetch(source) for source in (r.source, g.source, r.passage_source) if source)
+    fetched = tuple(fetch(source) for source in (r.source, g.source, r.passage_encoder) if source)
     question_folder, generator_folder, *passage_folders = (checkpoint_folder(f.path) for f in fetched)
     check_sentence_transformers(question_folder, r, questions=True, passages=not passage_folders)
     for folder in passage_folders:
@@ -108,7 +108,7 @@ def load_pipeline(config: Config) -> RagPipeline:
         passage_tokenizer=passage_tokenizer,
         generator_tokenizer=generator_tokenizer,
         special=special,
-        prompt=make_prompt(generator_tokenizer, g.prompt, framed=generator.config.encoder_decoder),
+        prompt=make_prompt(generator_tokenizer, g.prompt_template, framed=generator.config.encoder_decoder),
         sources=fetched,
         fingerprints=_index_fingerprints(config, passage_encoder, passage_tokenizer, generator_tokenizer),
     )
@@ -119,15 +119,16 @@ def _index_fingerprints(
 ) -> dict[str, str]:
     """What an index depends on. It fits only where all of it is the same."""
     r, g, c = config.retriever, config.generator, config.corpus
-    corpus = f"{c.source} {c.format} limit={c.limit}"
+    corpus = f"{c.source} {c.format} limit={c.max_passages}"
     if c.format == "factbook":
-        corpus += f" passage_words={c.passage_words} categories={','.join(c.categories) or 'all'} seed={config.seed}"
+        categories = ",".join(c.factbook.categories) or "all"
+        corpus += f" passage_words={c.factbook.max_passage_words} categories={categories} seed={config.seed}"
     return {
         "corpus": corpus,
         "kind": f"{structure(config.index.kind)} {config.index.dtype}",
         "encoder": f"{fingerprint_files(passage_encoder.files)} {r.pooling} normalize={r.normalize}",
-        "encoder_tokenizer": f"{passage_tokenizer.fingerprint} {r.passage!r} {r.passage_tokens}",
-        "generator_tokenizer": f"{generator_tokenizer.fingerprint} {g.passage!r}",
+        "encoder_tokenizer": f"{passage_tokenizer.fingerprint} {r.passage_template!r} {r.max_passage_tokens}",
+        "generator_tokenizer": f"{generator_tokenizer.fingerprint} {g.passage_template!r}",
     }
 
 
@@ -193,7 +194,7 @@ def _check_dimensions(config: Config, retriever: PretrainedModel, passage_encode
     passages, questions = passage_encoder.config.embedding_dim, retriever.config.embedding_dim
     if passages != questions:
         raise InputError(
-            f"{config.retriever.passage_source}: its embeddings have {passages} dimensions and those of "
+            f"{config.retriever.passage_encoder}: its embeddings have {passages} dimensions and those of "
             f"{config.retriever.source} {questions}; give two encoders that belong together"
         )
 
@@ -215,15 +216,15 @@ def check_lengths(config: Config, retriever: PretrainedModel, generator: Pretrai
         raise InputError(
             f"{config.generator.source}: hf_compatible=true needs BART or T5; transformers has no RAG with others"
         )
-    answer = max(config.generator.answer_tokens, config.decode.max_new_tokens)
-    source, longest = config.generator.source_tokens, generator.config.max_positions
-    both = "generator.source_tokens + the longest answer"
+    answer = max(config.generator.max_answer_tokens, config.decode.max_new_tokens)
+    source, longest = config.generator.max_prompt_tokens, generator.config.max_positions
+    both = "generator.max_prompt_tokens + the longest answer"
     lengths = [
-        ("retriever.question_tokens", config.retriever.question_tokens, retriever.config.max_positions),
-        ("retriever.passage_tokens", config.retriever.passage_tokens, retriever.config.max_positions),
+        ("retriever.max_question_tokens", config.retriever.max_question_tokens, retriever.config.max_positions),
+        ("retriever.max_passage_tokens", config.retriever.max_passage_tokens, retriever.config.max_positions),
     ]
     if generator.config.encoder_decoder:  # each side has positions of its own
-        lengths += [("generator.source_tokens", source, longest), ("the longest answer", answer, longest)]
+        lengths += [("generator.max_prompt_tokens", source, longest), ("the longest answer", answer, longest)]
     else:
         lengths += [(both, source + answer, longest)]
     for key, tokens, most in lengths:

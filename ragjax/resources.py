@@ -47,7 +47,7 @@ def raise_open_file_limit(count: int) -> None:
         if count + FEW_FILES > hard:
             raise InputError(
                 f"the index has {count} files, and this process may open only {hard}; raise the limit (ulimit -Hn), or "
-                "build the index with a larger index.shard"
+                "build the index with a larger index.shard_size"
             )
         soft = min(soft, hard - count)
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft + count, hard))

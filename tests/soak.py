@@ -34,7 +34,7 @@ from ragjax.runs.checkpointer import Checkpointer
 from ragjax.runs.run_dir import load_run_config
 from ragjax.training.state import init_train_state
 
-SETTINGS = ["train.dropout=0.1", "train.save_every=2", "index.shard=4"]
+SETTINGS = ["train.dropout=0.1", "train.save_every=2", "index.shard_size=4"]
 STOPPED = {signal.SIGTERM: 143, signal.SIGINT: 130}
 PATIENCE = 30.0  # seconds in which a process that was told to stop has stopped, and the others when one has died
 
@@ -66,7 +66,7 @@ class Soak:
     def begin(self, command: str, name: str, limit: int | None = None) -> list[subprocess.Popen]:
         """`ragjax COMMAND` into the run `name`; `limit` is the largest file that it may write, in KiB."""
         run = self.world.parent / name
-        settings = [f"output={run}", f"index.folder={run}/index", f"train.steps={self.steps}", *SETTINGS]
+        settings = [f"output={run}", f"index.path={run}/index", f"train.steps={self.steps}", *SETTINGS]
         arguments = [command, str(self.world / "config.yaml"), *settings]
         self.summary.started += 1
         if self.processes > 1 and limit is None:
@@ -149,7 +149,7 @@ class Soak:
 
     def refuse_to_write(self, command: str) -> str:
         """An output that cannot be written is refused in one line."""
-        index = f"index.folder={self.world.parent}/whole/index"
+        index = f"index.path={self.world.parent}/whole/index"
         arguments = [*RAGJAX, command, str(self.world / "config.yaml"), "output=/proc/ragjax", index]
         done = subprocess.run(arguments, env=environment(self.world, 1), capture_output=True, text=True)
         if done.returncode != 2 or "/proc/ragjax: cannot be created" not in done.stderr:

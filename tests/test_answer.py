@@ -255,7 +255,9 @@ def test_a_bad_line_costs_one_question(
         None if i in (2, 6) else question.decode() for i, question in enumerate(asked)
     ]
     assert [line["line"] for line in lines if "error" in line] == [3, 7]
-    assert "a prompt needs 50019 tokens" in lines[2]["error"] and "generator.source_tokens is 128" in lines[2]["error"]
+    assert (
+        "a prompt needs 50019 tokens" in lines[2]["error"] and "generator.max_prompt_tokens is 128" in lines[2]["error"]
+    )
     assert lines[6] == {"line": 7, "error": "not UTF-8 (invalid start byte at byte 11)"}
 
     monkeypatch.setattr("sys.stdin", given(b"\n\xff\n"))
@@ -317,7 +319,7 @@ def test_a_second_process_compiles_nothing_anew(run: Path, tmp_path: Path) -> No
 
 
 def test_mode_and_untrained(run: Path, world: Path, capsys: Capture) -> None:
-    assert ask(run, QUESTIONS[0], "--json", "--mode", "fast", "--untrained", "--set", "decode.k=2") == 0
+    assert ask(run, QUESTIONS[0], "--json", "--mode", "fast", "--untrained", "--set", "decode.num_docs=2") == 0
     out, err = capsys.readouterr()
     line = json.loads(out)
     assert line["mode"] == "fast" and len(line["documents"]) == 2
@@ -369,9 +371,9 @@ def two_ends(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
     config = tiny_config(
         world,
         output=str(folder / "run"),
-        index__folder=str(folder / "index"),
+        index__path=str(folder / "index"),
         generator__source=str(source),
-        generator__answer="{answer}",
+        generator__answer_template="{answer}",
     )
     build(config)
     return config

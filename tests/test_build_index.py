@@ -41,7 +41,7 @@ from ragjax.retrieval.retrieve import retrieve
 
 
 def opened(config: Config) -> Index:
-    return open_index(Path(config.index.folder), load_pipeline(config).fingerprints)
+    return open_index(Path(config.index.path), load_pipeline(config).fingerprints)
 
 
 def names(folder: Path) -> set[str]:
@@ -101,13 +101,13 @@ def test_text_and_tokens_are_kept(world: Path) -> None:
 
 
 def test_passages_are_stored_whole_whatever_a_prompt_holds(world: Path, tmp_path: Path) -> None:
-    build(tiny_config(world, index__folder=str(tmp_path), generator__source_tokens=20))
+    build(tiny_config(world, index__path=str(tmp_path), generator__max_prompt_tokens=20))
     assert PassageStore.open(tmp_path).token_count == PassageStore.open(world / "index").token_count
 
 
 @pytest.mark.parametrize("kind", ["exact", "Flat"])
 def test_built_again_it_is_the_same_to_the_byte(world: Path, tmp_path: Path, kind: str) -> None:
-    config = tiny_config(world, index__folder=str(tmp_path / "index"), index__kind=kind)
+    config = tiny_config(world, index__path=str(tmp_path / "index"), index__kind=kind)
     assert build(config) == tmp_path / "index"
     first = files(tmp_path)
     shutil.rmtree(tmp_path / "index")
@@ -121,7 +121,7 @@ def test_built_again_it_is_the_same_to_the_byte(world: Path, tmp_path: Path, kin
 
 def test_an_index_of_the_same_contents_stays(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     corpus = Path(shutil.copy(world / "passages.jsonl", tmp_path))
-    config = tiny_config(world, index__folder=str(tmp_path / "index"), corpus__source=str(corpus))
+    config = tiny_config(world, index__path=str(tmp_path / "index"), corpus__source=str(corpus))
     build(config)
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "index").iterdir()}
     build(config)
@@ -134,7 +134,7 @@ def test_an_index_of_the_same_contents_stays(world: Path, tmp_path: Path, capsys
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision(world: Path, tmp_path: Path, one_by_one: np.ndarray, dtype: str) -> None:
-    config = tiny_config(world, index__folder=str(tmp_path), index__dtype=dtype)
+    config = tiny_config(world, index__path=str(tmp_path), index__dtype=dtype)
     build(config)
     stored = np.asarray(opened(config).embeddings)
     assert stored.dtype == np.dtype(dtype)
@@ -143,12 +143,12 @@ def test_half_precision(world: Path, tmp_path: Path, one_by_one: np.ndarray, dty
 
 def test_another_kind_leaves_nothing_of_the_old_one(world: Path, tmp_path: Path) -> None:
     folder, queries = str(tmp_path), np.eye(32, dtype=np.float32)[:4]
-    build(tiny_config(world, index__folder=folder, index__kind="HNSW8"))
+    build(tiny_config(world, index__path=folder, index__kind="HNSW8"))
     assert "faiss.index" in names(tmp_path)
-    approximate = opened(tiny_config(world, index__folder=folder, index__kind="HNSW8")).search(queries, 5)
-    build(tiny_config(world, index__folder=folder))
+    approximate = opened(tiny_config(world, index__path=folder, index__kind="HNSW8")).search(queries, 5)
+    build(tiny_config(world, index__path=folder))
     assert "faiss.index" not in names(tmp_path)
-    exact = opened(tiny_config(world, index__folder=folder)).search(queries, 5)
+    exact = opened(tiny_config(world, index__path=folder)).search(queries, 5)
     np.testing.assert_array_equal(approximate[1], exact[1])  # of thirty passages, it finds all
     np.testing.assert_allclose(approximate[0], exact[0], atol=1e-6)
 
@@ -160,18 +160,18 @@ def test_a_build_that_fails_at_its_end_leaves_the_old_index_and_goes_on(
         raise KeyboardInterrupt
 
     folder = tmp_path / "index"
-    build(tiny_config(world, index__folder=str(folder)))
+    build(tiny_config(world, index__path=str(folder)))
     (folder / "notes.txt").write_text("mine")
     before = files(folder)
     monkeypatch.setattr(builder_module, "write_index", fail)
     with pytest.raises(KeyboardInterrupt):
-        build(tiny_config(world, index__folder=str(folder), corpus__limit=7))
+        build(tiny_config(world, index__path=str(folder), corpus__max_passages=7))
     assert files(folder) == before
     assert "index.partial stays: run the same command again to go on" in capsys.readouterr().err
     monkeypatch.undo()
     monkeypatch.setattr(build_module, "scan_passages", fail)  # nothing is read or embedded again
     monkeypatch.setattr(builder_module, "_shard_writer", fail)
-    build(tiny_config(world, index__folder=str(folder), corpus__limit=7))
+    build(tiny_config(world, index__path=str(folder), corpus__max_passages=7))
     assert "going on with the index: 7 of 7 passages are there" in capsys.readouterr().err
     assert len(PassageStore.open(folder)) == 7 and (folder / "notes.txt").read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["index"]
@@ -181,7 +181,7 @@ def test_dpr_files_gzipped(world: Path, tmp_path: Path) -> None:
     corpus = tmp_path / "psgs.tsv.gz"
     corpus.write_bytes(gzip.compress(b"id\ttext\ttitle\n1\tIts capital is Kesbourg.\tArland\n2\tA land.\tBelland\n"))
     settings = {"corpus__source": str(corpus), "corpus__format": "dpr"}
-    build(tiny_config(world, index__folder=str(tmp_path / "index"), **settings))
+    build(tiny_config(world, index__path=str(tmp_path / "index"), **settings))
     store = PassageStore.open(tmp_path / "index")
     assert (len(store), store[0]) == (2, Passage("1", "Arland", "Its capital is Kesbourg."))
 
@@ -199,7 +199,7 @@ def test_a_kind_that_cannot_be_built_is_refused_before_anything_is_embedded(
 ) -> None:
     monkeypatch.setattr(builder_module, "embed_to_file", lambda *_: pytest.fail("nothing is embedded"))
     with pytest.raises(InputError, match=f"index.kind.*{kind}.*{why}") as refusal:
-        build(tiny_config(world, index__folder=str(tmp_path / "index"), index__kind=kind))
+        build(tiny_config(world, index__path=str(tmp_path / "index"), index__kind=kind))
     assert "\n" not in str(refusal.value) and list(tmp_path.iterdir()) == []
 
 
@@ -219,7 +219,9 @@ def sharded(world: Path) -> Path:
 
 
 def by_shards(world: Path, folder: Path, **settings: object) -> Config:
-    return tiny_config(world, **({"index__folder": str(folder), "index__shard": 7, "index__kind": "HNSW8"} | settings))
+    return tiny_config(
+        world, **({"index__path": str(folder), "index__shard_size": 7, "index__kind": "HNSW8"} | settings)
+    )
 
 
 def test_shards_are_one_index(world: Path, sharded: Path) -> None:
@@ -238,7 +240,7 @@ def test_shards_are_one_index(world: Path, sharded: Path) -> None:
 
 
 def test_a_shard_depends_on_its_own_passages_only(world: Path, sharded: Path, tmp_path: Path) -> None:
-    fewer = build(by_shards(world, tmp_path / "index", corpus__limit=21))
+    fewer = build(by_shards(world, tmp_path / "index", corpus__max_passages=21))
     for number in range(3):
         assert same_files(shard_folder(fewer, number), shard_folder(sharded, number))
 
@@ -312,7 +314,7 @@ def test_only_what_is_damaged_is_made_anew(
         embed(rag, params, rows, path, advance)
 
     monkeypatch.setattr(builder_module, "embed_to_file", counted)
-    build(by_shards(world, folder, index__shard=7 if file in (MANIFEST, "made_of.json") else 5))
+    build(by_shards(world, folder, index__shard_size=7 if file in (MANIFEST, "made_of.json") else 5))
     assert files(folder) == whole
     assert written == [f"{number:05d}.partial" for number in HARM[file]]
     same = {path for path, stamp in stamps.items() if path.stat().st_mtime_ns == stamp}
@@ -368,16 +370,16 @@ def start(config: Config, tmp_path: Path) -> subprocess.Popen[bytes]:
 def test_a_build_that_was_killed_goes_on(world: Path, sharded: Path, tmp_path: Path) -> None:
     """Killed at any moment, again and again; each process has one device, and the undisturbed one had eight."""
     folder, generator = tmp_path / "index", np.random.default_rng()
-    finished = build(by_shards(world, tmp_path / "undisturbed", index__shard=1))
+    finished = build(by_shards(world, tmp_path / "undisturbed", index__shard_size=1))
     for shards in np.sort(generator.integers(0, 30, 3)):
-        with start(by_shards(world, folder, index__shard=1), tmp_path) as process:
+        with start(by_shards(world, folder, index__shard_size=1), tmp_path) as process:
             while process.poll() is None:
                 if len(list((tmp_path / "index.partial" / "shards").glob("[0-9]*[0-9]"))) >= shards:
                     time.sleep(generator.uniform(0, 0.02))
                     process.kill()
                     break
                 time.sleep(0.002)
-    build(by_shards(world, folder, index__shard=1))
+    build(by_shards(world, folder, index__shard_size=1))
     assert same_files(folder, finished)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["index", "own.yaml", "undisturbed"]
 
@@ -424,7 +426,9 @@ def test_a_build_that_was_killed_in_the_swap_goes_on(
     assert [path.name for path in tmp_path.iterdir()] == ["index"]
 
 
-@pytest.mark.parametrize("settings", [{"index__shard": 5}, {"index__batch_size": 3}, {"retriever__pooling": "cls"}])
+@pytest.mark.parametrize(
+    "settings", [{"index__shard_size": 5}, {"index__batch_size": 3}, {"retriever__pooling": "cls"}]
+)
 def test_with_other_settings_a_build_starts_anew(
     world: Path, tmp_path: Path, settings: dict[str, object], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -486,7 +490,7 @@ def test_no_more_than_a_shard_of_passages_is_held(world: Path, tmp_path: Path, m
             yield passage
 
     monkeypatch.setattr(build_module, "read_passages", counted)
-    build(by_shards(world, tmp_path / "index", index__shard=4))
+    build(by_shards(world, tmp_path / "index", index__shard_size=4))
     assert 4 <= most <= 2 * 4
 
 
@@ -510,7 +514,7 @@ def test_what_it_will_take_is_told_first(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
     """The disk to the byte but for the tokens, of which the first thousand passages tell, here all; and the memory."""
-    folder = build(tiny_config(world, index__folder=str(tmp_path / "index"), index__kind=kind, index__shard=7))
+    folder = build(tiny_config(world, index__path=str(tmp_path / "index"), index__kind=kind, index__shard_size=7))
     told = capsys.readouterr().err
     stored = {path: len(data) for path, data in files(folder).items() if path.suffix in (".bin", ".npy", ".index")}
     headers = 128 * sum(path.suffix == ".npy" for path in stored)
@@ -526,7 +530,7 @@ def test_a_disk_that_is_too_small_is_refused(
 ) -> None:
     monkeypatch.setattr(build_module, "free_disk", lambda folder: 9000)
     monkeypatch.setattr(builder_module, "embed_to_file", lambda *_: pytest.fail("nothing is embedded"))
-    config = tiny_config(world, index__folder=str(tmp_path / "index"))
+    config = tiny_config(world, index__path=str(tmp_path / "index"))
     with pytest.raises(InputError, match=r"has 8\.8 KiB free, and the index needs .* more; .*index\.dtype=bfloat16"):
         build(config)
     assert list(tmp_path.iterdir()) == []
@@ -547,11 +551,11 @@ def test_a_structure_that_memory_cannot_hold_is_refused(
 ) -> None:
     """And what only cannot be searched here is built: it may be meant for other machines."""
     monkeypatch.setattr(build_module, "host_memory", lambda: 3000)
-    config = tiny_config(world, index__folder=str(tmp_path / "index"), index__kind="HNSW32")
+    config = tiny_config(world, index__path=str(tmp_path / "index"), index__kind="HNSW32")
     with pytest.raises(InputError, match=r"building it takes .* and this machine has 2\.9 KiB; kinds .*OPQ"):
         build(config)
     assert list(tmp_path.iterdir()) == []
-    build(tiny_config(world, index__folder=str(tmp_path / "index")))
+    build(tiny_config(world, index__path=str(tmp_path / "index")))
     assert "it can be built here, but not searched" in capsys.readouterr().err
 
 
@@ -560,8 +564,8 @@ def test_a_killed_pass_of_faiss_starts_again(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     """Nothing is embedded again, and what comes out is what an undisturbed build makes."""
-    undisturbed = build(tiny_config(world, index__folder=str(tmp_path / "undisturbed"), index__kind=kind))
-    config = tiny_config(world, index__folder=str(tmp_path / "index"), index__kind=kind)
+    undisturbed = build(tiny_config(world, index__path=str(tmp_path / "undisturbed"), index__kind=kind))
+    config = tiny_config(world, index__path=str(tmp_path / "index"), index__kind=kind)
     monkeypatch.setattr(faiss_module, "_search_widely", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         build(config)
@@ -579,6 +583,6 @@ def test_an_index_of_before_there_were_shards_is_built_anew(world: Path, tmp_pat
     del manifest["shards"], manifest["xxh3"]
     (folder / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(InputError, match="older ragjax; run: ragjax index CONFIG"):
-        opened(tiny_config(world, index__folder=str(folder)))
-    build(tiny_config(world, index__folder=str(folder)))
+        opened(tiny_config(world, index__path=str(folder)))
+    build(tiny_config(world, index__path=str(folder)))
     assert same_files(folder, world / "index")

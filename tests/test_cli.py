@@ -59,7 +59,21 @@ def test_errors_in_the_configuration(capsys: Capture, tmp_path: Path, world: Pat
 
 def test_overrides_may_stand_before_and_after_options(capsys: Capture, world: Path) -> None:
     config = str(world / "config.yaml")
-    assert main(["config", config, "seed=3", "--set", "train.k=2", "train.clip=0.5", "--set", "decode.k=1"]) == 0
+    assert (
+        main(
+            [
+                "config",
+                config,
+                "seed=3",
+                "--set",
+                "train.num_docs=2",
+                "train.max_grad_norm=0.5",
+                "--set",
+                "decode.num_docs=1",
+            ]
+        )
+        == 0
+    )
     shown = capsys.readouterr().out
     assert all(line in shown for line in ("seed: 3\n", "  k: 2\n", "  clip: 0.5\n", "  k: 1\n"))
 
@@ -68,7 +82,7 @@ def test_config_without_a_file_shows_all_defaults(capsys: Capture) -> None:
     assert main(["config"]) == 0
     shown = capsys.readouterr().out
     assert "output: ??? # The folder of the run.\n" in shown and "  steps: 1000 # Optimizer steps.\n" in shown
-    assert main(["config", "--set", "train.k=2"]) == 2
+    assert main(["config", "--set", "train.num_docs=2"]) == 2
     assert "--set replaces values of a CONFIG" in capsys.readouterr().err
 
 
@@ -134,11 +148,12 @@ def test_ready_made_configurations_have_names(capsys: Capture, tmp_path: Path, m
 def test_a_run_may_stand_where_a_configuration_does(capsys: Capture, own_run: Path) -> None:
     """Wherever it was moved; overrides are counted last."""
     moved = own_run.rename(own_run.parent / "a ${b} é")
-    assert main(["config", str(moved), "decode.k=1", "index.folder=elsewhere"]) == 0
+    assert main(["config", str(moved), "decode.num_docs=1", "index.path=elsewhere"]) == 0
     shown = capsys.readouterr().out
     assert "folder: elsewhere\n" in shown and "  k: 1\n" in shown and "output: " in shown
     assert main(["answer", str(moved), "What is the capital of Arland?", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["step"] == STEPS
+    asked = capsys.readouterr()
+    assert len(json.loads(asked.out)["documents"]) == 3 and "pretrained" not in asked.err
     assert "no run here (config.yaml is missing)" in refused(capsys, moved, "evaluate", str(moved / "checkpoints"))
 
 
@@ -184,7 +199,7 @@ def test_a_bad_corpus_leaves_no_index(
     capsys: Capture, tmp_path: Path, world: Path, records: list[object], message: str
 ) -> None:
     corpus = lines(tmp_path / "corpus.jsonl", *records)
-    overrides = [f"corpus.source={corpus}", f"index.folder={tmp_path / 'index'}"]
+    overrides = [f"corpus.source={corpus}", f"index.path={tmp_path / 'index'}"]
     assert message in refused(capsys, tmp_path, "index", str(world / "config.yaml"), *overrides)
     assert not (tmp_path / "index").exists()
 
@@ -196,14 +211,14 @@ def test_a_bad_corpus_leaves_no_index(
         ("retriever.source={tmp}/none", "none"),
         ("generator.source={tmp}", "config.json"),
         ("index.kind=HNSW0x", "index.kind is 'HNSW0x', which FAISS does not accept"),
-        ("retriever.passage_tokens=5000", "retriever.passage_tokens is 5000, but the model has 512 positions"),
-        ("index.folder={tmp}/a-file", "a-file: is a file"),
-        ("index.folder={tmp}/a-file/index", "cannot be created"),
+        ("retriever.max_passage_tokens=5000", "retriever.max_passage_tokens is 5000, but the model has 512 positions"),
+        ("index.path={tmp}/a-file", "a-file: is a file"),
+        ("index.path={tmp}/a-file/index", "cannot be created"),
     ],
 )
 def test_index_refuses(capsys: Capture, tmp_path: Path, world: Path, override: str, message: str) -> None:
     (tmp_path / "a-file").touch()
-    settings = [f"index.folder={tmp_path / 'index'}", override.replace("{tmp}", str(tmp_path))]
+    settings = [f"index.path={tmp_path / 'index'}", override.replace("{tmp}", str(tmp_path))]
     assert message in refused(capsys, tmp_path, "index", str(world / "config.yaml"), *settings)
 
 
@@ -216,7 +231,7 @@ def test_a_disk_full_of_embeddings_leaves_the_old_index(
     shutil.copytree(world / "index", tmp_path / "index")
     corpus = lines(tmp_path / "corpus.jsonl", *PASSAGES)
     monkeypatch.setattr(os, "posix_fallocate", full)
-    before, command = files(tmp_path), ["index", str(world / "config.yaml"), f"index.folder={tmp_path / 'index'}"]
+    before, command = files(tmp_path), ["index", str(world / "config.yaml"), f"index.path={tmp_path / 'index'}"]
     assert main([*command, f"corpus.source={corpus}"]) == 2
     assert "the disk is full; the partial file was removed" in capsys.readouterr().err.splitlines()[-1]
     assert files(tmp_path) == before
@@ -233,7 +248,7 @@ def limited(size: int, command: list[str]) -> int:
 
 
 def test_a_disk_full_of_text_leaves_no_index(capsys: Capture, tmp_path: Path, world: Path) -> None:
-    command = ["index", str(world / "config.yaml"), f"index.folder={tmp_path / 'index'}"]
+    command = ["index", str(world / "config.yaml"), f"index.path={tmp_path / 'index'}"]
     assert limited(1000, command) == 2
     assert "cannot be written" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
@@ -248,15 +263,15 @@ def test_a_disk_full_of_text_leaves_no_index(capsys: Capture, tmp_path: Path, wo
         ("questions.train={tmp}/none.jsonl", "none.jsonl: no such file"),
         ("questions.train={tmp}/bad.jsonl", 'bad.jsonl:1: empty or missing "question"'),
         ("questions.train={tmp}/no.jsonl", "no.jsonl: holds no questions"),
-        ("generator.answer_tokens=2", "every answer is longer than generator.answer_tokens=2"),
-        ("train.k=31", "k is 31 but the corpus has only 30 passages"),
-        ("train.freeze=[retriever,reader]", "no parameters under 'reader'"),
-        ("train.freeze=[retriever,generator]", "leaves nothing to train"),
+        ("generator.max_answer_tokens=2", "every answer is longer than generator.max_answer_tokens=2"),
+        ("train.num_docs=31", "k is 31 but the corpus has only 30 passages"),
+        ("train.frozen_params=[retriever,reader]", "no parameters under 'reader'"),
+        ("train.frozen_params=[retriever,generator]", "leaves nothing to train"),
         ("train.batch_size=12", "12 questions cannot be split over 8 devices"),
         ("seed=-1", "seed is -1"),
         ("retriever.pooling=cls", "the index was built by another encoder"),
-        ("generator.passage='{text}'", "the index was built by another generator tokenizer"),
-        ("index.folder={tmp}/none", "the index does not exist; run: ragjax index CONFIG"),
+        ("generator.passage_template='{text}'", "the index was built by another generator tokenizer"),
+        ("index.path={tmp}/none", "the index does not exist; run: ragjax index CONFIG"),
         ("output={tmp}/bad.jsonl", "cannot be created"),
         ("output={tmp}/bad.jsonl/run", "cannot be created"),
     ],
@@ -269,7 +284,9 @@ def test_train_refuses(capsys: Capture, tmp_path: Path, world: Path, override: s
 
 
 def test_train_refuses_a_folder_with_another_experiment(capsys: Capture, own_run: Path) -> None:
-    message = refused(capsys, own_run, "train", str(own_run / "config.yaml"), "train.batch_size=16", "decode.k=2")
+    message = refused(
+        capsys, own_run, "train", str(own_run / "config.yaml"), "train.batch_size=16", "decode.num_docs=2"
+    )
     assert "train.batch_size was 8 and is 16" in message and "decode" not in message
     message = refused(capsys, own_run, "train", str(own_run / "config.yaml"), "train.steps=3")
     assert f"trained for {STEPS} steps already, and train.steps is 3; give {STEPS} or more" in message
@@ -327,9 +344,9 @@ def test_a_full_disk_elsewhere(capsys: Capture, monkeypatch: pytest.MonkeyPatch,
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("decode.k=31", "k is 31 but the corpus has only 30 passages"),
+        ("decode.num_docs=31", "k is 31 but the corpus has only 30 passages"),
         ("retriever.normalize=false", "the index was built by another encoder"),
-        ("index.folder={tmp}/none", "the index does not exist"),
+        ("index.path={tmp}/none", "the index does not exist"),
     ],
 )
 def test_evaluate_and_answer_refuse(
@@ -363,7 +380,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(
     message: str,
 ) -> None:
     module = command.replace("-", "_")
-    monkeypatch.setattr(f"ragjax.commands.{module}.open_world", lambda config: pytest.fail("models are opened"))
+    monkeypatch.setattr(f"ragjax.commands.{module}.load_artifacts", lambda config: pytest.fail("models are opened"))
     assert message in refused(capsys, tmp_path, command, str(world / "config.yaml"), f"output={output}")
 
 
@@ -379,14 +396,14 @@ def test_a_bad_question_is_refused_on_request(capsys: Capture, tmp_path: Path, w
     if command != "index-report":
         lines(bad, good, {"question": "long " * 60, "answer": ["x"]})
         message = refused(capsys, tmp_path, command, str(world / "config.yaml"), *settings)
-        assert f"{bad}:2: a prompt needs" in message and "generator.source_tokens is 128" in message
+        assert f"{bad}:2: a prompt needs" in message and "generator.max_prompt_tokens is 128" in message
 
 
 @pytest.mark.parametrize("command", ["evaluate", "answer"])
 def test_a_checkpoint_of_other_settings(capsys: Capture, own_run: Path, command: str) -> None:
     question = ["why?", "--set"] if command == "answer" else []
-    message = refused(capsys, own_run, command, str(own_run / "config.yaml"), *question, "retriever.scale=5")
-    assert "trained with other settings: retriever.scale was 10.0 and is 5.0" in message
+    message = refused(capsys, own_run, command, str(own_run / "config.yaml"), *question, "retriever.logit_scale=5")
+    assert "trained with other settings: retriever.logit_scale was 10.0 and is 5.0" in message
 
 
 def test_a_question_that_is_no_text(capsys: Capture, tmp_path: Path, world: Path) -> None:
@@ -401,7 +418,7 @@ def test_an_empty_question(capsys: Capture, tmp_path: Path, world: Path, questio
 
 
 def test_the_corpus_prior_is_refused_with_an_approximate_index(capsys: Capture, tmp_path: Path, world: Path) -> None:
-    config, folder = str(world / "config.yaml"), f"index.folder={tmp_path / 'index'}"
+    config, folder = str(world / "config.yaml"), f"index.path={tmp_path / 'index'}"
     assert main(["index", config, folder, "index.kind=Flat"]) == 0
     message = refused(capsys, tmp_path, "train", config, folder, "retriever.prior=corpus", f"output={tmp_path / 'run'}")
     assert "the index was built by another kind: Flat" in message
@@ -411,7 +428,7 @@ def test_a_gzipped_corpus_smaller_than_five_passages_is_evaluated(capsys: Captur
     corpus = tmp_path / "corpus.jsonl.gz"
     corpus.write_bytes(gzip.compress("".join(json.dumps(p) + "\n" for p in PASSAGES).encode()))
     write_jsonl(tmp_path / "test.jsonl", [{"question": "What is the capital of land 2?", "answer": ["city 2"]}])
-    settings = [f"output={tmp_path / 'run'}", f"index.folder={tmp_path / 'index'}", f"corpus.source={corpus}"]
+    settings = [f"output={tmp_path / 'run'}", f"index.path={tmp_path / 'index'}", f"corpus.source={corpus}"]
     assert main(["index", str(world / "config.yaml"), *settings]) == 0
     capsys.readouterr()
     settings += [f"questions.test={tmp_path / 'test.jsonl'}", "evaluate.closed_book=false"]

@@ -49,21 +49,21 @@ def written(folder: Path, more: str = "", text: str = SMALLEST) -> Path:
 
 
 def test_what_is_not_given_has_its_default(tmp_path: Path) -> None:
-    config = load_config(written(tmp_path, "train: {k: 7}\n"))
-    assert (config.train.k, config.train.batch_size, config.decode.mode) == (7, 8, "thorough")
+    config = load_config(written(tmp_path, "train: {num_docs: 7}\n"))
+    assert (config.train.num_docs, config.train.batch_size, config.decode.mode) == (7, 8, "thorough")
     assert config.retriever == Retriever(source="some/encoder")
 
 
 def test_paths_follow_the_output_folder(tmp_path: Path) -> None:
     config = load_config(written(tmp_path), ["output=elsewhere"])
-    assert config.index.folder == "elsewhere/index"
+    assert config.index.path == "elsewhere/index"
     assert config.questions.dev == "elsewhere/index/questions/dev.jsonl"
-    assert load_config(written(tmp_path), ["index.folder=shared"]).questions.test == "shared/questions/test.jsonl"
+    assert load_config(written(tmp_path), ["index.path=shared"]).questions.test == "shared/questions/test.jsonl"
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_shipped_configurations_load_and_come_back_equal(path: Path, tmp_path: Path) -> None:
-    config = load_config(path, ["train.retriever_lr=1e-5", "generator.prompt=chat"])
+    config = load_config(path, ["train.retriever_lr=1e-5", "generator.prompt_template=chat"])
     assert config.train.retriever_lr == 1e-5
     assert load_config(written(tmp_path, text=dump_config(config))) == config
 
@@ -75,10 +75,15 @@ def test_there_are_shipped_configurations() -> None:
 def test_overrides_win_and_the_last_of_them_most(tmp_path: Path) -> None:
     config = load_config(
         written(tmp_path, "train: {steps: 5}\n"),
-        ["train.steps=6", "train.steps=7", "train.freeze=[retriever,generator.embed]", "evaluate.limit=null"],
+        [
+            "train.steps=6",
+            "train.steps=7",
+            "train.frozen_params=[retriever,generator.embed]",
+            "evaluate.max_questions=null",
+        ],
     )
-    assert (config.train.steps, config.train.freeze) == (7, ("retriever", "generator.embed"))
-    assert config.evaluate.limit is None
+    assert (config.train.steps, config.train.frozen_params) == (7, ("retriever", "generator.embed"))
+    assert config.evaluate.max_questions is None
     assert get_key(config, "train.steps") == 7
 
 
@@ -93,7 +98,7 @@ def test_a_configuration_cannot_be_changed(tmp_path: Path) -> None:
     [
         ("train.stepz=3", "unknown key 'train.stepz'; did you mean train.steps?"),
         ("trian.steps=3", "unknown key 'trian'; did you mean train?"),
-        ("beams=3", "unknown key 'beams'; did you mean decode.beams?"),
+        ("beams=3", "unknown key 'beams'; did you mean decode.num_beams?"),
         ("mesh.quux=3", "unknown key 'mesh.quux'; known here: model, fsdp"),
         ("=3", "unknown key ''; known here: output, model, hf_compatible, seed"),
         ("train.steps=many", "train.steps is 'many'; expected a whole number"),
@@ -105,58 +110,67 @@ def test_a_configuration_cannot_be_changed(tmp_path: Path) -> None:
         ("train.remat=maybe", "train.remat is 'maybe'; expected true or false"),
         ("train.remat='yes'", "train.remat is 'yes'; expected true or false"),
         ("train.remat=1", "train.remat is 1; expected true or false"),
-        ("train.clip=[1]", "train.clip is [1]; expected a number"),
-        ("train.clip=.nan", "train.clip is nan; expected a finite number"),
+        ("train.max_grad_norm=[1]", "train.max_grad_norm is [1]; expected a number"),
+        ("train.max_grad_norm=.nan", "train.max_grad_norm is nan; expected a finite number"),
         ("train.generator_lr=.inf", "train.generator_lr is inf; expected a finite number"),
-        ("retriever.scale=1e999", "retriever.scale is inf; expected a finite number"),
+        ("retriever.logit_scale=1e999", "retriever.logit_scale is inf; expected a finite number"),
         ("decode.length_penalty=-.inf", "decode.length_penalty is -inf; expected a finite number"),
         ("train=5", "train is 5; expected a section of keys: steps, batch_size"),
         ("train=", "train is null; expected a section of keys: steps, batch_size"),
         ("train=[1]", "train is [1]; expected a section of keys: steps"),
-        ("train.freeze[0]=a", "train.freeze is {'0': 'a'}; expected a list"),
-        ("train.freeze=a", "train.freeze is 'a'; expected a list"),
-        ("train.freeze=[[a]]", "train.freeze[0] is ['a']; expected a text"),
-        ("train.freeze=[a, '']", "train.freeze[1] is ''; expected a text that is not empty"),
-        ("corpus.categories=[{a: 1}]", "corpus.categories[0] is {'a': 1}; expected a text"),
+        ("train.frozen_params[0]=a", "train.frozen_params is {'0': 'a'}; expected a list"),
+        ("train.frozen_params=a", "train.frozen_params is 'a'; expected a list"),
+        ("train.frozen_params=[[a]]", "train.frozen_params[0] is ['a']; expected a text"),
+        ("train.frozen_params=[a, '']", "train.frozen_params[1] is ''; expected a text that is not empty"),
+        ("corpus.factbook.categories=[{a: 1}]", "corpus.factbook.categories[0] is {'a': 1}; expected a text"),
         ("output=''", "output is ''; expected a text that is not empty"),
         ("output=2026", "output is 2026; expected a text (in quotes where it looks like something else)"),
         ("train.steps", "'train.steps': an override is written key=value"),
         ("output=[a", "'output=[a': not readable as YAML"),
         ("[=3", "'[=3': not readable as YAML"),
         ("train.steps=0", "train.steps is 0; expected more than 0"),
-        ("train.warmup=-1", "train.warmup is -1; expected 0 or more"),
+        ("train.warmup_steps=-1", "train.warmup_steps is -1; expected 0 or more"),
         ("train.dropout=1", "train.dropout is 1; expected less than 1"),
         ("train.label_smoothing=1.0", "train.label_smoothing is 1.0; expected less than 1"),
-        ("index.recall=1.5", "index.recall is 1.5; expected at most 1"),
-        ("refresh.below=0", "refresh.below is 0; expected more than 0"),
-        ("train.accumulate=3", "train.batch_size 8 is not divisible by train.accumulate 3"),
+        ("index.recall_target=1.5", "index.recall_target is 1.5; expected at most 1"),
+        ("refresh.min_overlap=0", "refresh.min_overlap is 0; expected more than 0"),
+        ("train.gradient_accumulation=3", "train.batch_size 8 is not divisible by train.gradient_accumulation 3"),
         ("dtype=float64", "dtype is 'float64'; expected one of float32, bfloat16"),
         ("corpus.format=csv", "corpus.format is 'csv'; expected one of jsonl, dpr, factbook"),
         ("decode.mode=slow", "decode.mode is 'slow'; expected one of thorough, certified, fast"),
         ("model=rag_words", "model is 'rag_words'; expected one of rag_sequence, rag_token"),
         ("decode.min_new_tokens=16", "decode.min_new_tokens must be smaller"),
-        ("generator.prompt='{passage} only'", "generator.prompt must contain {question} once (or be the word chat)"),
-        ("generator.prompt='{passage}{passage}{question}'", "generator.prompt must contain {passage} once"),
         (
-            "generator.prompt='{passage} {question} {nope}'",
-            "generator.prompt has the unknown slot {nope} (known are {passage}, {question})",
+            "generator.prompt_template='{passage} only'",
+            "generator.prompt_template must contain {question} once (or be the word chat)",
         ),
-        ("generator.answer=chat", "generator.answer must contain {answer}"),
-        ("generator.answer='{answer} {title}'", "generator.answer has the unknown slot {title} (known are {answer})"),
         (
-            "retriever.passage='{title}: {txt}'",
-            "retriever.passage must contain {text} and has the unknown slot {txt} (known are {text}, {title})",
+            "generator.prompt_template='{passage}{passage}{question}'",
+            "generator.prompt_template must contain {passage} once",
         ),
-        ("generator.passage=nothing", "generator.passage must contain {text}"),
-        ("index.folder=${nowhere}", "index.folder: Interpolation key 'nowhere' not found"),
-        ("output=${index.folder}", "output: Recursive interpolation detected"),
+        (
+            "generator.prompt_template='{passage} {question} {nope}'",
+            "generator.prompt_template has the unknown slot {nope} (known are {passage}, {question})",
+        ),
+        ("generator.answer_template=chat", "generator.answer_template must contain {answer}"),
+        (
+            "generator.answer_template='{answer} {title}'",
+            "generator.answer_template has the unknown slot {title} (known are {answer})",
+        ),
+        (
+            "retriever.passage_template='{title}: {txt}'",
+            "retriever.passage_template must contain {text} and has the unknown slot {txt} (known are {text}, {title})",
+        ),
+        ("generator.passage_template=nothing", "generator.passage_template must contain {text}"),
+        ("index.path=${nowhere}", "index.path: Interpolation key 'nowhere' not found"),
+        ("output=${index.path}", "output: Recursive interpolation detected"),
         ("train.steps=${output}", "train.steps is 'runs/x'; expected a whole number"),
         ("train=${train}", "train: Recursive interpolation detected"),
         ("output=${", "output"),
         ("seed=99999999999999999999", "seed is 99999999999999999999; expected at most 4294967295"),
         ("train.steps=2147483648", "train.steps is 2147483648; expected at most 2147483647"),
         (f"train.steps=0x{'f' * 5000}", "train.steps is a number of thousands of digits; expected at most 2147483647"),
-        (f"train.clip=1{'0' * 400}", "expected a number"),
+        (f"train.max_grad_norm=1{'0' * 400}", "expected a number"),
         ("output=\ud800", "output"),
     ],
 )
@@ -169,8 +183,8 @@ def test_what_cannot_be_is_refused_by_name(tmp_path: Path, override: str, messag
 
 
 def test_several_impossible_values_are_told_together(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"train\.k is 0.*decode\.beams is -2"):
-        load_config(written(tmp_path), ["train.k=0", "decode.beams=-2"])
+    with pytest.raises(InputError, match=r"train\.num_docs is 0.*decode\.num_beams is -2"):
+        load_config(written(tmp_path), ["train.num_docs=0", "decode.num_beams=-2"])
 
 
 def test_the_corpus_prior_needs_an_exact_index(tmp_path: Path) -> None:
@@ -232,13 +246,13 @@ def test_a_file_that_is_no_text(tmp_path: Path) -> None:
 
 
 def test_fields_are_told_before_what_does_not_go_together(tmp_path: Path) -> None:
-    path, together = written(tmp_path), ["train.accumulate=3", "retriever.prior=corpus", "index.kind=HNSW32"]
+    path, together = written(tmp_path), ["train.gradient_accumulation=3", "retriever.prior=corpus", "index.kind=HNSW32"]
     with pytest.raises(InputError) as refusal:
         load_config(path, together)
     first, second = str(refusal.value).removeprefix(f"{path}: ").split("; ", 1)
     assert first.startswith("train.batch_size 8") and second.startswith("retriever.prior=corpus needs every score")
-    with pytest.raises(InputError, match=r": train\.k is 0; expected more than 0$"):
-        load_config(path, [*together, "train.k=0"])
+    with pytest.raises(InputError, match=r": train\.num_docs is 0; expected more than 0$"):
+        load_config(path, [*together, "train.num_docs=0"])
 
 
 def test_missing_keys_and_wrong_values_are_told_together(tmp_path: Path) -> None:
@@ -254,32 +268,38 @@ def test_missing_keys_and_wrong_values_are_told_together(tmp_path: Path) -> None
 
 
 def test_a_whole_number_is_a_number_too(tmp_path: Path) -> None:
-    config = load_config(written(tmp_path), ["train.clip=1", "decode.length_penalty=-2"])
-    assert (type(config.train.clip), config.train.clip, config.decode.length_penalty) == (float, 1.0, -2.0)
+    config = load_config(written(tmp_path), ["train.max_grad_norm=1", "decode.length_penalty=-2"])
+    assert (type(config.train.max_grad_norm), config.train.max_grad_norm, config.decode.length_penalty) == (
+        float,
+        1.0,
+        -2.0,
+    )
 
 
 def test_an_override_of_a_section_changes_only_its_keys(tmp_path: Path) -> None:
-    config = load_config(written(tmp_path, "train: {k: 7, steps: 3}\n"), ["train={steps: 4}"])
-    assert (config.train.k, config.train.steps) == (7, 4)
+    config = load_config(written(tmp_path, "train: {num_docs: 7, steps: 3}\n"), ["train={steps: 4}"])
+    assert (config.train.num_docs, config.train.steps) == (7, 4)
 
 
 def test_sections_are_compared_and_hashed_by_value() -> None:
-    one, other = Train(freeze=("retriever",), clip=1), Train(freeze=("retriever",))
+    one, other = Train(frozen_params=("retriever",), max_grad_norm=1), Train(frozen_params=("retriever",))
     assert one == other and hash(one) == hash(other) and one != Train()
     assert len({Mesh(), Mesh(model=1), Mesh(model=2)}) == 2
 
 
 def test_replace_checks_what_it_replaces(tmp_path: Path) -> None:
     config = load_config(written(tmp_path))
-    changed = config.replace(seed=7, train=config.train.replace(freeze=["generator"]))
-    assert (changed.seed, changed.train.freeze, changed.decode) == (7, ("generator",), config.decode)
-    assert (config.seed, config.train.freeze) == (0, ())
+    changed = config.replace(seed=7, train=config.train.replace(frozen_params=["generator"]))
+    assert (changed.seed, changed.train.frozen_params, changed.decode) == (7, ("generator",), config.decode)
+    assert (config.seed, config.train.frozen_params) == (0, ())
     with pytest.raises(
         InputError, match=r"^Train: steps is 0; expected more than 0; unknown key 'stepz'; did you mean"
     ):
         config.train.replace(steps=0, stepz=1)
-    with pytest.raises(InputError, match=r"^Config: train\.batch_size 8 is not divisible by train\.accumulate 3$"):
-        config.replace(train=config.train.replace(accumulate=3))
+    with pytest.raises(
+        InputError, match=r"^Config: train\.batch_size 8 is not divisible by train\.gradient_accumulation 3$"
+    ):
+        config.replace(train=config.train.replace(gradient_accumulation=3))
     with pytest.raises(InputError, match=r"^Config: output is ''; expected a text that is not empty$"):
         config.replace(output="")
 
@@ -300,7 +320,7 @@ TEXTS = TEXTS.filter(lambda text: text != "???")
 @given(TEXTS, st.lists(TEXTS), st.floats(1e-300, 1e300))
 def test_what_is_dumped_is_read_back(folder: Path, text: str, texts: list[str], number: float) -> None:
     config = load_config(written(folder))
-    train = config.train.replace(freeze=texts, clip=number)
+    train = config.train.replace(frozen_params=texts, max_grad_norm=number)
     config = config.replace(output=text, train=train, corpus=config.corpus.replace(source=text + "/x"))
     assert load_config(written(folder, text=dump_config(config))) == config
 
@@ -370,7 +390,7 @@ def test_every_key_is_on_the_reference_page() -> None:
     assert all(len(re.findall(r"(?<!\\)\|", row)) == 5 for row in rows.values())
     assert rows["decode.mode"].startswith('| `decode.mode` | `thorough`, `certified`, `fast` | `"thorough"` |')
     assert rows["train.dropout"].startswith("| `train.dropout` | number, ≥ 0, < 1 | `0.0` |")
-    assert rows["corpus.limit"].startswith("| `corpus.limit` | whole number, > 0 or null | `null` |")
+    assert rows["corpus.max_passages"].startswith("| `corpus.max_passages` | whole number, > 0 or null | `null` |")
     assert rows["output"].startswith("| `output` | text | must be given |")
 
 
@@ -393,8 +413,11 @@ def test_the_schema_refuses_what_the_reader_refuses() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["train.probe_every=10"], r"train\.probe_every measures what train\.backward_documents leaves out"),
-        (["model=rag_token", "train.backward_documents=1"], r"train\.backward_documents is for model=rag_sequence"),
+        (
+            ["train.gradient_error_every=10"],
+            r"train\.gradient_error_every measures what train\.backprop_docs leaves out",
+        ),
+        (["model=rag_token", "train.backprop_docs=1"], r"train\.backprop_docs is for model=rag_sequence"),
         (["model=rag_token", "train.exclude_bos=true"], r"train\.exclude_bos is for model=rag_sequence"),
         (["model=rag_token", "retriever.prior=corpus"], r"retriever\.prior=corpus is for model=rag_sequence"),
         (["model=rag_token", "decode.mode=fast"], r"decode\.mode=fast is for model=rag_sequence"),

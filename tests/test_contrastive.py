@@ -53,8 +53,8 @@ KEY = jax.random.key(0)
 SETTINGS: dict[str, Any] = {
     "train__objective": "contrastive",
     "train__steps": 12,
-    "train__k": 3,
-    "train__mined": 8,
+    "train__num_docs": 3,
+    "train__mined_negatives": 8,
     "train__retriever_lr": 3e-3,
     "train__passage_encoder": "shared",
 }
@@ -85,7 +85,7 @@ def test_loss_and_gradient_are_the_formula(world: Path, tmp_path: Path, encoder:
     ids = chosen_ids()
     made = attached(rag, index, store, questions, ids)
     batch = jax.tree.map(jnp.asarray, made)
-    params, scale = rag.initial_params(), config.retriever.scale
+    params, scale = rag.initial_params(), config.retriever.logit_scale
     assert set(params) == {"retriever"} | ({"passage_encoder"} if encoder == "own" else set())
 
     def explicit(params: Params) -> jax.Array:
@@ -171,7 +171,7 @@ def test_a_label_that_is_not_there(world: Path, tmp_path: Path) -> None:
 def learnt(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
     folder = tmp_path_factory.mktemp("contrastive")
     config = contrasting(
-        world, folder / "run", train__steps=40, train__dev_questions=5, train__mined=30, train__save_every=20
+        world, folder / "run", train__steps=40, train__dev_questions=5, train__mined_negatives=30, train__save_every=20
     )
     train(config)
     return config
@@ -188,7 +188,7 @@ def test_it_learns(world: Path, learnt: Config) -> None:
 
 def test_evaluation_and_answers_after_it(learnt: Config, capsys: pytest.CaptureFixture[str]) -> None:
     """The retriever as trained, its own index, and the generator as it came."""
-    config = learnt.replace(evaluate=learnt.evaluate.replace(split="train", limit=2, untrained_limit=2))
+    config = learnt.replace(evaluate=learnt.evaluate.replace(split="train", max_questions=2, max_untrained_questions=2))
     models = evaluate(config)["models"]
     assert models["trained"]["recall@1"] > models["untrained"]["recall@1"]
     rag = load_pipeline(config)
@@ -207,7 +207,7 @@ def test_the_way_on(learnt: Config, tmp_path: Path) -> None:
     config = config.replace(
         train=config.train.replace(objective="marginal", passage_encoder="frozen", steps=1, dev_questions=0),
         retriever=config.retriever.replace(source=source),
-        index=config.index.replace(folder=str(tmp_path / "index")),
+        index=config.index.replace(path=str(tmp_path / "index")),
     )
     rag, index, _ = open_world(config)
     trained = restore_params(load_pipeline(learnt))
@@ -231,7 +231,7 @@ def test_its_own_passage_encoder_is_exported(world: Path, tmp_path: Path) -> Non
             world,
             run,
             retriever__source=str(tmp_path / "exported/question_encoder"),
-            retriever__passage_source=str(tmp_path / "exported/passage_encoder"),
+            retriever__passage_encoder=str(tmp_path / "exported/passage_encoder"),
             train__passage_encoder="own",
         )
     )
@@ -243,7 +243,7 @@ def test_its_own_passage_encoder_is_exported(world: Path, tmp_path: Path) -> Non
 
 def test_eight_devices_are_one(world: Path, tmp_path: Path) -> None:
     # without the bias of keys, whose gradient is 0 but for rounding
-    rag, index, store = open_world(contrasting(world, tmp_path, train__freeze=["retriever.layers.key.bias"]))
+    rag, index, store = open_world(contrasting(world, tmp_path, train__frozen_params=["retriever.layers.key.bias"]))
     questions = read_questions(world / "train.jsonl")[:8]
     ids = np.array([[i, (i + 3) % 30, (i + 11) % 30] for i in range(8)], np.int32)
     batch = attached(rag, index, store, questions, ids)
@@ -259,8 +259,8 @@ def test_eight_devices_are_one(world: Path, tmp_path: Path) -> None:
 
 
 def test_the_abstract_step_is_the_real_one(world: Path, tmp_path: Path) -> None:
-    config = contrasting(world, tmp_path, retriever__question_tokens=24, retriever__passage_tokens=32)
-    rag, index, store = open_world(config.replace(index=config.index.replace(folder=str(tmp_path / "index"))))
+    config = contrasting(world, tmp_path, retriever__max_question_tokens=24, retriever__max_passage_tokens=32)
+    rag, index, store = open_world(config.replace(index=config.index.replace(path=str(tmp_path / "index"))))
     questions = [Question(f"What is the capital of land {i}, and why?", ("x",), str(i)) for i in range(8)]
     batch = attached(rag, index, store, questions, np.zeros((8, 3), np.int32))
     chex.assert_trees_all_equal_shapes_and_dtypes(batch, abstract_batch(config, 32))
@@ -308,12 +308,12 @@ def test_two_processes_mine_together(world: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("train.fused=true", "train.fused is for train.objective=marginal"),
-        ("train.backward_documents=1", "train.backward_documents is for"),
+        ("train.fused_retrieval=true", "train.fused_retrieval is for train.objective=marginal"),
+        ("train.backprop_docs=1", "train.backprop_docs is for"),
         ("train.label_smoothing=0.1", "train.label_smoothing is for"),
-        ("train.accumulate=2", "needs the whole batch at once"),
+        ("train.gradient_accumulation=2", "needs the whole batch at once"),
         ("retriever.prior=corpus", "no prior over the corpus"),
-        ("train.mined=2", "train.mined=2 is less than train.k=3"),
+        ("train.mined_negatives=2", "train.mined_negatives=2 is less than train.num_docs=3"),
     ],
 )
 def test_what_does_not_go_together(world: Path, setting: str, message: str) -> None:
@@ -324,7 +324,7 @@ def test_what_does_not_go_together(world: Path, setting: str, message: str) -> N
 def test_answers_may_be_long_where_none_is_generated(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train(contrasting(world, tmp_path / "run", generator__answer_tokens=1, train__steps=1))
+    train(contrasting(world, tmp_path / "run", generator__max_answer_tokens=1, train__steps=1))
     assert "are not trained on" not in capsys.readouterr().err
 
 
@@ -341,7 +341,7 @@ def test_a_plan_without_a_generator(world: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_shards_of_the_store_give_labels(world: Path, tmp_path: Path) -> None:
-    config = tiny_config(world, index__shard=7, index__folder=str(tmp_path / "index"))
+    config = tiny_config(world, index__shard_size=7, index__path=str(tmp_path / "index"))
     _, _, store = open_world(config)
     asked = [Question("?", ("x",), "1", ("p29", "p0")), Question("?", ("x",), "2", ("p7",))]
     assert isinstance(store, PassageStore) and label_positions(store, asked) == {"p29": 29, "p0": 0, "p7": 7}

@@ -116,7 +116,7 @@ def test_answers_that_are_too_long_are_counted() -> None:
     usable = usable_answers(questions, str.split, answer_tokens=3)  # type: ignore[arg-type]
     assert usable.questions == [0, 2] and usable.answers == [[1], [0, 1]]
     assert (usable.questions_dropped, usable.answers_dropped, usable.example) == (1, 2, "one two three four")
-    with pytest.raises(InputError, match=r"generator.answer_tokens=3.*five.*5 tokens"):
+    with pytest.raises(InputError, match=r"generator.max_answer_tokens=3.*five.*5 tokens"):
         usable_answers(questions[1:2], str.split, answer_tokens=3)  # type: ignore[arg-type]
 
 

@@ -34,7 +34,7 @@ from ragjax.training.step import make_nll
 ENDING = SpecialTokens(eos=2, pad=0)
 # the second end is the padding token, as in Llama 3; a third is no word of the tokenizer's
 SEVERAL = SpecialTokens(eos=2, pad=4, ends=(2, 4, 0))
-SETTINGS = Decode(k=3, beams=3, max_new_tokens=6)
+SETTINGS = Decode(num_docs=3, num_beams=3, max_new_tokens=6)
 V, T = 6, 3
 
 
@@ -120,7 +120,7 @@ def assert_equal_candidates(found: Candidates, expected: Candidates) -> None:
 def golden_candidates(generator: Small, golden: dict[str, np.ndarray]) -> dict[int, list[Candidates]]:
     """By beams: what each of the 4 questions with its 3 documents gives."""
     prompts, prior = prompts_of(golden), golden["score/doc_logprobs"]
-    settings = {beams: Decode(k=3, beams=beams, max_new_tokens=12) for beams in (1, 2, 4)}
+    settings = {beams: Decode(num_docs=3, num_beams=beams, max_new_tokens=12) for beams in (1, 2, 4)}
     return {beams: decoded(generator, prompts, prior, chosen) for beams, chosen in settings.items()}
 
 
@@ -195,7 +195,7 @@ def test_fast_marginal_counts_the_documents_that_proposed(
 def test_fast_mode_scores_nothing_more(
     generator: Small, golden: dict[str, np.ndarray], golden_candidates: dict[int, list[Candidates]]
 ) -> None:
-    settings = Decode(mode="fast", k=3, beams=2, max_new_tokens=12)
+    settings = Decode(mode="fast", num_docs=3, num_beams=2, max_new_tokens=12)
     found = decoded(generator, prompts_of(golden), golden["score/doc_logprobs"], settings)
     for fast, thorough in zip(found, golden_candidates[2], strict=True):
         assert with_end(fast) == with_end(thorough)
@@ -209,7 +209,7 @@ def test_fast_mode_scores_nothing_more(
 def test_certified_is_thorough_with_fewer_scores(
     beams: int, generator: Small, golden: dict[str, np.ndarray], golden_candidates: dict[int, list[Candidates]]
 ) -> None:
-    settings = Decode(mode="certified", k=3, beams=beams, max_new_tokens=12)
+    settings = Decode(mode="certified", num_docs=3, num_beams=beams, max_new_tokens=12)
     found = decoded(generator, prompts_of(golden), golden["score/doc_logprobs"], settings)
     computed = needed = 0
     for certified, thorough in zip(found, golden_candidates[beams], strict=True):
@@ -282,7 +282,7 @@ def test_exhaustive_decoding(tiny: Small, special: SpecialTokens) -> None:
     prompts = PROMPTS
     prior = log_softmax(np.array([[0.3, -0.2], [-0.5, 0.5]]))
     answers = all_answers(special)
-    settings = Decode(k=2, beams=len(answers), max_new_tokens=T)
+    settings = Decode(num_docs=2, num_beams=len(answers), max_new_tokens=T)
     for question, found in enumerate(decoded(tiny, prompts, prior, settings, width=8, special=special)):
         of_documents = prompts[2 * question : 2 * question + 2]
         logp = np.array([[event_logp(tiny, x, y, special).sum() for y in answers] for x in of_documents])
@@ -343,7 +343,7 @@ def test_impossible_documents_change_nothing(
 
 
 def test_answers_have_the_least_length(generator: Small, golden: dict[str, np.ndarray]) -> None:
-    settings = Decode(k=3, beams=3, max_new_tokens=6, min_new_tokens=3)
+    settings = Decode(num_docs=3, num_beams=3, max_new_tokens=6, min_new_tokens=3)
     for found in decoded(generator, prompts_of(golden)[:6], golden["score/doc_logprobs"][:2], settings):
         assert min(len(y) for y in found.tokens) >= 3
 
@@ -376,7 +376,7 @@ def test_rag_token_sums_over_documents_at_every_token(tiny: Small, special: Spec
     answers = all_answers(special)
     tokens, mask = pad_sequences(prompts, 8, 0)
     memory = prefill_documents(tiny.graphdef, tiny.params, jnp.asarray(tokens), jnp.asarray(mask))
-    settings = Decode(k=2, beams=len(answers), max_new_tokens=T)
+    settings = Decode(num_docs=2, num_beams=len(answers), max_new_tokens=T)
     found = decode_rag_token(tiny.graphdef, tiny.params, memory, np.asarray(prior, np.float32), settings, special)
     for question, of_question in enumerate(found):
         of_documents = prompts[2 * question : 2 * question + 2]
@@ -398,7 +398,10 @@ def test_rag_token_sums_over_documents_at_every_token(tiny: Small, special: Spec
 
 def test_the_end_is_forbidden_and_forced_as_one_event(tiny: Small) -> None:
     """No end token at first, and any of them at the limit: answers of one token, each as likely as that says."""
-    special, settings = replace(SEVERAL, forced_eos=2), Decode(k=2, beams=16, max_new_tokens=2, min_new_tokens=1)
+    special, settings = (
+        replace(SEVERAL, forced_eos=2),
+        Decode(num_docs=2, num_beams=16, max_new_tokens=2, min_new_tokens=1),
+    )
     prior = log_softmax(np.array([[0.3, -0.2]]))
     [found] = decoded(tiny, PROMPTS[:2], prior, settings, width=8, special=special)
     assert found.doc_logp is not None and found.thorough_logp is not None and found.finished.all()
@@ -416,7 +419,7 @@ def test_rag_token_is_what_training_has(
     rng = np.random.default_rng(0)
     source = rng.integers(3, 60, (2, 3, 12)).astype(np.int32)
     assert all(len({*ends}) == 3 for ends in source[..., -1].tolist())
-    config = tiny_config(shared_world(tmp_path_factory), model="rag_token", retriever__scale=1.0)
+    config = tiny_config(shared_world(tmp_path_factory), model="rag_token", retriever__logit_scale=1.0)
     rag = load_pipeline(config)
     rag = replace(rag, generator=open_generator(generator.folder), special=ENDING)
     params = rag.initial_params()
@@ -440,7 +443,7 @@ def test_rag_token_is_what_training_has(
     memory = prefill_documents(graph, params["generator"], source.reshape(6, 12), np.ones((6, 12), bool))
     found = decode_rag_token(graph, params["generator"], memory, prior, SETTINGS, ENDING)
     nll = make_nll(rag)
-    for c in range(SETTINGS.beams):
+    for c in range(SETTINGS.num_beams):
         answer, mask = pad_sequences([with_end(of_question)[c] for of_question in found], 6, 0)
         one = replace(batch, questions=replace(batch.questions, answer=answer, answer_mask=mask))
         trained = nll(params, one)

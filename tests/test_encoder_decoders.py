@@ -276,7 +276,7 @@ def test_distances_share_rows() -> None:
         pytest.param("bart", ["model=rag_token", "train.label_smoothing=0.1"], marks=SLOW),
         pytest.param(
             "bart",
-            ["hf_compatible=true", "train.exclude_bos=true", "decode.k=3", "decode.length_penalty=1.0"],
+            ["hf_compatible=true", "train.exclude_bos=true", "decode.num_docs=3", "decode.length_penalty=1.0"],
             marks=SLOW,
         ),
         pytest.param("t5", ["hf_compatible=true", "model=rag_token"], marks=SLOW),
@@ -291,11 +291,17 @@ def test_from_training_to_an_answer(family: str, more: list[str], world: Path, t
     write_jsonl(tmp_path / "letters.jsonl", records)
     settings = [
         f"generator.source={tmp_path}/generator",
-        f"index.folder={tmp_path}/index",
-        "generator.answer='{answer}'",
+        f"index.path={tmp_path}/index",
+        "generator.answer_template='{answer}'",
     ]
     settings += [f"questions.{split}={tmp_path}/letters.jsonl" for split in ("train", "dev", "test")]
-    settings += ["train.steps=16", "train.k=2", "train.generator_lr=2e-2", "train.retriever_lr=3e-3", "decode.beams=2"]
+    settings += [
+        "train.steps=16",
+        "train.num_docs=2",
+        "train.generator_lr=2e-2",
+        "train.retriever_lr=3e-3",
+        "decode.num_beams=2",
+    ]
     settings += more
 
     def run(command: str, folder: str, *more: str) -> list[str]:
@@ -305,12 +311,12 @@ def test_from_training_to_an_answer(family: str, more: list[str], world: Path, t
         return capsys.readouterr().out.splitlines()
 
     run("index", "whole")
-    run("train", "whole", "train.save_every=8", "train.keep=9")
+    run("train", "whole", "train.save_every=8", "train.keep_checkpoints=9")
     lines = [json.loads(line) for line in (tmp_path / "whole" / "train.jsonl").read_text().splitlines()]
     assert lines[-1]["loss"] < 0.5 * lines[0]["loss"]
     shutil.copytree(tmp_path / "whole", tmp_path / "pieces")
     shutil.rmtree(tmp_path / "pieces" / "checkpoints" / "16")
-    run("train", "pieces", "train.save_every=8", "train.keep=9")
+    run("train", "pieces", "train.save_every=8", "train.keep_checkpoints=9")
     resumed = [json.loads(line) for line in (tmp_path / "pieces" / "train.jsonl").read_text().splitlines()]
     assert [line["loss"] for line in resumed] == [line["loss"] for line in lines]
     report = json.loads(run("evaluate", "whole", "--json")[-1])["models"]
@@ -340,15 +346,15 @@ def test_on_the_real_factbook(family: str, model: str, tmp_path: Path, capsys: C
     """The path of the configurations for Natural Questions, with random models: the loss falls and runs resume."""
     config = str(Path(__file__).parents[1] / "configs" / "factbook.yaml")
     settings = [f"model={model}", "retriever.source=random:bert", f"generator.source=random:{family}"]
-    settings += ["corpus.limit=400", f"index.folder={tmp_path}/index", "generator.answer='{answer}'"]
-    settings += ["generator.source_tokens=256", "generator.answer_tokens=48", "train.backward_documents=null"]
+    settings += ["corpus.max_passages=400", f"index.path={tmp_path}/index", "generator.answer_template='{answer}'"]
+    settings += ["generator.max_prompt_tokens=256", "generator.max_answer_tokens=48", "train.backprop_docs=null"]
     settings += [
         "train.steps=12",
         "train.batch_size=8",
-        "train.freeze=[]",
+        "train.frozen_params=[]",
         "train.generator_lr=1e-2",
         "train.save_every=6",
-        "train.keep=9",
+        "train.keep_checkpoints=9",
     ]
 
     def run(command: str, folder: str, *more: str) -> list[dict[str, Any]]:
@@ -363,7 +369,7 @@ def test_on_the_real_factbook(family: str, model: str, tmp_path: Path, capsys: C
     shutil.copytree(tmp_path / "whole", tmp_path / "pieces")
     shutil.rmtree(tmp_path / "pieces" / "checkpoints" / "12")
     assert [line["loss"] for line in run("train", "pieces")] == [line["loss"] for line in lines]
-    run("evaluate", "whole", "evaluate.limit=4", "evaluate.batch_size=4", "evaluate.untrained_limit=4")
+    run("evaluate", "whole", "evaluate.max_questions=4", "evaluate.batch_size=4", "evaluate.max_untrained_questions=4")
     report = json.loads((tmp_path / "whole" / "metrics.json").read_text())["models"]
     assert report["trained"]["gold_nll"] < report["untrained"]["gold_nll"]
     assert main(["answer", str(tmp_path / "whole" / "config.yaml"), "What is the capital of France?", "--json"]) == 0

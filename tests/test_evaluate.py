@@ -48,7 +48,7 @@ def made(run: Path, report: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 def test_before_and_after_stand_side_by_side(report: dict[str, Any]) -> None:
     untrained, trained = report["models"]["untrained"], report["models"]["trained"]
-    assert (report["split"], report["decode"]["beams"]) == ("train", 2)
+    assert (report["split"], report["decode"]["num_beams"]) == ("train", 2)
     assert (untrained["step"], trained["step"]) == (None, STEPS)
     assert (trained["questions"], trained["answered"]) == (8, 8)
     assert trained["thorough"]["exact_match"] >= 0.75 > 0.25 >= untrained["thorough"]["exact_match"]
@@ -104,7 +104,12 @@ def test_metrics_follow_from_the_predictions(
 
 
 def test_the_size_of_batches_changes_nothing(run: Path, made: dict[str, list[dict[str, Any]]], capsys: Capture) -> None:
-    settings = ["evaluate.split=train", "evaluate.batch_size=1", "evaluate.limit=2", "evaluate.untrained_limit=0"]
+    settings = [
+        "evaluate.split=train",
+        "evaluate.batch_size=1",
+        "evaluate.max_questions=2",
+        "evaluate.max_untrained_questions=0",
+    ]
     capsys.readouterr()
     whole, lines = (run / "metrics.json").read_bytes(), (run / "predictions.jsonl").read_bytes()
     try:
@@ -128,7 +133,12 @@ def test_fewer_questions_may_be_answered_before_training(
     run: Path, report: dict[str, Any], tmp_path: Path, capsys: Capture
 ) -> None:
     (tmp_path / "checkpoints").symlink_to(run / "checkpoints")
-    settings = [f"output={tmp_path}", "evaluate.split=train", "evaluate.untrained_limit=1", "evaluate.limit=3"]
+    settings = [
+        f"output={tmp_path}",
+        "evaluate.split=train",
+        "evaluate.max_untrained_questions=1",
+        "evaluate.max_questions=3",
+    ]
     assert main(["evaluate", str(run / "config.yaml"), *settings, "evaluate.closed_book=false"]) == 0
     measured = json.loads((tmp_path / "metrics.json").read_text())["models"]
     assert (measured["untrained"]["answered"], measured["trained"]["answered"]) == (1, 3)
@@ -139,7 +149,12 @@ def test_fewer_questions_may_be_answered_before_training(
     assert "closed book" not in capsys.readouterr().out
 
 
-SETTINGS = ["evaluate.split=test", "evaluate.untrained_limit=2", "evaluate.limit=10", "decode.beams=1"]
+SETTINGS = [
+    "evaluate.split=test",
+    "evaluate.max_untrained_questions=2",
+    "evaluate.max_questions=10",
+    "decode.num_beams=1",
+]
 
 
 def bad_questions(run: Path, folder: Path) -> Path:
@@ -168,7 +183,9 @@ def test_a_bad_question_costs_one_question(run: Path, tmp_path: Path, capsys: Ca
     report = json.loads((tmp_path / "bad" / "metrics.json").read_text())
     assert [of["line"] for of in report["left_out"]] == [2, 3, 5, 6] and report["left_out"][0]["id"] == "long"
     clean = f"questions.test={run.parent / 'letters.jsonl'}"
-    assert evaluated(run, tmp_path / "clean", clean, "evaluate.limit=6", "evaluate.untrained_limit=1") == 0
+    assert (
+        evaluated(run, tmp_path / "clean", clean, "evaluate.max_questions=6", "evaluate.max_untrained_questions=1") == 0
+    )
     theirs = json.loads((tmp_path / "clean" / "metrics.json").read_text())
     assert "left_out" not in theirs and "could be" not in capsys.readouterr().out
     for name, asked, answered in (("trained", 10, 6), ("untrained", 2, 1)):
@@ -198,12 +215,18 @@ def test_a_bad_question_costs_one_question(run: Path, tmp_path: Path, capsys: Ca
 
 
 def test_questions_of_which_none_could_be_asked(run: Path, tmp_path: Path) -> None:
-    """Of the first `evaluate.limit`; what cannot be measured is null, not NaN."""
+    """Of the first `evaluate.max_questions`; what cannot be measured is null, not NaN."""
     path = bad_questions(run, tmp_path)
     first, *others = path.read_bytes().splitlines()
     path.write_bytes(b"\n".join([*others, first]))
     assert (
-        evaluated(run, tmp_path / "run", f"questions.test={path}", "evaluate.limit=3", "evaluate.untrained_limit=0")
+        evaluated(
+            run,
+            tmp_path / "run",
+            f"questions.test={path}",
+            "evaluate.max_questions=3",
+            "evaluate.max_untrained_questions=0",
+        )
         == 0
     )
     text = (tmp_path / "run" / "metrics.json").read_text()
@@ -218,7 +241,11 @@ def test_a_gold_answer_for_which_there_is_no_room(run: Path, tmp_path: Path) -> 
     records = [json.loads(line) for line in (run.parent / "letters.jsonl").read_text().splitlines()[:2]]
     records[0]["answer"] = ["x " * 500]
     write_jsonl(tmp_path / "test.jsonl", records)
-    settings = [f"questions.test={tmp_path / 'test.jsonl'}", "evaluate.untrained_limit=0", "evaluate.closed_book=false"]
+    settings = [
+        f"questions.test={tmp_path / 'test.jsonl'}",
+        "evaluate.max_untrained_questions=0",
+        "evaluate.closed_book=false",
+    ]
     assert evaluated(run, tmp_path / "run", *settings) == 0
     first, second = predictions(tmp_path / "run")
     assert first["gold_nll"] is None and first["answer"] and second["gold_nll"] > 0
@@ -300,7 +327,7 @@ def test_an_evaluation_is_bound_to_its_checkpoint(run: Path, tmp_path: Path) -> 
 def test_without_a_checkpoint_the_pretrained_models_are_measured(
     run: Path, report: dict[str, Any], tmp_path: Path, capsys: Capture
 ) -> None:
-    settings = [f"output={tmp_path / 'new'}", "evaluate.untrained_limit=0", "evaluate.split=train"]
+    settings = [f"output={tmp_path / 'new'}", "evaluate.max_untrained_questions=0", "evaluate.split=train"]
     assert main(["evaluate", str(run / "config.yaml"), *settings]) == 0
     table = capsys.readouterr().out
     assert "untrained" in table and "step " not in table

@@ -50,18 +50,25 @@ def test_prompts_are_those_of_the_host(question_first: bool, empty: bool) -> Non
             assert source[b, k][~source_mask[b, k]].tolist() == [99] * (longest - len(expected))
 
 
-@pytest.mark.parametrize("devices", [1, 8])
-@pytest.mark.parametrize("prior", ["top_k", "corpus"])
+@pytest.mark.parametrize(
+    ("devices", "prior"),
+    [
+        (1, "top_k"),
+        (8, "corpus"),
+        pytest.param(1, "corpus", marks=pytest.mark.slow),
+        pytest.param(8, "top_k", marks=pytest.mark.slow),
+    ],
+)
 def test_the_step_retrieves_what_the_host_does(world: Path, tmp_path: Path, devices: int, prior: str) -> None:
     """The batch made inside is the batch of the host with FAISS; one step from it has the same gradient."""
-    config = tiny_config(world, retriever__prior=prior, train__fused=True)
+    config = tiny_config(world, retriever__prior=prior, train__fused_retrieval=True)
     rag, index, store = open_world(config)
-    flat_rag, flat, _ = open_world(tiny_config(world, index__kind="Flat", index__folder=str(tmp_path / "flat")))
+    flat_rag, flat, _ = open_world(tiny_config(world, index__kind="Flat", index__path=str(tmp_path / "flat")))
     chosen = read_questions(world / "train.jsonl")[: config.train.batch_size]
     texts, answers = [q.question for q in chosen], [q.answers[0] for q in chosen]
     params, mesh = rag.initial_params(), make_mesh(devices=jax.devices()[:devices])
     questions = question_batch(rag.tokenizers, texts, answers)
-    _, _, ids = search(flat_rag, params, flat, questions, config.train.k)
+    _, _, ids = search(flat_rag, params, flat, questions, config.train.num_docs)
     on_host = attach_documents(rag, flat, store, questions, ids)
 
     corpus = corpus_with_tokens(rag, index, store, mesh)
@@ -89,14 +96,14 @@ def test_the_step_retrieves_what_the_host_does(world: Path, tmp_path: Path, devi
     apart, outside = make_train_step(rag, shardings)(start(), *outside_given)
     np.testing.assert_array_equal(inside.pop("ids"), ids)
     _, answer_mask = questions.answers
-    assert inside.pop("tokens") == on_host.source_mask.sum() + answer_mask.sum() * config.train.k
+    assert inside.pop("tokens") == on_host.source_mask.sum() + answer_mask.sum() * config.train.num_docs
     chex.assert_trees_all_close(inside, outside, rtol=1e-5, atol=1e-5)
     assert_same_gradients(moments(fused.optimizer)["mu"], moments(apart.optimizer)["mu"])
 
 
 def test_nothing_comes_back_to_the_host(world: Path) -> None:
     """The whole step is one program without callbacks; given what lies on the devices, JAX transfers nothing."""
-    config = tiny_config(world, train__fused=True)
+    config = tiny_config(world, train__fused_retrieval=True)
     rag, index, store = open_world(config)
     mesh = make_mesh()
     state = init_train_state(rag, rag.initial_params())
@@ -118,7 +125,7 @@ def test_fused_training_is_training(world: Path, tmp_path: Path) -> None:
     """Run from the command's function: the same losses and recall as with the host's search, to rounding."""
     settings = {"train__steps": 4, "train__save_every": 100, "train__dev_questions": 3}
     apart, fused = (
-        train(tiny_config(world, output=str(tmp_path / name), train__fused=name == "fused", **settings))
+        train(tiny_config(world, output=str(tmp_path / name), train__fused_retrieval=name == "fused", **settings))
         for name in ("apart", "fused")
     )
     for one, other in zip(logged(apart), logged(fused), strict=True):
@@ -128,10 +135,10 @@ def test_fused_training_is_training(world: Path, tmp_path: Path) -> None:
 
 
 def test_short_passages_take_little_room(world: Path) -> None:
-    rag, index, store = open_world(tiny_config(world, train__fused=True))
+    rag, index, store = open_world(tiny_config(world, train__fused_retrieval=True))
     corpus = corpus_with_tokens(rag, index, store, local_mesh(data=1))
     longest = max(len(store.tokens(i)) for i in range(len(store)))
-    assert corpus.tokens.shape == (30, longest) and longest < rag.config.generator.source_tokens
+    assert corpus.tokens.shape == (30, longest) and longest < rag.config.generator.max_prompt_tokens
     for i in range(30):
         assert corpus.tokens[i, : int(corpus.lengths[i])].tolist() == store.tokens(i).tolist()
 
@@ -139,14 +146,14 @@ def test_short_passages_take_little_room(world: Path) -> None:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("index.kind=Flat", "train.fused=true searches on the devices, and index.kind=Flat on the host"),
+        ("index.kind=Flat", "train.fused_retrieval=true searches on the devices, and index.kind=Flat on the host"),
         ("train.passage_encoder=shared", "no texts to encode anew"),
         ("hf_compatible=true", "which are texts"),
     ],
 )
 def test_what_does_not_go_together(world: Path, setting: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        load_config(world / "config.yaml", ["train.fused=true", setting])
+        load_config(world / "config.yaml", ["train.fused_retrieval=true", setting])
 
 
 def test_built_once(world: Path) -> None:

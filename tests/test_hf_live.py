@@ -114,7 +114,7 @@ def test_fresh_models(
     folder = import_rag(str(tmp_path / "rag"), tmp_path / "out")
     hf, rng = model.config.generator, np.random.default_rng(seed)
     special = SpecialTokens(hf.eos_token_id, hf.pad_token_id, hf.bos_token_id)
-    config = tiny_config(world, retriever__pooling="cls", retriever__normalize=False, retriever__scale=1.0)
+    config = tiny_config(world, retriever__pooling="cls", retriever__normalize=False, retriever__logit_scale=1.0)
     config = config.replace(hf_compatible=True, train=config.train.replace(label_smoothing=smoothing))
     rag = replace(
         load_pipeline(config.replace(hf_compatible=False)),
@@ -189,7 +189,7 @@ def test_fresh_models(
         prefill_documents(graph, weights, tokens, jnp.ones_like(mask)),
     )
     for beams in (1, 3):
-        settings = Decode(beams=beams, max_new_tokens=8, length_penalty=1.0)
+        settings = Decode(num_beams=beams, max_new_tokens=8, length_penalty=1.0)
         forced = replace(special, forced_eos=special.eos if family == "bart" else None)
         chosen = model.generate(**given, num_beams=beams, max_length=9).numpy()
         found = decode_hf_compatible(
@@ -221,11 +221,15 @@ def test_transformers_loads_what_was_trained_and_exported(family: str, kind: str
     (tmp_path / "rag").mkdir()
     write_rag_checkpoint(tmp_path / "rag", family, kind)
     first = import_rag(str(tmp_path / "rag"), tmp_path / "first")
-    settings = [f"output={tmp_path}/run", f"index.folder={tmp_path}/index", f"corpus.source={world}/passages.jsonl"]
+    settings = [f"output={tmp_path}/run", f"index.path={tmp_path}/index", f"corpus.source={world}/passages.jsonl"]
     settings += [f"questions.{split}={world}/{split}.jsonl" for split in ("train", "dev", "test")]
-    settings += ["corpus.format=jsonl", f"retriever.passage_source={first}/question_encoder", "train.exclude_bos=false"]
-    settings += ["train.steps=3", "train.batch_size=8", "train.generator_lr=1e-2", "retriever.passage_tokens=64"]
-    settings += ["generator.source_tokens=128", "train.label_smoothing=0.0"]
+    settings += [
+        "corpus.format=jsonl",
+        f"retriever.passage_encoder={first}/question_encoder",
+        "train.exclude_bos=false",
+    ]
+    settings += ["train.steps=3", "train.batch_size=8", "train.generator_lr=1e-2", "retriever.max_passage_tokens=64"]
+    settings += ["generator.max_prompt_tokens=128", "train.label_smoothing=0.0"]
     for command in ("index", "train"):
         assert main([command, str(first / "config.yaml"), *settings]) == 0
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "exported")]) == 0

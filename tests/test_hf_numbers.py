@@ -75,7 +75,7 @@ class Golden:
         forced_eos = self.special.eos if self.special.bos is not None else None
         forced_eos = None if "forced_eos_token_id" in given else forced_eos
         decode = Decode(
-            beams=beams,
+            num_beams=beams,
             max_new_tokens=11,
             length_penalty=given.get("length_penalty", 1.0),
             early_stopping=given.get("early_stopping", False),
@@ -147,7 +147,7 @@ def test_likelihoods(golden: Golden, name: str) -> None:
 def test_the_reduced_loss_and_its_gradients(golden: Golden, smoothing: float, world: Path) -> None:
     """By every parameter of both parts, and by the documents' embeddings, through the loss that training uses."""
     values, start = golden.values, "grad/" if smoothing == 0.0 else "grad_smooth_0.1/"
-    config = tiny_config(world, retriever__pooling="cls", retriever__normalize=False, retriever__scale=1.0)
+    config = tiny_config(world, retriever__pooling="cls", retriever__normalize=False, retriever__logit_scale=1.0)
     train = config.train.replace(label_smoothing=smoothing)
     rag = replace(
         load_pipeline(config),
@@ -370,9 +370,9 @@ def test_prompts_have_the_token_ids_of_rag_retriever(
     config = tiny_config(world)
     before, of_passage = ("", prefix or "") if not (prefix or "").strip() else (prefix, "")
     generator = config.generator.replace(
-        prompt=f"{before}{{passage}} // {{question}}",
-        passage=f"{of_passage}{{title}} / {{text}}",
-        source_tokens=longest,
+        prompt_template=f"{before}{{passage}} // {{question}}",
+        passage_template=f"{of_passage}{{title}} / {{text}}",
+        max_prompt_tokens=longest,
     )
     tokenizer = Tokenizer.load(folders[kind])
     rag = replace(
@@ -382,7 +382,9 @@ def test_prompts_have_the_token_ids_of_rag_retriever(
         generator_tokenizer=tokenizer,
         special=SpecialTokens(tokenizer.eos_id, tokenizer.pad_id),
     )
-    write_store(shard_folder(tmp_path, 0), documents, tokenizer.encode, lambda p: passage_text(generator.passage, p))
+    write_store(
+        shard_folder(tmp_path, 0), documents, tokenizer.encode, lambda p: passage_text(generator.passage_template, p)
+    )
     tokens, mask = tokenize_prompts(
         rag.tokenizers, PassageStore.open(tmp_path), question_batch(rag.tokenizers, QUESTIONS), ids
     )

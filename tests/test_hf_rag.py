@@ -67,7 +67,7 @@ def configured(folder: Path) -> list[str]:
     return [
         "corpus.source=none",
         "corpus.format=jsonl",
-        f"retriever.passage_source='{folder}/question_encoder'",
+        f"retriever.passage_encoder='{folder}/question_encoder'",
         *splits,
     ]
 
@@ -97,10 +97,10 @@ def test_import_export_import_is_the_identity(family: str, kind: str, tmp_path: 
     assert main(["import", str(checkpoint), str(first)]) == 0
     config = load_config(first / "config.yaml", configured(first))
     assert config.model == ("rag_token" if token else "rag_sequence") and not config.hf_compatible
-    assert (config.train.k, config.decode.k, config.generator.source_tokens) == (3, 3, 99)
+    assert (config.train.num_docs, config.decode.num_docs, config.generator.max_prompt_tokens) == (3, 3, 99)
     assert (config.train.label_smoothing, config.train.exclude_bos) == (0.1, not token)
-    assert config.generator.prompt == "ask: {passage} ? {question}"
-    assert config.generator.passage == "{title} | {text}"
+    assert config.generator.prompt_template == "ask: {passage} ? {question}"
+    assert config.generator.passage_template == "{title} | {text}"
     rag = load_pipeline(config)
     if family == "bart":
         assert rag.prompt.head[0] == rag.generator_tokenizer.bos_id
@@ -139,10 +139,13 @@ def test_how_transformers_would_generate_is_carried_over(checkpoint: Path, tmp_p
     config = load_config(tmp_path / "out" / "config.yaml", configured(tmp_path / "out"))
     decode = config.decode
     # the number of beams is the RAG's own, which says nothing
-    assert (decode.k, decode.beams, decode.max_new_tokens, decode.min_new_tokens) == (3, 1, 29, 2)
-    assert decode.length_penalty == 0.5 and decode.early_stopping and config.generator.answer_tokens == 29
+    assert (decode.num_docs, decode.num_beams, decode.max_new_tokens, decode.min_new_tokens) == (3, 1, 29, 2)
+    assert decode.length_penalty == 0.5 and decode.early_stopping and config.generator.max_answer_tokens == 29
     # a space is tokenised with the passage that follows it
-    assert (config.generator.prompt, config.generator.passage) == ("{passage} ? {question}", " {title} | {text}")
+    assert (config.generator.prompt_template, config.generator.passage_template) == (
+        "{passage} ? {question}",
+        " {title} | {text}",
+    )
     assert "# Not carried over" in (tmp_path / "out" / "config.yaml").read_text().splitlines()[0]
     special = load_pipeline(config).special
     assert (special.bos, special.forced_bos, special.forced_eos) == (0, 0, special.eos)
@@ -157,7 +160,7 @@ def test_what_rag_token_generates_by_is_in_a_file_of_its_own(checkpoint: Path, t
     (folder / "generation_config.json").write_text(json.dumps(given))
     assert main(["import", str(folder), str(out)]) == 0
     config = load_config(out / "config.yaml", configured(out))
-    assert (config.decode.beams, config.decode.max_new_tokens, config.decode.min_new_tokens) == (5, 29, 28)
+    assert (config.decode.num_beams, config.decode.max_new_tokens, config.decode.min_new_tokens) == (5, 29, 28)
     rag = load_pipeline(config)
     assert (rag.special.forced_bos, rag.special.forced_eos) == (0, None)
     run = tmp_path / "run"
@@ -178,8 +181,12 @@ def test_what_rag_token_generates_by_is_in_a_file_of_its_own(checkpoint: Path, t
 def test_what_was_changed_in_a_run_is_exported(checkpoint: Path, tmp_path: Path, capsys: Capture) -> None:
     first, run = import_rag(str(checkpoint), tmp_path / "first"), tmp_path / "run"
     run.mkdir()
-    changed = ["model=rag_token", "train.exclude_bos=false", "train.k=7", "train.label_smoothing=0.2"]
-    changed += [f"output={run}", "generator.passage='{title}: {text}'", "generator.prompt='{passage}; {question}?'"]
+    changed = ["model=rag_token", "train.exclude_bos=false", "train.num_docs=7", "train.label_smoothing=0.2"]
+    changed += [
+        f"output={run}",
+        "generator.passage_template='{title}: {text}'",
+        "generator.prompt_template='{passage}; {question}?'",
+    ]
     config = load_config(first / "config.yaml", [*configured(first), *changed])
     (run / "config.yaml").write_text(dump_config(config))
     capsys.readouterr()
@@ -189,13 +196,13 @@ def test_what_was_changed_in_a_run_is_exported(checkpoint: Path, tmp_path: Path,
     assert hf["architectures"] == ["RagTokenForGeneration"] and hf["dataset"] == "wiki_dpr"
     assert (hf["n_docs"], hf["label_smoothing"], hf["title_sep"], hf["doc_sep"]) == (7, 0.2, " / ", " // ")
     assert hf["generator"]["prefix"] == ""
-    changed = ["generator.prompt='read: {passage}; {question}'"]
+    changed = ["generator.prompt_template='read: {passage}; {question}'"]
     (run / "config.yaml").write_text(dump_config(load_config(run / "config.yaml", changed)))
     assert main(["export", str(run), str(tmp_path / "expressible")]) == 0
     assert "is lost" not in capsys.readouterr().err
     hf = read_json(tmp_path / "expressible" / "config.json")
     assert (hf["generator"]["prefix"], hf["title_sep"], hf["doc_sep"]) == ("read: ", ": ", "; ")
-    (run / "config.yaml").write_text(dump_config(load_config(run / "config.yaml", ["retriever.scale=2.0"])))
+    (run / "config.yaml").write_text(dump_config(load_config(run / "config.yaml", ["retriever.logit_scale=2.0"])))
     message = refused(capsys, tmp_path, "export", str(run), str(tmp_path / "again"))
     assert "this run has cls, false, 2.0 and top_k" in message
 
@@ -253,11 +260,11 @@ def test_what_cannot_be_exported(capsys: Capture, world: Path, tmp_path: Path) -
 
 def test_passages_may_have_an_encoder_of_their_own(world: Path, tmp_path: Path, capsys: Capture) -> None:
     write_random_checkpoint("bert", tmp_path / "passages", seed=9)
-    own = [f"retriever.passage_source={tmp_path}/passages", f"index.folder={tmp_path}/index", f"output={tmp_path}/run"]
+    own = [f"retriever.passage_encoder={tmp_path}/passages", f"index.path={tmp_path}/index", f"output={tmp_path}/run"]
     assert main(["index", str(world / "config.yaml"), *own]) == 0
     ours, shared = (np.load(folder / "shards/00000/embeddings.npy") for folder in (tmp_path / "index", world / "index"))
     assert ours.shape == shared.shape and np.abs(ours - shared).max() > 0.1
     assert "built by another encoder" in refused(
-        capsys, tmp_path, "answer", str(world / "config.yaml"), "why?", "--set", f"index.folder={tmp_path}/index"
+        capsys, tmp_path, "answer", str(world / "config.yaml"), "why?", "--set", f"index.path={tmp_path}/index"
     )
     assert main(["answer", str(world / "config.yaml"), "why?", *(f"--set={setting}" for setting in own)]) == 0

@@ -39,14 +39,14 @@ def world_scores(world: Path, **overrides: object) -> tuple[np.ndarray, np.ndarr
 def test_the_report_is_brute_force(world: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """PQ with 4 bits of 4 parts misses much, and is told so."""
     monkeypatch.setattr("ragjax.retrieval.index.OVERSAMPLE", 1)
-    own = {"index__kind": kind, "index__folder": str(tmp_path / "index"), "index__shard": 7}
+    own = {"index__kind": kind, "index__path": str(tmp_path / "index"), "index__shard_size": 7}
     config = tiny_config(world, output=str(tmp_path / "run"), evaluate__split="train", **own)
     scores, queries, questions, index = world_scores(world, **own)
     report = index_report(config, count=1000)
     assert report["questions"] == 20 and report["step"] is None and report["index"]["N"] == 30
     assert [at["k"] for at in report["k"]] == [1, 2, 5, 10, 20]
     order = np.argsort(-scores, axis=1, kind="stable")
-    weights = np.exp(config.retriever.scale * scores)
+    weights = np.exp(config.retriever.logit_scale * scores)
     _, found = index.search(queries, 20)
     _, _, store = open_world(config)
     for at in report["k"]:
@@ -126,5 +126,5 @@ def test_a_plot_that_cannot_be_drawn(world: Path, tmp_path: Path, capsys: Captur
 
 
 def test_no_index(world: Path, tmp_path: Path, capsys: Capture) -> None:
-    command = ["index-report", str(world / "config.yaml"), f"index.folder={tmp_path / 'none'}"]
+    command = ["index-report", str(world / "config.yaml"), f"index.path={tmp_path / 'none'}"]
     assert "run: ragjax index CONFIG" in refused(capsys, tmp_path, *command)

@@ -37,11 +37,13 @@ def test_every_script_is_short_and_helps(script: Path) -> None:
 
 
 def test_dry_runs_print_what_a_shell_would_read() -> None:
-    done = run("tpu.sh", "--dry-run", "run", "a.yaml", "generator.prompt='it is'", BUCKET="gs://b/r", NAME="mine")
+    done = run(
+        "tpu.sh", "--dry-run", "run", "a.yaml", "generator.prompt_template='it is'", BUCKET="gs://b/r", NAME="mine"
+    )
     [line] = [shlex.split(done.stdout)]
     assert line[:6] == ["+", "gcloud", "compute", "tpus", "tpu-vm", "ssh"] and line[6] == "mine"
     command = line[-1].removeprefix("--command=")
-    assert "kept.sh" in command and "generator.prompt='it is'" in " ".join(shlex.split(command))
+    assert "kept.sh" in command and "generator.prompt_template='it is'" in " ".join(shlex.split(command))
     assert run("tpu.sh", "--dry-run", "create", "--spot").stdout.split()[-1] == "--spot"
     queued = run("tpu.sh", "--dry-run", "create", "--queued").stdout
     assert "queued-resources create ragjax --node-id=ragjax" in queued
@@ -56,8 +58,8 @@ def test_dry_runs_print_what_a_shell_would_read() -> None:
     shared = run("kept.sh", "--dry-run", "a.yaml", "--distributed", BUCKET="gs://b/r/s").stdout.splitlines()
     assert shared[1] == "+ gcsfuse --implicit-dirs --only-dir r/s b runs"
     assert shared[2] == "+ ragjax index a.yaml --distributed"
-    several = run("processes.sh", "--dry-run", "4", "a.yaml", "train.k=2", RAGJAX="ragjax").stdout.splitlines()
-    assert several[1] == "+ 4 × ragjax train a.yaml train.k=2 --distributed" and len(several) == 3
+    several = run("processes.sh", "--dry-run", "4", "a.yaml", "train.num_docs=2", RAGJAX="ragjax").stdout.splitlines()
+    assert several[1] == "+ 4 × ragjax train a.yaml train.num_docs=2 --distributed" and len(several) == 3
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ ENTRIES = {"__init__", "__main__"}  # they may import what they offer
 BANNED = {"torch", "pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 INSIDE_FUNCTIONS = {"faiss", "gguf", "huggingface_hub", "matplotlib", "tensorboardX", "transformers"}  # slow to import
 MOST_FILES_AT_THE_TOP, MOST_FILES_IN_A_FOLDER = 13, 10
+MOST_LINES, MOST_OF_A_FUNCTION = 400, 60
 FILES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py"))}
 MODULES = {name: path for name, path in FILES.items() if path.stem not in ENTRIES}
 
@@ -96,3 +97,12 @@ def test_what_starts_quickly_imports_little(program: str, not_needed: set[str]) 
     tell = f"import sys\ntry: {program}\nfinally: print(*{not_needed} & sys.modules.keys(), file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", tell], capture_output=True, text=True)
     assert done.stderr == "\n"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_no_file_or_function_is_long(name: str) -> None:
+    text = FILES[name].read_text()
+    assert len(text.splitlines()) <= MOST_LINES
+    functions = (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+    long = {node.name for node in functions if node.end_lineno and node.end_lineno - node.lineno >= MOST_OF_A_FUNCTION}
+    assert long <= {"_parser"}, "cut it where a name can say what a part does"

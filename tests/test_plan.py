@@ -106,7 +106,7 @@ def compiled(uncompiled: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_parameters_and_state_are_those_of_real_arrays(world: Path) -> None:
-    config = tiny_config(world, train__freeze=["generator.embed", "retriever.words"], train__keep=4)
+    config = tiny_config(world, train__frozen_params=["generator.embed", "retriever.words"], train__keep_checkpoints=4)
     rag, planned = load_pipeline(config), sizes(config)
     params = rag.initial_params()
     state = init_train_state(rag, params)
@@ -115,7 +115,7 @@ def test_parameters_and_state_are_those_of_real_arrays(world: Path) -> None:
         assert planned["evaluate", f"{model} parameters", "device"] == 2 * in_bytes(params[model])
     assert planned["index", "passage encoder parameters", "device"] == in_bytes(params["retriever"])
     assert planned["train", "optimiser state", "device"] == in_bytes(state.optimizer)
-    trained, _ = partition_params(params, config.train.freeze)
+    trained, _ = partition_params(params, config.train.frozen_params)
     assert planned["train", "gradients", "device"] == in_bytes(trained)
     assert planned["train", "checkpoints", "disk"] == 5 * in_bytes(state)
 
@@ -162,7 +162,7 @@ def test_on_several_devices_each_has_its_part(world: Path, mesh: MeshSettings) -
 def test_temporaries_and_network_are_those_of_the_compiled_step(
     compiled: None, world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = tiny_config(world, mesh__fsdp=True, train__remat=False, train__k=1)
+    config = tiny_config(world, mesh__fsdp=True, train__remat=False, train__num_docs=1)
     rag, mesh = load_pipeline(config), make_mesh(devices=jax.devices()[:2])
     for rows in (index_rows, evaluate_rows):
         monkeypatch.setattr(rows, "program_temporaries", lambda *_: 1)  # not the question here
@@ -180,18 +180,18 @@ def test_temporaries_and_network_are_those_of_the_compiled_step(
 def test_a_fused_step_is_planned_with_all_passages(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It searches inside the step: traced with none of them, there would be nothing to search."""
     monkeypatch.setattr(train_rows, "trace_step", trace_step)
-    planned = sizes(tiny_config(world, train__fused=True))
+    planned = sizes(tiny_config(world, train__fused_retrieval=True))
     assert planned["train", FLOPS, "devices"] > 2 * 8 * 30 * 32  # of the search alone: 8 questions, 30 passages
 
 
 def test_the_documents_memory_is_that_of_real_prompts(world: Path) -> None:
-    config = tiny_config(world, generator__source_tokens=80, evaluate__untrained_limit=0)
+    config = tiny_config(world, generator__max_prompt_tokens=80, evaluate__max_untrained_questions=0)
     rag, _, store = open_world(config)
     texts = [f"What is the capital of land {i}, and why?" for i in range(config.evaluate.batch_size)]
     questions = question_batch(rag.tokenizers, texts)
-    rows = tokenize_prompts(rag.tokenizers, store, questions, np.zeros((len(texts), config.decode.k), np.int32))
+    rows = tokenize_prompts(rag.tokenizers, store, questions, np.zeros((len(texts), config.decode.num_docs), np.int32))
     memory = prefill_documents(rag.generator.graphdef, rag.generator.load_params(), *rows)
-    past = empty_kv_cache(memory, config.decode.max_new_tokens * config.decode.beams)
+    past = empty_kv_cache(memory, config.decode.max_new_tokens * config.decode.num_beams)
     planned = sizes(config)
     assert planned["evaluate", "documents' keys and values", "device"] == in_bytes(memory) + in_bytes(past)
     assert planned["evaluate", "generator parameters", "device"] == in_bytes(rag.generator.load_params())
@@ -202,12 +202,12 @@ def test_temporaries_of_answering_are_compiled(
     compiled: None, world: Path, monkeypatch: pytest.MonkeyPatch, model: str
 ) -> None:
     monkeypatch.setattr(train_rows, "trace_step", lambda *_: jax.jit(jnp.sin).trace(1.0))  # not the question here
-    config = tiny_config(world, model=model, evaluate__batch_size=1, decode__beams=1)
+    config = tiny_config(world, model=model, evaluate__batch_size=1, decode__num_beams=1)
     rag, planned = load_pipeline(config), sizes(config)
     graph, params, settings = rag.generator.graphdef, rag.initial_params()["generator"], config.decode
-    source = jnp.zeros((settings.k, 128), jnp.int32), jnp.ones((settings.k, 128), bool)
-    memory, prior = prefill_documents(graph, params, *source), jnp.zeros((1, settings.k))
-    count = settings.beams if model == "rag_token" else settings.k
+    source = jnp.zeros((settings.num_docs, 128), jnp.int32), jnp.ones((settings.num_docs, 128), bool)
+    memory, prior = prefill_documents(graph, params, *source), jnp.zeros((1, settings.num_docs))
+    count = settings.num_beams if model == "rag_token" else settings.num_docs
     answers, lengths = pad_answers(
         [[((0,) * settings.max_new_tokens, False)] * count], SPECIAL, settings.max_new_tokens
     )
@@ -248,12 +248,12 @@ def test_every_family_and_a_folder_with_config_json_alone(
 
 def test_passages_are_counted_by_the_index_the_limit_or_the_lines(world: Path, tmp_path: Path) -> None:
     def embeddings(**overrides: object) -> Row:
-        config = tiny_config(world, **({"index__folder": str(tmp_path / "none")} | overrides))
+        config = tiny_config(world, **({"index__path": str(tmp_path / "none")} | overrides))
         return rows_of(config)["index", "embeddings", "disk"]
 
-    by_index = embeddings(index__folder=str(world / "index"), corpus__limit=7)
+    by_index = embeddings(index__path=str(world / "index"), corpus__max_passages=7)
     assert (by_index.size, by_index.how[:11]) == (30 * 128, "30 passages")
-    assert embeddings(corpus__limit=7, index__dtype="float16").size == 7 * 64
+    assert embeddings(corpus__max_passages=7, index__dtype="float16").size == 7 * 64
     by_lines = embeddings()
     assert (by_lines.size, by_lines.how) == (30 * 128, "at most 30 passages × 32 in float32")
     assert by_lines.counted
@@ -268,12 +268,12 @@ def test_passages_are_counted_by_the_index_the_limit_or_the_lines(world: Path, t
 def test_a_damaged_index_is_not_counted(capsys: Capture, tmp_path: Path, world: Path) -> None:
     (tmp_path / "index").mkdir()
     (tmp_path / "index" / "manifest.json").write_text("{}")
-    command = "plan", str(world / "config.yaml"), f"index.folder={tmp_path / 'index'}"
+    command = "plan", str(world / "config.yaml"), f"index.path={tmp_path / 'index'}"
     assert "manifest.json: damaged" in refused(capsys, tmp_path, *command)
 
 
 def test_a_faiss_structure_is_held_by_the_host(world: Path, tmp_path: Path) -> None:
-    planned = sizes(tiny_config(world, index__kind="Flat", index__folder=str(tmp_path / "none")))
+    planned = sizes(tiny_config(world, index__kind="Flat", index__path=str(tmp_path / "none")))
     for command, place in (("index", "disk"), ("index", "host"), ("train", "host"), ("evaluate", "host")):
         assert planned[command, "FAISS structure Flat", place] == 30 * 128
     rare = rows_of(tiny_config(world, index__kind="NSG16,Flat"))["train", "FAISS structure NSG16,Flat", "host"]
@@ -306,9 +306,9 @@ def test_an_unreachable_model_leaves_the_other_rows(no_hub: None, world: Path) -
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train.freeze=[reader]", "no parameters under 'reader'"),
+        ("train.frozen_params=[reader]", "no parameters under 'reader'"),
         ("index.kind=HNSW0x", "which FAISS does not accept"),
-        ("generator.source_tokens=5000", "generator.source_tokens"),
+        ("generator.max_prompt_tokens=5000", "generator.max_prompt_tokens"),
         ("train.keeps=1", "unknown key 'train.keeps'"),
     ],
 )
@@ -408,7 +408,7 @@ def test_totals_and_what_fits() -> None:
 
 
 def test_the_table_says_what_does_not_fit_and_what_would_help(capsys: Capture, world: Path) -> None:
-    config = tiny_config(world, train__accumulate=2, evaluate__batch_size=16)
+    config = tiny_config(world, train__gradient_accumulation=2, evaluate__batch_size=16)
     told = memory_plan(config, make_mesh(1, jax.devices()[:2]), peak=1.0)
     print_plan(told, {"disk": 1, "host": 2**40, "device": 1000}, as_json=False)
     out = capsys.readouterr().out
@@ -417,7 +417,12 @@ def test_the_table_says_what_does_not_fit_and_what_would_help(capsys: Capture, w
     state = abstract_state(load_pipeline(config), make_mesh(1, jax.devices()[:2]))
     split = abstract_state(load_pipeline(config.replace(mesh=MeshSettings(fsdp=True))), make_mesh(1, jax.devices()[:2]))
     saved = f"{size_text(bytes_each(split))} instead of {size_text(bytes_each(state))}"
-    for setting in ("index.kind=HNSW32", f"optimiser state {saved}", "dtype=bfloat16", "train.accumulate=4;"):
+    for setting in (
+        "index.kind=HNSW32",
+        f"optimiser state {saved}",
+        "dtype=bfloat16",
+        "train.gradient_accumulation=4;",
+    ):
         assert setting in advice
     assert "train.remat" not in advice
     assert "what would help to evaluate: " in advice and "evaluate.batch_size=2;" in advice
@@ -433,7 +438,7 @@ def test_the_table_says_what_does_not_fit_and_what_would_help(capsys: Capture, w
 
 
 def test_json(capsys: Capture, world: Path) -> None:
-    assert main(["plan", str(world / "config.yaml"), "--json", "train.k=2"]) == 0
+    assert main(["plan", str(world / "config.yaml"), "--json", "train.num_docs=2"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert {row["command"] for row in told["rows"]} == {"index", "train", "evaluate"}
     assert {(t["command"], t["place"]) for t in told["totals"]} == {
@@ -461,7 +466,7 @@ def paper(request: pytest.FixtureRequest) -> str:
 def test_the_papers_configurations_are_planned_without_a_network(
     capsys: Capture, no_hub: None, elsewhere: Path, paper: str
 ) -> None:
-    assert load_config(paper).corpus.limit == 21_015_324
+    assert load_config(paper).corpus.max_passages == 21_015_324
     assert main(["plan", paper]) == 0
     out = capsys.readouterr().out
     assert "cannot be downloaded" in out and "at most 21,015,324 passages" in out
@@ -499,7 +504,11 @@ def test_hugging_face_reads_more_documents_twice(world: Path, tmp_path: Path, mo
     found = {}
     for hf_compatible in (False, True):
         config = tiny_config(
-            world, generator__source=str(tmp_path / "bart"), hf_compatible=hf_compatible, decode__k=2, train__k=6
+            world,
+            generator__source=str(tmp_path / "bart"),
+            hf_compatible=hf_compatible,
+            decode__num_docs=2,
+            train__num_docs=6,
         )
         found[hf_compatible] = sizes(config)["evaluate", "documents' keys and values", "device"] or 0
     assert found[True] == pytest.approx(6 * found[False], rel=1e-3)
@@ -557,7 +566,7 @@ def test_the_papers_step_fits_a_tpu_that_is_not_there(tmp_path: Path) -> None:
     for name, shape in PAPERS_MODELS.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(shape))
-    models = [f"retriever.source={tmp_path}/dpr", f"retriever.passage_source={tmp_path}/dpr"]
+    models = [f"retriever.source={tmp_path}/dpr", f"retriever.passage_encoder={tmp_path}/dpr"]
     settings = [*models, f"generator.source={tmp_path}/bart", "mesh.fsdp=true"]
     config = str(Path(__file__).parents[1] / "configs" / "rag_sequence_nq.yaml")
     command = [sys.executable, "-c", ON_A_TPU, "1", config, *settings]
@@ -581,7 +590,12 @@ def test_wikipedia_lies_on_eight_tpus_inside_the_step(world: Path, tmp_path: Pat
     The models are small, but the embeddings as wide as the paper's.
     """
     (tmp_path / "config.json").write_text(json.dumps(PAPERS_MODELS["dpr"] | {"num_hidden_layers": 2}))
-    settings = ["train.fused=true", "index.dtype=bfloat16", f"index.kind={kind}", f"retriever.source={tmp_path}"]
+    settings = [
+        "train.fused_retrieval=true",
+        "index.dtype=bfloat16",
+        f"index.kind={kind}",
+        f"retriever.source={tmp_path}",
+    ]
     command = [sys.executable, "-c", ON_A_TPU, "21015324", str(world / "config.yaml"), *settings]
     told = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     rows, source = -(-21_015_324 // 8), 128

@@ -38,7 +38,7 @@ class Read:
         tokens, mask = pad_sequences(source, 12, 0)
         graph = self.pretrained.graphdef
         self.memory: DocumentMemory = prefill_documents(graph, self.params, jnp.asarray(tokens), jnp.asarray(mask))
-        settings = Decode(k=ROWS, beams=BEAMS, max_new_tokens=LONGEST)
+        settings = Decode(num_docs=ROWS, num_beams=BEAMS, max_new_tokens=LONGEST)
         self.beams, prefixes = beam_search_documents(graph, self.params, self.memory, settings, SPECIAL)
         self.scorer = PrefixScorer(graph, self.params, self.memory, prefixes, SPECIAL)
 

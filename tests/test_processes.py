@@ -21,8 +21,10 @@ from ragjax.cli import main
 
 SLOW = pytest.mark.slow
 STEPS = 10
-SETTINGS = f"train.steps={STEPS} train.dropout=0.1 train.save_every=5 train.dev_questions=3 evaluate.limit=5".split()
-SETTINGS += ["evaluate.untrained_limit=0", "evaluate.closed_book=false"]
+SETTINGS = (
+    f"train.steps={STEPS} train.dropout=0.1 train.save_every=5 train.dev_questions=3 evaluate.max_questions=5".split()
+)
+SETTINGS += ["evaluate.max_untrained_questions=0", "evaluate.closed_book=false"]
 
 
 def launch(world: Path, count: int, devices: int, output: Path, *settings: str) -> str:
@@ -152,11 +154,11 @@ def test_an_evaluation_that_was_killed_goes_on_whatever_the_number_of_processes(
 def test_the_quickstart_s_models_go_on_on_one_device(tmp_path: Path) -> None:
     """MiniLM and SmolLM2: stopped after the first step and started again, all comes out as it does at once."""
     settings = [
-        f"index.folder={tmp_path}/index",
-        "corpus.limit=100",
+        f"index.path={tmp_path}/index",
+        "corpus.max_passages=100",
         "train.steps=3",
         "train.batch_size=2",
-        "train.k=2",
+        "train.num_docs=2",
     ]
     env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)}
 
@@ -192,10 +194,12 @@ def test_a_process_that_dies_stops_the_other(world: Path, tmp_path: Path, lost: 
 
 def test_processes_that_disagree_say_so_and_stop(world: Path, tmp_path: Path) -> None:
     arguments = ["train", str(world / "config.yaml"), f"output={tmp_path / 'run'}", *SETTINGS]
-    told = ends(start(world, 2, *arguments, own={1: ["train.k=2", "seed=7"]}), within=90)
+    told = ends(start(world, 2, *arguments, own={1: ["train.num_docs=2", "seed=7"]}), within=90)
     assert [code for code, _ in told] == [2, 2], told
     for _, err in told:
-        assert "process 1 differs: seed is 0 in process 0 and 7 there; train.k is 3 in process 0 and 2 there" in err
+        assert (
+            "process 1 differs: seed is 0 in process 0 and 7 there; train.num_docs is 3 in process 0 and 2 there" in err
+        )
         assert "Traceback" not in err
     assert not (tmp_path / "run").exists()
 
@@ -214,7 +218,7 @@ def test_two_processes_build_the_same_index(world: Path, tmp_path: Path) -> None
     """To the byte: here one process with eight devices, there two with two each."""
 
     def arguments(folder: str) -> list[str]:
-        return ["index", str(world / "config.yaml"), f"index.folder={tmp_path / folder}", "index.shard=7"]
+        return ["index", str(world / "config.yaml"), f"index.path={tmp_path / folder}", "index.shard_size=7"]
 
     told = ends(start(world, 2, *arguments("two")), within=120)
     assert [code for code, _ in told] == [0, 0], told

@@ -66,9 +66,9 @@ def test_both_models_read_a_question_as_their_tokenizers_spell_it(tokenizers: To
     assert rows(*batch.answers) == [tokenize_answer(tokenizers, answer) for answer in "abc"]
     config = tokenizers.config
     if widest:
-        assert batch.question.shape == (3, config.retriever.question_tokens)
-        assert batch.for_generator[0].shape == (3, config.generator.source_tokens)
-    assert batch.answers[0].shape == (3, config.generator.answer_tokens)
+        assert batch.question.shape == (3, config.retriever.max_question_tokens)
+        assert batch.for_generator[0].shape == (3, config.generator.max_prompt_tokens)
+    assert batch.answers[0].shape == (3, config.generator.max_answer_tokens)
     assert batch.row.tolist() == [0, 1, 2]
 
 
@@ -86,7 +86,7 @@ def test_the_retriever_reads_the_beginning_of_a_long_question(tokenizers: Tokeni
     [whole] = tokenizers.retriever.encode([long], special=True)
     assert tokens == [*whole[:63], whole[-1]]
     [problem] = prompt_problems(tokenizers, [long])
-    assert problem is not None and "generator.source_tokens is 128" in problem
+    assert problem is not None and "generator.max_prompt_tokens is 128" in problem
     with pytest.raises(InputError, match="before any passage"):
         question_batch(tokenizers, [long], widest=True)
 
@@ -98,7 +98,7 @@ def _for_retriever(tokenizers: Tokenizers, questions: list[str]) -> tuple[np.nda
 
 
 def test_an_empty_question(tokenizers: Tokenizers) -> None:
-    with pytest.raises(InputError, match=r"questions\[1\]: empty question"):
+    with pytest.raises(InputError, match=r"questions\[1\]: an empty question"):
         tokenize_questions(tokenizers, ["Who?", " \n"])
 
 
@@ -120,14 +120,14 @@ def test_prompts_are_the_text_assembled_by_hand(tokenizers: Tokenizers, store: P
 
 def test_passages_are_cut_to_fit_and_questions_never(world: Path, store: PassageStore) -> None:
     longest = 64
-    tokenizers = load_pipeline(tiny_config(world, generator__source_tokens=longest)).tokenizers
+    tokenizers = load_pipeline(tiny_config(world, generator__max_prompt_tokens=longest)).tokenizers
     question = QUESTIONS[0]
     [tokens], mask = tokenize_prompts(tokenizers, store, question_batch(tokenizers, [question]), np.array([[7]]))
     assert mask.all() and tokens.shape == (longest,)
     ending = f"\n\nQuestion: {question}\nAnswer:"
     whole = f"{store[7].title}: {store[7].text}"
     assert tokenizers.generator.decode(tokens) == whole[: longest - len(ending)] + ending
-    with pytest.raises(InputError, match=r"generator\.source_tokens is 64"):
+    with pytest.raises(InputError, match=r"generator\.max_prompt_tokens is 64"):
         tokenize_prompts(tokenizers, store, question_batch(tokenizers, ["Why? " * 12]), np.array([[7]]))
 
 
@@ -171,9 +171,9 @@ def encode_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[tuple[str,
     "settings",
     [
         {},
-        {"train__fused": True},
-        {"train__objective": "contrastive", "train__mined": 6},
-        {"index__kind": "Flat", "train__search_ahead": True},
+        {"train__fused_retrieval": True},
+        {"train__objective": "contrastive", "train__mined_negatives": 6},
+        {"index__kind": "Flat", "train__prefetch_retrieval": True},
     ],
     ids=["host", "fused", "contrastive", "ahead"],
 )
@@ -181,7 +181,7 @@ def test_a_step_tokenises_each_question_once(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
 ) -> None:
     """By the retriever's tokenizer, and by the generator's unless it reads nothing."""
-    own = {"index__folder": str(tmp_path / "index")} if "index__kind" in settings else {}
+    own = {"index__path": str(tmp_path / "index")} if "index__kind" in settings else {}
     rag, index, store = open_world(tiny_config(world, **settings, **own))
     mesh, questions = make_mesh(), train_questions(rag, read_questions(world / "train.jsonl"))
     params = put_global(rag.initial_params(), replicated(mesh))
@@ -189,7 +189,7 @@ def test_a_step_tokenises_each_question_once(
     with TrainLoader(BatchBuilder(rag, index, store, mesh, {}), sampler, questions, {}) as loader:
         for _ in range(2):
             with encode_calls(monkeypatch) as calls:
-                if rag.config.train.search_ahead:
+                if rag.config.train.prefetch_retrieval:
                     loader.look_ahead(params)
                 loader.read_ahead()
                 pairs, _ = loader.take(params)
@@ -212,5 +212,5 @@ def test_answering_reads_the_tokens_of_a_batch(world: Path, monkeypatch: pytest.
 
 def test_the_tokenizers_follow_the_configuration(world: Path) -> None:
     rag = load_pipeline(tiny_config(world))
-    other = replace(rag, config=tiny_config(world, generator__answer="<{answer}>"))
+    other = replace(rag, config=tiny_config(world, generator__answer_template="<{answer}>"))
     assert rag.generator_tokenizer.decode(tokenize_answer(other.tokenizers, "A")) == "<A>"

@@ -91,7 +91,7 @@ def test_retrieval_equals_brute_force(prior: str, world: Path) -> None:
     found = retrieve(o.rag, o.params, o.index, o.batch, 4)
     np.testing.assert_array_equal(found.ids, ids)
     np.testing.assert_allclose(found.scores, best, rtol=1e-5)
-    scale = o.rag.config.retriever.scale
+    scale = o.rag.config.retriever.logit_scale
     over = best if prior == "top_k" else scores
     expected = scale * best - np.logaddexp.reduce(scale * over, axis=1, keepdims=True)
     np.testing.assert_allclose(found.log_prior, expected, atol=2e-5)
@@ -104,7 +104,7 @@ def test_retrieval_equals_brute_force(prior: str, world: Path) -> None:
 
 def test_the_mass_of_the_best_documents(world: Path) -> None:
     o = opened(world)
-    scores = o.rag.config.retriever.scale * brute_force_scores(o)
+    scores = o.rag.config.retriever.logit_scale * brute_force_scores(o)
     best = -np.sort(-scores, axis=1)[:, :2]
     expected = np.logaddexp.reduce(best, axis=1) - np.logaddexp.reduce(scores, axis=1)
     found = retrieve(o.rag, o.params, o.index, o.batch, 4)
@@ -123,7 +123,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model(world: Path, tmp_path: Path
 
 
 def test_fewer_passages_than_k_change_neither_loss_nor_gradient(world: Path, tmp_path: Path) -> None:
-    o = opened(world, corpus__limit=3, index__folder=str(tmp_path / "small"))
+    o = opened(world, corpus__max_passages=3, index__path=str(tmp_path / "small"))
     found = retrieve(o.rag, o.params, o.index, o.batch, 5)
     assert (found.ids[:, 3:] == -1).all() and (np.sort(found.ids[:, :3], axis=1) == np.arange(3)).all()
     assert (found.scores[:, 3:] == -np.inf).all() and (found.log_prior[:, 3:] == -np.inf).all()
@@ -169,9 +169,9 @@ def test_answers_are_padded_and_embeddings_attached(plain: Opened) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "named"),
     [
-        ("retriever__question_tokens", 513, r"retriever\.question_tokens is 513, .* 512 positions"),
-        ("retriever__passage_tokens", 600, r"retriever\.passage_tokens is 600, .* 512 positions"),
-        ("generator__source_tokens", 1013, r"generator\.source_tokens .* is 1025, .* 1024 positions"),
+        ("retriever__max_question_tokens", 513, r"retriever\.max_question_tokens is 513, .* 512 positions"),
+        ("retriever__max_passage_tokens", 600, r"retriever\.max_passage_tokens is 600, .* 512 positions"),
+        ("generator__max_prompt_tokens", 1013, r"generator\.max_prompt_tokens .* is 1025, .* 1024 positions"),
         ("decode__max_new_tokens", 897, r"the longest answer is 1025, .* 1024 positions"),
     ],
 )
@@ -214,7 +214,9 @@ def golden(world: Path) -> Golden:
     with np.load(GOLDEN / "golden.npz") as file:
         g = {name: file[name] for name in file.files if not name.startswith("decode")}
     rag = replace(
-        load_pipeline(tiny_config(world, retriever__pooling="cls", retriever__normalize=False, retriever__scale=1.0)),
+        load_pipeline(
+            tiny_config(world, retriever__pooling="cls", retriever__normalize=False, retriever__logit_scale=1.0)
+        ),
         retriever=open_bert(GOLDEN / "question_encoder", "cls", False),
         generator=open_generator(GOLDEN / "generator"),
     )

@@ -48,13 +48,13 @@ SLOW = pytest.mark.slow
 SETTINGS: dict[str, Any] = {
     "train__steps": 14,
     "train__save_every": 4,
-    "train__keep": 20,
+    "train__keep_checkpoints": 20,
     "train__dropout": 0.1,
     "train__passage_encoder": "shared",
     "refresh__every": 5,
     "refresh__steps": 3,
-    "refresh__probe_every": 2,
-    "refresh__probe_questions": 7,
+    "refresh__overlap_every": 2,
+    "refresh__overlap_questions": 7,
 }
 
 
@@ -86,7 +86,7 @@ def undisturbed(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("encoder", ["shared", "own"])
 def test_the_gradient_reaches_the_passages_too(world: Path, encoder: str) -> None:
     """As if the embeddings were written into the loss as functions of the parameters."""
-    config = tiny_config(world, train__passage_encoder=encoder, train__k=2, train__batch_size=4)
+    config = tiny_config(world, train__passage_encoder=encoder, train__num_docs=2, train__batch_size=4)
     rag, index, store = open_world(config)
     params = rag.initial_params()
     chosen = read_questions(world / "train.jsonl")[:4]
@@ -150,7 +150,9 @@ def test_what_is_encoded_anew_carries_checksums(world: Path, undisturbed: Path, 
 
 
 def test_answers_come_from_the_index_of_the_checkpoint(world: Path, undisturbed: Path) -> None:
-    config = refreshing(world, undisturbed, evaluate__limit=2, evaluate__untrained_limit=0, evaluate__split="train")
+    config = refreshing(
+        world, undisturbed, evaluate__max_questions=2, evaluate__max_untrained_questions=0, evaluate__split="train"
+    )
     rag, _, store = open_world(config)
     answerer = open_answerer(config)
     assert answerer.index.manifest["refreshed"] == 14
@@ -213,9 +215,11 @@ def test_a_run_killed_in_the_middle_of_a_refresh_resumes(
 
 
 def test_versions_that_no_checkpoint_needs_are_deleted(world: Path, tmp_path: Path) -> None:
-    run = train(refreshing(world, tmp_path / "run", train__keep=1, refresh__every=3, refresh__probe_every=None))
+    run = train(
+        refreshing(world, tmp_path / "run", train__keep_checkpoints=1, refresh__every=3, refresh__overlap_every=None)
+    )
     assert {path.name for path in (run / "refreshed").iterdir()} <= {"000009", "000014"}
-    config = refreshing(world, run, train__keep=1, refresh__every=3, refresh__probe_every=None)
+    config = refreshing(world, run, train__keep_checkpoints=1, refresh__every=3, refresh__overlap_every=None)
     rag, index, _ = open_world(config)
     assert trained_index(rag, index, 14).manifest["refreshed"] == 14
 
@@ -235,7 +239,7 @@ def test_an_index_that_is_gone_is_named(
 @SLOW
 def test_drift_begins_a_refresh(world: Path, tmp_path: Path) -> None:
     """At the first probe whose share is below, and not while one is going on."""
-    settings = {"refresh__every": None, "refresh__below": 0.999, "refresh__steps": 2, "train__retriever_lr": 1e-2}
+    settings = {"refresh__every": None, "refresh__min_overlap": 0.999, "refresh__steps": 2, "train__retriever_lr": 1e-2}
     run = train(refreshing(world, tmp_path / "run", **settings, train__steps=8))
     lines = [line for line in logged(run) if "loss" in line]
     below = [line["step"] for line in lines if line.get("index_kept", 1) < 0.999 and line["step"] < 6]
@@ -246,7 +250,7 @@ def test_drift_begins_a_refresh(world: Path, tmp_path: Path) -> None:
 
 def test_overlap_is_what_would_stay(world: Path, tmp_path: Path) -> None:
     """With 4k at least N nothing is overlooked: brute force over all passages."""
-    config = refreshing(world, tmp_path, train__passage_encoder="own", train__k=8)
+    config = refreshing(world, tmp_path, train__passage_encoder="own", train__num_docs=8)
     rag, index, store = open_world(config)
     refresh = IndexRefresher(rag, index, store, tmp_path, local_mesh())
     params = put_global(rag.initial_params(), replicated(local_mesh()))
@@ -293,7 +297,7 @@ def test_parts_of_another_number_of_processes_are_encoded_again(world: Path, tmp
 
 
 def test_a_faiss_index_is_built_anew(world: Path, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"index__kind": "HNSW8", "index__folder": str(tmp_path / "index")}
+    settings: dict[str, Any] = {"index__kind": "HNSW8", "index__path": str(tmp_path / "index")}
     settings |= {"train__steps": 5, "refresh__every": 2, "refresh__steps": 2}
     config = refreshing(world, tmp_path / "run", **settings)
     rag, index, store = open_world(config)
@@ -406,11 +410,11 @@ def test_two_processes_switch_at_the_same_step(world: Path, undisturbed: Path, t
     [
         (["refresh.every=5"], "train.passage_encoder=shared or own"),
         (["train.passage_encoder=own", "retriever.prior=corpus"], "use retriever.prior=top_k"),
-        (["train.passage_encoder=shared", "retriever.passage_source=x"], "leave out retriever.passage_source"),
-        (["train.passage_encoder=own", "refresh.below=0.5"], "set refresh.probe_every"),
-        (["train.passage_encoder=own", "refresh.below=1.5", "refresh.probe_every=2"], "less than 1"),
+        (["train.passage_encoder=shared", "retriever.passage_encoder=x"], "leave out retriever.passage_encoder"),
+        (["train.passage_encoder=own", "refresh.min_overlap=0.5"], "set refresh.overlap_every"),
+        (["train.passage_encoder=own", "refresh.min_overlap=1.5", "refresh.overlap_every=2"], "less than 1"),
         (["train.passage_encoder=own", "refresh.every=5", "refresh.steps=6"], "less than refresh.steps=6"),
-        (["train.search_ahead=true"], "is for a FAISS index.kind"),
+        (["train.prefetch_retrieval=true"], "is for a FAISS index.kind"),
     ],
 )
 def test_what_does_not_go_together(world: Path, settings: list[str], message: str) -> None:
@@ -429,9 +433,9 @@ def test_more_parts_than_passages(world: Path, tmp_path: Path) -> None:
 
 AHEAD: dict[str, Any] = {
     "train__steps": 6,
-    "train__search_ahead": True,
+    "train__prefetch_retrieval": True,
     "train__save_every": 1,
-    "train__keep": 20,
+    "train__keep_checkpoints": 20,
     "index__kind": "Flat",
     "train__retriever_lr": 1e-2,
 }
@@ -440,7 +444,7 @@ AHEAD: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def ahead(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
     folder = tmp_path_factory.mktemp("ahead")
-    config = tiny_config(world, output=str(folder / "run"), index__folder=str(folder / "index"), **AHEAD)
+    config = tiny_config(world, output=str(folder / "run"), index__path=str(folder / "index"), **AHEAD)
     open_world(config)
     train(config)
     return config
@@ -494,7 +498,7 @@ def test_a_resumed_run_trains_on_what_was_in_flight(
 
 def test_the_first_step_is_as_without(world: Path, ahead: Config, tmp_path: Path) -> None:
     """Nothing could be sought before it; from the second step on the queries are old, and the numbers others."""
-    plain = train(ahead.replace(output=str(tmp_path / "run"), train=ahead.train.replace(search_ahead=False)))
+    plain = train(ahead.replace(output=str(tmp_path / "run"), train=ahead.train.replace(prefetch_retrieval=False)))
     ours, theirs = logged(Path(ahead.output)), logged(plain)
     assert ours[0] == theirs[0] and ours[1:] != theirs[1:]
 
@@ -504,7 +508,7 @@ def test_reading_ahead_changes_nothing(
     world: Path, ahead: Config, monkeypatch: pytest.MonkeyPatch, fused: bool
 ) -> None:
     """While a step runs the next batch is read, as it would have been later, or again if the index changed since."""
-    config = tiny_config(world, train__fused=True) if fused else ahead
+    config = tiny_config(world, train__fused_retrieval=True) if fused else ahead
     rag, index, store = open_world(config)
     mesh = make_mesh()
     reader, params = BatchBuilder(rag, index, store, mesh, {}), put_global(rag.initial_params(), replicated(mesh))

@@ -55,10 +55,12 @@ def test_what_is_recorded_repeats_the_run(world: Path, tmp_path: Path) -> None:
 def test_the_same_run_may_go_on_with_what_is_free_changed(world: Path, tmp_path: Path) -> None:
     start_run(*opened(world, tmp_path, train__retriever_lr=1e-5))
     manifest = (tmp_path / "manifest.json").read_bytes()
-    again = opened(world, tmp_path, train__retriever_lr=1e-5, decode__k=1, evaluate__limit=3, train__log_every=7)
+    again = opened(
+        world, tmp_path, train__retriever_lr=1e-5, decode__num_docs=1, evaluate__max_questions=3, train__log_every=7
+    )
     start_run(*again)
     assert (tmp_path / "manifest.json").read_bytes() == manifest  # of the start
-    assert load_run_config(tmp_path).decode.k == 1
+    assert load_run_config(tmp_path).decode.num_docs == 1
     more = tiny_config(world, output=str(tmp_path), train__retriever_lr=1e-5, train__steps=31, questions__strict=True)
     check_same_run(more)
 
@@ -103,8 +105,8 @@ def test_a_run_from_before_a_key_was_there_may_go_on(world: Path, tmp_path: Path
 def test_another_run_is_refused_key_by_key(world: Path, tmp_path: Path) -> None:
     start_run(*opened(world, tmp_path))
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    another = tiny_config(world, output=str(tmp_path), seed=1, train__k=2, decode__k=1)
-    with pytest.raises(InputError, match=r"seed was 0 and is 1; train\.k was 3 and is 2; go back") as refusal:
+    another = tiny_config(world, output=str(tmp_path), seed=1, train__num_docs=2, decode__num_docs=1)
+    with pytest.raises(InputError, match=r"seed was 0 and is 1; train\.num_docs was 3 and is 2; go back") as refusal:
         check_same_run(another)
     assert "decode" not in str(refusal.value)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
@@ -113,7 +115,7 @@ def test_another_run_is_refused_key_by_key(world: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("changed", "named"), [("generator/model.safetensors", "generator"), ("index", "passages")])
 def test_other_inputs_under_the_same_names_are_refused(world: Path, tmp_path: Path, changed: str, named: str) -> None:
     own = Path(shutil.copytree(world, tmp_path / "world", ignore=shutil.ignore_patterns("run")))
-    places = {"generator__source": str(own / "generator"), "index__folder": str(own / "index")}
+    places = {"generator__source": str(own / "generator"), "index__path": str(own / "index")}
     rag, index = opened(world, tmp_path / "run", **places)
     start_run(rag, index)
     if changed == "index":
@@ -127,10 +129,12 @@ def test_other_inputs_under_the_same_names_are_refused(world: Path, tmp_path: Pa
 
 def test_a_trained_model_is_not_read_under_other_settings(world: Path, tmp_path: Path) -> None:
     start_run(*opened(world, tmp_path, train__retriever_lr=1e-5))
-    check_same_models(tiny_config(world, output=str(tmp_path), decode__k=1, train__steps=3))
-    another = tiny_config(world, output=str(tmp_path), retriever__scale=5.0, generator__answer="{answer}")
+    check_same_models(tiny_config(world, output=str(tmp_path), decode__num_docs=1, train__steps=3))
+    another = tiny_config(
+        world, output=str(tmp_path), retriever__logit_scale=5.0, generator__answer_template="{answer}"
+    )
     with pytest.raises(
-        InputError, match=r"generator\.answer was ' \{answer\}'.*retriever\.scale was 10\.0 and is 5\.0"
+        InputError, match=r"generator\.answer_template was ' \{answer\}'.*retriever\.logit_scale was 10\.0 and is 5\.0"
     ):
         check_same_models(another)
 
@@ -143,11 +147,11 @@ def test_everything_that_training_depends_on_is_held(world: Path) -> None:
     assert free <= train and not free & {
         "start_from",
         "batch_size",
-        "k",
+        "num_docs",
         "retriever_lr",
-        "freeze",
+        "frozen_params",
         "dropout",
-        "accumulate",
+        "gradient_accumulation",
     }
 
 
@@ -169,19 +173,19 @@ def test_a_run_that_was_moved(world: Path, tmp_path: Path) -> None:
     config = load_run_config(tmp_path / "moved")
     assert config.output == str(tmp_path / "moved")
     check_same_run(config)
-    assert (config.index.folder, config.questions.test) == (str(world / "index"), str(world / "test.jsonl"))
+    assert (config.index.path, config.questions.test) == (str(world / "index"), str(world / "test.jsonl"))
     with pytest.raises(InputError, match=r"run: no run here"):
         load_run_config(tmp_path / "run")
 
 
 def test_a_run_that_was_moved_with_its_index_and_questions(world: Path, tmp_path: Path) -> None:
     before, after = tmp_path / "run", tmp_path / "moved"
-    inside = {"index__folder": str(before / "index"), "questions__train": str(before / "index" / "train.jsonl")}
+    inside = {"index__path": str(before / "index"), "questions__train": str(before / "index" / "train.jsonl")}
     (before / "index").mkdir(parents=True)
     (before / "config.yaml").write_text(dump_config(tiny_config(world, output=str(before), **inside)))
     before.rename(after)
     config = load_run_config(after)
-    assert (config.index.folder, config.questions.train) == (str(after / "index"), str(after / "index" / "train.jsonl"))
+    assert (config.index.path, config.questions.train) == (str(after / "index"), str(after / "index" / "train.jsonl"))
     assert config.questions.test == str(world / "test.jsonl")
 
 

@@ -75,7 +75,7 @@ def test_what_agrees_is_taken(tmp_path: Path, folder: dict[str, Any], settings: 
         ),
         (E5, ENCODER, r"questions begin with 'query: ', which is not supported yet"),
         ({"prompts": {"x": "q: "}, "default_prompt_name": "x"}, ENCODER, "questions begin with 'q: '"),
-        ({"prompts": {"document": "p: "}}, ENCODER, r"set retriever\.passage='p: \{title\}: \{text\}'"),
+        ({"prompts": {"document": "p: "}}, ENCODER, r"set retriever\.passage_template='p: \{title\}: \{text\}'"),
         ({"prompts": ["query: "]}, ENCODER, "expected texts by name"),
     ],
 )

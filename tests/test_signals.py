@@ -206,6 +206,6 @@ def test_bad_input_and_a_signal_in_the_command_line(
     """A build that is stopped by SIGTERM leaves as little as one that is stopped by Ctrl-C."""
     monkeypatch.setattr(IndexBuilder, "embed_missing", lambda *_: signal.raise_signal(signal.SIGTERM))
     folder = world.parent / "stopped"
-    assert main(["index", str(world / "config.yaml"), f"index.folder={folder}", "index.batch_size=8"]) == 143
+    assert main(["index", str(world / "config.yaml"), f"index.path={folder}", "index.batch_size=8"]) == 143
     assert capsys.readouterr().err.splitlines()[-1] == "ragjax: terminated"
     assert not list(world.parent.glob("stopped*"))

@@ -63,7 +63,7 @@ def setup(world: Path, **overrides: object) -> Setup:
     params = rag.initial_params()
     chosen = read_questions(world / "train.jsonl")[: config.train.batch_size]
     questions = question_batch(rag.tokenizers, [q.question for q in chosen], [q.answers[0] for q in chosen])
-    ids = retrieve(rag, params, index, questions, config.train.k).ids
+    ids = retrieve(rag, params, index, questions, config.train.num_docs).ids
     batch = attach_documents(rag, index, store, questions, ids)
     return Setup(rag, params, jax.tree.map(jnp.asarray, batch), index.corpus(local_mesh(data=1)))
 
@@ -75,7 +75,7 @@ def plain(world: Path) -> Setup:
 
 @pytest.fixture(scope="module")
 def dropping(world: Path) -> Setup:
-    return setup(world, train__dropout=0.2, train__freeze=[KEY_BIAS], train__clip=1e9)
+    return setup(world, train__dropout=0.2, train__frozen_params=[KEY_BIAS], train__max_grad_norm=1e9)
 
 
 def differentiate(rag: RagPipeline, corpus: DeviceIndex | None = None) -> Callable[[Params, TrainBatch], Any]:
@@ -143,7 +143,7 @@ def test_gradient_is_the_posterior_weighted_sum(plain: Setup, plain_gradients: t
 
 
 def test_gradient_through_the_prior_over_the_corpus(world: Path, plain_gradients: tuple[Any, Any]) -> None:
-    s = setup(world, retriever__prior="corpus", train__freeze=["generator"])
+    s = setup(world, retriever__prior="corpus", train__frozen_params=["generator"])
     every = np.asarray(s.corpus.embeddings, np.float32)
     embeddings = np.asarray(s.batch.passage_embeddings)
     ids = np.abs(embeddings[:, :, None] - every).sum(axis=-1).argmin(axis=-1)  # which passage each document is
@@ -153,7 +153,7 @@ def test_gradient_through_the_prior_over_the_corpus(world: Path, plain_gradients
     def explicit(params: Params) -> jax.Array:
         encoder = nnx.merge(s.rag.retriever.graphdef, params)
         queries = encoder(s.batch.questions.question, s.batch.questions.question_mask)
-        scores = s.rag.config.retriever.scale * queries @ every.T
+        scores = s.rag.config.retriever.logit_scale * queries @ every.T
         # documents outside the top k contribute nothing to the sum, but take their share of the prior
         logp_of_all = jnp.full(scores.shape, -jnp.inf).at[jnp.arange(len(ids))[:, None], ids].set(logp)
         return -jax.nn.logsumexp(jax.nn.log_softmax(scores, axis=-1) + logp_of_all, axis=-1).mean()
@@ -236,7 +236,7 @@ def test_an_answer_s_start_token_may_be_left_out_of_the_loss(plain: Setup) -> No
 def test_backward_through_the_likeliest_documents(
     through: int, dropping: Setup, dropping_gradients: tuple[Any, Any]
 ) -> None:
-    rag = with_train(dropping.rag, backward_documents=through)
+    rag = with_train(dropping.rag, backprop_docs=through)
     grads, metrics = jax.device_get(differentiate(rag)(dropping.params, dropping.batch))
 
     @jax.jit
@@ -259,7 +259,7 @@ def test_backward_through_the_likeliest_documents(
 
 @pytest.mark.parametrize("through", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_what_the_generator_misses_is_measured(through: int, dropping: Setup) -> None:
-    rag = with_train(dropping.rag, backward_documents=through)
+    rag = with_train(dropping.rag, backprop_docs=through)
     state = dropping.state()
     measured = float(make_gradient_error(rag)(state, dropping.batch))
 
@@ -278,7 +278,7 @@ def test_what_the_generator_misses_is_measured(through: int, dropping: Setup) ->
         return jax.nn.softmax(prior + scores, axis=1), every
 
     weights, every = jax.device_get(by_document(dropping.params))
-    trained, _ = partition_params(dropping.params, rag.config.train.freeze)
+    trained, _ = partition_params(dropping.params, rag.config.train.frozen_params)
     paths = [path for path in trained if path[0] == "generator"]
     of_documents = np.concatenate(
         [flat({"generator": every})[path].reshape(weights.size, -1) for path in paths], axis=1
@@ -294,8 +294,10 @@ def test_what_the_generator_misses_is_measured(through: int, dropping: Setup) ->
 
 
 def test_what_a_frozen_generator_misses_is_not_asked(dropping: Setup) -> None:
-    rag = with_train(dropping.rag, backward_documents=1, freeze=["generator"])
-    with pytest.raises(InputError, match=r"train\.probe_every: train\.freeze leaves nothing of the generator"):
+    rag = with_train(dropping.rag, backprop_docs=1, frozen_params=["generator"])
+    with pytest.raises(
+        InputError, match=r"train\.gradient_error_every: train\.frozen_params leaves nothing of the generator"
+    ):
         make_gradient_error(rag)
 
 
@@ -332,7 +334,7 @@ def test_a_step_on_eight_devices_equals_one_with_dropout(
 
 
 def test_pmap_with_psum_gives_the_same_gradients(dropping: Setup, dropping_gradients: tuple[Any, Any]) -> None:
-    trained, frozen = partition_params(dropping.params, dropping.rag.config.train.freeze)
+    trained, frozen = partition_params(dropping.params, dropping.rag.config.train.frozen_params)
 
     def on_one_device(trained: Any, batch: TrainBatch) -> Any:
         def part(trained: Any) -> jax.Array:
@@ -379,7 +381,7 @@ def test_what_the_axis_does_not_divide_is_told(dropping: Setup) -> None:
 
 @pytest.mark.parametrize("count", [4, pytest.param(2, marks=pytest.mark.slow)])
 def test_accumulation_changes_nothing(count: int, dropping: Setup, dropping_gradients: tuple[Any, Any]) -> None:
-    rag = with_train(dropping.rag, accumulate=count)
+    rag = with_train(dropping.rag, gradient_accumulation=count)
     grads, metrics = jax.device_get(differentiate(rag)(dropping.params, dropping.batch))
     assert_same_gradients(grads, dropping_gradients[0])
     chex.assert_trees_all_close(metrics, dropping_gradients[1], rtol=1e-5)
@@ -400,7 +402,7 @@ def test_dropout_is_drawn_by_key_and_row(
 
 
 def test_rematerialisation_changes_nothing(plain: Setup, plain_gradients: tuple[Any, Any]) -> None:
-    rag = with_train(plain.rag, remat=not plain.rag.config.train.remat, freeze=["retriever"])
+    rag = with_train(plain.rag, remat=not plain.rag.config.train.remat, frozen_params=["retriever"])
     grads, metrics = jax.device_get(differentiate(rag)(plain.params, plain.batch))
     assert_same_gradients(
         grads, {path: leaf for path, leaf in plain_gradients[0].items() if path[0] == "generator"}, 1e-6
@@ -442,7 +444,7 @@ def test_training_lowers_the_loss_and_repeats_bit_for_bit(dropping: Setup, dropp
 
 
 def test_frozen_parts_stay_and_have_no_optimiser_state(plain: Setup) -> None:
-    s = replace(plain, rag=with_train(plain.rag, freeze=["retriever", "generator.embed"], weight_decay=0.1))
+    s = replace(plain, rag=with_train(plain.rag, frozen_params=["retriever", "generator.embed"], weight_decay=0.1))
     state, metrics = make_train_step(s.rag)(s.state(), s.batch)
     before, after = flat(s.params), flat(state.params)
     frozen = {path for path in before if path[0] == "retriever" or path[:2] == ("generator", "embed")}
@@ -465,12 +467,12 @@ def test_a_learning_rate_of_zero_leaves_the_retriever(plain: Setup, plain_gradie
 @pytest.mark.parametrize("prefix", ["retreiver", "generator.emb", "generator.layers.9"])
 def test_freezing_what_does_not_exist(plain: Setup, prefix: str) -> None:
     with pytest.raises(InputError, match=rf"no parameters under '{prefix}'.*generator\.embed.*retriever"):
-        init_train_state(with_train(plain.rag, freeze=[prefix]), plain.params)
+        init_train_state(with_train(plain.rag, frozen_params=[prefix]), plain.params)
 
 
 def test_freezing_everything(plain: Setup) -> None:
     with pytest.raises(InputError, match="nothing to train"):
-        init_train_state(with_train(plain.rag, freeze=["retriever", "generator"]), plain.params)
+        init_train_state(with_train(plain.rag, frozen_params=["retriever", "generator"]), plain.params)
 
 
 # the optimiser
@@ -501,7 +503,9 @@ def rates(train: Train, steps: int) -> dict[str, list[float]]:
     ],
 )
 def test_rates_rise_and_fall(decay: str, after: list[float]) -> None:
-    train = Train(steps=7, warmup=3).replace(decay=decay, retriever_lr=0.01, generator_lr=0.2, clip=100.0)
+    train = Train(steps=7, warmup_steps=3).replace(
+        lr_schedule=decay, retriever_lr=0.01, generator_lr=0.2, max_grad_norm=100.0
+    )
     shape = np.array([1 / 3, 2 / 3, 1.0, *after])
     taken = rates(train, len(shape))
     np.testing.assert_allclose(taken["retriever"], 0.01 * shape, rtol=1e-5, atol=1e-8)
@@ -509,7 +513,7 @@ def test_rates_rise_and_fall(decay: str, after: list[float]) -> None:
 
 
 def test_no_warmup_starts_at_the_peak() -> None:
-    train = Train(steps=4, warmup=0, decay="linear", generator_lr=0.1)
+    train = Train(steps=4, warmup_steps=0, lr_schedule="linear", generator_lr=0.1)
     np.testing.assert_allclose(rates(train, 5)["generator"], [0.1, 0.075, 0.05, 0.025, 0.0], rtol=1e-5, atol=1e-8)
 
 
@@ -521,7 +525,7 @@ def test_each_part_is_clipped_by_its_own_norm(clip: float, scale: dict[str, floa
         ("generator", "scale"): jnp.array([50.0]),
     }
     params = jax.tree.map(jnp.zeros_like, grads)
-    optimizer = make_optimizer(Train(clip=clip))
+    optimizer = make_optimizer(Train(max_grad_norm=clip))
     _, state = optimizer.update(grads, optimizer.init(params), params)
     expected = {path: 0.1 * scale.get(path[0], 1.0) * grad for path, grad in grads.items()}
     chex.assert_trees_all_close(moments(state)["mu"], expected, rtol=1e-6)
@@ -530,7 +534,7 @@ def test_each_part_is_clipped_by_its_own_norm(clip: float, scale: dict[str, floa
 def test_weight_decay_acts_on_matrices_only() -> None:
     leaves = [(part, "layers", name) for part in ("retriever", "generator") for name in ("kernel", "scale", "bias")]
     params = {path: jnp.ones(2) for path in [*leaves, ("generator", "embed", "embedding")]}
-    optimizer = make_optimizer(Train(weight_decay=0.5, retriever_lr=0.1, generator_lr=0.1, decay="constant"))
+    optimizer = make_optimizer(Train(weight_decay=0.5, retriever_lr=0.1, generator_lr=0.1, lr_schedule="constant"))
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
     expected = {path: jnp.full(2, -0.05 if path[-1] in ("kernel", "embedding") else 0.0) for path in params}
     chex.assert_trees_all_close(updates, expected, rtol=1e-6)
@@ -542,12 +546,14 @@ def test_weight_decay_acts_on_matrices_only() -> None:
 @pytest.mark.parametrize(("prior", "mesh"), [("top_k", Mesh(fsdp=True)), ("corpus", Mesh(model=2))])
 def test_the_abstract_step_is_the_real_one(world: Path, prior: str, mesh: Mesh) -> None:
     """Word for word the same program, where a batch is as wide as can be."""
-    config = tiny_config(world, retriever__question_tokens=24, generator__source_tokens=80, retriever__prior=prior)
+    config = tiny_config(
+        world, retriever__max_question_tokens=24, generator__max_prompt_tokens=80, retriever__prior=prior
+    )
     config = config.replace(mesh=mesh)
     rag, index, store = open_world(config)
     texts = [f"What is the capital of land {i}, and why?" for i in range(config.train.batch_size)]
     questions = question_batch(rag.tokenizers, texts, ["x"] * len(texts))
-    batch = attach_documents(rag, index, store, questions, np.zeros((len(texts), config.train.k), np.int32))
+    batch = attach_documents(rag, index, store, questions, np.zeros((len(texts), config.train.num_docs), np.int32))
     chex.assert_trees_all_equal_shapes_and_dtypes(batch, abstract_batch(config, 32))
     devices = make_mesh(mesh.model)
     state = init_train_state(rag, rag.initial_params())
@@ -566,7 +572,7 @@ def test_fsdp_sends_parameters_and_gradients_not_activations(world: Path) -> Non
     sent = compiled_cost(trace_step(rag, mesh, 30).lower()).sent
     assert sent is not None
     parameters = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(rag.abstract_params()))
-    activations = 64 * rag.config.train.k * rag.config.generator.source_tokens * 32 * 4
+    activations = 64 * rag.config.train.num_docs * rag.config.generator.max_prompt_tokens * 32 * 4
     assert 1.5 * parameters < sum(sent.values()) < 4.5 * parameters < activations / 2, "of one layer alone"
 
 
@@ -588,7 +594,13 @@ def test_what_does_not_fit_is_refused_with_advice(world: Path) -> None:
         check_memory(rag, mesh, 30, limit=need - 1)
     message = str(refused.value)
     assert f"it needs {size_text(need)} of a device" in message and "passages 0.5 KiB" in message
-    for setting in ("index.kind=HNSW32", "mesh.fsdp=true", "dtype=bfloat16", "train.remat=true", "train.k below 3"):
+    for setting in (
+        "index.kind=HNSW32",
+        "mesh.fsdp=true",
+        "dtype=bfloat16",
+        "train.remat=true",
+        "train.num_docs below 3",
+    ):
         assert setting in message
 
 
@@ -597,7 +609,7 @@ def test_a_step_that_measures_must_fit_too(world: Path) -> None:
     """All documents go backward there: they take more than the step's own."""
     mesh = make_mesh()
     few, measuring = (
-        load_pipeline(tiny_config(world, train__remat=False, train__backward_documents=1, train__probe_every=every))
+        load_pipeline(tiny_config(world, train__remat=False, train__backprop_docs=1, train__gradient_error_every=every))
         for every in (None, 10)
     )
     step = compiled_cost(trace_step(few, mesh, 30).lower()).temporaries
@@ -628,5 +640,5 @@ def test_on_a_cpu_the_state_alone_must_fit(world: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("ragjax.planning.memory.trace_step", lambda *_: pytest.fail("nothing is compiled"))
     check_memory(rag, mesh, 30)
     machine["SC_PHYS_PAGES"] -= 1
-    with pytest.raises(InputError, match=r"and this machine has .*; use smaller models or train.freeze"):
+    with pytest.raises(InputError, match=r"and this machine has .*; use smaller models or train.frozen_params"):
         check_memory(rag, mesh, 30)

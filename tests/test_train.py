@@ -42,7 +42,7 @@ from ragjax.training.loss import rag_loss
 from ragjax.training.state import TrainState, init_train_state
 
 Capture = pytest.CaptureFixture[str]
-PIECES = ["train.steps=5", "train.k=2", "train.dropout=0.1"]
+PIECES = ["train.steps=5", "train.num_docs=2", "train.dropout=0.1"]
 RATES = {"examples_per_second", "tokens_per_second"}
 METRICS = RATES | {
     "loss", "nll_per_token", "recall", "distinct_documents", "posterior_entropy", "posterior_skipped", "prior_top",
@@ -171,7 +171,7 @@ def test_a_run_in_pieces_equals_the_whole_one_bit_for_bit(
     at_step(monkeypatch, 0, crash)
     assert go("pieces") == 0
 
-    overrides: dict[str, Any] = {"train__steps": 5, "train__k": 2, "train__dropout": 0.1}
+    overrides: dict[str, Any] = {"train__steps": 5, "train__num_docs": 2, "train__dropout": 0.1}
     (expected, position), (state, same) = (
         saved_state(world, folder, 5, **overrides) for folder in (whole, tmp_path / "pieces")
     )
@@ -199,7 +199,7 @@ def test_a_machine_that_is_taken_away(
     go = trainer(world, tmp_path)
     at_step(monkeypatch, 3, lambda: signal.raise_signal(signal.SIGTERM))
     handler = signal.getsignal(signal.SIGTERM)
-    often = ["train.save_minutes=1e-9", "train.keep=9"]
+    often = ["train.save_minutes=1e-9", "train.keep_checkpoints=9"]
     assert go("pieces", *often) == 143
     assert signal.getsignal(signal.SIGTERM) is handler
     checkpoints = tmp_path / "pieces" / "checkpoints"
@@ -290,7 +290,7 @@ def test_answers_that_are_too_long_are_counted_and_not_cut(
     at_step(monkeypatch, 1, lambda: signal.raise_signal(signal.SIGINT))
     assert main(["train", str(run / "config.yaml"), *settings]) == 130  # it was trained on the others
     err = " ".join(capsys.readouterr().err.split())
-    assert "9 answers are longer than generator.answer_tokens=12 and are not trained on" in err
+    assert "9 answers are longer than generator.max_answer_tokens=12 and are not trained on" in err
     assert "for example 'a city of many words'; 1 questions have no other" in err
 
 
@@ -330,10 +330,10 @@ def test_a_contrastive_run_reads_questions_of_any_length(world: Path, tmp_path: 
     """No generator reads them, and the retriever their beginning, which is told."""
     good = [json.loads(line) for line in (world / "train.jsonl").read_text().splitlines()[:7]]
     write_jsonl(tmp_path / "q.jsonl", [*good, LONG | {"answer": ["Kesbourg"]}])
-    settings = ["train.objective=contrastive", "train.mined=5", "train.steps=2", f"output={tmp_path / 'run'}"]
+    settings = ["train.objective=contrastive", "train.mined_negatives=5", "train.steps=2", f"output={tmp_path / 'run'}"]
     assert main(["train", str(world / "config.yaml"), *settings, f"questions.train={tmp_path / 'q.jsonl'}"]) == 0
     err = " ".join(capsys.readouterr().err.split())
-    assert "1 questions are longer than retriever.question_tokens=64" in err and "left out" not in err
+    assert "1 questions are longer than retriever.max_question_tokens=64" in err and "left out" not in err
     assert not (tmp_path / "run" / "left_out.jsonl").exists()
 
 
@@ -449,7 +449,7 @@ def test_a_run_begins_with_the_parameters_of_another(
 def test_a_run_does_not_begin_with_what_is_not_its_own(
     run: Path, tmp_path: Path, capsys: Capture, settings: list[str], message: str
 ) -> None:
-    more = [f"output={tmp_path}/run", f"index.folder={tmp_path}/index", f"train.start_from={run}", *settings]
+    more = [f"output={tmp_path}/run", f"index.path={tmp_path}/index", f"train.start_from={run}", *settings]
     assert main(["index", str(run / "config.yaml"), *more]) == 0
     assert main(["train", str(run / "config.yaml"), *more]) == 2
     assert f"train.start_from: {run} {message}" in capsys.readouterr().err
@@ -493,16 +493,18 @@ def test_the_corpus_prior_is_trained(world: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fused", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_what_the_generator_misses_is_logged(world: Path, tmp_path: Path, fused: bool) -> None:
-    settings = {"train__backward_documents": 1, "train__probe_every": 2, "train__log_every": 10, "train__steps": 5}
-    lines = logged(train(tiny_config(world, train__fused=fused, output=str(tmp_path), **settings)))
+    settings = {"train__backprop_docs": 1, "train__gradient_error_every": 2, "train__log_every": 10, "train__steps": 5}
+    lines = logged(train(tiny_config(world, train__fused_retrieval=fused, output=str(tmp_path), **settings)))
     assert [line["step"] for line in lines] == [2, 4, 5]
     assert all(0 < line["gradient_error_generator"] < 1 for line in lines[:2])
     assert "gradient_error_generator" not in lines[2]
 
 
 def test_a_frozen_generator_is_not_measured(world: Path, tmp_path: Path) -> None:
-    settings = {"train__backward_documents": 1, "train__probe_every": 2, "train__freeze": ["generator"]}
-    with pytest.raises(InputError, match=r"train\.probe_every: train\.freeze leaves nothing of the generator"):
+    settings = {"train__backprop_docs": 1, "train__gradient_error_every": 2, "train__frozen_params": ["generator"]}
+    with pytest.raises(
+        InputError, match=r"train\.gradient_error_every: train\.frozen_params leaves nothing of the generator"
+    ):
         train(tiny_config(world, output=str(tmp_path / "run"), **settings))
     assert not (tmp_path / "run").exists()
 
@@ -517,7 +519,7 @@ def test_without_a_run_nothing_is_restored(world: Path, tmp_path: Path) -> None:
 
 def test_bad_input_is_an_input_error_in_python_too(world: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="k is 31"):
-        train(tiny_config(world, train__k=31, output=str(tmp_path / "run")))
+        train(tiny_config(world, train__num_docs=31, output=str(tmp_path / "run")))
 
 
 def test_the_loss_on_dev_questions_at_every_save(world: Path, tmp_path: Path) -> None:
@@ -534,7 +536,7 @@ def test_the_loss_on_dev_questions_at_every_save(world: Path, tmp_path: Path) ->
     once = jax.jit(lambda params, batch: rag_loss(plain, params, batch, jax.random.key(0))[0])
     for question in read_questions(world / "dev.jsonl")[:3]:
         questions = question_batch(plain.tokenizers, [question.question], [question.answers[0]])
-        ids = retrieve(plain, restored[0], index, questions, config.train.k).ids
+        ids = retrieve(plain, restored[0], index, questions, config.train.num_docs).ids
         batch = attach_documents(plain, index, store, questions, ids)
         losses.append(float(once(restored[0], jax.tree.map(jnp.asarray, batch))))
     assert measured[restored[1]] == pytest.approx(np.mean(losses), rel=1e-4)

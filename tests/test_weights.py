@@ -522,7 +522,7 @@ def test_smollm2_answers_a_real_question() -> None:
     params = pretrained.load_params()
     memory = prefill_documents(pretrained.graphdef, params, jnp.asarray(tokens), jnp.asarray(mask))
     ending = SpecialTokens(tokenizer.eos_id, tokenizer.pad_id)
-    settings = Decode(k=1, beams=1, max_new_tokens=12)
+    settings = Decode(num_docs=1, num_beams=1, max_new_tokens=12)
     found = decode_rag_sequence(pretrained.graphdef, params, memory, np.zeros((2, 1), np.float32), settings, ending)
     texts = [tokenizer.decode(candidates.tokens[0]) for candidates in found]
     assert all("Paris" in text for text in texts), texts

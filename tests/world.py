@@ -23,11 +23,11 @@ CONFIG = """\
 output: {world}/run
 corpus: {{source: {world}/passages.jsonl}}
 questions: {{train: {world}/train.jsonl, dev: {world}/dev.jsonl, test: {world}/test.jsonl}}
-retriever: {{source: {world}/retriever, scale: 10.0, question_tokens: 64, passage_tokens: 64}}
-index: {{folder: {world}/index, batch_size: 16}}
-generator: {{source: {world}/generator, source_tokens: 128, answer_tokens: 12}}
-train: {{steps: 30, batch_size: 8, k: 3, retriever_lr: 1e-3, generator_lr: 1e-3}}
-decode: {{k: 3, beams: 2, max_new_tokens: 6}}
+retriever: {{source: {world}/retriever, logit_scale: 10.0, max_question_tokens: 64, max_passage_tokens: 64}}
+index: {{path: {world}/index, batch_size: 16}}
+generator: {{source: {world}/generator, max_prompt_tokens: 128, max_answer_tokens: 12}}
+train: {{steps: 30, batch_size: 8, num_docs: 3, retriever_lr: 1e-3, generator_lr: 1e-3}}
+decode: {{num_docs: 3, num_beams: 2, max_new_tokens: 6}}
 evaluate: {{batch_size: 2}}
 """
 
@@ -58,7 +58,7 @@ def shared_world(temporary: pytest.TempPathFactory) -> Path:
 
 
 def tiny_config(world: Path, **overrides: object) -> Config:
-    """The world's configuration; `train__k=2` overrides `train.k`."""
+    """The world's configuration; `train__num_docs=2` overrides `train.num_docs`."""
     dotted = [f"{key.replace('__', '.')}={json.dumps(value)}" for key, value in overrides.items()]
     return load_config(world / "config.yaml", dotted)
 
@@ -70,7 +70,7 @@ def build(config: Config) -> Path:
 
 def open_world(config: Config) -> tuple[RagPipeline, Index, PassageStore]:
     """The models, the index, which is built where there is none, and the passages."""
-    rag, folder = load_pipeline(config), Path(config.index.folder)
+    rag, folder = load_pipeline(config), Path(config.index.path)
     if not (folder / MANIFEST).exists():
         build(config)
     return rag, open_index(folder, rag.fingerprints), PassageStore.open(folder)

@@ -88,7 +88,8 @@ def _check_prompts(path: Path, details: dict[str, Any], settings: Retriever, que
         raise InputError(
             f"{path}: questions begin with {shown(before)}, which is not supported yet; give an encoder without prompts"
         )
-    if passages and not settings.passage.startswith(before := prompt("document", "passage", "corpus")):
+    if passages and not settings.passage_template.startswith(before := prompt("document", "passage", "corpus")):
         raise InputError(
-            f"{path}: passages begin with {shown(before)}; set retriever.passage={shown(before + settings.passage)}"
+            f"{path}: passages begin with {shown(before)}; "
+            f"set retriever.passage_template={shown(before + settings.passage_template)}"
         )

@@ -45,11 +45,11 @@ BatchResults = dict[int, list[Any]]  # one result a question, by the number of t
 def evaluate(config: Config) -> dict[str, Any]:
     """Measures the pretrained models and the newest checkpoint (with `train.keep_best` the best), if there is one.
 
-    Retrieval is measured on every question of the split, answers on the first `evaluate.limit` (before training:
-    `evaluate.untrained_limit`). Questions are split over the devices of each process, and batches of them over the
-    processes, each of which holds the models. Writes metrics.json and predictions.jsonl into `output`, and returns
-    the metrics. A question that cannot be asked counts as wrong, and as not found; `answerable` has the figures without
-    such.
+    Retrieval is measured on every question of the split, answers on the first `evaluate.max_questions` (before
+    training: `evaluate.max_untrained_questions`). Questions are split over the devices of each process, and batches of
+    them over the processes, each of which holds the models. Writes metrics.json and predictions.jsonl into `output`,
+    and returns the metrics. A question that cannot be asked counts as wrong, and as not found; `answerable` has the
+    figures without such.
 
     The results of each batch are kept in predictions.N.partial, N the process, until all is done: the same evaluation,
     begun again, goes on. Raises `InputError` for bad input.
@@ -78,7 +78,7 @@ def evaluate(config: Config) -> dict[str, Any]:
     if split.left_out:
         report["left_out"] = as_json(split.left_out)
     predictions: list[dict[str, Any]] = []
-    limit, before = config.evaluate.limit, config.evaluate.untrained_limit
+    limit, before = config.evaluate.max_questions, config.evaluate.max_untrained_questions
     evaluation = _evaluation(rag, report["fingerprints"], trained[1] if trained else None, mesh)
     with EvaluationProgress(folder, evaluation) as progress:
         if before != 0 or trained is None:
@@ -201,7 +201,7 @@ def _measure(
 
 def _measure_retrieval(answerer: Answerer, split: Split, name: str, progress: EvaluationProgress) -> dict[str, Any]:
     """Recall at 1, 5 and k, and the mean share of the whole corpus's softmax that the top k hold."""
-    rag, index, k = answerer.rag, answerer.index, answerer.rag.config.decode.k
+    rag, index, k = answerer.rag, answerer.index, answerer.rag.config.decode.num_docs
 
     def hits_and_mass(batch: list[Question]) -> list[tuple[list[bool], float | None]]:
         questions = tokenize_questions(rag.tokenizers, [q.question for q in batch])
@@ -242,8 +242,8 @@ def _gold(rag: RagPipeline, question: Question) -> list[int] | None:
     It is no longer than a prompt, and the generator has positions for it.
     """
     g = rag.config.generator
-    room = rag.generator.config.max_positions - (0 if rag.generator.config.encoder_decoder else g.source_tokens)
-    longest = min(room, max(g.source_tokens, g.answer_tokens))
+    room = rag.generator.config.max_positions - (0 if rag.generator.config.encoder_decoder else g.max_prompt_tokens)
+    longest = min(room, max(g.max_prompt_tokens, g.max_answer_tokens))
     rows = (tokenize_answer(rag.tokenizers, answer) for answer in question.answers)
     return next((row for row in rows if len(row) <= longest), None)
 

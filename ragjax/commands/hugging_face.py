@@ -40,7 +40,7 @@ RAG_SETTINGS = "rag.json"  # the RAG checkpoint's own settings, kept for the way
 CONFIG = """\
 # {title}, imported. What must still be given: a corpus, questions, and what encodes passages.
 #
-#   ragjax index config.yaml corpus.source=psgs_w100.tsv retriever.passage_source=hf:ORG/CONTEXT-ENCODER
+#   ragjax index config.yaml corpus.source=psgs_w100.tsv retriever.passage_encoder=hf:ORG/CONTEXT-ENCODER
 output: {run}
 model: {model}
 hf_compatible: false # true repeats transformers' numbers to the letter (docs/from_hugging_face.md)
@@ -50,20 +50,20 @@ retriever:
   source: {question_encoder}
   # The checkpoint has no encoder of passages: name the one that was trained together with its question encoder, such as
   # hf:facebook/dpr-ctx_encoder-single-nq-base for facebook/rag-sequence-nq and facebook/rag-token-nq.
-  passage_source: "???"
+  passage_encoder: "???"
   pooling: cls
   normalize: false
-  scale: 1.0
+  logit_scale: 1.0
   prior: top_k
-  passage: "{{title}} [SEP] {{text}}" # as DPR's encoders read one
+  passage_template: "{{title}} [SEP] {{text}}" # as DPR's encoders read one
 generator:
   source: {generator}
-  prompt: {prompt}
-  passage: {passage}
-  answer: "{{answer}}"
-  source_tokens: {source_tokens}
-  answer_tokens: {answer_tokens}
-train: {{k: {k}, label_smoothing: {label_smoothing}, exclude_bos: {exclude_bos}}}
+  prompt_template: {prompt}
+  passage_template: {passage}
+  answer_template: "{{answer}}"
+  max_prompt_tokens: {source_tokens}
+  max_answer_tokens: {answer_tokens}
+train: {{num_docs: {k}, label_smoothing: {label_smoothing}, exclude_bos: {exclude_bos}}}
 decode: {decode}
 """
 # settings of transformers' search that ragjax has not, and their value where they do nothing
@@ -172,28 +172,32 @@ def _tensors(encoder: PretrainedModel, params: Params) -> dict[str, np.ndarray]:
 
 def _check_expressible(rag: RagPipeline) -> None:
     """Raises `InputError` for a retriever that Hugging Face's RAG cannot have; prints which prompt it cannot have."""
-    r, prompt, kind = rag.config.retriever, rag.config.generator.prompt, rag.retriever.hf_config.get("model_type")
+    r, prompt, kind = (
+        rag.config.retriever,
+        rag.config.generator.prompt_template,
+        rag.retriever.hf_config.get("model_type"),
+    )
     if kind != "dpr":
         raise InputError(f"{r.source}: Hugging Face's RAG needs a DPR question encoder, not a {kind!r}")
-    if (r.pooling, r.normalize, r.scale, r.prior) != ("cls", False, 1.0, "top_k"):
+    if (r.pooling, r.normalize, r.logit_scale, r.prior) != ("cls", False, 1.0, "top_k"):
         raise InputError(
             f"{r.source}: Hugging Face's RAG has retriever.pooling=cls, normalize=false, scale=1.0 and prior=top_k; "
-            f"this run has {r.pooling}, {str(r.normalize).lower()}, {r.scale} and {r.prior}"
+            f"this run has {r.pooling}, {str(r.normalize).lower()}, {r.logit_scale} and {r.prior}"
         )
     if _separators(rag.config) is None:
         terminal.print(
-            f"the prompt {prompt!r} with passages {rag.config.generator.passage!r} and answers "
-            f"{rag.config.generator.answer!r} is lost: Hugging Face's is prefix + title + title_sep + text + doc_sep + "
-            "question, and an answer stands by itself",
+            f"the prompt {prompt!r} with passages {rag.config.generator.passage_template!r} and answers "
+            f"{rag.config.generator.answer_template!r} is lost: Hugging Face's is prefix + title + title_sep + text + "
+            "doc_sep + question, and an answer stands by itself",
             soft_wrap=True,
         )
 
 
 def _separators(config: Config) -> tuple[str, str, str] | None:
     """`prefix`, `title_sep` and `doc_sep`, if that is all there is in the prompt besides passage and question."""
-    passage = re.fullmatch(r"([^{}]*)\{title\}([^{}]*)\{text\}", config.generator.passage)
-    prompt = re.fullmatch(r"([^{}]*)\{passage\}([^{}]*)\{question\}", config.generator.prompt)
-    if passage is None or prompt is None or config.generator.answer != "{answer}":
+    passage = re.fullmatch(r"([^{}]*)\{title\}([^{}]*)\{text\}", config.generator.passage_template)
+    prompt = re.fullmatch(r"([^{}]*)\{passage\}([^{}]*)\{question\}", config.generator.prompt_template)
+    if passage is None or prompt is None or config.generator.answer_template != "{answer}":
         return None
     return prompt[1] + passage[1], passage[2], prompt[2]
 
@@ -228,7 +232,7 @@ def _configuration(source: str, hf: Mapping[str, Any], generation: Mapping[str, 
     fields.check_class("Rag")
     rag_token = CLASSES["rag_token"] in (hf.get("architectures") or ())
     search = _search_settings(hf, generation, rag_token)
-    decode = {"k": k} | _decode(search)
+    decode = {"num_docs": k} | _decode(search)
     others = [f"{key}={shown(search[key])}" for key, off in UNSUPPORTED.items() if search.get(key, off) != off]
     comment = f"# Not carried over, since ragjax has nothing like it: {', '.join(others)}\n" if others else ""
     # transformers 5 reads the generator's, older ones this, too
@@ -271,7 +275,7 @@ def _decode(search: Mapping[str, Any]) -> dict[str, Any]:
     fields = Fields(search)
     longest = max(1, fields.count("max_length", 20) - 1)
     return {
-        "beams": fields.count("num_beams", 1),
+        "num_beams": fields.count("num_beams", 1),
         "max_new_tokens": longest,
         "min_new_tokens": min(longest - 1, max(0, fields.count("min_length", 0, least=0) - 1)),
         "length_penalty": fields.number("length_penalty", 1.0, least=-1e6),
@@ -301,10 +305,10 @@ def _rag_config(rag: RagPipeline, parts: Mapping[str, Any]) -> dict[str, Any]:
     return settings | {
         "model_type": "rag",
         "architectures": [CLASSES[config.model]],
-        "n_docs": config.train.k,
+        "n_docs": config.train.num_docs,
         "title_sep": title_sep,
         "doc_sep": doc_sep,
-        "max_combined_length": config.generator.source_tokens,
+        "max_combined_length": config.generator.max_prompt_tokens,
         "retrieval_vector_size": rag.retriever.config.embedding_dim,
         "label_smoothing": config.train.label_smoothing,
         "question_encoder": parts["question_encoder"],

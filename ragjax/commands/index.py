@@ -43,7 +43,7 @@ MANY = 2**20  # bytes of an earlier build that are worth telling of
 
 
 def build_index(config: Config) -> Path:
-    """Builds the folder `index.folder`: passages, the generator's tokens, embeddings, search structure, manifest.
+    """Builds the folder `index.path`: passages, the generator's tokens, embeddings, search structure, manifest.
 
     An index of the same contents that is there already is read and compared with its checksums; it stays, and what is
     damaged of it is made anew. Another one is replaced only once the new one is whole. A build that was stopped goes on
@@ -55,7 +55,7 @@ def build_index(config: Config) -> Path:
     rag = load_pipeline(config)
     check_kind(config.index.kind, rag.passage_encoder.config.embedding_dim)
     source = fetch(config.corpus.source)
-    builder = IndexBuilder(rag, Path(config.index.folder), _content(config, source))
+    builder = IndexBuilder(rag, Path(config.index.path), _content(config, source))
     existing, folder = builder.find_existing(), builder.folder
     if existing is not None and not existing.damage:
         builder.remove_leftovers()
@@ -107,10 +107,12 @@ def _read_corpus(config: Config, source: ResolvedSource) -> tuple[ReadPassages, 
     """How to stream the corpus, and the questions that the Factbook brings, by split."""
     c = config.corpus
     if c.format != "factbook":
-        return lambda: read_passages(source.path, c.format, c.limit), {}
-    passages, questions = factbook.build_factbook(source.path, c.passage_words, config.seed, c.categories)
-    if c.limit is not None:
-        passages = passages[: c.limit]
+        return lambda: read_passages(source.path, c.format, c.max_passages), {}
+    passages, questions = factbook.build_factbook(
+        source.path, c.factbook.max_passage_words, config.seed, c.factbook.categories
+    )
+    if c.max_passages is not None:
+        passages = passages[: c.max_passages]
         kept = {passage.id for passage in passages}
         questions = {
             split: [q for q in records if kept.intersection(q["passages"])] for split, records in questions.items()
@@ -138,9 +140,9 @@ def _check_room(rag: RagPipeline, read: ReadPassages, stats: CorpusStats, new: P
     """
     index = rag.config.index
     check_kind(index.kind, rag.passage_encoder.config.embedding_dim, stats.count)
-    some = [passage_text(rag.config.generator.passage, passage) for passage in islice(read(), SAMPLE)]
+    some = [passage_text(rag.config.generator.passage_template, passage) for passage in islice(read(), SAMPLE)]
     tokens = sum(map(len, rag.generator_tokenizer.encode(some)))
-    width, offsets = rag.passage_encoder.config.embedding_dim, 16 * (stats.count + -(-stats.count // index.shard))
+    width, offsets = rag.passage_encoder.config.embedding_dim, 16 * (stats.count + -(-stats.count // index.shard_size))
     disk = {
         "text": stats.size + offsets,
         "tokens": round(4 * tokens * stats.count / len(some)),
@@ -160,7 +162,7 @@ def _check_room(rag: RagPipeline, read: ReadPassages, stats: CorpusStats, new: P
         leaner = smaller_kinds(width, stats.count, (faiss or 0) - (need - there - free)) if faiss else []
         raise InputError(
             f"{new.parent}: has {size_text(free)} free, and the index needs {size_text(need - there)} more; "
-            f"what would help: {'; '.join([*halves, *leaner, 'corpus.limit', 'another index.folder'])}"
+            f"what would help: {'; '.join([*halves, *leaner, 'corpus.max_passages', 'another index.path'])}"
         )
     searched = disk["embeddings"] if index.kind in ON_DEVICES else faiss
     if searched is None or memory is None:

@@ -84,7 +84,7 @@ def index_report(config: Config, count: int, plot: Path | None = None) -> dict[s
     drawn = np.sort(np.random.default_rng(config.seed).permutation(len(split.questions))[:count])
     sample = [split.questions[i] for i in drawn]
     ks = [k for k in KS if k <= len(index)]
-    measured = measure(index, store, encode, sample, ks, config.retriever.scale)
+    measured = measure(index, store, encode, sample, ks, config.retriever.logit_scale)
     queries = encode(sample[:TOGETHER])
     report = {
         "index": {"kind": config.index.kind, "dtype": index.manifest["dtype"], "N": len(index)},
@@ -92,11 +92,11 @@ def index_report(config: Config, count: int, plot: Path | None = None) -> dict[s
         "split": config.evaluate.split,
         "questions": len(sample),
         "left_out": as_json(split.left_out),
-        "scale": config.retriever.scale,
-        "bytes_per_passage": _bytes(Path(config.index.folder), index),
+        "scale": config.retriever.logit_scale,
+        "bytes_per_passage": _bytes(Path(config.index.path), index),
         "k": [_at(k, measured, i) for i, k in enumerate(ks)],
         "smallest_k": {str(share): _smallest(ks, np.median(measured.mass, axis=0), share) for share in SHARES},
-        "latency": [_latency(index, queries, size, config.decode.k) for size in BATCHES],
+        "latency": [_latency(index, queries, size, config.decode.num_docs) for size in BATCHES],
         "fingerprints": rag.fingerprints | {"questions": fingerprint_files([split.path])},
     }
     with atomic_write(folder / "index_report.json") as (file,):

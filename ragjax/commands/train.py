@@ -84,6 +84,10 @@ class TrainData:
     splits: list[Split]  # the files of both
     fingerprint: str  # of the first one, when it was read
 
+    def epochs(self, steps: int) -> float:
+        """How often so many steps go through the questions."""
+        return steps * self.rag.config.train.batch_size / len(self.train.usable.questions)
+
 
 @dataclass
 class Run:
@@ -105,12 +109,8 @@ class Run:
     @property
     def probe_questions(self) -> list[str]:
         """The questions by whose documents the drift of the index is measured."""
-        some = self.data.splits[0].questions[: self.rag.config.refresh.probe_questions]
+        some = self.data.splits[0].questions[: self.rag.config.refresh.overlap_questions]
         return [question.question for question in some]
-
-    def epochs(self, step: int) -> str:
-        """How often each question has been trained on after a step, as the progress tells it."""
-        return f"epoch {step * self.rag.config.train.batch_size / len(self.data.train.usable.questions):.1f}"
 
 
 def train(config: Config) -> Path:
@@ -142,7 +142,7 @@ def _train(config: Config, signals: Signals) -> Path:
         run_on_process_zero(
             lambda: stack.enter_context(exclusive_lock(folder, "trains here; wait for it, or choose another output"))
         )
-        keep, best = config.train.keep, config.train.keep_best
+        keep, best = config.train.keep_checkpoints, config.train.keep_best
         checkpoints = stack.enter_context(Checkpointer(folder / "checkpoints", keep, best=best, writing=True))
         state, saved = restore_or_initialize(data.rag, checkpoints, data.index, mesh)
         loader = stack.enter_context(build_loader(data, builder, saved))
@@ -173,7 +173,7 @@ def load_data(config: Config) -> TrainData:
     split = open_split(config, "train")
     dev_split = open_split(config, "dev") if config.train.dev_questions else None
     rag, index, store = load_artifacts(config)
-    check_k(config.train.k, len(index))
+    check_k(config.train.num_docs, len(index))
     if newest_step(Path(config.output) / "checkpoints") == 0:
         check_start(rag)
     questions, split = trainable_questions(rag, split)
@@ -187,9 +187,9 @@ def load_data(config: Config) -> TrainData:
 def check_settings(rag: RagPipeline, mesh: Mesh, passages: int) -> None:
     """Raises `InputError` now for what would fail only when training has begun; `passages` is N."""
     train = rag.config.train
-    check_batch(mesh, train.batch_size // train.accumulate)
-    partition_params(rag.abstract_params(), train.freeze)
-    if train.probe_every is not None:
+    check_batch(mesh, train.batch_size // train.gradient_accumulation)
+    partition_params(rag.abstract_params(), train.frozen_params)
+    if train.gradient_error_every is not None:
         make_gradient_error(rag)  # refuses a frozen generator
     check_memory(rag, mesh, passages)
 
@@ -199,11 +199,11 @@ def print_questions(data: TrainData, folder: Path) -> None:
     for split in data.splits:
         for line in split.left_out_lines(folder / LEFT_OUT):
             terminal.print(line, soft_wrap=True)
-    train, count = data.rag.config.train, len(data.train.usable.questions)
-    if (epochs := train.steps * train.batch_size / count) > MANY_EPOCHS:
+    steps, count = data.rag.config.train.steps, len(data.train.usable.questions)
+    if (epochs := data.epochs(steps)) > MANY_EPOCHS:
         terminal.print(
-            f"train.steps={train.steps} means {epochs:.0f} epochs over {count} questions; more than {MANY_EPOCHS} tend "
-            "to learn them by heart: lower train.steps, or set train.dev_questions and watch dev_loss",
+            f"train.steps={steps} means {epochs:.0f} epochs over {count} questions; more than {MANY_EPOCHS} tend to "
+            "learn them by heart: lower train.steps, or set train.dev_questions and watch dev_loss",
             soft_wrap=True,
         )
 
@@ -228,7 +228,7 @@ def _label_positions(data: TrainData) -> dict[str, int]:
 
 def place_corpus(data: TrainData, mesh: Mesh) -> DeviceIndex | None:
     """All passages on the devices of the mesh, where a training step itself reads them."""
-    if data.rag.config.train.fused:
+    if data.rag.config.train.fused_retrieval:
         return corpus_with_tokens(data.rag, data.index, data.store, mesh)
     return data.index.corpus(mesh) if reads_corpus(data.rag.config) else None
 
@@ -238,7 +238,7 @@ def place_corpus(data: TrainData, mesh: Mesh) -> DeviceIndex | None:
 
 def make_step(run: Run) -> Callable[[int, TrainState, Any], tuple[TrainState, dict[str, Any]]]:
     """(number of the step from 1, state, batch) → (state, metrics on the devices); the old state's memory is reused."""
-    rag, probe_every = run.rag, run.rag.config.train.probe_every
+    rag, probe_every = run.rag, run.rag.config.train.gradient_error_every
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(rag, run.builder.mesh))
     train_step = make_train_step(rag, shardings)
     gradient_error = make_gradient_error(rag, shardings) if probe_every else None
@@ -260,7 +260,11 @@ def run_steps(run: Run, signals: Signals) -> None:
     """Trains until `train.steps`. Raises `Interrupted` after a signal, once the step is done and saved."""
     train, done = run.rag.config.train, int(run.state.step)
     step, nll = make_step(run), make_nll(run.rag)
-    with progress_bar("train", train.steps, "steps", done, first="compiling …", extra=run.epochs) as advance:
+
+    def epoch(number: int) -> str:
+        return f"epoch {run.data.epochs(number):.1f}"
+
+    with progress_bar("train", train.steps, "steps", done, first="compiling …", extra=epoch) as advance:
         signals.check()
         signals.instead, last_save = _finish_the_step, time.monotonic()
         for number in range(done + 1, train.steps + 1):
@@ -270,7 +274,7 @@ def run_steps(run: Run, signals: Signals) -> None:
                 run.builder.index = run.refresher.index
                 metrics |= about_index
             run.log(number, metrics)
-            advance(1, f"loss {metrics['loss']:.3f}  recall@{train.k} {metrics['recall']:.2f}")
+            advance(1, f"loss {metrics['loss']:.3f}  recall@{train.num_docs} {metrics['recall']:.2f}")
             stop, last = _signal_to_stop(number, signals), number == train.steps
             minutes = train.save_minutes
             due = minutes is not None and broadcast_from_process_zero(time.monotonic() - last_save >= 60 * minutes)
@@ -292,13 +296,13 @@ def take_step(run: Run, step: Callable[..., Any], number: int) -> dict[str, floa
     train, started = run.rag.config.train, time.perf_counter()
     last = number == train.steps
     pairs, (batch, retrieval, tokens) = run.loader.take(run.state.params)
-    if train.search_ahead and not last:
+    if train.prefetch_retrieval and not last:
         run.loader.look_ahead(run.state.params)
     run.state, on_devices = step(number, run.state, batch)
     if not last:
         run.loader.read_ahead()
     measured = gather_to_host(on_devices)
-    if train.fused:
+    if train.fused_retrieval:
         retrieval, tokens = run.builder.retrieval_metrics(pairs, measured.pop("ids")), int(measured.pop("tokens"))
     metrics = {name: float(value) for name, value in measured.items()} | retrieval
     check_finite_metrics(number, metrics, [question.id for question, _ in pairs])
@@ -327,7 +331,7 @@ def measure_dev_loss(run: Run, nll: Callable[..., Any], number: int) -> float | 
     if (questions := run.data.dev) is None:
         return None
     train, count = run.rag.config.train, len(questions.usable.questions)
-    size = train.batch_size // train.accumulate  # as many at once as the step does
+    size = train.batch_size // train.gradient_accumulation  # as many at once as the step does
     losses = []
     for start in range(0, count, size):
         chosen = np.arange(start, start + size) % count  # filled up with questions that are not counted

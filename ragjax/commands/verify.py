@@ -82,7 +82,7 @@ def _of_run(folder: Path) -> list[_Part]:
     parts = [_Part("checkpoint", path, CHECKPOINTS_MEND) for path in numbered("checkpoints")]
     # one that is being built has no manifest yet
     parts += [_Part("refreshed index", p, REFRESHED_MEND) for p in numbered(FOLDER) if (p / MANIFEST).is_file()]
-    index = Path(load_run_config(folder).index.folder)
+    index = Path(load_run_config(folder).index.path)
     if index.resolve().is_relative_to(folder.resolve()) and index.is_dir():
         parts.append(_Part("index", index, MEND))
     return parts

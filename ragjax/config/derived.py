@@ -8,12 +8,12 @@ from ragjax.errors import InputError
 
 def refreshes(config: Config) -> bool:
     """Whether the index is built anew during training, and not only at its end."""
-    return config.refresh.every is not None or config.refresh.below is not None
+    return config.refresh.every is not None or config.refresh.min_overlap is not None
 
 
 def reads_corpus(config: Config) -> bool:
     """Whether a training step reads all passages, and not only those that were retrieved."""
-    return config.train.fused or config.retriever.prior == "corpus"
+    return config.train.fused_retrieval or config.retriever.prior == "corpus"
 
 
 def answer_modes(config: Config) -> tuple[str, ...]:
@@ -33,7 +33,11 @@ def check_mode(config: Config, mode: str | None) -> None:
 
 def most_documents(config: Config) -> int:
     """The documents that answering retrieves for a question."""
-    return max(config.decode.k, config.train.k) if rescores_as_hugging_face(config) else config.decode.k
+    return (
+        max(config.decode.num_docs, config.train.num_docs)
+        if rescores_as_hugging_face(config)
+        else config.decode.num_docs
+    )
 
 
 def rescores_as_hugging_face(config: Config) -> bool:

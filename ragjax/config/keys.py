@@ -38,6 +38,13 @@ AnswerTemplate = Annotated[Text, AfterValidator(template("{answer}"))]
 PromptTemplate = Annotated[Text, AfterValidator(template("{passage}", "{question}", or_word="chat"))]
 
 
+class Factbook(Section):
+    """How the CIA World Factbook becomes passages."""
+
+    max_passage_words: PositiveInt = Field(100, description="The longest passage, in words.")
+    categories: Texts = Field((), description="Its parts to read, such as Geography; empty means all.")
+
+
 class Corpus(Section):
     """Where the passages come from."""
 
@@ -45,17 +52,16 @@ class Corpus(Section):
     format: Literal["jsonl", "dpr", "factbook"] = Field(
         "jsonl", description="JSONL with title and text, DPR's psgs_w100.tsv, or the CIA World Factbook."
     )
-    passage_words: PositiveInt = Field(100, description="The longest passage built from the factbook, in words.")
-    categories: Texts = Field((), description="Parts of the factbook, such as Geography; empty means all.")
-    limit: PositiveInt | None = Field(None, description="Read only the first so many passages.")
+    max_passages: PositiveInt | None = Field(None, description="Read only the first so many passages.")
+    factbook: Factbook = Factbook()
 
 
 class Questions(Section):
     """JSONL files in the NQ-open form: {"question": …, "answer": [ … ]}."""
 
-    train: Text = Field("${index.folder}/questions/train.jsonl", description="Questions to train on.")
-    dev: Text = Field("${index.folder}/questions/dev.jsonl", description="Questions that measure progress.")
-    test: Text = Field("${index.folder}/questions/test.jsonl", description="Questions to evaluate on.")
+    train: Text = Field("${index.path}/questions/train.jsonl", description="Questions to train on.")
+    dev: Text = Field("${index.path}/questions/dev.jsonl", description="Questions that measure progress.")
+    test: Text = Field("${index.path}/questions/test.jsonl", description="Questions to evaluate on.")
     strict: bool = Field(False, description="Refuse unusable questions; false leaves them out and lists them.")
 
 
@@ -63,46 +69,46 @@ class Retriever(Section):
     """A BERT encoder; its inner products, times `scale`, are the logits of the prior over documents."""
 
     source: Text = Field(description="A folder, hf:ORG/NAME@REVISION or pypi:PACKAGE==VERSION.")
-    passage_source: Text | None = Field(None, description="The encoder of passages; null means the same.")
+    passage_encoder: Text | None = Field(None, description="The encoder of passages; null means the same.")
     pooling: Literal["mean", "cls"] = Field("mean", description="The mean over tokens, or the first.")
     normalize: bool = Field(True, description="Scale embeddings to unit length.")
-    scale: PositiveFloat = Field(1.0, description="Multiplies the inner products; about 20 with normalize.")
+    logit_scale: PositiveFloat = Field(1.0, description="Multiplies the inner products; about 20 with normalize.")
     prior: Literal["top_k", "corpus"] = Field(
         "top_k", description="Whether p(z|x) sums to 1 over the top k or over the whole corpus (not with FAISS)."
     )
-    passage: PassageTemplate = Field("{title}: {text}", description="How the encoder reads a passage.")
-    question_tokens: PositiveInt = Field(64, description="The longest question, in tokens.")
-    passage_tokens: PositiveInt = Field(256, description="The longest passage, in tokens.")
+    passage_template: PassageTemplate = Field("{title}: {text}", description="How the encoder reads a passage.")
+    max_question_tokens: PositiveInt = Field(64, description="The longest question, in tokens.")
+    max_passage_tokens: PositiveInt = Field(256, description="The longest passage, in tokens.")
 
 
 class Index(Section):
     """Embeddings, passages and tokens on disk."""
 
-    folder: Text = Field("${output}/index", description="Where the index is.")
+    path: Text = Field("${output}/index", description="Where the index is.")
     kind: Text = Field(
         "exact",
         description="Search on the devices, exact or approximate, or on each host by a FAISS string such as HNSW32.",
     )
-    recall: Annotated[float, Field(gt=0, le=1)] = Field(
+    recall_target: Annotated[float, Field(gt=0, le=1)] = Field(
         0.95, description="With kind approximate: the share of the k best that a TPU finds; other devices find all."
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="How embeddings are stored.")
     batch_size: PositiveInt = Field(64, description="Passages encoded together, on each device.")
-    shard: PositiveInt = Field(16384, description="Passages in a file; a stopped build goes on after the last.")
+    shard_size: PositiveInt = Field(16384, description="Passages in a file; a stopped build goes on after the last.")
 
 
 class Generator(Section):
     """A model of the Llama family, BART or T5 that writes the answers."""
 
     source: Text = Field(description="A folder, hf:ORG/NAME@REVISION or pypi:PACKAGE==VERSION.")
-    prompt: PromptTemplate = Field(
+    prompt_template: PromptTemplate = Field(
         "{passage}\n\nQuestion: {question}\nAnswer:",
         description="What the generator reads; the word chat means the model's own chat template.",
     )
-    passage: PassageTemplate = Field("{title}: {text}", description="How a passage stands in the prompt.")
-    answer: AnswerTemplate = Field(" {answer}", description="How an answer follows the prompt.")
-    source_tokens: PositiveInt = Field(256, description="The longest prompt; the passage is cut to fit.")
-    answer_tokens: PositiveInt = Field(16, description="The longest answer, the end token included.")
+    passage_template: PassageTemplate = Field("{title}: {text}", description="How a passage stands in the prompt.")
+    answer_template: AnswerTemplate = Field(" {answer}", description="How an answer follows the prompt.")
+    max_prompt_tokens: PositiveInt = Field(256, description="The longest prompt; the passage is cut to fit.")
+    max_answer_tokens: PositiveInt = Field(16, description="The longest answer, the end token included.")
 
 
 class Mesh(Section):
@@ -117,34 +123,34 @@ class Train(Section):
 
     steps: PositiveInt = Field(1000, description="Optimizer steps.")
     batch_size: PositiveInt = Field(8, description="Questions in a step, over all devices.")
-    accumulate: PositiveInt = Field(1, description="Micro-batches in a step.")
-    k: PositiveInt = Field(5, description="Documents retrieved for a question.")
+    gradient_accumulation: PositiveInt = Field(1, description="Micro-batches in a step.")
+    num_docs: PositiveInt = Field(5, description="Documents retrieved for a question.")
     objective: Literal["marginal", "contrastive"] = Field(
         "marginal",
         description="Train both models on the answers' likelihood, or the retriever alone on positives and negatives.",
     )
-    mined: PositiveInt = Field(50, description="Contrastive: documents to seek positives and negatives in.")
-    fused: bool = Field(False, description="Search and learn in one program; devices hold all tokens, too.")
-    backward_documents: PositiveInt | None = Field(
+    mined_negatives: PositiveInt = Field(50, description="Contrastive: documents to seek positives and negatives in.")
+    fused_retrieval: bool = Field(False, description="Search and learn in one program; devices hold all tokens, too.")
+    backprop_docs: PositiveInt | None = Field(
         None, description="The generator learns from so many of the likeliest documents; null means from all."
     )
-    probe_every: PositiveInt | None = Field(
+    gradient_error_every: PositiveInt | None = Field(
         None,
         description="Steps between measurements of the gradient that backward_documents leaves out; null means never.",
     )
     retriever_lr: NonNegativeFloat = Field(3e-5, description="The retriever's highest learning rate.")
     generator_lr: NonNegativeFloat = Field(3e-5, description="The generator's highest learning rate.")
-    warmup: NonNegativeInt = Field(0, description="Steps in which learning rates rise from 0.")
-    decay: Literal["cosine", "linear", "constant"] = Field("cosine", description="How learning rates fall.")
+    warmup_steps: NonNegativeInt = Field(0, description="Steps in which learning rates rise from 0.")
+    lr_schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="How learning rates fall.")
     weight_decay: NonNegativeFloat = Field(0.0, description="AdamW's weight decay.")
-    clip: PositiveFloat = Field(1.0, description="The largest gradient norm of each model.")
+    max_grad_norm: PositiveFloat = Field(1.0, description="The largest gradient norm of each model.")
     passage_encoder: Literal["frozen", "shared", "own"] = Field(
         "frozen", description="Whether fixed weights, the trained retriever, or weights of its own encode passages."
     )
-    search_ahead: bool = Field(
+    prefetch_retrieval: bool = Field(
         False, description="FAISS searches for the next step while a step runs, with queries that are one step old."
     )
-    freeze: Texts = Field((), description="Prefixes of parameters not to train, such as generator.embed.")
+    frozen_params: Texts = Field((), description="Prefixes of parameters not to train, such as generator.embed.")
     dropout: Probability = Field(0.0, description="The share of activations that are set to 0.")
     label_smoothing: Probability = Field(0.0, description="The weight of the uniform distribution in targets.")
     exclude_bos: bool = Field(False, description="Do not count the <s> with which BART's answers begin.")
@@ -152,7 +158,7 @@ class Train(Section):
     start_from: Text | None = Field(None, description="The output folder of a run to begin from.")
     save_every: PositiveInt = Field(500, description="Steps between checkpoints.")
     save_minutes: PositiveFloat | None = Field(None, description="Minutes between checkpoints, at most.")
-    keep: PositiveInt = Field(2, description="How many of the newest checkpoints to keep.")
+    keep_checkpoints: PositiveInt = Field(2, description="How many of the newest checkpoints to keep.")
     dev_questions: NonNegativeInt = Field(0, description="Dev questions whose loss is measured at each save.")
     keep_best: bool = Field(False, description="Keep the checkpoint of lowest dev loss, too, and answer with it.")
     log_every: PositiveInt = Field(1, description="Steps between lines of the log.")
@@ -167,14 +173,14 @@ class Refresh(Section):
     """
 
     every: PositiveInt | None = Field(None, description="Steps between re-encodings; null means never.")
-    below: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+    min_overlap: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None, description="Re-encode when less than this share of the top k would stay under today's encoder."
     )
     steps: PositiveInt = Field(10, description="Steps over which a re-encoding is spread.")
-    probe_every: PositiveInt | None = Field(
+    overlap_every: PositiveInt | None = Field(
         None, description="Steps between measurements of the drift; null means never."
     )
-    probe_questions: PositiveInt = Field(64, description="Training questions on which the drift is measured.")
+    overlap_questions: PositiveInt = Field(64, description="Training questions on which the drift is measured.")
 
 
 class Decode(Section):
@@ -184,8 +190,8 @@ class Decode(Section):
         "thorough",
         description="Score all candidates, prove the same answer with fewer scores, or use only the beams' own scores.",
     )
-    k: PositiveInt = Field(5, description="Documents retrieved for a question.")
-    beams: PositiveInt = Field(4, description="Beams of the search under each document.")
+    num_docs: PositiveInt = Field(5, description="Documents retrieved for a question.")
+    num_beams: PositiveInt = Field(4, description="Beams of the search under each document.")
     max_new_tokens: PositiveInt = Field(16, description="The longest answer, the end token included.")
     min_new_tokens: NonNegativeInt = Field(0, description="The shortest answer; 1 forbids the empty one, 2 with BART.")
     length_penalty: float = Field(0.0, description="Beams are ranked by score / length**length_penalty.")
@@ -199,8 +205,8 @@ class Evaluate(Section):
 
     split: Literal["train", "dev", "test"] = Field("test", description="The questions to evaluate on.")
     batch_size: PositiveInt = Field(8, description="Questions decoded together.")
-    limit: PositiveInt | None = Field(None, description="Questions to answer; recall is measured on all.")
-    untrained_limit: NonNegativeInt | None = Field(None, description="The same before training; 0: none.")
+    max_questions: PositiveInt | None = Field(None, description="Questions to answer; recall is measured on all.")
+    max_untrained_questions: NonNegativeInt | None = Field(None, description="The same before training; 0: none.")
     closed_book: bool = Field(True, description="Measure the generator without documents, too.")
 
 
@@ -281,12 +287,15 @@ def structure(kind: str) -> str:
 def _check_lengths(config: Config) -> list[str]:
     """What concerns numbers, and settings that one section's other settings must allow."""
     problems, train, decode = [], config.train, config.decode
-    if train.batch_size % train.accumulate:
-        problems.append(f"train.batch_size {train.batch_size} is not divisible by train.accumulate {train.accumulate}")
+    if train.batch_size % train.gradient_accumulation:
+        problems.append(
+            f"train.batch_size {train.batch_size} is not divisible by train.gradient_accumulation "
+            f"{train.gradient_accumulation}"
+        )
     if train.keep_best and train.dev_questions == 0:
         problems.append("train.keep_best=true needs a dev_loss; set train.dev_questions, such as 200")
-    if train.probe_every is not None and train.backward_documents is None:
-        problems.append("train.probe_every measures what train.backward_documents leaves out; set that, too")
+    if train.gradient_error_every is not None and train.backprop_docs is None:
+        problems.append("train.gradient_error_every measures what train.backprop_docs leaves out; set that, too")
     if decode.min_new_tokens >= decode.max_new_tokens:
         problems.append("decode.min_new_tokens must be smaller than decode.max_new_tokens")
     if decode.mode == "certified" and decode.length_penalty != 0:
@@ -302,17 +311,21 @@ def _check_search(config: Config) -> list[str]:
             f"retriever.prior=corpus needs every score, which index.kind={config.index.kind} does not give; "
             "use index.kind=exact or retriever.prior=top_k"
         )
-    if config.train.fused and not on_devices:
+    if config.train.fused_retrieval and not on_devices:
         problems.append(
-            f"train.fused=true searches on the devices, and index.kind={config.index.kind} on the host; "
+            f"train.fused_retrieval=true searches on the devices, and index.kind={config.index.kind} on the host; "
             "use index.kind=exact or approximate"
         )
-    if config.train.fused and config.hf_compatible:
-        problems.append("train.fused=true cannot make transformers' prompts, which are texts; use train.fused=false")
-    if config.train.fused and config.train.passage_encoder != "frozen":
-        problems.append("train.fused=true has no texts to encode anew; use train.passage_encoder=frozen")
-    if config.train.search_ahead and on_devices:
-        problems.append("train.search_ahead=true is for a FAISS index.kind: the devices cannot search beside a step")
+    if config.train.fused_retrieval and config.hf_compatible:
+        problems.append(
+            "train.fused_retrieval=true cannot make transformers' prompts, which are texts; set it to false"
+        )
+    if config.train.fused_retrieval and config.train.passage_encoder != "frozen":
+        problems.append("train.fused_retrieval=true has no texts to encode anew; use train.passage_encoder=frozen")
+    if config.train.prefetch_retrieval and on_devices:
+        problems.append(
+            "train.prefetch_retrieval=true is for a FAISS index.kind: the devices cannot search beside a step"
+        )
     return problems
 
 
@@ -320,7 +333,7 @@ def _check_refresh(config: Config) -> list[str]:
     """What goes together with a passage encoder that is trained, or is not."""
     problems, refresh, trained = [], config.refresh, config.train.passage_encoder
     if trained == "frozen":
-        for key in ("refresh.every", "refresh.below", "refresh.probe_every"):
+        for key in ("refresh.every", "refresh.min_overlap", "refresh.overlap_every"):
             if get_key(config, key) is not None:
                 problems.append(f"{key} is for a passage encoder that is trained: train.passage_encoder=shared or own")
     elif config.retriever.prior == "corpus":
@@ -328,10 +341,10 @@ def _check_refresh(config: Config) -> list[str]:
             f"train.passage_encoder={trained} with retriever.prior=corpus would divide new scores by a sum over old "
             "embeddings; use retriever.prior=top_k"
         )
-    if trained == "shared" and config.retriever.passage_source is not None:
-        problems.append("train.passage_encoder=shared has one encoder; leave out retriever.passage_source, or use own")
-    if refresh.below is not None and refresh.probe_every is None:
-        problems.append("refresh.below needs the drift to be measured; set refresh.probe_every, such as 20")
+    if trained == "shared" and config.retriever.passage_encoder is not None:
+        problems.append("train.passage_encoder=shared has one encoder; leave out retriever.passage_encoder, or use own")
+    if refresh.min_overlap is not None and refresh.overlap_every is None:
+        problems.append("refresh.min_overlap needs the drift to be measured; set refresh.overlap_every, such as 20")
     if refresh.every is not None and refresh.every < refresh.steps:
         problems.append(f"refresh.every={refresh.every} is less than refresh.steps={refresh.steps} that each one takes")
     return problems
@@ -342,16 +355,19 @@ def _check_contrastive(config: Config) -> list[str]:
     train, problems = config.train, []
     if train.objective != "contrastive":
         return []
-    for key in ("fused", "backward_documents", "probe_every", "label_smoothing", "exclude_bos"):
+    for key in ("fused_retrieval", "backprop_docs", "gradient_error_every", "label_smoothing", "exclude_bos"):
         if getattr(train, key) != Train.model_fields[key].default:
             problems.append(f"train.{key} is for train.objective=marginal; leave it out")
-    if train.accumulate != 1:
-        problems.append("train.objective=contrastive needs the whole batch at once; leave out train.accumulate")
+    if train.gradient_accumulation != 1:
+        problems.append(
+            "train.objective=contrastive needs the whole batch at once; leave out train.gradient_accumulation"
+        )
     if config.retriever.prior == "corpus":
         problems.append("train.objective=contrastive has no prior over the corpus; use retriever.prior=top_k")
-    if train.mined < train.k:
+    if train.mined_negatives < train.num_docs:
         problems.append(
-            f"train.mined={train.mined} is less than train.k={train.k}, of which all but one are sought there"
+            f"train.mined_negatives={train.mined_negatives} is less than train.num_docs={train.num_docs}, of which all "
+            "but one are sought there"
         )
     return problems
 
@@ -360,13 +376,13 @@ def _check_model(config: Config) -> list[str]:
     """What only RAG-Sequence can do, and only without Hugging Face's arithmetic."""
     problems = []
     if config.model == "rag_token":
-        for key, value in (("train.backward_documents", None), ("train.exclude_bos", False)):
+        for key, value in (("train.backprop_docs", None), ("train.exclude_bos", False)):
             if get_key(config, key) != value:
                 problems.append(f"{key} is for model=rag_sequence; leave it out with model=rag_token")
         if config.retriever.prior == "corpus":  # each token would lose the mass outside the top k
             problems.append("retriever.prior=corpus is for model=rag_sequence; use retriever.prior=top_k")
-    if config.hf_compatible and config.generator.prompt == "chat":
-        problems.append("hf_compatible=true needs a generator.prompt written out, not the word chat")
+    if config.hf_compatible and config.generator.prompt_template == "chat":
+        problems.append("hf_compatible=true needs a generator.prompt_template written out, not the word chat")
     if config.hf_compatible and config.retriever.prior == "corpus":
         problems.append("hf_compatible=true normalises over the top k; use retriever.prior=top_k")
     if config.decode.mode != "thorough" and (config.model == "rag_token" or config.hf_compatible):

@@ -18,6 +18,7 @@ from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryV
 from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
 from pydantic.fields import FieldInfo
 
+from ragjax.config.renamed import RENAMED
 from ragjax.errors import InputError
 from ragjax.files import shown
 
@@ -314,7 +315,9 @@ def _quoted(value: object) -> str:
 def _unknown(model: type[Section], at: Sequence[Any]) -> str:
     """Names the nearest key there, or else the same one of another section, or else all keys there."""
     section, key, name = _section_at(model, at[:-1]), _joined("", *at), str(at[-1])
-    if near := difflib.get_close_matches(name, section.model_fields, 1):
+    if key in RENAMED:
+        hint = f"it is now {RENAMED[key]}"
+    elif near := difflib.get_close_matches(name, section.model_fields, 1):
         hint = f"did you mean {_joined('', *at[:-1], *near)}?"
     elif near := [known for known in _keys(model) if known.rpartition(".")[2] == name]:
         hint = f"did you mean {' or '.join(near)}?"

@@ -130,11 +130,11 @@ def assemble_closed_book(prompt: Prompt, question: Ids, longest: int) -> Int[np.
 
 def _too_long(needed: int, question: int, longest: int) -> str:
     return (
-        f"a prompt needs {needed} tokens before any passage (its question has {question}) but generator.source_tokens "
-        f"is {longest}; shorten the question or raise generator.source_tokens"
+        f"a prompt needs {needed} tokens before any passage (its question has {question}) but "
+        f"generator.max_prompt_tokens is {longest}; shorten the question or raise generator.max_prompt_tokens"
     )
 
 
 def passage_text(template: str, passage: Passage) -> str:
-    """A passage as `retriever.passage` or `generator.passage` lays it out."""
+    """A passage as `retriever.passage_template` or `generator.passage_template` lays it out."""
     return fill(template, title=passage.title, text=passage.text)

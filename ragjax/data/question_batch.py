@@ -81,12 +81,12 @@ class QuestionBatch:
 def tokenize_questions(tokenizers: Tokenizers, questions: Sequence[str], width: int | None = None) -> QuestionBatch:
     """Questions as the retriever alone reads them: host arrays, padded to a bucket or to `width` tokens.
 
-    Of a question longer than `retriever.question_tokens` it reads the beginning. Raises `InputError` naming the first
-    that is empty or no Unicode text.
+    Of a question longer than `retriever.max_question_tokens` it reads the beginning. Raises `InputError` naming the
+    first that is empty or no Unicode text.
     """
     if bad := next(((i, why) for i, text in enumerate(questions) if (why := text_problem(text))), None):
         raise InputError("questions[{}]: {}".format(*bad))
-    longest = tokenizers.config.retriever.question_tokens
+    longest = tokenizers.config.retriever.max_question_tokens
     rows = tokenizers.retriever.encode(questions, special=True, longest=longest)
     width = width or pick_bucket(max(len(row) for row in rows), length_buckets(longest))
     numbers = np.arange(len(questions), dtype=np.int32)
@@ -101,8 +101,8 @@ def question_batch(
     Args:
         tokenizers: those of the retriever and of the generator.
         questions: B texts.
-        answers: one to each question, to train on, of at most `generator.answer_tokens` tokens each: they are padded to
-            so many. None where nothing is trained.
+        answers: one to each question, to train on, of at most `generator.max_answer_tokens` tokens each: they are
+            padded to so many. None where nothing is trained.
         widest: whether to pad to the most tokens that the configuration allows, so that all batches have the same
             shapes, for a step that retrieves by itself.
 
@@ -110,25 +110,25 @@ def question_batch(
     prompt made on the host raises it itself.
     """
     r, g = tokenizers.config.retriever, tokenizers.config.generator
-    batch = tokenize_questions(tokenizers, questions, r.question_tokens if widest else None)
+    batch = tokenize_questions(tokenizers, questions, r.max_question_tokens if widest else None)
     rows = tokenizers.generator.encode([tokenizers.prompt.before_question + question for question in questions])
     if widest:
         for row in rows:
-            check_prompt_fits(tokenizers.prompt, row, g.source_tokens)
-    width = g.source_tokens if widest else max(len(row) for row in rows)
+            check_prompt_fits(tokenizers.prompt, row, g.max_prompt_tokens)
+    width = g.max_prompt_tokens if widest else max(len(row) for row in rows)
     tokens, mask = pad_sequences(rows, width, tokenizers.generator.pad_id)
     batch = replace(batch, generator_question=tokens, generator_question_mask=mask)
     if answers is None:
         return batch
     rows = [tokenize_answer(tokenizers, answer) for answer in answers]
-    tokens, mask = pad_sequences(rows, g.answer_tokens, tokenizers.special.pad)
+    tokens, mask = pad_sequences(rows, g.max_answer_tokens, tokenizers.special.pad)
     return replace(batch, answer=tokens, answer_mask=mask)
 
 
 def tokenize_answer(tokenizers: Tokenizers, answer: str) -> list[int]:
     """An answer as the generator writes it, the end token included; a decoder's <s>, where BART has one, too."""
     eos = tokenizers.generator.eos_id
-    text = fill(tokenizers.config.generator.answer, answer=answer)
+    text = fill(tokenizers.config.generator.answer_template, answer=answer)
     [tokens] = tokenizers.generator.encode([text], special=tokenizers.framed)
     return tokens if tokenizers.framed and tokens[-1:] == [eos] else [*tokens, eos]
 
@@ -144,9 +144,9 @@ def tokenize_prompts(
         questions: as both models read them.
         ids: the passages of each question by their numbers; a prompt has none where it is -1.
 
-    Raises `InputError` for a question that does not fit into `generator.source_tokens`.
+    Raises `InputError` for a question that does not fit into `generator.max_prompt_tokens`.
     """
-    longest, pad_id = tokenizers.config.generator.source_tokens, tokenizers.generator.pad_id
+    longest, pad_id = tokenizers.config.generator.max_prompt_tokens, tokenizers.generator.pad_id
     if tokenizers.config.hf_compatible and store is not None:
         return _tokenize_hf_prompts(tokenizers, store, questions, ids)
     rows = []
@@ -173,10 +173,10 @@ def _tokenize_hf_prompts(
         for document in documents:
             passage = store[int(document)] if document >= 0 else Passage("", "", "")
             title = passage.title.removeprefix('"').removesuffix('"')
-            text = passage_text(g.passage, replace(passage, title=title))
-            texts.append(fill(g.prompt, passage=text, question=question).replace("  ", " "))
-    rows = tokenizers.generator.encode(texts, special=True, longest=g.source_tokens)
-    return pad_sequences(rows, g.source_tokens, tokenizers.special.pad)
+            text = passage_text(g.passage_template, replace(passage, title=title))
+            texts.append(fill(g.prompt_template, passage=text, question=question).replace("  ", " "))
+    rows = tokenizers.generator.encode(texts, special=True, longest=g.max_prompt_tokens)
+    return pad_sequences(rows, g.max_prompt_tokens, tokenizers.special.pad)
 
 
 def tokenize_passages(
@@ -204,11 +204,11 @@ def tokenize_passages(
 def prompt_problems(
     tokenizers: Tokenizers, questions: Sequence[str], documents: bool = True, closed_book: bool = False
 ) -> list[str | None]:
-    """Why each question does not fit into `generator.source_tokens`, or None where it does.
+    """Why each question does not fit into `generator.max_prompt_tokens`, or None where it does.
 
     `documents` and `closed_book` say into which prompts: with a passage, and without any.
     """
-    longest, prompt = tokenizers.config.generator.source_tokens, tokenizers.prompt
+    longest, prompt = tokenizers.config.generator.max_prompt_tokens, tokenizers.prompt
     cut = tokenizers.config.hf_compatible  # there the question is
     problems: list[str | None] = []
     for tokens in tokenizers.generator.encode([prompt.before_question + question for question in questions]):
@@ -230,10 +230,10 @@ def drop_unfit_questions(tokenizers: Tokenizers, split: Split, documents: bool, 
     """
     config, texts = tokenizers.config, [question.question for question in split.questions]
     split = split.without(prompt_problems(tokenizers, texts, documents, closed_book)).checked(config.questions.strict)
-    kept, longest = [question.question for question in split.questions], config.retriever.question_tokens
+    kept, longest = [question.question for question in split.questions], config.retriever.max_question_tokens
     if cut := sum(len(row) > longest for row in tokenizers.retriever.encode(kept, special=True)):
         terminal.print(
-            f"{split.path}: {cut} questions are longer than retriever.question_tokens={longest}: "
+            f"{split.path}: {cut} questions are longer than retriever.max_question_tokens={longest}: "
             "the retriever reads their beginning, the generator all of them",
             soft_wrap=True,
         )

@@ -45,8 +45,8 @@ def usable_answers(
     example = dropped[0] if dropped else None
     if questions and not kept:
         raise InputError(
-            f"every answer is longer than generator.answer_tokens={answer_tokens}, for example {example!r} "
-            f"({len(encode(dropped[0]))} tokens); raise generator.answer_tokens"
+            f"every answer is longer than generator.max_answer_tokens={answer_tokens}, for example {example!r} "
+            f"({len(encode(dropped[0]))} tokens); raise generator.max_answer_tokens"
         )
     return UsableAnswers(kept, [fitting[i] for i in kept], len(questions) - len(kept), len(dropped), example)
 

@@ -54,7 +54,7 @@ def beam_search_documents(
 def beam_settings(settings: Decode, special: SpecialTokens, hugging_face: bool) -> BeamSettings:
     """What the configuration and the checkpoint's special tokens say of a beam search."""
     return BeamSettings(
-        num_beams=settings.beams,
+        num_beams=settings.num_beams,
         max_new_tokens=settings.max_new_tokens,
         eos=special.eos,
         pad=special.pad,

@@ -50,6 +50,6 @@ def check_batch(mesh: Mesh, questions: int) -> None:
     """Raises `InputError` if the axis `data` does not divide the number of questions in a micro-batch."""
     if questions % (devices := mesh.shape["data"]):
         raise InputError(
-            f"{questions} questions cannot be split over {devices} devices; make train.batch_size / train.accumulate "
-            f"a multiple of {devices}"
+            f"{questions} questions cannot be split over {devices} devices; make train.batch_size / "
+            f"train.gradient_accumulation a multiple of {devices}"
         )

@@ -24,7 +24,7 @@ from ragjax.planning.shared_rows import parameters_row, questions_text, search_r
 
 def evaluate_rows(inputs: PlanInputs) -> list[Row]:
     """The rows of `ragjax evaluate`: of answering one batch of questions."""
-    copies = 1 if inputs.config.evaluate.untrained_limit == 0 else 2
+    copies = 1 if inputs.config.evaluate.max_untrained_questions == 0 else 2
 
     def row(what: str, number: Callable[[PlanInputs], Number], **how: Any) -> Row:
         return make_row("evaluate", what, "device", lambda: number(inputs), **how)
@@ -46,7 +46,7 @@ def _questions(inputs: PlanInputs) -> int:
 
 def _prompts(inputs: PlanInputs) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
     """Tokens and mask [questions · documents, S] that a device reads."""
-    shape = _questions(inputs) * most_documents(inputs.config), inputs.config.generator.source_tokens
+    shape = _questions(inputs) * most_documents(inputs.config), inputs.config.generator.max_prompt_tokens
     return jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.bool)
 
 
@@ -57,10 +57,10 @@ def _documents_memory(inputs: PlanInputs) -> Number:
 
     def memory_and_cache(*arguments: Any) -> Any:
         memory = prefill_documents(model.graphdef, *arguments)
-        return jax.tree.leaves((memory, empty_kv_cache(memory, config.decode.max_new_tokens * config.decode.beams)))
+        return jax.tree.leaves((memory, empty_kv_cache(memory, config.decode.max_new_tokens * config.decode.num_beams)))
 
     size = bytes_each(jax.eval_shape(memory_and_cache, model.abstract_params, *_prompts(inputs)))
-    documents, longest = most_documents(config), config.generator.source_tokens
+    documents, longest = most_documents(config), config.generator.max_prompt_tokens
     how = f"{questions_text(_questions(inputs))} × {documents} documents × {longest} tokens, and the answers'"
     how += ", read twice" if copies > 1 else ""
     how += "; all devices in one process" if inputs.mesh.size > 1 else ""
@@ -68,7 +68,7 @@ def _documents_memory(inputs: PlanInputs) -> Number:
 
 
 def _logits(inputs: PlanInputs) -> Number:
-    beams = _questions(inputs) * most_documents(inputs.config) * inputs.config.decode.beams
+    beams = _questions(inputs) * most_documents(inputs.config) * inputs.config.decode.num_beams
     vocabulary = inputs.model("generator").config.vocab_size
     how = f"{beams:,} beams × {vocabulary:,} in float32; scoring goes by blocks; part of the temporaries below"
     return beams * vocabulary * 4, how
@@ -86,7 +86,7 @@ def _temporaries(inputs: PlanInputs) -> Number:
     graph, params, prompts = model.graphdef, placed(model.abstract_params), _prompts(inputs)
     # a memory is passed by its leaves: it is checked to hold arrays, which shapes are not
     memory = placed(jax.eval_shape(lambda *given: jax.tree.leaves(prefill_documents(graph, *given)), params, *prompts))
-    count = decode.beams if together else documents * decode.beams
+    count = decode.num_beams if together else documents * decode.num_beams
     candidates = [[((0,) * decode.max_new_tokens, False)] * count] * questions
     answers = placed(pad_answers(candidates, SPECIAL, decode.max_new_tokens))
 

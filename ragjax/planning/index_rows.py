@@ -44,13 +44,13 @@ def index_rows(inputs: PlanInputs) -> list[Row]:
 
 
 def _is_built(inputs: PlanInputs) -> bool:
-    return (Path(inputs.config.index.folder) / MANIFEST).is_file()
+    return (Path(inputs.config.index.path) / MANIFEST).is_file()
 
 
 def _text_and_tokens(inputs: PlanInputs) -> Number:
     if not _is_built(inputs):
         raise Unknown("the corpus as JSON and 4 bytes a token: known once it is read")
-    files = (shard / name for shard in shard_folders(Path(inputs.config.index.folder)) for name in STORE_FILES)
+    files = (shard / name for shard in shard_folders(Path(inputs.config.index.path)) for name in STORE_FILES)
     return sum(file.stat().st_size for file in files), "as measured"
 
 
@@ -60,13 +60,16 @@ def _ids(inputs: PlanInputs) -> Number:
 
 
 def _encoder_tokens(inputs: PlanInputs) -> Number:
-    count, longest = min(inputs.passages()[0], inputs.config.index.shard), inputs.config.retriever.passage_tokens
+    count, longest = (
+        min(inputs.passages()[0], inputs.config.index.shard_size),
+        inputs.config.retriever.max_passage_tokens,
+    )
     return count * 4 * longest, f"a shard of {count:,} passages, at most {longest} tokens of 4 bytes"
 
 
 def _temporaries(inputs: PlanInputs) -> Number:
     encoder, batch = inputs.model("passage encoder"), inputs.config.index.batch_size
-    longest = inputs.config.retriever.passage_tokens
+    longest = inputs.config.retriever.max_passage_tokens
     tokens, mask = (jax.ShapeDtypeStruct((batch, longest), dtype) for dtype in (jnp.int32, jnp.bool))
     arguments = abstract_with_sharding(inputs.one_device, (encoder.abstract_params, tokens, mask))
     size = program_temporaries(encode, encoder.graphdef, *arguments)

@@ -73,10 +73,10 @@ class PlanInputs:
 
 def open_inputs(config: Config, mesh: Mesh) -> PlanInputs:
     """Reads the models' config.json and counts the passages. Raises `InputError` for settings that do not fit."""
-    check_batch(mesh, config.train.batch_size // config.train.accumulate)
+    check_batch(mesh, config.train.batch_size // config.train.gradient_accumulation)
     count = _count(config)
     r, g, dropout = config.retriever, config.generator, config.train.dropout
-    sources = {r.source, g.source, r.passage_source or r.source}
+    sources = {r.source, g.source, r.passage_encoder or r.source}
     with ThreadPoolExecutor() as pool:  # a hub that cannot be reached is asked several times before it is given up
         fetched = dict(zip(sources, pool.map(_fetch, sources), strict=True))
 
@@ -87,12 +87,12 @@ def open_inputs(config: Config, mesh: Mesh) -> PlanInputs:
         return (open_generator if path.suffix == ".gguf" else generator_shape)(path, dropout, config.dtype)
 
     retriever = encoder(r.source, dropout)
-    passage_encoder = encoder(r.passage_source, 0.0) if r.passage_source else retriever
+    passage_encoder = encoder(r.passage_encoder, 0.0) if r.passage_encoder else retriever
     generator = _open(fetched[g.source], generator_of)
     inputs = PlanInputs(config, mesh, retriever, passage_encoder, generator, count)
     if isinstance(retriever, PretrainedModel) and isinstance(generator, PretrainedModel):
         check_lengths(config, retriever, generator)
-        partition_params(inputs.rag().abstract_params(), config.train.freeze)
+        partition_params(inputs.rag().abstract_params(), config.train.frozen_params)
     if isinstance(passage_encoder, PretrainedModel):
         check_kind(config.index.kind, passage_encoder.config.embedding_dim)
     return inputs
@@ -116,14 +116,14 @@ def _open(path: Path | InputError, open_shape: Callable[[Path], PretrainedModel]
 
 def _count(config: Config) -> tuple[int, str] | Unknown:
     """N: from the index if there is one, else the limit, else the lines of the file."""
-    corpus, manifest = config.corpus, Path(config.index.folder) / MANIFEST
+    corpus, manifest = config.corpus, Path(config.index.path) / MANIFEST
     if manifest.is_file():
         count = read_json(manifest, "run: ragjax index CONFIG").get("N")
         if type(count) is not int or not 0 < count < 2**31:
             raise InputError(f"{manifest}: damaged; delete its folder and run: ragjax index CONFIG")
         return count, f"{count:,} passages"
-    if corpus.limit is not None:
-        return corpus.limit, f"at most {corpus.limit:,} passages"
+    if corpus.max_passages is not None:
+        return corpus.max_passages, f"at most {corpus.max_passages:,} passages"
     path = Path(corpus.source).expanduser()
     if not is_local(corpus.source) or corpus.format == "factbook":
         return Unknown("the corpus is counted when it is read")

@@ -29,7 +29,7 @@ def check_memory(rag: RagModel, mesh: Mesh, passages: int, limit: int | None = N
         memory, need = host_memory(), state * len(mesh.local_devices)
         if memory is not None and need > memory:
             has = f"parameters and optimiser state take {size_text(need)}, and this machine has {size_text(memory)}"
-            raise InputError(f"training does not fit: {has}; use smaller models or train.freeze")
+            raise InputError(f"training does not fit: {has}; use smaller models or train.frozen_params")
         return
     searched = 0
     if config.index.kind in ON_DEVICES:
@@ -65,28 +65,29 @@ def memory_advice(rag: RagModel, mesh: Mesh) -> list[str]:
     if not train.remat:
         advice.append("train.remat=true")
     if train.objective == "contrastive":
-        smaller = [f"train.batch_size below {train.batch_size}", f"train.k below {train.k}"]
+        smaller = [f"train.batch_size below {train.batch_size}", f"train.num_docs below {train.num_docs}"]
         return [
             *advice,
             *smaller,
-            f"retriever.passage_tokens below {config.retriever.passage_tokens}",
+            f"retriever.max_passage_tokens below {config.retriever.max_passage_tokens}",
             "smaller models",
         ]
     # of one micro-batch every device should have as few questions as can be, and at least one
     parts = [
         n for n in range(1, train.batch_size + 1) if train.batch_size % n == 0 and train.batch_size // n % data == 0
     ]
-    if parts and train.accumulate not in parts:
+    if parts and train.gradient_accumulation not in parts:
         advice.append(
-            f"train.accumulate={parts[-1]} (now {data} devices share {train.batch_size // train.accumulate} questions)"
+            f"train.gradient_accumulation={parts[-1]} (now {data} devices share "
+            f"{train.batch_size // train.gradient_accumulation} questions)"
         )
-    elif more := [n for n in parts if n > train.accumulate]:
-        advice.append(f"train.accumulate={more[0]}")
-    elif train.k > 1:
-        advice.append(f"train.k below {train.k}")
-    advice.append(f"generator.source_tokens below {config.generator.source_tokens}")
-    if train.backward_documents is None and config.model == "rag_sequence" and train.k > 1:
-        advice.append("train.backward_documents=1")
+    elif more := [n for n in parts if n > train.gradient_accumulation]:
+        advice.append(f"train.gradient_accumulation={more[0]}")
+    elif train.num_docs > 1:
+        advice.append(f"train.num_docs below {train.num_docs}")
+    advice.append(f"generator.max_prompt_tokens below {config.generator.max_prompt_tokens}")
+    if train.backprop_docs is None and config.model == "rag_sequence" and train.num_docs > 1:
+        advice.append("train.backprop_docs=1")
     if config.index.kind in ON_DEVICES and config.index.dtype == "float32":
         advice.append("index.dtype=bfloat16")
     return [*advice, "smaller models"]

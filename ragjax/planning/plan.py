@@ -73,9 +73,9 @@ def _advice(inputs: PlanInputs) -> dict[tuple[str, str], list[str]]:
         evaluate.append("index.dtype=bfloat16")
     if settings.batch_size > data:
         evaluate.append(f"evaluate.batch_size={data}")
-    if settings.untrained_limit != 0:
-        evaluate.append("evaluate.untrained_limit=0")
-    evaluate.append("smaller decode.k or decode.beams")
+    if settings.max_untrained_questions != 0:
+        evaluate.append("evaluate.max_untrained_questions=0")
+    evaluate.append("smaller decode.num_docs or decode.num_beams")
     advice = {("index", "device"): ["a smaller index.batch_size"], ("evaluate", "device"): evaluate}
     with suppress(Unknown):
         advice["train", "device"] = memory_advice(inputs.rag(), inputs.mesh)
@@ -125,11 +125,11 @@ def _tpu_devices(name: str) -> Sequence[jax.Device]:
 
 
 def capacity(config: Config, mesh: Mesh, memory: int | None = None) -> dict[str, int | None]:
-    """Bytes that this machine has: free where `index.folder` will lie, of the host, and of each device, or `memory`.
+    """Bytes that this machine has: free where `index.path` will lie, of the host, and of each device, or `memory`.
 
     Where the one device is this machine's CPU there is no entry for it: it is the host.
     """
-    has: dict[str, int | None] = {"disk": free_disk(Path(config.index.folder)), "host": host_memory()}
+    has: dict[str, int | None] = {"disk": free_disk(Path(config.index.path)), "host": host_memory()}
     if memory is not None or mesh.size > 1 or mesh.devices.flat[0].platform != "cpu":
         has["device"] = memory
         if memory is None and mesh.devices.flat[0] in jax.local_devices():

@@ -48,7 +48,7 @@ def search_row(inputs: PlanInputs, command: str) -> Row:
     """What is searched: all embeddings on the devices, or the FAISS structure (its embeddings stay on the disk)."""
     if inputs.config.index.kind not in ON_DEVICES:
         return make_row(command, f"FAISS structure {inputs.config.index.kind}", "host", lambda: faiss(inputs))
-    tokens = command == "train" and inputs.config.train.fused
+    tokens = command == "train" and inputs.config.train.fused_retrieval
     what = f"embeddings{' and tokens' if tokens else ', for the search'}"
     return make_row(command, what, "device", lambda: _device_index(inputs, tokens))
 
@@ -58,9 +58,9 @@ def _device_index(inputs: PlanInputs, tokens: bool) -> Number:
     (count, _), (_, how) = inputs.passages(), embeddings(inputs)
     encoder = inputs.model("passage encoder")
     generator = inputs.model("generator") if tokens else encoder  # only it knows how a token is stored
-    config = inputs.config.replace(train=inputs.config.train.replace(fused=tokens))
+    config = inputs.config.replace(train=inputs.config.train.replace(fused_retrieval=tokens))
     rag = RagModel(config, encoder, generator, SPECIAL, NO_PROMPT, encoder)
-    how += f", and at most {config.generator.source_tokens} tokens each" if tokens else ""
+    how += f", and at most {config.generator.max_prompt_tokens} tokens each" if tokens else ""
     how = how if inputs.mesh.size == 1 else f"split over all devices: {how}"
     return bytes_each(abstract_corpus(rag, inputs.mesh, count)), how
 

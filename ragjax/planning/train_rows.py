@@ -80,21 +80,21 @@ def _optimizer(inputs: PlanInputs) -> Number:
 
 def _gradients(inputs: PlanInputs) -> Number:
     params = abstract_state(inputs.rag(), inputs.mesh).params
-    trained, _ = partition_params(params, inputs.config.train.freeze)
+    trained, _ = partition_params(params, inputs.config.train.frozen_params)
     return bytes_each(trained), "float32, of what is trained; part of the temporaries below"
 
 
 def _temporaries(inputs: PlanInputs, cost: Cost) -> Number:
     train, (data, _) = inputs.config.train, inputs.mesh.devices.shape
-    batch = f"{questions_text(train.batch_size // data)}, {train.k} documents each"
-    if train.accumulate > 1:
-        batch += f", in {train.accumulate} parts"
+    batch = f"{questions_text(train.batch_size // data)}, {train.num_docs} documents each"
+    if train.gradient_accumulation > 1:
+        batch += f", in {train.gradient_accumulation} parts"
     refused = "; the compiler refuses" if cost.sent is None else ""
     return cost.temporaries, f"XLA's analysis ({inputs.device_kind}): {batch}{refused}"
 
 
 def _checkpoints(inputs: PlanInputs) -> Number:
-    keep = inputs.config.train.keep
+    keep = inputs.config.train.keep_checkpoints
     size = bytes_each(abstract_state(inputs.rag(), inputs.one_device))
     return (keep + 1) * size, f"at most: {keep} kept and one being written, {size_text(size)} each"
 

@@ -38,9 +38,9 @@ def passage_batch(
     settings, tokenizer = rag.config.retriever, rag.passage_tokenizer
     flat = ids.reshape(-1)
     passages = [store[int(i)] for i in flat if i >= 0]
-    tokenized = iter(tokenize_passages(tokenizer, settings.passage, passages, settings.passage_tokens))
+    tokenized = iter(tokenize_passages(tokenizer, settings.passage_template, passages, settings.max_passage_tokens))
     rows = [next(tokenized) if i >= 0 else np.zeros(0, np.int32) for i in flat]
-    width = pick_bucket(max(len(row) for row in rows), length_buckets(settings.passage_tokens))
+    width = pick_bucket(max(len(row) for row in rows), length_buckets(settings.max_passage_tokens))
     tokens, mask = pad_sequences(rows, width, tokenizer.pad_id)
     return tokens.reshape(*ids.shape, width), mask.reshape(*ids.shape, width)
 
@@ -74,7 +74,7 @@ def _embeddings(rag: RagPipeline, params: Params, token_rows: Sequence[Ids]) -> 
     return encoded_batches(
         partial(_sharded_encode(rag.passage_encoder.graphdef, mesh), params),
         token_rows,
-        width_buckets=length_buckets(rag.config.retriever.passage_tokens),
+        width_buckets=length_buckets(rag.config.retriever.max_passage_tokens),
         batch_size=rag.config.index.batch_size,
         pad_id=rag.passage_tokenizer.pad_id,
         devices=mesh.size,

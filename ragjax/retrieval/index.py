@@ -260,7 +260,7 @@ def _check_fingerprints(folder: Path, built: Mapping[str, str], expected: Mappin
         if (other := built.get(part)) != fingerprint:
             raise InputError(
                 f"{folder}: the index was built by another {part.replace('_', ' ')}: {other}, and the configuration "
-                f"names {fingerprint}; go back to that one, or set index.folder to another folder and run: "
+                f"names {fingerprint}; go back to that one, or set index.path to another folder and run: "
                 "ragjax index CONFIG"
             )
 
@@ -268,4 +268,4 @@ def _check_fingerprints(folder: Path, built: Mapping[str, str], expected: Mappin
 def check_k(k: int, count: int) -> None:
     """Raises `InputError` when more documents a question are asked for than there are passages."""
     if k > count:
-        raise InputError(f"k is {k} but the corpus has only {count} passages; lower train.k and decode.k")
+        raise InputError(f"k is {k} but the corpus has only {count} passages; lower train.num_docs and decode.num_docs")

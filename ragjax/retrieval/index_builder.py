@@ -62,7 +62,7 @@ class IndexBuilder:
 
     def __init__(self, rag: RagPipeline, folder: Path, content: str) -> None:
         if folder.exists() and not folder.is_dir():
-            raise InputError(f"{folder}: is a file; choose another index.folder")
+            raise InputError(f"{folder}: is a file; choose another index.path")
         self.rag, self.folder, self.content = rag, folder, content
         resolved = folder.resolve()  # pieces are renamed: both must lie on one disk
         self.partial = resolved.with_name(resolved.name + ".partial")
@@ -70,7 +70,7 @@ class IndexBuilder:
 
     def with_shard_size(self, shard: int) -> IndexBuilder:
         """The builder of the same index in shards of so many passages."""
-        index = self.rag.config.index.replace(shard=shard)
+        index = self.rag.config.index.replace(shard_size=shard)
         rag = replace(self.rag, config=self.rag.config.replace(index=index))
         return IndexBuilder(rag, self.folder, self.content)
 
@@ -85,7 +85,7 @@ class IndexBuilder:
 
     def _find_existing(self) -> ExistingIndex | None:
         """Where the manifest is damaged, made_of.json says what it is, and each shard's checksums that it is whole."""
-        folder, shard = self.folder, self.rag.config.index.shard
+        folder, shard = self.folder, self.rag.config.index.shard_size
         if not folder.is_dir() or self.is_complete():
             return None
         try:
@@ -117,7 +117,7 @@ class IndexBuilder:
         It is gone at the end. When anything fails it stays, if there is a shard to go on with.
         """
         new = self.partial
-        with exclusive_lock(new, "builds this index; wait for it, or choose another index.folder"):
+        with exclusive_lock(new, "builds this index; wait for it, or choose another index.path"):
             stats = self.saved_stats()
             if stats is None and (made := len(list((new / SHARDS).glob("[0-9]*")))):
                 terminal.print(
@@ -157,7 +157,7 @@ class IndexBuilder:
 
         Not missing are those in INDEX.partial, whose sizes alone are compared, and the `good` ones in the folder.
         """
-        size = self.rag.config.index.shard
+        size = self.rag.config.index.shard_size
         starts = range(0, count, size)
         there = [start for start in starts if start // size in good or _is_whole(self.partial, start // size, most=0)]
         if there:
@@ -265,7 +265,7 @@ def index_recipe(rag: RagPipeline, content: str) -> dict[str, Any]:
         "content": content,
         "fingerprints": {name: value for name, value in rag.fingerprints.items() if name != "kind"},
         "dtype": config.dtype,
-        "index": {name: getattr(config.index, name) for name in ("dtype", "batch_size", "shard")},
+        "index": {name: getattr(config.index, name) for name in ("dtype", "batch_size", "shard_size")},
         "jax": jax.__version__,
         "device": f"{jax.default_backend()} {jax.local_devices()[0].device_kind}",
     }
@@ -296,12 +296,14 @@ def _is_whole(folder: Path, number: int, most: int | None = None) -> bool:
 def _shard_writer(rag: RagPipeline) -> Callable[[Path, Sequence[Passage], Callable[[int], None]], None]:
     """Writes the text, tokens and embeddings of some passages into a folder, with all devices of this process."""
     settings = rag.config.retriever
-    text_of = partial(passage_text, rag.config.generator.passage)
+    text_of = partial(passage_text, rag.config.generator.passage_template)
     params = put_global(rag.passage_encoder.load_params(), replicated(local_mesh()))
 
     def write(folder: Path, passages: Sequence[Passage], advance: Callable[[int], None]) -> None:
         write_store(folder, passages, rag.generator_tokenizer.encode, text_of)
-        rows = tokenize_passages(rag.passage_tokenizer, settings.passage, passages, settings.passage_tokens)
+        rows = tokenize_passages(
+            rag.passage_tokenizer, settings.passage_template, passages, settings.max_passage_tokens
+        )
         embed_to_file(rag, params, rows, folder / EMBEDDINGS, advance)
 
     return write

@@ -97,7 +97,7 @@ class IndexRefresher:
         """Whether a re-encoding begins after this step; `kept` is what `overlap` told, if it was asked."""
         settings = self.rag.config.refresh
         due = settings.every is not None and step % settings.every == 0
-        drifted = settings.below is not None and kept is not None and kept < settings.below
+        drifted = settings.min_overlap is not None and kept is not None and kept < settings.min_overlap
         left = self.rag.config.train.steps - step  # at its end the index is built anew in any case
         return self.state.building is None and broadcast_from_process_zero(due or drifted) and left > settings.steps
 
@@ -168,7 +168,9 @@ class IndexRefresher:
     def _rows(self, ids: Iterable[int]) -> list[np.ndarray]:
         settings, stream, rows = self.rag.config.retriever, iter(ids), list[np.ndarray]()
         while some := [self.store[i] for i in islice(stream, TOGETHER)]:
-            rows += tokenize_passages(self.rag.passage_tokenizer, settings.passage, some, settings.passage_tokens)
+            rows += tokenize_passages(
+                self.rag.passage_tokenizer, settings.passage_template, some, settings.max_passage_tokens
+            )
         return rows
 
     def _versions(self) -> list[Path]:
@@ -234,7 +236,7 @@ def refreshed_index(rag: RagPipeline, base: Index, output: Path, step: int) -> I
         )
     index = open_index(folder, rag.fingerprints, base.recall, REFRESHED_MEND)
     if len(index) != len(base):
-        raise InputError(f"{folder}: holds {len(index)} passages and {rag.config.index.folder} {len(base)}")
+        raise InputError(f"{folder}: holds {len(index)} passages and {rag.config.index.path} {len(base)}")
     return index
 
 

@@ -67,7 +67,7 @@ def retrieve(
 ) -> RetrievalResult:
     """As `search`, with the prior normalised as `retriever.prior` says."""
     queries, scores, ids = search(rag, params, index, questions, k, mesh)
-    scale, valid = rag.config.retriever.scale, jnp.asarray(ids >= 0)
+    scale, valid = rag.config.retriever.logit_scale, jnp.asarray(ids >= 0)
     if rag.config.retriever.prior == "corpus":
         normalizer = index.log_normalizer(queries, scale, mesh)
         prior = corpus_log_prior(jnp.asarray(scale * scores), jnp.asarray(normalizer), valid)
@@ -80,6 +80,6 @@ def log_prior_mass(
     rag: RagPipeline, index: Index, retrieval: RetrievalResult, k: int, mesh: Mesh | None = None
 ) -> Float[np.ndarray, " B"]:
     """Log of the share of the whole corpus's softmax that the best k documents hold, at most 0 but for rounding."""
-    scale = rag.config.retriever.scale
+    scale = rag.config.retriever.logit_scale
     normalizer = index.log_normalizer(retrieval.queries, scale, mesh)
     return np.asarray(jax.nn.logsumexp(jnp.asarray(scale * retrieval.scores[:, :k]), axis=-1) - normalizer)

@@ -29,7 +29,7 @@ SMALL_FILE = 1 << 20  # bytes up to which a file is read when only the metadata 
 UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a folder that is being written
 DAMAGED = "the checkpoint is incomplete or damaged"
 CHECKPOINTS_MEND = "ragjax train sets it aside and goes on from the one before"
-MAKE_ROOM = "make room, or lower train.keep, and run the same command again: it resumes"
+MAKE_ROOM = "make room, or lower train.keep_checkpoints, and run the same command again: it resumes"
 
 
 class DamagedCheckpoint(InputError):

@@ -51,7 +51,7 @@ def open_split(config: Config, split: str) -> Split:
     Raises `InputError` where these or the index are missing or damaged, where none can be used, and, with
     `questions.strict`, for the first that cannot.
     """
-    check_built(Path(config.index.folder))
+    check_built(Path(config.index.path))
     path = Path(getattr(config.questions, split))
     check_listed(path)
     return read_split(path).checked(config.questions.strict)
@@ -59,11 +59,11 @@ def open_split(config: Config, split: str) -> Split:
 
 def load_artifacts(config: Config) -> tuple[RagPipeline, Index, PassageStore]:
     """Opens models, index and passages, and checks that they belong together. Raises `InputError`."""
-    folder = Path(config.index.folder)
+    folder = Path(config.index.path)
     check_built(folder)  # before models are fetched
     enable_compilation_cache(cache_folder() / "xla")
     rag = load_pipeline(config)
-    recall = config.index.recall if config.index.kind == "approximate" else None
+    recall = config.index.recall_target if config.index.kind == "approximate" else None
     vocabulary = rag.generator.config.vocab_size
     return rag, open_index(folder, rag.fingerprints, recall), PassageStore.open(folder, vocabulary)
 
@@ -83,7 +83,7 @@ def trained_index(rag: RagPipeline, index: Index, step: int) -> Index:
     if (version_folder(folder, step) / MANIFEST).is_file():
         index.release()
         return refreshed_index(rag, index, folder, step)
-    with Checkpointer(folder / "checkpoints", keep=rag.config.train.keep, writing=False) as checkpoints:
+    with Checkpointer(folder / "checkpoints", keep=rag.config.train.keep_checkpoints, writing=False) as checkpoints:
         then = refreshed_at(checkpoints.metadata(step).get("refresh", {}))
     if then.building == step == rag.config.train.steps:
         terminal.print(
@@ -120,7 +120,7 @@ def restore_params(rag: RagPipeline, mesh: Mesh | None = None, step: int | None 
 def _restore(config: Config, abstract_params: Params, step: int | None = None) -> tuple[int, Params] | None:
     """As `restore_params`, of any configuration; each parameter gets the shape and sharding of `abstract_params`."""
     folder = Path(config.output) / "checkpoints"
-    with Checkpointer(folder, keep=config.train.keep, writing=False) as checkpoints:
+    with Checkpointer(folder, keep=config.train.keep_checkpoints, writing=False) as checkpoints:
 
         def load(step: int) -> Any:
             return checkpoints.restore_params(step, abstract_params)
@@ -185,7 +185,7 @@ def restore_or_initialize(
     step, (metadata, state) = newest
     if metadata.get("index", index.version) != index.version:
         raise InputError(
-            f"{rag.config.output}: step {step} was trained with another index than {rag.config.index.folder} is now; "
+            f"{rag.config.output}: step {step} was trained with another index than {rag.config.index.path} is now; "
             "bring that one back, or choose another output"
         )
     terminal.print(f"going on from step {step}")

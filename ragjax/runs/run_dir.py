@@ -39,12 +39,12 @@ FREE = (
     "questions",
     "train.steps",
     "mesh",
-    "index.shard",
+    "index.shard_size",
     "decode",
     "evaluate",
     "train.save_every",
     "train.save_minutes",
-    "train.keep",
+    "train.keep_checkpoints",
     "train.keep_best",
     "train.dev_questions",
     "train.log_every",
@@ -100,7 +100,7 @@ def check_processes_agree(config: Config) -> None:
         return
     settings = {key: repr(value) for key, value in _leaves(config.model_dump(mode="json")).items()}
     versions = {package: importlib.metadata.version(package) for package in PACKAGES}
-    shared = (Path(config.output, "checkpoints"), Path(config.index.folder, MANIFEST))
+    shared = (Path(config.output, "checkpoints"), Path(config.index.path, MANIFEST))
     seen = {str(path): "there" if path.exists() else "missing" for path in shared}
     _check_agreement(settings | versions | seen)
 
@@ -238,7 +238,7 @@ def _check_same_inputs(manifest: Path, inputs: dict[str, str]) -> None:
 
 
 def load_run_config(folder: Path, overrides: Sequence[str] = ()) -> Config:
-    """The configuration of the run in `folder`, which may have been moved, with overrides such as `decode.k=5`.
+    """The configuration of the run in `folder`, which may have been moved, with overrides such as `decode.num_docs=5`.
 
     Raises `InputError` if there is none.
     """
@@ -247,7 +247,7 @@ def load_run_config(folder: Path, overrides: Sequence[str] = ()) -> Config:
         raise InputError(f"{folder}: no run here (config.yaml is missing); run: ragjax train CONFIG")
     config = load_config(path)
     before, paths = Path(config.output), {"output": str(folder)}
-    for key in ("index.folder", "questions.train", "questions.dev", "questions.test"):
+    for key in ("index.path", "questions.train", "questions.dev", "questions.test"):
         if (named := Path(str(get_key(config, key)))).is_relative_to(before):
             paths[key] = str(folder / named.relative_to(before))
     moved = [f"{key}={json.dumps(escaped(value), ensure_ascii=False)}" for key, value in paths.items()]

@@ -103,7 +103,7 @@ def widen(batch: AnyBatch, widths: Sequence[int]) -> AnyBatch:
 def abstract_batch(config: Config, embedding_dim: int) -> DocumentBatch | QuestionBatch:
     """The widest batch of a training step, in shapes and types: what the configured step reads."""
     r, g, train = config.retriever, config.generator, config.train
-    b, k, shape = train.batch_size, train.k, jax.ShapeDtypeStruct
+    b, k, shape = train.batch_size, train.num_docs, jax.ShapeDtypeStruct
 
     def tokens(*sizes: int) -> tuple[Any, Any]:
         return shape(sizes, jnp.int32), shape(sizes, jnp.bool)
@@ -112,15 +112,15 @@ def abstract_batch(config: Config, embedding_dim: int) -> DocumentBatch | Questi
     contrastive = train.objective == "contrastive"
     questions = QuestionBatch(
         shape((b,), jnp.int32),
-        *tokens(b, r.question_tokens),
-        *(tokens(b, g.source_tokens) if train.fused else none),
-        *(none if contrastive else tokens(b, g.answer_tokens)),
+        *tokens(b, r.max_question_tokens),
+        *(tokens(b, g.max_prompt_tokens) if train.fused_retrieval else none),
+        *(none if contrastive else tokens(b, g.max_answer_tokens)),
     )
-    if train.fused:
+    if train.fused_retrieval:
         return questions
     embeddings = shape((b, k, embedding_dim), jnp.float32)
-    passages = none if train.passage_encoder == "frozen" else tokens(b, k, r.passage_tokens)
+    passages = none if train.passage_encoder == "frozen" else tokens(b, k, r.max_passage_tokens)
     if contrastive:
         counted, has_positive = shape((b, b, k), jnp.bool), shape((b,), jnp.bool)
         return ContrastiveBatch(questions, embeddings, counted, has_positive, *passages)
-    return TrainBatch(questions, embeddings, shape((b, k), jnp.bool), *tokens(b, k, g.source_tokens), *passages)
+    return TrainBatch(questions, embeddings, shape((b, k), jnp.bool), *tokens(b, k, g.max_prompt_tokens), *passages)

@@ -120,7 +120,7 @@ def contrastive_logp(
         questions.question, questions.question_mask, fold_rngs(dropout_rngs, 0)
     )
     passages = passage_embeddings(rag, params, batch, dropout_rngs)
-    scores = settings.scale * jnp.einsum("BD,CKD->BCK", queries, passages, precision="highest")
+    scores = settings.logit_scale * jnp.einsum("BD,CKD->BCK", queries, passages, precision="highest")
     flat = scores.shape[0], -1
     return log_prior(scores.reshape(flat), batch.counted.reshape(flat))
 

@@ -65,13 +65,13 @@ class TrainQuestions:
 def train_questions(rag: RagPipeline, questions: Sequence[Question]) -> TrainQuestions:
     """What can be trained on; says how many answers are too long. Raises `InputError` where all are."""
     # what is not generated may be as long as it likes
-    longest = rag.config.generator.answer_tokens if rag.config.train.objective == "marginal" else sys.maxsize
+    longest = rag.config.generator.max_answer_tokens if rag.config.train.objective == "marginal" else sys.maxsize
     tokenizers = rag.tokenizers
     usable = usable_answers(questions, lambda answer: tokenize_answer(tokenizers, answer), longest)
     if usable.answers_dropped:
         terminal.print(
-            f"{usable.answers_dropped} answers are longer than generator.answer_tokens={longest} and are not trained "
-            f"on, for example {usable.example!r}; {usable.questions_dropped} questions have no other",
+            f"{usable.answers_dropped} answers are longer than generator.max_answer_tokens={longest} and are not "
+            f"trained on, for example {usable.example!r}; {usable.questions_dropped} questions have no other",
             soft_wrap=True,
         )
     return TrainQuestions(questions, usable)
@@ -85,7 +85,7 @@ def trainable_questions(rag: RagPipeline, split: Split) -> tuple[TrainQuestions,
     marginal = rag.config.train.objective == "marginal"  # else the generator reads nothing
     split = drop_unfit_questions(rag.tokenizers, split, documents=marginal, closed_book=False)
     questions = train_questions(rag, split.questions)
-    why = f"every answer is longer than generator.answer_tokens={rag.config.generator.answer_tokens}"
+    why = f"every answer is longer than generator.max_answer_tokens={rag.config.generator.max_answer_tokens}"
     kept = set(questions.usable.questions)
     problems = [None if i in kept else why for i in range(len(split.questions))]
     return questions, split.without(problems).checked(rag.config.questions.strict)
@@ -108,7 +108,7 @@ class BatchBuilder:
     def depth(self) -> int:
         """How many documents are retrieved for a question: those to train on, or among which to look for them."""
         train = self.rag.config.train
-        return min(train.mined, len(self.index)) if train.objective == "contrastive" else train.k
+        return min(train.mined_negatives, len(self.index)) if train.objective == "contrastive" else train.num_docs
 
     def tokenize(self, pairs: Sequence[Pair], widest: bool = False) -> QuestionBatch:
         """The tokens of all these questions, and so of the same widths in every process; see `question_batch`."""
@@ -149,13 +149,13 @@ class BatchBuilder:
 
     def _choose(self, questions: Sequence[Question], ids: Int[np.ndarray, "n M"], count: int) -> Int[np.ndarray, "C K"]:
         """The passages that each of all C = `count` questions brings: they count for every question."""
-        k = self.rag.config.train.k
+        k = self.rag.config.train.num_docs
         own = [choose_passages(self.store, q, row, k, self.positions) for q, row in zip(questions, ids, strict=True)]
         return allgather_rows(self.mesh, np.stack(own), count)
 
     def retrieval_metrics(self, pairs: Sequence[Pair], ids: Int[np.ndarray, "B M"]) -> dict[str, float]:
         """The share of questions with a document that answers among the top k, and of documents that differ."""
-        rows, ids = local_rows(self.mesh, len(pairs)), ids[:, : self.rag.config.train.k]
+        rows, ids = local_rows(self.mesh, len(pairs)), ids[:, : self.rag.config.train.num_docs]
         hits = np.array([has_answer(self.store, pairs[i][0], ids[i]).any() for i in rows])
         valid = ids[ids >= 0]
         return {
@@ -186,8 +186,8 @@ class _NextStep:
 class TrainLoader:
     """The questions of one step after the other, with their documents, unless the step itself retrieves.
 
-    With `train.search_ahead` FAISS looks for the next step's documents in a thread while a step runs. Checkpoints keep
-    their ids, so that a resumed run goes on with the very same. `read_ahead` assembles the next batch while a step
+    With `train.prefetch_retrieval` FAISS looks for the next step's documents in a thread while a step runs. Checkpoints
+    keep their ids, so that a resumed run goes on with the very same. `read_ahead` assembles the next batch while a step
     runs, so that devices need not wait for it. Use as a context manager.
     """
 
@@ -218,7 +218,7 @@ class TrainLoader:
                 return step.pairs, step.batch[1]
             return step.pairs, self.builder.attach(step.pairs, step.questions, self._ids(step))
         step = self._draw()
-        ids = None if self.builder.rag.config.train.fused else self.builder.search(params, step.questions)
+        ids = None if self.builder.rag.config.train.fused_retrieval else self.builder.search(params, step.questions)
         return step.pairs, self.builder.attach(step.pairs, step.questions, ids)
 
     def look_ahead(self, params: Params) -> None:
@@ -232,7 +232,7 @@ class TrainLoader:
 
     def read_ahead(self) -> None:
         """Assembles what `take` gives next, if it does not depend on the parameters of the step that runs."""
-        if self._next is None and self.builder.rag.config.train.fused:
+        if self._next is None and self.builder.rag.config.train.fused_retrieval:
             self._position = self.sampler.state()
             self._next = self._draw()
         if (step := self._next) is not None:
@@ -248,7 +248,7 @@ class TrainLoader:
 
     def _draw(self, ids: Int[np.ndarray, "B M"] | None = None) -> _NextStep:
         pairs = self.questions.pairs(next(self.sampler))
-        return _NextStep(pairs, self.builder.tokenize(pairs, widest=self.builder.rag.config.train.fused), ids)
+        return _NextStep(pairs, self.builder.tokenize(pairs, widest=self.builder.rag.config.train.fused_retrieval), ids)
 
     def _ids(self, step: _NextStep) -> Int[np.ndarray, "B M"] | None:
         ids = step.ids

@@ -30,7 +30,7 @@ from ragjax.training.batch import TrainBatch
 def corpus_with_tokens(rag: RagPipeline, index: Index, store: PassageStore, mesh: Mesh) -> DeviceIndex:
     """Embeddings and tokens of all passages on the devices; of each as many tokens as may stand in a prompt."""
     corpus, count = index.corpus(mesh), len(store)
-    width = min(store.longest, rag.config.generator.source_tokens)
+    width = min(store.longest, rag.config.generator.max_prompt_tokens)
     dtype = _token_dtype(rag)
 
     def tokens(start: int, stop: int) -> np.ndarray:
@@ -51,9 +51,9 @@ def abstract_corpus(rag: RagModel, mesh: Mesh, passages: int) -> DeviceIndex:
         return abstract_with_sharding(mesh, jax.ShapeDtypeStruct((rows, *shape), dtype), *split)
 
     corpus = DeviceIndex(table(config.index.dtype, rag.retriever.config.embedding_dim), passages, mesh)
-    if not config.train.fused:
+    if not config.train.fused_retrieval:
         return corpus
-    tokens = table(_token_dtype(rag), config.generator.source_tokens)
+    tokens = table(_token_dtype(rag), config.generator.max_prompt_tokens)
     return replace(corpus, tokens=tokens, lengths=table("int32"))
 
 
@@ -71,11 +71,11 @@ def retrieve_in_step(
     train = rag.config.train
     retriever = nnx.merge(rag.retriever.graphdef, jax.lax.stop_gradient(params["retriever"]))
     queries = retriever(questions.question, questions.question_mask)
-    recall = rag.config.index.recall if rag.config.index.kind == "approximate" else None
-    _, ids = sharded_top_k(corpus, queries, train.k, recall)
+    recall = rag.config.index.recall_target if rag.config.index.kind == "approximate" else None
+    _, ids = sharded_top_k(corpus, queries, train.num_docs, recall)
     tokens, lengths = gather_rows(corpus, corpus.tokens, ids), gather_rows(corpus, corpus.lengths, ids)
     source, source_mask = prompt_on_device(
-        rag.prompt, tokens, lengths, *questions.for_generator, rag.config.generator.source_tokens, rag.special.pad
+        rag.prompt, tokens, lengths, *questions.for_generator, rag.config.generator.max_prompt_tokens, rag.special.pad
     )
     embeddings = gather_rows(corpus, corpus.embeddings, ids)
     batch = TrainBatch(questions.without_prompts(), embeddings, ids >= 0, source, source_mask)

@@ -37,9 +37,9 @@ def refresh_index(
     `index_overlap` the share that stayed when it was.
     """
     rag, kept, metrics = refresher.rag, None, dict[str, float]()
-    settings, k, before = rag.config.refresh, rag.config.train.k, refresher.index
+    settings, k, before = rag.config.refresh, rag.config.train.num_docs, refresher.index
     encoder = passage_params(rag, state.params)
-    if settings.probe_every is not None and step % settings.probe_every == 0:
+    if settings.overlap_every is not None and step % settings.overlap_every == 0:
         kept = metrics["index_kept"] = refresher.overlap(state.params, encoder, probe, k)
     if refresher.should_start(step, kept):
         refresher.start(step)
@@ -58,4 +58,4 @@ def complete_index(refresher: IndexRefresher, state: TrainState, probe: Sequence
     """Encodes the whole index by the encoder of the last step, as far as it is not there; metrics as above."""
     before: Index = refresher.index
     refresher.begin_anew(int(state.step), passage_params(refresher.rag, state.params))
-    return {"index_overlap": refresher.compare(before, state.params, probe, refresher.rag.config.train.k)}
+    return {"index_overlap": refresher.compare(before, state.params, probe, refresher.rag.config.train.num_docs)}

@@ -38,7 +38,7 @@ def prior_and_token_logp(
 ) -> tuple[Float[Array, "B K"], TokenScores]:
     """log p_η(z|x), and log p_θ(y_t|y_<t,x,z) of the training answers; pure, to be differentiated.
 
-    With `train.backward_documents: m` below K, only the m documents of highest posterior pass a gradient to the
+    With `train.backprop_docs: m` below K, only the m documents of highest posterior pass a gradient to the
     generator. A document's gradient has its posterior for weight: what the others weigh together is all that is missed.
 
     Args:
@@ -54,7 +54,7 @@ def prior_and_token_logp(
     document_rngs = None
     if dropout_rngs is not None:
         document_rngs = jax.vmap(lambda rng: jax.random.split(jax.random.fold_in(rng, 1), documents))(dropout_rngs)
-    through = rag.config.train.backward_documents
+    through = rag.config.train.backprop_docs
     if through is None or through >= documents:
         return prior, _token_scores(rag, params, batch, batch.source, batch.source_mask, document_rngs, prior)
     constant = jax.lax.stop_gradient(params)
@@ -80,11 +80,11 @@ def _question_log_prior(
         questions.question, questions.question_mask, fold_rngs(dropout_rngs, 0)
     )
     passages = passage_embeddings(rag, params, batch, dropout_rngs)
-    scores = settings.scale * jnp.einsum("BD,BKD->BK", queries, passages, precision="highest")
+    scores = settings.logit_scale * jnp.einsum("BD,BKD->BK", queries, passages, precision="highest")
     if settings.prior == "top_k":
         return log_prior(scores, batch.valid)
     assert corpus is not None
-    return corpus_log_prior(scores, log_normalizer(corpus, queries, settings.scale), batch.valid)
+    return corpus_log_prior(scores, log_normalizer(corpus, queries, settings.logit_scale), batch.valid)
 
 
 def passage_embeddings(
@@ -192,11 +192,11 @@ def rag_loss(
 
     The arguments are those of `prior_and_token_logp`. `nll_per_token` is without label smoothing. `posterior_entropy`
     is in nats. `prior_top` is the prior mass of the best document. `posterior_skipped` is what the documents that
-    `train.backward_documents` leaves out weigh together.
+    `train.backprop_docs` leaves out weigh together.
     """
     answer, answer_mask = batch.questions.answers
     prior, scores = prior_and_token_logp(rag, params, batch, rng, corpus)
-    smoothing, through = rag.config.train.label_smoothing, rag.config.train.backward_documents
+    smoothing, through = rag.config.train.label_smoothing, rag.config.train.backprop_docs
     mean_loss = answer_nll(rag, prior, scores, answer, answer_mask, smoothing).mean()
     prior, scores = jax.lax.stop_gradient((prior, scores))
     nll = answer_nll(rag, prior, scores, answer, answer_mask)

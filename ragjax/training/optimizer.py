@@ -28,11 +28,11 @@ def partition_params(params: Params, freeze: Sequence[str]) -> tuple[FlatParams,
     for prefix in freeze:
         if not any(under(path, prefix) for path in flat):
             parts = sorted({".".join(path[:2]) for path in flat} | {path[0] for path in flat})
-            raise InputError(f"train.freeze: no parameters under {prefix!r}; there are {', '.join(parts)}")
+            raise InputError(f"train.frozen_params: no parameters under {prefix!r}; there are {', '.join(parts)}")
     frozen = {path: leaf for path, leaf in flat.items() if any(under(path, prefix) for prefix in freeze)}
     trained = {path: leaf for path, leaf in flat.items() if path not in frozen}
     if not trained:
-        raise InputError("train.freeze leaves nothing to train")
+        raise InputError("train.frozen_params leaves nothing to train")
     return trained, frozen
 
 
@@ -45,22 +45,22 @@ def make_optimizer(train: Train) -> optax.GradientTransformation:
     """
 
     def schedule(peak: float) -> Callable[[Any], Any]:
-        left = max(1, train.steps - train.warmup)
+        left = max(1, train.steps - train.warmup_steps)
         after = {
             "cosine": optax.cosine_decay_schedule(peak, left),
             "linear": optax.linear_schedule(peak, 0.0, left),
             "constant": optax.constant_schedule(peak),
-        }[train.decay]
+        }[train.lr_schedule]
         # the first step already moves: at step 0 of W warm-up steps the rate is peak / W
-        rising = optax.linear_schedule(peak / max(1, train.warmup), peak, max(1, train.warmup - 1))
-        return optax.join_schedules([rising, after], [train.warmup]) if train.warmup else after
+        rising = optax.linear_schedule(peak / max(1, train.warmup_steps), peak, max(1, train.warmup_steps - 1))
+        return optax.join_schedules([rising, after], [train.warmup_steps]) if train.warmup_steps else after
 
     def is_matrix(params: FlatParams) -> dict[tuple[str, ...], bool]:
         return {path: path[-1] in ("kernel", "embedding") for path in params}
 
     def clipped_adamw(peak: float) -> optax.GradientTransformation:
         adamw = optax.adamw(schedule(peak), weight_decay=train.weight_decay, mask=is_matrix)
-        return optax.chain(optax.clip_by_global_norm(train.clip), adamw)
+        return optax.chain(optax.clip_by_global_norm(train.max_grad_norm), adamw)
 
     return optax.partition(
         {

@@ -38,7 +38,7 @@ class TrainState:
 def init_train_state(rag: RagModel, params: Params) -> TrainState:
     """Step 0. Raises `InputError` as `partition_params` does."""
     train = rag.config.train
-    trained, _ = partition_params(params, train.freeze)
+    trained, _ = partition_params(params, train.frozen_params)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,

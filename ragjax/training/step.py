@@ -34,11 +34,11 @@ from ragjax.training.state import TrainState, abstract_state
 def gradients(
     rag: RagModel, params: Params, batch: DocumentBatch, rng: Key[Array, ""], corpus: DeviceIndex | None = None
 ) -> tuple[FlatParams, dict[str, Any]]:
-    """The gradient of the mean loss by the trained parameters, and metrics, over `train.accumulate` micro-batches.
+    """The gradient of the mean loss by the trained parameters, and metrics, over its micro-batches.
 
     The arguments are those of `prior_and_token_logp`.
     """
-    trained, frozen = partition_params(params, rag.config.train.freeze)
+    trained, frozen = partition_params(params, rag.config.train.frozen_params)
 
     def mean_loss(trained: FlatParams, part: DocumentBatch) -> tuple[Array, dict[str, Any]]:
         whole = nnx.traversals.unflatten_mapping(trained | frozen)
@@ -47,7 +47,7 @@ def gradients(
         return rag_loss(rag, whole, part, rng, corpus)
 
     differentiate = jax.grad(mean_loss, has_aux=True)
-    count = rag.config.train.accumulate
+    count = rag.config.train.gradient_accumulation
     if count == 1:
         return differentiate(trained, batch)
     # every count-th row: each device keeps its own rows
@@ -65,8 +65,8 @@ def make_train_step(rag: RagModel, shardings: Any = None) -> jax.stages.Wrapped:
     """(state, batch, corpus | None) → (state, metrics); the old state's memory is reused, and it stays where it lies.
 
     `shardings` are those of the state. `gradient_norm_retriever` and the others are before clipping.
-    With `train.fused` the batch is a `QuestionBatch`, and what it retrieved is among the metrics: `ids` [B,K], and how
-    many `tokens` were read.
+    With `train.fused_retrieval` the batch is a `QuestionBatch`, and what it retrieved is among the metrics: `ids`
+    [B,K], and how many `tokens` were read.
     """
     train = rag.config.train
     optimizer = make_optimizer(train)
@@ -82,7 +82,7 @@ def make_train_step(rag: RagModel, shardings: Any = None) -> jax.stages.Wrapped:
         for part in rag.parts:
             leaves = [leaf for path, leaf in grads.items() if path[0] == part]
             metrics[f"gradient_norm_{part}"] = optax.tree.norm(leaves)
-        trained, frozen = partition_params(state.params, train.freeze)
+        trained, frozen = partition_params(state.params, train.frozen_params)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, trained)
         params = nnx.traversals.unflatten_mapping(optax.apply_updates(trained, updates) | frozen)
         return TrainState(state.step + 1, params, optimizer_state, state.key, state.indexed), metrics
@@ -93,16 +93,18 @@ def make_train_step(rag: RagModel, shardings: Any = None) -> jax.stages.Wrapped:
 def make_gradient_error(rag: RagModel, shardings: Any = None) -> jax.stages.Wrapped:
     """(state, batch, corpus | None) → ‖g − g_m‖ / ‖g‖, of the generator's gradient before a step.
 
-    g goes through all K documents of each question and g_m, the step's own, through `train.backward_documents`. With
+    g goes through all K documents of each question and g_m, the step's own, through `train.backprop_docs`. With
     r_z the posterior and g_z the gradient of −log p(y|x,z), g − g_m is the mean over the questions of Σ r_z g_z over
     the documents that are left out: at most their mass times the largest norm of a g_z. Raises `InputError` where the
     generator is frozen.
     """
-    through_all = rag.config.train.replace(backward_documents=None, probe_every=None)
+    through_all = rag.config.train.replace(backprop_docs=None, gradient_error_every=None)
     every = replace(rag, config=rag.config.replace(train=through_all))
-    trained, _ = partition_params(rag.abstract_params(), rag.config.train.freeze)
+    trained, _ = partition_params(rag.abstract_params(), rag.config.train.frozen_params)
     if not any(path[0] == "generator" for path in trained):
-        raise InputError("train.probe_every: train.freeze leaves nothing of the generator to train; leave it out")
+        raise InputError(
+            "train.gradient_error_every: train.frozen_params leaves nothing of the generator to train; leave it out"
+        )
 
     @jax.jit
     def gradient_error(
@@ -140,7 +142,7 @@ def make_nll(rag: RagModel) -> jax.stages.Wrapped:
 
     Of a contrastive batch −log of the positive's probability, NaN where there is none.
     """
-    plain = rag.config.train.replace(dropout=0.0, backward_documents=None, probe_every=None)
+    plain = rag.config.train.replace(dropout=0.0, backprop_docs=None, gradient_error_every=None)
     without = replace(rag, config=rag.config.replace(train=plain))
 
     @jax.jit
@@ -162,7 +164,7 @@ def trace_step(
     It is traced with every argument where it would lie on the mesh. `passages` is N, which matters where the step reads
     the corpus. Raises `InputError` as training would.
     """
-    check_batch(mesh, rag.config.train.batch_size // rag.config.train.accumulate)
+    check_batch(mesh, rag.config.train.batch_size // rag.config.train.gradient_accumulation)
     state = abstract_state(rag, mesh)
     corpus = abstract_corpus(rag, mesh, passages) if reads_corpus(rag.config) else None
     batch = abstract_with_sharding(mesh, abstract_batch(rag.config, rag.retriever.config.embedding_dim), "data")
@@ -171,4 +173,4 @@ def trace_step(
 
 def train_programs(train: Train) -> list[Callable[..., jax.stages.Wrapped]]:
     """What makes the programs that training runs, each of which must fit."""
-    return [make_train_step, *([] if train.probe_every is None else [make_gradient_error])]
+    return [make_train_step, *([] if train.gradient_error_every is None else [make_gradient_error])]

@@ -58,7 +58,9 @@ def build_factbook(
     each of `passages`, the ids of the passages that hold the field. Raises `InputError` when `folder` is not the book.
     """
     if words < 30:
-        raise InputError(f"corpus.passage_words is {words}; the factbook needs at least 30 to keep fields whole")
+        raise InputError(
+            f"corpus.factbook.max_passage_words is {words}; the factbook needs at least 30 to keep fields whole"
+        )
     passages: list[Passage] = []
     seen: set[str] = set()
     questions: dict[str, list[dict]] = {split: [] for split in SPLITS}
@@ -79,7 +81,9 @@ def build_factbook(
         if file.stem not in NOT_COUNTRIES:
             questions[split_of(name, seed)] += _questions(file.stem, name, units, located, seed)
     if unknown := [category for category in categories if category not in seen]:
-        raise InputError(f"corpus.categories: no {', '.join(unknown)}; the factbook has {', '.join(sorted(seen))}")
+        raise InputError(
+            f"corpus.factbook.categories: no {', '.join(unknown)}; the factbook has {', '.join(sorted(seen))}"
+        )
     for split in SPLITS:
         questions[split].sort(key=lambda record: _hash(f"{seed}:{record['id']}"))
     return passages, questions
