@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,19 @@ corpus: {source: passages.jsonl}
 retriever: {source: some/encoder}
 generator: {source: some/decoder}
 """
-SECTIONS: dict[str, Any] = {
-    name: field.annotation for name, field in Config.model_fields.items() if hasattr(field.annotation, "model_fields")
-}
-KEYS = [key for key in Config.model_fields if key not in SECTIONS]
-KEYS += [f"{name}.{key}" for name, section in SECTIONS.items() for key in section.model_fields]
+
+
+def sections_of(model: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """A section and those in it, each with its key."""
+    yield name, model
+    for key, field in model.model_fields.items():
+        if hasattr(field.annotation, "model_fields"):
+            yield from sections_of(field.annotation, f"{name}.{key}".strip("."))
+
+
+SECTIONS: dict[str, Any] = dict(sections_of(Config))
+EVERY = [f"{name}.{key}".strip(".") for name, section in SECTIONS.items() for key in section.model_fields]
+KEYS = [key for key in EVERY if key not in SECTIONS]
 
 
 def written(folder: Path, more: str = "", text: str = SMALLEST) -> Path:
@@ -98,7 +107,9 @@ def test_a_configuration_cannot_be_changed(tmp_path: Path) -> None:
     [
         ("train.stepz=3", "unknown key 'train.stepz'; did you mean train.steps?"),
         ("trian.steps=3", "unknown key 'trian'; did you mean train?"),
-        ("beams=3", "unknown key 'beams'; did you mean decode.num_beams?"),
+        ("num_beams=3", "unknown key 'num_beams'; did you mean decode.num_beams?"),
+        ("decode.beams=3", "unknown key 'decode.beams'; it is now decode.num_beams"),
+        ("corpus.categories=[Geography]", "unknown key 'corpus.categories'; it is now corpus.factbook.categories"),
         ("mesh.quux=3", "unknown key 'mesh.quux'; known here: model, fsdp"),
         ("=3", "unknown key ''; known here: output, model, hf_compatible, seed"),
         ("train.steps=many", "train.steps is 'many'; expected a whole number"),
@@ -377,10 +388,10 @@ def check_reading(path: Path, overrides: list[str]) -> None:
 
 
 def test_no_key_lacks_a_description() -> None:
-    for section in (Config, *SECTIONS.values()):
+    for at, section in SECTIONS.items():
         assert section.__doc__ and section.__doc__.splitlines()[0].endswith(".")
         for name, key in section.model_fields.items():
-            assert name in SECTIONS or re.fullmatch(r"[A-Z].+\.", key.description or ""), name
+            assert f"{at}.{name}".strip(".") in SECTIONS or re.fullmatch(r"[A-Z].+\.", key.description or ""), name
 
 
 def test_every_key_is_on_the_reference_page() -> None:

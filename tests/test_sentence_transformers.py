@@ -46,7 +46,7 @@ def write(
         ({"normalize": False, "similarity_fn_name": "cosine"}, ENCODER),
         ({"normalize": False, "similarity_fn_name": "dot"}, ENCODER.replace(normalize=False)),
         ({"prompts": {"query": "", "document": ""}, "default_prompt_name": None}, ENCODER),
-        ({"prompts": {"document": "passage: "}}, ENCODER.replace(passage="passage: {title} {text}")),
+        ({"prompts": {"document": "passage: "}}, ENCODER.replace(passage_template="passage: {title} {text}")),
         ({"prompts": {"clustering": "cluster: "}}, ENCODER),
     ],
 )
@@ -86,7 +86,9 @@ def test_what_contradicts_is_refused(tmp_path: Path, folder: dict[str, Any], set
 
 def test_an_encoder_of_passages_alone_needs_no_prompt_for_questions(tmp_path: Path) -> None:
     folder = write(tmp_path / "m", **E5)
-    check_sentence_transformers(folder, ENCODER.replace(passage="passage: {text}"), questions=False, passages=True)
+    check_sentence_transformers(
+        folder, ENCODER.replace(passage_template="passage: {text}"), questions=False, passages=True
+    )
 
 
 def test_an_older_layout_has_its_encoder_in_a_folder(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ class Questions(Section):
 
 
 class Retriever(Section):
-    """A BERT encoder; its inner products, times `scale`, are the logits of the prior over documents."""
+    """A BERT encoder; its inner products, times `logit_scale`, are the logits of the prior over documents."""
 
     source: Text = Field(description="A folder, hf:ORG/NAME@REVISION or pypi:PACKAGE==VERSION.")
     passage_encoder: Text | None = Field(None, description="The encoder of passages; null means the same.")

@@ -144,21 +144,17 @@ def json_schema(model: type[Section]) -> dict[str, Any]:
             return False
 
     schema = model.model_json_schema(schema_generator=Untitled)
-    for spec in schema["properties"].values():
-        if "$ref" in spec:  # a section's own keys have its defaults
-            spec.pop("default", None)
+    for _, section in _schema_sections(schema, schema):
+        for spec in section["properties"].values():
+            if "$ref" in spec:  # a section's own keys have its defaults
+                spec.pop("default", None)
     return {"$schema": GenerateJsonSchema.schema_dialect} | schema
 
 
 def reference_page(schema: dict[str, Any]) -> str:
     """All keys of a JSON Schema as Markdown: for each section a table of key, type, default and meaning."""
-    sections = {"": schema} | {
-        name: schema["$defs"][spec["$ref"].rpartition("/")[2]]
-        for name, spec in schema["properties"].items()
-        if "$ref" in spec
-    }
     lines = []
-    for name, section in sections.items():
+    for name, section in _schema_sections(schema, schema):
         title, meaning = (f"`{name}`", section["description"]) if name else ("Top level", "Keys outside any section.")
         lines += [f"## {title}", "", meaning, "", "| Key | Value | Default | Meaning |", "|---|---|---|---|"]
         for key, spec in section["properties"].items():
@@ -171,6 +167,14 @@ def reference_page(schema: dict[str, Any]) -> str:
                 lines.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
         lines.append("")
     return "\n".join(lines)
+
+
+def _schema_sections(schema: dict[str, Any], section: dict[str, Any], name: str = "") -> Iterator[tuple[str, Any]]:
+    """A section of a JSON Schema and those in it, each with its key."""
+    yield name, section
+    for key, spec in section["properties"].items():
+        if "$ref" in spec:
+            yield from _schema_sections(schema, schema["$defs"][spec["$ref"].rpartition("/")[2]], _joined(name, key))
 
 
 def _kind(spec: dict[str, Any]) -> str:

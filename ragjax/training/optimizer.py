@@ -40,8 +40,8 @@ def make_optimizer(train: Train) -> optax.GradientTransformation:
     """For each model apart: clipping by the global norm, then AdamW with the retriever's or the generator's rate.
 
     Clipped together, the generator's gradient, several times the larger, would set the scale of the retriever's, and
-    another one in every step. Weight decay acts on matrices only. The rates rise linearly over `warmup` steps, then
-    fall to zero as `decay` says.
+    another one in every step. Weight decay acts on matrices only. The rates rise linearly over `warmup_steps`, then
+    fall to zero as `lr_schedule` says.
     """
 
     def schedule(peak: float) -> Callable[[Any], Any]:
