@@ -52,10 +52,9 @@ def keep_compiled_programs(config: pytest.Config) -> None:
     os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)  # child processes, which tests kill, would leave half an entry
 
 
-def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+def pytest_keyboard_interrupt() -> None:
     """What was being written to the cache when Ctrl-C came may be half of it."""
-    if exitstatus == pytest.ExitCode.INTERRUPTED and not hasattr(session.config, "workerinput"):
-        shutil.rmtree(jax.config.jax_compilation_cache_dir, ignore_errors=True)  # type: ignore[attr-defined]
+    shutil.rmtree(jax.config.values["jax_compilation_cache_dir"], ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
