@@ -335,7 +335,7 @@ def test_impossible_documents_change_nothing(
     apart = rounding(without.doc_logp)
     for name in ("beam_logp", "doc_logp", "posterior"):
         np.testing.assert_allclose(getattr(masked, name)[[0, 2]], getattr(without, name), atol=apart, err_msg=name)
-    for name in ("fast", "thorough"):
+    for name in ("fast_logp", "thorough_logp"):
         np.testing.assert_allclose(getattr(masked, name), getattr(without, name), atol=apart, err_msg=name)
     assert nothing.tokens == [()] and not nothing.finished.any()
     assert nothing.best("thorough") == [0] == nothing.best("fast")
