@@ -190,18 +190,18 @@ def test_a_run_killed_in_the_middle_of_a_refresh_resumes(
 ) -> None:
     """After a part was written, or before; the checkpoints are of steps 4, 8 and 12, the second of before a switch."""
     config, reference = refreshing(world, tmp_path / "run", **SLOWER), slower
-    go_on = IndexRefresher.advance
+    advance = IndexRefresher.advance
 
     def killed(self: IndexRefresher, step: int, indexed: Any) -> bool:
         if step == stop and stop % 2:
             raise RuntimeError("the power went off")
-        switched = go_on(self, step, indexed)
+        switched = advance(self, step, indexed)
         if step == stop:
             raise RuntimeError("the power went off")
         return switched
 
     with monkeypatch.context() as patch:
-        patch.setattr(IndexRefresher, "go_on", killed)
+        patch.setattr(IndexRefresher, "advance", killed)
         with pytest.raises(RuntimeError):
             train(config)
     train(config)
