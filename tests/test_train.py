@@ -71,9 +71,9 @@ def at_step(monkeypatch: pytest.MonkeyPatch, step: int, happen: Callable[[], Non
     """Lets something happen when the progress of the training reaches a step."""
 
     @contextmanager
-    def watched(name: str, total: int, unit: str, done: int = 0) -> Iterator[Callable[..., None]]:
+    def watched(name: str, total: int, unit: str, done: int = 0, **beside: Any) -> Iterator[Callable[..., None]]:
         count = done
-        with progress_bar(name, total, unit, done) as advance:
+        with progress_bar(name, total, unit, done, **beside) as advance:
 
             def watch(more: int = 1, note: str = "") -> None:
                 nonlocal count
