@@ -117,7 +117,7 @@ def test_what_cannot_be_asked(answerer: Answerer) -> None:
             answerer.answer(["Where?", " "], mode=mode)
         with pytest.raises(InputError, match=r"questions\[2\]: the question '\\udcff' is not Unicode text"):
             answerer.answer(["Where?", "When?", "\udcff"], mode=mode)
-        with pytest.raises(InputError, match=r"questions\[0\]: a prompt needs 3\d\d tokens .*source_tokens is 128"):
+        with pytest.raises(InputError, match=r"questions\[0\]: a prompt needs 3\d\d tokens .*max_prompt_tokens is 128"):
             answerer.answer("long " * 60, mode=mode)
     with pytest.raises(InputError, match=r"mode is .slow.; with model=rag_sequence .* of thorough, certified, fast"):
         answerer.answer(["Where?"], mode="slow")
