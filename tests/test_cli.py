@@ -136,7 +136,7 @@ def test_a_run_may_stand_where_a_configuration_does(capsys: Capture, own_run: Pa
     moved = own_run.rename(own_run.parent / "a ${b} é")
     assert main(["config", str(moved), "decode.num_docs=1", "index.path=elsewhere"]) == 0
     shown = capsys.readouterr().out
-    assert "path: elsewhere\n" in shown and "  k: 1\n" in shown and "output: " in shown
+    assert "path: elsewhere\n" in shown and "  num_docs: 1\n" in shown and "output: " in shown
     assert main(["answer", str(moved), "What is the capital of Arland?", "--json"]) == 0
     asked = capsys.readouterr()
     assert len(json.loads(asked.out)["documents"]) == 3 and "pretrained" not in asked.err
