@@ -45,19 +45,19 @@ test-slow: $(VENV)/dev
 
 test-torch: $(VENV)/dev
 	$(PIP) -e '.[dev,torch]'
-	$(PYTEST) -n 2 tests/test_hf_live.py
+	$(PYTEST) -n 2 tests/commands/test_hf_live.py
 
 # in an environment of its own: where the TPU's library is, JAX looks for a TPU
 test-tpu:
 	@$(PYTHON) -m venv $(VENV)-tpu
 	@$(VENV)-tpu/bin/python -m pip install -q --disable-pip-version-check -e '.[dev,tpu]'
-	JAX_PLATFORMS=cpu $(VENV)-tpu/bin/python -m pytest -q -m slow tests/test_plan.py
+	JAX_PLATFORMS=cpu $(VENV)-tpu/bin/python -m pytest -q -m slow tests/planning/test_plan.py
 
 soak: $(VENV)/dev
-	$(BIN)/python tests/soak.py --kills 120 --devices 1
-	$(BIN)/python tests/soak.py --kills 40 --processes 2
-	$(BIN)/python tests/soak.py --interrupts 200
-	$(BIN)/python tests/damage.py
+	$(BIN)/python tests/helpers/soak.py --kills 120 --devices 1
+	$(BIN)/python tests/helpers/soak.py --kills 40 --processes 2
+	$(BIN)/python tests/helpers/soak.py --interrupts 200
+	$(BIN)/python tests/helpers/damage.py
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -75,7 +75,7 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(50_000, 20, 100)
 
 
-LONGEST = [f"test_{name}" for name in "refresh train step processes encoder_decoders plan soak fused".split()]
+LONGEST = [f"test_{name}" for name in "refresh train step processes encoder_decoders plan soak fused_retrieval".split()]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

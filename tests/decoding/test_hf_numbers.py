@@ -40,7 +40,7 @@ from ragjax.rag import load_pipeline
 from ragjax.training.batch import TrainBatch
 from ragjax.training.loss import rag_loss
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 LABELS = ("labels", "labels_nobos", "labels_nostart", "labels_short")
 VARIANTS = ("default", "lp0", "forcedbos", "earlystop")
 BEAMS = (1, 2, 4)

@@ -24,7 +24,7 @@ from ragjax.models.layers import Params, split_parameters
 
 Tensors = Mapping[str, np.ndarray]
 erf = np.vectorize(math.erf)
-GOLDEN = Path(__file__).parent / "golden" / "llama-tiny"
+GOLDEN = Path(__file__).parents[1] / "golden" / "llama-tiny"
 EPS = float(np.finfo(np.float32).eps)
 
 

@@ -1,4 +1,4 @@
-"""Kills ragjax at random moments until it has done its work all the same: `python tests/soak.py --kills 120`.
+"""Kills ragjax at random moments until it has done its work all the same: `python tests/helpers/soak.py --kills 120`.
 
 The index is built and a model trained once undisturbed. Then the same is done while processes are killed (SIGKILL),
 told to stop (SIGTERM, SIGINT), caught in the middle of a save, and refused room on the disk. What they leave must be

@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RAGJAX = [sys.executable, "-m", "ragjax"]
 RATES = {"examples_per_second", "tokens_per_second"}
 

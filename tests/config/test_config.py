@@ -29,7 +29,7 @@ from ragjax.config import (
 )
 from ragjax.errors import InputError
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 SMALLEST = """\
 output: runs/x
 corpus: {source: passages.jsonl}

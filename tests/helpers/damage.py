@@ -1,6 +1,6 @@
 """Damage: single bits flipped, files cut short and deleted, one at a time, in a checkpoint and in an index.
 
-    python tests/damage.py --count 200 --seed 1
+    python tests/helpers/damage.py --count 200 --seed 1
 
 Each time what is loaded afterwards is compared with what was saved. Damage is either noticed (an InputError, or the
 checkpoint before is used) or harmless: every array, number and text is the same to the bit. Anything else is printed.

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_hf_rag import write_rag_checkpoint
+from test_hugging_face import write_rag_checkpoint
 from world import open_world, tiny_config
 
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"

@@ -33,7 +33,7 @@ from ragjax.models.kv_cache import DocumentMemory
 from ragjax.models.layers import row_rngs
 
 Capture = pytest.CaptureFixture[str]
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 PREFIX = "rag.generator."
 SLOW = pytest.mark.slow
 LABELS = ("labels", "labels_nobos", "labels_nostart", "labels_short")
@@ -344,7 +344,7 @@ def test_from_training_to_an_answer(family: str, more: list[str], world: Path, t
 @pytest.mark.parametrize(("family", "model"), [("bart", "rag_sequence"), ("t5", "rag_token")])
 def test_on_the_real_factbook(family: str, model: str, tmp_path: Path, capsys: Capture) -> None:
     """The path of the configurations for Natural Questions, with random models: the loss falls and runs resume."""
-    config = str(Path(__file__).parents[1] / "configs" / "factbook.yaml")
+    config = str(Path(__file__).parents[2] / "configs" / "factbook.yaml")
     settings = [f"model={model}", "retriever.source=random:bert", f"generator.source=random:{family}"]
     settings += ["corpus.max_passages=400", f"index.path={tmp_path}/index", "generator.answer_template='{answer}'"]
     settings += ["generator.max_prompt_tokens=256", "generator.max_answer_tokens=48", "train.backprop_docs=null"]

@@ -460,7 +460,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(params=CONFIGS)
 def paper(request: pytest.FixtureRequest) -> str:
-    return str(Path(__file__).parents[1] / "configs" / f"{request.param}.yaml")
+    return str(Path(__file__).parents[2] / "configs" / f"{request.param}.yaml")
 
 
 def test_the_papers_configurations_are_planned_without_a_network(
@@ -568,7 +568,7 @@ def test_the_papers_step_fits_a_tpu_that_is_not_there(tmp_path: Path) -> None:
         (tmp_path / name / "config.json").write_text(json.dumps(shape))
     models = [f"retriever.source={tmp_path}/dpr", f"retriever.passage_encoder={tmp_path}/dpr"]
     settings = [*models, f"generator.source={tmp_path}/bart", "mesh.fsdp=true"]
-    config = str(Path(__file__).parents[1] / "configs" / "rag_sequence_nq.yaml")
+    config = str(Path(__file__).parents[2] / "configs" / "rag_sequence_nq.yaml")
     command = [sys.executable, "-c", ON_A_TPU, "1", config, *settings]
     told = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert (told["kind"], told["platform"]) == ("TPU v5 lite", "cpu")

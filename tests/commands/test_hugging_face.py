@@ -29,7 +29,7 @@ from ragjax.runs.restore import restore_params
 from ragjax.runs.run_dir import load_run_config
 
 Capture = pytest.CaptureFixture[str]
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 RAG = {"model_type": "rag", "n_docs": 3, "max_combined_length": 99}
 RAG |= {"title_sep": " | ", "doc_sep": " ? ", "prefix": "ask: ", "label_smoothing": 0.1, "exclude_bos_score": True}
 RAG |= {"do_marginalize": True, "do_deduplication": False, "reduce_loss": True, "dataset": "wiki_dpr"}
