@@ -21,24 +21,26 @@ generator. (`ragjax.training`)
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-from ragjax.errors import InputError
-
+TYPE_CHECKING = False  # typing takes time to import, in which Ctrl-C would show a traceback
 if TYPE_CHECKING:
     from ragjax.answerer import Answer, Answerer, Candidate, Document, load
+    from ragjax.errors import InputError
 
     __version__: str
 
 __all__ = ["Answer", "Answerer", "Candidate", "Document", "InputError", "__version__", "load"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Imports JAX only when it is needed, so that `ragjax --help` and `ragjax config` are instant."""
     if name == "__version__":
         from importlib.metadata import version
 
         return version("ragjax")
+    if name == "InputError":
+        from ragjax.errors import InputError
+
+        return InputError
     if name in __all__:
         from ragjax import answerer
 

@@ -1,11 +1,15 @@
 """`ragjax`, and `python -m ragjax`. Nothing else is imported before it is known what Ctrl-C does."""
 
+import _signal  # type: ignore[import-not-found]  # what `signal` wraps, which takes time to import
+import os
 import sys
-
-from ragjax.signals import guarded, leave_at_once
 
 
 def main() -> int:
+    for number in (_signal.SIGINT, _signal.SIGTERM):
+        _signal.signal(number, lambda number, frame: os._exit(128 + number))
+    from ragjax.signals import guarded, leave_at_once
+
     end_with = leave_at_once()
 
     def command() -> int:

@@ -87,6 +87,7 @@ SETTINGS = set("omegaconf pydantic rich".split())
 @pytest.mark.parametrize(
     ("program", "not_needed"),
     [
+        ("import ragjax.__main__", {"enum", "re", "signal", "typing"}),  # until then Ctrl-C shows a traceback
         ("import ragjax.marginal", MODELS | SETTINGS),
         ("import ragjax; ragjax.__version__", JAX | MODELS | SETTINGS),
         ("from ragjax.cli import main; main(['config', 'tiny'])", JAX | MODELS),
