@@ -357,13 +357,15 @@ def fingerprint(folder: Path, step: int) -> str:
 def _raise_errors_of_jax(error: Exception) -> None:
     """Raises again what JAX reports, such as a process that is gone or a device without memory: no fault of the disk.
 
-    Where processes wait for one another, Orbax wraps it in a `TimeoutError`.
+    Where processes wait for one another, Orbax wraps it in a `TimeoutError`, and may drop what it wraps.
     """
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, jax.errors.JaxRuntimeError):
             raise cause
-        cause = cause.__cause__
+        if isinstance(cause, TimeoutError) and "barrier" in str(cause):
+            raise jax.errors.JaxRuntimeError(str(cause)) from cause
+        cause = cause.__cause__ or cause.__context__
 
 
 def _with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -314,3 +314,15 @@ def test_a_checkpoint_that_does_not_fit_on_the_disk(tmp_path: Path) -> None:
     checkpoints.save(3, state, {})
     chex.assert_trees_all_equal(checkpoints.restore(3, state), state)
     checkpoints.close()
+
+
+def test_a_process_that_is_gone_is_no_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Orbax says where processes wait for one another, without the error of JAX that it comes from."""
+
+    def lost(*_: object, **__: object) -> None:
+        raise TimeoutError("Timeout waiting at barrier 'create_directory'. The original error raised was: UNAVAILABLE")
+
+    with Checkpointer(tmp_path, writing=True) as checkpoints:
+        monkeypatch.setattr(checkpoints._ocp, "save_async", lost)
+        with pytest.raises(jax.errors.JaxRuntimeError, match="barrier"):
+            checkpoints.save(1, make_state(), {})
