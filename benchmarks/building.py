@@ -114,7 +114,10 @@ def main() -> None:
         settings = {
             "output": str(folder / "run"),
             "corpus": {"source": str(folder / "corpus.jsonl")},
-            "retriever": {"source": options.retriever or str(folder / "retriever"), "passage_tokens": options.tokens},
+            "retriever": {
+                "source": options.retriever or str(folder / "retriever"),
+                "max_passage_tokens": options.tokens,
+            },
             "generator": {"source": str(folder / "generator")},
             "index": {"kind": options.kind, "batch_size": options.batch_size},
         }

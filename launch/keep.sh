@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs an experiment on a spot machine to its end: one that was taken away is made anew, and the run goes on.
+# Runs one on a spot machine to its end: one that was taken away is made anew, and the run goes on.
 set -euo pipefail
 
 usage() {
@@ -7,7 +7,7 @@ usage() {
 usage: BUCKET=gs://… [NAME=… ZONE=… TYPE=… …] launch/keep.sh [--dry-run] tpu|gpu CONFIG [key=value …]
 
   tpu, gpu   on machines of launch/tpu.sh or launch/gpu.sh, which tell what else can be set
-  BUCKET     where runs/ survives the machine. It stops where the experiment itself fails (exit code 2, or 1 five times)
+  BUCKET     where runs/ survives the machine. It stops where the run itself fails (exit code 2, or 1 five times)
 TEXT
 }
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One experiment in several processes on this machine, as on several machines: index, train and evaluate.
+# One run in several processes on this machine, as on several machines: index, train and evaluate.
 set -euo pipefail
 
 usage() {

@@ -90,7 +90,6 @@ def _run(options: argparse.Namespace) -> int:
         print(visible(f"{options.name}: {error}"), file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        sys.stderr.close()
         return 0
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -167,7 +166,7 @@ def _parser() -> argparse.ArgumentParser:
     plan = command(
         "plan",
         _plan,
-        "tell what an experiment needs of disk, memory, network and arithmetic, before anything is built",
+        "tell what a run needs of disk, memory, network and arithmetic, before anything is built",
         "ragjax plan configs/rag_sequence_nq.yaml --devices 8 --memory 16 index.kind=HNSW32 mesh.fsdp=true",
     )
     overrides(plan)

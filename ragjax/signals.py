@@ -153,7 +153,9 @@ def leave_at_once() -> Callable[[int], int]:
         try:
             sys.stdout.flush()
             sys.stderr.flush()
-        except (OSError, ValueError):  # nobody reads any more
+        except BrokenPipeError:  # the reader, such as `head`, has seen enough
+            pass
+        except (OSError, ValueError):
             last.append(120)  # as Python ends then
         os._exit(max(last))
 

@@ -421,3 +421,13 @@ def test_a_gzipped_corpus_smaller_than_five_passages_is_evaluated(capsys: Captur
     assert main(["evaluate", str(world / "config.yaml"), "--json", *settings]) == 0
     [measured] = json.loads(capsys.readouterr().out)["models"].values()
     assert measured["recall@5"] == 1
+
+
+@pytest.mark.parametrize("arguments", [["config", "tiny"], ["config", "--schema"], ["--help"]])
+def test_a_reader_that_has_seen_enough(arguments: list[str]) -> None:
+    """As `| head`: no word on standard error, and no error code."""
+    command = [sys.executable, "-m", "ragjax", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None and child.stderr is not None
+        child.stdout.close()
+        assert (child.stderr.read(), child.wait()) == ("", 0)

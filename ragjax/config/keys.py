@@ -136,7 +136,7 @@ class Train(Section):
     )
     gradient_error_every: PositiveInt | None = Field(
         None,
-        description="Steps between measurements of the gradient that backward_documents leaves out; null means never.",
+        description="Steps between measurements of the gradient that backprop_docs leaves out; null means never.",
     )
     retriever_lr: NonNegativeFloat = Field(3e-5, description="The retriever's highest learning rate.")
     generator_lr: NonNegativeFloat = Field(3e-5, description="The generator's highest learning rate.")
