@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One machine with GPUs on Google Cloud: create it, install this checkout on it, run one, follow it, delete it.
+# One machine with GPUs on Google Cloud: create it, install this checkout on it, start a run, follow it, delete it.
 set -euo pipefail
 usage() {
   cat <<TEXT

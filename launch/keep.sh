@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs one on a spot machine to its end: one that was taken away is made anew, and the run goes on.
+# Carries a run to its end on spot machines: one that was taken away is made anew, and the run goes on.
 set -euo pipefail
 
 usage() {

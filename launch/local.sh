@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Index, train and evaluate one run on this machine; training uses all its devices. After an interruption the
+# One run on this machine: index, train and evaluate; training uses all its devices. After an interruption the
 # same command goes on: an index that is whole is kept, and training resumes.
 set -euo pipefail
 

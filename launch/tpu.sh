@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One TPU VM: create it, install this checkout on it, run one there, follow it, delete it.
+# One TPU VM: create it, install this checkout on it, start a run there, follow it, delete it.
 set -euo pipefail
 usage() {
   cat <<TEXT
