@@ -25,6 +25,7 @@ from ragjax.terminal import bytes_bar, terminal
 
 Loaded = TypeVar("Loaded")
 SAVE_TIMEOUT = 1200.0  # seconds after which several processes give up a save, in which one may have failed
+LAST_SAVE_TIMEOUT = 10.0  # the same where JAX has failed already
 SMALL_FILE = 1 << 20  # bytes up to which a file is read when only the metadata are asked for
 UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a folder that is being written
 DAMAGED = "the checkpoint is incomplete or damaged"
@@ -73,7 +74,11 @@ class Checkpointer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
+        if jax.process_count() == 1 or not isinstance(error, jax.errors.JaxRuntimeError):
+            self.close()
+            return
+        with suppress(InputError, jax.errors.JaxRuntimeError):  # another process may be gone, as `error` says
+            self._wait(LAST_SAVE_TIMEOUT)
 
     def steps(self) -> list[int]:
         """The steps saved, damaged ones too, the newest first."""
@@ -162,11 +167,15 @@ class Checkpointer:
 
     def wait(self) -> None:
         """Waits until the last save is on disk, checksums and all. Raises as `save` does."""
+        self._wait(SAVE_TIMEOUT)
+
+    def _wait(self, timeout: float) -> None:
+        """`timeout` is for several processes, in seconds; one alone always ends its save."""
         if self._saving is None:
             return
         (step, response), self._saving = self._saving, None
         try:
-            response.result(timeout=None if jax.process_count() == 1 else SAVE_TIMEOUT)
+            response.result(timeout=None if jax.process_count() == 1 else timeout)
             if is_process_zero():
                 self._complete(step)
         except Exception as error:
