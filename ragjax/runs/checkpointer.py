@@ -78,7 +78,7 @@ class Checkpointer:
             self.close()
             return
         with suppress(InputError, jax.errors.JaxRuntimeError):  # another process may be gone, as `error` says
-            self._wait(LAST_SAVE_TIMEOUT)
+            self.wait(LAST_SAVE_TIMEOUT)
 
     def steps(self) -> list[int]:
         """The steps saved, damaged ones too, the newest first."""
@@ -165,12 +165,11 @@ class Checkpointer:
             has = f"{size_text(need)} are needed and {size_text(free)} are free"
             raise InputError(f"{self._path(step)}: the checkpoint could not be written ({has}); {MAKE_ROOM}")
 
-    def wait(self) -> None:
-        """Waits until the last save is on disk, checksums and all. Raises as `save` does."""
-        self._wait(SAVE_TIMEOUT)
+    def wait(self, timeout: float = SAVE_TIMEOUT) -> None:
+        """Waits until the last save is on disk, checksums and all; several processes so many seconds, one to its end.
 
-    def _wait(self, timeout: float) -> None:
-        """`timeout` is for several processes, in seconds; one alone always ends its save."""
+        Raises as `save` does.
+        """
         if self._saving is None:
             return
         (step, response), self._saving = self._saving, None
