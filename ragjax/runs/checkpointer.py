@@ -46,7 +46,7 @@ class Checkpointer:
     undamaged.
 
     One process may write, and clears away what an interrupted save left; others read meanwhile. Use as a context
-    manager, or call `close`.
+    manager, or call `wait` at the end.
     """
 
     def __init__(self, folder: str | Path, keep: int = 2, *, best: bool = False, writing: bool) -> None:
@@ -75,7 +75,7 @@ class Checkpointer:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if jax.process_count() == 1 or not isinstance(error, jax.errors.JaxRuntimeError):
-            self.close()
+            self.wait()
             return
         with suppress(InputError, jax.errors.JaxRuntimeError):  # another process may be gone, as `error` says
             self.wait(LAST_SAVE_TIMEOUT)
@@ -245,10 +245,6 @@ class Checkpointer:
             with suppress(InputError):
                 every.append(self.metadata(step))
         return every
-
-    def close(self) -> None:
-        """Waits for the last save. Raises as `save` does."""
-        self.wait()
 
     def _damage(self, step: int, most: int | None) -> dict[str, str]:
         """What is wrong with each damaged file, by name; {} where there are no checksums. `most` is in bytes."""
