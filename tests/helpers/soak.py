@@ -141,6 +141,8 @@ class Soak:
 
     def fill_the_disk(self, command: str) -> str:
         """As on a full disk, no file grows beyond some kilobytes: it says so, and leaves nothing behind."""
+        if self.newest() == self.steps:
+            return "no room on the disk after the end"  # nothing is left to write
         [process] = self.begin(command, self.run.name, limit=self.random.choice([20, 60]))
         _, err = process.communicate()
         if process.returncode != 2 or "Traceback" in err:
