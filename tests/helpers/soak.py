@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -120,10 +121,15 @@ class Soak:
         return self._send(command, signal.SIGKILL, "SIGKILL", self.some_time())
 
     def kill_in_a_save(self, command: str) -> str:
-        def saving() -> bool:
-            return any((self.run / "checkpoints").glob("*orbax-checkpoint-tmp*"))
+        def saving() -> set[int]:
+            inodes = set()
+            for path in (self.run / "checkpoints").glob("*orbax-checkpoint-tmp*"):
+                with suppress(FileNotFoundError):
+                    inodes.add(path.stat().st_ino)
+            return inodes
 
-        return self._send(command, signal.SIGKILL, "SIGKILL during a save", saving)
+        there = saving()  # what an earlier kill has left
+        return self._send(command, signal.SIGKILL, "SIGKILL during a save", lambda: bool(saving() - there))
 
     def kill_before_the_checksums(self, command: str) -> str:
         """When a new checkpoint has its name, and its files have no sums yet."""
