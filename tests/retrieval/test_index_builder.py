@@ -367,6 +367,7 @@ def start(config: Config, tmp_path: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
 
 
+@pytest.mark.slow
 def test_a_build_that_was_killed_goes_on(world: Path, sharded: Path, tmp_path: Path) -> None:
     """Killed at any moment, again and again; each process has one device, and the undisturbed one had eight."""
     folder, generator = tmp_path / "index", np.random.default_rng()
