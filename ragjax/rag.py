@@ -120,6 +120,10 @@ def _index_fingerprints(
     """What an index depends on. It fits only where all of it is the same."""
     r, g, c = config.retriever, config.generator, config.corpus
     corpus = f"{c.source} {c.format} max_passages={c.max_passages}"
+    plain = type(c)(source=c.source)
+    for key in ("columns", "quoting", "skip_empty", "split_words", "overlap_words"):
+        if (value := getattr(c, key)) != getattr(plain, key):
+            corpus += f" {key}={value.model_dump() if key == 'columns' else value}"
     if c.format == "factbook":
         categories = ",".join(c.factbook.categories) or "all"
         corpus += f" max_passage_words={c.factbook.max_passage_words} categories={categories} seed={config.seed}"

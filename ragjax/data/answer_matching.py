@@ -1,24 +1,13 @@
-"""Whether a passage holds an accepted answer, word by word, as DPR counts it."""
+"""Whether a passage answers a question: the one that it names, or any that holds an answer, as DPR counts it."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Bool, Int
 
 from ragjax.data.passage_store import PassageStore
 from ragjax.data.questions import Question
-from ragjax.metrics import normalized_words
-
-
-def contains_answer(text: str, answers: Sequence[str]) -> bool:
-    """Whether the words of some answer stand next to each other in the text, as in DPR's `has_answer`.
-
-    Case, articles and punctuation do not count; numbers are whole words.
-    """
-    words = f" {normalized_words(text)} "
-    return any(f" {sought} " in words for answer in answers if (sought := normalized_words(answer)))
+from ragjax.metrics import contains_answer
 
 
 def has_answer(store: PassageStore, question: Question, ids: Int[np.ndarray, " K"]) -> Bool[np.ndarray, " K"]:

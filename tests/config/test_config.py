@@ -147,7 +147,7 @@ def test_a_configuration_cannot_be_changed(tmp_path: Path) -> None:
         ("refresh.min_overlap=0", "refresh.min_overlap is 0; expected more than 0"),
         ("train.gradient_accumulation=3", "train.batch_size 8 is not divisible by train.gradient_accumulation 3"),
         ("dtype=float64", "dtype is 'float64'; expected one of float32, bfloat16"),
-        ("corpus.format=csv", "corpus.format is 'csv'; expected one of jsonl, dpr, factbook"),
+        ("corpus.format=csv", "corpus.format is 'csv'; expected one of auto, jsonl, dpr, factbook"),
         ("decode.mode=slow", "decode.mode is 'slow'; expected one of thorough, certified, fast"),
         ("model=rag_words", "model is 'rag_words'; expected one of rag_sequence, rag_token"),
         ("decode.min_new_tokens=16", "decode.min_new_tokens must be smaller"),
