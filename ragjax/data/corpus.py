@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from ragjax.config import Corpus
-from ragjax.data.reading.columns import SAMPLE, Columns
-from ragjax.data.reading.layout import PassageLayout
+from ragjax.data.forms.columns import SAMPLE, Columns
+from ragjax.data.forms.layout import PassageLayout
+from ragjax.data.forms.split_words import split_words
 from ragjax.data.reading.record import Record
 from ragjax.data.reading.records import count_records, file_kind, read_records
-from ragjax.data.reading.split_words import split_words
 from ragjax.errors import InputError
 from ragjax.files import shown
 

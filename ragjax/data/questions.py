@@ -14,8 +14,8 @@ from typing import Any
 
 from ragjax.checkpoints.hub import fingerprint_files
 from ragjax.config import QuestionColumns
-from ragjax.data.reading.answers import flat_records, read_answers
-from ragjax.data.reading.columns import SAMPLE, Columns
+from ragjax.data.forms.answers import flat_records, read_answers
+from ragjax.data.forms.columns import SAMPLE, Columns
 from ragjax.data.reading.records import file_kind, read_records
 from ragjax.data.reading.sources import find_files, is_missing
 from ragjax.errors import InputError

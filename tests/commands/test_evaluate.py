@@ -205,7 +205,7 @@ def test_a_bad_question_costs_one_question(run: Path, tmp_path: Path, capsys: Ca
         assert "answerable" not in without and "unanswerable" not in without
     table = " ".join(out.split())
     assert "12 test questions 1 answered, 1 not 6 answered, 4 not" in table
-    assert table.count("of those that could be asked") == 3 + 2 * 3
+    assert table.count("of those that could be asked") == 3 + 3 * 3
     lines = predictions(tmp_path / "bad")
     assert {line["version"] for line in lines} == {1}
     trained = [line for line in lines if line["model"] == "trained"]

@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 
 from ragjax.config import Corpus, QuestionColumns
 from ragjax.data.corpus import CorpusReader, Passage
+from ragjax.data.forms.split_words import WORD, split_words
 from ragjax.data.questions import Question, read_questions, read_split
 from ragjax.data.reading import json_records as module
 from ragjax.data.reading.json_records import json_records
 from ragjax.data.reading.sources import find_files
-from ragjax.data.reading.split_words import WORD, split_words
 from ragjax.errors import InputError
 
 FRANCE, ITALY = Passage("1", "France", "Paris is the capital."), Passage("2", "Italy", "Rome is, too.")

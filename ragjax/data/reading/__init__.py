@@ -1,1 +1,1 @@
-"""From files to records: bytes, then lines or values, then the columns that hold what is sought."""
+"""From a source to records: its files, their bytes, and what stands in them as JSON, tables or Arrow."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from ragjax.checkpoints.hub import hub_errors
-from ragjax.errors import InputError
+from ragjax.errors import InputError, library_errors
 from ragjax.files import atomic_write, cache_folder, read_json
 
 DATASET = "hf-dataset:"
@@ -78,7 +78,7 @@ def _load(source: str, repo: str, config: str | None, commit: str, split: str) -
         raise InputError(f"{source}: needs an extra: pip install 'ragjax[datasets]'") from None
     disable_progress_bars()
     folder = cache_folder() / "datasets" / commit
-    with hub_errors(source, repo, commit):
+    with library_errors(f"{source}: cannot be fetched", "check CONFIG and SPLIT, and the network"):
         dataset = load_dataset(
             f"hf://datasets/{repo}", config, revision=commit, split=split, cache_dir=str(folder), keep_in_memory=False
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ragjax.data.reading.columns import Columns
+from ragjax.data.forms.columns import Columns
 from ragjax.data.reading.record import Record
 from ragjax.errors import InputError
 from ragjax.files import is_unicode
