@@ -41,6 +41,12 @@ class Passage:
     text: str
 
 
+def document_id(passage_id: str) -> str:
+    """The id of the document that a passage was cut from by `corpus.split_words`; of one that was not, its own."""
+    document, piece, number = passage_id.rpartition(PIECE)
+    return document if piece and number.isdigit() else passage_id
+
+
 @dataclass(frozen=True)
 class CorpusStats:
     """What reading a corpus once tells: N, "sha256:…" over the ids, titles and texts, and their bytes as JSON."""
@@ -125,11 +131,11 @@ class CorpusReader:
         layout = PassageLayout.find(self._columns, sample, is_table, f"{path}:{sample[0].number}")
         if layout.notice:
             self._said.setdefault(layout.notice, []).append(path)
-        stream = itertools.chain(sample, records)
+        stream, name = itertools.chain(sample, records), str(path)
         del sample  # now it goes as it is read
         for record in stream:
             counts["documents"] += 1
-            place = f"{path}:{record.number}"
+            place = f"{name}:{record.number}"
             passage = Passage(*layout.read(record, place, counts["documents"]))
             if passage.text.strip():
                 yield place, passage

@@ -148,6 +148,13 @@ def test_a_configuration_cannot_be_changed(tmp_path: Path) -> None:
         ("train.gradient_accumulation=3", "train.batch_size 8 is not divisible by train.gradient_accumulation 3"),
         ("dtype=float64", "dtype is 'float64'; expected one of float32, bfloat16"),
         ("corpus.format=csv", "corpus.format is 'csv'; expected one of auto, jsonl, dpr, factbook"),
+        ("corpus.overlap_words=5", "corpus.overlap_words is for documents that are cut; set corpus.split_words, too"),
+        (
+            "corpus={source: c, split_words: 5, overlap_words: 5}",
+            "corpus.overlap_words=5 must be smaller than corpus.spl",
+        ),
+        ("corpus.columns.text=[a]", "corpus.columns.text is "),
+        ("corpus.columns.body=a", "unknown key 'corpus.columns.body'; known here: id, title, text"),
         ("decode.mode=slow", "decode.mode is 'slow'; expected one of thorough, certified, fast"),
         ("model=rag_words", "model is 'rag_words'; expected one of rag_sequence, rag_token"),
         ("decode.min_new_tokens=16", "decode.min_new_tokens must be smaller"),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gzip
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -17,8 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ragjax.config import Corpus, QuestionColumns
+from ragjax.data.answer_matching import has_answer
 from ragjax.data.corpus import CorpusReader, Passage
 from ragjax.data.forms.split_words import WORD, split_words
+from ragjax.data.passage_store import PassageStore, shard_folder, write_store
 from ragjax.data.questions import Question, read_questions, read_split
 from ragjax.data.reading import json_records as module
 from ragjax.data.reading.json_records import json_records
@@ -267,6 +271,18 @@ def test_folders_that_are_refused(tmp_path: Path) -> None:
     assert len(find_files(str(array)).files) == 1
 
 
+def test_what_needs_an_extra_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed, rows = tmp_path / "a", tmp_path / "b"
+    packed.write_bytes(zstd.compress(SAME["beir.jsonl"]))
+    rows.write_bytes(SAME["stream.arrow"])
+    monkeypatch.delattr("backports.zstd")
+    for name in ("backports.zstd", "compression.zstd", "pyarrow"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for path, extra in ((packed, "zstd"), (rows, "parquet")):
+        with pytest.raises(InputError, match=rf"pip install 'ragjax\[{extra}\]'"):
+            list(CorpusReader([path], Corpus(source="c")).read())
+
+
 # -- JSON without lines
 
 
@@ -343,6 +359,19 @@ def test_long_documents_become_passages(tmp_path: Path) -> None:
     assert corpus.notices() == ["1 of 2 documents were cut: 4 passages"] and corpus.count() is None
     assert corpus.place(4).endswith("c:2")
     assert len(list(opened(tmp_path / "c", content, split_words=2, max_passages=2).read())) == 2
+
+
+def test_a_label_may_name_a_document_that_was_cut(tmp_path: Path) -> None:
+    write_store(
+        shard_folder(tmp_path, 0), [Passage(i, "", "x") for i in ("d#1", "d#2", "e", "f#g")], words, lambda p: p.text
+    )
+    store, ids = PassageStore.open(tmp_path), np.array([0, 1, 2, 3, -1])
+    for label, expected in (("d", [1, 1, 0, 0, 0]), ("d#2", [0, 1, 0, 0, 0]), ("e", [0, 0, 1, 0, 0]), ("f", [0] * 5)):
+        assert has_answer(store, Question("q", ("y",), "1", (label,)), ids).tolist() == expected
+
+
+def words(texts: list[str]) -> list[list[int]]:
+    return [[1] for _ in texts]
 
 
 # -- questions

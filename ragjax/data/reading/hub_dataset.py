@@ -7,14 +7,17 @@ revision is ever taken for it; what was fetched once needs no network.
 from __future__ import annotations
 
 import json
+import os
 import re
+import tempfile
 from functools import cache
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from ragjax.checkpoints.hub import hub_errors
 from ragjax.errors import InputError, library_errors
-from ragjax.files import atomic_write, cache_folder, read_json
+from ragjax.files import cache_folder, read_json
 
 DATASET = "hf-dataset:"
 NAME = r"[A-Za-z0-9][\w.-]*"
@@ -39,8 +42,7 @@ def fetch_dataset(source: str) -> tuple[str, tuple[Path, ...]]:
     record = cache_folder() / "datasets" / commit / f"{quote(f'{repo}/{config}:{split}', safe='')}.json"
     if not record.is_file():
         files = _load(source, repo, config, commit, split)
-        with atomic_write(record) as (file,):
-            file.write(json.dumps({"files": files}).encode())
+        _write(record, {"files": files})
     listed = read_json(record, "fetch the dataset again").get("files")
     if not (isinstance(listed, list) and listed and all(isinstance(n, str) and Path(n).is_file() for n in listed)):
         record.unlink()
@@ -64,10 +66,17 @@ def _commit(source: str, repo: str, revision: str) -> str:
         commit = read_json(record, "fetch the dataset again").get("commit")
     if not isinstance(commit, str) or not re.fullmatch(r"[0-9a-f]{40}", commit):
         raise InputError(f"{source}: no commit of revision {revision} is known; delete {record}, and fetch it again")
-    record.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(record) as (file,):
-        file.write(json.dumps({"commit": commit}).encode())
+    _write(record, {"commit": commit})
     return commit
+
+
+def _write(record: Path, value: dict[str, Any]) -> None:
+    """Several processes may do so at the same time."""
+    with library_errors(f"{record}: cannot be written", "free some space, or set RAGJAX_CACHE to another folder"):
+        record.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=record.parent, suffix=".partial", delete=False) as file:
+            file.write(json.dumps(value).encode())
+        os.replace(file.name, record)
 
 
 def _load(source: str, repo: str, config: str | None, commit: str, split: str) -> list[str]:
