@@ -378,7 +378,7 @@ def words(texts: list[str]) -> list[list[int]]:
 
 ASKED = [Question("who?", ("a", "b"), "q")]
 SQUAD = {"id": "q", "question": "who?", "answers": [{"text": "a", "answer_start": 3}, {"text": "b"}, {"text": "a"}]}
-QUESTIONS = {
+QUESTIONS: dict[str, dict[str, Any]] = {
     "nq_open": {"id": "q", "question": "who?", "answer": ["a", "b"]},
     "dpr": {"id": "q", "question": "who?", "answers": ["a", "b"], "positive_ctxs": [{"title": "t", "passage_id": "1"}]},
     "atlas": {"id": "q", "question": "who?", "target": "a", "answers": ["a", "b"]},

@@ -47,7 +47,9 @@ def hub_server(repo: str, revisions: Mapping[str, Mapping[str, bytes]]) -> Itera
                 self.reply(200, files[name], {"X-Repo-Commit": commit, "ETag": f'"{etag}"'})
             elif kind in ("tree", "paths-info"):
                 folders = {name.rpartition("/")[0] for name in files} - {""}
-                entries = [{"type": "directory", "path": folder, "oid": "0" * 40} for folder in folders]
+                entries: list[dict[str, Any]] = [
+                    {"type": "directory", "path": folder, "oid": "0" * 40} for folder in folders
+                ]
                 entries += [
                     {"type": "file", "path": n, "size": len(data), "oid": "1" * 40} for n, data in files.items()
                 ]

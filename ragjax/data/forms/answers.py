@@ -33,8 +33,10 @@ def read_answers(value: Any) -> Any:
             return [str(value)]
         case {"text": inside} | {"answer": inside}:
             return _once(read_answers(inside))
-        case {"value": str() as first, **others}:
-            return _once([first, *others["aliases"]]) if isinstance(others.get("aliases"), list) else [first]
+        case {"value": str() as first, "aliases": [*aliases]}:
+            return _once([first, *aliases])
+        case {"value": str() as first}:
+            return [first]
         case [*items] if any(isinstance(item, dict) for item in items):
             answers: list[Any] = []
             for item in items:  # in KILT some give the provenance alone
