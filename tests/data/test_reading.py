@@ -142,6 +142,9 @@ def test_other_forms_of_a_corpus(tmp_path: Path) -> None:
     ]
     assert texts(lines({"id": "a", "contents": "alone"}), path) == [("a", "", "alone")]
     assert texts(lines({"id": "a", "contents": "one\n"}), path) == [("a", "", "one\n")], "no title without a text"
+    body = table("", "1\tIt has a head.\tBody", "2\tIt is long.\tText")
+    assert texts(body, path) == [("1", "Body", "It has a head."), ("2", "Text", "It is long.")], "no header"
+    assert texts(table(",id,text", "0,a,x", "1,b,y"), path.with_suffix(".csv")) == [("a", "", "x"), ("b", "", "y")]
     kilt = {"_id": "290", "wikipedia_title": "A", "text": ["A\n", "A is the first letter.\n"]}
     assert texts(lines(kilt), path) == [("290", "A", "A\nA is the first letter.")]
     assert texts(lines({"id": "1", "title": None, "text": "x"}, {"id": "2", "text": "y"}), path)[0] == ("1", "", "x")

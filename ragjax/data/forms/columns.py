@@ -55,14 +55,15 @@ class Columns:
         return f'empty or missing "{part}": {name} among its keys ({listed}); name it by {self.kind}.columns.{part}'
 
     def is_header(self, row: Sequence[str]) -> bool:
-        """Whether the first row of a table holds names. Places ("1", "2") in the configuration are for files without.
-
-        One of the names that must be there is enough.
+        """Whether the first row of a table holds names: one that the configuration gives, or that of the text or the
+        question among cells that all could be names. A title may be called "Body", but then an id stands beside it.
         """
         cells = {cell.strip().lower() for cell in row}
-        needed = "text" if self.kind == "corpus" else "question"
         given = {name.lower() for name in self.given.values() if name is not None and not name.isdigit()}
-        return not cells.isdisjoint({*NAMES[self.kind][needed]} | given)
+        if not cells.isdisjoint(given):
+            return True
+        known = NAMES[self.kind]["text" if self.kind == "corpus" else "question"]
+        return not cells.isdisjoint(known) and all(len(cell) <= 64 and not cell[:1].isdigit() for cell in cells)
 
     def headless(self, rows: Sequence[Sequence[str]], where: str) -> Mapping[str, str | None]:
         """The places of the parts, in a table without a header, from its first rows; as the configuration gives them.
@@ -88,9 +89,8 @@ class Columns:
                 places = {"id": ids[0], "title": next((i for i in others if i != ids[0]), None), "text": text}
                 return {part: None if i is None else str(i + 1) for part, i in places.items()}
         raise InputError(
-            f"{where}: has no header, and {width} columns of which it is not clear what they hold; say it by "
-            f"{setting}, "
-            'as in {id: "1", text: "2"}'
+            f"{where}: has no header, and {width} columns of which it is not clear what they hold; say it by {setting}"
+            ', as in {id: "1", text: "2"}'
         )
 
 

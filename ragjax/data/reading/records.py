@@ -38,7 +38,8 @@ def read_records(
     """
     kind = file_kind(path)
     if expected is not None and kind != expected:
-        raise InputError(f"{path}: is no {expected.upper()} file; leave out corpus.format, and it is recognised")
+        sought = "JSON" if expected == "json" else "table"
+        raise InputError(f"{path}: holds no {sought}; leave out corpus.format, and what it holds is recognised")
     if kind == "json":
         return json_records(path)
     return table_records(path, quoting, is_header) if kind == "table" else arrow_records(path)

@@ -9,7 +9,6 @@ from pathlib import Path
 from ragjax.data.reading.byte_stream import LONGEST_LINE, text_lines
 from ragjax.data.reading.record import Record
 from ragjax.errors import InputError
-from ragjax.files import shown
 
 
 def table_records(path: Path, quoting: str, is_header: Callable[[Sequence[str]], bool]) -> Iterator[Record]:
@@ -90,8 +89,3 @@ def _row_of_lines(line: str, more: Iterator[tuple[int, str]], delimiter: str, wh
 def is_table_name(name: str) -> bool:
     """Whether a file that is called so, packed or not, should hold a table."""
     return name.lower().removesuffix(".gz").removesuffix(".zst").endswith((".tsv", ".csv"))
-
-
-def row_as_text(row: Sequence[str]) -> str:
-    """The cells of a row as an error message quotes them."""
-    return shown(list(row))
