@@ -31,11 +31,10 @@ HF_PATTERNS = [
     "*.txt",
     "*.model",
     "*.jinja",
-    "*.jsonl",
-    "*.tsv",
-    "*.jsonl.gz",
-    "*.tsv.gz",
+    *(f"*.{kind}{packed}" for kind in ("jsonl", "tsv", "csv") for packed in ("", ".gz", ".zst")),
+    "*.parquet",
 ]
+CORPORA = (".jsonl", ".tsv", ".csv", ".parquet", ".gz", ".zst")
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ def fetch_config(source: str) -> Path:
         repo, revision = _repository(source)
         from huggingface_hub import hf_hub_download
 
-        with _hub_errors(source, repo, revision):
+        with hub_errors(source, repo, revision):
             return Path(hf_hub_download(repo, "config.json", revision=revision))
     path = fetch(source).path
     if not (path / "config.json").is_file():
@@ -108,7 +107,7 @@ def fetch_config(source: str) -> Path:
 
 def is_local(source: str) -> bool:
     """Whether a source is a path on this machine."""
-    return not source.startswith(("hf:", "pypi:", "random:"))
+    return not source.startswith(("hf:", "hf-dataset:", "pypi:", "random:"))
 
 
 def fingerprint_files(paths: Iterable[Path]) -> str:
@@ -140,22 +139,22 @@ def _fetch_hf(source: str) -> ResolvedSource:
     repo, revision = _repository(source)
     from huggingface_hub import errors
 
-    with _hub_errors(source, repo, revision):
+    with hub_errors(source, repo, revision):
         try:
             path, files = _hf_snapshot(repo, revision, "model")
         except errors.GatedRepoError:
             raise
         except errors.RepositoryNotFoundError:
             path, files = _hf_snapshot(repo, revision, "dataset")
-    if not any(file.endswith((".safetensors", ".gguf", ".jsonl", ".tsv", ".gz")) for file in files):
+    if not any(file.endswith((".safetensors", ".gguf", *CORPORA)) for file in files):
         pickled = f"; {HOW_TO_CONVERT}" if any(file.endswith(PICKLED) for file in files) else ""
-        raise InputError(f"{source}: has none of *.safetensors, *.gguf, *.jsonl and *.tsv{pickled}")
+        raise InputError(f"{source}: has none of *.safetensors, *.gguf, *.jsonl, *.tsv, *.csv and *.parquet{pickled}")
     return ResolvedSource(path, source, path.name)
 
 
 @contextmanager
-def _hub_errors(source: str, repo: str, revision: str) -> Iterator[None]:
-    """Turns whatever goes wrong with the hub into one `InputError`."""
+def hub_errors(source: str, repo: str, revision: str) -> Iterator[None]:
+    """Turns whatever goes wrong with the hub, or a library that reads from it, into one `InputError`."""
     from huggingface_hub import errors, logging
 
     logging.set_verbosity_error()  # it would tell of every attempt; the last one's error is ours to tell
