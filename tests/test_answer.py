@@ -119,7 +119,9 @@ def test_what_cannot_be_asked(answerer: Answerer) -> None:
             answerer.answer(["Where?", "When?", "\udcff"], mode=mode)
         with pytest.raises(InputError, match=r"questions\[0\]: a prompt needs 3\d\d tokens .*max_prompt_tokens is 128"):
             answerer.answer("long " * 60, mode=mode)
-    with pytest.raises(InputError, match=r"mode is .slow.; with model=rag_sequence .* of thorough, certified, fast"):
+    with pytest.raises(
+        InputError, match="mode is .slow.; with model=rag_sequence .* of exact, thorough, certified, fast"
+    ):
         answerer.answer(["Where?"], mode="slow")
     with pytest.raises(InputError, match="n_best is 0"):
         answerer.answer(["Where?"], n_best=0)

@@ -148,7 +148,9 @@ def test_a_configuration_cannot_be_changed(tmp_path: Path) -> None:
         ("train.gradient_accumulation=3", "train.batch_size 8 is not divisible by train.gradient_accumulation 3"),
         ("dtype=float64", "dtype is 'float64'; expected one of float32, bfloat16"),
         ("corpus.format=csv", "corpus.format is 'csv'; expected one of jsonl, dpr, factbook"),
-        ("decode.mode=slow", "decode.mode is 'slow'; expected one of thorough, certified, fast"),
+        ("decode.start_beams=9", "decode.start_beams must be at most decode.max_beams"),
+        ("decode.prove=corpus", "decode.prove=corpus needs retriever.prior=corpus"),
+        ("decode.mode=slow", "decode.mode is 'slow'; expected one of exact, thorough, certified, fast"),
         ("model=rag_words", "model is 'rag_words'; expected one of rag_sequence, rag_token"),
         ("decode.min_new_tokens=16", "decode.min_new_tokens must be smaller"),
         (
@@ -399,7 +401,7 @@ def test_every_key_is_on_the_reference_page() -> None:
     rows = {line.split("`")[1]: line for line in page.splitlines() if line.startswith("| `")}
     assert list(rows) == KEYS
     assert all(len(re.findall(r"(?<!\\)\|", row)) == 5 for row in rows.values())
-    assert rows["decode.mode"].startswith('| `decode.mode` | `thorough`, `certified`, `fast` | `"thorough"` |')
+    assert rows["decode.mode"].startswith('| `decode.mode` | `exact`, `thorough`, `certified`, `fast` | `"thorough"` |')
     assert rows["train.dropout"].startswith("| `train.dropout` | number, ≥ 0, < 1 | `0.0` |")
     assert rows["corpus.max_passages"].startswith("| `corpus.max_passages` | whole number, > 0 or null | `null` |")
     assert rows["output"].startswith("| `output` | text | must be given |")
