@@ -161,6 +161,9 @@ class Answerer:
         whole = repeat_to_size(questions, min(bucket_size(count), max(most, count)))
         batch = question_batch(self.rag.tokenizers, whole)
         retrieval = None if mode == "closed_book" else self.retrieve(batch)
+        if retrieval is not None and mode == "exact":  # what fills up is not searched
+            there = (np.arange(len(whole)) < count)[:, None]
+            retrieval = dataclasses.replace(retrieval, log_prior=np.where(there, retrieval.log_prior, -np.inf))
         candidates, _ = self.candidates(batch, retrieval, "fast" if retrieval is None else mode)
         documents = [[] if retrieval is None else self.documents(retrieval, b) for b in range(count)]
         return [self._answer(questions[b], mode, candidates[b], documents[b], n_best) for b in range(count)]
@@ -188,13 +191,13 @@ class Answerer:
             store, ids, prior = self.store, retrieval.ids, retrieval.log_prior
         source, mask = tokenize_prompts(self.rag.tokenizers, store, questions, ids)
         settings, special = config.decode.replace(mode=mode), self.rag.special
-        if retrieval is not None and mode == "exact" and gold is None:
-            by_token, outside = config.model == "rag_token", retrieval.outside
-            return decode_exact(graph, params, source, mask, prior, outside, settings, special, by_token), None
-        source, mask = shard_batch(self.mesh, (source, mask), len(source))
-        memory = prefill_documents(graph, params, source, mask)
+        if retrieval is not None and mode == "exact":  # reads what it needs; the gold answer needs all
+            given = (source, mask, prior, retrieval.outside, settings, special, config.model == "rag_token")
+            candidates = decode_exact(graph, params, *given)
+            return candidates, None if gold is None else self._gold_logp(self._read(source, mask), prior, gold)
+        memory = self._read(source, mask)
         if retrieval is not None and rescores_as_hugging_face(config):
-            unmasked = prefill_documents(graph, params, source, jnp.ones_like(mask))
+            unmasked = self._read(source, np.ones_like(mask))
             scoring = prior[:, : config.train.num_docs]
             proposing = (ids >= 0) & (np.arange(ids.shape[1]) < config.decode.num_docs)
             candidates = decode_hf_compatible(graph, params, unmasked, memory, scoring, proposing, settings, special)
@@ -203,6 +206,11 @@ class Answerer:
         else:
             candidates = decode_rag_sequence(graph, params, memory, prior, settings, special)
         return candidates, None if gold is None else self._gold_logp(memory, prior, gold)
+
+    def _read(self, source: np.ndarray, mask: np.ndarray) -> DocumentMemory:
+        """The memories of n prompts, split over the devices."""
+        source, mask = shard_batch(self.mesh, (source, mask), len(source))
+        return prefill_documents(self.rag.generator.graphdef, self.params["generator"], source, mask)
 
     def _gold_logp(self, memory: DocumentMemory, prior: np.ndarray, gold: Sequence[Sequence[int]]) -> np.ndarray:
         """log p(gold|x) [B], in nats, as answering counts it: any of the generator's end tokens ends it."""
@@ -253,7 +261,7 @@ class Answerer:
             candidates,
             scores,
             candidates[0].probability_bounds,
-            None if proof is None else {"top_k": proof.top_k, "corpus": proof.corpus},
+            None if proof is None else proof.counts(len(candidates)),
             **told,
         )
 

@@ -29,6 +29,10 @@ class Proof:
     documents_read: int  # for the proof
     steps: int  # of all beam searches
 
+    def counts(self, most: int) -> dict[str, int | None]:
+        """What is proved of the first `most` candidates."""
+        return {"top_k": min(self.top_k, most), "corpus": None if self.corpus is None else min(self.corpus, most)}
+
 
 @dataclass(frozen=True)
 class Candidates:

@@ -12,6 +12,7 @@ import pytest
 from reference import log_softmax
 from tables import (
     EOS,
+    NODES,
     SPECIAL,
     WORDS,
     Rows,
@@ -34,6 +35,7 @@ from ragjax.decoding.propose import prefill_documents
 from ragjax.decoding.rag_token import decode_rag_token
 from ragjax.marginal import TIE, is_best
 
+A, B, C = [(word,) for word in WORDS]
 SEARCH = BeamSettings(2, T, EOS, 0, num_answers=5, most_beams=4)
 ROUNDING = 1e-4  # nats: of sums of at most T + 1 float32 log-probabilities that are below 60
 
@@ -94,6 +96,25 @@ def test_search_is_exact_and_its_bound_holds(width: int, by_token: bool) -> None
             np.testing.assert_allclose(found.doc_logp[b, there, : len(nodes)], under, atol=ROUNDING)
     assert proved > 1000
     assert (found.bound.steps <= T).all() and (found.bound.steps[prior[:, 0] > -np.inf] < T).any()
+
+
+@pytest.mark.parametrize("by_token", [False, True])
+def test_forbidden_tokens_only_take_probability_away(by_token: bool) -> None:
+    """A least length, a forced first token, and a forced end at the limit."""
+    rng = np.random.default_rng(3)
+    tables, prior = random_tables(rng, 500, 3), random_prior(rng, 500, 3)
+    how = replace(SEARCH, min_new_tokens=2, forced_bos=2, forced_eos=EOS)
+    found, proved = searched(tables, prior, how, by_token), 0
+    allowed = [node_of(B + y) for y in [(v,) for v in WORDS] + [(v, w) for v in WORDS for w in WORDS]]
+    truth = np.full((500, NODES), -np.inf)
+    truth[:, allowed] = marginals(prior, tables, by_token)[:, allowed]
+    for b, logp in enumerate(found.beams.logp):
+        nodes, unfinished = nodes_of(found, b), float(found.bound.unfinished[b])
+        np.testing.assert_allclose(logp[: len(nodes)], truth[b, nodes], atol=ROUNDING)
+        if is_best(float(logp[0]), unfinished, -np.inf):
+            assert truth[b, nodes[0]] >= truth[b].max() - TIE
+            proved += 1
+    assert proved > 200
 
 
 def decoded(
@@ -220,7 +241,6 @@ def test_batches_equal_one_by_one(cases: tuple[np.ndarray, np.ndarray], full: li
         np.testing.assert_allclose(alone.marginal("exact"), full[b].marginal("exact"), atol=TIE)
 
 
-A, B, C = [(word,) for word in WORDS]
 HALVES = np.log(np.array([[0.5, 0.5]], np.float32))
 
 
