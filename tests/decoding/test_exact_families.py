@@ -103,7 +103,7 @@ def test_every_answer_enumerated(family: Family, by_token: bool) -> None:
         for i in range(found.proof.top_k):
             assert truth[b, where[i]] >= np.delete(truth[b], where[: i + 1]).max() - TIE
         proved += found.proof.top_k > 0
-    assert proved >= 2
+    assert proved >= 1
 
 
 def with_end_of(found: Candidates, special: SpecialTokens) -> list[tuple[int, ...]]:

@@ -90,8 +90,8 @@ class _ExactBatch:
     def search(self, questions: Sequence[QuestionSearch]) -> None:
         """Searches until each question is proved or given up; a question only ever waits for more."""
         count, documents = self.log_prior.shape
-        doubled = [1 << i for i in range(documents.bit_length()) if 1 << i < documents]
-        rounds = [*(doubled if self.lazy else []), documents]
+        sizes = sorted({bucket_size(read) for read in range(1, documents + 1)} | {documents})
+        rounds = [read for read in sizes if read <= documents] if self.lazy else [documents]
         waiting: dict[tuple[int, int], list[QuestionSearch]] = {}
         fresh = list(questions)
         while fresh or waiting:
@@ -100,7 +100,7 @@ class _ExactBatch:
                     waiting.setdefault(chosen, []).append(question)
             if not waiting:
                 break
-            read, beams = min(waiting)
+            read, beams = min(waiting)  # whoever needs as many, or the next ones, is there by now
             fresh = waiting.pop((read, beams))
             size = max(1, count // read) if self.lazy else count
             for start in range(0, len(fresh), size):

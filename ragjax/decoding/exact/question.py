@@ -130,12 +130,16 @@ class QuestionSearch:
         return None if all_read else (self._next_round(rounds), self.beams)
 
     def _next_round(self, rounds: Sequence[int]) -> int:
-        """The fewest documents with which the best answer can be proved, if all of what they add is its own."""
+        """The fewest documents with which a proof is likely: if the best answer is as likely under the next ones.
+
+        Before the first search it is taken for certain. A guess that is wrong costs a search, and nothing else.
+        """
         logp = [found.logp for (_, ends), found in self.ranked() if ends][:2]
         best, second = np.exp([*logp, -np.inf, -np.inf][:2])
-        mass = np.exp(self.rest(self.seeks_corpus))
+        whole, unread = np.exp(self.rest(self.seeks_corpus, 0)), np.exp(self.rest(self.seeks_corpus))
+        share = best / (whole - unread) if self.read else 1.0
         for read in rounds:
             rest = np.exp(self.rest(self.seeks_corpus, read))
-            if read > self.read and best + (mass - rest) >= second + rest:
+            if read > self.read and best + share * (unread - rest) >= second + rest:
                 return read
         return rounds[-1]
