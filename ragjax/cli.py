@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from ragjax.config import Config, default_config, dump_config, load_config, schema
 from ragjax.errors import InputError
+from ragjax.files import shown
 from ragjax.signals import guarded, stopped
 from ragjax.terminal import visible
 
@@ -367,6 +368,8 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _config(options: argparse.Namespace) -> int:
+    if options.config and (options.list or options.schema):
+        raise InputError(f"{shown(options.config)}: --list and --schema take no CONFIG; leave it out")
     if options.list:
         for name, path in ready_made().items():
             comments = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("# ")]

@@ -119,10 +119,10 @@ def _index_fingerprints(
 ) -> dict[str, str]:
     """What an index depends on. It fits only where all of it is the same."""
     r, g, c = config.retriever, config.generator, config.corpus
-    corpus = f"{c.source} {c.format} limit={c.max_passages}"
+    corpus = f"{c.source} {c.format} max_passages={c.max_passages}"
     if c.format == "factbook":
         categories = ",".join(c.factbook.categories) or "all"
-        corpus += f" passage_words={c.factbook.max_passage_words} categories={categories} seed={config.seed}"
+        corpus += f" max_passage_words={c.factbook.max_passage_words} categories={categories} seed={config.seed}"
     return {
         "corpus": corpus,
         "kind": f"{structure(config.index.kind)} {config.index.dtype}",

@@ -16,6 +16,7 @@ from pathlib import Path
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import hypothesis  # noqa: F401  # first imported at the end of a session it can fail under Python 3.11
 import jax
 import jaxlib
 import pytest

@@ -111,7 +111,7 @@ def measure(
 ) -> Measured:
     """Searches the index for each question, and compares what it finds with the exact search, for each k of `ks`."""
     mass, recall, answered = list[np.ndarray](), list[list[float]](), list[list[bool]]()
-    with progress_bar("measure", len(questions), "questions") as advance:
+    with progress_bar("measure", len(questions), "questions", first="compiling …") as advance:
         for start in range(0, len(questions), TOGETHER):
             batch = questions[start : start + TOGETHER]
             queries = encode(batch)

@@ -102,7 +102,7 @@ def read_model(model: type[S], path: Path, overrides: Sequence[str]) -> S:
     except ValidationError as error:
         problems = _explained(model, error) | problems
     if problems:
-        raise InputError(f"{path}: {_told(problems)}")
+        raise InputError(f"{path}{_overridden(overrides, list(problems))}: {_told(problems)}")
     return read
 
 
@@ -271,6 +271,13 @@ def _joined(at: str, *names: Any) -> str:
     for name in names:
         at += f"[{name}]" if isinstance(name, int) else f".{name}" if at else str(name)
     return at
+
+
+def _overridden(overrides: Sequence[str], problems: Sequence[str]) -> str:
+    """Names the overrides that may have brought the problems of these keys."""
+    by_key = {override: override.partition("=")[0] for override in overrides}
+    mine = [shown(o) for o, key in by_key.items() if any(not p or f"{p}.".startswith(f"{key}.") for p in problems)]
+    return f" with {', '.join(mine)}" if mine else ""
 
 
 def _told(problems: dict[str, str]) -> str:

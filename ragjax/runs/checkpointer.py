@@ -25,6 +25,7 @@ from ragjax.terminal import bytes_bar, terminal
 
 Loaded = TypeVar("Loaded")
 SAVE_TIMEOUT = 1200.0  # seconds after which several processes give up a save, in which one may have failed
+LAST_SAVE_TIMEOUT = 10.0  # the same where JAX has failed already
 SMALL_FILE = 1 << 20  # bytes up to which a file is read when only the metadata are asked for
 UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a folder that is being written
 DAMAGED = "the checkpoint is incomplete or damaged"
@@ -45,7 +46,7 @@ class Checkpointer:
     undamaged.
 
     One process may write, and clears away what an interrupted save left; others read meanwhile. Use as a context
-    manager, or call `close`.
+    manager, or call `wait` at the end.
     """
 
     def __init__(self, folder: str | Path, keep: int = 2, *, best: bool = False, writing: bool) -> None:
@@ -73,7 +74,11 @@ class Checkpointer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
+        if jax.process_count() == 1 or not isinstance(error, jax.errors.JaxRuntimeError):
+            self.wait()
+            return
+        with suppress(InputError, jax.errors.JaxRuntimeError):  # another process may be gone, as `error` says
+            self.wait(LAST_SAVE_TIMEOUT)
 
     def steps(self) -> list[int]:
         """The steps saved, damaged ones too, the newest first."""
@@ -160,13 +165,16 @@ class Checkpointer:
             has = f"{size_text(need)} are needed and {size_text(free)} are free"
             raise InputError(f"{self._path(step)}: the checkpoint could not be written ({has}); {MAKE_ROOM}")
 
-    def wait(self) -> None:
-        """Waits until the last save is on disk, checksums and all. Raises as `save` does."""
+    def wait(self, timeout: float = SAVE_TIMEOUT) -> None:
+        """Waits until the last save is on disk, checksums and all; several processes so many seconds, one to its end.
+
+        Raises as `save` does.
+        """
         if self._saving is None:
             return
         (step, response), self._saving = self._saving, None
         try:
-            response.result(timeout=None if jax.process_count() == 1 else SAVE_TIMEOUT)
+            response.result(timeout=None if jax.process_count() == 1 else timeout)
             if is_process_zero():
                 self._complete(step)
         except Exception as error:
@@ -237,10 +245,6 @@ class Checkpointer:
             with suppress(InputError):
                 every.append(self.metadata(step))
         return every
-
-    def close(self) -> None:
-        """Waits for the last save. Raises as `save` does."""
-        self.wait()
 
     def _damage(self, step: int, most: int | None) -> dict[str, str]:
         """What is wrong with each damaged file, by name; {} where there are no checksums. `most` is in bytes."""

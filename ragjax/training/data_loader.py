@@ -71,7 +71,7 @@ def train_questions(rag: RagPipeline, questions: Sequence[Question]) -> TrainQue
     if usable.answers_dropped:
         terminal.print(
             f"{usable.answers_dropped} answers are longer than generator.max_answer_tokens={longest} and are not "
-            f"trained on, for example {usable.example!r}; {usable.questions_dropped} questions have no other",
+            f"trained on, for example {usable.example!r}; questions that have no other: {usable.questions_dropped}",
             soft_wrap=True,
         )
     return TrainQuestions(questions, usable)

@@ -291,7 +291,7 @@ def test_answers_that_are_too_long_are_counted_and_not_cut(
     assert main(["train", str(run / "config.yaml"), *settings]) == 130  # it was trained on the others
     err = " ".join(capsys.readouterr().err.split())
     assert "9 answers are longer than generator.max_answer_tokens=12 and are not trained on" in err
-    assert "for example 'a city of many words'; 1 questions have no other" in err
+    assert "for example 'a city of many words'; questions that have no other: 1" in err
 
 
 LONG = {"question": "long " * 60, "answer": ["x"]}

@@ -258,11 +258,20 @@ def test_a_file_that_is_no_text(tmp_path: Path) -> None:
         load_config(path)
 
 
+def test_the_override_that_is_wrong_is_named(tmp_path: Path) -> None:
+    path = written(tmp_path)
+    with pytest.raises(InputError) as refusal:
+        load_config(path, ["train.steps=0", "train.batch_size=8"])
+    assert str(refusal.value) == f"{path} with 'train.steps=0': train.steps is 0; expected more than 0"
+
+
 def test_fields_are_told_before_what_does_not_go_together(tmp_path: Path) -> None:
     path, together = written(tmp_path), ["train.gradient_accumulation=3", "retriever.prior=corpus", "index.kind=HNSW32"]
     with pytest.raises(InputError) as refusal:
         load_config(path, together)
-    first, second = str(refusal.value).removeprefix(f"{path}: ").split("; ", 1)
+    where, _, told = str(refusal.value).partition(": ")
+    assert where == f"{path} with {', '.join(map(repr, together))}"
+    first, second = told.split("; ", 1)
     assert first.startswith("train.batch_size 8") and second.startswith("retriever.prior=corpus needs every score")
     with pytest.raises(InputError, match=r": train\.num_docs is 0; expected more than 0$"):
         load_config(path, [*together, "train.num_docs=0"])

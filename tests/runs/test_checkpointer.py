@@ -313,7 +313,7 @@ def test_a_checkpoint_that_does_not_fit_on_the_disk(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["1"]
     checkpoints.save(3, state, {})
     chex.assert_trees_all_equal(checkpoints.restore(3, state), state)
-    checkpoints.close()
+    checkpoints.wait()
 
 
 def test_a_process_that_is_gone_is_no_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
