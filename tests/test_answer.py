@@ -33,6 +33,7 @@ from ragjax.data.question_batch import question_batch, tokenize_answer
 from ragjax.errors import InputError
 from ragjax.files import read_json
 from ragjax.rag import load_pipeline
+from ragjax.retrieval.retrieve import mass_outside
 from ragjax.terminal import Screen
 
 Capture = pytest.CaptureFixture[str]
@@ -443,6 +444,7 @@ def test_exact_answers_tell_their_proof(answerer: Answerer, together: list[Answe
         np.testing.assert_allclose(answer.probability_bounds, answer.probability, rtol=1e-5)
         prior = np.array([document.prior for document in answer.documents])
         for candidate in answer.candidates:
+            assert candidate.doc_probability and candidate.thorough is not None and candidate.posterior is not None
             given = np.array(candidate.doc_probability)
             np.testing.assert_allclose(candidate.thorough, prior @ given, rtol=1e-3)
             np.testing.assert_allclose(candidate.posterior, prior * given / (prior @ given), rtol=1e-3, atol=1e-6)
@@ -477,3 +479,28 @@ def test_the_proof_is_told_in_a_line(capsys: Capture) -> None:
         shown = console.file.getvalue()  # type: ignore[attr-defined]
         assert shown.rstrip().endswith(f"{told} (1 of 2 documents read, 3 steps)")
         assert "0.5000 … 0.7500" in shown and "p(y|x) ≥ 0.500" in shown
+
+
+def test_an_exact_answer_under_the_whole_corpus(world: Path, tmp_path: Path) -> None:
+    """With all thirty passages retrieved nothing but rounding is outside; with three, more than a half."""
+    told = []
+    for num_docs in (3, len(LANDS)):
+        config = tiny_config(world, retriever__prior="corpus", output=str(tmp_path), decode__max_new_tokens=2)
+        only = {"lazy": False, "fallback": "none", "max_beams": 2, "probability": "interval"}
+        config = config.replace(decode=config.decode.replace(num_docs=num_docs, prove="corpus", **only))
+        [answer] = open_answerer(config).answer([QUESTIONS[0]], mode="exact")
+        assert answer.proved is not None and answer.probability_bounds is not None
+        told.append((answer.proved["corpus"], np.diff(answer.probability_bounds)[0]))
+    (few, wide), (every, narrow) = told
+    assert few == 0 and wide > 0.5 and every is not None and 0 < narrow < 1e-3
+
+
+def test_the_mass_outside_is_never_less_than_it_is() -> None:
+    """It carries the rounding of float32 scores, however large."""
+    rng = np.random.default_rng(0)
+    for scale in (1.0, 20.0, 500.0):
+        scores = -np.sort(-rng.normal(size=(200, 50)) * scale, axis=1)
+        normalizer = np.logaddexp.reduce(scores, axis=1)
+        rounded, true = normalizer.astype(np.float32), np.exp(scores[:, 10:] - normalizer[:, None]).sum(axis=1)
+        found = mass_outside(scores[:, :10].astype(np.float32) - rounded[:, None], rounded)
+        assert (found >= true).all() and (found <= true + 1e-4 * (1 + scale)).all()

@@ -269,7 +269,7 @@ def test_rag_token_reads_all_documents() -> None:
     z2 = table({(): {2: 1.0}, **certain, A: {2: 1.0}, A * 2: {2: 1.0}, A * 3: {2: 1.0}})
     prior = np.log(np.array([[0.9, 0.1]], np.float32))
     truth = marginals(prior, np.stack([z1, z2])[None], by_token=True)[0]
-    [found] = decoded(np.stack([z1, z2])[None], prior, by_token=True, start_beams=1, max_beams=4, fallback="none")
+    [found] = decoded(np.stack([z1, z2])[None], prior, by_token=True, start_beams=2, max_beams=4, fallback="none")
     assert found.tokens[0] == B * 3 and found.proof is not None
     assert found.proof.top_k and found.proof.documents_read == 2
     np.testing.assert_allclose(np.exp([truth[node_of(A * 3)], truth[node_of(B * 3)]]), [0.407, 0.442], atol=1e-3)

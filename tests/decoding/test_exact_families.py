@@ -113,13 +113,14 @@ def with_end_of(found: Candidates, special: SpecialTokens) -> list[tuple[int, ..
 def test_never_below_thorough(family: Family) -> None:
     """Longer answers: whether proved or not, none is below thorough decoding's; each has its probability."""
     settings = Decode(mode="exact", num_docs=3, max_new_tokens=6, start_beams=2, max_beams=2)
-    thorough = family.thorough(settings)
-    for b, found in enumerate(family.exact(settings)):
-        best = thorough[b].best("thorough")[0]
-        assert found.proof is not None and found.thorough_logp is not None and thorough[b].thorough_logp is not None
-        assert found.finished[0] or not thorough[b].finished.any()
-        if thorough[b].finished[best]:
-            assert found.thorough_logp[0] >= thorough[b].thorough_logp[best] - TIE
-        known = dict(zip(thorough[b].tokens, thorough[b].thorough_logp, strict=True))
+    for found, thorough in zip(family.exact(settings), family.thorough(settings), strict=True):
+        best, scored = thorough.best("thorough")[0], thorough.marginal("thorough")
+        assert found.proof is not None and found.thorough_logp is not None
+        assert found.finished[0] or not thorough.finished.any()
+        if thorough.finished[best]:
+            assert found.thorough_logp[0] >= scored[best] - TIE
+        known = {y: logp for y, logp, ends in zip(thorough.tokens, scored, thorough.finished, strict=True) if ends}
         shared = [c for c, y in enumerate(found.tokens) if y in known and found.finished[c]]
-        np.testing.assert_allclose(found.thorough_logp[shared], [known[found.tokens[c]] for c in shared], atol=ROUNDING)
+        assert shared
+        again = [known[found.tokens[c]] for c in shared]
+        np.testing.assert_allclose(found.thorough_logp[shared], again, atol=ROUNDING)
