@@ -21,6 +21,7 @@ from ragjax.data.question_batch import QuestionBatch, prompt_problems, question_
 from ragjax.data.questions import text_problem
 from ragjax.decoding.candidates import Candidates
 from ragjax.decoding.decode import decode_rag_sequence
+from ragjax.decoding.exact.decode import decode_exact
 from ragjax.decoding.hf_compat import decode_hf_compatible
 from ragjax.decoding.propose import prefill_documents
 from ragjax.decoding.rag_token import decode_rag_token
@@ -63,7 +64,7 @@ class Candidate:
     beam_probability: list[float]  # p(y|x,z) by the beam search, 0 where z did not propose y
     doc_probability: list[float] | None  # p(y|x,z) under every document
     posterior: list[float] | None  # p(z|x,y)
-    probability_bounds: list[float] | None = None  # certified: the thorough p(y|x) is at least and at most this
+    probability_bounds: list[float] | None = None  # certified, exact: p(y|x) is at least and at most this
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,16 @@ class Answer:
     question: str
     text: str
     mode: str
-    probability: float  # p(y|x) under the mode; certified, what it is at least
+    probability: float  # p(y|x) under the mode; certified and exact, what it is at least
     documents: list[Document]
     candidates: list[Candidate]
     scores: list[int] | None = None  # certified: the p(y|x,z) computed beside the beam search, of how many for thorough
+    probability_bounds: list[float] | None = None  # certified, exact: p(y|x) is at least and at most this
+    # exact: so many of the first candidates are the likeliest answers of all, in this order, under the documents
+    # (top_k) and under all passages (corpus, None where the prior over the corpus is not known); 0 means not proved
+    proved: dict[str, int | None] | None = None
+    documents_read: int | None = None  # exact: for the proof
+    steps: int | None = None  # exact: of the beam searches
 
 
 @dataclass(frozen=True)
@@ -112,7 +119,7 @@ class Answerer:
 
         Args:
             questions: texts; a text alone is one question, and gives a list of one answer.
-            mode: `thorough`, `certified`, `fast` or `closed_book`; by default as configured.
+            mode: `exact`, `thorough`, `certified`, `fast` or `closed_book`; by default as configured.
             n_best: keeps so many candidates of each; by default all.
 
         Raises `InputError` for an unknown mode, and, before any is answered, for a question that is empty, no Unicode
@@ -154,6 +161,9 @@ class Answerer:
         whole = repeat_to_size(questions, min(bucket_size(count), max(most, count)))
         batch = question_batch(self.rag.tokenizers, whole)
         retrieval = None if mode == "closed_book" else self.retrieve(batch)
+        if retrieval is not None and mode == "exact":  # what fills up is not searched
+            there = (np.arange(len(whole)) < count)[:, None]
+            retrieval = dataclasses.replace(retrieval, log_prior=np.where(there, retrieval.log_prior, -np.inf))
         candidates, _ = self.candidates(batch, retrieval, "fast" if retrieval is None else mode)
         documents = [[] if retrieval is None else self.documents(retrieval, b) for b in range(count)]
         return [self._answer(questions[b], mode, candidates[b], documents[b], n_best) for b in range(count)]
@@ -170,7 +180,7 @@ class Answerer:
         Args:
             questions: as both models read them.
             retrieval: their documents; None for closed-book answers.
-            mode: `thorough`, `certified` or `fast`; without documents `fast`.
+            mode: `exact`, `thorough`, `certified` or `fast`; without documents `fast`.
             gold: the tokens of an answer to each question.
         """
         graph, params, config = self.rag.generator.graphdef, self.params["generator"], self.rag.config
@@ -180,11 +190,14 @@ class Answerer:
         else:
             store, ids, prior = self.store, retrieval.ids, retrieval.log_prior
         source, mask = tokenize_prompts(self.rag.tokenizers, store, questions, ids)
-        source, mask = shard_batch(self.mesh, (source, mask), len(source))
-        memory = prefill_documents(graph, params, source, mask)
         settings, special = config.decode.replace(mode=mode), self.rag.special
+        if retrieval is not None and mode == "exact":  # reads what it needs; the gold answer needs all
+            given = (source, mask, prior, retrieval.outside, settings, special, config.model == "rag_token")
+            candidates = decode_exact(graph, params, *given)
+            return candidates, None if gold is None else self._gold_logp(self._read(source, mask), prior, gold)
+        memory = self._read(source, mask)
         if retrieval is not None and rescores_as_hugging_face(config):
-            unmasked = prefill_documents(graph, params, source, jnp.ones_like(mask))
+            unmasked = self._read(source, np.ones_like(mask))
             scoring = prior[:, : config.train.num_docs]
             proposing = (ids >= 0) & (np.arange(ids.shape[1]) < config.decode.num_docs)
             candidates = decode_hf_compatible(graph, params, unmasked, memory, scoring, proposing, settings, special)
@@ -193,6 +206,11 @@ class Answerer:
         else:
             candidates = decode_rag_sequence(graph, params, memory, prior, settings, special)
         return candidates, None if gold is None else self._gold_logp(memory, prior, gold)
+
+    def _read(self, source: np.ndarray, mask: np.ndarray) -> DocumentMemory:
+        """The memories of n prompts, split over the devices."""
+        source, mask = shard_batch(self.mesh, (source, mask), len(source))
+        return prefill_documents(self.rag.generator.graphdef, self.params["generator"], source, mask)
 
     def _gold_logp(self, memory: DocumentMemory, prior: np.ndarray, gold: Sequence[Sequence[int]]) -> np.ndarray:
         """log p(gold|x) [B], in nats, as answering counts it: any of the generator's end tokens ends it."""
@@ -232,8 +250,20 @@ class Answerer:
             for c in result.best(by, len(result.tokens) if n_best is None else n_best)
         ]
         probability = math.exp(result.marginal(by)[result.best(by)[0]])
-        scores = None if result.needed is None else list(result.needed)
-        return Answer(question, candidates[0].text, mode, probability, documents, candidates, scores)
+        scores, proof = None if result.needed is None else list(result.needed), result.proof
+        told = {} if proof is None else {"documents_read": proof.documents_read, "steps": proof.steps}
+        return Answer(
+            question,
+            candidates[0].text,
+            mode,
+            probability,
+            documents,
+            candidates,
+            scores,
+            candidates[0].probability_bounds,
+            None if proof is None else proof.counts(len(candidates)),
+            **told,
+        )
 
 
 def repeat_to_size(items: Sequence[T], size: int) -> list[T]:

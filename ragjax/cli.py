@@ -214,7 +214,7 @@ def _parser() -> argparse.ArgumentParser:
     answer.add_argument("questions", nargs="+", metavar="QUESTION", help="a question; - reads one a line from input")
     answer.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="replaces a value")
     answer.add_argument(
-        "--mode", choices=("thorough", "certified", "fast", "closed_book"), help="instead of decode.mode"
+        "--mode", choices=("exact", "thorough", "certified", "fast", "closed_book"), help="instead of decode.mode"
     )
     answer.add_argument("--untrained", action="store_true", help="with the pretrained models")
     answer.add_argument("--json", action="store_true", help="print one JSON object a line for programs")

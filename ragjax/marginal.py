@@ -8,9 +8,14 @@ gives neither NaN values nor NaN gradients; a NaN that comes in goes out.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
+
+TIE = 1e-3  # nats: two marginals are the same for all that rounding can tell
 
 
 def log_prior(scores: Float[Array, "B K"], valid: Bool[Array, "B K"]) -> Float[Array, "B K"]:
@@ -38,13 +43,36 @@ def corpus_log_prior(
     return _mask(scores - _at_least_float32(log_normalizer)[:, None], possible)
 
 
-def marginal_logp(log_prior: Float[Array, "B K"], logp: Float[Array, "B K *C"]) -> Float[Array, "B *C"]:
+def marginal_logp(log_prior: Float[Array, "B K *W"], logp: Float[Array, "B K *C"]) -> Float[Array, "B *C"]:
     """log p(y|x) = logsumexp_z(log p(z|x) + log p(y|x,z)), for one answer a question or for C candidates (section 2.1).
 
     With K = N and the prior over the whole corpus this is the exact marginal. Given log p(y_t|y_<t,x,z) of T tokens
-    [B,K,T] it gives RAG-Token's log p(y_t|y_<t,x) [B,T], whose sum over t is its log p(y|x).
+    [B,K,T] it gives RAG-Token's log p(y_t|y_<t,x) [B,T], whose sum over t is its log p(y|x). Given
+    `log_posterior` [B,K,W] in place of the prior, and what follows W prefixes [B,K,W,V], it gives what follows each
+    under RAG-Sequence.
     """
     return _logsumexp(_joint(log_prior, logp))
+
+
+def log_posterior(log_prior: Float[Array, "B K"], logp: Float[Array, "B K *C"]) -> Float[Array, "B K *C"]:
+    """log p(z|x,s) of each document for what was read so far, s; −inf where p(s|x) is 0."""
+    joint = _joint(log_prior, logp)
+    total = jnp.expand_dims(_logsumexp(joint), 1)
+    return _mask(joint - jnp.where(total == -jnp.inf, 0, total), joint != -jnp.inf)
+
+
+def is_best(
+    best: Float[Array | np.ndarray, "*#n"] | float,
+    rival: Float[Array | np.ndarray, "*#n"] | float,
+    rest: Float[Array | np.ndarray, "*#n"] | float,
+) -> Any:
+    """Whether an answer is the likeliest: p(best) ≥ p(rival) + p(rest), in logs, but for half of `TIE`.
+
+    `rest` is what documents that were not read can add to any answer; the other half of `TIE` is left to rounding. An
+    answer of probability 0 is never the likeliest.
+    """
+    logaddexp = jnp.logaddexp if isinstance(best, Array) else np.logaddexp
+    return (best > -np.inf) & (best + TIE / 2 >= logaddexp(rival, rest))
 
 
 def posterior(log_prior: Float[Array, "B K"], logp: Float[Array, "B K *C"]) -> Float[Array, "B K *C"]:
@@ -131,7 +159,7 @@ def _mask(x: Array, keep: Array) -> Array:
 
 def _joint(log_prior: Array, logp: Array) -> Array:
     prior = _at_least_float32(log_prior)
-    return prior.reshape(prior.shape + (1,) * (logp.ndim - 2)) + _at_least_float32(logp)
+    return prior.reshape(prior.shape + (1,) * (logp.ndim - prior.ndim)) + _at_least_float32(logp)
 
 
 def _top(x: Array) -> Array:

@@ -33,6 +33,7 @@ from ragjax.data.question_batch import question_batch, tokenize_answer
 from ragjax.errors import InputError
 from ragjax.files import read_json
 from ragjax.rag import load_pipeline
+from ragjax.retrieval.retrieve import mass_outside
 from ragjax.terminal import Screen
 
 Capture = pytest.CaptureFixture[str]
@@ -119,7 +120,9 @@ def test_what_cannot_be_asked(answerer: Answerer) -> None:
             answerer.answer(["Where?", "When?", "\udcff"], mode=mode)
         with pytest.raises(InputError, match=r"questions\[0\]: a prompt needs 3\d\d tokens .*max_prompt_tokens is 128"):
             answerer.answer("long " * 60, mode=mode)
-    with pytest.raises(InputError, match=r"mode is .slow.; with model=rag_sequence .* of thorough, certified, fast"):
+    with pytest.raises(
+        InputError, match=r"mode is .slow.; with model=rag_sequence .* of exact, thorough, certified, fast"
+    ):
         answerer.answer(["Where?"], mode="slow")
     with pytest.raises(InputError, match="n_best is 0"):
         answerer.answer(["Where?"], n_best=0)
@@ -429,3 +432,76 @@ print(answer.text)
     command = [sys.executable, "-c", program, str(run), QUESTIONS[0]]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout == f"{ragjax.load(run).answer(QUESTIONS[:1])[0].text}\n"
+
+
+def test_exact_answers_tell_their_proof(answerer: Answerer, together: list[Answer]) -> None:
+    """Nothing that was proved is below thorough decoding's choice; what was not read is scored for the probability."""
+    found = answerer.answer(QUESTIONS, mode="exact")
+    assert sum(answer.proved == {"top_k": 0, "corpus": None} for answer in found) < len(found)
+    for answer, thorough in zip(found, together, strict=True):
+        assert answer.mode == "exact" and answer.proved is not None and answer.proved["corpus"] is None
+        assert answer.documents_read in (1, 2, 3) and answer.steps and answer.probability_bounds is not None
+        assert answer.probability >= thorough.probability * 0.998 or not thorough.candidates[0].finished
+        np.testing.assert_allclose(answer.probability_bounds, answer.probability, rtol=1e-5)
+        prior = np.array([document.prior for document in answer.documents])
+        for candidate in answer.candidates:
+            assert candidate.doc_probability and candidate.thorough is not None and candidate.posterior is not None
+            given = np.array(candidate.doc_probability)
+            np.testing.assert_allclose(candidate.thorough, prior @ given, rtol=1e-3)
+            np.testing.assert_allclose(candidate.posterior, prior * given / (prior @ given), rtol=1e-3, atol=1e-6)
+
+
+def test_exact_decoding_shares_programs(answerer: Answerer, caplog: pytest.LogCaptureFixture) -> None:
+    """Forty questions, by rounds of documents and by beams: few programs, whatever each question needs."""
+    config = answerer.rag.config
+    decode = config.decode.replace(probability="interval", fallback="none")
+    config = config.replace(decode=decode, evaluate=config.evaluate.replace(batch_size=8))
+    of_eight = dataclasses.replace(answerer, rag=dataclasses.replace(answerer.rag, config=config))
+    asked = [f"What is the capital of {land}?" for land in [*LANDS, *LANDS[:10]]]
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        answers = of_eight.answer(asked, mode="exact")
+    programs = [record for record in caplog.records if "search_marginal" in record.getMessage()]
+    compiled = sum(record.getMessage().startswith("Compiling ") for record in programs)
+    assert 0 < compiled <= 12
+    assert len({(answer.documents_read, answer.steps) for answer in answers}) > 1
+
+
+def test_the_proof_is_told_in_a_line(capsys: Capture) -> None:
+    candidate = Candidate("Paris", True, None, None, [0.0, 0.0], None, None, [0.5, 0.75])
+    documents = [Document("d", "France", "text", 0.5), Document("e", "Chad", "text", 0.5)]
+    answer = Answer("?", "Paris", "exact", 0.5, documents, [candidate], None, [0.5, 0.75], None, 1, 3)
+    for proved, told in (
+        ((1, 1), "proved: no other answer is likelier, whatever the other passages of the corpus say"),
+        ((2, 0), "proved: no other answer is likelier under these documents"),
+        ((0, None), "not proved: the likeliest of the answers found, and another one may be likelier"),
+    ):
+        console = Screen(file=io.StringIO(), width=200)
+        print_answer(dataclasses.replace(answer, proved=dict(zip(("top_k", "corpus"), proved, strict=True))), console)
+        shown = console.file.getvalue()  # type: ignore[attr-defined]
+        assert shown.rstrip().endswith(f"{told} (1 of 2 documents read, 3 steps)")
+        assert "0.5000 … 0.7500" in shown and "p(y|x) ≥ 0.500" in shown
+
+
+def test_an_exact_answer_under_the_whole_corpus(world: Path, tmp_path: Path) -> None:
+    """With all thirty passages retrieved nothing but rounding is outside; with three, more than a half."""
+    told = []
+    for num_docs in (3, len(LANDS)):
+        config = tiny_config(world, retriever__prior="corpus", output=str(tmp_path), decode__max_new_tokens=2)
+        only = {"lazy": False, "fallback": "none", "max_beams": 2, "probability": "interval"}
+        config = config.replace(decode=config.decode.replace(num_docs=num_docs, prove="corpus", **only))
+        [answer] = open_answerer(config).answer([QUESTIONS[0]], mode="exact")
+        assert answer.proved is not None and answer.probability_bounds is not None
+        told.append((answer.proved["corpus"], np.diff(answer.probability_bounds)[0]))
+    (few, wide), (every, narrow) = told
+    assert few == 0 and wide > 0.5 and every is not None and 0 < narrow < 1e-3
+
+
+def test_the_mass_outside_is_never_less_than_it_is() -> None:
+    """It carries the rounding of float32 scores, however large."""
+    rng = np.random.default_rng(0)
+    for scale in (1.0, 20.0, 500.0):
+        scores = -np.sort(-rng.normal(size=(200, 50)) * scale, axis=1)
+        normalizer = np.logaddexp.reduce(scores, axis=1)
+        rounded, true = normalizer.astype(np.float32), np.exp(scores[:, 10:] - normalizer[:, None]).sum(axis=1)
+        found = mass_outside(scores[:, :10].astype(np.float32) - rounded[:, None], rounded)
+        assert (found >= true).all() and (found <= true + 1e-4 * (1 + scale)).all()

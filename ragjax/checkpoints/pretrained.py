@@ -53,7 +53,8 @@ class PretrainedModel:
     abstract_params: Params = field(compare=False)  # shapes and types
     files: tuple[Path, ...] = field(compare=False)  # that hold the weights
     hf_config: dict[str, Any] = field(compare=False)  # its config.json
-    load_params: Callable[[], Params] = field(compare=False)  # raises `InputError` for tensors that are missing, unknown or of another shape
+    # raises `InputError` for tensors that are missing, unknown or of another shape
+    load_params: Callable[[], Params] = field(compare=False)
 
 
 def open_bert(

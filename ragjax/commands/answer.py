@@ -112,23 +112,39 @@ def print_answer(answer: Answer, console: Screen) -> None:
             documents.add_row(f"z{z + 1}", f"{document.prior:.3f}", shown, *([proposals] if alone else []))
         console.print(documents)
     modes = [mode for mode in ("thorough", "fast") if getattr(answer.candidates[0], mode) is not None]
-    last = "certified p(y|x)" if answer.mode == "certified" else "p(z|x,y) by document"
+    intervals = answer.probability_bounds is not None and answer.candidates[0].posterior is None
+    last = f"{answer.mode} p(y|x)" if intervals else "p(z|x,y) by document"
     candidates = Table("candidate", *(f"{mode} p(y|x)" for mode in modes), last, box=box.SIMPLE_HEAD)
     for c in answer.candidates[:8]:
         name = (_plain(c.text) or "(empty)") + ("" if c.finished else " … (unfinished)")
         told = " ".join(f"{share:.2f}" for share in c.posterior or [])
-        if c.probability_bounds is not None:
+        if intervals and c.probability_bounds is not None:
             told = "{:.4f} … {:.4f}".format(*c.probability_bounds)
         candidates.add_row(name, *(f"{getattr(c, mode):.4f}" for mode in modes), told)
     console.print(candidates)
     if len(answer.candidates) > 8:
         console.print(f"  and {len(answer.candidates) - 8} less probable candidates")
-    least = "=" if answer.candidates[0].probability_bounds is None else "≥"
+    low, high = answer.probability_bounds or (0.0, 0.0)
+    least = "=" if low == high else "≥"
     console.print(
         f"answer ({answer.mode}): [bold]{_plain(answer.text)}[/bold]   p(y|x) {least} {answer.probability:.3f}"
     )
     if answer.scores is not None:
         console.print("the best for certain after {} of {} scores".format(*answer.scores))
+    if answer.proved is not None:
+        console.print(proof_text(answer))
+
+
+def proof_text(answer: Answer) -> str:
+    """What was proved of an exact answer, in one line."""
+    assert answer.proved is not None
+    count = len(answer.documents)
+    read = f"{answer.documents_read} of {count} document{'s' if count > 1 else ''} read, {answer.steps} steps"
+    if answer.proved["corpus"]:
+        return f"proved: no other answer is likelier, whatever the other passages of the corpus say ({read})"
+    if answer.proved["top_k"]:
+        return f"proved: no other answer is likelier under these documents ({read})"
+    return f"not proved: the likeliest of the answers found, and another one may be likelier ({read})"
 
 
 def _plain(text: str) -> str:

@@ -18,10 +18,12 @@ def reads_corpus(config: Config) -> bool:
 
 def answer_modes(config: Config) -> tuple[str, ...]:
     """The ways in which the configuration's model can answer."""
-    if config.model == "rag_token" or config.hf_compatible:
+    if config.hf_compatible:
         return ("thorough", "closed_book")
-    certified = ("certified",) if config.decode.length_penalty == 0 else ()
-    return ("thorough", *certified, "fast", "closed_book")
+    falls = config.decode.length_penalty == 0  # with every token, as proofs need it
+    if config.model == "rag_token":
+        return (*(("exact",) if falls else ()), "thorough", "closed_book")
+    return (*(("exact", "thorough", "certified") if falls else ("thorough",)), "fast", "closed_book")
 
 
 def check_mode(config: Config, mode: str | None) -> None:

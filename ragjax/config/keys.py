@@ -33,7 +33,6 @@ from ragjax.config.reading import (
 
 ON_DEVICES = ("exact", "approximate")  # an index.kind that the devices search; any other is FAISS's
 
-
 PassageTemplate = Annotated[Text, AfterValidator(template("{text}", also="{title}"))]
 AnswerTemplate = Annotated[Text, AfterValidator(template("{answer}"))]
 PromptTemplate = Annotated[Text, AfterValidator(template("{passage}", "{question}", or_word="chat"))]
@@ -160,9 +159,9 @@ class Refresh(Section):
 class Decode(Section):
     """How answers are found."""
 
-    mode: Literal["thorough", "certified", "fast"] = Field(
+    mode: Literal["exact", "thorough", "certified", "fast"] = Field(
         "thorough",
-        description="Score all candidates, prove the same answer with fewer scores, or use only the beams' own scores.",
+        description="Prove the best answer of all, score all candidates, prove the best of them, or add up beams.",
     )
     num_docs: PositiveInt = Field(5, description="Documents retrieved for a question.")
     num_beams: PositiveInt = Field(4, description="Beams of the search under each document.")
@@ -172,6 +171,12 @@ class Decode(Section):
     early_stopping: bool = Field(
         False, description="End a beam search with the first answers that are complete, though better ones may follow."
     )
+    start_beams: PositiveInt = Field(2, description="Exact: beams of the first search on the marginal.")
+    max_beams: PositiveInt = Field(8, description="Exact: beams are doubled up to so many for the proof.")
+    lazy: bool = Field(True, description="Exact: read documents by prior, until the others cannot matter.")
+    prove: Literal["top_k", "corpus"] = Field("top_k", description="Exact: the best under the top k, or all passages.")
+    probability: Literal["full", "interval"] = Field("full", description="Exact: p(y|x), or bounds from what was read.")
+    fallback: Literal["thorough", "none"] = Field("thorough", description="Exact: how to decode the unproved, too.")
 
 
 class Evaluate(Section):
@@ -287,8 +292,12 @@ def _check_lengths(config: Config) -> list[str]:
         problems.append("train.gradient_error_every measures what train.backprop_docs leaves out; set that, too")
     if decode.min_new_tokens >= decode.max_new_tokens:
         problems.append("decode.min_new_tokens must be smaller than decode.max_new_tokens")
-    if decode.mode == "certified" and decode.length_penalty != 0:
-        problems.append("decode.mode=certified needs decode.length_penalty=0")
+    if decode.mode in ("certified", "exact") and decode.length_penalty != 0:
+        problems.append(f"decode.mode={decode.mode} needs decode.length_penalty=0")
+    if decode.start_beams > decode.max_beams:
+        problems.append("decode.start_beams must be at most decode.max_beams")
+    if decode.prove == "corpus" and config.retriever.prior != "corpus":
+        problems.append("decode.prove=corpus needs retriever.prior=corpus")
     return problems
 
 
@@ -363,7 +372,7 @@ def _check_contrastive(config: Config) -> list[str]:
 
 def _check_model(config: Config) -> list[str]:
     """What only RAG-Sequence can do, and only without Hugging Face's arithmetic."""
-    problems = []
+    problems, mode = [], config.decode.mode
     if config.model == "rag_token":
         for key, value in (("train.backprop_docs", None), ("train.exclude_bos", False)):
             if get_key(config, key) != value:
@@ -374,6 +383,7 @@ def _check_model(config: Config) -> list[str]:
         problems.append("hf_compatible=true needs a generator.prompt_template written out, not the word chat")
     if config.hf_compatible and config.retriever.prior == "corpus":
         problems.append("hf_compatible=true normalises over the top k; use retriever.prior=top_k")
-    if config.decode.mode != "thorough" and (config.model == "rag_token" or config.hf_compatible):
-        problems.append(f"decode.mode={config.decode.mode} is for model=rag_sequence with hf_compatible=false")
+    if mode != "thorough" and (config.hf_compatible or (mode != "exact" and config.model == "rag_token")):
+        also = "" if mode == "exact" else "model=rag_sequence with "
+        problems.append(f"decode.mode={mode} is for {also}hf_compatible=false")
     return problems

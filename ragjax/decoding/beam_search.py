@@ -3,6 +3,9 @@
 Beams are never copied: a token is written once into a pool of T·W slots, and each beam keeps its ancestry, the slot
 that it occupies at every earlier step. A score is the sum of log-probabilities, the end token included. Once half of
 the rows are finished, and again when three quarters are, the others go on by themselves.
+
+A search can prove what it finds: an answer is never likelier than its beginning, so that whatever it has not finished
+is at most as likely as the likeliest prefix that it dropped or left open (`Bound`).
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
+
+from ragjax.marginal import is_best
 
 # (tokens[n,W], step, attention_mask[n,W,T·W], cache) → (log-probabilities of what follows [n,W,V], cache)
 NextLogp = Callable[[Array, Array, Array, Any], tuple[Array, Any]]
@@ -36,6 +41,8 @@ class BeamSettings:
     early_stopping: bool = False  # end with the first W answers
     forced_bos: int | None = None  # the only first token allowed; it counts with the probability that it has
     forced_eos: int | None = None  # the only token allowed at the length limit; likewise
+    num_answers: int | None = None  # how many finished answers to keep; None: W
+    most_beams: int = 0  # of a later search for the same proof (see `Bound.crowd`)
     # As transformers has it, to the letter: a forced token counts 0, a prefix cut at the length limit may push out a
     # finished answer, and whether a running beam can still win is guessed from its present length.
     hugging_face: bool = False
@@ -47,6 +54,11 @@ class BeamSettings:
         return jnp.asarray(logp) / jnp.asarray(length, jnp.float32) ** self.length_penalty
 
     @property
+    def places(self) -> int:
+        """How many finished answers a row keeps."""
+        return self.num_answers or self.num_beams
+
+    @property
     def stops_at_first(self) -> bool:
         """Whether a row is done with its first W answers; one beam of transformers is a greedy search."""
         return self.early_stopping or (self.hugging_face and self.num_beams == 1)
@@ -54,12 +66,39 @@ class BeamSettings:
 
 @struct.dataclass
 class Beams:
-    """The W best answers of each row, finished ones first, then by score; on the device, or fetched from it."""
+    """The C best answers of each row, finished ones first, then by score; on the device, or fetched from it.
 
-    tokens: Int[Array | np.ndarray, "n W T"]  # the end token included, then padding
-    length: Int[Array | np.ndarray, "n W"]
-    logp: Float[Array | np.ndarray, "n W"]  # nats; −inf where there are fewer than W answers
-    finished: Bool[Array | np.ndarray, "n W"]  # reached the end token
+    C is W unless the settings say otherwise.
+    """
+
+    tokens: Int[Array | np.ndarray, "n C T"]  # the end token included, then padding
+    length: Int[Array | np.ndarray, "n C"]
+    logp: Float[Array | np.ndarray, "n C"]  # nats; −inf where there are fewer than C answers
+    finished: Bool[Array | np.ndarray, "n C"]  # reached the end token
+    slot: Int[Array | np.ndarray, "n C"]  # of a finished one in a search with a proof: of its last prefix in the pool
+
+
+@struct.dataclass
+class Bound:
+    """What a search that proves its answers knows of all others (nats); on the device, or fetched from it."""
+
+    rest: Float[Array | np.ndarray, " n"]  # what any answer may gain beside the distribution searched; −inf: nothing
+    floor: Float[Array | np.ndarray, " n"]  # log p of an answer known before; what is below it is not searched
+    dropped: Float[Array | np.ndarray, " n"]  # the likeliest prefix dropped, of those that could still have ended
+    left: Float[Array | np.ndarray, " n"]  # the likeliest prefix that was open when the row was done
+    crowd: Float[Array | np.ndarray, " n"]  # the likeliest prefix that `most_beams` beams would have dropped
+    steps: Int[Array | np.ndarray, " n"]
+
+    @property
+    def unfinished(self) -> Float[Array | np.ndarray, " n"]:
+        """No answer is likelier that this search did not finish."""
+        return np.maximum(self.dropped, self.left)
+
+
+def first_bound(rest: Float[Array, " n"], floor: Float[Array, " n"]) -> Bound:
+    """Before the first step; the arguments are fields of `Bound`."""
+    none = jnp.full_like(rest, -jnp.inf)
+    return Bound(rest, floor, none, none, none, jnp.zeros(rest.shape, jnp.int32))
 
 
 @struct.dataclass
@@ -71,6 +110,7 @@ class _State:
     logp: Float[Array, "n W"]
     done: Beams
     open: Bool[Array, " n"]  # rows whose best answers can still change
+    bound: Bound | None
     cache: Any
 
     def take(self, rows: Int[Array, " R"]) -> _State:
@@ -88,7 +128,7 @@ class _State:
         return replace(part, cache=self.cache.put(rows, part.cache), **wholes)
 
 
-_BY_ROW = ("last", "tokens", "ancestry", "logp", "done", "open")
+_BY_ROW = ("last", "tokens", "ancestry", "logp", "done", "open", "bound")
 
 
 def batch_sizes(rows: int) -> list[int]:
@@ -102,11 +142,15 @@ def beam_search(
     start: Int[Array, " n"],
     settings: BeamSettings,
     for_rows: Callable[[Int[Array, " R"]], NextLogp] | None = None,
-) -> tuple[Beams, Any]:
+    start_logp: Float[Array, " n"] | None = None,
+    bound: Bound | None = None,
+) -> tuple[Beams, Any, Bound | None]:
     """Searches until no running beam can enter the best W, or at `max_new_tokens`, which leaves unfinished prefixes.
 
     As in Hugging Face, the 2W best continuations are looked at in each step, and an end token finishes an answer if
-    it is among the best W. Pure: call it inside `jax.jit`.
+    it is among the best W. With a `bound` every end of every beam is an answer, whatever its rank, the W best other
+    continuations go on, and a row is done once its best answer is proved, or once this search cannot prove it.
+    Pure: call it inside `jax.jit`.
 
     Args:
         next_logp: gives log-probabilities [n,W,V] of what follows the newest tokens [n,W], which stand at position
@@ -115,16 +159,18 @@ def beam_search(
         start: the token before the first one, of each row.
         settings: how to search.
         for_rows: gives `next_logp` for some of the rows, and so lets finished rows leave (see `batch_sizes`).
+        start_logp: log p of the empty prefix of each row; by default 0. Nothing is searched where it is −inf.
+        bound: as `first_bound` gives it; needs `length_penalty` 0.
 
     Returns:
-        The best W answers of each row, and the cache as the last step left it.
+        The best answers of each row, the cache as the last step left it, and what is known of all other answers.
     """
     sizes = [*batch_sizes(start.shape[0]), 0] if for_rows else [start.shape[0], 0]
 
     def going(fewer: int, state: _State) -> Array:
         return (state.step < settings.max_new_tokens) & (state.open.sum() > fewer)
 
-    state = _first_state(settings, start, cache)
+    state = _first_state(settings, start, cache, start_logp, bound)
     state = jax.lax.while_loop(partial(going, sizes[1]), partial(_advance, settings, next_logp), state)
     for size, fewer in pairwise(sizes[1:]):
 
@@ -136,45 +182,66 @@ def beam_search(
 
         state = jax.lax.cond(going(0, state), with_fewer, lambda state: state, state)
     if settings.hugging_face:
-        return state.done, state.cache
+        return state.done, state.cache, state.bound
     # prefixes that ran into the limit fill the places that no finished answer takes
     length = jnp.full_like(state.last, settings.max_new_tokens)
     cut = jnp.where(state.open[:, None], state.logp, -jnp.inf)
-    prefixes = Beams(state.tokens, length, cut, jnp.zeros(length.shape, bool))
-    return _best(settings, state.done, prefixes), state.cache
+    prefixes = Beams(state.tokens, length, cut, jnp.zeros(length.shape, bool), jnp.zeros_like(length))
+    return _best(settings, state.done, prefixes), state.cache, state.bound
 
 
-def _first_state(settings: BeamSettings, start: Int[Array, " n"], cache: Any) -> _State:
+def _first_state(
+    settings: BeamSettings, start: Int[Array, " n"], cache: Any, start_logp: Array | None, bound: Bound | None
+) -> _State:
     """Of W equal beams only the first counts."""
     n, width, longest = start.shape[0], settings.num_beams, settings.max_new_tokens
-    blank = jnp.full((n, width, longest), settings.pad, jnp.int32)
-    first_only = jnp.where(jnp.arange(width) == 0, 0.0, -jnp.inf)
-    none = Beams(blank, jnp.ones((n, width), jnp.int32), jnp.full((n, width), -jnp.inf), jnp.zeros((n, width), bool))
+    start_logp = jnp.zeros(n) if start_logp is None else start_logp
+    places = (n, settings.places)
+    ones = jnp.ones(places, jnp.int32)
+    blank = jnp.full((*places, longest), settings.pad, jnp.int32)
     return _State(
         step=jnp.zeros((), jnp.int32),
         last=jnp.broadcast_to(start[:, None], (n, width)),
-        tokens=blank,
+        tokens=jnp.full((n, width, longest), settings.pad, jnp.int32),
         ancestry=jnp.zeros((n, width, longest), jnp.int32),
-        logp=jnp.broadcast_to(first_only, (n, width)),
-        done=none,
-        open=jnp.ones(n, bool),
+        logp=jnp.where(jnp.arange(width) == 0, start_logp[:, None], -jnp.inf),
+        done=Beams(blank, ones, jnp.full(places, -jnp.inf), jnp.zeros(places, bool), jnp.zeros_like(ones)),
+        open=start_logp > -jnp.inf,
+        bound=bound,
         cache=cache,
     )
 
 
 def _advance(settings: BeamSettings, next_logp: NextLogp, state: _State) -> _State:
-    """One step of all beams: the 2W best continuations, of which those that end are finished and W others go on."""
+    """One step of all beams."""
     (n, width), longest, step = state.last.shape, settings.max_new_tokens, state.step
     row, here = jnp.arange(n)[:, None], jnp.arange(longest) == step
     ancestry = jnp.where(here, jnp.arange(width)[None, :, None], state.ancestry)
     past = (ancestry[..., None] == jnp.arange(width)) & (jnp.arange(longest) <= step)[:, None]
     logp, cache = next_logp(state.last, step, past.reshape(n, width, longest * width), state.cache)
-    vocabulary = logp.shape[-1]
     total = state.logp[..., None] + _allowed(settings, logp, step)
+    going, parent, token, changes = (_choose if state.bound is None else _choose_and_bound)(settings, state, total)
+    return replace(
+        state,
+        step=step + 1,
+        last=token,
+        tokens=jnp.where(here, token[..., None], state.tokens[row, parent]),
+        ancestry=ancestry[row, parent],
+        logp=going,
+        cache=cache,
+        **changes,
+    )
+
+
+def _choose(
+    settings: BeamSettings, state: _State, total: Float[Array, "n W V"]
+) -> tuple[Float[Array, "n W"], Int[Array, "n W"], Int[Array, "n W"], dict[str, Any]]:
+    """Of the 2W best continuations those that end are finished and W others go on: log p, parents and tokens."""
+    (n, width, vocabulary), longest, step = total.shape, settings.max_new_tokens, state.step
+    row = jnp.arange(n)[:, None]
     best, flat = jax.lax.top_k(total.reshape(n, -1), min(2 * width, width * vocabulary))
     parent, token = flat // vocabulary, flat % vocabulary
-    tokens = jnp.where(here, token[..., None], state.tokens[row, parent])
-    done = _finish(settings, state, tokens, token, best)
+    done = _finish(settings, state, parent, token, best)
 
     going, keep = jax.lax.top_k(jnp.where(token == settings.eos, -jnp.inf, best), width)
     # log-probabilities only fall, so this bounds whatever a running beam can still become
@@ -182,16 +249,45 @@ def _advance(settings: BeamSettings, next_logp: NextLogp, state: _State) -> _Sta
     bound = settings.rank(going[:, 0], longest if longer else step + 1)
     worst = settings.rank(done.logp, done.length).min(axis=1)
     full = settings.stops_at_first & (done.logp > -jnp.inf).all(axis=1)
-    return _State(
-        step=step + 1,
-        last=token[row, keep],
-        tokens=tokens[row, keep],
-        ancestry=ancestry[row, parent[row, keep]],
-        logp=going,
-        done=done,
-        open=state.open & (bound > worst) & ~full,
-        cache=cache,
+    return going, parent[row, keep], token[row, keep], {"done": done, "open": state.open & (bound > worst) & ~full}
+
+
+def _choose_and_bound(
+    settings: BeamSettings, state: _State, total: Float[Array, "n W V"]
+) -> tuple[Float[Array, "n W"], Int[Array, "n W"], Int[Array, "n W"], dict[str, Any]]:
+    """All ends are finished, the W best other continuations go on, and the bound follows: as `_choose`.
+
+    A prefix as long as the limit is no beginning of an answer: it bounds nothing.
+    """
+    (n, width, vocabulary), step, before = total.shape, state.step, state.bound
+    assert before is not None
+    parents = jnp.broadcast_to(jnp.arange(width), (n, width))
+    ends = total[..., settings.eos]
+    done = _finish(settings, state, parents, jnp.full_like(parents, settings.eos), ends)
+
+    others = jnp.where(jnp.arange(vocabulary) == settings.eos, -jnp.inf, total).reshape(n, -1)
+    best, flat = jax.lax.top_k(others, min(max(width, settings.most_beams) + 1, width * vocabulary))
+    may_end = step + 1 < settings.max_new_tokens
+
+    def after(count: int) -> Array:
+        """The likeliest prefix that so many beams drop."""
+        return jnp.where(may_end, best[:, count], -jnp.inf) if count < best.shape[1] else jnp.full(n, -jnp.inf)
+
+    left = jnp.where(may_end, best[:, 0], -jnp.inf)
+    bound = Bound(
+        before.rest,
+        before.floor,
+        jnp.maximum(before.dropped, after(width)),
+        left,
+        jnp.maximum(before.crowd, after(max(width, settings.most_beams))),
+        before.steps + 1,
     )
+    bound = jax.tree.map(lambda new, old: jnp.where(state.open, new, old), bound, before)
+    known, rival = jnp.maximum(done.logp[:, 0], bound.floor), jnp.maximum(done.logp[:, 1], bound.dropped)
+    proved, hopeless = is_best(known, jnp.maximum(rival, left), bound.rest), ~is_best(known, rival, bound.rest)
+    open_ = state.open & ((left > known) | ~(proved | hopeless) | ~may_end)
+    changes = {"done": done, "open": open_, "bound": bound}
+    return best[:, :width], flat[:, :width] // vocabulary, flat[:, :width] % vocabulary, changes
 
 
 def _allowed(settings: BeamSettings, logp: Float[Array, "n W V"], step: Int[Array, ""]) -> Float[Array, "n W V"]:
@@ -209,17 +305,19 @@ def _allowed(settings: BeamSettings, logp: Float[Array, "n W V"], step: Int[Arra
 def _finish(
     settings: BeamSettings,
     state: _State,
-    tokens: Int[Array, "n Q T"],
+    parent: Int[Array, "n Q"],
     token: Int[Array, "n Q"],
     logp: Float[Array, "n Q"],
 ) -> Beams:
-    """The finished answers with those of the Q best continuations that end here and are among the best W."""
+    """The finished answers with those of Q continuations, the best first, that end here and are among the best W."""
+    row, here = jnp.arange(logp.shape[0])[:, None], jnp.arange(settings.max_new_tokens) == state.step
+    tokens = jnp.where(here, token[..., None], state.tokens[row, parent])
     ends = token == settings.eos
     at_limit = state.step + 1 == settings.max_new_tokens
     complete = ends | (at_limit & settings.hugging_face)
     among_best = jnp.arange(logp.shape[1]) < settings.num_beams
-    length = jnp.full_like(token, state.step + 1)
-    fresh = Beams(tokens, length, jnp.where(complete & among_best, logp, -jnp.inf), ends)
+    length, slot = jnp.full_like(token, state.step + 1), state.step * settings.num_beams + parent
+    fresh = Beams(tokens, length, jnp.where(complete & among_best, logp, -jnp.inf), ends, slot)
     done = _best(settings, state.done, fresh)
     return jax.tree.map(lambda new, old: jnp.where(_rows(state.open, new), new, old), done, state.done)
 
@@ -229,9 +327,9 @@ def _rows(flags: Bool[Array, " n"], like: Array) -> Array:
 
 
 def _best(settings: BeamSettings, *groups: Beams) -> Beams:
-    """The best W answers of several groups, finished ones first unless as Hugging Face; earlier groups win ties."""
+    """The best answers of several groups, finished ones first unless as Hugging Face; earlier groups win ties."""
     joined = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *groups)
     joined = replace(joined, finished=joined.finished & (joined.logp > -jnp.inf))
     score = settings.rank(joined.logp, joined.length)
-    order = jnp.lexsort((-score, ~joined.finished & (not settings.hugging_face)), axis=1)[:, : settings.num_beams]
+    order = jnp.lexsort((-score, ~joined.finished & (not settings.hugging_face)), axis=1)[:, : settings.places]
     return jax.tree.map(lambda leaf: leaf[jnp.arange(leaf.shape[0])[:, None], order], joined)

@@ -18,6 +18,23 @@ TokenAnswer = tuple[Tokens, bool]  # its tokens without the end token, and wheth
 
 
 @dataclass(frozen=True)
+class Proof:
+    """What exact decoding proved: so many of the first candidates are the likeliest of all answers, in this order.
+
+    No other answer, found or not, is likelier than the last of them by more than `marginal.TIE`.
+    """
+
+    top_k: int  # under the K documents; 0: not even the first is proved
+    corpus: int | None  # under all passages; None where the prior over the corpus is not known
+    documents_read: int  # for the proof
+    steps: int  # of all beam searches
+
+    def counts(self, most: int) -> dict[str, int | None]:
+        """What is proved of the first `most` candidates."""
+        return {"top_k": min(self.top_k, most), "corpus": None if self.corpus is None else min(self.corpus, most)}
+
+
+@dataclass(frozen=True)
 class Candidates:
     """The C distinct answers that the K documents of one question proposed, and what each is worth (nats).
 
@@ -33,13 +50,15 @@ class Candidates:
     thorough_logp: Float[np.ndarray, " C"] | None = None
     posterior: Float[np.ndarray, "K C"] | None = None  # p(z|x,y), from `doc_logp`
     ranked: bool = False  # the candidates stand in the order of choice
-    bounds: Float[np.ndarray, "2 C"] | None = None  # certified: the thorough marginal is at least and at most this
+    bounds: Float[np.ndarray, "2 C"] | None = None  # certified, exact: the marginal is at least and at most this
     needed: tuple[int, int] | None = None  # certified: scores computed, and scores that thorough decoding needs
+    proof: Proof | None = None  # exact
 
     def marginal(self, mode: str) -> Float[np.ndarray, " C"]:
-        """log p(y|x) of every candidate, `thorough` or `fast`; of `certified`, the lower bound."""
-        certified = None if self.bounds is None else self.bounds[0]
-        marginal = {"thorough": self.thorough_logp, "fast": self.fast_logp, "certified": certified}[mode]
+        """log p(y|x) of every candidate, `thorough` or `fast`; of `certified` and `exact`, the lower bound."""
+        lower = None if self.bounds is None else self.bounds[0]
+        marginals = {"thorough": self.thorough_logp, "fast": self.fast_logp, "certified": lower, "exact": lower}
+        marginal = marginals[mode]
         assert marginal is not None, f"these candidates have no {mode} marginal"
         return marginal
 

@@ -9,8 +9,7 @@ from jaxtyping import Bool, Float, Int
 
 from ragjax.decoding.prefix_cache import PrefixScorer, Tokens
 from ragjax.decoding.rescore import score_candidates, thorough_marginals
-
-TIE = 1e-3  # nats: two marginals are the same for all that rounding can tell
+from ragjax.marginal import TIE
 
 
 def certify(

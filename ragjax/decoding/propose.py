@@ -48,7 +48,7 @@ def beam_search_documents(
 
     search = beam_settings(settings, special, hugging_face)
     cache = empty_prefix_cache(generator, memory, search.max_new_tokens * search.num_beams)
-    return beam_search(next_logp(memory), cache, memory.start, search, lambda rows: next_logp(memory.take(rows)))
+    return beam_search(next_logp(memory), cache, memory.start, search, lambda rows: next_logp(memory.take(rows)))[:2]
 
 
 def beam_settings(settings: Decode, special: SpecialTokens, hugging_face: bool) -> BeamSettings:

@@ -5,8 +5,6 @@ p(y|x) ≈ Π_t Σ_z p_η(z|x) · p_θ(y_t|x,z,y_<t)
 
 from __future__ import annotations
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,12 +12,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from ragjax.config import Decode
-from ragjax.decoding.beam_search import Beams, beam_search
 from ragjax.decoding.candidates import Candidates, as_candidates, distinct_answers, pad_answers, with_end
-from ragjax.decoding.prefix_cache import PrefixCache, PrefixScorer, beam_step, empty_prefix_cache
+from ragjax.decoding.marginal_search import search_rag_token
+from ragjax.decoding.prefix_cache import PrefixScorer
 from ragjax.decoding.propose import beam_settings
 from ragjax.marginal import marginal_logp, token_posterior
-from ragjax.models.generator import SpecialTokens, join_ends
+from ragjax.models.generator import SpecialTokens
 from ragjax.models.kv_cache import DocumentMemory
 from ragjax.models.layers import Params
 
@@ -38,7 +36,8 @@ def decode_rag_token(
     `hugging_face` repeats transformers' beam search to the letter.
     """
     prior = jnp.asarray(log_prior)
-    beams, prefixes = beam_search_rag_token(graph, params, memory, prior, settings, special, hugging_face)
+    search = beam_settings(settings, special, hugging_face)
+    beams, prefixes = search_rag_token(graph, params, memory, prior, search, special)
     beams, documents = jax.device_get(beams), log_prior.shape[1]
     answers = [list(distinct_answers(beams, b, np.zeros(1))) for b in range(len(log_prior))]
     padded, lengths = pad_answers(answers, special, settings.max_new_tokens)
@@ -48,41 +47,24 @@ def decode_rag_token(
     for row, by_answer in PrefixScorer(graph, params, memory, prefixes, special).score(rows).items():
         for c, steps in enumerate(by_answer):
             logp[*divmod(row, documents), c, : len(steps)] = steps
-    marginal, posterior = (np.array(x) for x in _marginals(prior, logp, lengths))
+    return as_candidates(answers, rag_token_marginals(prior, logp, lengths), ranked=True)
+
+
+def rag_token_marginals(
+    log_prior: Float[Array | np.ndarray, "B K"],
+    logp: Float[Array | np.ndarray, "B K C T"],
+    lengths: Int[np.ndarray, "B C"],
+) -> dict[str, np.ndarray]:
+    """What C answers a question are worth, from log p(y_t|y_<t,x,z) (nats), as fields of `Candidates`."""
+    marginal, posterior = (np.array(x) for x in _marginals(log_prior, logp, lengths))
     marginal[lengths == 0] = -np.inf  # where nothing could be answered
-    doc_logp = logp.sum(axis=-1)
-    arrays = {
+    doc_logp = np.asarray(logp).sum(axis=-1)
+    return {
         "beam_logp": np.full_like(doc_logp, -np.inf),
         "doc_logp": doc_logp,
         "thorough_logp": marginal,
         "posterior": posterior,
     }
-    return as_candidates(answers, arrays, ranked=True)
-
-
-@partial(jax.jit, static_argnums=(0, 4, 5, 6))
-def beam_search_rag_token(
-    graph: nnx.GraphDef,
-    params: Params,
-    memory: DocumentMemory,
-    log_prior: Float[Array, "B K"],
-    settings: Decode,
-    special: SpecialTokens,
-    hugging_face: bool = False,
-) -> tuple[Beams, PrefixCache]:
-    """A beam search of B rows, whose probabilities are summed over K documents; and the prefixes read under each."""
-    generator, (questions, documents) = nnx.merge(graph, params), log_prior.shape
-
-    def next_logp(tokens: Array, number: Array, mask: Array, prefixes: PrefixCache) -> tuple[Array, PrefixCache]:
-        rows, masks = (jnp.repeat(x, documents, axis=0) for x in (tokens, mask))
-        rows = jnp.where(number == 0, memory.start[:, None], rows)  # a prompt's last token: every document has its own
-        logp, prefixes = beam_step(generator, memory, prefixes, rows, number, masks)
-        logp = join_ends(logp, special).reshape(questions, documents, *logp.shape[1:])
-        return marginal_logp(log_prior, logp), prefixes
-
-    search = beam_settings(settings, special, hugging_face)
-    cache = empty_prefix_cache(generator, memory, search.max_new_tokens * search.num_beams)
-    return beam_search(next_logp, cache, memory.start[::documents], search)
 
 
 @jax.jit

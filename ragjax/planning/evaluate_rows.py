@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from ragjax.config import most_documents
 from ragjax.decoding.candidates import pad_answers
-from ragjax.decoding.propose import beam_search_documents, prefill_documents
-from ragjax.decoding.rag_token import beam_search_rag_token
+from ragjax.decoding.marginal_search import search_rag_token
+from ragjax.decoding.propose import beam_search_documents, beam_settings, prefill_documents
 from ragjax.decoding.rescore import score_tokens
 from ragjax.models.kv_cache import DocumentMemory, empty_kv_cache
 from ragjax.models.layers import Params
@@ -95,7 +95,8 @@ def _temporaries(inputs: PlanInputs) -> Number:
         read = DocumentMemory(*memory)
         if together:
             prior = jnp.zeros((questions, documents))
-            return beam_search_rag_token(graph, params, read, prior, decode, SPECIAL, config.hf_compatible)
+            how = beam_settings(decode, SPECIAL, config.hf_compatible)
+            return search_rag_token(graph, params, read, prior, how, SPECIAL)
         return beam_search_documents(graph, params, read, decode, SPECIAL, config.hf_compatible)
 
     @jax.jit

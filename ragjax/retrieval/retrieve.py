@@ -28,6 +28,7 @@ class RetrievalResult:
     ids: Int[np.ndarray, "B K"]
     scores: Float[np.ndarray, "B K"]  # inner products, before the scale
     log_prior: Float[np.ndarray, "B K"]
+    outside: Float[np.ndarray, " B"] | None = None  # prior mass of all other passages, no less than it is, if they have
 
 
 def encode_questions(
@@ -70,10 +71,23 @@ def retrieve(
     scale, valid = rag.config.retriever.logit_scale, jnp.asarray(ids >= 0)
     if rag.config.retriever.prior == "corpus":
         normalizer = index.log_normalizer(queries, scale, mesh)
-        prior = corpus_log_prior(jnp.asarray(scale * scores), jnp.asarray(normalizer), valid)
-    else:
-        prior = log_prior(jnp.asarray(scale * scores), valid)
-    return RetrievalResult(queries, ids, scores, np.asarray(prior))
+        prior = np.asarray(corpus_log_prior(jnp.asarray(scale * scores), jnp.asarray(normalizer), valid))
+        return RetrievalResult(queries, ids, scores, prior, mass_outside(prior, normalizer))
+    return RetrievalResult(queries, ids, scores, np.asarray(log_prior(jnp.asarray(scale * scores), valid)))
+
+
+def mass_outside(
+    log_prior: Float[np.ndarray, "B K"], log_normalizer: Float[np.ndarray, " B"]
+) -> Float[np.ndarray, " B"]:
+    """The prior mass of all passages but the K retrieved, at least: rounding is added to what they leave of 1.
+
+    A score and the normalizer are float32 sums, each of which may be off by some eps of the largest number in it.
+    """
+    found = log_prior > -np.inf
+    mass = np.exp(np.where(found, log_prior, -np.inf).astype(np.float64)).sum(axis=1)
+    largest = np.abs(np.where(found, log_prior + log_normalizer[:, None], 0)).max(axis=1) + np.abs(log_normalizer)
+    rounding = 16 * np.finfo(np.float32).eps * (1 + largest)
+    return np.clip(1 - mass, 0, 1) + rounding
 
 
 def log_prior_mass(

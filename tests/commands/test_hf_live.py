@@ -37,8 +37,8 @@ from ragjax.config import Config, Decode, load_config
 from ragjax.data.question_batch import QuestionBatch, question_batch
 from ragjax.data.questions import read_questions
 from ragjax.decoding.hf_compat import decode_hf_compatible
-from ragjax.decoding.propose import prefill_documents
-from ragjax.decoding.rag_token import beam_search_rag_token
+from ragjax.decoding.marginal_search import search_rag_token
+from ragjax.decoding.propose import beam_settings, prefill_documents
 from ragjax.marginal import log_prior
 from ragjax.models.generator import SpecialTokens
 from ragjax.rag import RagPipeline, load_pipeline
@@ -208,7 +208,9 @@ def test_fresh_models(
         sequences = token_model.generate(
             **given, num_beams=beams, max_length=9, forced_eos_token_id=forced.forced_eos
         ).numpy()
-        together = jax.device_get(beam_search_rag_token(graph, weights, memory, prior, settings, forced, True)[0])
+        together = jax.device_get(
+            search_rag_token(graph, weights, memory, prior, beam_settings(settings, forced, True), forced)[0]
+        )
         for b, generated in enumerate(sequences):
             length = together.length[b, 0]
             np.testing.assert_array_equal(together.tokens[b, 0, :length], generated[1 : 1 + length])

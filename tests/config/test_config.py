@@ -155,7 +155,9 @@ def test_a_configuration_cannot_be_changed(tmp_path: Path) -> None:
         ),
         ("corpus.columns.text=[a]", "corpus.columns.text is "),
         ("corpus.columns.body=a", "unknown key 'corpus.columns.body'; known here: id, title, text"),
-        ("decode.mode=slow", "decode.mode is 'slow'; expected one of thorough, certified, fast"),
+        ("decode.start_beams=9", "decode.start_beams must be at most decode.max_beams"),
+        ("decode.prove=corpus", "decode.prove=corpus needs retriever.prior=corpus"),
+        ("decode.mode=slow", "decode.mode is 'slow'; expected one of exact, thorough, certified, fast"),
         ("model=rag_words", "model is 'rag_words'; expected one of rag_sequence, rag_token"),
         ("decode.min_new_tokens=16", "decode.min_new_tokens must be smaller"),
         (
@@ -415,7 +417,7 @@ def test_every_key_is_on_the_reference_page() -> None:
     rows = {line.split("`")[1]: line for line in page.splitlines() if line.startswith("| `")}
     assert list(rows) == KEYS
     assert all(len(re.findall(r"(?<!\\)\|", row)) == 5 for row in rows.values())
-    assert rows["decode.mode"].startswith('| `decode.mode` | `thorough`, `certified`, `fast` | `"thorough"` |')
+    assert rows["decode.mode"].startswith('| `decode.mode` | `exact`, `thorough`, `certified`, `fast` | `"thorough"` |')
     assert rows["train.dropout"].startswith("| `train.dropout` | number, ≥ 0, < 1 | `0.0` |")
     assert rows["corpus.max_passages"].startswith("| `corpus.max_passages` | whole number, > 0 or null | `null` |")
     assert rows["output"].startswith("| `output` | text | must be given |")

@@ -80,7 +80,7 @@ def search_and_pool(tables: jax.Array, beams: int, max_new_tokens: int = T, **se
     def for_rows(rows: jax.Array) -> Any:
         return partial(toy_next_logp, tables[rows])
 
-    return beam_search(partial(toy_next_logp, tables), pool, start, how, for_rows)
+    return beam_search(partial(toy_next_logp, tables), pool, start, how, for_rows)[:2]
 
 
 def search(tables: Table, beams: int, **settings: Any) -> Beams:
@@ -238,7 +238,8 @@ def test_stops_early() -> None:
         return toy_next_logp(jnp.asarray(table), tokens, step, mask, cache)
 
     pool, start = empty_pool(1, T), jnp.full(1, START, jnp.int32)
-    found, _ = beam_search(counting, pool, start, BeamSettings(num_beams=1, max_new_tokens=T, eos=EOS, pad=PAD))
+    how = BeamSettings(num_beams=1, max_new_tokens=T, eos=EOS, pad=PAD)
+    found, *_ = beam_search(counting, pool, start, how)
     jax.effects_barrier()
     assert asked == [0]
     assert as_lists(found) == [[((EOS,), 0.0, True)]]

@@ -30,8 +30,9 @@ from ragjax.data.question_batch import QuestionBatch, question_batch, tokenize_p
 from ragjax.data.tokenizer import Tokenizer
 from ragjax.decoding.candidates import Candidates
 from ragjax.decoding.hf_compat import decode_hf_compatible
-from ragjax.decoding.propose import prefill_documents
-from ragjax.decoding.rag_token import beam_search_rag_token, decode_rag_token
+from ragjax.decoding.marginal_search import search_rag_token
+from ragjax.decoding.propose import beam_settings, prefill_documents
+from ragjax.decoding.rag_token import decode_rag_token
 from ragjax.marginal import hugging_face_nll, log_prior, marginal_logp
 from ragjax.models.generator import SpecialTokens, answer_hidden, token_logp
 from ragjax.models.kv_cache import DocumentMemory
@@ -247,7 +248,9 @@ def test_rag_token_decoding(golden: Golden, variant: str, beams: int) -> None:
     decode, special = golden.settings(variant, beams)
     memory, prior = golden.memory(), golden.prior
     found = jax.device_get(
-        beam_search_rag_token(golden.graphdef, golden.params, memory, prior, decode, special, True)[0]
+        search_rag_token(golden.graphdef, golden.params, memory, prior, beam_settings(decode, special, True), special)[
+            0
+        ]
     )
     sequences = golden.values[f"rag_token/{variant}/b{beams}/sequences"]
     for question, row in enumerate(sequences):

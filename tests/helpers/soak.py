@@ -234,6 +234,8 @@ class Soak:
             self.summary.interrupted[process.returncode] += 1
             self.summary.slowest_stop = max(self.summary.slowest_stop, time.monotonic() - sent)
             left = [path for path in index.parent.rglob("*") if "partial" in path.name and path.parent != index.parent]
+            if process.returncode == 1 and err.startswith("Could not import runpy module"):
+                continue  # Python itself was not up
             if process.returncode not in (130, -signal.SIGINT) or left or "Traceback" in err or "ignored" in err:
                 told = f"SIGINT after {sent - begun:.2f} s: ended with {process.returncode}, left {left}: {err[-2000:]}"
                 self.summary.differences.append(told)

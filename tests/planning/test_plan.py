@@ -27,8 +27,8 @@ from ragjax.config import Mesh as MeshSettings
 from ragjax.data.passage_store import STORE_FILES
 from ragjax.data.question_batch import question_batch, tokenize_prompts
 from ragjax.decoding.candidates import pad_answers
-from ragjax.decoding.propose import beam_search_documents, prefill_documents
-from ragjax.decoding.rag_token import beam_search_rag_token
+from ragjax.decoding.marginal_search import search_rag_token
+from ragjax.decoding.propose import beam_search_documents, beam_settings, prefill_documents
 from ragjax.decoding.rescore import score_tokens
 from ragjax.errors import InputError
 from ragjax.models.kv_cache import DocumentMemory, empty_kv_cache
@@ -216,7 +216,9 @@ def test_temporaries_of_answering_are_compiled(
     @jax.jit
     def search(params: Any, prior: jax.Array, *leaves: jax.Array) -> Any:
         if model == "rag_token":
-            return beam_search_rag_token(graph, params, DocumentMemory(*leaves), prior, settings, SPECIAL)
+            return search_rag_token(
+                graph, params, DocumentMemory(*leaves), prior, beam_settings(settings, SPECIAL, False), SPECIAL
+            )
         return beam_search_documents(graph, params, DocumentMemory(*leaves), settings, SPECIAL)
 
     @jax.jit

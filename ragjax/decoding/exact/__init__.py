@@ -1,0 +1,1 @@
+"""Exact decoding: the likeliest answer of all, with its proof."""

@@ -1,0 +1,223 @@
+"""Exact decoding of a batch of questions: searches on the marginal in rounds, until each answer is proved.
+
+Questions wait by how many documents and beams they need next, and are searched together, so many of them that questions
+times documents stays the same: few programs are compiled. What cannot be proved is decoded thoroughly, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Bool, Float, Int
+
+from ragjax.config import Decode
+from ragjax.decoding.candidates import Candidates, Proof, TokenAnswer, pad_answers
+from ragjax.decoding.decode import decode_rag_sequence
+from ragjax.decoding.exact.document_reader import DocumentReader
+from ragjax.decoding.exact.question import Found, QuestionSearch
+from ragjax.decoding.marginal_search import search_marginal
+from ragjax.decoding.propose import beam_settings
+from ragjax.decoding.rag_token import decode_rag_token, rag_token_marginals
+from ragjax.decoding.rescore import score_tokens
+from ragjax.models.generator import SpecialTokens
+from ragjax.models.layers import Params
+from ragjax.padding import bucket_size
+
+
+def decode_exact(
+    graph: nnx.GraphDef,
+    params: Params,
+    source: Int[np.ndarray, "n S"],
+    mask: Bool[np.ndarray, "n S"],
+    log_prior: Float[np.ndarray, "B K"],
+    outside: Float[np.ndarray, " B"] | None,
+    settings: Decode,
+    special: SpecialTokens,
+    by_token: bool = False,
+) -> list[Candidates]:
+    """The best answers of B questions, best first, with what is proved of them.
+
+    Args:
+        graph: the generator's, as `params`.
+        params: the generator's.
+        source: the right-padded prompts of the B·K documents, question-major.
+        mask: true on their tokens.
+        log_prior: log p(z|x) in nats; −inf where there is no document.
+        outside: the prior mass outside the K documents, no less than it is; None where only the K have a prior.
+        settings: the searches; `num_beams` are those of thorough decoding, and answers kept at least.
+        special: the tokens that end an answer, and those that are forced.
+        by_token: whether documents are summed over at every token, as RAG-Token does, and so all read at once.
+    """
+    order = np.argsort(-log_prior, axis=1, kind="stable")  # likeliest first
+    rows = (np.arange(len(order))[:, None] * order.shape[1] + order).reshape(-1)
+    sorted_prior = np.take_along_axis(log_prior, order, axis=1)
+    batch = _ExactBatch(graph, params, source[rows], mask[rows], sorted_prior, settings, special, by_token)
+    questions = [
+        QuestionSearch(b, prior, None if outside is None else float(outside[b]), settings)
+        for b, prior in enumerate(sorted_prior)
+    ]
+    batch.search(questions)
+    if settings.fallback == "thorough":
+        batch.fall_back([q for q in questions if q.documents and not q.proved(False)])
+    candidates = batch.candidates(questions)
+    return [_by_column(own, np.argsort(order[b])) for b, own in enumerate(candidates)]
+
+
+class _ExactBatch:
+    """B questions with their documents, likeliest first; `DocumentReader` keeps what was read of them."""
+
+    def __init__(
+        self,
+        graph: nnx.GraphDef,
+        params: Params,
+        source: Int[np.ndarray, "n S"],
+        mask: Bool[np.ndarray, "n S"],
+        log_prior: Float[np.ndarray, "B K"],
+        settings: Decode,
+        special: SpecialTokens,
+        by_token: bool,
+    ) -> None:
+        self.graph, self.params, self.settings, self.special = graph, params, settings, special
+        self.reader = DocumentReader(graph, params, source, mask)
+        self.log_prior, self.by_token = log_prior, by_token
+        self.lazy = settings.lazy and not by_token
+
+    def search(self, questions: Sequence[QuestionSearch]) -> None:
+        """Searches until each question is proved or given up; a question only ever waits for more."""
+        count, documents = self.log_prior.shape
+        sizes = sorted({bucket_size(read) for read in range(1, documents + 1)} | {documents})
+        rounds = [read for read in sizes if read <= documents] if self.lazy else [documents]
+        waiting: dict[tuple[int, int], list[QuestionSearch]] = {}
+        fresh = list(questions)
+        while fresh or waiting:
+            for question in fresh:
+                if (chosen := question.next_search(rounds)) is not None:
+                    waiting.setdefault(chosen, []).append(question)
+            if not waiting:
+                break
+            read, beams = min(waiting)  # whoever needs as many, or the next ones, is there by now
+            fresh = waiting.pop((read, beams))
+            size = max(1, count // read) if self.lazy else count
+            for start in range(0, len(fresh), size):
+                self._search_together(fresh[start : start + size], read, beams, size)
+
+    def _search_together(self, questions: Sequence[QuestionSearch], read: int, beams: int, size: int) -> None:
+        """One search of `size` questions; those that fill up have no document."""
+        rows, prior = np.zeros((size, read), np.int32), np.full((size, read), -np.inf, np.float32)
+        rest, floor = np.full((2, size), -np.inf, np.float32)
+        for i, question in enumerate(questions):
+            rows[i] = self._rows(question)[np.minimum(np.arange(read), question.documents - 1)]
+            prior[i] = question.log_prior[:read]
+            rest[i], floor[i] = question.rest(question.seeks_corpus, read), question.floor()
+        rows[len(questions) :] = rows[0]
+        memory = self.reader.read(rows.reshape(-1))
+        how = replace(
+            beam_settings(self.settings, self.special, hugging_face=False),
+            num_beams=beams,
+            num_answers=max(2, self.settings.num_beams),
+            most_beams=self.settings.max_beams,
+            early_stopping=False,
+        )
+        given = (memory, rows, prior, rest, floor, how, self.special, self.by_token)
+        found = jax.device_get(search_marginal(self.graph, self.params, *given))
+        for i, question in enumerate(questions):
+            question.add(found, i, read, beams)
+
+    def _rows(self, question: QuestionSearch) -> Int[np.ndarray, " K"]:
+        documents = self.log_prior.shape[1]
+        return np.arange(question.number * documents, (question.number + 1) * documents, dtype=np.int32)
+
+    def fall_back(self, questions: Sequence[QuestionSearch]) -> None:
+        """Joins what thorough decoding finds: also proved, perhaps, since the bound holds for whoever finds more."""
+        if not questions:
+            return
+        numbers = np.resize([q.number for q in questions], min(bucket_size(len(questions)), len(self.log_prior)))
+        rows = np.concatenate([self._rows(questions[i % len(questions)]) for i in range(len(numbers))])
+        memory, prior = self.reader.take(rows), self.log_prior[numbers]
+        thorough = self.settings.replace(mode="thorough")
+        decode = decode_rag_token if self.by_token else decode_rag_sequence
+        found = decode(self.graph, self.params, memory, prior, thorough, self.special)
+        for question, candidates in zip(questions, found, strict=False):
+            assert candidates.doc_logp is not None and candidates.thorough_logp is not None
+            for c, tokens in enumerate(candidates.tokens):
+                answer = (tokens, bool(candidates.finished[c]))
+                known = Found(float(candidates.thorough_logp[c]), candidates.doc_logp[:, c].astype(np.float64))
+                question.answers.setdefault(answer, known)
+
+    def candidates(self, questions: Sequence[QuestionSearch]) -> list[Candidates]:
+        """What is known of the best answers of all questions."""
+        proofs = [question.proof() for question in questions]
+        if self.by_token:
+            answers = [[answer for answer, _ in q.ranked()] or [((), False)] for q in questions]
+            worth = self._score_by_token(answers)
+            return [_candidates(*of) for of in zip(answers, worth, proofs, strict=True)]
+        if self.settings.probability == "full":
+            self._score_unread(questions)
+        ranked = [q.ranked() for q in questions]
+        answers = [[answer for answer, _ in own] or [((), False)] for own in ranked]
+        worth = [_marginals(q, [found for _, found in own]) for q, own in zip(questions, ranked, strict=True)]
+        return [_candidates(*of) for of in zip(answers, worth, proofs, strict=True)]
+
+    def _score_unread(self, questions: Sequence[QuestionSearch]) -> None:
+        """The answers under the documents under which they are not known, in one pass."""
+        answers = [[answer for answer, _ in question.ranked()] for question in questions]
+        pairs = [
+            (q.number, z)
+            for q, own in zip(questions, answers, strict=True)
+            for z in range(q.documents)
+            if any(np.isnan(q.answers[answer].doc_logp[z]) for answer in own)
+        ]
+        if pairs:
+            padded = np.resize(np.array(pairs), (min(bucket_size(len(pairs)), self.log_prior.size), 2))
+            memory = self.reader.take((padded[:, 0] * self.log_prior.shape[1] + padded[:, 1]).astype(np.int32))
+            tokens, lengths = pad_answers(answers, self.special, self.settings.max_new_tokens)
+            of = padded[:, 0]
+            logp = score_tokens(self.graph, self.params, memory, tokens[of], lengths[of], self.special)
+            for (number, z), by_answer in zip(pairs, np.asarray(logp)[:, 0].sum(axis=-1), strict=False):
+                for answer, scored in zip(answers[number], by_answer, strict=False):
+                    questions[number].answers[answer].doc_logp[z] = scored
+        for question in questions:
+            question.read_all()
+
+    def _score_by_token(self, answers: Sequence[Sequence[TokenAnswer]]) -> list[dict[str, Any]]:
+        """RAG-Token's marginals, under all documents."""
+        memory = self.reader.read(np.arange(self.log_prior.size))
+        tokens, lengths = pad_answers(answers, self.special, self.settings.max_new_tokens)
+        logp = score_tokens(self.graph, self.params, memory, tokens, lengths, self.special)
+        arrays = rag_token_marginals(self.log_prior, logp, lengths)
+        arrays["bounds"] = np.stack([arrays["thorough_logp"]] * 2, axis=1)
+        return [{name: x[b, ..., : len(own)] for name, x in arrays.items()} for b, own in enumerate(answers)]
+
+
+def _candidates(answers: Sequence[TokenAnswer], worth: dict[str, Any], proof: Proof) -> Candidates:
+    tokens, finished = [y for y, _ in answers], np.array([ends for _, ends in answers])
+    return Candidates(tokens, finished, **worth, ranked=True, proof=proof)
+
+
+def _marginals(question: QuestionSearch, found: Sequence[Found]) -> dict[str, Any]:
+    """What a question's answers are worth, as fields of `Candidates`; of none, the empty answer of probability 0."""
+    prior, none = question.log_prior[:, None], [Found(-np.inf, np.full(len(question.log_prior), -np.inf))]
+    doc_logp = np.stack([answer.doc_logp for answer in found or none], axis=1)
+    doc_logp = np.where(prior > -np.inf, doc_logp, -np.inf)
+    lower = np.array([answer.logp for answer in found or none])
+    rest = question.rest(question.settings.prove == "corpus")
+    worth = {"beam_logp": np.full_like(doc_logp, -np.inf), "bounds": np.stack([lower, np.logaddexp(lower, rest)])}
+    if not np.isnan(doc_logp).any():
+        shares = np.exp(prior + doc_logp - np.where(lower == -np.inf, 0, lower))
+        worth |= {"doc_logp": doc_logp, "thorough_logp": lower, "posterior": shares}
+    return {name: values.astype(np.float32) for name, values in worth.items()}
+
+
+def _by_column(candidates: Candidates, columns: Int[np.ndarray, " K"]) -> Candidates:
+    """With the documents in another order."""
+
+    def move(by_document: np.ndarray | None) -> np.ndarray | None:
+        return None if by_document is None else by_document[columns]
+
+    doc_logp, posterior = move(candidates.doc_logp), move(candidates.posterior)
+    return replace(candidates, beam_logp=candidates.beam_logp[columns], doc_logp=doc_logp, posterior=posterior)

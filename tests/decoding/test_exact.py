@@ -1,0 +1,275 @@
+"""Exact decoding against the enumeration of all answers, over generators made of tables."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference import log_softmax
+from tables import (
+    EOS,
+    NODES,
+    SPECIAL,
+    WORDS,
+    Rows,
+    T,
+    answer_logp,
+    marginals,
+    node_of,
+    random_tables,
+    table,
+    table_generator,
+)
+
+from ragjax.config import Decode
+from ragjax.decoding.beam_search import BeamSettings
+from ragjax.decoding.candidates import Candidates
+from ragjax.decoding.decode import decode_rag_sequence
+from ragjax.decoding.exact.decode import decode_exact
+from ragjax.decoding.marginal_search import MarginalSearch, search_marginal
+from ragjax.decoding.propose import prefill_documents
+from ragjax.decoding.rag_token import decode_rag_token
+from ragjax.marginal import TIE, is_best
+
+A, B, C = [(word,) for word in WORDS]
+SEARCH = BeamSettings(2, T, EOS, 0, num_answers=5, most_beams=4)
+ROUNDING = 1e-4  # nats: of sums of at most T + 1 float32 log-probabilities that are below 60
+
+
+def random_prior(rng: np.random.Generator, cases: int, documents: int) -> np.ndarray:
+    """Best first, some alike, some documents missing, some questions without any."""
+    prior = log_softmax(rng.normal(size=(cases, documents)) * rng.choice([0.0, 1.0, 3.0], size=(cases, 1)))
+    prior = -np.sort(-prior, axis=1)
+    missing = np.arange(documents) >= rng.choice([0, 1, *[documents] * 8], size=(cases, 1))
+    prior = np.where(missing, -np.inf, prior)
+    total = np.logaddexp.reduce(prior, axis=1, keepdims=True)
+    return (prior - np.where(total == -np.inf, 0, total)).astype(np.float32)
+
+
+def searched(tables: np.ndarray, prior: np.ndarray, settings: BeamSettings, by_token: bool) -> MarginalSearch:
+    """One search of all cases together."""
+    graph, params = table_generator(tables)
+    rows = np.arange(prior.size, dtype=np.int32)
+    memory = prefill_documents(graph, params, jnp.asarray(rows[:, None]), jnp.ones((prior.size, 1), bool))
+    nothing = np.full(len(tables), -np.inf, np.float32)
+    given = (memory, rows.reshape(prior.shape), prior, nothing, nothing, settings, SPECIAL, by_token)
+    return jax.device_get(search_marginal(graph, params, *given))
+
+
+def nodes_of(found: MarginalSearch, b: int) -> list[int]:
+    """The finished answers found for a question."""
+    beams, nodes = found.beams, []
+    for c in np.flatnonzero(beams.finished[b]):
+        tokens = beams.tokens[b, c, : beams.length[b, c]]
+        assert tokens[-1] == EOS
+        nodes.append(node_of(tuple(int(t) for t in tokens[:-1])))
+    return nodes
+
+
+@pytest.mark.parametrize("by_token", [False, True])
+@pytest.mark.parametrize("width", [1, 2])
+def test_search_is_exact_and_its_bound_holds(width: int, by_token: bool) -> None:
+    """2,000 questions, each with its own answers and priors: ties, near-ties, missing documents."""
+    rng = np.random.default_rng(width)
+    tables, prior = random_tables(rng, 2000, 3), random_prior(rng, 2000, 3)
+    truth = marginals(prior, tables, by_token)
+    found = searched(tables, prior, replace(SEARCH, num_beams=width), by_token)
+    proved = 0
+    for b, logp in enumerate(found.beams.logp):
+        nodes, unfinished = nodes_of(found, b), float(found.bound.unfinished[b])
+        assert len(set(nodes)) == len(nodes)
+        np.testing.assert_allclose(logp[: len(nodes)], truth[b, nodes], atol=ROUNDING)
+        kept = float(logp[-1]) if len(nodes) == len(logp) else -np.inf
+        assert np.delete(truth[b], nodes).max(initial=-np.inf) <= max(unfinished, kept) + ROUNDING
+        if is_best(float(logp[0]), unfinished, -np.inf):
+            assert truth[b, nodes[0]] >= truth[b].max() - TIE
+            proved += 1
+        there = prior[b] > -np.inf
+        if not there.any():
+            assert not nodes and found.bound.steps[b] == 0
+        elif not by_token:
+            under = answer_logp(tables[b, there])[:, nodes]
+            np.testing.assert_allclose(found.doc_logp[b, there, : len(nodes)], under, atol=ROUNDING)
+    assert proved > 1000
+    assert (found.bound.steps <= T).all() and (found.bound.steps[prior[:, 0] > -np.inf] < T).any()
+
+
+@pytest.mark.parametrize("by_token", [False, True])
+def test_forbidden_tokens_only_take_probability_away(by_token: bool) -> None:
+    """A least length, a forced first token, and a forced end at the limit."""
+    rng = np.random.default_rng(3)
+    tables, prior = random_tables(rng, 500, 3), random_prior(rng, 500, 3)
+    how = replace(SEARCH, min_new_tokens=2, forced_bos=2, forced_eos=EOS)
+    found, proved = searched(tables, prior, how, by_token), 0
+    allowed = [node_of(B + y) for y in [(v,) for v in WORDS] + [(v, w) for v in WORDS for w in WORDS]]
+    truth = np.full((500, NODES), -np.inf)
+    truth[:, allowed] = marginals(prior, tables, by_token)[:, allowed]
+    for b, logp in enumerate(found.beams.logp):
+        nodes, unfinished = nodes_of(found, b), float(found.bound.unfinished[b])
+        np.testing.assert_allclose(logp[: len(nodes)], truth[b, nodes], atol=ROUNDING)
+        if is_best(float(logp[0]), unfinished, -np.inf):
+            assert truth[b, nodes[0]] >= truth[b].max() - TIE
+            proved += 1
+    assert proved > 200
+
+
+def decoded(
+    tables: np.ndarray, prior: np.ndarray, by_token: bool = False, outside: np.ndarray | None = None, **settings: Any
+) -> list[Candidates]:
+    """All cases as one batch; document z of question b has table [b, z]."""
+    graph, params = table_generator(tables)
+    sources = np.arange(prior.size, dtype=np.int32)[:, None]
+    how = Decode(mode="exact", num_docs=prior.shape[1], max_new_tokens=T, **{"num_beams": 2, **settings})
+    return decode_exact(graph, params, sources, np.ones_like(sources, bool), prior, outside, how, SPECIAL, by_token)
+
+
+def thoroughly(tables: np.ndarray, prior: np.ndarray, by_token: bool) -> list[Candidates]:
+    graph, params = table_generator(tables)
+    sources = jnp.arange(prior.size, dtype=jnp.int32)[:, None]
+    memory = prefill_documents(graph, params, sources, jnp.ones(sources.shape, bool))
+    decode = decode_rag_token if by_token else decode_rag_sequence
+    settings = Decode(num_docs=prior.shape[1], max_new_tokens=T, num_beams=2)
+    return decode(graph, params, memory, prior, settings, SPECIAL)
+
+
+def answer_nodes(found: Candidates) -> list[int]:
+    """The answers found, finished ones, best first."""
+    return [node_of(y) for y, ends in zip(found.tokens, found.finished, strict=True) if ends]
+
+
+def check(found: Candidates, prior: np.ndarray, tables: np.ndarray, truth: np.ndarray) -> bool:
+    """One question against the enumeration: whether it is proved."""
+    nodes, proof, there = answer_nodes(found), found.proof, prior > -np.inf
+    assert proof is not None and found.bounds is not None and proof.documents_read <= there.sum()
+    for i in range(proof.top_k):
+        assert truth[nodes[i]] >= np.delete(truth, nodes[: i + 1]).max(initial=-np.inf) - TIE
+    lower, upper = found.bounds[:, : len(nodes)]
+    assert (lower <= truth[nodes] + ROUNDING).all() and (truth[nodes] <= upper + ROUNDING).all()
+    if found.doc_logp is not None and found.posterior is not None:
+        under = answer_logp(tables[there])[:, nodes]
+        np.testing.assert_allclose(found.doc_logp[there][:, : len(nodes)], under, atol=ROUNDING)
+        assert (found.posterior[~there] == 0).all()
+    return proof.top_k > 0
+
+
+@pytest.fixture(scope="module")
+def cases() -> tuple[np.ndarray, np.ndarray]:
+    """Tables and priors of 1,500 questions, their documents in any order."""
+    rng = np.random.default_rng(7)
+    tables, prior = random_tables(rng, 1500, 3), random_prior(rng, 1500, 3)
+    order = rng.permuted(np.tile(np.arange(3), (1500, 1)), axis=1)
+    return tables, np.take_along_axis(prior, order, axis=1)
+
+
+@pytest.fixture(scope="module")
+def full(cases: tuple[np.ndarray, np.ndarray]) -> list[Candidates]:
+    return decoded(*cases, start_beams=1, max_beams=2)
+
+
+@pytest.mark.parametrize("by_token", [False, True])
+def test_decoding_is_exact(cases: tuple[np.ndarray, np.ndarray], full: list[Candidates], by_token: bool) -> None:
+    """Proved answers are the likeliest of all, no other is ever below thorough decoding's; few documents are read."""
+    tables, prior = cases
+    truth = marginals(prior, tables, by_token)
+    exact = decoded(tables, prior, True, start_beams=1, max_beams=2) if by_token else full
+    thorough = thoroughly(tables, prior, by_token)
+    proved = read = there = 0
+    for b, found in enumerate(exact):
+        proved += check(found, prior[b], tables[b], truth[b])
+        assert found.proof is not None and found.thorough_logp is not None
+        if prior[b].max() == -np.inf:
+            assert found.tokens == [()] and not found.finished.any() and found.marginal("exact") == -np.inf
+            assert found.proof.top_k == found.proof.documents_read == found.proof.steps == 0
+            continue
+        read, there = read + found.proof.documents_read, there + (prior[b] > -np.inf).sum()
+        best = thorough[b].best("thorough")[0]
+        if thorough[b].finished[best]:
+            assert truth[b, answer_nodes(found)[0]] >= truth[b, node_of(thorough[b].tokens[best])] - TIE
+        np.testing.assert_allclose(found.thorough_logp, truth[b, answer_nodes(found)], atol=ROUNDING)
+    assert proved > 800
+    assert read == there if by_token else read < 0.9 * there
+
+
+def test_intervals_hold(cases: tuple[np.ndarray, np.ndarray], full: list[Candidates]) -> None:
+    """Nothing is read for the probability alone; the choice is the same."""
+    tables, prior = cases
+    truth, wide = marginals(prior, tables, False), 0
+    for b, found in enumerate(decoded(tables, prior, probability="interval", start_beams=1, max_beams=2)):
+        check(found, prior[b], tables[b], truth[b])
+        assert found.proof == full[b].proof and found.bounds is not None and found.proof is not None
+        if found.proof.top_k:
+            assert truth[b, answer_nodes(found)[0]] >= truth[b, answer_nodes(full[b])[0]] - TIE
+        known = found.proof.documents_read == (prior[b] > -np.inf).sum()
+        assert (found.doc_logp is not None) == (found.thorough_logp is not None) == known
+        wide += found.bounds[1, 0] > found.bounds[0, 0]
+    assert wide > 200
+
+
+def test_the_proof_over_the_corpus_counts_what_was_not_retrieved(cases: tuple[np.ndarray, np.ndarray]) -> None:
+    """The documents outside are there in the truth, with tables of their own; where they hold too much, only top k."""
+    tables, prior = cases
+    rng = np.random.default_rng(8)
+    share = rng.choice([0.0, 0.01, 0.2, 0.6], size=len(prior))
+    inside = (prior + np.log1p(-share)[:, None]).astype(np.float32)
+    whole = np.concatenate([inside, np.where(share > 0, np.log(np.maximum(share, 1e-9)), -np.inf)[:, None]], axis=1)
+    truth = marginals(whole, np.concatenate([tables, random_tables(rng, len(tables), 1)], axis=1), False)
+    truth_of_top_k = marginals(inside, tables, False)
+    found = decoded(tables, inside, outside=share, prove="corpus", start_beams=1, max_beams=2)
+    proved, only_top_k = dict.fromkeys(share, 0), 0
+    for b, of_question in enumerate(found):
+        nodes, proof = answer_nodes(of_question), of_question.proof
+        assert proof is not None and proof.corpus is not None and proof.corpus <= proof.top_k
+        check(of_question, inside[b], tables[b], truth_of_top_k[b])
+        if proof.corpus:
+            assert truth[b, nodes[0]] >= truth[b].max() - TIE
+            proved[share[b]] += 1
+        only_top_k += bool(proof.top_k) and not proof.corpus
+        lower, upper = of_question.bounds[:, : len(nodes)]  # type: ignore[index]
+        assert (lower <= truth[b, nodes] + ROUNDING).all() and (truth[b, nodes] <= upper + ROUNDING).all()
+    assert proved[0.0] > proved[0.2] > 20 and proved[0.01] > 100 and proved[0.6] == 0 and only_top_k > 100
+
+
+def test_batches_equal_one_by_one(cases: tuple[np.ndarray, np.ndarray], full: list[Candidates]) -> None:
+    tables, prior = cases
+    for b in range(6):
+        [alone] = decoded(tables[b : b + 1], prior[b : b + 1], start_beams=1, max_beams=2)
+        assert (alone.tokens, alone.proof) == (full[b].tokens, full[b].proof)
+        np.testing.assert_allclose(alone.marginal("exact"), full[b].marginal("exact"), atol=TIE)
+
+
+HALVES = np.log(np.array([[0.5, 0.5]], np.float32))
+
+
+def test_a_bound_belongs_to_the_documents_read() -> None:
+    """z1 alone "proves" a with P = .3: what it dropped has .1. But under both documents P(b) = .6."""
+    tables = np.stack([table({(): {0: 0.6, 2: 0.2, EOS: 0.2}}), table({(): {2: 1.0}})])[None]
+    for lazy in (True, False):
+        [found] = decoded(tables, HALVES, start_beams=1, max_beams=1, lazy=lazy, fallback="none")
+        assert found.tokens[0] == B and found.proof is not None and found.proof.top_k
+        np.testing.assert_allclose(np.exp(found.marginal("exact")[0]), 0.6, rtol=1e-5)
+
+
+def test_every_end_is_an_answer() -> None:
+    """Three tokens are likelier than the end: the empty answer is one all the same."""
+    halves: Rows = {A: {0: 0.5, 2: 0.5}, B: {0: 0.5, 3: 0.5}, C: {2: 0.5, 3: 0.5}}
+    tables = table({(): {0: 0.3, 2: 0.25, 3: 0.25, EOS: 0.2}, **halves})
+    [found] = decoded(tables[None, None], np.zeros((1, 1), np.float32), start_beams=3, fallback="none")
+    assert found.tokens[0] == () and found.proof is not None and found.proof.top_k
+    np.testing.assert_allclose(np.exp(found.marginal("exact")[0]), 0.2, rtol=1e-5)
+
+
+def test_rag_token_reads_all_documents() -> None:
+    """With z1 alone a has .407, b and the rest of the prior .349: yet under both P(b) = .442."""
+    certain: Rows = {prefix: {prefix[-1]: 1.0} for prefix in (A, A * 2, B, B * 2)}
+    z1 = table({(): {0: 0.62, 2: 0.38}, **certain})
+    z2 = table({(): {2: 1.0}, **certain, A: {2: 1.0}, A * 2: {2: 1.0}, A * 3: {2: 1.0}})
+    prior = np.log(np.array([[0.9, 0.1]], np.float32))
+    truth = marginals(prior, np.stack([z1, z2])[None], by_token=True)[0]
+    [found] = decoded(np.stack([z1, z2])[None], prior, by_token=True, start_beams=2, max_beams=4, fallback="none")
+    assert found.tokens[0] == B * 3 and found.proof is not None
+    assert found.proof.top_k and found.proof.documents_read == 2
+    np.testing.assert_allclose(np.exp([truth[node_of(A * 3)], truth[node_of(B * 3)]]), [0.407, 0.442], atol=1e-3)

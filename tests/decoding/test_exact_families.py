@@ -1,0 +1,126 @@
+"""Exact decoding with every family of generators: all answers of two tokens enumerated, and thorough decoding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from ragjax.checkpoints.pretrained import open_generator
+from ragjax.commands.hugging_face import import_rag
+from ragjax.config import Decode
+from ragjax.decoding.candidates import Candidates, with_end
+from ragjax.decoding.decode import decode_rag_sequence
+from ragjax.decoding.exact.decode import decode_exact
+from ragjax.decoding.propose import prefill_documents
+from ragjax.decoding.rescore import score_tokens
+from ragjax.marginal import TIE, log_prior
+from ragjax.models.generator import SpecialTokens
+from ragjax.models.layers import Params
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+ROUNDING = 1e-3  # nats, as TIE: two ways to compute float32 sums of a tiny model
+FAMILIES = {
+    "llama-tiny": SpecialTokens(eos=2, pad=0),
+    "bart-tiny": SpecialTokens(eos=2, pad=1, bos=0),
+    "t5-tiny": SpecialTokens(eos=1, pad=0, ends=(1, 5)),  # two tokens end an answer
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A generator, four questions of three documents, and their prior."""
+
+    graphdef: nnx.GraphDef
+    params: Params
+    special: SpecialTokens
+    source: np.ndarray
+    mask: np.ndarray
+    prior: np.ndarray
+    vocabulary: int
+
+    def exact(self, settings: Decode, by_token: bool = False) -> list[Candidates]:
+        given = (self.source, self.mask, self.prior, None, settings, self.special, by_token)
+        return decode_exact(self.graphdef, self.params, *given)
+
+    def thorough(self, settings: Decode) -> list[Candidates]:
+        memory = prefill_documents(self.graphdef, self.params, jnp.asarray(self.source), jnp.asarray(self.mask))
+        how = settings.replace(mode="thorough")
+        return decode_rag_sequence(self.graphdef, self.params, memory, self.prior, how, self.special)
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
+    name = request.param
+    values = dict(np.load(GOLDEN / name / "golden.npz"))
+    if name == "llama-tiny":
+        folder = GOLDEN / name / "generator"
+        source, prior = values["in/prompt_ids_right"], values["score/doc_logprobs"]
+        mask = np.arange(source.shape[1]) < values["in/prompt_length"][:, None]
+    else:
+        folder = import_rag(str(GOLDEN / name / "rag"), tmp_path_factory.mktemp("exact") / name) / "generator"
+        source, mask = values["in/context_input_ids"], values["in/context_attention_mask"] == 1
+        scores = jnp.asarray(values["score/labels/doc_scores"])
+        prior = np.asarray(log_prior(scores, jnp.ones(scores.shape, bool)))
+    pretrained = open_generator(folder)
+    return Family(
+        pretrained.graphdef,
+        pretrained.load_params(),
+        FAMILIES[name],
+        source.astype(np.int32),
+        mask,
+        prior.astype(np.float32),
+        pretrained.config.vocab_size,
+    )
+
+
+@pytest.mark.parametrize("by_token", [False, True])
+def test_every_answer_enumerated(family: Family, by_token: bool) -> None:
+    """Answers of at most one token and the end: all are scored, under every document."""
+    special, questions = family.special, len(family.prior)
+    words = [v for v in range(family.vocabulary) if v not in {special.eos, *special.ends}]
+    answers = np.array([[special.eos, special.pad], *[[v, special.eos] for v in words]], np.int32)
+    lengths = np.array([1, *[2] * len(words)], np.int32)
+    memory = prefill_documents(family.graphdef, family.params, jnp.asarray(family.source), jnp.asarray(family.mask))
+    everywhere = (np.tile(x[None], (questions, *[1] * x.ndim)) for x in (answers, lengths))
+    by_step = np.asarray(score_tokens(family.graphdef, family.params, memory, *everywhere, special), np.float64)
+    prior = family.prior[..., None]
+    truth = np.logaddexp.reduce(prior + by_step.sum(axis=-1), axis=1)
+    if by_token:
+        truth = np.logaddexp.reduce(prior[..., None] + by_step, axis=1)
+        truth = np.where(np.arange(2) < lengths[:, None], truth, 0).sum(axis=-1)
+    proved = 0
+    settings = Decode(mode="exact", num_docs=3, max_new_tokens=2, start_beams=8, max_beams=8, fallback="none")
+    for b, found in enumerate(family.exact(settings, by_token)):
+        assert found.proof is not None and found.thorough_logp is not None and found.doc_logp is not None
+        where = [0 if len(y) == 1 else 1 + words.index(y[0]) for y in with_end_of(found, special)]
+        np.testing.assert_allclose(found.thorough_logp, truth[b, where], atol=ROUNDING)
+        np.testing.assert_allclose(found.doc_logp, by_step[b].sum(axis=-1)[:, where], atol=ROUNDING)
+        for i in range(found.proof.top_k):
+            assert truth[b, where[i]] >= np.delete(truth[b], where[: i + 1]).max() - TIE
+        proved += found.proof.top_k > 0
+    assert proved >= 1
+
+
+def with_end_of(found: Candidates, special: SpecialTokens) -> list[tuple[int, ...]]:
+    return with_end(list(zip(found.tokens, found.finished.tolist(), strict=True)), special)
+
+
+def test_never_below_thorough(family: Family) -> None:
+    """Longer answers: whether proved or not, none is below thorough decoding's; each has its probability."""
+    settings = Decode(mode="exact", num_docs=3, max_new_tokens=6, start_beams=2, max_beams=2)
+    for found, thorough in zip(family.exact(settings), family.thorough(settings), strict=True):
+        best, scored = thorough.best("thorough")[0], thorough.marginal("thorough")
+        assert found.proof is not None and found.thorough_logp is not None
+        assert found.finished[0] or not thorough.finished.any()
+        if thorough.finished[best]:
+            assert found.thorough_logp[0] >= scored[best] - TIE
+        known = {y: logp for y, logp, ends in zip(thorough.tokens, scored, thorough.finished, strict=True) if ends}
+        shared = [c for c, y in enumerate(found.tokens) if y in known and found.finished[c]]
+        assert shared
+        again = [known[found.tokens[c]] for c in shared]
+        np.testing.assert_allclose(found.thorough_logp[shared], again, atol=ROUNDING)
