@@ -8,6 +8,7 @@ import operator
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,7 +18,13 @@ from jax.sharding import Mesh
 
 from ragjax.config import Config, check_mode, most_documents, rescores_as_hugging_face
 from ragjax.data.passage_store import PassageStore
-from ragjax.data.question_batch import QuestionBatch, prompt_problems, question_batch, tokenize_prompts
+from ragjax.data.question_batch import (
+    QuestionBatch,
+    prompt_problems,
+    question_batch,
+    tokenize_prompts,
+    tokens_before_question,
+)
 from ragjax.data.questions import text_problem
 from ragjax.decoding.candidates import Candidates
 from ragjax.decoding.decode import decode_rag_sequence
@@ -34,6 +41,7 @@ from ragjax.parallel.mesh import local_mesh
 from ragjax.parallel.sharding import shard_batch
 from ragjax.rag import RagPipeline
 from ragjax.retrieval.index import Index, check_k
+from ragjax.retrieval.passage_cache import PassageKVCache, check_passage_cache, open_passage_cache
 from ragjax.retrieval.retrieve import RetrievalResult, retrieve
 from ragjax.runs.restore import load_artifacts, pretrained_params, restore_params, trained_index
 from ragjax.runs.run_dir import load_run_config
@@ -89,6 +97,11 @@ class Answerer:
     store: PassageStore
     step: int | None  # of training; None for the pretrained models
     mesh: Mesh  # of this process, where `params` lie
+
+    @cached_property
+    def passage_cache(self) -> PassageKVCache | None:
+        """What the generator has read of passages under these parameters; None unless `decode.passage_cache_gib`."""
+        return open_passage_cache(self.rag, self.params["generator"], self.store, self.mesh)
 
     def retrieve(self, questions: QuestionBatch) -> RetrievalResult:
         """The documents that `candidates` reads, `decode.num_docs` of each question.
@@ -179,9 +192,14 @@ class Answerer:
             ids, prior = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
         else:
             store, ids, prior = self.store, retrieval.ids, retrieval.log_prior
-        source, mask = tokenize_prompts(self.rag.tokenizers, store, questions, ids)
-        source, mask = shard_batch(self.mesh, (source, mask), len(source))
-        memory = prefill_documents(graph, params, source, mask)
+        tokenizers = self.rag.tokenizers
+        source, mask = tokenize_prompts(tokenizers, store, questions, ids)
+        if store is not None and self.passage_cache is not None:
+            lengths = tokens_before_question(tokenizers, questions, mask)
+            memory = self.passage_cache.read(source, mask, ids.reshape(-1), lengths)
+        else:
+            source, mask = shard_batch(self.mesh, (source, mask), len(source))
+            memory = prefill_documents(graph, params, source, mask)
         settings, special = config.decode.replace(mode=mode), self.rag.special
         if retrieval is not None and rescores_as_hugging_face(config):
             unmasked = prefill_documents(graph, params, source, jnp.ones_like(mask))
@@ -280,6 +298,7 @@ def open_answerer(config: Config, untrained: bool = False) -> Answerer:
     rag, index, store = load_artifacts(config)
     check_k(most_documents(config), len(index))
     mesh = local_mesh(config.mesh.model, data=1)
+    check_passage_cache(rag, store, mesh)
     trained = None if untrained else restore_params(rag, mesh)
     params, step = trained or (pretrained_params(rag, mesh), None)
     index = index if step is None else trained_index(rag, index, step)

@@ -198,6 +198,11 @@ class Decode(Section):
     early_stopping: bool = Field(
         False, description="End a beam search with the first answers that are complete, though better ones may follow."
     )
+    passage_cache_gib: NonNegativeFloat = Field(
+        0.0,
+        description="Memory on each device for passages that a decoder-only generator has read, so that it reads them "
+        "once for many questions; in GiB, 0 for none.",
+    )
 
 
 class Evaluate(Section):

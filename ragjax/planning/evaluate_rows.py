@@ -33,6 +33,7 @@ def evaluate_rows(inputs: PlanInputs) -> list[Row]:
         parameters_row(inputs, "evaluate", "retriever", copies),
         parameters_row(inputs, "evaluate", "generator", copies),
         row("documents' keys and values", _documents_memory),
+        *([row("passages' keys and values", _passage_cache)] if inputs.config.decode.passage_cache_gib else []),
         row("logits of a step of the beam search", _logits, part=True),
         row("temporaries of answering", _temporaries),
         search_row(inputs, "evaluate"),
@@ -65,6 +66,12 @@ def _documents_memory(inputs: PlanInputs) -> Number:
     how += ", read twice" if copies > 1 else ""
     how += "; all devices in one process" if inputs.mesh.size > 1 else ""
     return copies * size, how
+
+
+def _passage_cache(inputs: PlanInputs) -> Number:
+    if inputs.model("generator").config.encoder_decoder:
+        return 0, "an encoder–decoder has none"
+    return int(inputs.config.decode.passage_cache_gib * 2**30), "at most decode.passage_cache_gib"
 
 
 def _logits(inputs: PlanInputs) -> Number:
