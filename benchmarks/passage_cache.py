@@ -1,6 +1,6 @@
 """How much less the generator reads with a passage cache, and whether the answers stay the same.
 
-    python -m benchmarks.passage_cache configs/factbook.yaml --questions 60 decode.passage_cache_gib=2
+    python -m benchmarks.passage_cache configs/factbook.yaml decode.passage_cache_gib=1 --questions 60
 
 The first questions of the test split are answered thoroughly in batches, as `ragjax evaluate` does. Each batch is read
 whole, and then through the cache. There are two passes over the questions: the cache begins the first with nothing in

@@ -114,7 +114,7 @@ def test_passages_are_read_once(answerer: Answerer, together: list[Answer], caps
     afresh = dataclasses.replace(cached, params=jax.tree.map(np.asarray, answerer.params)).passage_cache
     assert afresh is not None and afresh.statistics.passages == 0 and afresh.params is not cached.passage_cache.params
 
-    few = r"has room for 0 passages of 3\d tokens, but one batch of questions may retrieve 6; give at least 0.001, or 0"
+    few = r"has room for 0 passages of 44 tokens, but one batch of questions may retrieve 6; give at least 0.001, or 0"
     with pytest.raises(InputError, match=few):
         check_passage_cache(configured(1e-5).rag, answerer.store, answerer.mesh)
     swapped = configured(0.01, question_first=True)
