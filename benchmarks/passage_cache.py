@@ -108,12 +108,11 @@ def main() -> None:
     show(console, "a batch", stages, "reading whole", peak(config.dtype))
     whole, rest = (np.array(stages[name].seconds) for name in ("reading whole", "thorough without reading"))
     for i, name in enumerate(PASSES):
-        here, own = slice(i * len(batches), (i + 1) * len(batches)), np.array(stages[name].seconds)
-        of = counts[name]
+        here, own, of = slice(i * len(batches), (i + 1) * len(batches)), np.array(stages[name].seconds), counts[name]
+        reading, answering = np.median(whole[here] / own), np.median((whole + rest)[here] / (own + rest[here]))
         console.print(
             f"{name}: {of.hit_rate:.1%} of {of.passages} passages were there, {of.tokens_saved:.1%} of {of.tokens} "
-            f"tokens not read; reading is {whole[here].sum() / own.sum():.2f} times as fast, answering "
-            f"{(whole + rest)[here].sum() / (own + rest[here]).sum():.2f} times",
+            f"tokens not read; reading is {reading:.2f} times as fast, answering {answering:.2f} times (medians)",
             soft_wrap=True,
         )
     console.print(f"the same answers: {same} of {2 * len(texts)}; at most {apart:.1e} nats apart")

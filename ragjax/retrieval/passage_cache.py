@@ -187,7 +187,8 @@ class PassageKVCache:
         read: dict[int, int],
     ) -> None:
         """Adds a batch to the statistics, each prompt once."""
-        first = np.unique(np.where(mask, source, -1), axis=0, return_index=True)[1]
+        prompts = np.column_stack([passages.reshape(-1), np.where(mask, source, -1)])
+        first = np.unique(prompts, axis=0, return_index=True)[1]
         asked = {(int(row // passages.shape[1]), int(passages.reshape(-1)[row])) for row in first}
         misses = [p for d, p in asked if p in missing[d]]
         self.statistics.passages += len(first)

@@ -69,7 +69,8 @@ def check(model: tuple[PretrainedModel, Params], read: DocumentMemory, source: n
         np.testing.assert_array_equal(getattr(read, name), getattr(whole, name))
     counts = np.asarray(whole.mask)[None, :, :, None, None]
     for name in ("keys", "values"):
-        np.testing.assert_allclose(*(np.where(counts, getattr(m, name), 0) for m in (read, whole)), atol=ATOL)
+        one, other = (np.where(counts, getattr(memory, name), 0) for memory in (read, whole))
+        np.testing.assert_allclose(one, other, atol=ATOL)
     assert np.isfinite(read.keys).all() and np.isfinite(read.values).all()
 
 
