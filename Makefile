@@ -77,6 +77,7 @@ bench: $(VENV)/dev
 	$(BIN)/python -m benchmarks.encoding configs/factbook.yaml --folder runs/bench
 	$(BIN)/python -m benchmarks.training configs/factbook.yaml train.num_docs=8 --through 2 --folder runs/bench
 	$(BIN)/python -m benchmarks.answering configs/factbook.yaml decode.num_docs=10 decode.num_beams=5 --torch --compare 180 --folder runs/bench
+	$(BIN)/python -m benchmarks.passage_cache configs/factbook.yaml --folder runs/bench
 
 # the site, docs/_build/html/index.html; a warning is an error
 docs: $(VENV)/docs

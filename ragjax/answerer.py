@@ -8,6 +8,7 @@ import operator
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,7 +18,13 @@ from jax.sharding import Mesh
 
 from ragjax.config import Config, check_mode, most_documents, rescores_as_hugging_face
 from ragjax.data.passage_store import PassageStore
-from ragjax.data.question_batch import QuestionBatch, prompt_problems, question_batch, tokenize_prompts
+from ragjax.data.question_batch import (
+    QuestionBatch,
+    prompt_problems,
+    question_batch,
+    tokenize_prompts,
+    tokens_before_question,
+)
 from ragjax.data.questions import text_problem
 from ragjax.decoding.candidates import Candidates
 from ragjax.decoding.decode import decode_rag_sequence
@@ -35,6 +42,7 @@ from ragjax.parallel.mesh import local_mesh
 from ragjax.parallel.sharding import shard_batch
 from ragjax.rag import RagPipeline
 from ragjax.retrieval.index import Index, check_k
+from ragjax.retrieval.passage_cache import PassageKVCache, check_passage_cache, open_passage_cache
 from ragjax.retrieval.retrieve import RetrievalResult, retrieve
 from ragjax.runs.restore import load_artifacts, pretrained_params, restore_params, trained_index
 from ragjax.runs.run_dir import load_run_config
@@ -96,6 +104,11 @@ class Answerer:
     store: PassageStore
     step: int | None  # of training; None for the pretrained models
     mesh: Mesh  # of this process, where `params` lie
+
+    @cached_property
+    def passage_cache(self) -> PassageKVCache | None:
+        """What the generator has read of passages under these parameters; None unless `decode.passage_cache_gib`."""
+        return open_passage_cache(self.rag, self.params["generator"], self.store, self.mesh)
 
     def retrieve(self, questions: QuestionBatch) -> RetrievalResult:
         """The documents that `candidates` reads, `decode.num_docs` of each question.
@@ -189,13 +202,23 @@ class Answerer:
             ids, prior = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
         else:
             store, ids, prior = self.store, retrieval.ids, retrieval.log_prior
-        source, mask = tokenize_prompts(self.rag.tokenizers, store, questions, ids)
+        tokenizers = self.rag.tokenizers
+        source, mask = tokenize_prompts(tokenizers, store, questions, ids)
+        passages = lengths = None
+        if store is not None and self.passage_cache is not None:
+            passages, lengths = ids.reshape(-1), tokens_before_question(tokenizers, questions, mask)
         settings, special = config.decode.replace(mode=mode), self.rag.special
+
+        def read(rows: np.ndarray) -> DocumentMemory:
+            cached = None if passages is None or lengths is None else (passages[rows], lengths[rows])
+            return self._read(source[rows], mask[rows], cached)
+
+        every = np.arange(len(source))
         if retrieval is not None and mode == "exact":  # reads what it needs; the gold answer needs all
-            given = (source, mask, prior, retrieval.outside, settings, special, config.model == "rag_token")
-            candidates = decode_exact(graph, params, *given)
-            return candidates, None if gold is None else self._gold_logp(self._read(source, mask), prior, gold)
-        memory = self._read(source, mask)
+            given = (prior, retrieval.outside, settings, special, config.model == "rag_token")
+            candidates = decode_exact(graph, params, read, *given)
+            return candidates, None if gold is None else self._gold_logp(read(every), prior, gold)
+        memory = read(every)
         if retrieval is not None and rescores_as_hugging_face(config):
             unmasked = self._read(source, np.ones_like(mask))
             scoring = prior[:, : config.train.num_docs]
@@ -207,9 +230,17 @@ class Answerer:
             candidates = decode_rag_sequence(graph, params, memory, prior, settings, special)
         return candidates, None if gold is None else self._gold_logp(memory, prior, gold)
 
-    def _read(self, source: np.ndarray, mask: np.ndarray) -> DocumentMemory:
-        """The memories of n prompts, split over the devices."""
-        source, mask = shard_batch(self.mesh, (source, mask), len(source))
+    def _read(
+        self, source: np.ndarray, mask: np.ndarray, cached: tuple[np.ndarray, np.ndarray] | None = None
+    ) -> DocumentMemory:
+        """The memories of n prompts, split over the devices where these divide n.
+
+        `cached` names the passage of each, and how many tokens come before its question, for the cache.
+        """
+        if len(source) % self.mesh.shape["data"] == 0:
+            if cached is not None and self.passage_cache is not None:
+                return self.passage_cache.read(source, mask, *cached)
+            source, mask = shard_batch(self.mesh, (source, mask), len(source))
         return prefill_documents(self.rag.generator.graphdef, self.params["generator"], source, mask)
 
     def _gold_logp(self, memory: DocumentMemory, prior: np.ndarray, gold: Sequence[Sequence[int]]) -> np.ndarray:
@@ -310,6 +341,7 @@ def open_answerer(config: Config, untrained: bool = False) -> Answerer:
     rag, index, store = load_artifacts(config)
     check_k(most_documents(config), len(index))
     mesh = local_mesh(config.mesh.model, data=1)
+    check_passage_cache(rag, store, mesh)
     trained = None if untrained else restore_params(rag, mesh)
     params, step = trained or (pretrained_params(rag, mesh), None)
     index = index if step is None else trained_index(rag, index, step)

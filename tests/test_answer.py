@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from ragjax.data.question_batch import question_batch, tokenize_answer
 from ragjax.errors import InputError
 from ragjax.files import read_json
 from ragjax.rag import load_pipeline
+from ragjax.retrieval.passage_cache import check_passage_cache
 from ragjax.retrieval.retrieve import mass_outside
 from ragjax.terminal import Screen
 
@@ -88,6 +90,38 @@ def test_a_batch_equals_its_questions_one_at_a_time(answerer: Answerer, together
         assert [c.text for c in alone.candidates] == [c.text for c in together[i].candidates]
         for one, other in zip(alone.candidates, together[i].candidates, strict=True):
             assert one.thorough == pytest.approx(other.thorough, rel=1e-3)
+
+
+def test_passages_are_read_once(answerer: Answerer, together: list[Answer], capsys: Capture) -> None:
+    """By an answerer with a cache, which a second run over the questions finds full; another one begins anew."""
+
+    def configured(gib: float, question_first: bool = False) -> Answerer:
+        config, prompt = answerer.rag.config, dataclasses.replace(answerer.rag.prompt, question_first=question_first)
+        with_cache = config.replace(decode=config.decode.replace(passage_cache_gib=gib))
+        return dataclasses.replace(answerer, rag=dataclasses.replace(answerer.rag, config=with_cache, prompt=prompt))
+
+    cached = configured(0.01)
+    assert cached.passage_cache is not None and answerer.passage_cache is None
+    for answers in (cached.answer(QUESTIONS), cached.answer(QUESTIONS)):
+        for one, other in zip(answers, together, strict=True):
+            assert [document.id for document in one.documents] == [document.id for document in other.documents]
+            assert [c.text for c in one.candidates] == [c.text for c in other.candidates]
+            for c, whole in zip(one.candidates, other.candidates, strict=True):
+                assert c.doc_probability == pytest.approx(whole.doc_probability, rel=1e-3)
+    distinct = len({document.id for answer in together for document in answer.documents})
+    told = cached.passage_cache.statistics
+    assert (told.passages, told.hits) == (2 * 3 * len(QUESTIONS), 2 * 3 * len(QUESTIONS) - distinct)
+    assert 0.3 < (told.tokens_saved or 0) < 0.9
+    afresh = dataclasses.replace(cached, params=jax.tree.map(np.asarray, answerer.params)).passage_cache
+    assert afresh is not None and afresh.statistics.passages == 0 and afresh.params is not cached.passage_cache.params
+
+    few = r"has room for 0 passages of 44 tokens, but one batch of questions may retrieve 6; give at least 0.001, or 0"
+    with pytest.raises(InputError, match=few):
+        check_passage_cache(configured(1e-5).rag, answerer.store, answerer.mesh)
+    swapped = configured(0.01, question_first=True)
+    check_passage_cache(swapped.rag, answerer.store, answerer.mesh)
+    assert capsys.readouterr().err.startswith("decode.passage_cache_gib has no effect: the question stands before")
+    assert swapped.passage_cache is None
 
 
 def test_fast_sums_what_the_documents_proposed(answerer: Answerer, together: list[Answer]) -> None:
@@ -236,8 +270,10 @@ def test_json_is_one_object_a_line_and_a_dash_reads_input(
     run: Path, together: list[Answer], capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.stdin", given(f"\ufeff{QUESTIONS[1]}\r\n\n{QUESTIONS[2]}".encode()))
-    assert ask(run, QUESTIONS[0], "-", "--json") == 0
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert ask(run, QUESTIONS[0], "-", "--json", "--set", "decode.passage_cache_gib=0.01") == 0
+    out, err = capsys.readouterr()
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert re.search(r"^passage cache: \d of 9 passages had been read; -?\d+% of [\d,]+ prompt tokens were", err, re.M)
     assert [line["question"] for line in lines] == QUESTIONS[:3]
     for line, answer in zip(lines, together, strict=False):
         assert line.keys() == dataclasses.asdict(answer).keys()

@@ -378,7 +378,7 @@ def test_a_bad_question_is_refused_on_request(capsys: Capture, tmp_path: Path, w
     settings = ["questions.strict=true", f"output={tmp_path / 'run'}"]
     settings += [f"questions.{split}={bad}" for split in ("train", "test")]
     message = refused(capsys, tmp_path, command, str(world / "config.yaml"), *settings)
-    assert f'{bad}:2: empty or missing "answer"' in message and "questions.strict=false" in message
+    assert f'{bad}:2: empty or missing "answers"' in message and "questions.strict=false" in message
     if command != "index-report":
         lines(bad, good, {"question": "long " * 60, "answer": ["x"]})
         message = refused(capsys, tmp_path, command, str(world / "config.yaml"), *settings)

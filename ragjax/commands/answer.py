@@ -64,6 +64,12 @@ def answer_from_command_line(
             print(json.dumps(dataclasses.asdict(answer), ensure_ascii=False), flush=True)
         else:
             print_answer(answer, Screen(highlight=False))
+    if answerer.passage_cache is not None and (of := answerer.passage_cache.statistics).passages:
+        terminal.print(
+            f"passage cache: {of.hits} of {of.passages} passages had been read; {of.tokens_saved:.0%} of "
+            f"{of.tokens:,} prompt tokens were not read again",
+            soft_wrap=True,
+        )
     return code
 
 

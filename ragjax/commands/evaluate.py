@@ -26,6 +26,7 @@ from ragjax.parallel.mesh import local_mesh
 from ragjax.parallel.processes import allgather_text, is_process_zero, run_on_process_zero, wait_for_all
 from ragjax.rag import RagPipeline
 from ragjax.retrieval.index import check_k
+from ragjax.retrieval.passage_cache import check_passage_cache
 from ragjax.retrieval.retrieve import RetrievalResult, log_prior_mass, retrieve
 from ragjax.runs.checkpointer import fingerprint
 from ragjax.runs.journal import Journal, read_journal
@@ -59,6 +60,7 @@ def evaluate(config: Config) -> dict[str, Any]:
     split = drop_unfit_questions(rag.tokenizers, split, documents=True, closed_book=config.evaluate.closed_book)
     # more devices than questions in a batch would only repeat some
     mesh = local_mesh(config.mesh.model, data=config.evaluate.batch_size)
+    check_passage_cache(rag, store, mesh)
     trained = restore_params(rag, mesh)
     run_on_process_zero(lambda: make_folder(folder))
     for line in split.left_out_lines(folder / METRICS):
@@ -190,6 +192,9 @@ def _measure(
     modes = [mode for mode in answer_modes(config) if mode in ("thorough", "fast")]
     modes += ["closed_book"] if config.evaluate.closed_book else []
     metrics |= _summarise(predictions, len(first.left_out), modes)
+    if answerer.passage_cache is not None:
+        # an evaluation that went on counts what it has read since
+        metrics["passage_cache"] = answerer.passage_cache.statistics.of_all_processes().as_json()
     if split.left_out:
         metrics["answerable"] |= _scores(predictions, 0, modes)
     lines = sorted([*predictions, *map(_unanswered, first.left_out)], key=lambda line: line["line"])

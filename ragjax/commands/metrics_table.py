@@ -55,6 +55,9 @@ def print_metrics(report: dict[str, Any], as_json: bool) -> None:
                 row("  exact matches of which nothing is left", mode, "equal_as_nothing")
     row("−log p(gold answer), nats", "gold_nll")
     row("calibration error of p(answer)", "calibration_error")
+    if "passage_cache" in first:
+        row("passage cache: hit rate", "passage_cache", "hit_rate")
+        row("  prompt tokens that were not read again", "passage_cache", "tokens_saved")
     if "fast" in first:
         row("thorough and fast differ", "thorough_and_fast_differ", "questions")
         for mode in ("thorough", "fast"):

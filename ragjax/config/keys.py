@@ -177,6 +177,11 @@ class Decode(Section):
     prove: Literal["top_k", "corpus"] = Field("top_k", description="Exact: the best under the top k, or all passages.")
     probability: Literal["full", "interval"] = Field("full", description="Exact: p(y|x), or bounds from what was read.")
     fallback: Literal["thorough", "none"] = Field("thorough", description="Exact: how to decode the unproved, too.")
+    passage_cache_gib: NonNegativeFloat = Field(
+        0.0,
+        description="Memory on each device for passages that a decoder-only generator has read, so that it reads them "
+        "once for many questions; in GiB, 0 for none.",
+    )
 
 
 class Evaluate(Section):

@@ -161,6 +161,18 @@ def tokenize_prompts(
     return pad_sequences(rows, pick_bucket(max(map(len, rows)), length_buckets(longest)), pad_id)
 
 
+def tokens_before_question(
+    tokenizers: Tokenizers, questions: QuestionBatch, mask: Bool[np.ndarray, "n S"]
+) -> Int[np.ndarray, " n"]:
+    """How many tokens of each of n = B·K prompts do not depend on its question, where the passage stands before it.
+
+    `mask` is that of `tokenize_prompts`.
+    """
+    prompt, (_, of_question) = tokenizers.prompt, questions.for_generator
+    rest = len(prompt.middle) + of_question.sum(axis=1) + len(prompt.tail)
+    return mask.sum(axis=1) - np.repeat(rest, len(mask) // len(rest))
+
+
 def _tokenize_hf_prompts(
     tokenizers: Tokenizers, store: PassageStore, questions: QuestionBatch, ids: Int[np.ndarray, "B K"]
 ) -> tuple[Int[np.ndarray, "n S"], Bool[np.ndarray, "n S"]]:

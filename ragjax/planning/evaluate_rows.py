@@ -20,6 +20,9 @@ from ragjax.planning.inputs import SPECIAL, PlanInputs
 from ragjax.planning.program_cost import bytes_each, program_temporaries
 from ragjax.planning.rows import Number, Row, make_row
 from ragjax.planning.shared_rows import parameters_row, questions_text, search_row
+from ragjax.retrieval.passage_cache import join_question
+
+QUESTION_TOKENS = 32  # of a prompt after its passage, for the temporaries of reading through a cache
 
 
 def evaluate_rows(inputs: PlanInputs) -> list[Row]:
@@ -33,6 +36,7 @@ def evaluate_rows(inputs: PlanInputs) -> list[Row]:
         parameters_row(inputs, "evaluate", "retriever", copies),
         parameters_row(inputs, "evaluate", "generator", copies),
         row("documents' keys and values", _documents_memory),
+        *([row("passages' keys and values", _passage_cache)] if inputs.config.decode.passage_cache_gib else []),
         row("logits of a step of the beam search", _logits, part=True),
         row("temporaries of answering", _temporaries),
         search_row(inputs, "evaluate"),
@@ -67,6 +71,12 @@ def _documents_memory(inputs: PlanInputs) -> Number:
     return copies * size, how
 
 
+def _passage_cache(inputs: PlanInputs) -> Number:
+    if inputs.model("generator").config.encoder_decoder:
+        return 0, "an encoder–decoder has none"
+    return int(inputs.config.decode.passage_cache_gib * 2**30), "at most decode.passage_cache_gib"
+
+
 def _logits(inputs: PlanInputs) -> Number:
     beams = _questions(inputs) * most_documents(inputs.config) * inputs.config.decode.num_beams
     vocabulary = inputs.model("generator").config.vocab_size
@@ -75,7 +85,7 @@ def _logits(inputs: PlanInputs) -> Number:
 
 
 def _temporaries(inputs: PlanInputs) -> Number:
-    """The most that one of the three programs takes: reading the documents, the beam search, scoring candidates."""
+    """The most that one program takes: reading the documents, the beam search, scoring candidates."""
     config, decode, model = inputs.config, inputs.config.decode, inputs.model("generator")
     together = config.model == "rag_token"
     questions, documents = _questions(inputs), most_documents(config)
@@ -108,5 +118,10 @@ def _temporaries(inputs: PlanInputs) -> Number:
         program_temporaries(search, params, memory),
         program_temporaries(score, params, memory, *answers),
     )
+    if decode.passage_cache_gib and not model.config.encoder_decoder:
+        rows = placed(jax.ShapeDtypeStruct((questions * documents,), jnp.int32))
+        joined = rows, *placed(prompts), rows, QUESTION_TOKENS
+        pool = memory[:2]  # a slot for each prompt
+        most = max(most, program_temporaries(join_question, graph, inputs.one_device, params, pool, *joined))
     how = f"{questions_text(questions)}, at most {count} distinct candidates each"
     return most, f"XLA's analysis ({inputs.device_kind}): {how}"

@@ -75,6 +75,8 @@ def _advice(inputs: PlanInputs) -> dict[tuple[str, str], list[str]]:
         evaluate.append(f"evaluate.batch_size={data}")
     if settings.max_untrained_questions != 0:
         evaluate.append("evaluate.max_untrained_questions=0")
+    if inputs.config.decode.passage_cache_gib:
+        evaluate.append("a smaller decode.passage_cache_gib")
     evaluate.append("smaller decode.num_docs or decode.num_beams")
     advice = {("index", "device"): ["a smaller index.batch_size"], ("evaluate", "device"): evaluate}
     with suppress(Unknown):

@@ -103,12 +103,15 @@ def test_metrics_follow_from_the_predictions(
         assert measured["calibration_error"] == pytest.approx(error)
 
 
-def test_the_size_of_batches_changes_nothing(run: Path, made: dict[str, list[dict[str, Any]]], capsys: Capture) -> None:
+def test_the_size_of_batches_and_a_cache_change_nothing(
+    run: Path, made: dict[str, list[dict[str, Any]]], capsys: Capture
+) -> None:
     settings = [
         "evaluate.split=train",
         "evaluate.batch_size=1",
         "evaluate.max_questions=2",
         "evaluate.max_untrained_questions=0",
+        "decode.passage_cache_gib=0.01",
     ]
     capsys.readouterr()
     whole, lines = (run / "metrics.json").read_bytes(), (run / "predictions.jsonl").read_bytes()
@@ -122,6 +125,10 @@ def test_the_size_of_batches_changes_nothing(run: Path, made: dict[str, list[dic
         (run / "predictions.jsonl").write_bytes(lines)
     assert shown["models"].keys() == {"trained"}
     assert (shown["models"]["trained"]["questions"], shown["models"]["trained"]["answered"]) == (8, 2)
+    cache = shown["models"]["trained"]["passage_cache"]
+    distinct = len({document["id"] for line in alone for document in line["documents"]})
+    assert (cache["passages"], cache["hits"], cache["hit_rate"]) == (6, 6 - distinct, 1 - distinct / 6)
+    assert cache["tokens_saved"] == 1 - cache["tokens_read"] / cache["tokens"]
     for one, other in zip(alone, made["trained"], strict=False):
         assert (one["id"], one["answers"]) == (other["id"], other["answers"])
         assert [d["id"] for d in one["documents"]] == [d["id"] for d in other["documents"]]

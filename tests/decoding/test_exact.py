@@ -124,7 +124,11 @@ def decoded(
     graph, params = table_generator(tables)
     sources = np.arange(prior.size, dtype=np.int32)[:, None]
     how = Decode(mode="exact", num_docs=prior.shape[1], max_new_tokens=T, **{"num_beams": 2, **settings})
-    return decode_exact(graph, params, sources, np.ones_like(sources, bool), prior, outside, how, SPECIAL, by_token)
+
+    def read(rows: np.ndarray) -> DocumentMemory:
+        return prefill_documents(graph, params, sources[rows], np.ones((len(rows), 1), bool))
+
+    return decode_exact(graph, params, read, prior, outside, how, SPECIAL, by_token)
 
 
 def thoroughly(tables: np.ndarray, prior: np.ndarray, by_token: bool) -> list[Candidates]:

@@ -20,6 +20,7 @@ from ragjax.decoding.propose import prefill_documents
 from ragjax.decoding.rescore import score_tokens
 from ragjax.marginal import TIE, log_prior
 from ragjax.models.generator import SpecialTokens
+from ragjax.models.kv_cache import DocumentMemory
 from ragjax.models.layers import Params
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -44,8 +45,10 @@ class Family:
     vocabulary: int
 
     def exact(self, settings: Decode, by_token: bool = False) -> list[Candidates]:
-        given = (self.source, self.mask, self.prior, None, settings, self.special, by_token)
-        return decode_exact(self.graphdef, self.params, *given)
+        def read(rows: np.ndarray) -> DocumentMemory:
+            return prefill_documents(self.graphdef, self.params, self.source[rows], self.mask[rows])
+
+        return decode_exact(self.graphdef, self.params, read, self.prior, None, settings, self.special, by_token)
 
     def thorough(self, settings: Decode) -> list[Candidates]:
         memory = prefill_documents(self.graphdef, self.params, jnp.asarray(self.source), jnp.asarray(self.mask))

@@ -185,7 +185,8 @@ def test_a_fused_step_is_planned_with_all_passages(world: Path, monkeypatch: pyt
 
 
 def test_the_documents_memory_is_that_of_real_prompts(world: Path) -> None:
-    config = tiny_config(world, generator__max_prompt_tokens=80, evaluate__max_untrained_questions=0)
+    lengths = {"generator__max_prompt_tokens": 80, "evaluate__max_untrained_questions": 0}
+    config = tiny_config(world, **lengths, decode__passage_cache_gib=0.5)
     rag, _, store = open_world(config)
     texts = [f"What is the capital of land {i}, and why?" for i in range(config.evaluate.batch_size)]
     questions = question_batch(rag.tokenizers, texts)
@@ -194,6 +195,7 @@ def test_the_documents_memory_is_that_of_real_prompts(world: Path) -> None:
     past = empty_kv_cache(memory, config.decode.max_new_tokens * config.decode.num_beams)
     planned = sizes(config)
     assert planned["evaluate", "documents' keys and values", "device"] == in_bytes(memory) + in_bytes(past)
+    assert planned["evaluate", "passages' keys and values", "device"] == 2**29
     assert planned["evaluate", "generator parameters", "device"] == in_bytes(rag.generator.load_params())
 
 

@@ -13,12 +13,12 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from ragjax.config import Decode
 from ragjax.decoding.candidates import Candidates, Proof, TokenAnswer, pad_answers
 from ragjax.decoding.decode import decode_rag_sequence
-from ragjax.decoding.exact.document_reader import DocumentReader
+from ragjax.decoding.exact.document_reader import DocumentReader, ReadDocuments
 from ragjax.decoding.exact.question import Found, QuestionSearch
 from ragjax.decoding.marginal_search import search_marginal
 from ragjax.decoding.propose import beam_settings
@@ -32,8 +32,7 @@ from ragjax.padding import bucket_size
 def decode_exact(
     graph: nnx.GraphDef,
     params: Params,
-    source: Int[np.ndarray, "n S"],
-    mask: Bool[np.ndarray, "n S"],
+    read: ReadDocuments,
     log_prior: Float[np.ndarray, "B K"],
     outside: Float[np.ndarray, " B"] | None,
     settings: Decode,
@@ -45,8 +44,7 @@ def decode_exact(
     Args:
         graph: the generator's, as `params`.
         params: the generator's.
-        source: the right-padded prompts of the B·K documents, question-major.
-        mask: true on their tokens.
+        read: gives the memories of some of the B·K documents, question-major.
         log_prior: log p(z|x) in nats; −inf where there is no document.
         outside: the prior mass outside the K documents, no less than it is; None where only the K have a prior.
         settings: the searches; `num_beams` are those of thorough decoding, and answers kept at least.
@@ -56,7 +54,7 @@ def decode_exact(
     order = np.argsort(-log_prior, axis=1, kind="stable")  # likeliest first
     rows = (np.arange(len(order))[:, None] * order.shape[1] + order).reshape(-1)
     sorted_prior = np.take_along_axis(log_prior, order, axis=1)
-    batch = _ExactBatch(graph, params, source[rows], mask[rows], sorted_prior, settings, special, by_token)
+    batch = _ExactBatch(graph, params, lambda some: read(rows[some]), sorted_prior, settings, special, by_token)
     questions = [
         QuestionSearch(b, prior, None if outside is None else float(outside[b]), settings)
         for b, prior in enumerate(sorted_prior)
@@ -75,15 +73,14 @@ class _ExactBatch:
         self,
         graph: nnx.GraphDef,
         params: Params,
-        source: Int[np.ndarray, "n S"],
-        mask: Bool[np.ndarray, "n S"],
+        read: ReadDocuments,
         log_prior: Float[np.ndarray, "B K"],
         settings: Decode,
         special: SpecialTokens,
         by_token: bool,
     ) -> None:
         self.graph, self.params, self.settings, self.special = graph, params, settings, special
-        self.reader = DocumentReader(graph, params, source, mask)
+        self.reader = DocumentReader(read, log_prior.size)
         self.log_prior, self.by_token = log_prior, by_token
         self.lazy = settings.lazy and not by_token
 

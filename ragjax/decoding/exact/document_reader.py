@@ -2,40 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Int
 
-from ragjax.decoding.propose import prefill_documents
 from ragjax.models.kv_cache import DocumentMemory
-from ragjax.models.layers import Params
 from ragjax.padding import bucket_size
+
+ReadDocuments = Callable[[Int[np.ndarray, " _"]], DocumentMemory]  # of some rows
 
 
 class DocumentReader:
-    """A pool with a slot for each of n right-padded prompts, and the memory of those that were read."""
+    """A pool with a slot for each of n documents, and the memory of those that were read."""
 
-    def __init__(
-        self, graph: nnx.GraphDef, params: Params, source: Int[np.ndarray, "n S"], mask: Bool[np.ndarray, "n S"]
-    ) -> None:
-        self._graph, self._params, self._source, self._mask = graph, params, source, mask
-        self._read = np.zeros(len(source), bool)
+    def __init__(self, read: ReadDocuments, count: int) -> None:
+        self._read_rows, self._read = read, np.zeros(count, bool)
         self._memory: DocumentMemory | None = None
 
     def read(self, rows: Int[np.ndarray, " _"]) -> DocumentMemory:
         """The pool, once these rows are read; slots of others may hold anything finite."""
         new = np.unique(rows[~self._read[rows]])
-        if len(new) == len(self._source):
-            self._memory = prefill_documents(self._graph, self._params, self._source, self._mask)
+        if len(new) == len(self._read):
+            self._memory = self._read_rows(new)
         elif len(new):
-            padded = np.resize(new, min(bucket_size(len(new)), len(self._source)))  # few shapes; some are read twice
-            part = prefill_documents(self._graph, self._params, self._source[padded], self._mask[padded])
+            padded = np.resize(new, min(bucket_size(len(new)), len(self._read)))  # few shapes; some are read twice
+            part = self._read_rows(padded)
             if self._memory is None:
-                self._memory = _empty_pool(part, len(self._source))
+                self._memory = _empty_pool(part, len(self._read))
             self._memory = _write(self._memory, padded, part)
         self._read[new] = True
         assert self._memory is not None, "nothing was read yet"
