@@ -112,10 +112,15 @@ def test_passages_are_read_once(answerer: Answerer, together: list[Answer], caps
     told = cached.passage_cache.statistics
     assert (told.passages, told.hits) == (2 * 3 * len(QUESTIONS), 2 * 3 * len(QUESTIONS) - distinct)
     assert 0.3 < (told.tokens_saved or 0) < 0.9
+    before = told.passages
+    for one, other in zip(cached.answer(QUESTIONS, "exact"), answerer.answer(QUESTIONS, "exact"), strict=True):
+        assert one.text == other.text and one.documents_read == other.documents_read
+        assert one.probability == pytest.approx(other.probability, rel=1e-3)
+    assert told.passages > before and told.hits == told.passages - distinct, "all of them were there"
     afresh = dataclasses.replace(cached, params=jax.tree.map(np.asarray, answerer.params)).passage_cache
     assert afresh is not None and afresh.statistics.passages == 0 and afresh.params is not cached.passage_cache.params
 
-    few = r"has room for 0 passages of 44 tokens, but one batch of questions may retrieve 6; give at least 0.001, or 0"
+    few = r"has room for 1 passages of 33 tokens, but one batch of questions may retrieve 6; give at least 0.001, or 0"
     with pytest.raises(InputError, match=few):
         check_passage_cache(configured(1e-5).rag, answerer.store, answerer.mesh)
     swapped = configured(0.01, question_first=True)

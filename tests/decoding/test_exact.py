@@ -34,6 +34,7 @@ from ragjax.decoding.marginal_search import MarginalSearch, search_marginal
 from ragjax.decoding.propose import prefill_documents
 from ragjax.decoding.rag_token import decode_rag_token
 from ragjax.marginal import TIE, is_best
+from ragjax.models.kv_cache import DocumentMemory
 
 A, B, C = [(word,) for word in WORDS]
 SEARCH = BeamSettings(2, T, EOS, 0, num_answers=5, most_beams=4)
