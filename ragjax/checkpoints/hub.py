@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from ragjax.checkpoints.safetensors import HOW_TO_CONVERT, PICKLED
+from ragjax.checkpoints.sentence_transformers import AFTER, module_list
 from ragjax.errors import InputError
 from ragjax.files import cache_folder, read_json
 
@@ -67,12 +68,16 @@ def fetch(source: str) -> ResolvedSource:
 def checkpoint_folder(path: Path) -> Path:
     """The folder under `path` that holds config.json and *.safetensors, or the *.gguf file itself.
 
-    Searched recursively, the shallowest wins. Raises `InputError` when there is none or more than one.
+    Searched recursively, the shallowest wins; of a sentence-transformers folder only the encoder counts, not what comes
+    after it. Raises `InputError` when there is none or more than one.
     """
     if path.is_file() and path.suffix == ".gguf":
         return path
     folders = {file.parent for file in path.rglob("*.safetensors") if (file.parent / "config.json").is_file()}
-    depths = {folder: len(folder.parts) for folder in folders}
+    after = {
+        file.parent / place for file in path.rglob("modules.json") for kind, place in module_list(file) if kind in AFTER
+    }
+    depths = {folder: len(folder.parts) for folder in folders - after}
     depths |= {file: len(file.parent.parts) for file in path.rglob("*.gguf")}
     shallowest = sorted(path for path, depth in depths.items() if depth == min(depths.values()))
     if len(shallowest) > 1:

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from ragjax.checkpoints.hub import checkpoint_folder, fetch
-from ragjax.checkpoints.pretrained import PretrainedModel, bert_tensors, generator_tensors
+from ragjax.checkpoints.pretrained import PretrainedModel, encoder_tensors, generator_tensors
 from ragjax.checkpoints.safetensors import SafetensorsReader, write_safetensors
 from ragjax.checksums import write_checksums
 from ragjax.config import Config
@@ -167,7 +167,7 @@ def _tensors(encoder: PretrainedModel, params: Params) -> dict[str, np.ndarray]:
     """An encoder's tensors under the names that its own checkpoint has."""
     context = "DPRContextEncoder" in (encoder.hf_config.get("architectures") or ())
     prefix = CONTEXT_PREFIX if context else DPR_PREFIX
-    return bert_tensors(params, prefix if encoder.hf_config.get("model_type") == "dpr" else "")
+    return encoder_tensors(encoder.hf_config, params, prefix if encoder.hf_config.get("model_type") == "dpr" else "")
 
 
 def _check_expressible(rag: RagPipeline) -> None:
@@ -179,10 +179,11 @@ def _check_expressible(rag: RagPipeline) -> None:
     )
     if kind != "dpr":
         raise InputError(f"{r.source}: Hugging Face's RAG needs a DPR question encoder, not a {kind!r}")
-    if (r.pooling, r.normalize, r.logit_scale, r.prior) != ("cls", False, 1.0, "top_k"):
+    encoder = rag.retriever.config
+    if (encoder.pooling, encoder.normalize, r.logit_scale, r.prior) != ("cls", False, 1.0, "top_k"):
         raise InputError(
             f"{r.source}: Hugging Face's RAG has retriever.pooling=cls, normalize=false, scale=1.0 and prior=top_k; "
-            f"this run has {r.pooling}, {str(r.normalize).lower()}, {r.logit_scale} and {r.prior}"
+            f"this run has {encoder.pooling}, {str(encoder.normalize).lower()}, {r.logit_scale} and {r.prior}"
         )
     if _separators(rag.config) is None:
         terminal.print(

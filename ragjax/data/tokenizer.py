@@ -65,11 +65,14 @@ class Tokenizer:
         self.adds_bos = adds_bos and bos_id is not None
 
     @classmethod
-    def load(cls, path: Path) -> Tokenizer:
-        """Reads a folder with `tokenizer.json`, or the metadata of a `.gguf` file. Raises `InputError`."""
+    def load(cls, path: Path, writes: bool = True) -> Tokenizer:
+        """Reads a folder with `tokenizer.json`, or the metadata of a `.gguf` file. Raises `InputError`.
+
+        `writes` says whether its model writes texts, for which a token must end them.
+        """
         path = Path(path)
         if path.is_dir():
-            return _from_folder(path)._check(path)
+            return _from_folder(path, writes)._check(path)
         if not path.is_file():
             raise InputError(f"{path}: no such tokenizer; expected a Hugging Face folder or a .gguf file")
         if path.suffix != ".gguf":
@@ -150,7 +153,7 @@ def _without_length_limits(backend: tokenizers.Tokenizer) -> tokenizers.Tokenize
     return backend
 
 
-def _from_folder(folder: Path) -> Tokenizer:
+def _from_folder(folder: Path, writes: bool) -> Tokenizer:
     file = folder / "tokenizer.json"
     with library_errors(f"{file if file.is_file() else folder}: not a tokenizer", "fetch it again"):
         backend = tokenizers.Tokenizer.from_file(str(file)) if file.is_file() else _convert(folder)
@@ -185,9 +188,12 @@ def _from_folder(folder: Path) -> Tokenizer:
 
     eos_id = find("eos")
     eos_id = find("sep") if eos_id is None else eos_id
+    pad_id = find("pad")
+    if eos_id is None and not writes:  # what stands after a text, or else any token: nobody asks for it
+        eos_id = next(iter(backend.encode("").ids[::-1]), pad_id or 0)
     if eos_id is None:
         raise InputError(f"{folder}: names no end token; give eos_token in tokenizer_config.json")
-    pad_id, bos_id, adds_bos = find("pad"), find("bos"), take("add_bos_token", bool, "true or false")
+    bos_id, adds_bos = find("bos"), take("add_bos_token", bool, "true or false")
     template = _chat_template(folder, take("chat_template", str | list, "a text or a list of them"))
     with library_errors(f"{file}: the tokenizer does not work", "fetch it again"):
         return Tokenizer(

@@ -30,7 +30,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from ragjax.checkpoints.pretrained import open_bert, open_generator
+from ragjax.checkpoints.pretrained import open_encoder, open_generator
 from ragjax.cli import main
 from ragjax.commands.hugging_face import import_rag
 from ragjax.config import Config, Decode, load_config
@@ -119,7 +119,7 @@ def test_fresh_models(
     rag = replace(
         load_pipeline(config.replace(hf_compatible=False)),
         config=config,
-        retriever=open_bert(folder / "question_encoder", "cls", normalize=False),
+        retriever=open_encoder(folder / "question_encoder", "cls", normalize=False),
         generator=open_generator(folder / "generator"),
         special=special,
     )
