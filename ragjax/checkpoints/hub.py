@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from ragjax.checkpoints.safetensors import HOW_TO_CONVERT, PICKLED
-from ragjax.checkpoints.sentence_transformers import AFTER, module_list
+from ragjax.checkpoints.sentence_transformers import AFTER, PROMPTS, module_list
 from ragjax.errors import InputError
 from ragjax.files import cache_folder, read_json
 
@@ -37,6 +37,7 @@ HF_PATTERNS = [
     "*.jsonl.gz",
     "*.tsv.gz",
 ]
+SENTENCE_MODULES = ["modules.json", PROMPTS, "*/config.json"]
 
 
 @dataclass(frozen=True)
@@ -95,16 +96,19 @@ def checkpoint_folder(path: Path) -> Path:
 
 
 def fetch_config(source: str) -> Path:
-    """A checkpoint's config.json, or its *.gguf file; of a repository on the hub this one file alone is downloaded.
+    """A checkpoint's config.json, or its *.gguf file; of a repository on the hub only this file is downloaded, and what
+    says what follows an encoder.
 
     Raises `InputError` as `fetch` does.
     """
     if source.startswith("hf:"):
         repo, revision = _repository(source)
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import hf_hub_download, snapshot_download
 
         with _hub_errors(source, repo, revision):
-            return Path(hf_hub_download(repo, "config.json", revision=revision))
+            path = Path(hf_hub_download(repo, "config.json", revision=revision))
+            snapshot_download(repo, repo_type="model", revision=revision, allow_patterns=SENTENCE_MODULES)
+            return path
     path = fetch(source).path
     if not (path / "config.json").is_file():
         path = checkpoint_folder(path)

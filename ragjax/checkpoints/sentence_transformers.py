@@ -6,16 +6,21 @@ config_sentence_transformers.json. A module that ragjax does not have is refused
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from ragjax.checkpoints.safetensors import write_safetensors
 from ragjax.config import Retriever
 from ragjax.errors import InputError
 from ragjax.files import read_json, shown, unicode_json
 from ragjax.models.encoders.pooling import Dense
 from ragjax.models.hf_config import Fields, naming
+from ragjax.models.layers import Params
 from ragjax.terminal import terminal
 
 POOLINGS = {"mean": "mean", "cls": "cls", "max": "max", "lasttoken": "last"}  # theirs: ours
@@ -23,6 +28,7 @@ OLDER = "pooling_mode_"  # before each kind's own true or false, such as pooling
 AFTER = ("Pooling", "Dense", "Normalize")  # the encoder
 SUPPORTED = ("Transformer", *AFTER)
 ACTIVATIONS = {"Identity": "identity", "Tanh": "tanh", "ReLU": "relu", "GELU": "gelu", "SiLU": "silu"}  # theirs: ours
+PROMPTS = "config_sentence_transformers.json"
 TEMPLATE = "{title}: {text}"  # of a passage, after its prompt
 
 
@@ -69,7 +75,7 @@ def read_sentence_modules(encoder: Path) -> SentenceModules | None:
     if kinds != sorted(kinds, key=SUPPORTED.index) or any(kinds.count(kind) > 1 for kind in kinds if kind != "Dense"):
         raise InputError(f"{file}: its modules are {', '.join(kinds)}; expected the order {', '.join(SUPPORTED)}")
     folders: dict[str, list[Path]] = {kind: [root / path for k, path in modules if k == kind] for kind in SUPPORTED}
-    about = root / "config_sentence_transformers.json"
+    about = root / PROMPTS
     details = read_json(about) if about.is_file() else {}
     prompts, usual = details.get("prompts") or {}, details.get("default_prompt_name")
     if not isinstance(prompts, dict) or not all(isinstance(prompt, str) for prompt in prompts.values()):
@@ -106,8 +112,44 @@ def resolve_encoding(settings: Retriever, questions: Path, passages: Path) -> En
     ):
         templates.append(prompt + usual if text is None else text)
         if modules and not templates[-1].startswith(prompt):
-            _tell(modules.file.with_name("config_sentence_transformers.json"), f"prompt {shown(prompt)}", key, text)
+            _tell(modules.file.with_name(PROMPTS), f"prompt {shown(prompt)}", key, text)
     return Encoding(pooling, normalize, *templates)
+
+
+def write_sentence_modules(
+    folder: Path, config: Any, params: Params, question_template: str, passage_template: str
+) -> None:
+    """Writes what comes after an encoder in `folder`, so that sentence-transformers and ragjax read it as it was used.
+
+    `config` is the encoder's, and `params` hold its Dense layers. A template is kept as far as it is a prompt.
+    """
+    dense = [(f"{number + 2}_Dense", f"dense_{number}", shape) for number, shape in enumerate(config.dense)]
+    modules = [("Transformer", ""), ("Pooling", "1_Pooling"), *(("Dense", name) for name, _, _ in dense)]
+    modules += [("Normalize", f"{len(modules)}_Normalize")] if config.normalize else []
+    for _, name in modules[1:]:
+        (folder / name).mkdir()
+    listed = [
+        {"idx": i, "name": str(i), "path": name, "type": f"sentence_transformers.models.{kind}"}
+        for i, (kind, name) in enumerate(modules)
+    ]
+    theirs = {ours: name for name, ours in POOLINGS.items()}[config.pooling]
+    mode = theirs + {"cls": "_token", "last": ""}.get(config.pooling, "_tokens")
+    pooling = {"word_embedding_dimension": config.hidden_size, f"{OLDER}mean_tokens": False, OLDER + mode: True}
+    _write_json(folder / "modules.json", listed)
+    _write_json(folder / "1_Pooling" / "config.json", pooling)
+    for name, ours, shape in dense:
+        kind = {ours: theirs for theirs, ours in ACTIVATIONS.items()}[shape.activation]
+        module = "linear" if kind == "Identity" else "activation"
+        settings = {"in_features": shape.size_in, "out_features": shape.size_out, "bias": shape.bias}
+        settings |= {"activation_function": f"torch.nn.modules.{module}.{kind}"}
+        _write_json(folder / name / "config.json", settings)
+        tensors = {"linear.weight": np.ascontiguousarray(np.asarray(params[ours]["kernel"]).T)}
+        tensors |= {"linear.bias": np.asarray(params[ours]["bias"])} if shape.bias else {}
+        write_safetensors(folder / name / "model.safetensors", tensors)
+    ends = {"query": (question_template, "{question}"), "document": (passage_template, TEMPLATE)}
+    prompts = {name: text.removesuffix(end) for name, (text, end) in ends.items() if text.endswith(end)}
+    similarity = "cosine" if config.normalize else "dot"
+    _write_json(folder / PROMPTS, {"prompts": prompts, "similarity_fn_name": similarity})
 
 
 def module_list(path: Path) -> list[tuple[str, str]]:
@@ -128,6 +170,10 @@ def module_list(path: Path) -> list[tuple[str, str]]:
             raise wrong
         modules.append((kind.rpartition(".")[2], place))
     return modules
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _resolve(key: str, given: Any, said: Sequence[tuple[Path, Any]], usual: Any) -> Any:

@@ -106,7 +106,7 @@ class Index(Section):
 
 
 class Generator(Section):
-    """A model of the Llama family, BART or T5 that writes the answers."""
+    """The model that writes the answers: a decoder, such as Llama or Gemma, BART or T5."""
 
     source: Text = Field(description="A folder, hf:ORG/NAME@REVISION or pypi:PACKAGE==VERSION.")
     prompt_template: PromptTemplate = Field(

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import chex
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,8 +16,13 @@ from safetensors.numpy import save_file
 from world import tiny_config
 
 from ragjax.checkpoints.hub import checkpoint_folder
-from ragjax.checkpoints.pretrained import encoder_shape, open_encoder
-from ragjax.checkpoints.sentence_transformers import Encoding, read_sentence_modules, resolve_encoding
+from ragjax.checkpoints.pretrained import encoder_shape, open_encoder, save_encoder
+from ragjax.checkpoints.sentence_transformers import (
+    Encoding,
+    read_sentence_modules,
+    resolve_encoding,
+    write_sentence_modules,
+)
 from ragjax.config import Retriever
 from ragjax.data.question_batch import question_batch
 from ragjax.errors import InputError
@@ -207,6 +213,19 @@ def test_pooling_and_dense_equal_numpy(
         expected = tensors["linear.weight"] @ pooled + tensors.get("linear.bias", 0.0)
         expected = expected if dense else np.tanh(expected)
         np.testing.assert_allclose(embedding, expected / np.linalg.norm(expected), atol=1e-4)
+
+
+def test_what_is_written_is_read_again(tmp_path: Path) -> None:
+    dense_encoder(tmp_path / "m", LAST)
+    model = open_encoder(tmp_path / "m", "last", True)
+    params, again = model.load_params(), tmp_path / "again"
+    save_encoder(again, model.hf_config, params)
+    encoding = Encoding("last", True, "query: {question}", "passage: {title}: {text}")
+    write_sentence_modules(again, model.config, params, encoding.question_template, encoding.passage_template)
+    assert resolved(again) == encoding
+    reread = open_encoder(again, "last", True)
+    assert reread.config == model.config
+    chex.assert_trees_all_equal(reread.load_params(), params)
 
 
 def test_a_dense_module_that_is_pickled_or_does_not_fit(tmp_path: Path) -> None:
