@@ -81,7 +81,10 @@ def read_sentence_modules(encoder: Path) -> SentenceModules | None:
     if not isinstance(prompts, dict) or not all(isinstance(prompt, str) for prompt in prompts.values()):
         raise InputError(f"{about}: prompts is {shown(prompts)}; expected texts by name")
     pooling = [_pooling(folder / "config.json", any(prompts.values())) for folder in folders["Pooling"]]
-    compared = {"cosine": True, "dot": False}.get(str(details.get("similarity_fn_name")))
+    similarity = details.get("similarity_fn_name")  # without one, sentence-transformers takes the cosine
+    if similarity in ("euclidean", "manhattan") and not folders["Normalize"]:
+        raise InputError(f"{about}: similarity_fn_name is {shown(similarity)}, which inner products do not give")
+    compared = {"cosine": True, "dot": False}.get(str(similarity))
     return SentenceModules(
         file,
         pooling[0] if pooling else None,

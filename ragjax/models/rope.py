@@ -43,8 +43,8 @@ class Rope:
         original = (hf if hf.has("original_max_position_embeddings") else rope).count(
             "original_max_position_embeddings", longest
         )
-        turns, scale = theta ** -(np.arange(0, size, 2) / size), 1.0
         with np.errstate(all="ignore"):
+            turns, scale = theta ** -(np.arange(0, size, 2) / size), 1.0
             if kind == "linear":
                 turns = turns / rope.number("factor")
             elif kind == "llama3":

@@ -92,7 +92,7 @@ def test_a_folder_gives_the_defaults(
     assert resolved(write(tmp_path / "m", **folder)) == expected
     given = SILENT.replace(**expected._asdict())
     assert resolved(tmp_path / "m", given) == expected
-    assert capsys.readouterr().out == "", "nothing contradicts"
+    assert capsys.readouterr() == ("", ""), "nothing contradicts"
 
 
 @pytest.mark.parametrize(
@@ -129,6 +129,7 @@ def test_what_contradicts_is_told(
         ({"dense": DENSE | {"out_features": "6"}}, r"2_Dense/config\.json: out_features is '6'"),
         ({"dense": DENSE | {"module_input_name": "token_embeddings"}}, "module_input_name is 'token_embeddings'"),
         ({"prompts": ["query: "]}, "expected texts by name"),
+        ({"normalize": False, "similarity_fn_name": "euclidean"}, "similarity_fn_name is 'euclidean', which inner"),
     ],
 )
 def test_what_is_not_supported_is_refused(tmp_path: Path, folder: dict[str, Any], message: str) -> None:
