@@ -275,7 +275,7 @@ def run_steps(run: Run, signals: Signals) -> None:
                 metrics |= about_index
             run.log(number, metrics)
             advance(1, f"loss {metrics['loss']:.3f}  recall@{train.num_docs} {metrics['recall']:.2f}")
-            stop, last = _signal_to_stop(number, signals), number == train.steps
+            stop, last = _signal_to_stop(number - done, signals), number == train.steps
             minutes = train.save_minutes
             due = minutes is not None and broadcast_from_process_zero(time.monotonic() - last_save >= 60 * minutes)
             if last or stop or due or number % train.save_every == 0:
@@ -359,8 +359,9 @@ def _finish_the_step() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _signal_to_stop(step: int, signals: Signals) -> int:
-    """After each step: the signal that asks to stop now, or 0."""
+def _signal_to_stop(count: int, signals: Signals) -> int:
+    """After each step, the `count`-th since this process began: the signal that asks to stop now, or 0."""
+    # JAX stops all one step after the furthest; one that has taken none is at 0, wherever its run goes on
     if jax.process_count() > 1:
-        return (signals.came or signal.SIGTERM) if reached_preemption_sync_point(step) else 0
+        return (signals.came or signal.SIGTERM) if reached_preemption_sync_point(count) else 0
     return signals.came

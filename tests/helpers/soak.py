@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -120,10 +121,15 @@ class Soak:
         return self._send(command, signal.SIGKILL, "SIGKILL", self.some_time())
 
     def kill_in_a_save(self, command: str) -> str:
-        def saving() -> bool:
-            return any((self.run / "checkpoints").glob("*orbax-checkpoint-tmp*"))
+        def saving() -> set[int]:
+            inodes = set()
+            for path in (self.run / "checkpoints").glob("*orbax-checkpoint-tmp*"):
+                with suppress(FileNotFoundError):
+                    inodes.add(path.stat().st_ino)
+            return inodes
 
-        return self._send(command, signal.SIGKILL, "SIGKILL during a save", saving)
+        there = saving()  # what an earlier kill has left
+        return self._send(command, signal.SIGKILL, "SIGKILL during a save", lambda: bool(saving() - there))
 
     def kill_before_the_checksums(self, command: str) -> str:
         """When a new checkpoint has its name, and its files have no sums yet."""
@@ -141,6 +147,8 @@ class Soak:
 
     def fill_the_disk(self, command: str) -> str:
         """As on a full disk, no file grows beyond some kilobytes: it says so, and leaves nothing behind."""
+        if self.newest() == self.steps:
+            return "no room on the disk after the end"  # nothing is left to write
         [process] = self.begin(command, self.run.name, limit=self.random.choice([20, 60]))
         _, err = process.communicate()
         if process.returncode != 2 or "Traceback" in err:

@@ -105,6 +105,21 @@ def test_a_machine_of_two_is_taken_away_and_one_goes_on(world: Path, reference: 
 
 
 @SLOW
+def test_a_machine_that_is_taken_away_before_a_run_goes_on(world: Path, tmp_path: Path) -> None:
+    """SIGTERM comes when the checkpoint is read, and no step has been taken: both stop after the first one."""
+    arguments = ["train", str(world / "config.yaml"), f"output={tmp_path}", *SETTINGS, "train.steps=100000"]
+    assert main([*arguments, "train.steps=5"]) == 0
+    processes = start(world, 2, *arguments)
+    assert processes[0].stderr is not None
+    while "going on from step 5" not in processes[0].stderr.readline():
+        assert processes[0].poll() is None
+    processes[1].send_signal(signal.SIGTERM)
+    told = ends(processes, within=60)
+    assert [code for code, _ in told] == [143, 143], told
+    assert all("stopped and saved at step 6" in err for _, err in told), told
+
+
+@SLOW
 def test_a_damaged_checkpoint_is_passed_over_by_all(world: Path, reference: Path, tmp_path: Path) -> None:
     """Though one has read its own part of it well."""
     launch(world, 2, 2, tmp_path, "mesh.fsdp=true")
