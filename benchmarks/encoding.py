@@ -32,6 +32,7 @@ from benchmarks.report import (
 )
 from ragjax.checkpoints.hub import checkpoint_folder, fetch
 from ragjax.config import load_config
+from ragjax.data.prompt import passage_text
 from ragjax.errors import InputError
 from ragjax.parallel.mesh import local_mesh
 from ragjax.parallel.sharding import put_global, replicated

@@ -56,10 +56,9 @@ class Tokenizer:
         self.bos_id = bos_id
         self.chat_template = chat_template
         self.fingerprint = "sha256:" + hashlib.sha256(serialised.encode()).hexdigest()
-        unknown = getattr(backend.model, "unk_token", None)
-        self._special_ids = {
-            i for i, token in backend.get_added_tokens_decoder().items() if token.special and token.content != unknown
-        }
+        unigram = re.search(r'"type":"Unigram","unk_id":(\d+)', serialised)
+        unknown = int(unigram[1]) if unigram else vocabulary.get(getattr(backend.model, "unk_token", None) or "")
+        self._special_ids = {i for i, t in backend.get_added_tokens_decoder().items() if t.special} - {unknown}
         added = self._plain.encode("a").special_tokens_mask
         self._tokens_after = added[::-1].index(0) if 0 in added else 0
         if adds_bos is None:

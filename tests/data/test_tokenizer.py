@@ -418,7 +418,7 @@ def test_an_older_tokenizer_is_converted(tmp_path):
     assert tokenizer.encode(["Hello worlds"], special=True) == [[2, 5, 6, 7, 3]]
     assert (tokenizer.eos_id, tokenizer.pad_id) == (3, 0)
     (tmp_path / "vocab.txt").unlink()
-    with pytest.raises(InputError, match=r"no tokenizer\.json, vocab\.txt or vocab\.json"):
+    with pytest.raises(InputError, match=r"no tokenizer\.json, vocab\.txt, vocab\.json or spiece\.model"):
         Tokenizer.load(tmp_path)
 
 
@@ -453,9 +453,9 @@ SPIECE = [
 
 def write_spiece(folder):
     """As mT5 has it: a SentencePiece model and no tokenizer.json."""
-    from transformers.utils import sentencepiece_model_pb2_new
+    from sentencepiece import sentencepiece_model_pb2
 
-    model = sentencepiece_model_pb2_new.ModelProto()
+    model = sentencepiece_model_pb2.ModelProto()
     for number, (piece, kind) in enumerate(SPIECE):
         model.pieces.add(piece=piece, score=-float(number), type=kind)
     model.trainer_spec.unk_id = 2
@@ -471,7 +471,7 @@ def test_a_sentencepiece_model_is_converted_where_its_library_is(tmp_path):
     pytest.importorskip("google.protobuf")
     write_spiece(tmp_path)
     tokenizer = Tokenizer.load(tmp_path)
-    assert tokenizer.encode(["the capital"], special=True) == [[4, 5, 6, 1]]
+    assert tokenizer.encode(["the capital é"], special=True) == [[4, 5, 6, 3, 2, 1]], "with the unknown token"
     assert (tokenizer.eos_id, tokenizer.pad_id) == (1, 0)
 
 

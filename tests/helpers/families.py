@@ -222,7 +222,7 @@ def write(folder: Path, case: Case, config: Mapping[str, Any], shapes: Mapping[s
             tensors = {name.replace(new, old): value for name, value in tensors.items()}
     (folder / "config.json").write_text(json.dumps(config))
     if files == "shards":
-        names, where = sorted(tensors), {}
+        names, where = sorted(tensors), dict[str, str]()
         for number, part in enumerate((names[::2], names[1::2]), 1):
             file = f"model-0000{number}-of-00002.safetensors"
             halves = {name: tensors[name].astype(ml_dtypes.bfloat16) for name in part}

@@ -40,10 +40,9 @@ def test_what_is_saved_is_read_again(case: Case, golden: dict[str, Any], tmp_pat
     made = golden[case.name]
     model = opened(case, write(tmp_path / "folder", case, made["config"], made["shapes"]))
     params = {name: value for name, value in model.load_params().items() if not name.startswith("dense")}
-    (save_encoder if case.pooling else save_generator)(tmp_path / "saved", model.hf_config, params)
-    again = (
-        open_encoder(tmp_path / "saved", case.pooling, False) if case.pooling else open_generator(tmp_path / "saved")
-    )
+    saved = tmp_path / "saved"
+    (save_encoder if case.pooling else save_generator)(saved, model.hf_config, params)
+    again = open_encoder(saved, case.pooling, False) if case.pooling else open_generator(saved)
     chex.assert_trees_all_equal(again.load_params(), params)
     if not case.pooling:
         kept = {name for name in made["shapes"] if "EncDecAttention.relative" not in name}

@@ -114,6 +114,7 @@ class GemmaLayer(LlamaLayer):
 class Gemma(Llama):
     """A generator (`ragjax.models.generator.Generator`): its memory is the key-value cache of the prompt."""
 
+    config: GemmaConfig
     layer_class: ClassVar[type[LlamaLayer]] = GemmaLayer
 
     def vocab_head(self) -> VocabHead:
