@@ -395,7 +395,7 @@ def test_bert_equals_numpy(pooling: str, normalize: bool, projection: int, tmp_p
         ({"model_type": "mistral"}, (4096, 4096)),  # transformers' own default
         ({"model_type": "mistral", "sliding_window": 10_000}, ()),  # no longer than all positions
         ({"model_type": "qwen2", "sliding_window": 64}, ()),
-        ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64}, (0, 0)),
+        ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64}, ()),  # from layer 28
         (
             {"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1},
             (0, 64),

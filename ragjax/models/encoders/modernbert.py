@@ -21,7 +21,7 @@ from ragjax.models.hf_config import Fields
 from ragjax.models.layers import ACTIVATIONS, RowRngs, dropout, fold_rngs, scan_layers, stack
 from ragjax.models.rope import Rope, apply_rope, rope_angles
 
-LOCAL, GLOBAL = "sliding_attention", "full_attention"
+LAYER_TYPES = GLOBAL, LOCAL = "full_attention", "sliding_attention"
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class ModernBertConfig:
         fields.check_heads("hidden_size", "num_attention_heads")
         layers, heads = fields.layers("num_hidden_layers"), fields.count("num_attention_heads")
         if fields.has("layer_types"):
-            types = fields.texts("layer_types", layers, (LOCAL, GLOBAL))
+            types = fields.texts("layer_types", layers, LAYER_TYPES)
         else:
             every = fields.count("global_attn_every_n_layers", 3)
             types = [LOCAL if i % every else GLOBAL for i in range(layers)]

@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from ragjax.errors import InputError
-from ragjax.models.generators.llama import LAYER_TYPES, Llama, LlamaConfig, LlamaLayer, decoder_shape
+from ragjax.models.generators.llama import GLOBAL, LAYER_TYPES, LOCAL, Llama, LlamaConfig, LlamaLayer, decoder_shape
 from ragjax.models.hf_config import Fields
 from ragjax.models.layers import ACTIVATIONS, RowRngs, dropout, fold_rngs
 from ragjax.models.rope import Rope, rope_angles
@@ -25,7 +25,6 @@ from ragjax.models.vocab_head import VocabHead
 
 # by model_type: how the names of its classes begin
 KINDS = {"gemma2": "Gemma2", "gemma3_text": "Gemma3"}
-LOCAL, GLOBAL = "sliding_attention", "full_attention"
 
 
 @dataclass(frozen=True)

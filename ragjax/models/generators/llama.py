@@ -24,7 +24,7 @@ from ragjax.models.vocab_head import VocabHead
 
 # by model_type: how the names of its classes begin
 KINDS = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "phi3": "Phi3"}
-LAYER_TYPES = ("full_attention", "sliding_attention")
+LAYER_TYPES = GLOBAL, LOCAL = "full_attention", "sliding_attention"
 
 
 @dataclass(frozen=True)
@@ -122,10 +122,11 @@ def _windows(kind: str, hf: dict[str, Any], layers: int, positions: int) -> tupl
     if not kind.startswith("qwen"):
         return (window,) * layers
     if fields.has("layer_types"):
-        types = fields.texts("layer_types", layers, LAYER_TYPES)
-        return tuple(window if kind == "sliding_attention" else 0 for kind in types)
-    first = fields.count("max_window_layers", 28, least=0)
-    return (0,) * min(first, layers) + (window,) * max(0, layers - first)
+        local = [kind == LOCAL for kind in fields.texts("layer_types", layers, LAYER_TYPES)]
+    else:
+        first = fields.count("max_window_layers", 28, least=0)
+        local = [number >= first for number in range(layers)]
+    return tuple(window if one else 0 for one in local) if any(local) else ()
 
 
 class LlamaLayer(nnx.Module):
