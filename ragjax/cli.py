@@ -314,7 +314,8 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from ragjax.commands.evaluate import evaluate, print_metrics
+    from ragjax.commands.evaluate import evaluate
+    from ragjax.commands.metrics_table import print_metrics
     from ragjax.parallel.processes import is_process_zero
 
     try:

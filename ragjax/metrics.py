@@ -1,6 +1,7 @@
-"""Exact match, F1, whether a passage holds an answer, calibration, intervals.
+"""Exact match, F1, whether a text holds an answer, calibration, intervals.
 
-Answers are compared as SQuAD's official script compares them: lower case, no punctuation, articles or extra spaces.
+Answers are compared word by word, after they were made equal in one of three ways (`answer_words`): as SQuAD's official
+script does, as MLQA's does, or hardly at all.
 """
 
 from __future__ import annotations
@@ -9,30 +10,64 @@ import re
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
+import regex
 from jaxtyping import Bool, Float
 
+# Characters of scripts that are written without spaces: Thai, Lao, Myanmar, Khmer, and what China and Japan write.
+UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 PUNCTUATION = str.maketrans("", "", string.punctuation)
-ARTICLES = re.compile(r"\b(a|an|the)\b")
+ARTICLES = {  # that MLQA leaves out; the English ones are SQuAD's, too
+    "ar": re.compile(r"\sال^|ال"),
+    "de": re.compile(r"\b(ein|eine|einen|einem|eines|einer|der|die|das|den|dem|des)\b"),
+    "en": re.compile(r"\b(a|an|the)\b"),
+    "es": re.compile(r"\b(un|una|unos|unas|el|la|los|las)\b"),
+    "vi": re.compile(r"\b(của|là|cái|chiếc|những)\b"),
+}
+ANY_PUNCTUATION = regex.compile(rf"[\p{{P}}{regex.escape(string.punctuation)}]")
+UNSPACED_CHARACTER = regex.compile(rf"([{UNSPACED}])")
 # A point joins what it stands within, and a comma joins digits: "U.S." is "us", and "1,100" does not contain "100".
-WORD = re.compile(r"\w+(?:(?:\.|(?<=\d),(?=\d))\w+)*")
+# A vowel sign or accent belongs to its letter, and a character of a script without spaces is a word.
+LETTER = rf"(?:(?![{UNSPACED}])[\w\p{{M}}])"
+WORD = regex.compile(rf"{LETTER}+(?:(?:\.|(?<=\d),(?=\d)){LETTER}+)*|(?!\p{{P}})[{UNSPACED}]")
+
+Words = Callable[[str], list[str]]  # what is compared of an answer
 
 
-def normalize(text: str) -> str:
-    """Lower case, without ASCII punctuation and English articles, words apart by one space."""
-    return " ".join(ARTICLES.sub(" ", text.lower().translate(PUNCTUATION)).split())
+def squad_words(text: str) -> list[str]:
+    """Lower case, without ASCII punctuation and English articles, cut at spaces: SQuAD's script to the letter."""
+    return ARTICLES["en"].sub(" ", text.lower().translate(PUNCTUATION)).split()
 
 
-def exact_match(prediction: str, answers: Sequence[str]) -> float:
-    """1 if the normalised prediction equals one of the normalised answers, else 0."""
-    return float(any(normalize(prediction) == normalize(answer) for answer in answers))
+def mlqa_words(text: str, language: str = "en") -> list[str]:
+    """Lower case, without any script's punctuation and the articles of `language`, as MLQA's script; cut at spaces, and
+    around each character of a script that has none, where MLQA's does so for Chinese alone.
+    """
+    plain = ANY_PUNCTUATION.sub("", text.lower())
+    if language in ARTICLES:
+        plain = ARTICLES[language].sub(" ", plain)
+    return UNSPACED_CHARACTER.sub(r" \1 ", plain).split()
 
 
-def f1(prediction: str, answers: Sequence[str]) -> float:
+def answer_words(normalization: str, language: str) -> Words:
+    """How answers are compared under `evaluate.normalization` and `evaluate.language`."""
+    ways: dict[str, Words] = {"squad": squad_words, "mlqa": partial(mlqa_words, language=language), "none": str.split}
+    return ways[normalization]
+
+
+def exact_match(prediction: str, answers: Sequence[str], words: Words = squad_words) -> float:
+    """1 if the words of the prediction are those of one of the answers, else 0."""
+    predicted = words(prediction)
+    return float(any(predicted == words(answer) for answer in answers))
+
+
+def f1(prediction: str, answers: Sequence[str], words: Words = squad_words) -> float:
     """The harmonic mean of word precision and recall, against the answer that fits best."""
-    return max((_f1(normalize(prediction).split(), normalize(answer).split()) for answer in answers), default=0.0)
+    predicted = words(prediction)
+    return max((_f1(predicted, words(answer)) for answer in answers), default=0.0)
 
 
 def _f1(predicted: list[str], gold: list[str]) -> float:
@@ -40,6 +75,32 @@ def _f1(predicted: list[str], gold: list[str]) -> float:
         return float(predicted == gold)
     common = (Counter(predicted) & Counter(gold)).total()
     return 2 * common / (len(predicted) + len(gold))
+
+
+def equal_as_nothing(prediction: str, answers: Sequence[str], words: Words = squad_words) -> bool:
+    """Whether a prediction counts as right only because nothing is left of it, nor of an answer: "A" and "the"."""
+    left = [answer for answer in answers if not words(answer)]
+    return bool(left) and not words(prediction) and prediction.strip() not in {answer.strip() for answer in left}
+
+
+def score_answer(prediction: str, answers: Sequence[str], words: Words = squad_words) -> dict[str, float | bool]:
+    """Exact match and F1 of a prediction, and whether it contains an answer, as chat models answer in sentences."""
+    return {
+        "exact_match": exact_match(prediction, answers, words),
+        "f1": f1(prediction, answers, words),
+        "contains": float(contains_answer(prediction, answers)),
+        "equal_as_nothing": equal_as_nothing(prediction, answers, words),
+    }
+
+
+def contains_answer(text: str, answers: Sequence[str]) -> bool:
+    """Whether the words of some answer stand next to each other in the text, as in DPR's `has_answer`.
+
+    Case, articles and punctuation do not count; numbers are whole words. In scripts without spaces each character is a
+    word.
+    """
+    words = f" {normalized_words(text)} "
+    return any(f" {sought} " in words for answer in answers if (sought := normalized_words(answer)))
 
 
 def normalized_words(text: str) -> str:

@@ -146,7 +146,11 @@ def _index_fingerprints(
 ) -> dict[str, str]:
     """What an index depends on. It fits only where all of it is the same."""
     r, g, c, encoder = config.retriever, config.generator, config.corpus, passage_encoder.config
-    corpus = f"{c.source} {c.format} max_passages={c.max_passages}"
+    format = "jsonl" if c.format == "auto" else c.format  # what the default was called: older indices stay good
+    corpus = f"{c.source} {format} max_passages={c.max_passages}"
+    how_read = {"columns", "quoting", "skip_empty", "split_words", "overlap_words"}
+    if settings := c.model_dump(include=how_read, exclude_defaults=True):
+        corpus += f" {settings}"
     if c.format == "factbook":
         categories = ",".join(c.factbook.categories) or "all"
         corpus += f" max_passage_words={c.factbook.max_passage_words} categories={categories} seed={config.seed}"

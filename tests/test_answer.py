@@ -36,7 +36,7 @@ from ragjax.rag import load_pipeline
 from ragjax.terminal import Screen
 
 Capture = pytest.CaptureFixture[str]
-QUESTIONS = [f"What is the capital of {land}?" for land in LANDS[:8]]
+QUESTIONS = [f"Capital of {land}?" for land in LANDS[:8]]
 LETTERS = [capital[0] for capital in CAPITALS[:8]]
 
 
@@ -256,7 +256,7 @@ def test_a_bad_line_costs_one_question(
     ]
     assert [line["line"] for line in lines if "error" in line] == [3, 7]
     assert (
-        "a prompt needs 50019 tokens" in lines[2]["error"] and "generator.max_prompt_tokens is 128" in lines[2]["error"]
+        "a prompt needs 50000 tokens" in lines[2]["error"] and "generator.max_prompt_tokens is 128" in lines[2]["error"]
     )
     assert lines[6] == {"line": 7, "error": "not UTF-8 (invalid start byte at byte 11)"}
 
@@ -414,6 +414,7 @@ def test_all_ends_are_exported(two_ends: Config, tmp_path: Path) -> None:
     assert load_pipeline(again).special == load_pipeline(two_ends).special
 
 
+@pytest.mark.slow
 def test_neither_fcntl_nor_resource_is_needed(run: Path) -> None:
     """Windows has neither of them."""
     program = """

@@ -1,10 +1,23 @@
 import math
+import re
+import string
+import unicodedata
 
 import numpy as np
 import pytest
 
-from ragjax.data.answer_matching import contains_answer
-from ragjax.metrics import bootstrap_interval, exact_match, expected_calibration_error, f1, normalize
+from ragjax.metrics import (
+    answer_words,
+    bootstrap_interval,
+    contains_answer,
+    equal_as_nothing,
+    exact_match,
+    expected_calibration_error,
+    f1,
+    mlqa_words,
+    score_answer,
+    squad_words,
+)
 
 
 @pytest.mark.parametrize(
@@ -19,7 +32,7 @@ from ragjax.metrics import bootstrap_interval, exact_match, expected_calibration
     ],
 )
 def test_normalize(text, expected):
-    assert normalize(text) == expected
+    assert " ".join(squad_words(text)) == expected
 
 
 def test_exact_match_takes_the_best_alias():
@@ -53,6 +66,15 @@ def test_f1_counts_repeated_words_once_each():
         ("1,100 m", "1100 m", True),
         ("São Tomé", "Sa\u0303o Tome\u0301", True),
         ("Paris to London", "Paris London", False),
+        ("東京は日本の首都です。", "東京", True),
+        ("東京は日本の首都です。", "京都", False),
+        ("กรุงเทพเป็นเมืองหลวง", "กรุงเทพ", True),
+        ("서울은 수도이다", "서울", False),  # Korean has spaces: its words are whole
+        ("नमस्ते दुनिया", "नमस", False),  # a vowel sign belongs to its letter
+        ("नमस्ते दुनिया", "दुनिया", True),
+        ("Er sagte: „Köln“.", "Köln", True),
+        ("C++ is a language", "C", True),
+        ("ジョン・スミス氏", "ジョン スミス", True),
         ("anything", "the", False),
         ("anything", "", False),
     ],
@@ -77,3 +99,73 @@ def test_bootstrap_interval():
     assert (low, high) == pytest.approx((0.75 - normal, 0.75 + normal), abs=0.01)
     assert bootstrap_interval(values, seed=0) == (low, high) != bootstrap_interval(values, seed=1)
     assert bootstrap_interval(np.full(5, 2.0), seed=3) == (2.0, 2.0)
+
+
+# MLQA's own script (mlqa_evaluation_v1.py) in a few lines: what evaluate.normalization=mlqa must equal
+MLQA_PUNCTUATION = {chr(i) for i in range(0x30000) if unicodedata.category(chr(i)).startswith("P")} | set(
+    string.punctuation
+)
+MLQA_ARTICLES = {
+    "en": r"\b(a|an|the)\b",
+    "es": r"\b(un|una|unos|unas|el|la|los|las)\b",
+    "vi": r"\b(của|là|cái|chiếc|những)\b",
+    "de": r"\b(ein|eine|einen|einem|eines|einer|der|die|das|den|dem|des)\b",
+    "ar": r"\sال^|ال",
+}
+
+
+def as_mlqa(text: str, language: str) -> list[str]:
+    text = "".join(c for c in text.lower() if c not in MLQA_PUNCTUATION)
+    if language in MLQA_ARTICLES:
+        text = re.sub(MLQA_ARTICLES[language], " ", text)
+    if language != "zh":
+        return text.split()
+    words, run = [], ""
+    for c in text:
+        if re.search("[\u4e00-\u9fa5]", c) or c in MLQA_PUNCTUATION:
+            words += [*run.split(), c]
+            run = ""
+        else:
+            run += c
+    return words + run.split()
+
+
+@pytest.mark.parametrize(
+    ("text", "language"),
+    [
+        ("The “Capital”, of a land!", "en"),
+        ("¿El río de las Amazonas?", "es"),
+        ("Die „Stadt“ an der Ems — eine", "de"),
+        ("مدينة القاهرة، الكبرى؟", "ar"),
+        ("भारत की राजधानी।", "hi"),
+        ("Thủ đô của Việt Nam", "vi"),
+        ("“北京”是中国的首都，GDP 3.6 万亿。", "zh"),
+    ],
+)
+def test_mlqa_words_are_those_of_its_script(text, language):
+    assert mlqa_words(text, language) == as_mlqa(text, language) != squad_words(text)
+
+
+def test_answers_in_scripts_without_spaces():
+    words = answer_words("mlqa", "other")
+    assert exact_match("東京。", ["東京"], words) == 1 and exact_match("東京。", ["東京"]) == 0
+    assert exact_match("“Paris”", ["Paris"], words) == 1 and exact_match("“Paris”", ["Paris"]) == 0
+    assert f1("東京都", ["東京"], words) == pytest.approx(4 / 5) and f1("東京都", ["東京"]) == 0
+    assert f1("ประเทศไทย", ["ไทย"], words) == pytest.approx(2 * 3 / 12)
+    none = answer_words("none", "en")
+    assert exact_match("The Hague", ["Hague"], none) == 0 and exact_match(" The  Hague\n", ["The Hague"], none) == 1
+
+
+def test_pairs_of_which_nothing_is_left_are_known():
+    for prediction, answers, nothing in (
+        ("the", ["A"], True),
+        ("!!!", ["?"], True),
+        ("", ["A"], True),
+        ("A", ["A"], False),
+    ):
+        scores = score_answer(prediction, answers)
+        assert scores["exact_match"] == 1 and scores["equal_as_nothing"] is nothing
+    assert not equal_as_nothing("the", ["A"], answer_words("none", "en"))
+    assert not equal_as_nothing("B", ["A"]) and not equal_as_nothing("the", ["B"])
+    assert score_answer("The capital of France is Paris.", ["Paris"])["contains"] == 1
+    assert score_answer("The capital of France is Paris.", ["Par"])["contains"] == 0

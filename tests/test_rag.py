@@ -67,6 +67,22 @@ def plain(world: Path) -> Opened:
     return opened(world)
 
 
+def test_an_index_depends_on_how_its_corpus_is_read(world: Path) -> None:
+    changes: list[dict[str, Any]] = [
+        {"corpus__format": "dpr"},
+        {"corpus__max_passages": 9},
+        {"corpus__columns": {"id": "_id"}},
+        {"corpus__columns": {"text": "_id"}},
+        {"corpus__quoting": "none"},
+        {"corpus__skip_empty": True},
+        {"corpus__split_words": 9},
+        {"corpus__split_words": 9, "corpus__overlap_words": 2},
+    ]
+    prints = [load_pipeline(tiny_config(world, **change)).fingerprints["corpus"] for change in ({}, *changes)]
+    assert len({*prints}) == len(prints)
+    assert prints[0] == f"{world}/passages.jsonl jsonl max_passages=None", "as before there was more to set"
+
+
 # retrieval
 
 
@@ -130,7 +146,7 @@ def test_fewer_passages_than_k_change_neither_loss_nor_gradient(world: Path, tmp
     np.testing.assert_allclose(np.exp(found.log_prior).sum(axis=1), 1, rtol=1e-5)
 
     tokens, mask = tokenize_prompts(o.rag.tokenizers, o.store, o.batch, found.ids)
-    empty = o.rag.generator_tokenizer.encode([f"\n\nQuestion: {o.questions[0]}\nAnswer:"])[0]
+    empty = o.rag.generator_tokenizer.encode([f" {o.questions[0]}"])[0]
     assert tokens[4][mask[4]].tolist() == empty
 
     @jax.jit

@@ -7,6 +7,7 @@ the same; RAGJAX_MUTATIONS=2000 makes so many a reader, other ones each time.
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import resource
@@ -20,7 +21,10 @@ from typing import Any
 
 import gguf
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from backports import zstd
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
@@ -30,9 +34,9 @@ from ragjax.checkpoints.pretrained import open_encoder, open_generator
 from ragjax.checkpoints.random_init import write_random_checkpoint
 from ragjax.checkpoints.sentence_transformers import resolve_encoding
 from ragjax.checksums import write_sealed
-from ragjax.config import Retriever
+from ragjax.config import Corpus, Retriever
 from ragjax.data import chat_template
-from ragjax.data.corpus import Passage, read_passages
+from ragjax.data.corpus import CorpusReader, Passage
 from ragjax.data.passage_store import PassageStore, shard_folder, write_store
 from ragjax.data.prompt import make_prompt
 from ragjax.data.questions import read_questions
@@ -257,6 +261,16 @@ def write_all(folder: Path) -> None:
     (data / "questions.jsonl").write_text(
         '{"question": "Who?", "answer": ["A", "B"], "id": "q"}\n{"question": "é?", "answer": "C", "passages": ["a"]}\n'
     )
+    rows = [{"id": str(i), "title": "T", "text": f"the text of passage {i}", "year": i} for i in range(3)]
+    (data / "array.json").write_text(json.dumps(rows, indent=1))
+    (data / "packed.jsonl").write_bytes(gzip.compress(b'{"id": "a", "contents": "T\\nsome text"}\n', mtime=0))
+    (data / "packed.tsv").write_bytes(zstd.compress(b"1\tsome text\tT\n2\tother text\tU\n"))
+    (data / "lines.csv").write_text('id,text\n1,"two\nlines"\n2,one\n')
+    pq.write_table(pa.Table.from_pylist(rows), data / "rows.parquet")
+    with pa.ipc.new_stream(str(data / "rows.arrow"), pa.Table.from_pylist(rows).schema) as stream:
+        stream.write_table(pa.Table.from_pylist(rows))
+    (data / "squad.json").write_text(json.dumps({"data": [{"paragraphs": [{"context": "c", "qas": SQUAD}]}]}))
+    (data / "qa.tsv").write_text("who?\t['a', \"b\"]\nwhy?\tbecause\n")
     (data / "train.jsonl").write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "loss": 2.25}\n')
     (data / "manifest.json").write_text(
         json.dumps({"fingerprints": {"corpus": "c"}, "history": [{"step": 3, "train.steps": [3, 5]}]})
@@ -310,14 +324,21 @@ def write_all(folder: Path) -> None:
     (sentences / "config_sentence_transformers.json").write_text(json.dumps(about))
 
 
+SQUAD = [
+    {"id": 1, "question": "who?", "answers": [{"text": "a", "answer_start": 1}]},
+    {"id": "2", "input": "why?", "output": [{"answer": "b"}, {"provenance": []}]},
+    {"qid": "3", "query": "where?", "answer": {"value": "c", "aliases": ["d"]}},
+]
 MODULES = {"Transformer": "", "Pooling": "1_Pooling", "Dense": "2_Dense", "Normalize": "3_Normalize"}
 
 
 # -- readers: each reads what its file is for, as far as it is used
 
 
-def read_corpus(folder: Path, name: str, format: str) -> None:
-    list(read_passages(folder / name, format))
+def read_corpus(folder: Path, name: str, **settings: Any) -> None:
+    reader = CorpusReader([folder / name], Corpus(source="c", **settings))
+    list(reader.read())
+    reader.notices(), reader.count()
 
 
 def read_encoder(folder: Path) -> None:
@@ -371,8 +392,16 @@ class Reader:
 
 
 READERS = [
-    Reader("data/passages.jsonl", lambda folder: read_corpus(folder, "passages.jsonl", "jsonl"), as_lines, 40),
-    Reader("data/passages.tsv", lambda folder: read_corpus(folder, "passages.tsv", "dpr"), None, 40),
+    Reader("data/passages.jsonl", lambda folder: read_corpus(folder, "passages.jsonl"), as_lines, 40),
+    Reader("data/passages.tsv", lambda folder: read_corpus(folder, "passages.tsv"), None, 40),
+    Reader("data/array.json", lambda folder: read_corpus(folder, "array.json", split_words=2, overlap_words=1), few=40),
+    Reader("data/packed.jsonl", lambda folder: read_corpus(folder, "packed.jsonl", skip_empty=True), None, 40),
+    Reader("data/packed.tsv", lambda folder: read_corpus(folder, "packed.tsv", quoting="none"), None, 40),
+    Reader("data/lines.csv", lambda folder: read_corpus(folder, "lines.csv", quoting="multiline"), None, 40),
+    Reader("data/rows.parquet", lambda folder: read_corpus(folder, "rows.parquet"), None, 40),
+    Reader("data/rows.arrow", lambda folder: read_corpus(folder, "rows.arrow"), None, 40),
+    Reader("data/squad.json", lambda folder: read_questions(folder / "squad.json"), few=40),
+    Reader("data/qa.tsv", lambda folder: read_questions(folder / "qa.tsv"), None, 40),
     Reader("data/questions.jsonl", lambda folder: read_questions(folder / "questions.jsonl"), as_lines, 40),
     Reader("data/train.jsonl", lambda folder: _lines_until(folder / "train.jsonl", 9), as_lines, 40),
     Reader("data/manifest.json", lambda folder: _check_same_inputs(folder / "manifest.json", {"corpus": "c"}), few=40),

@@ -122,6 +122,7 @@ def test_it_counts_when_all_is_done() -> None:
     assert guarded(command) == 130
 
 
+@pytest.mark.slow
 def test_what_is_being_loaded_is_loaded_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half an extension prints tracebacks or ends the process."""
     (tmp_path / "half.py").write_text(

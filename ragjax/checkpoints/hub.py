@@ -32,12 +32,11 @@ HF_PATTERNS = [
     "*.txt",
     "*.model",
     "*.jinja",
-    "*.jsonl",
-    "*.tsv",
-    "*.jsonl.gz",
-    "*.tsv.gz",
+    *(f"*.{kind}{packed}" for kind in ("jsonl", "tsv", "csv") for packed in ("", ".gz", ".zst")),
+    "*.parquet",
 ]
 SENTENCE_MODULES = ["modules.json", PROMPTS, "*/config.json"]
+CORPORA = (".jsonl", ".tsv", ".csv", ".parquet", ".gz", ".zst")
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ def fetch_config(source: str) -> Path:
         repo, revision = _repository(source)
         from huggingface_hub import hf_hub_download, snapshot_download
 
-        with _hub_errors(source, repo, revision):
+        with hub_errors(source, repo, revision):
             path = Path(hf_hub_download(repo, "config.json", revision=revision))
             snapshot_download(repo, repo_type="model", revision=revision, allow_patterns=SENTENCE_MODULES)
             return path
@@ -117,7 +116,7 @@ def fetch_config(source: str) -> Path:
 
 def is_local(source: str) -> bool:
     """Whether a source is a path on this machine."""
-    return not source.startswith(("hf:", "pypi:", "random:"))
+    return not source.startswith(("hf:", "hf-dataset:", "pypi:", "random:"))
 
 
 def fingerprint_files(paths: Iterable[Path]) -> str:
@@ -149,22 +148,22 @@ def _fetch_hf(source: str) -> ResolvedSource:
     repo, revision = _repository(source)
     from huggingface_hub import errors
 
-    with _hub_errors(source, repo, revision):
+    with hub_errors(source, repo, revision):
         try:
             path, files = _hf_snapshot(repo, revision, "model")
         except errors.GatedRepoError:
             raise
         except errors.RepositoryNotFoundError:
             path, files = _hf_snapshot(repo, revision, "dataset")
-    if not any(file.endswith((".safetensors", ".gguf", ".jsonl", ".tsv", ".gz")) for file in files):
+    if not any(file.endswith((".safetensors", ".gguf", *CORPORA)) for file in files):
         pickled = f"; {HOW_TO_CONVERT}" if any(file.endswith(PICKLED) for file in files) else ""
-        raise InputError(f"{source}: has none of *.safetensors, *.gguf, *.jsonl and *.tsv{pickled}")
+        raise InputError(f"{source}: has none of *.safetensors, *.gguf, *.jsonl, *.tsv, *.csv and *.parquet{pickled}")
     return ResolvedSource(path, source, path.name)
 
 
 @contextmanager
-def _hub_errors(source: str, repo: str, revision: str) -> Iterator[None]:
-    """Turns whatever goes wrong with the hub into one `InputError`."""
+def hub_errors(source: str, repo: str, revision: str) -> Iterator[None]:
+    """Turns whatever goes wrong with the hub, or a library that reads from it, into one `InputError`."""
     from huggingface_hub import errors, logging
 
     logging.set_verbosity_error()  # it would tell of every attempt; the last one's error is ours to tell

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -53,14 +53,18 @@ OLDER_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNo
 
 @dataclass(frozen=True)
 class PretrainedModel:
-    """A checkpoint opened but not yet read: a run's own checkpoint may hold newer parameters."""
+    """A checkpoint opened but not yet read: a run's own checkpoint may hold newer parameters.
+
+    Two are equal that are the same network, whatever their weights.
+    """
 
     config: Any  # that of its family, such as `BertConfig` or `LlamaConfig`
     graphdef: nnx.GraphDef
-    abstract_params: Params  # shapes and types
-    files: tuple[Path, ...]  # that hold the weights
-    hf_config: dict[str, Any]  # its config.json
-    load_params: Callable[[], Params]  # raises `InputError` for tensors that are missing, unknown or of another shape
+    abstract_params: Params = field(compare=False)  # shapes and types
+    files: tuple[Path, ...] = field(compare=False)  # that hold the weights
+    hf_config: dict[str, Any] = field(compare=False)  # its config.json
+    # raises `InputError` for tensors that are missing, unknown or of another shape
+    load_params: Callable[[], Params] = field(compare=False)
 
 
 def open_encoder(

@@ -5,16 +5,13 @@ from __future__ import annotations
 import importlib.metadata
 import json
 from collections.abc import Callable, Sequence
-from functools import partial, reduce
-from operator import getitem
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from rich import box
-from rich.table import Table
 
 from ragjax.answerer import Answerer, repeat_to_size
 from ragjax.checkpoints.hub import fingerprint_files
@@ -24,7 +21,7 @@ from ragjax.data.question_batch import drop_unfit_questions, question_batch, tok
 from ragjax.data.questions import LeftOut, Question, Split, as_json
 from ragjax.decoding.candidates import Candidates
 from ragjax.files import atomic_write, check_writable, write_jsonl
-from ragjax.metrics import bootstrap_interval, exact_match, expected_calibration_error, f1
+from ragjax.metrics import answer_words, bootstrap_interval, expected_calibration_error, score_answer
 from ragjax.parallel.mesh import local_mesh
 from ragjax.parallel.processes import allgather_text, is_process_zero, run_on_process_zero, wait_for_all
 from ragjax.rag import RagPipeline
@@ -34,7 +31,7 @@ from ragjax.runs.checkpointer import fingerprint
 from ragjax.runs.journal import Journal, read_journal
 from ragjax.runs.restore import load_artifacts, open_split, pretrained_params, restore_params, trained_index
 from ragjax.runs.run_dir import PACKAGES, check_processes_agree, make_folder
-from ragjax.terminal import Screen, progress_bar, terminal
+from ragjax.terminal import progress_bar, terminal
 
 RETRIEVAL_BATCH = 64
 VERSION = 1  # of predictions.jsonl: changes with the meaning of a key
@@ -72,7 +69,7 @@ def evaluate(config: Config) -> dict[str, Any]:
         "hf_compatible": config.hf_compatible,
         "exclude_bos": config.train.exclude_bos,
         "decode": config.decode.model_dump(),
-        "fingerprints": rag.fingerprints | {"questions": fingerprint_files([split.path])},
+        "fingerprints": rag.fingerprints | {"questions": split.fingerprint},
         "models": {},
     }
     if split.left_out:
@@ -259,6 +256,7 @@ def _prediction(
 ) -> dict[str, Any]:
     """One line of predictions.jsonl; probabilities are those of the thorough answer."""
     assert candidates.thorough_logp is not None and candidates.doc_logp is not None and candidates.posterior is not None
+    config = answerer.rag.config.evaluate
     modes = [mode for mode in answer_modes(answerer.rag.config) if mode in ("thorough", "fast")]
     best = {mode: candidates.best(mode)[0] for mode in modes}
     answers, thorough = {mode: answerer.text(candidates.tokens[c]) for mode, c in best.items()}, best["thorough"]
@@ -274,10 +272,8 @@ def _prediction(
         }
         for z, document in enumerate(answerer.documents(retrieval, b))
     ]
-    scores = {
-        mode: {"exact_match": exact_match(answer, question.answers), "f1": f1(answer, question.answers)}
-        for mode, answer in answers.items()
-    }
+    words = answer_words(config.normalization, config.language)
+    scores = {mode: score_answer(answer, question.answers, words) for mode, answer in answers.items()}
     return {
         "line": question.line,
         "id": question.id,
@@ -306,17 +302,22 @@ def _unanswered(question: LeftOut) -> dict[str, Any]:
 
 
 def _scores(predictions: Sequence[dict[str, Any]], missed: int, modes: Sequence[str]) -> dict[str, Any]:
-    """Exact match, its interval and F1 of each mode, in which `missed` questions more count as wrong."""
+    """Exact match, its interval, F1 and containment of each mode, in which `missed` questions more count as wrong.
+
+    `equal_as_nothing` counts the exact matches of which nothing is left on either side, as of "A" and "the".
+    """
     scores: dict[str, Any] = {}
     for mode in modes:
-        matches, f1s = (
-            np.array([p["scores"][mode][score] for p in predictions] + [0.0] * missed)
-            for score in ("exact_match", "f1")
+        every = [p["scores"][mode] for p in predictions]
+        matches, f1s, contained = (
+            np.array([score[name] for score in every] + [0.0] * missed) for name in ("exact_match", "f1", "contains")
         )
         scores[mode] = {
             "exact_match": _mean(matches),
             "exact_match_interval": list(bootstrap_interval(matches, seed=0)) if len(matches) else None,
             "f1": _mean(f1s),
+            "contains": _mean(contained),
+            "equal_as_nothing": sum(score["equal_as_nothing"] for score in every),
         }
     return scores
 
@@ -341,49 +342,3 @@ def _summarise(predictions: Sequence[dict[str, Any]], missed: int, modes: Sequen
 
 def _mean(values: Any) -> float | None:
     return float(np.mean(values)) if len(values) else None
-
-
-def print_metrics(report: dict[str, Any], as_json: bool) -> None:
-    """The metrics as a table, one column for each model; how many questions were answered stands in its head."""
-    if as_json:
-        print(json.dumps(report))
-        return
-    models = report["models"]
-    first = next(iter(models.values()))
-    heads = [
-        f"{name}{'' if m['step'] is None else ', step ' + str(m['step'])}\n{m['answered']} answered"
-        + (f", {m['unanswerable']} not" if "unanswerable" in m else "")
-        for name, m in models.items()
-    ]
-    table = Table(f"{first['questions']} {report['split']} questions", *heads, box=box.SIMPLE_HEAD)
-
-    def text(value: Any) -> str:
-        if isinstance(value, list):
-            return " … ".join(map(text, value))
-        return "–" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
-
-    def row(label: str, *keys: str) -> None:
-        table.add_row(label, *(text(reduce(getitem, keys, m)) for m in models.values()))
-
-    def row_and_without(label: str, *keys: str) -> None:
-        """What could not be asked counts as wrong; without such it is another number, if there are any."""
-        row(label, *keys)
-        if "answerable" in first:
-            row("  of those that could be asked", "answerable", *keys)
-
-    for key in first:
-        if key.startswith("recall@"):
-            row_and_without(f"{key} (all questions)", key)
-    row("prior mass of the top k (all questions)", "top_k_mass")
-    for mode in ("thorough", "fast", "closed_book"):
-        if mode in first:
-            row_and_without(f"{mode.replace('_', ' ')}: exact match", mode, "exact_match")
-            row("  its 95 % interval", mode, "exact_match_interval")
-            row_and_without(f"{mode.replace('_', ' ')}: F1", mode, "f1")
-    row("−log p(gold answer), nats", "gold_nll")
-    row("calibration error of p(answer)", "calibration_error")
-    if "fast" in first:
-        row("thorough and fast differ", "thorough_and_fast_differ", "questions")
-        for mode in ("thorough", "fast"):
-            row(f"  of these, {mode} right", "thorough_and_fast_differ", f"{mode}_right")
-    Screen(highlight=False, markup=False).print(table)

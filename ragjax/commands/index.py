@@ -11,22 +11,21 @@ shards are written beside it as ever and then take their places, where they have
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from ragjax.checkpoints.hub import ResolvedSource, fetch, fingerprint_files, is_local
+from ragjax.checkpoints.hub import fetch, fingerprint_files
 from ragjax.checksums import damage_text
-from ragjax.config import ON_DEVICES, Config, Corpus
-from ragjax.data.corpus import FORMATS, CorpusStats, passage_place, read_passages, scan_passages
+from ragjax.config import ON_DEVICES, Config
+from ragjax.data.corpus import FACTBOOK, PASSAGES, CorpusReader, CorpusStats, Passage, scan_passages
 from ragjax.data.factbook import build as factbook
 from ragjax.data.factbook import facts as factbook_facts
 from ragjax.data.prompt import passage_text
+from ragjax.data.reading.sources import DataFiles, find_files, is_missing
 from ragjax.errors import InputError
 from ragjax.files import cache_folder
 from ragjax.parallel.processes import is_process_zero, run_on_process_zero, wait_for_all
@@ -50,11 +49,11 @@ def build_index(config: Config) -> Path:
     with the shards it has. Raises `InputError` for bad input.
     """
     check_processes_agree(config)
-    _check_corpus(config.corpus)
+    _check_corpus(config.corpus.source, FACTBOOK if config.corpus.format == "factbook" else PASSAGES)
     enable_compilation_cache(cache_folder() / "xla")
     rag = load_pipeline(config)
     check_kind(config.index.kind, rag.passage_encoder.config.embedding_dim)
-    source = fetch(config.corpus.source)
+    source = _corpus_files(config)
     builder = IndexBuilder(rag, Path(config.index.path), _content(config, source))
     existing, folder = builder.find_existing(), builder.folder
     if existing is not None and not existing.damage:
@@ -71,8 +70,8 @@ def build_index(config: Config) -> Path:
             raise InputError(
                 f"{builder.partial}: process {jax.process_index()} does not see what process 0 has made there"
             )
-        read, questions = _read_corpus(config, source)
-        stats = _corpus_stats(builder, read, partial(passage_place, source.path, config.corpus.format))
+        corpus, questions = _open_corpus(config, source)
+        read, stats = corpus.read, _corpus_stats(builder, corpus)
         if not builder.is_complete():
             if existing is None:
                 run_on_process_zero(lambda: _check_room(builder.rag, read, stats, builder.partial))
@@ -88,28 +87,58 @@ def build_index(config: Config) -> Path:
     return folder
 
 
-def _check_corpus(corpus: Corpus) -> None:
+class FactbookReader:
+    """The passages of the Factbook, with what `CorpusReader` says of files."""
+
+    def __init__(self, passages: list[Passage]) -> None:
+        self.passages = passages
+
+    def read(self) -> list[Passage]:
+        """The passages, in their order."""
+        return self.passages
+
+    def place(self, position: int) -> str:
+        """Where a passage is, from 1."""
+        return f"passage {position}"
+
+    def notices(self) -> list[str]:
+        """Nothing is left out or mapped."""
+        return []
+
+
+def _check_corpus(source: str, expected: str) -> None:
     """Raises `InputError` for a corpus that should lie on this machine and does not, before any model is fetched."""
-    if is_local(corpus.source) and not Path(corpus.source).expanduser().exists():
-        raise InputError(f"corpus.source: {corpus.source}: no such file; expected {FORMATS[corpus.format]}")
+    if is_missing(source):
+        raise InputError(f"corpus.source: {source}: no such file; expected {expected}")
 
 
-def _content(config: Config, source: ResolvedSource) -> str:
-    """What the passages are made from: the files' contents, and the code that turns the Factbook into passages."""
-    files = [source.path] if source.path.is_file() else [p for p in source.path.rglob("*") if p.is_file()]
-    content = fingerprint_files(files) if source.revision == "local" else source.revision
+def _corpus_files(config: Config) -> DataFiles:
+    """The files of the corpus; of the Factbook its folder."""
+    source = config.corpus.source
     if config.corpus.format != "factbook":
-        return content
+        return find_files(source)
+    fetched = fetch(source)
+    return DataFiles(source, fetched.revision, (fetched.path,))
+
+
+def _content(config: Config, source: DataFiles) -> str:
+    """What the passages are made from: the files' contents, and the code that turns the Factbook into passages."""
+    if config.corpus.format != "factbook":
+        return source.fingerprint
+    [path] = source.files
+    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+    content = fingerprint_files(files) if source.revision == "local" else source.revision
     return f"{content} {fingerprint_files([Path(str(m.__file__)) for m in (factbook, factbook_facts)])}"
 
 
-def _read_corpus(config: Config, source: ResolvedSource) -> tuple[ReadPassages, dict[str, list[dict]]]:
-    """How to stream the corpus, and the questions that the Factbook brings, by split."""
+def _open_corpus(config: Config, source: DataFiles) -> tuple[CorpusReader | FactbookReader, dict[str, list[dict]]]:
+    """What streams the corpus, and the questions that the Factbook brings, by split."""
     c = config.corpus
     if c.format != "factbook":
-        return lambda: read_passages(source.path, c.format, c.max_passages), {}
+        return CorpusReader(source.files, c), {}
+    [path] = source.files
     passages, questions = factbook.build_factbook(
-        source.path, c.factbook.max_passage_words, config.seed, c.factbook.categories
+        path, c.factbook.max_passage_words, config.seed, c.factbook.categories
     )
     if c.max_passages is not None:
         passages = passages[: c.max_passages]
@@ -118,16 +147,18 @@ def _read_corpus(config: Config, source: ResolvedSource) -> tuple[ReadPassages, 
             split: [q for q in records if kept.intersection(q["passages"])] for split, records in questions.items()
         }
     if not passages:
-        raise InputError(f"{source.path}: no passages were found in this Factbook")
-    return lambda: passages, questions
+        raise InputError(f"{path}: no passages were found in this Factbook")
+    return FactbookReader(passages), questions
 
 
-def _corpus_stats(builder: IndexBuilder, read: ReadPassages, place: Callable[[int], str]) -> CorpusStats:
+def _corpus_stats(builder: IndexBuilder, corpus: CorpusReader | FactbookReader) -> CorpusStats:
     """Checks and counts the corpus, before anything is embedded; once for a build and all that go on with it."""
     stats = builder.saved_stats()
     if stats is None:
         with progress_bar("read", None, "passages") as advance:
-            stats = scan_passages(read, advance, place=place)
+            stats = scan_passages(corpus.read, advance, place=corpus.place)
+        for line in corpus.notices():
+            terminal.print(line, soft_wrap=True)
         if is_process_zero():
             builder.save_stats(stats)
     return stats

@@ -16,7 +16,6 @@ from jaxtyping import Float, Float32, Int32
 from rich import box
 from rich.table import Table
 
-from ragjax.checkpoints.hub import fingerprint_files
 from ragjax.config import Config
 from ragjax.data.answer_matching import has_answer
 from ragjax.data.passage_store import SHARDS, STORE_FILES, PassageStore
@@ -97,7 +96,7 @@ def index_report(config: Config, count: int, plot: Path | None = None) -> dict[s
         "k": [_at(k, measured, i) for i, k in enumerate(ks)],
         "smallest_k": {str(share): _smallest(ks, np.median(measured.mass, axis=0), share) for share in SHARES},
         "latency": [_latency(index, queries, size, config.decode.num_docs) for size in BATCHES],
-        "fingerprints": rag.fingerprints | {"questions": fingerprint_files([split.path])},
+        "fingerprints": rag.fingerprints | {"questions": split.fingerprint},
     }
     with atomic_write(folder / "index_report.json") as (file,):
         file.write(json.dumps(report, indent=1).encode() + b"\n")

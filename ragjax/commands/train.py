@@ -25,7 +25,6 @@ import numpy as np
 from jax.experimental.multihost_utils import reached_preemption_sync_point
 from jax.sharding import Mesh
 
-from ragjax.checkpoints.hub import fingerprint_files
 from ragjax.config import Config, reads_corpus
 from ragjax.data.passage_store import PassageStore
 from ragjax.data.question_sampler import QuestionSampler, SampledQuestions
@@ -181,7 +180,7 @@ def load_data(config: Config) -> TrainData:
     if dev_split is not None:
         dev, dev_split = trainable_questions(rag, dev_split.first(config.train.dev_questions))
         splits.append(dev_split)
-    return TrainData(rag, index, store, questions, dev, splits, fingerprint_files([split.path]))
+    return TrainData(rag, index, store, questions, dev, splits, split.fingerprint)
 
 
 def check_settings(rag: RagPipeline, mesh: Mesh, passages: int) -> None:

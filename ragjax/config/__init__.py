@@ -1,5 +1,6 @@
-"""The configuration: `keys.py` has every key, `reading.py` reads YAML and overrides, `derived.py` what follows."""
+"""The configuration: the keys in `keys.py` and `data_keys.py`, YAML in `reading.py`, what follows in `derived.py`."""
 
+from ragjax.config.data_keys import Corpus, PassageColumns, QuestionColumns, Questions
 from ragjax.config.derived import (
     answer_modes,
     check_mode,
@@ -11,13 +12,11 @@ from ragjax.config.derived import (
 from ragjax.config.keys import (
     ON_DEVICES,
     Config,
-    Corpus,
     Decode,
     Evaluate,
     Generator,
     Index,
     Mesh,
-    Questions,
     Refresh,
     Retriever,
     Train,
@@ -39,6 +38,8 @@ __all__ = [
     "Generator",
     "Index",
     "Mesh",
+    "PassageColumns",
+    "QuestionColumns",
     "Questions",
     "Refresh",
     "Retriever",

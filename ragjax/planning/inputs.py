@@ -16,8 +16,9 @@ from ragjax.checkpoints.hub import fetch_config, is_local
 from ragjax.checkpoints.pretrained import PretrainedModel, encoder_shape, generator_shape, open_generator
 from ragjax.checkpoints.sentence_transformers import resolve_encoding
 from ragjax.config import Config
-from ragjax.data.corpus import count_passages
+from ragjax.data.corpus import CorpusReader
 from ragjax.data.prompt import Prompt
+from ragjax.data.reading.sources import find_files, is_missing
 from ragjax.errors import InputError
 from ragjax.files import read_json
 from ragjax.models.generator import SpecialTokens
@@ -129,10 +130,11 @@ def _count(config: Config) -> tuple[int, str] | Unknown:
         return count, f"{count:,} passages"
     if corpus.max_passages is not None:
         return corpus.max_passages, f"at most {corpus.max_passages:,} passages"
-    path = Path(corpus.source).expanduser()
     if not is_local(corpus.source) or corpus.format == "factbook":
         return Unknown("the corpus is counted when it is read")
-    if not path.exists():
+    if is_missing(corpus.source):
         return Unknown(f"no file {corpus.source} to count")
-    count = count_passages(path, corpus.format)
+    count = CorpusReader(find_files(corpus.source).files, corpus).count()
+    if count is None:
+        return Unknown("the documents are cut when they are read")
     return count, f"at most {count:,} passages"

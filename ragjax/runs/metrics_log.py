@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ragjax.config import Config
-from ragjax.data.corpus import byte_lines
+from ragjax.data.reading.byte_stream import byte_lines
 from ragjax.errors import InputError
 from ragjax.files import atomic_write, parse_json
 from ragjax.parallel.processes import is_process_zero

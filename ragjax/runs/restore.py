@@ -52,9 +52,9 @@ def open_split(config: Config, split: str) -> Split:
     `questions.strict`, for the first that cannot.
     """
     check_built(Path(config.index.path))
-    path = Path(getattr(config.questions, split))
-    check_listed(path)
-    return read_split(path).checked(config.questions.strict)
+    source = getattr(config.questions, split)
+    check_listed(Path(source))
+    return read_split(source, config.questions.columns).checked(config.questions.strict)
 
 
 def load_artifacts(config: Config) -> tuple[RagPipeline, Index, PassageStore]:

@@ -24,6 +24,7 @@ from ragjax.checkpoints.hub import fingerprint_files
 from ragjax.config import Config, dump_config, get_key, load_config
 from ragjax.config.reading import escaped
 from ragjax.data.questions import LeftOut, Split, as_json
+from ragjax.data.reading.sources import find_files
 from ragjax.errors import InputError
 from ragjax.files import atomic_write, read_json, write_jsonl
 from ragjax.parallel.processes import allgather_text, run_on_process_zero
@@ -283,12 +284,11 @@ def _manifest(rag: RagPipeline, index: Index, inputs: dict[str, str]) -> dict[st
 
 def _inputs(rag: RagPipeline, index: Index) -> dict[str, str]:
     """Fingerprints of everything that training reads."""
-    train = Path(rag.config.questions.train)
     return rag.fingerprints | {
         "retriever": fingerprint_files(rag.retriever.files),
         "generator": fingerprint_files(rag.generator.files),
         "passages": index.manifest["corpus"]["fingerprint"],
-        "questions.train": fingerprint_files([train]),
+        "questions.train": fingerprint_files(find_files(rag.config.questions.train).files),
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial, wraps
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh, use_abstract_mesh
 from jaxtyping import Array, Float, Key
 
-from ragjax.config import Train, reads_corpus
+from ragjax.config import Evaluate, Questions, Train, reads_corpus
 from ragjax.data.question_batch import QuestionBatch
 from ragjax.errors import InputError
 from ragjax.models.layers import Params
@@ -61,6 +61,25 @@ def gradients(
     return jax.lax.scan(add, zeros, parts)[0]
 
 
+def _compiled_once(make: Callable[..., jax.stages.Wrapped]) -> Callable[..., jax.stages.Wrapped]:
+    """Runs of one process with the same networks and settings share their programs, wherever their files lie."""
+
+    @lru_cache(maxsize=8)
+    def make_once(rag: RagModel, tree: Any, leaves: tuple[Any, ...]) -> jax.stages.Wrapped:
+        return make(rag, *jax.tree.unflatten(tree, leaves))
+
+    @wraps(make)
+    def find_or_make(rag: RagModel, *shardings: Any) -> jax.stages.Wrapped:
+        c = rag.config
+        config = c.replace(output="-", questions=Questions(), index=c.index.replace(path="-"), evaluate=Evaluate())
+        model = RagModel(config, rag.retriever, rag.generator, rag.special, rag.prompt, rag.passage_encoder)
+        leaves, tree = jax.tree.flatten(shardings)
+        return make_once(model, tree, tuple(leaves))
+
+    return find_or_make
+
+
+@_compiled_once
 def make_train_step(rag: RagModel, shardings: Any = None) -> jax.stages.Wrapped:
     """(state, batch, corpus | None) → (state, metrics); the old state's memory is reused, and it stays where it lies.
 
@@ -90,6 +109,7 @@ def make_train_step(rag: RagModel, shardings: Any = None) -> jax.stages.Wrapped:
     return train_step
 
 
+@_compiled_once
 def make_gradient_error(rag: RagModel, shardings: Any = None) -> jax.stages.Wrapped:
     """(state, batch, corpus | None) → ‖g − g_m‖ / ‖g‖, of the generator's gradient before a step.
 
@@ -137,6 +157,7 @@ def _attach_documents(
     return whole, rng, {"ids": ids, "tokens": whole.source_mask.sum() + answer_mask.sum() * ids.shape[1]}
 
 
+@_compiled_once
 def make_nll(rag: RagModel) -> jax.stages.Wrapped:
     """(params, batch, corpus | None) → −log p(y|x) [B] of each answer, in nats, without dropout and smoothing.
 

@@ -17,7 +17,7 @@ from trained import STEPS
 from ragjax.answerer import Answerer
 from ragjax.cli import main
 from ragjax.commands import evaluate as evaluate_module
-from ragjax.commands.evaluate import print_metrics
+from ragjax.commands.metrics_table import print_metrics
 from ragjax.data.questions import read_questions
 from ragjax.files import write_jsonl
 from ragjax.metrics import exact_match, expected_calibration_error, f1
@@ -205,7 +205,7 @@ def test_a_bad_question_costs_one_question(run: Path, tmp_path: Path, capsys: Ca
         assert "answerable" not in without and "unanswerable" not in without
     table = " ".join(out.split())
     assert "12 test questions 1 answered, 1 not 6 answered, 4 not" in table
-    assert table.count("of those that could be asked") == 3 + 2 * 3
+    assert table.count("of those that could be asked") == 3 + 3 * 3
     lines = predictions(tmp_path / "bad")
     assert {line["version"] for line in lines} == {1}
     trained = [line for line in lines if line["model"] == "trained"]
@@ -232,7 +232,13 @@ def test_questions_of_which_none_could_be_asked(run: Path, tmp_path: Path) -> No
     text = (tmp_path / "run" / "metrics.json").read_text()
     measured = json.loads(text)["models"]["trained"]
     assert (measured["answered"], measured["unanswerable"]) == (0, 3) and "NaN" not in text
-    assert measured["thorough"] == {"exact_match": 0.0, "exact_match_interval": [0.0, 0.0], "f1": 0.0}
+    assert measured["thorough"] == {
+        "exact_match": 0.0,
+        "exact_match_interval": [0.0, 0.0],
+        "f1": 0.0,
+        "contains": 0.0,
+        "equal_as_nothing": 0,
+    }
     assert measured["answerable"]["thorough"]["exact_match"] is None and measured["gold_nll"] is None
 
 
@@ -339,6 +345,15 @@ def test_without_a_checkpoint_the_pretrained_models_are_measured(
 def test_the_table_names_every_measure(run: Path, report: dict[str, Any], capsys: Capture) -> None:
     print_metrics(report, as_json=False)
     table = " ".join(capsys.readouterr().out.split())
-    named = ("recall@1", "recall@3", "recall@5", "prior mass", "thorough: exact match", "fast: F1", "closed book:")
+    named = (
+        "recall@1",
+        "recall@3",
+        "recall@5",
+        "prior mass",
+        "thorough: exact match",
+        "fast: F1",
+        "contained",
+        "closed book:",
+    )
     assert all(name in table for name in (*named, "gold answer", "calibration", "differ", f"trained, step {STEPS}"))
     assert f"{report['models']['trained']['thorough']['exact_match']:.3f}" in table

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from backports import zstd
 
 from ragjax.checksums import write_checksums
-from ragjax.data.corpus import CorpusStats, Passage, count_passages, passage_place, read_passages, scan_passages
+from ragjax.config import Corpus
+from ragjax.data.corpus import CorpusReader, CorpusStats, Passage, scan_passages
 from ragjax.data.passage_store import STORE_FILES, PassageStore, shard_folder, write_store
 from ragjax.errors import InputError
 from ragjax.files import write_jsonl
@@ -34,15 +36,23 @@ def write(path: Path, content: str | bytes) -> Path:
     return path
 
 
+def reader(*paths: Path, **settings) -> CorpusReader:
+    return CorpusReader(paths, Corpus(source="c", **settings))
+
+
+def read(*paths: Path, **settings) -> list[Passage]:
+    return list(reader(*paths, **settings).read())
+
+
 @pytest.mark.parametrize("zipped", [False, True])
 def test_reads_jsonl(tmp_path, zipped):
     lines = '\ufeff{"id": 1, "title": "Paris", "text": "Paris ist schön.", "extra": 0}\n\n{"id": "b", "text": "y"}\n'
     path = tmp_path / ("c.jsonl.gz" if zipped else "c.jsonl")
     write(path, gzip.compress(lines.encode()) if zipped else lines)
     expected = [PASSAGES[0], Passage("b", "", "y")]
-    assert list(read_passages(path, "jsonl")) == expected
-    assert count_passages(path, "jsonl") == 2
-    assert list(read_passages(tmp_path, "jsonl", limit=1)) == expected[:1]
+    assert read(path) == read(path, format="jsonl") == expected
+    assert reader(path).count() == 2 and reader(path).notices() == []
+    assert read(path, max_passages=1) == expected[:1]
 
 
 @pytest.mark.parametrize("zipped", [False, True])
@@ -50,11 +60,9 @@ def test_reads_dpr(tmp_path, zipped):
     lines = 'id\ttext\ttitle\n1\t"Aaron ""The"" Aaron\tx"\tAaron\n2\tplain\tB\n'
     path = tmp_path / ("p.tsv.gz" if zipped else "p.tsv")
     write(path, gzip.compress(lines.encode()) if zipped else lines)
-    assert list(read_passages(path, "dpr")) == [
-        Passage("1", "Aaron", 'Aaron "The" Aaron\tx'),
-        Passage("2", "B", "plain"),
-    ]
-    assert count_passages(path, "dpr") == 2
+    corpus = reader(path, format="dpr")
+    assert list(corpus.read()) == [Passage("1", "Aaron", 'Aaron "The" Aaron\tx'), Passage("2", "B", "plain")]
+    assert corpus.count() == 2 and corpus.notices() == ["3 lines hold 2 records"]
 
 
 GOOD, HEADER = b'{"id": "a", "text": "t"}\n', b"id\ttext\ttitle\n"
@@ -65,66 +73,97 @@ GOOD, HEADER = b'{"id": "a", "text": "t"}\n', b"id\ttext\ttitle\n"
     [
         ("c.jsonl", GOOD + b"{oops\n", r"c\.jsonl:2: not JSON"),
         ("c.jsonl", GOOD + b"[1]\n", r"c\.jsonl:2: expected a JSON object"),
-        ("c.jsonl", GOOD + b'{"id": "b", "text": " "}\n', r'c\.jsonl:2: empty or missing "text"'),
+        (
+            "c.jsonl",
+            GOOD + b'{"id": "b", "text": " "}\n',
+            r'c\.jsonl:2: empty or missing "text".*corpus\.skip_empty=true',
+        ),
         ("c.jsonl", GOOD + b'{"id": "b", "text": "\\ud83d"}\n', r"c\.jsonl:2: holds half of a"),
-        ("c.jsonl", b'{"text": "t"}\n', r'c\.jsonl:1: empty or missing "id"'),
+        ("c.jsonl", GOOD + b'{"text": "t"}\n', r'c\.jsonl:2: empty or missing "id": no "id" among its keys \(text\)'),
+        ("c.jsonl", b'{"text": "t"}\n' + GOOD, r'c\.jsonl:1: empty or missing "id"'),
+        (
+            "c.jsonl",
+            b'{"id": 1.0, "text": "t"}\n',
+            r'c\.jsonl:1: empty or missing "id"; expected a text or a whole num',
+        ),
+        (
+            "c.jsonl",
+            b'{"id": 1, "Text_": "t"}\n',
+            r'c\.jsonl:1: .*no "text" among its keys \(id, Text_\).*corpus\.columns',
+        ),
         ("c.jsonl", b'{"id": 1, "text": "t", "title": 3}\n', r'c\.jsonl:1: "title"'),
+        ("c.jsonl", b'{"id": 1, "text": [1]}\n', r'c\.jsonl:1: "text" must be a text, or a list of paragraphs'),
         ("c.jsonl", GOOD + b'{"id": "b", "text": "\xff"}\n', r"c\.jsonl:2: not UTF-8"),
         ("c.jsonl.gz", gzip.compress(GOOD * 2000, mtime=0)[:40], r"cannot be read"),
-        ("c.jsonl.gz", GOOD, r"cannot be read"),
+        ("c.jsonl", zstd.compress(GOOD * 2000)[:20], r"cannot be read"),
+        ("c.zip", b"PK\x03\x04", r"c\.zip: is a zip archive; unpack it"),
+        ("c.parquet", b"PAR1\x15\x04\xff\xfe" + bytes(50), r"c\.parquet: cannot be read"),
+        ("c.arrow", b"ARROW1" + bytes(50), r"c\.arrow: cannot be read"),
+        ("c.json", b'[{"id": 1, "text": "t"}, 7]', r"c\.json:2: expected a JSON object, not '7\]'"),
+        ("c.json", b'[{"id": 1, "text": "t"}', r"c\.json:2: not JSON: the file ends within"),
+        ("c.json", b'[{"id": 1, "text": "t"}] x', r"c\.json:2: expected a JSON object, not 'x'"),
+        ("c.json", b'[{"id": 1, oops' + b" " * 40 + b"]", r"c\.json:1: not JSON \(Expecting property name"),
+        ("c.json", b'[{"id": ' + b"[" * 200 + b"]" * 200 + b"}]", r"c\.json:1: not JSON: nested too deeply"),
+        ("c.json", b'[{"id": ' + b"9" * 5000 + b"}]", r"c\.json:1: not JSON: a number has thousands"),
+        ("c.json", b'[{"id": "\xff"}]', r"c\.json:1: not UTF-8"),
         ("p.tsv", b"id\ttext\ttitle\n1\tx\n", r"p\.tsv:2: expected 3 columns .* found 2"),
-        ("p.tsv", b"1\tx\ty\n", r"p\.tsv:1: expected the header"),
-        ("p.tsv", b"id\ttext\ttitle\n1\t\ty\n", r'p\.tsv:2: empty or missing "text"'),
-        ("p.tsv", HEADER + b'1\tx\ty\n2\t"open\tT\n3\tz"\tU\n', r'p\.tsv:3: a column opens with " and does not end'),
+        ("p.tsv", b"id\ttext\ttitle\n1\tx\ty\tz\n", r"p\.tsv:2: expected 3 columns .* found 4"),
+        ("p.tsv", b"nr\tinhalt\tname\n1\tx\ty\n", r"p\.tsv:1: its columns are called nr, inhalt, name"),
         (
             "p.tsv",
-            HEADER + b'1\t"To be" opens a speech: "to die\tHamlet\n',
-            r'p\.tsv:2: a column opens with "',
+            b"1\tx\ty\tz\n",
+            r'p\.tsv:1: has no header, and 4 columns .*corpus\.columns, as in {id: "1", text: "2"}',
         ),
-        ("p.tsv", HEADER + b'1\t"two\nlines"\tT\n', r"p\.tsv:2: .* a record is one line"),
-        ("p.tsv", HEADER, r"p\.tsv: the corpus holds no passages; expected DPR's"),
-        ("c.jsonl", b"\n", r"c\.jsonl: the corpus holds no passages; expected passages as JSON lines"),
+        ("p.tsv", b"id\ttext\ttitle\r1\tx\ty\r", r"p\.tsv:1: its lines end in carriage returns"),
+        ("p.tsv", b"id\ttext\ttitle\n1\t\ty\n", r'p\.tsv:2: empty or missing "text"'),
+        ("p.tsv", HEADER + b'1\tx\ty\n2\t"open\tT\n3\tz"\tU\n', r'p\.tsv:3: a column opens with " and does not end'),
+        ("p.tsv", HEADER + b'1\t"To be" opens a speech: "to die\tHamlet\n', r"p\.tsv:2: .*corpus\.quoting=none"),
+        ("p.tsv", HEADER + b'1\t"two\nlines"\tT\n', r"p\.tsv:2: .* a record is one line.*corpus\.quoting=multiline"),
+        ("p.tsv", HEADER, r"p\.tsv: the corpus holds no passages; expected passages as JSON"),
+        ("c.jsonl", b"\n", r"c\.jsonl: the corpus holds no passages; expected passages as JSON"),
         ("c.jsonl", GOOD + b"[" * 5000 + b"]" * 5000, r"c\.jsonl:2: not JSON: nested too deeply"),
         ("c.jsonl", GOOD + b'{"id": ' + b"9" * 5000 + b"}", r"c\.jsonl:2: not JSON: a number has thousands"),
         ("c.jsonl", '{"id": "a", "text": "t"}'.encode("utf-16"), r"c\.jsonl:1: not UTF-8"),
     ],
 )
-def test_bad_lines_are_named(tmp_path, name, content, message):
-    path = write(tmp_path / name, content)
+def test_bad_records_are_named(tmp_path, name, content, message):
     with pytest.raises(InputError, match=message):
-        list(read_passages(path, "dpr" if name == "p.tsv" else "jsonl"))
+        read(write(tmp_path / name, content))
 
 
 def test_dpr_quotes_that_do_not_open_a_column_are_text_and_columns_may_be_long(tmp_path):
     long = "word " * 60_000  # 300 KB
     path = write(tmp_path / "p.tsv", f'id\ttext\ttitle\n6\tA 12" single\tMusic\r\n7\t"{long}"\tB\n8\t{long}\tC\n')
-    assert list(read_passages(path, "dpr")) == [
-        Passage("6", "Music", 'A 12" single'),
-        Passage("7", "B", long),
-        Passage("8", "C", long),
-    ]
+    assert read(path) == [Passage("6", "Music", 'A 12" single'), Passage("7", "B", long), Passage("8", "C", long)]
 
 
 def test_two_passages_with_one_id_are_named_by_their_lines(tmp_path):
-    path = write(tmp_path / "dup.jsonl", '{"id": "1", "text": "x"}\n\n{"id": 1, "text": "y"}\n')
-    with pytest.raises(InputError, match=r"dup\.jsonl:1 and .*dup\.jsonl:3 have the same id '1'"):
-        scan_passages(lambda: read_passages(path, "jsonl"), place=lambda i: passage_place(path, "jsonl", i))
+    first = write(tmp_path / "a.jsonl", '\n{"id": "1", "text": "x"}\n')
+    second = write(tmp_path / "b.jsonl", '\n\n{"id": 1, "text": "y"}\n')
+    both = reader(first, second)
+    with pytest.raises(InputError, match=r"a\.jsonl:2 and .*b\.jsonl:3 have the same id '1'"):
+        scan_passages(both.read, place=both.place)
 
 
-def test_a_line_has_a_longest_length(tmp_path, monkeypatch):
-    monkeypatch.setattr("ragjax.data.corpus.LONGEST_LINE", 1 << 20)
-    path = write(tmp_path / "c.jsonl", GOOD + b'{"id": "b", "text": "' + b"x" * (1 << 20) + b'"}\n')
+@pytest.mark.parametrize(
+    "line", [b'{"id": "b", "text": "%b"}\n', b'[{"id": "a", "text": "t"}, {"id": "b", "text": "%b"}]']
+)
+def test_a_record_has_a_longest_length(tmp_path, monkeypatch, line):
+    for module in ("byte_stream", "json_records"):
+        monkeypatch.setattr(f"ragjax.data.reading.{module}.LONGEST_LINE", 1 << 20)
+    path = write(tmp_path / "c.jsonl", (GOOD if line.startswith(b"{") else b"") + line % (b"x" * (3 << 20)))
     with pytest.raises(InputError, match=r"c\.jsonl:2: longer than 1 MiB"):
-        list(read_passages(path, "jsonl"))
+        read(path)
 
 
-def test_bad_paths(tmp_path):
+def test_what_a_file_must_hold(tmp_path):
+    lines, table = write(tmp_path / "a", GOOD), write(tmp_path / "b", HEADER + b"1\tx\ty\n")
+    assert read(lines, format="jsonl") and read(table, format="dpr")
+    for path, format in ((lines, "dpr"), (table, "jsonl")):
+        with pytest.raises(InputError, match=r"leave out corpus\.format"):
+            read(path, format=format)
     with pytest.raises(InputError, match="no such file"):
-        list(read_passages(tmp_path / "nothing.jsonl", "jsonl"))
-    with pytest.raises(InputError, match="found none"):
-        read_passages(tmp_path, "dpr")
-    with pytest.raises(InputError, match="unknown corpus format 'xml'"):
-        read_passages(tmp_path, "xml")
+        read(tmp_path / "nothing.jsonl")
 
 
 def write_shards(folder: Path, *shards: list[Passage]) -> Path:

@@ -35,12 +35,13 @@ from ragjax.parallel.sharding import put_global, replicated
 from ragjax.rag import load_pipeline
 from ragjax.training.data_loader import BatchBuilder, TrainLoader, train_questions
 
+TEMPLATE = {"generator__prompt_template": "{passage}\n\nQuestion: {question}\nAnswer:"}
 QUESTIONS = ["What is the capital of Arland?", "Who?", "Where is Kesvik, and how far away is it from Lorton?"]
 
 
 @pytest.fixture(scope="module")
 def tokenizers(world: Path) -> Tokenizers:
-    return load_pipeline(tiny_config(world)).tokenizers
+    return load_pipeline(tiny_config(world, **TEMPLATE)).tokenizers
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +121,7 @@ def test_prompts_are_the_text_assembled_by_hand(tokenizers: Tokenizers, store: P
 
 def test_passages_are_cut_to_fit_and_questions_never(world: Path, store: PassageStore) -> None:
     longest = 64
-    tokenizers = load_pipeline(tiny_config(world, generator__max_prompt_tokens=longest)).tokenizers
+    tokenizers = load_pipeline(tiny_config(world, **TEMPLATE, generator__max_prompt_tokens=longest)).tokenizers
     question = QUESTIONS[0]
     [tokens], mask = tokenize_prompts(tokenizers, store, question_batch(tokenizers, [question]), np.array([[7]]))
     assert mask.all() and tokens.shape == (longest,)

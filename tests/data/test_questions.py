@@ -34,10 +34,17 @@ def test_questions(tmp_path: Path) -> None:
     [
         (b'{"question": " ", "answer": ["a"]}', 'empty or missing "question"; expected a text'),
         (b'{"question": ["q"], "answer": ["a"]}', 'empty or missing "question"; expected a text'),
-        (b'{"question": "q"}', 'empty or missing "answer"; expected a list of texts'),
-        (b'{"question": "q", "answer": []}', 'empty or missing "answer"; expected a list of texts'),
-        (b'{"question": "q", "answer": ["a", 3]}', '"answer" must be a list of texts that are not empty'),
-        (b'{"question": "q", "answer": [""]}', '"answer" must be a list of texts that are not empty'),
+        (
+            b'{"question": "q"}',
+            'empty or missing "answers": no "answers" among its keys (question); name it by questions.col',
+        ),
+        (
+            b'{"frage": "q", "answer": "a"}',
+            'empty or missing "question": no "question" among its keys (frage, answer); ',
+        ),
+        (b'{"question": "q", "answer": []}', 'empty or missing "answers"; expected a list of texts'),
+        (b'{"question": "q", "answer": ["a", 3.5]}', '"answers" must be a list of texts that are not empty'),
+        (b'{"question": "q", "answer": [""]}', '"answers" must be a list of texts that are not empty'),
         (b'{"question": "q", "answer": ["a"], "passages": "p"}', '"passages" must be a list of passage ids'),
         (b'{"question": "q", "answer": ["a"], "id": true}', 'empty "id"; expected a text or a whole number'),
         (

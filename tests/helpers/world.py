@@ -25,7 +25,8 @@ corpus: {{source: {world}/passages.jsonl}}
 questions: {{train: {world}/train.jsonl, dev: {world}/dev.jsonl, test: {world}/test.jsonl}}
 retriever: {{source: {world}/retriever, logit_scale: 10.0, max_question_tokens: 64, max_passage_tokens: 64}}
 index: {{path: {world}/index, batch_size: 16}}
-generator: {{source: {world}/generator, max_prompt_tokens: 128, max_answer_tokens: 12}}
+generator:
+  {{source: {world}/generator, prompt_template: "{{passage}} {{question}}", max_prompt_tokens: 128, max_answer_tokens: 12}}
 train: {{steps: 30, batch_size: 8, num_docs: 3, retriever_lr: 1e-3, generator_lr: 1e-3}}
 decode: {{num_docs: 3, num_beams: 2, max_new_tokens: 6}}
 evaluate: {{batch_size: 2}}
@@ -39,13 +40,10 @@ def make_world(folder: Path) -> Path:
     pairs = list(zip(LANDS, CAPITALS, strict=True))
     write_jsonl(
         folder / "passages.jsonl",
-        (
-            {"id": f"p{i}", "title": land, "text": f"The capital of {land} is {city}."}
-            for i, (land, city) in enumerate(pairs)
-        ),
+        ({"id": f"p{i}", "title": land, "text": f"Its capital is {city}."} for i, (land, city) in enumerate(pairs)),
     )
     for split, part in SPLITS.items():
-        questions = ({"question": f"What is the capital of {land}?", "answer": [city]} for land, city in pairs[part])
+        questions = ({"question": f"Capital of {land}?", "answer": [city]} for land, city in pairs[part])
         write_jsonl(folder / f"{split}.jsonl", questions)
     (folder / "config.yaml").write_text(CONFIG.format(world=folder), encoding="utf-8")
     return folder

@@ -89,6 +89,7 @@ def test_the_same_numbers_on_any_layout(
     assert_same(tmp_path, reference)
 
 
+@SLOW
 def test_a_machine_of_two_is_taken_away_and_one_goes_on(world: Path, reference: Path, tmp_path: Path) -> None:
     """SIGTERM to either process stops both at one step, saved; one process goes on from there with one device."""
     arguments = ["train", str(world / "config.yaml"), f"output={tmp_path}", *SETTINGS, "train.save_minutes=1e-9"]
@@ -196,7 +197,8 @@ def test_the_quickstart_s_models_go_on_on_one_device(tmp_path: Path) -> None:
         shutil.rmtree(tmp_path / run)  # a gigabyte each
 
 
-@pytest.mark.parametrize("lost", [pytest.param(0, marks=SLOW), 1])
+@SLOW
+@pytest.mark.parametrize("lost", [0, 1])
 def test_a_process_that_dies_stops_the_other(world: Path, tmp_path: Path, lost: int) -> None:
     arguments = ["train", str(world / "config.yaml"), f"output={tmp_path}", *SETTINGS, "train.steps=100000"]
     processes = start(world, 2, *arguments)

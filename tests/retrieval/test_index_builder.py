@@ -25,7 +25,7 @@ from world import build, tiny_config
 from ragjax.checksums import CHECKSUMS
 from ragjax.commands import index as build_module
 from ragjax.config import Config, dump_config
-from ragjax.data.corpus import Passage, read_passages
+from ragjax.data.corpus import CorpusReader, Passage
 from ragjax.data.passage_store import PassageStore, shard_folder
 from ragjax.data.prompt import passage_text
 from ragjax.data.question_batch import tokenize_passages, tokenize_questions
@@ -52,7 +52,10 @@ def names(folder: Path) -> set[str]:
 def one_by_one(world: Path) -> np.ndarray:
     """The embedding of each passage, alone and without padding."""
     rag = load_pipeline(tiny_config(world))
-    texts = [passage_text("{title}: {text}", p) for p in read_passages(world / "passages.jsonl", "jsonl")]
+    texts = [
+        passage_text("{title}: {text}", p)
+        for p in CorpusReader([world / "passages.jsonl"], tiny_config(world).corpus).read()
+    ]
     rows = [np.array([row]) for row in rag.retriever_tokenizer.encode(texts, special=True, longest=64)]
     params = rag.retriever.load_params()
     found = [encode(rag.retriever.graphdef, params, jnp.asarray(row), jnp.ones(row.shape, bool)) for row in rows]
@@ -93,7 +96,7 @@ def test_retrieval_is_the_largest_inner_products(world: Path, one_by_one: np.nda
 
 def test_text_and_tokens_are_kept(world: Path) -> None:
     store, rag = PassageStore.open(world / "index"), load_pipeline(tiny_config(world))
-    passages = list(read_passages(world / "passages.jsonl", "jsonl"))
+    passages = list(CorpusReader([world / "passages.jsonl"], tiny_config(world).corpus).read())
     assert list(store) == passages
     expected = rag.generator_tokenizer.encode([f"{p.title}: {p.text}" for p in passages])
     assert [store.tokens(i).tolist() for i in range(30)] == expected
@@ -367,6 +370,7 @@ def start(config: Config, tmp_path: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
 
 
+@pytest.mark.slow
 def test_a_build_that_was_killed_goes_on(world: Path, sharded: Path, tmp_path: Path) -> None:
     """Killed at any moment, again and again; each process has one device, and the undisturbed one had eight."""
     folder, generator = tmp_path / "index", np.random.default_rng()
@@ -482,14 +486,16 @@ def test_no_more_than_a_shard_of_passages_is_held(world: Path, tmp_path: Path, m
     alive: weakref.WeakSet[Passage] = weakref.WeakSet()
     most = 0
 
-    def counted(*arguments: Any) -> Iterator[Passage]:
+    read = CorpusReader.read
+
+    def counted(reader: CorpusReader) -> Iterator[Passage]:
         nonlocal most
-        for passage in read_passages(*arguments):
+        for passage in read(reader):
             alive.add(passage)
             most = max(most, len(alive))
             yield passage
 
-    monkeypatch.setattr(build_module, "read_passages", counted)
+    monkeypatch.setattr(CorpusReader, "read", counted)
     build(by_shards(world, tmp_path / "index", index__shard_size=4))
     assert 4 <= most <= 2 * 4
 
