@@ -26,7 +26,8 @@ questions: {{train: {world}/train.jsonl, dev: {world}/dev.jsonl, test: {world}/t
 retriever: {{source: {world}/retriever, logit_scale: 10.0, max_question_tokens: 64, max_passage_tokens: 64}}
 index: {{path: {world}/index, batch_size: 16}}
 generator:
-  {{source: {world}/generator, prompt_template: "{{passage}} {{question}}", max_prompt_tokens: 128, max_answer_tokens: 12}}
+  {{source: {world}/generator, prompt_template: "{{passage}} {{question}}",
+    max_prompt_tokens: 128, max_answer_tokens: 12}}
 train: {{steps: 30, batch_size: 8, num_docs: 3, retriever_lr: 1e-3, generator_lr: 1e-3}}
 decode: {{num_docs: 3, num_beams: 2, max_new_tokens: 6}}
 evaluate: {{batch_size: 2}}
