@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from omegaconf import OmegaConf
 from pydantic import AfterValidator, Field, model_validator
 
+from ragjax.config.answer_keys import Decode, Evaluate
 from ragjax.config.data_keys import Corpus, Questions
 from ragjax.config.reading import (
     NonNegativeFloat,
@@ -35,21 +36,29 @@ ON_DEVICES = ("exact", "approximate")  # an index.kind that the devices search; 
 
 PassageTemplate = Annotated[Text, AfterValidator(template("{text}", also="{title}"))]
 AnswerTemplate = Annotated[Text, AfterValidator(template("{answer}"))]
+QuestionTemplate = Annotated[Text, AfterValidator(template("{question}"))]
 PromptTemplate = Annotated[Text, AfterValidator(template("{passage}", "{question}", or_word="chat"))]
 
 
 class Retriever(Section):
-    """A BERT encoder; its inner products, times `logit_scale`, are the logits of the prior over documents."""
+    """An encoder, whose inner products make the prior; what is null is as its sentence-transformers folder says."""
 
     source: Text = Field(description="A folder, hf:ORG/NAME@REVISION or pypi:PACKAGE==VERSION.")
     passage_encoder: Text | None = Field(None, description="The encoder of passages; null means the same.")
-    pooling: Literal["mean", "cls"] = Field("mean", description="The mean over tokens, or the first.")
-    normalize: bool = Field(True, description="Scale embeddings to unit length.")
+    pooling: Literal["mean", "cls", "max", "last"] | None = Field(
+        None, description="The mean or maximum over tokens, the first (cls) or the last; else mean."
+    )
+    normalize: bool | None = Field(None, description="Scale embeddings to unit length; else true.")
     logit_scale: PositiveFloat = Field(1.0, description="Multiplies the inner products; about 20 with normalize.")
     prior: Literal["top_k", "corpus"] = Field(
         "top_k", description="Whether p(z|x) sums to 1 over the top k or over the whole corpus (not with FAISS)."
     )
-    passage_template: PassageTemplate = Field("{title}: {text}", description="How the encoder reads a passage.")
+    question_template: QuestionTemplate | None = Field(
+        None, description='How the encoder alone reads a question, such as "query: {question}"; else as it is.'
+    )
+    passage_template: PassageTemplate | None = Field(
+        None, description='How the encoder reads a passage; else "{title}: {text}", after its prompt for passages.'
+    )
     max_question_tokens: PositiveInt = Field(64, description="The longest question, in tokens.")
     max_passage_tokens: PositiveInt = Field(256, description="The longest passage, in tokens.")
 
@@ -71,7 +80,7 @@ class Index(Section):
 
 
 class Generator(Section):
-    """A model of the Llama family, BART or T5 that writes the answers."""
+    """The model that writes the answers: a decoder, such as Llama or Gemma, BART or T5."""
 
     source: Text = Field(description="A folder, hf:ORG/NAME@REVISION or pypi:PACKAGE==VERSION.")
     prompt_template: PromptTemplate = Field(
@@ -154,50 +163,6 @@ class Refresh(Section):
         None, description="Steps between measurements of the drift; null means never."
     )
     overlap_questions: PositiveInt = Field(64, description="Training questions on which the drift is measured.")
-
-
-class Decode(Section):
-    """How answers are found."""
-
-    mode: Literal["exact", "thorough", "certified", "fast"] = Field(
-        "thorough",
-        description="Prove the best answer of all, score all candidates, prove the best of them, or add up beams.",
-    )
-    num_docs: PositiveInt = Field(5, description="Documents retrieved for a question.")
-    num_beams: PositiveInt = Field(4, description="Beams of the search under each document.")
-    max_new_tokens: PositiveInt = Field(16, description="The longest answer, the end token included.")
-    min_new_tokens: NonNegativeInt = Field(0, description="The shortest answer; 1 forbids the empty one, 2 with BART.")
-    length_penalty: float = Field(0.0, description="Beams are ranked by score / length**length_penalty.")
-    early_stopping: bool = Field(
-        False, description="End a beam search with the first answers that are complete, though better ones may follow."
-    )
-    start_beams: PositiveInt = Field(2, description="Exact: beams of the first search on the marginal.")
-    max_beams: PositiveInt = Field(8, description="Exact: beams are doubled up to so many for the proof.")
-    lazy: bool = Field(True, description="Exact: read documents by prior, until the others cannot matter.")
-    prove: Literal["top_k", "corpus"] = Field("top_k", description="Exact: the best under the top k, or all passages.")
-    probability: Literal["full", "interval"] = Field("full", description="Exact: p(y|x), or bounds from what was read.")
-    fallback: Literal["thorough", "none"] = Field("thorough", description="Exact: how to decode the unproved, too.")
-    passage_cache_gib: NonNegativeFloat = Field(
-        0.0,
-        description="Memory on each device for passages that a decoder-only generator has read, so that it reads them "
-        "once for many questions; in GiB, 0 for none.",
-    )
-
-
-class Evaluate(Section):
-    """What is measured, and on which questions."""
-
-    split: Literal["train", "dev", "test"] = Field("test", description="The questions to evaluate on.")
-    batch_size: PositiveInt = Field(8, description="Questions decoded together.")
-    max_questions: PositiveInt | None = Field(None, description="Questions to answer; recall is measured on all.")
-    max_untrained_questions: NonNegativeInt | None = Field(None, description="The same before training; 0: none.")
-    closed_book: bool = Field(True, description="Measure the generator without documents, too.")
-    normalization: Literal["squad", "mlqa", "none"] = Field(
-        "squad", description="How answers are made equal before they are compared: as SQuAD, as MLQA, or not at all."
-    )
-    language: Literal["ar", "de", "en", "es", "hi", "vi", "zh", "other"] = Field(
-        "en", description="With normalization mlqa: whose articles do not count; other has none."
-    )
 
 
 class Config(Section):
@@ -386,6 +351,8 @@ def _check_model(config: Config) -> list[str]:
             problems.append("retriever.prior=corpus is for model=rag_sequence; use retriever.prior=top_k")
     if config.hf_compatible and config.generator.prompt_template == "chat":
         problems.append("hf_compatible=true needs a generator.prompt_template written out, not the word chat")
+    if config.hf_compatible and config.retriever.question_template not in (None, "{question}"):
+        problems.append("hf_compatible=true reads questions as they are; leave out retriever.question_template")
     if config.hf_compatible and config.retriever.prior == "corpus":
         problems.append("hf_compatible=true normalises over the top k; use retriever.prior=top_k")
     if mode != "thorough" and (config.hf_compatible or (mode != "exact" and config.model == "rag_token")):
