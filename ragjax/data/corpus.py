@@ -126,6 +126,7 @@ class CorpusReader:
         """The records of a file as passages, uncut, with their places; those without text may be left out."""
         counts, records, before = self._counts, self._records(path), self._counts["documents"]
         if not (sample := list(itertools.islice(records, SAMPLE))):
+            self._said.setdefault("holds no records", []).append(path)
             return
         is_table = file_kind(path) == "table"
         layout = PassageLayout.find(self._columns, sample, is_table, f"{path}:{sample[0].number}")

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from ragjax.config import Corpus, QuestionColumns
 from ragjax.data.answer_matching import has_answer
 from ragjax.data.corpus import CorpusReader, Passage
+from ragjax.data.forms.answers import read_answers
 from ragjax.data.forms.split_words import WORD, split_words
 from ragjax.data.passage_store import PassageStore, shard_folder, write_store
 from ragjax.data.questions import Question, read_questions, read_split
@@ -443,6 +444,36 @@ def test_other_forms_of_questions(tmp_path: Path) -> None:
     rows = pa.table({"id": [7], "question": ["who?"], "answers": [{"text": ["a", "b"], "answer_start": [1, 2]}]})
     pq.write_table(rows, path)
     assert read_questions(path) == [Question("who?", ("a", "b"), "7")]
+
+
+@pytest.mark.parametrize(
+    ("written", "answers"),
+    [
+        ("['Paris' 'City of Light']", ["Paris", "City of Light"]),  # NumPy's, as pandas writes a column of lists
+        ("[1997, 1998]", ["1997", "1998"]),
+        ("['a' ... 'b']", ["['a' ... 'b']"]),
+        ("[1.5]", ["[1.5]"]),
+        ([{"answer": "a"}, {"answer": None, "provenance": [1]}, {"answer": ""}], ["a"]),  # KILT's, from Arrow
+    ],
+)
+def test_lists_of_answers(written: Any, answers: list[str]) -> None:
+    assert read_answers(written) == answers
+
+
+def test_many_dots_end_one_sentence_and_take_no_time() -> None:
+    text = "." * 200_000 + "x"
+    assert split_words(f"{text} y z", 2) == [f"{text} y", "z"]
+
+
+def test_files_without_records_are_told_and_names_given_twice_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"id": "1", "title": "A", "text": "a"}\n')
+    (tmp_path / "b.jsonl").write_bytes(b"")
+    reader = CorpusReader([tmp_path / "a.jsonl", tmp_path / "b.jsonl"], Corpus(source="c"))
+    assert [passage.id for passage in reader.read()] == ["1"]
+    assert any("b.jsonl: holds no records" in line for line in reader.notices())
+    (tmp_path / "t.csv").write_text("id,title,text,title\n1,A,x,B\n")
+    with pytest.raises(InputError, match=r"t\.csv:1: two columns are called title; rename one"):
+        list(CorpusReader([tmp_path / "t.csv"], Corpus(source="t")).read())
 
 
 def test_questions_of_several_files_have_numbers_of_their_own(tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ def decoded(
     """All cases as one batch; document z of question b has table [b, z]."""
     graph, params = table_generator(tables)
     sources = np.arange(prior.size, dtype=np.int32)[:, None]
-    how = Decode(mode="exact", num_docs=prior.shape[1], max_new_tokens=T, **{"num_beams": 2, **settings})
+    how = Decode(mode="exact", num_docs=prior.shape[1], **{"num_beams": 2, "max_new_tokens": T, **settings})
 
     def read(rows: np.ndarray) -> DocumentMemory:
         return prefill_documents(graph, params, sources[rows], np.ones((len(rows), 1), bool))
@@ -256,6 +256,25 @@ def test_a_bound_belongs_to_the_documents_read() -> None:
         [found] = decoded(tables, HALVES, start_beams=1, max_beams=1, lazy=lazy, fallback="none")
         assert found.tokens[0] == B and found.proof is not None and found.proof.top_k
         np.testing.assert_allclose(np.exp(found.marginal("exact")[0]), 0.6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("probability", ["full", "interval"])
+def test_an_answer_found_with_fewer_documents_is_not_lost(probability: str) -> None:
+    """The first search finds A, P = .275; that under both documents, one beam wide, follows B and never ends A."""
+    third = {0: 0.34, 2: 0.33, 3: 0.33}
+    tables = np.stack([table({(): {0: 0.55, 2: 0.45}, B: third}), table({(): {2: 1.0}, B: third})])[None]
+    alone: dict[str, Any] = {"start_beams": 1, "max_beams": 1, "fallback": "none", "probability": probability}
+    [found] = decoded(tables, HALVES, **alone)
+    assert found.tokens[0] == A and found.finished[0] and found.proof is not None and found.proof.top_k == 0
+    assert np.exp(found.marginal("exact")[0]) == pytest.approx(0.275, rel=1e-5)
+    assert found.bounds is not None and np.exp(found.bounds[1, 0]) == pytest.approx(0.275, rel=1e-5)
+
+
+def test_what_did_not_end_is_no_rival() -> None:
+    """At most one token: the empty answer is the only one, and so proved."""
+    tables, prior = table({(): {0: 0.7, EOS: 0.3}})[None, None], np.zeros((1, 1), np.float32)
+    [found] = decoded(tables, prior, max_new_tokens=1, fallback="none")
+    assert found.tokens[0] == () and found.proof is not None and found.proof.top_k == 1
 
 
 def test_every_end_is_an_answer() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import io
 import json
+import tokenize
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,7 +42,8 @@ def read_answers(value: Any) -> Any:
         case [*items] if any(isinstance(item, dict) for item in items):
             answers: list[Any] = []
             for item in items:  # in KILT some give the provenance alone
-                inside = read_answers(item) if not isinstance(item, dict) or {"text", "answer"} & set(item) else []
+                told = not isinstance(item, dict) or any(item.get(name) for name in ("text", "answer"))
+                inside = read_answers(item) if told else []
                 answers += inside if isinstance(inside, list) else [inside]
             return _once(answers)
         case [*items]:
@@ -56,14 +59,25 @@ def _once(answers: Any) -> Any:
 
 
 def _listed(text: str) -> list[str] | None:
-    """The texts of a list that is written as Python or JSON writes it; None for any other text."""
+    """The texts and whole numbers of a list as JSON, Python or NumPy writes it; None for any other text."""
     if not (text.startswith("[") and text.endswith("]")):
         return None
-    for parse in (json.loads, ast.literal_eval):
+    for parse in (json.loads, _written_by_python):
         try:
             value = parse(text)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
+        except (ValueError, SyntaxError, RecursionError, MemoryError, tokenize.TokenError):
             continue
-        if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
-            return value
+        if isinstance(value, list) and value and all(isinstance(item, str) or type(item) is int for item in value):
+            return [str(item) for item in value]
     return None
+
+
+def _written_by_python(text: str) -> list[Any]:
+    """Literals one by one: `ast.literal_eval` would join texts without a comma between them, as pandas writes them."""
+    items = []
+    for token in tokenize.generate_tokens(io.StringIO(text[1:-1]).readline):
+        if token.type in (tokenize.STRING, tokenize.NUMBER):
+            items.append(ast.literal_eval(token.string))
+        elif token.string.strip(", \n"):
+            raise ValueError(f"{token.string!r} is no item of a list")
+    return items

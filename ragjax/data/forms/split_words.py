@@ -8,7 +8,7 @@ from bisect import bisect_left, bisect_right
 from ragjax.metrics import UNSPACED
 
 WORD = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")
-SENTENCE_END = re.compile(r"[.!?…]+[\"'”’»)\]]*(?=\s)|[。！？]+[」』”’]*|\n\s*\n")
+SENTENCE_END = re.compile(r"(?<![.!?…])[.!?…]+[\"'”’»)\]]*(?=\s)|[。！？]+[」』”’]*|\n\s*\n")
 
 
 def split_words(text: str, longest: int, overlap: int = 0) -> list[str]:

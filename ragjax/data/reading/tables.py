@@ -29,6 +29,8 @@ def table_records(path: Path, quoting: str, is_header: Callable[[Sequence[str]],
                 raise InputError(f"{path}:{number}: its lines end in carriage returns alone; let them end in \\n")
             if is_header(row):
                 names = [name.strip() for name in row]
+                if twice := sorted({name for name in names if name and names.count(name) > 1}):
+                    raise InputError(f"{path}:{number}: two columns are called {', '.join(twice)}; rename one of them")
                 continue
             names = [str(place) for place in range(1, len(row) + 1)]
         if len(row) < len(names) or any(row[len(names) :]):
@@ -63,7 +65,8 @@ def _one_row(line: str, delimiter: str, where: str) -> list[str]:
         raise InputError(
             f'{where}: a column opens with " and does not end with one on this line; in a quoted column quotes are '
             'doubled, as in "a ""quoted"" word", and a record is one line; where quotes are plain text, set '
-            "corpus.quoting=none, and where columns go on over several lines, corpus.quoting=multiline"
+            "corpus.quoting=none, and where columns go on over several lines, corpus.quoting=multiline; questions with "
+            "such quotes are read from JSON lines"
         ) from None
     return row
 

@@ -153,8 +153,9 @@ class _ExactBatch:
             answers = [[answer for answer, _ in q.ranked()] or [((), False)] for q in questions]
             worth = self._score_by_token(answers)
             return [_candidates(*of) for of in zip(answers, worth, proofs, strict=True)]
-        if self.settings.probability == "full":
-            self._score_unread(questions)
+        joined = [q for q, proof in zip(questions, proofs, strict=True) if not proof.top_k and q.join_earlier()]
+        if unscored := questions if self.settings.probability == "full" else joined:
+            self._score_unread(unscored)
         ranked = [q.ranked() for q in questions]
         answers = [[answer for answer, _ in own] or [((), False)] for own in ranked]
         worth = [_marginals(q, [found for _, found in own]) for q, own in zip(questions, ranked, strict=True)]
@@ -164,20 +165,20 @@ class _ExactBatch:
         """The answers under the documents under which they are not known, in one pass."""
         answers = [[answer for answer, _ in question.ranked()] for question in questions]
         pairs = [
-            (q.number, z)
-            for q, own in zip(questions, answers, strict=True)
+            (i, z)
+            for i, (q, own) in enumerate(zip(questions, answers, strict=True))
             for z in range(q.documents)
             if any(np.isnan(q.answers[answer].doc_logp[z]) for answer in own)
         ]
         if pairs:
             padded = np.resize(np.array(pairs), (min(bucket_size(len(pairs)), self.log_prior.size), 2))
-            memory = self.reader.take((padded[:, 0] * self.log_prior.shape[1] + padded[:, 1]).astype(np.int32))
+            of, numbers = padded[:, 0], np.array([question.number for question in questions])
+            memory = self.reader.take((numbers[of] * self.log_prior.shape[1] + padded[:, 1]).astype(np.int32))
             tokens, lengths = pad_answers(answers, self.special, self.settings.max_new_tokens)
-            of = padded[:, 0]
             logp = score_tokens(self.graph, self.params, memory, tokens[of], lengths[of], self.special)
-            for (number, z), by_answer in zip(pairs, np.asarray(logp)[:, 0].sum(axis=-1), strict=False):
-                for answer, scored in zip(answers[number], by_answer, strict=False):
-                    questions[number].answers[answer].doc_logp[z] = scored
+            for (i, z), by_answer in zip(pairs, np.asarray(logp)[:, 0].sum(axis=-1), strict=False):
+                for answer, scored in zip(answers[i], by_answer, strict=False):
+                    questions[i].answers[answer].doc_logp[z] = scored
         for question in questions:
             question.read_all()
 

@@ -37,6 +37,7 @@ class QuestionSearch:
     read: int = 0  # documents, the likeliest ones
     beams: int = 0  # of the newest search
     answers: dict[TokenAnswer, Found] = field(default_factory=dict)
+    earlier: dict[TokenAnswer, Found] = field(default_factory=dict)  # of rounds with fewer documents
     others: float = np.inf  # no answer that is not in `answers` is likelier under the documents read
     crowd: float = -np.inf  # the likeliest prefix that a search with `max_beams` beams would drop
     steps: int = 0  # of all its searches
@@ -74,6 +75,7 @@ class QuestionSearch:
     def add(self, found: MarginalSearch, row: int, read: int, beams: int) -> None:
         """Takes over what a search of this question found with so many documents and beams."""
         if read != self.read:  # other documents: another distribution
+            self.earlier |= self.answers
             self.answers, self.others = {}, np.inf
         self.read, self.beams = read, beams
         self.steps += int(found.bound.steps[row])
@@ -88,9 +90,18 @@ class QuestionSearch:
             tokens = tuple(int(t) for t in of.tokens[row, c, : of.length[row, c] - ends])
             self.answers[tokens, ends] = Found(float(of.logp[row, c]), by_document)
         others = float(found.bound.unfinished[row])
-        if len(there) == of.logp.shape[1]:  # some may have been finished and not kept
+        if len(there) == of.logp.shape[1] and of.finished[row, there[-1]]:  # some may have been finished and not kept
             others = max(others, float(of.logp[row, there[-1]]))
         self.others = min(self.others, others)
+
+    def join_earlier(self) -> bool:
+        """Takes the answers of earlier rounds that no later one found, which may be better; whether there are any.
+
+        What is not proved by then stays so: their log p is of fewer documents, until they are scored under all.
+        """
+        more = {answer: found for answer, found in self.earlier.items() if answer[1] and answer not in self.answers}
+        self.answers |= more
+        return bool(more)
 
     def read_all(self) -> None:
         """Takes the documents that were not read for the proof into the probabilities, once all are known."""
