@@ -10,6 +10,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from ragjax.commands.predictions import COMPARED
 from ragjax.terminal import Screen
 
 
@@ -45,7 +46,7 @@ def print_metrics(report: dict[str, Any], as_json: bool) -> None:
         if key.startswith("recall@"):
             row_and_without(f"{key} (all questions)", key)
     row("prior mass of the top k (all questions)", "top_k_mass")
-    for mode in ("thorough", "fast", "closed_book"):
+    for mode in ("exact", "thorough", "certified", "fast", "closed_book"):
         if mode in first:
             row_and_without(f"{mode.replace('_', ' ')}: exact match", mode, "exact_match")
             row("  its 95 % interval", mode, "exact_match_interval")
@@ -53,13 +54,25 @@ def print_metrics(report: dict[str, Any], as_json: bool) -> None:
             row_and_without(f"{mode.replace('_', ' ')}: answer contained", mode, "contains")
             if any(m[mode]["equal_as_nothing"] for m in models.values()):
                 row("  exact matches of which nothing is left", mode, "equal_as_nothing")
+            if "proved" in first[mode]:
+                row("  proved under the top k", mode, "proved", "top_k")
+                if first[mode]["proved"]["corpus"] is not None:
+                    row("  proved under all passages", mode, "proved", "corpus")
+                row("  documents read for the proof", mode, "documents_read")
+            if "seconds" in first[mode]:  # of `evaluate.modes`
+                row("  empty answers", mode, "empty")
+                row("  answers of one token", mode, "one_token")
+                row("  seconds a question, the median", mode, "seconds_per_question")
     row("−log p(gold answer), nats", "gold_nll")
     row("calibration error of p(answer)", "calibration_error")
     if "passage_cache" in first:
         row("passage cache: hit rate", "passage_cache", "hit_rate")
         row("  prompt tokens that were not read again", "passage_cache", "tokens_saved")
-    if "fast" in first:
-        row("thorough and fast differ", "thorough_and_fast_differ", "questions")
-        for mode in ("thorough", "fast"):
-            row(f"  of these, {mode} right", "thorough_and_fast_differ", f"{mode}_right")
+    for pair in COMPARED:
+        if (key := f"{'_and_'.join(pair)}_differ") in first:
+            row(f"{' and '.join(pair)} differ", key, "questions")
+            for mode in pair:
+                row(f"  of these, {mode} right", key, f"{mode}_right")
+            for mode in pair if "exact" in pair else ():
+                row(f"  mean p of its answers, {mode}", key, f"{mode}_p_answer")
     Screen(highlight=False, markup=False).print(table)

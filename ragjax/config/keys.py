@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from omegaconf import OmegaConf
 from pydantic import AfterValidator, Field, model_validator
 
+from ragjax.config.answer_keys import Decode, Evaluate
 from ragjax.config.data_keys import Corpus, Questions
 from ragjax.config.reading import (
     NonNegativeFloat,
@@ -156,50 +157,6 @@ class Refresh(Section):
     overlap_questions: PositiveInt = Field(64, description="Training questions on which the drift is measured.")
 
 
-class Decode(Section):
-    """How answers are found."""
-
-    mode: Literal["exact", "thorough", "certified", "fast"] = Field(
-        "thorough",
-        description="Prove the best answer of all, score all candidates, prove the best of them, or add up beams.",
-    )
-    num_docs: PositiveInt = Field(5, description="Documents retrieved for a question.")
-    num_beams: PositiveInt = Field(4, description="Beams of the search under each document.")
-    max_new_tokens: PositiveInt = Field(16, description="The longest answer, the end token included.")
-    min_new_tokens: NonNegativeInt = Field(0, description="The shortest answer; 1 forbids the empty one, 2 with BART.")
-    length_penalty: float = Field(0.0, description="Beams are ranked by score / length**length_penalty.")
-    early_stopping: bool = Field(
-        False, description="End a beam search with the first answers that are complete, though better ones may follow."
-    )
-    start_beams: PositiveInt = Field(2, description="Exact: beams of the first search on the marginal.")
-    max_beams: PositiveInt = Field(8, description="Exact: beams are doubled up to so many for the proof.")
-    lazy: bool = Field(True, description="Exact: read documents by prior, until the others cannot matter.")
-    prove: Literal["top_k", "corpus"] = Field("top_k", description="Exact: the best under the top k, or all passages.")
-    probability: Literal["full", "interval"] = Field("full", description="Exact: p(y|x), or bounds from what was read.")
-    fallback: Literal["thorough", "none"] = Field("thorough", description="Exact: how to decode the unproved, too.")
-    passage_cache_gib: NonNegativeFloat = Field(
-        0.0,
-        description="Memory on each device for passages that a decoder-only generator has read, so that it reads them "
-        "once for many questions; in GiB, 0 for none.",
-    )
-
-
-class Evaluate(Section):
-    """What is measured, and on which questions."""
-
-    split: Literal["train", "dev", "test"] = Field("test", description="The questions to evaluate on.")
-    batch_size: PositiveInt = Field(8, description="Questions decoded together.")
-    max_questions: PositiveInt | None = Field(None, description="Questions to answer; recall is measured on all.")
-    max_untrained_questions: NonNegativeInt | None = Field(None, description="The same before training; 0: none.")
-    closed_book: bool = Field(True, description="Measure the generator without documents, too.")
-    normalization: Literal["squad", "mlqa", "none"] = Field(
-        "squad", description="How answers are made equal before they are compared: as SQuAD, as MLQA, or not at all."
-    )
-    language: Literal["ar", "de", "en", "es", "hi", "vi", "zh", "other"] = Field(
-        "en", description="With normalization mlqa: whose articles do not count; other has none."
-    )
-
-
 class Config(Section):
     """One run: its models, its data, how it is trained, and how it answers."""
 
@@ -227,7 +184,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
         problems = _check_corpus(self.corpus) + _check_lengths(self) + _check_search(self) + _check_refresh(self)
-        problems += _check_contrastive(self) + _check_model(self)
+        problems += _check_contrastive(self) + _check_model(self) + _check_modes(self)
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -297,8 +254,6 @@ def _check_lengths(config: Config) -> list[str]:
         problems.append("train.gradient_error_every measures what train.backprop_docs leaves out; set that, too")
     if decode.min_new_tokens >= decode.max_new_tokens:
         problems.append("decode.min_new_tokens must be smaller than decode.max_new_tokens")
-    if decode.mode in ("certified", "exact") and decode.length_penalty != 0:
-        problems.append(f"decode.mode={decode.mode} needs decode.length_penalty=0")
     if decode.start_beams > decode.max_beams:
         problems.append("decode.start_beams must be at most decode.max_beams")
     if decode.prove == "corpus" and config.retriever.prior != "corpus":
@@ -377,7 +332,7 @@ def _check_contrastive(config: Config) -> list[str]:
 
 def _check_model(config: Config) -> list[str]:
     """What only RAG-Sequence can do, and only without Hugging Face's arithmetic."""
-    problems, mode = [], config.decode.mode
+    problems = []
     if config.model == "rag_token":
         for key, value in (("train.backprop_docs", None), ("train.exclude_bos", False)):
             if get_key(config, key) != value:
@@ -388,7 +343,17 @@ def _check_model(config: Config) -> list[str]:
         problems.append("hf_compatible=true needs a generator.prompt_template written out, not the word chat")
     if config.hf_compatible and config.retriever.prior == "corpus":
         problems.append("hf_compatible=true normalises over the top k; use retriever.prior=top_k")
-    if mode != "thorough" and (config.hf_compatible or (mode != "exact" and config.model == "rag_token")):
-        also = "" if mode == "exact" else "model=rag_sequence with "
-        problems.append(f"decode.mode={mode} is for {also}hf_compatible=false")
+    return problems
+
+
+def _check_modes(config: Config) -> list[str]:
+    """What the ways to answer need."""
+    named = [("decode.mode", config.decode.mode)] + [("evaluate.modes", mode) for mode in config.evaluate.modes or ()]
+    problems = []
+    for key, mode in named:
+        if mode in ("certified", "exact") and config.decode.length_penalty != 0:
+            problems.append(f"{key}={mode} needs decode.length_penalty=0")
+        if mode != "thorough" and (config.hf_compatible or (mode != "exact" and config.model == "rag_token")):
+            also = "" if mode == "exact" else "model=rag_sequence with "
+            problems.append(f"{key}={mode} is for {also}hf_compatible=false")
     return problems
