@@ -58,7 +58,7 @@ from ragjax.retrieval.retrieve import RetrievalResult
 
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 WARMING = 8  # questions
-MODES = ("thorough", "certified", "fast")
+MODES = ("exact", "thorough", "certified", "fast")
 STAGES = ("retrieval", "reading", "beam search", "scoring what is unread", "scoring all, whole")
 Answer = tuple[int, ...]  # with the end token
 
@@ -195,7 +195,8 @@ def choose(answerer: Answerer, question: str) -> tuple[dict[str, Candidates], di
     memory = prefill_documents(
         rag.generator.graphdef, params, *tokenize_prompts(rag.tokenizers, answerer.store, batch, retrieved.ids)
     )
-    found = {}
+    [exact], _ = answerer.candidates(batch, retrieved, "exact")
+    found = {"exact": exact}
     for mode in ("thorough", "certified"):
         by_mode = settings.replace(mode=mode)
         [found[mode]] = decode_rag_sequence(
@@ -247,6 +248,7 @@ def main() -> None:
     stages = {name: Stage() for name in (*MODES, *STAGES, *(["plain torch"] if model else []))}
     differ: list[str] = []
     skipped: list[float] = []
+    proofs: list[tuple[bool, int, int]] = []  # whether the best was proved, documents read, steps
 
     def compare(
         question: str, found: dict[str, Candidates], scored: dict[str, dict[Answer, float]], **more: Any
@@ -254,6 +256,11 @@ def main() -> None:
         """Whether all candidates together, of which each has its log p(y|x), choose what thorough decoding chose."""
         chosen = answer(found["thorough"], "thorough")
         choices = {"certified": (answer(found["certified"], "certified"), scored["brute force"])}
+        proved = found["exact"].proof
+        assert proved is not None
+        proofs.append((proved.top_k > 0, proved.documents_read, proved.steps))
+        exact = answer(found["exact"], "exact")
+        choices["exact"] = exact, scored["brute force"] | {exact: float(found["exact"].marginal("exact")[0])}
         for name, theirs in scored.items():
             ended = {y: logp for y, logp in theirs.items() if y[-1] == eos} or theirs
             choices[name] = max(ended, key=ended.__getitem__), theirs
@@ -308,6 +315,10 @@ def main() -> None:
     console.print(
         f"scores that certified skips: {np.mean(skipped):.0%} in the mean; percentiles over questions {shares}"
     )
+    share, read, steps = np.mean(proofs, axis=0)
+    console.print(f"exact: proved {share:.1%}, {read:.1f} of {d.num_docs} documents read, {steps:.1f} steps (means)")
+    exact = np.array(stages["exact"].seconds)
+    console.print(f"exact: {np.median(thorough) / np.median(exact):.2f} times as fast as thorough (medians)")
     if grown := [of.memory for of in measured if of.memory is not None]:
         console.print(f"scoring what is unread takes at most {size_text(max(grown))} of memory")
     if model is not None:

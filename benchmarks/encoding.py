@@ -32,7 +32,7 @@ from benchmarks.report import (
 )
 from ragjax.checkpoints.hub import checkpoint_folder, fetch
 from ragjax.config import load_config
-from ragjax.data.question_batch import tokenize_passages
+from ragjax.data.prompt import passage_text
 from ragjax.errors import InputError
 from ragjax.parallel.mesh import local_mesh
 from ragjax.parallel.sharding import put_global, replicated
@@ -59,20 +59,18 @@ def main() -> None:
 
     config = load_config(options.config, options.overrides)
     settings, size = config.retriever, config.index.batch_size
-    if (settings.pooling, settings.normalize) != ("mean", True):
-        raise InputError("retriever.pooling and normalize: here they are compared as mean and true")
     rag, _, store = load_artifacts(config)
+    if (rag.passage_encoder.config.pooling, rag.passage_encoder.config.normalize) != ("mean", True):
+        raise InputError("retriever.pooling and normalize: here they are compared as mean and true")
     passages = [store[int(i)] for i in np.linspace(0, len(store) - 1, options.passages).astype(int)]
     params = put_global(rag.passage_encoder.load_params(), replicated(local_mesh()))
     folder = checkpoint_folder(fetch(settings.source).path)
     place_there = torch_place(config.dtype)
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval().to(**place_there)
-    texts = [settings.passage_template.format(title=passage.title, text=passage.text) for passage in passages]
+    texts = [passage_text(rag.passage_template, passage) for passage in passages]
 
     def rows() -> list:
-        return tokenize_passages(
-            rag.passage_tokenizer, settings.passage_template, passages, settings.max_passage_tokens
-        )
+        return rag.tokenize_passages(passages)
 
     def by_ragjax() -> np.ndarray:
         return embed_in_memory(rag, params, rows())

@@ -37,7 +37,7 @@ from benchmarks.report import (
     torch_place,
     write,
 )
-from ragjax.checkpoints.pretrained import open_bert, open_generator
+from ragjax.checkpoints.pretrained import open_encoder, open_generator
 from ragjax.config import Config, Corpus, Decode, Generator, Retriever, Train
 from ragjax.data.prompt import Prompt
 from ragjax.data.question_batch import QuestionBatch
@@ -232,7 +232,7 @@ def training(options: argparse.Namespace, console: Console, most: float) -> dict
     with tempfile.TemporaryDirectory() as folder:
         theirs.generator.save_pretrained(Path(folder) / "generator")
         theirs.question_encoder.save_pretrained(Path(folder) / "retriever")
-        retriever = open_bert(Path(folder) / "retriever", "cls", normalize=False, dtype=options.dtype)
+        retriever = open_encoder(Path(folder) / "retriever", "cls", normalize=False, dtype=options.dtype)
         generator = open_generator(Path(folder) / "generator", dtype=options.dtype)
         config = Config(
             output=folder,

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from ragjax.checkpoints.hub import ResolvedSource, checkpoint_folder, fetch, fingerprint_files
-from ragjax.checkpoints.pretrained import PretrainedModel, open_bert, open_generator
-from ragjax.checkpoints.sentence_transformers import check_sentence_transformers
+from ragjax.checkpoints.pretrained import PretrainedModel, open_encoder, open_generator
+from ragjax.checkpoints.sentence_transformers import resolve_encoding
 from ragjax.config import Config, structure
+from ragjax.data.corpus import Passage
 from ragjax.data.prompt import Prompt, make_prompt
-from ragjax.data.question_batch import Tokenizers
+from ragjax.data.question_batch import Tokenizers, tokenize_passages
 from ragjax.data.tokenizer import Tokenizer
 from ragjax.errors import InputError
 from ragjax.files import read_json, shown
@@ -57,14 +60,29 @@ class RagPipeline(RagModel):
     generator_tokenizer: Tokenizer
     sources: tuple[ResolvedSource, ...]
     fingerprints: dict[str, str]  # of everything that an index is built from
+    question_template: (
+        str  # as the retriever reads a question, and its passages, where the configuration is silent, too
+    )
+    passage_template: str
 
     @property
     def tokenizers(self) -> Tokenizers:
         """What makes tokens of questions, prompts and answers, under this configuration."""
         framed = self.generator.config.encoder_decoder
         return Tokenizers(
-            self.config, self.retriever_tokenizer, self.generator_tokenizer, self.prompt, self.special, framed
+            self.config,
+            self.retriever_tokenizer,
+            self.generator_tokenizer,
+            self.prompt,
+            self.special,
+            framed,
+            self.question_template,
         )
+
+    def tokenize_passages(self, passages: Sequence[Passage]) -> list[np.ndarray]:
+        """Passages as their encoder reads them."""
+        longest = self.config.retriever.max_passage_tokens
+        return tokenize_passages(self.passage_tokenizer, self.passage_template, passages, longest)
 
     def initial_params(self) -> Params:
         """The pretrained parameters: {"retriever": …, "generator": …}."""
@@ -82,17 +100,18 @@ def load_pipeline(config: Config) -> RagPipeline:
     r, g, rate = config.retriever, config.generator, config.train.dropout
     fetched = tuple(fetch(source) for source in (r.source, g.source, r.passage_encoder) if source)
     question_folder, generator_folder, *passage_folders = (checkpoint_folder(f.path) for f in fetched)
-    check_sentence_transformers(question_folder, r, questions=True, passages=not passage_folders)
-    for folder in passage_folders:
-        check_sentence_transformers(folder, r, questions=False, passages=True)
-    retriever = open_bert(question_folder, r.pooling, r.normalize, rate, config.dtype)
+    encoding = resolve_encoding(r, question_folder, *(passage_folders or [question_folder]))
+    if config.hf_compatible and encoding.question_template != "{question}":
+        raise InputError(f"{r.source}: its prompts are not for hf_compatible=true; set retriever.question_template")
+    retriever = open_encoder(question_folder, encoding.pooling, encoding.normalize, rate, config.dtype)
     generator = open_generator(generator_folder, rate, config.dtype)
     check_lengths(config, retriever, generator)
-    retriever_tokenizer, generator_tokenizer = Tokenizer.load(question_folder), Tokenizer.load(generator_folder)
+    retriever_tokenizer = Tokenizer.load(question_folder, writes=False)
+    generator_tokenizer = Tokenizer.load(generator_folder)
     passage_encoder, passage_tokenizer = retriever, retriever_tokenizer
     for folder in passage_folders:
-        passage_encoder = open_bert(folder, r.pooling, r.normalize, rate, config.dtype)
-        passage_tokenizer = Tokenizer.load(folder)
+        passage_encoder = open_encoder(folder, encoding.pooling, encoding.normalize, rate, config.dtype)
+        passage_tokenizer = Tokenizer.load(folder, writes=False)
         _check_vocabulary(folder, passage_tokenizer, passage_encoder)
     _check_dimensions(config, retriever, passage_encoder)
     _check_vocabulary(question_folder, retriever_tokenizer, retriever)
@@ -110,15 +129,23 @@ def load_pipeline(config: Config) -> RagPipeline:
         special=special,
         prompt=make_prompt(generator_tokenizer, g.prompt_template, framed=generator.config.encoder_decoder),
         sources=fetched,
-        fingerprints=_index_fingerprints(config, passage_encoder, passage_tokenizer, generator_tokenizer),
+        fingerprints=_index_fingerprints(
+            config, passage_encoder, passage_tokenizer, encoding.passage_template, generator_tokenizer
+        ),
+        question_template=encoding.question_template,
+        passage_template=encoding.passage_template,
     )
 
 
 def _index_fingerprints(
-    config: Config, passage_encoder: PretrainedModel, passage_tokenizer: Tokenizer, generator_tokenizer: Tokenizer
+    config: Config,
+    passage_encoder: PretrainedModel,
+    passage_tokenizer: Tokenizer,
+    passage_template: str,
+    generator_tokenizer: Tokenizer,
 ) -> dict[str, str]:
     """What an index depends on. It fits only where all of it is the same."""
-    r, g, c = config.retriever, config.generator, config.corpus
+    r, g, c, encoder = config.retriever, config.generator, config.corpus, passage_encoder.config
     format = "jsonl" if c.format == "auto" else c.format  # what the default was called: older indices stay good
     corpus = f"{c.source} {format} max_passages={c.max_passages}"
     how_read = {"columns", "quoting", "skip_empty", "split_words", "overlap_words"}
@@ -130,8 +157,8 @@ def _index_fingerprints(
     return {
         "corpus": corpus,
         "kind": f"{structure(config.index.kind)} {config.index.dtype}",
-        "encoder": f"{fingerprint_files(passage_encoder.files)} {r.pooling} normalize={r.normalize}",
-        "encoder_tokenizer": f"{passage_tokenizer.fingerprint} {r.passage_template!r} {r.max_passage_tokens}",
+        "encoder": f"{fingerprint_files(passage_encoder.files)} {encoder.pooling} normalize={encoder.normalize}",
+        "encoder_tokenizer": f"{passage_tokenizer.fingerprint} {passage_template!r} {r.max_passage_tokens}",
         "generator_tokenizer": f"{generator_tokenizer.fingerprint} {g.passage_template!r}",
     }
 
@@ -233,5 +260,4 @@ def check_lengths(config: Config, retriever: PretrainedModel, generator: Pretrai
         lengths += [(both, source + answer, longest)]
     for key, tokens, most in lengths:
         if tokens > most:
-            window = " (or a sliding window of so many)" if key == both else ""
-            raise InputError(f"{key} is {tokens}, but the model has {most} positions{window}; lower it")
+            raise InputError(f"{key} is {tokens}, but the model has {most} positions; lower it")

@@ -16,7 +16,7 @@ import pytest
 from safetensors.numpy import load_file
 from world import open_world, tiny_config
 
-from ragjax.checkpoints.pretrained import open_bert, open_generator, save_bert, save_generator
+from ragjax.checkpoints.pretrained import open_encoder, open_generator, save_encoder, save_generator
 from ragjax.data.passage_store import PassageStore
 from ragjax.data.question_batch import (
     QuestionBatch,
@@ -197,19 +197,15 @@ def test_lengths_that_a_model_does_not_have(world: Path, key: str, value: int, n
     load_pipeline(tiny_config(world, **{key: value - 1 if value != 600 else 512}))
 
 
-def test_a_window_shorter_than_prompt_and_answer_is_refused(world: Path, tmp_path: Path) -> None:
-    """Full attention within a sliding window is the model; beyond it, another."""
+def test_a_window_may_be_shorter_or_longer_than_prompt_and_answer(world: Path, tmp_path: Path) -> None:
+    """Shorter, it is masked; longer, it changes nothing."""
     folder = Path(shutil.copytree(world / "generator", tmp_path / "generator"))
-    for window, fits in ((139, False), (140, True)):  # 128 tokens of a prompt, 12 of an answer
+    for window in (20, 140, 4096):  # 128 tokens of a prompt, 12 of an answer
         hf = json.loads((folder / "config.json").read_text())
         hf |= {"model_type": "mistral", "sliding_window": window}
         (folder / "config.json").write_text(json.dumps(hf))
-        config = tiny_config(world, generator__source=str(folder))
-        if fits:
-            load_pipeline(config)
-        else:
-            with pytest.raises(InputError, match=r"is 140, .* 139 positions \(or a sliding window"):
-                load_pipeline(config)
+        rag = load_pipeline(tiny_config(world, generator__source=str(folder)))
+        assert rag.generator.config.windows == ((window, window) if window < 1024 else ())
 
 
 # golden values: Hugging Face's models, the paper's formula
@@ -233,7 +229,7 @@ def golden(world: Path) -> Golden:
         load_pipeline(
             tiny_config(world, retriever__pooling="cls", retriever__normalize=False, retriever__logit_scale=1.0)
         ),
-        retriever=open_bert(GOLDEN / "question_encoder", "cls", False),
+        retriever=open_encoder(GOLDEN / "question_encoder", "cls", False),
         generator=open_generator(GOLDEN / "generator"),
     )
     count, documents, _ = g["in/doc_embeds"].shape
@@ -278,7 +274,7 @@ def test_golden_likelihoods(golden: Golden) -> None:
 @pytest.mark.parametrize(("part", "ours"), [("question_encoder", "retriever"), ("generator", "generator")])
 def test_golden_gradients(golden: Golden, part: str, ours: str, tmp_path: Path) -> None:
     g = golden.values
-    save = save_bert if part == "question_encoder" else save_generator
+    save = save_encoder if part == "question_encoder" else save_generator
     save(tmp_path, json.loads((golden.folder / part / "config.json").read_text()), golden.grads[ours])
     ours_by_name = load_file(tmp_path / "model.safetensors")  # under Hugging Face's names, in its layout
 

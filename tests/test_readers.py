@@ -30,9 +30,9 @@ from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 
 from ragjax.checkpoints.gguf import read_gguf
-from ragjax.checkpoints.pretrained import open_bert, open_generator
+from ragjax.checkpoints.pretrained import open_encoder, open_generator
 from ragjax.checkpoints.random_init import write_random_checkpoint
-from ragjax.checkpoints.sentence_transformers import check_sentence_transformers
+from ragjax.checkpoints.sentence_transformers import resolve_encoding
 from ragjax.checksums import write_sealed
 from ragjax.config import Corpus, Retriever
 from ragjax.data import chat_template
@@ -314,6 +314,9 @@ def write_all(folder: Path) -> None:
     sentences = folder / "sentences"
     (sentences / "1_Pooling").mkdir(parents=True)
     kinds = [{"type": f"sentence_transformers.models.{kind}", "path": path} for kind, path in MODULES.items()]
+    (sentences / "2_Dense").mkdir()
+    dense = {"in_features": 4, "out_features": 2, "bias": False, "activation_function": "torch.nn.Tanh"}
+    (sentences / "2_Dense" / "config.json").write_text(json.dumps(dense))
     (sentences / "modules.json").write_text(json.dumps(kinds))
     pooling = {"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}
     (sentences / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
@@ -326,7 +329,7 @@ SQUAD = [
     {"id": "2", "input": "why?", "output": [{"answer": "b"}, {"provenance": []}]},
     {"qid": "3", "query": "where?", "answer": {"value": "c", "aliases": ["d"]}},
 ]
-MODULES = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize"}
+MODULES = {"Transformer": "", "Pooling": "1_Pooling", "Dense": "2_Dense", "Normalize": "3_Normalize"}
 
 
 # -- readers: each reads what its file is for, as far as it is used
@@ -339,7 +342,7 @@ def read_corpus(folder: Path, name: str, **settings: Any) -> None:
 
 
 def read_encoder(folder: Path) -> None:
-    open_bert(folder, "mean", True).load_params()
+    open_encoder(folder, "mean", True).load_params()
 
 
 def read_generator(folder: Path) -> None:
@@ -422,11 +425,12 @@ READERS = [
     Reader("index/shards/00001/token_offsets.npy", read_index, None),
     Reader("index/shards/00000/text.bin", read_index, as_lines),
     Reader("index/shards/00000/tokens.bin", read_index, None),
-    Reader("sentences/modules.json", lambda folder: check_sentence_transformers(folder, ENCODER, True, True)),
-    Reader("sentences/1_Pooling/config.json", lambda f: check_sentence_transformers(f, ENCODER, True, True)),
+    Reader("sentences/modules.json", lambda folder: resolve_encoding(ENCODER, folder, folder)),
+    Reader("sentences/1_Pooling/config.json", lambda f: resolve_encoding(ENCODER, f, f)),
+    Reader("sentences/2_Dense/config.json", lambda f: resolve_encoding(ENCODER, f, f)),
     Reader(
         "sentences/config_sentence_transformers.json",
-        lambda f: check_sentence_transformers(f, ENCODER, True, True),
+        lambda f: resolve_encoding(ENCODER, f, f),
     ),
 ]
 

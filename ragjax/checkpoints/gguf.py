@@ -44,6 +44,7 @@ def open_gguf(path: Path) -> tuple[dict[str, Any], GgufReader]:
         "tie_word_embeddings": "output.weight" not in tensors,
         "sliding_window": window,
         "use_sliding_window": True if window and family != "llama" else None,
+        "max_window_layers": 0 if window else None,
     }
     ids = {kind: fields.take(f"tokenizer.ggml.{kind}_token_id", int) for kind in ("bos", "eos", "eot", "eom")}
     ends = sorted({ids[kind] for kind in ("eos", "eot", "eom")} - {None})  # of a text, a turn and a message

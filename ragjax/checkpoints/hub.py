@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from ragjax.checkpoints.safetensors import HOW_TO_CONVERT, PICKLED
+from ragjax.checkpoints.sentence_transformers import AFTER, PROMPTS, module_list
 from ragjax.errors import InputError
 from ragjax.files import cache_folder, read_json
 
@@ -34,6 +35,7 @@ HF_PATTERNS = [
     *(f"*.{kind}{packed}" for kind in ("jsonl", "tsv", "csv") for packed in ("", ".gz", ".zst")),
     "*.parquet",
 ]
+SENTENCE_MODULES = ["modules.json", PROMPTS, "*/config.json"]
 CORPORA = (".jsonl", ".tsv", ".csv", ".parquet", ".gz", ".zst")
 
 
@@ -66,12 +68,16 @@ def fetch(source: str) -> ResolvedSource:
 def checkpoint_folder(path: Path) -> Path:
     """The folder under `path` that holds config.json and *.safetensors, or the *.gguf file itself.
 
-    Searched recursively, the shallowest wins. Raises `InputError` when there is none or more than one.
+    Searched recursively, the shallowest wins; of a sentence-transformers folder only the encoder counts, not what comes
+    after it. Raises `InputError` when there is none or more than one.
     """
     if path.is_file() and path.suffix == ".gguf":
         return path
     folders = {file.parent for file in path.rglob("*.safetensors") if (file.parent / "config.json").is_file()}
-    depths = {folder: len(folder.parts) for folder in folders}
+    after = {
+        file.parent / place for file in path.rglob("modules.json") for kind, place in module_list(file) if kind in AFTER
+    }
+    depths = {folder: len(folder.parts) for folder in folders - after}
     depths |= {file: len(file.parent.parts) for file in path.rglob("*.gguf")}
     shallowest = sorted(path for path, depth in depths.items() if depth == min(depths.values()))
     if len(shallowest) > 1:
@@ -89,16 +95,19 @@ def checkpoint_folder(path: Path) -> Path:
 
 
 def fetch_config(source: str) -> Path:
-    """A checkpoint's config.json, or its *.gguf file; of a repository on the hub this one file alone is downloaded.
+    """A checkpoint's config.json, or its *.gguf file; of a repository on the hub only this file is downloaded, and what
+    says what follows an encoder.
 
     Raises `InputError` as `fetch` does.
     """
     if source.startswith("hf:"):
         repo, revision = _repository(source)
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import hf_hub_download, snapshot_download
 
         with hub_errors(source, repo, revision):
-            return Path(hf_hub_download(repo, "config.json", revision=revision))
+            path = Path(hf_hub_download(repo, "config.json", revision=revision))
+            snapshot_download(repo, repo_type="model", revision=revision, allow_patterns=SENTENCE_MODULES)
+            return path
     path = fetch(source).path
     if not (path / "config.json").is_file():
         path = checkpoint_folder(path)

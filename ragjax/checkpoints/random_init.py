@@ -11,7 +11,7 @@ from flax import nnx
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from ragjax.checkpoints.name_tables import GENERATORS
-from ragjax.checkpoints.pretrained import save_bert, save_generator
+from ragjax.checkpoints.pretrained import save_encoder, save_generator
 from ragjax.errors import InputError
 from ragjax.models.encoders.bert import Bert, BertConfig
 from ragjax.models.layers import split_parameters
@@ -96,7 +96,7 @@ def write_random_checkpoint(family: str, folder: Path, seed: int = 0) -> None:
     hf = {**FAMILIES[family][0], "vocab_size": _write_tokenizer(family, folder)}
     if family == "bert":
         bert = Bert(BertConfig.from_hf(hf, "mean", True), nnx.Rngs(seed))
-        save_bert(folder, hf, split_parameters(bert)[1])
+        save_encoder(folder, hf, split_parameters(bert)[1])
         return
     generator = GENERATORS[family]
     module = generator.module(generator.config.from_hf(hf), nnx.Rngs(seed))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -118,6 +118,37 @@ class SafetensorsReader:
         with library_errors(f"{path}: {name} is not readable", "fetch it again"):
             array = np.asarray(handle.get_tensor(name), dtype=np.float32)
         return require_finite(array, name, path)
+
+
+class TensorView(NamedTuple):
+    """A tensor of some reader, or a range of its rows."""
+
+    reader: TensorReader
+    name: str
+    rows: slice = slice(None)
+
+
+class TensorViews:
+    """A `TensorReader` of the tensors of others, under names of their own."""
+
+    def __init__(self, views: Mapping[str, TensorView]) -> None:
+        self._views = views
+
+    @property
+    def names(self) -> set[str]:
+        """As `TensorReader` says."""
+        return set(self._views)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """As `TensorReader` says."""
+        view = self._views[name]
+        count, *others = view.reader.shape(view.name)
+        return len(range(*view.rows.indices(count))), *others
+
+    def read(self, name: str) -> np.ndarray:
+        """As `TensorReader` says."""
+        view = self._views[name]
+        return view.reader.read(view.name)[view.rows]
 
 
 def require_finite(array: np.ndarray, name: str, path: Path) -> np.ndarray:

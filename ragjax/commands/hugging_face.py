@@ -19,8 +19,9 @@ import jax
 import numpy as np
 
 from ragjax.checkpoints.hub import checkpoint_folder, fetch
-from ragjax.checkpoints.pretrained import PretrainedModel, bert_tensors, generator_tensors
+from ragjax.checkpoints.pretrained import PretrainedModel, encoder_tensors, generator_tensors
 from ragjax.checkpoints.safetensors import SafetensorsReader, write_safetensors
+from ragjax.checkpoints.sentence_transformers import write_sentence_modules
 from ragjax.checksums import write_checksums
 from ragjax.config import Config
 from ragjax.data.tokenizer import Tokenizer
@@ -106,9 +107,9 @@ def export_rag(run: Path, out: Path) -> Path:
     """Writes a run's newest checkpoint (or else its pretrained models) into the new folder `out`, and returns it.
 
     With BART or T5, `out` is a folder that Hugging Face's RagSequenceForGeneration loads; otherwise it holds a folder
-    for each model, question_encoder/ and generator/, that transformers loads by itself. Contrastive training leaves no
-    generator; passages' own encoder, where it was trained, is in passage_encoder/. checksums.json is for
-    `ragjax verify`. Raises `InputError`.
+    for each model, question_encoder/ and generator/, that transformers loads by itself, and sentence-transformers the
+    encoder as it was used (but for DPR's). Contrastive training leaves no generator; passages' own encoder, where it
+    was trained, is in passage_encoder/. checksums.json is for `ragjax verify`. Raises `InputError`.
     """
     config = load_run_config(run)
     rag = load_pipeline(config)
@@ -117,17 +118,16 @@ def export_rag(run: Path, out: Path) -> Path:
     whole = rag.generator.config.encoder_decoder and config.train.objective == "marginal"
     if whole:
         _check_expressible(rag)
+    encoders = {"question_encoder": (rag.retriever, params["retriever"], rag.retriever_tokenizer)}
+    if config.train.passage_encoder == "own":
+        encoders["passage_encoder"] = (rag.passage_encoder, params["passage_encoder"], rag.passage_tokenizer)
     parts = {
-        "question_encoder": _Part(
-            rag.retriever.hf_config, _tensors(rag.retriever, params["retriever"]), rag.retriever_tokenizer
-        )
+        name: _Part(model.hf_config, _tensors(model, own), tokenizer)
+        for name, (model, own, tokenizer) in encoders.items()
     }
     if config.train.objective == "marginal":
         tensors = generator_tensors(rag.generator.hf_config, params["generator"])
         parts["generator"] = _Part(rag.generator.hf_config, tensors, rag.generator_tokenizer, _generation(rag))
-    if config.train.passage_encoder == "own":
-        tensors = _tensors(rag.passage_encoder, params["passage_encoder"])
-        parts["passage_encoder"] = _Part(rag.passage_encoder.hf_config, tensors, rag.passage_tokenizer)
     with _writing(out) as partial:
         joined = PARTS if whole else {}
         if whole:
@@ -143,6 +143,9 @@ def export_rag(run: Path, out: Path) -> Path:
                 _write_json(place / "config.json", part.hf_config)
                 if part.generation:
                     _write_json(place / GENERATION, part.generation)
+            if name in encoders and part.hf_config.get("model_type") != "dpr":
+                model, own, _ = encoders[name]
+                write_sentence_modules(place, model.config, own, rag.question_template, rag.passage_template)
         write_checksums(partial)
     return out
 
@@ -167,7 +170,7 @@ def _tensors(encoder: PretrainedModel, params: Params) -> dict[str, np.ndarray]:
     """An encoder's tensors under the names that its own checkpoint has."""
     context = "DPRContextEncoder" in (encoder.hf_config.get("architectures") or ())
     prefix = CONTEXT_PREFIX if context else DPR_PREFIX
-    return bert_tensors(params, prefix if encoder.hf_config.get("model_type") == "dpr" else "")
+    return encoder_tensors(encoder.hf_config, params, prefix if encoder.hf_config.get("model_type") == "dpr" else "")
 
 
 def _check_expressible(rag: RagPipeline) -> None:
@@ -179,10 +182,11 @@ def _check_expressible(rag: RagPipeline) -> None:
     )
     if kind != "dpr":
         raise InputError(f"{r.source}: Hugging Face's RAG needs a DPR question encoder, not a {kind!r}")
-    if (r.pooling, r.normalize, r.logit_scale, r.prior) != ("cls", False, 1.0, "top_k"):
+    encoder = rag.retriever.config
+    if (encoder.pooling, encoder.normalize, r.logit_scale, r.prior) != ("cls", False, 1.0, "top_k"):
         raise InputError(
             f"{r.source}: Hugging Face's RAG has retriever.pooling=cls, normalize=false, scale=1.0 and prior=top_k; "
-            f"this run has {r.pooling}, {str(r.normalize).lower()}, {r.logit_scale} and {r.prior}"
+            f"this run has {encoder.pooling}, {str(encoder.normalize).lower()}, {r.logit_scale} and {r.prior}"
         )
     if _separators(rag.config) is None:
         terminal.print(

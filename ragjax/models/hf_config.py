@@ -55,6 +55,20 @@ class Fields:
             raise _wrong(key, value, "a number above 0" if least is None else f"a number from {least}")
         return float(value)
 
+    def numbers(self, key: str, count: int) -> list[float]:
+        """A list of so many numbers above 0."""
+        values = self._take(key, None)
+        if not isinstance(values, list) or len(values) != count:
+            raise _wrong(key, values, f"a list of {count} numbers")
+        return [Fields({key: value}).number(key) for value in values]
+
+    def texts(self, key: str, count: int, among: Collection[str]) -> list[str]:
+        """A list of so many texts, each one of those `among` which they must be."""
+        values = self._take(key, None)
+        if not isinstance(values, list) or len(values) != count:
+            raise _wrong(key, values, f"a list of {count} texts")
+        return [Fields({key: value}).text(key, among=among) for value in values]
+
     def flag(self, key: str, default: bool) -> bool:
         """true or false."""
         value = self._take(key, default)

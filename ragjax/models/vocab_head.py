@@ -15,22 +15,26 @@ LOGIT_BUDGET = 2**24  # at most so many logits at once when they are summed over
 
 
 class VocabHead(NamedTuple):
-    """logits = hidden · tableᵀ + bias, in float32 whatever the precision of `hidden`."""
+    """logits = cap(hidden · tableᵀ + bias), in float32 whatever the precision of `hidden`.
+
+    `softcap`, where it is not 0, is that of Gemma 2 (2024): cap(x) = softcap · tanh(x / softcap).
+    """
 
     table: Float[Array, "V D"]
     bias: Float[Array, " V"] | None = None
+    softcap: float = 0.0
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """All logits: for few states only."""
         table = self.table.astype(hidden.dtype)
         logits = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
-        return logits if self.bias is None else logits + self.bias
+        return self._capped(logits if self.bias is None else logits + self.bias)
 
     def target_logits(self, hidden: Float[Array, "... D"], targets: Int[Array, "..."]) -> Float[Array, "..."]:
         """The logits of the targets alone."""
         rows = gather(self.table.astype(hidden.dtype))[targets]
         logits = jnp.einsum("...d,...d->...", hidden, rows, preferred_element_type=jnp.float32)
-        return logits if self.bias is None else logits + self.bias[targets]
+        return self._capped(logits if self.bias is None else logits + self.bias[targets])
 
     def logsumexp_and_mean(self, hidden: Float[Array, "... D"]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
         """The logsumexp of the logits, which normalises them, and their mean over the vocabulary (for smoothing).
@@ -50,6 +54,7 @@ class VocabHead(NamedTuple):
             logits = jnp.einsum("rd,vd->rv", flat, part, preferred_element_type=jnp.float32)
             if self.bias is not None:
                 logits += jax.lax.dynamic_slice_in_dim(self.bias, first, block)
+            logits = self._capped(logits)
             fresh = first + jnp.arange(block) >= number * block
             masked = jnp.where(fresh, logits, -jnp.inf)
             new_top = jax.lax.stop_gradient(jnp.maximum(top, masked.max(axis=-1)))
@@ -64,3 +69,6 @@ class VocabHead(NamedTuple):
         (top, total, summed), _ = jax.lax.scan(step, start, jnp.arange(blocks))
         shape = hidden.shape[:-1]
         return (top + jnp.log(total)).reshape(shape), (summed / vocabulary).reshape(shape)
+
+    def _capped(self, logits: Float[Array, "..."]) -> Float[Array, "..."]:
+        return self.softcap * jnp.tanh(logits / self.softcap) if self.softcap else logits

@@ -13,7 +13,8 @@ from pathlib import Path
 from jax.sharding import Mesh
 
 from ragjax.checkpoints.hub import fetch_config, is_local
-from ragjax.checkpoints.pretrained import PretrainedModel, bert_shape, generator_shape, open_generator
+from ragjax.checkpoints.pretrained import PretrainedModel, encoder_shape, generator_shape, open_generator
+from ragjax.checkpoints.sentence_transformers import resolve_encoding
 from ragjax.config import Config
 from ragjax.data.corpus import CorpusReader
 from ragjax.data.prompt import Prompt
@@ -82,7 +83,11 @@ def open_inputs(config: Config, mesh: Mesh) -> PlanInputs:
         fetched = dict(zip(sources, pool.map(_fetch, sources), strict=True))
 
     def encoder(source: str, dropout: float) -> PretrainedModel | InputError:
-        return _open(fetched[source], lambda path: bert_shape(path, r.pooling, r.normalize, dropout, config.dtype))
+        def open_shape(path: Path) -> PretrainedModel:
+            encoding = resolve_encoding(r, path.parent, path.parent)
+            return encoder_shape(path, encoding.pooling, encoding.normalize, dropout, config.dtype)
+
+        return _open(fetched[source], open_shape)
 
     def generator_of(path: Path) -> PretrainedModel:
         return (open_generator if path.suffix == ".gguf" else generator_shape)(path, dropout, config.dtype)

@@ -1,4 +1,4 @@
-"""Stage 1: embeddings of questions and passages by the BERT encoders."""
+"""Stage 1: embeddings of questions and passages by the encoders."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from ragjax.data.passage_store import PassageStore
-from ragjax.data.question_batch import tokenize_passages
 from ragjax.models.layers import Params
 from ragjax.padding import Ids, length_buckets, pad_sequences, pick_bucket
 from ragjax.parallel.mesh import local_mesh
@@ -38,7 +37,7 @@ def passage_batch(
     settings, tokenizer = rag.config.retriever, rag.passage_tokenizer
     flat = ids.reshape(-1)
     passages = [store[int(i)] for i in flat if i >= 0]
-    tokenized = iter(tokenize_passages(tokenizer, settings.passage_template, passages, settings.max_passage_tokens))
+    tokenized = iter(rag.tokenize_passages(passages))
     rows = [next(tokenized) if i >= 0 else np.zeros(0, np.int32) for i in flat]
     width = pick_bucket(max(len(row) for row in rows), length_buckets(settings.max_passage_tokens))
     tokens, mask = pad_sequences(rows, width, tokenizer.pad_id)

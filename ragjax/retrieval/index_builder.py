@@ -28,7 +28,6 @@ from ragjax.config import structure
 from ragjax.data.corpus import CorpusStats, Passage
 from ragjax.data.passage_store import SHARDS, STORE_FILES, PassageStore, shard_folder, write_store
 from ragjax.data.prompt import passage_text
-from ragjax.data.question_batch import tokenize_passages
 from ragjax.errors import InputError
 from ragjax.files import LOCK, atomic_write, exclusive_lock, partial_folder, write_jsonl
 from ragjax.parallel.mesh import local_mesh
@@ -295,16 +294,12 @@ def _is_whole(folder: Path, number: int, most: int | None = None) -> bool:
 
 def _shard_writer(rag: RagPipeline) -> Callable[[Path, Sequence[Passage], Callable[[int], None]], None]:
     """Writes the text, tokens and embeddings of some passages into a folder, with all devices of this process."""
-    settings = rag.config.retriever
     text_of = partial(passage_text, rag.config.generator.passage_template)
     params = put_global(rag.passage_encoder.load_params(), replicated(local_mesh()))
 
     def write(folder: Path, passages: Sequence[Passage], advance: Callable[[int], None]) -> None:
         write_store(folder, passages, rag.generator_tokenizer.encode, text_of)
-        rows = tokenize_passages(
-            rag.passage_tokenizer, settings.passage_template, passages, settings.max_passage_tokens
-        )
-        embed_to_file(rag, params, rows, folder / EMBEDDINGS, advance)
+        embed_to_file(rag, params, rag.tokenize_passages(passages), folder / EMBEDDINGS, advance)
 
     return write
 

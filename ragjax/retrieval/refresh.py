@@ -25,7 +25,7 @@ from jaxtyping import Float, Int
 
 from ragjax.checksums import write_checksums
 from ragjax.data.passage_store import PassageStore, shard_folder
-from ragjax.data.question_batch import tokenize_passages, tokenize_questions
+from ragjax.data.question_batch import tokenize_questions
 from ragjax.errors import InputError
 from ragjax.models.layers import Params
 from ragjax.parallel.mesh import local_mesh
@@ -166,11 +166,9 @@ class IndexRefresher:
         return encode_questions(self.rag, params, batch, self.mesh)[: len(questions)]
 
     def _rows(self, ids: Iterable[int]) -> list[np.ndarray]:
-        settings, stream, rows = self.rag.config.retriever, iter(ids), list[np.ndarray]()
+        stream, rows = iter(ids), list[np.ndarray]()
         while some := [self.store[i] for i in islice(stream, TOGETHER)]:
-            rows += tokenize_passages(
-                self.rag.passage_tokenizer, settings.passage_template, some, settings.max_passage_tokens
-            )
+            rows += self.rag.tokenize_passages(some)
         return rows
 
     def _versions(self) -> list[Path]:

@@ -191,6 +191,9 @@ def test_config_json_alone_is_fetched(fake_hub, tmp_path):
     path = fetch_config("hf:org/bert@v1.0")
     assert [path.name] == [file.name for file in path.parent.iterdir()] == ["config.json"]
     assert fake_hub["revision"] == "v1.0"
+    fake_hub["org/bge", "model"] = ["config.json", "modules.json", "1_Pooling/config.json", "2_Dense/model.safetensors"]
+    folder = fetch_config("hf:org/bge").parent
+    assert (folder / "modules.json").exists() and not list(folder.rglob("*.safetensors"))
     fake_hub["org/gguf", "model"] = ["model.gguf"]
     with pytest.raises(InputError, match=r"hf:org/gguf: the repository has no config\.json"):
         fetch_config("hf:org/gguf")

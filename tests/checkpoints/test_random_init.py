@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from ragjax.checkpoints.pretrained import open_bert, open_generator
+from ragjax.checkpoints.pretrained import open_encoder, open_generator
 from ragjax.checkpoints.random_init import FAMILIES, write_random_checkpoint
 from ragjax.data.prompt import make_prompt
 from ragjax.data.tokenizer import Tokenizer
@@ -34,7 +34,7 @@ def test_loads_and_repeats(family: str, tmp_path: Path) -> None:
         "tokenizer.json",
         "tokenizer_config.json",
     ]
-    pretrained = open_bert(tmp_path / "a", "mean", True) if family == "bert" else open_generator(tmp_path / "a")
+    pretrained = open_encoder(tmp_path / "a", "mean", True) if family == "bert" else open_generator(tmp_path / "a")
     assert all(np.isfinite(leaf).all() and leaf.size for leaf in jax.tree.leaves(pretrained.load_params()))
     tokenizer = Tokenizer.load(tmp_path / "a")
     assert tokenizer.vocab_size == pretrained.config.vocab_size

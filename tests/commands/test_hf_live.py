@@ -18,6 +18,8 @@ from world import open_world, tiny_config
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 torch = pytest.importorskip("torch", reason="a comparison with torch, which is not installed: make test-torch")
 
+from families import CASES as FAMILIES
+from families import TOLERANCE, Case, make, opened, ours, theirs, write
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -30,7 +32,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from ragjax.checkpoints.pretrained import open_bert, open_generator
+from ragjax.checkpoints.pretrained import open_encoder, open_generator, save_encoder, save_generator
 from ragjax.cli import main
 from ragjax.commands.hugging_face import import_rag
 from ragjax.config import Config, Decode, load_config
@@ -119,7 +121,7 @@ def test_fresh_models(
     rag = replace(
         load_pipeline(config.replace(hf_compatible=False)),
         config=config,
-        retriever=open_bert(folder / "question_encoder", "cls", normalize=False),
+        retriever=open_encoder(folder / "question_encoder", "cls", normalize=False),
         generator=open_generator(folder / "generator"),
         special=special,
     )
@@ -266,3 +268,18 @@ def evaluate_batch(rag: RagPipeline, params: Any, index: Any, store: Any, world:
     batch = attach_documents(rag, index, store, questions, retrieve(rag, params, index, questions, 3).ids)
     arrays = jax.tree.map(jnp.asarray, batch)
     return batch, float(jax.jit(lambda p: rag_loss(rag, p, arrays, jax.random.key(0))[0])(params))
+
+
+@pytest.mark.parametrize("case", FAMILIES, ids=lambda case: case.name)
+def test_a_fresh_checkpoint_of_every_family(case: Case, tmp_path: Path) -> None:
+    """Every parameter random: equal to transformers, and transformers reads what is saved of it."""
+    if sentences := case.files in ("sentence", "dense"):
+        pytest.importorskip("sentence_transformers")
+    folder = write(tmp_path / "folder", case, *make(case, tmp_path / "made"), seed="fresh")
+    model = opened(case, folder)
+    found = ours(case, model)
+    np.testing.assert_allclose(found, theirs(case, folder), atol=TOLERANCE)
+    if not sentences and not case.kind.startswith("DPR"):  # whose names have a prefix, which an export knows
+        save = save_encoder if case.pooling else save_generator
+        save(tmp_path / "saved", model.hf_config, model.load_params())
+        np.testing.assert_allclose(found, theirs(case, tmp_path / "saved"), atol=TOLERANCE)

@@ -17,7 +17,7 @@ from reference import rounding
 from safetensors.numpy import load_file, save_file
 from trained import refused
 
-from ragjax.checkpoints.pretrained import open_bert, open_generator
+from ragjax.checkpoints.pretrained import open_encoder, open_generator
 from ragjax.checkpoints.random_init import write_random_checkpoint
 from ragjax.cli import main
 from ragjax.commands.hugging_face import import_rag
@@ -76,7 +76,7 @@ def configured(folder: Path) -> list[str]:
 def test_golden_values_of_an_imported_checkpoint(name: str, tmp_path: Path) -> None:
     folder = import_rag(str(GOLDEN / name / "rag"), tmp_path / "out")
     values = np.load(GOLDEN / name / "golden.npz")
-    encoder = open_bert(folder / "question_encoder", "cls", normalize=False)
+    encoder = open_encoder(folder / "question_encoder", "cls", normalize=False)
     tokens, mask = (jnp.asarray(values[f"in/{key}"], jnp.int32) for key in ("input_ids", "attention_mask"))
     questions = nnx.merge(encoder.graphdef, encoder.load_params())(tokens, mask == 1)
     np.testing.assert_allclose(questions, values["score/labels/question_embeds"], rtol=1e-4, atol=1e-5)
@@ -211,7 +211,7 @@ def test_a_decoder_only_run_becomes_two_folders(run: Path, tmp_path: Path) -> No
     assert main(["export", str(run), str(tmp_path / "out")]) == 0
     restored = restore_params(load_pipeline(load_run_config(run)))
     assert restored is not None
-    encoder = open_bert(tmp_path / "out" / "question_encoder", "mean", normalize=True)
+    encoder = open_encoder(tmp_path / "out" / "question_encoder", "mean", normalize=True)
     chex.assert_trees_all_equal(encoder.load_params(), restored[0]["retriever"])
     chex.assert_trees_all_equal(open_generator(tmp_path / "out" / "generator").load_params(), restored[0]["generator"])
     from transformers import AutoTokenizer

@@ -8,7 +8,7 @@ import gguf
 import numpy as np
 import pytest
 import tokenizers
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
 from ragjax.data.prompt import Prompt, assemble, assemble_closed_book, fill, make_prompt
 from ragjax.data.tokenizer import Tokenizer
@@ -418,5 +418,65 @@ def test_an_older_tokenizer_is_converted(tmp_path):
     assert tokenizer.encode(["Hello worlds"], special=True) == [[2, 5, 6, 7, 3]]
     assert (tokenizer.eos_id, tokenizer.pad_id) == (3, 0)
     (tmp_path / "vocab.txt").unlink()
-    with pytest.raises(InputError, match=r"no tokenizer\.json, vocab\.txt or vocab\.json"):
+    with pytest.raises(InputError, match=r"no tokenizer\.json, vocab\.txt, vocab\.json or spiece\.model"):
+        Tokenizer.load(tmp_path)
+
+
+def write_bert_base(folder):
+    """As the most downloaded BERT has it: no token is named."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "hello", "world", "##s"]
+    backend = tokenizers.Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    backend.normalizer, backend.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    backend.add_special_tokens(words[:5])
+    frame = {"single": "[CLS] $A [SEP]", "special_tokens": [("[CLS]", 2), ("[SEP]", 3)]}
+    backend.post_processor = processors.TemplateProcessing(**frame)
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"do_lower_case": true, "model_max_length": 512}')
+
+
+def test_an_encoder_needs_no_end_token(tmp_path):
+    write_bert_base(tmp_path)
+    tokenizer = Tokenizer.load(tmp_path, writes=False)
+    assert tokenizer.encode(["Hello worlds"], special=True, longest=4) == [[2, 5, 6, 3]]
+    assert (tokenizer.eos_id, tokenizer.pad_id) == (3, 3), "padding is masked, whatever it is"
+    with pytest.raises(InputError, match="names no end token; give eos_token"):
+        Tokenizer.load(tmp_path)
+
+
+SPIECE = [
+    ("<pad>", 3),
+    ("</s>", 3),
+    ("<unk>", 2),
+    *((piece, 1) for piece in "▁ ▁the ▁cap ital a b c e h i l p t".split()),
+]
+
+
+def write_spiece(folder):
+    """As mT5 has it: a SentencePiece model and no tokenizer.json."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto()
+    for number, (piece, kind) in enumerate(SPIECE):
+        model.pieces.add(piece=piece, score=-float(number), type=kind)
+    model.trainer_spec.unk_id = 2
+    model.normalizer_spec.add_dummy_prefix = model.normalizer_spec.remove_extra_whitespaces = True
+    (folder / "spiece.model").write_bytes(model.SerializeToString())
+    (folder / "config.json").write_text(json.dumps({"model_type": "mt5"}))
+    names = {"tokenizer_class": "T5Tokenizer", "eos_token": "</s>", "pad_token": "<pad>", "extra_ids": 0}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+
+
+def test_a_sentencepiece_model_is_converted_where_its_library_is(tmp_path):
+    pytest.importorskip("sentencepiece")
+    pytest.importorskip("google.protobuf")
+    write_spiece(tmp_path)
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.encode(["the capital é"], special=True) == [[4, 5, 6, 3, 2, 1]], "with the unknown token"
+    assert (tokenizer.eos_id, tokenizer.pad_id) == (1, 0)
+
+
+def test_a_sentencepiece_model_without_its_library_names_the_cure(tmp_path, monkeypatch):
+    (tmp_path / "spiece.model").touch()
+    monkeypatch.setattr("ragjax.data.tokenizer.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"spiece\.model: to read it, run: pip install 'ragjax\[sentencepiece\]'"):
         Tokenizer.load(tmp_path)

@@ -20,7 +20,7 @@ from flax import nnx
 from reference import rounding
 from world import tiny_config
 
-from ragjax.checkpoints.pretrained import bert_tensors, generator_tensors, open_bert, open_generator
+from ragjax.checkpoints.pretrained import encoder_tensors, generator_tensors, open_encoder, open_generator
 from ragjax.commands.hugging_face import DPR_PREFIX, import_rag
 from ragjax.config import Decode
 from ragjax.data.corpus import Passage
@@ -153,7 +153,7 @@ def test_the_reduced_loss_and_its_gradients(golden: Golden, smoothing: float, wo
     rag = replace(
         load_pipeline(config),
         config=config.replace(hf_compatible=True, train=train),
-        retriever=open_bert(golden.folder / "question_encoder", "cls", normalize=False),
+        retriever=open_encoder(golden.folder / "question_encoder", "cls", normalize=False),
         generator=open_generator(golden.folder / "generator"),
         special=golden.special,
     )
@@ -188,7 +188,7 @@ def test_the_reduced_loss_and_its_gradients(golden: Golden, smoothing: float, wo
     apart = share * np.abs(values["score/labels/question_embeds"]).max()
     np.testing.assert_allclose(doc_embeds, values[f"{start}doc_embeds"], rtol=1e-4, atol=apart)
     named = {
-        "question_encoder": bert_tensors(grads["retriever"], DPR_PREFIX),
+        "question_encoder": encoder_tensors({"model_type": "dpr"}, grads["retriever"], DPR_PREFIX),
         "generator": generator_tensors(rag.generator.hf_config, grads["generator"]),
     }
     for part, ours in named.items():

@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Float
 from safetensors.numpy import load_file
 
-from ragjax.checkpoints.pretrained import open_bert, open_generator, save_bert, save_generator
+from ragjax.checkpoints.pretrained import open_encoder, open_generator, save_encoder, save_generator
 from ragjax.checkpoints.random_init import BERT, LLAMA
 from ragjax.models.encoders.bert import Bert, BertConfig
 from ragjax.models.generators.llama import Llama, LlamaConfig
@@ -58,8 +58,8 @@ def random_bert(
     """A BERT of 2 layers with `changes` to its config.json, weights drawn wide."""
     hf = {**BERT, "vocab_size": 40, **changes}
     _, params = split_parameters(Bert(BertConfig.from_hf(hf, pooling, normalize), nnx.Rngs(0)))
-    save_bert(folder, hf, draw(params, seed))
-    pretrained = open_bert(folder, pooling, normalize, dropout)
+    save_encoder(folder, hf, draw(params, seed))
+    pretrained = open_encoder(folder, pooling, normalize, dropout)
     return Small(folder, hf, pretrained.graphdef, pretrained.load_params(), load_file(folder / "model.safetensors"))
 
 

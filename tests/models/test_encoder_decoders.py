@@ -26,9 +26,10 @@ from ragjax.decoding.prefix_cache import beam_step, empty_prefix_cache
 from ragjax.errors import InputError
 from ragjax.files import read_json, write_jsonl
 from ragjax.marginal import log_prior, marginal_logp
+from ragjax.models.attention import distance_bucket
 from ragjax.models.generator import Generator, score
 from ragjax.models.generators.bart import BartConfig
-from ragjax.models.generators.t5 import T5Config, distance_bucket
+from ragjax.models.generators.t5 import T5Config
 from ragjax.models.kv_cache import DocumentMemory
 from ragjax.models.layers import row_rngs
 
@@ -388,7 +389,7 @@ BART = {"vocab_size": 9, "d_model": 8, "decoder_start_token_id": 2} | {
         (BartConfig, {"model_type": "mbart"}, "model_type is 'mbart'; expected one of bart"),
         (BartConfig, {"normalize_before": True}, "normalize_before"),
         (BartConfig, {"activation_function": "snake"}, "activation_function is 'snake'"),
-        (T5Config, {"model_type": "mt5"}, "model_type is 'mt5'; expected one of t5"),
+        (T5Config, {"model_type": "longt5"}, "model_type is 'longt5'; expected one of t5, mt5, umt5"),
         (T5Config, {"feed_forward_proj": "gated-snake"}, "feed_forward_proj is 'gated-snake'"),
         (T5Config, {"feed_forward_proj": "twice-relu"}, "feed_forward_proj is 'twice-relu'"),
     ],

@@ -26,7 +26,7 @@ from reference import (
 )
 from safetensors.numpy import load_file
 
-from ragjax.checkpoints.pretrained import PretrainedModel, open_bert, open_generator
+from ragjax.checkpoints.pretrained import PretrainedModel, open_encoder, open_generator
 from ragjax.checkpoints.random_init import LLAMA
 from ragjax.decoding.prefix_cache import beam_step, empty_prefix_cache
 from ragjax.errors import InputError
@@ -74,7 +74,7 @@ def generator() -> PretrainedModel:
 
 @pytest.fixture(scope="module")
 def encoder() -> PretrainedModel:
-    return open_bert(GOLDEN / "question_encoder", "cls", normalize=False)
+    return open_encoder(GOLDEN / "question_encoder", "cls", normalize=False)
 
 
 def padded(rows: list[list[int]], width: int) -> tuple[jax.Array, jax.Array]:
@@ -388,20 +388,36 @@ def test_bert_equals_numpy(pooling: str, normalize: bool, projection: int, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("changes", "longest"),
+    ("changes", "windows"),
     [
-        ({"model_type": "mistral", "sliding_window": 64}, 64),
-        ({"model_type": "mistral", "sliding_window": None}, 9000),
-        ({"model_type": "mistral"}, 4096),  # transformers' own default
-        ({"model_type": "mistral", "sliding_window": 10_000}, 9000),
-        ({"model_type": "qwen2", "sliding_window": 64}, 9000),
-        ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64}, 64),
-        ({"model_type": "llama", "sliding_window": 64}, 9000),
+        ({"model_type": "mistral", "sliding_window": 64}, (64, 64)),
+        ({"model_type": "mistral", "sliding_window": None}, ()),
+        ({"model_type": "mistral"}, (4096, 4096)),  # transformers' own default
+        ({"model_type": "mistral", "sliding_window": 10_000}, ()),  # no longer than all positions
+        ({"model_type": "qwen2", "sliding_window": 64}, ()),
+        ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64}, ()),  # from layer 28
+        (
+            {"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1},
+            (0, 64),
+        ),
+        (
+            {
+                "model_type": "qwen2",
+                "use_sliding_window": True,
+                "sliding_window": 64,
+                "layer_types": ["sliding_attention", "full_attention"],
+            },
+            (64, 0),
+        ),
+        ({"model_type": "phi3", "sliding_window": 64}, (64, 64)),
+        ({"model_type": "phi3"}, ()),
+        ({"model_type": "llama", "sliding_window": 64}, ()),
     ],
 )
-def test_a_sliding_window_is_as_far_as_a_model_reads(changes: dict[str, Any], longest: int) -> None:
+def test_each_layer_has_its_window(changes: dict[str, Any], windows: tuple[int, ...]) -> None:
     hf = {**LLAMA, "vocab_size": 40, "max_position_embeddings": 9000, **changes}
-    assert LlamaConfig.from_hf(hf).max_positions == longest
+    config = LlamaConfig.from_hf(hf)
+    assert (config.windows, config.max_positions) == (windows, 9000)
 
 
 def test_other_families_are_refused() -> None:
@@ -416,14 +432,16 @@ def test_other_families_are_refused() -> None:
     for changes, said in (
         ({"model_type": "gpt2"}, "model_type is 'gpt2'; expected one of llama, mistral"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; expected one of silu"),
-        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_type is 'yarn'; expected one of default, llama3"),
+        ({"rope_scaling": {"rope_type": "dynamic"}}, "rope_type is 'dynamic'; expected one of default, linear"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "has no 'factor'"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; expected 1, or less of a Phi-3"),
         ({"attention_bias": True}, "biases"),
     ):
         with pytest.raises(InputError, match=said):
             LlamaConfig.from_hf({**llama, **changes})
     bert = {key: llama[key] for key in llama} | {"model_type": "bert", "max_position_embeddings": 8}
     for changes, said in (
-        ({"model_type": "roberta"}, "model_type is 'roberta'; expected one of bert, dpr"),
+        ({"model_type": "electra"}, "model_type is 'electra'; expected one of bert, dpr"),
         ({"position_embedding_type": "relative_key"}, "'relative_key'; expected one of absolute"),
         ({"hidden_act": "swish"}, "'swish'; expected one of gelu"),
     ):

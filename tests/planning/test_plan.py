@@ -358,7 +358,7 @@ def test_numbers_above_zero(capsys: Capture, world: Path) -> None:
 
 def test_a_cpu_plays_any_number_of_devices(world: Path, tmp_path: Path) -> None:
     """In a process of its own, as the command line does: JAX must not have started."""
-    (tmp_path / "config.json").write_text('{"model_type": "roberta"}')  # unknown, so nothing is compiled
+    (tmp_path / "config.json").write_text('{"model_type": "electra"}')  # unknown, so nothing is compiled
     config = tiny_config(world, retriever__source=str(tmp_path), generator__source=str(tmp_path), train__batch_size=48)
     (tmp_path / "config.yaml").write_text(dump_config(config))
     command = [sys.executable, "-m", "ragjax", "plan", str(tmp_path / "config.yaml"), "--devices", "48"]
@@ -495,9 +495,9 @@ def test_questions_are_looked_for_before_models(capsys: Capture, no_hub: None, t
 
 
 def test_a_model_of_another_family_is_unknown(world: Path, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "roberta"}')
+    (tmp_path / "config.json").write_text('{"model_type": "electra"}')
     rows = rows_of(tiny_config(world, retriever__source=str(tmp_path)))
-    assert "model_type is 'roberta'" in rows["train", "retriever parameters", "device"].how
+    assert "model_type is 'electra'" in rows["train", "retriever parameters", "device"].how
     with pytest.raises(InputError, match="no such configuration"):
         load_config(tmp_path / "none.yaml")
 

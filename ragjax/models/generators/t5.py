@@ -1,12 +1,13 @@
-"""T5 (Raffel et al. 2020), an encoder–decoder: its memory is the keys and values of the decoder's cross-attention.
+"""T5, mT5 and UMT5 (Raffel et al. 2020, Xue et al. 2021, Chung et al. 2023), encoder–decoders: their memory is the keys
+and values of the decoder's cross-attention.
 
 x += attention(rms(x)); in the decoder x += cross(rms(x), memory); x += down(relu(up(rms(x)))), or gated. Attention is
-not scaled; what a token sees of its own side is biased by how far apart the two stand, by one table for all layers.
+not scaled; what a token sees of its own side is biased by how far apart the two stand, by one table for all layers, or
+in UMT5 by one for each.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,11 +17,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ragjax.errors import InputError
 from ragjax.files import shown
-from ragjax.models.attention import Attention, AttentionSource, dot_product_attention
+from ragjax.models.attention import Attention, AttentionSource, distance_bucket, dot_product_attention
 from ragjax.models.hf_config import Fields
 from ragjax.models.kv_cache import DocumentMemory, KVCache, LayerCache, cross_attention_memory, decode_layers
 from ragjax.models.layers import ACTIVATIONS, RowRngs, dropout, fold_rngs, scan_layers, stack
 from ragjax.models.vocab_head import VocabHead
+
+# by model_type: how the names of its classes begin
+KINDS = {"t5": "T5", "mt5": "MT5", "umt5": "UMT5"}
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class T5Config:
     scaled: bool = True  # the logits, by width**-0.5
     buckets: int = 32  # rows of the table of distances
     farthest: int = 128  # tokens: all that are farther share the last row
+    own_distances: bool = False  # each layer has a table of distances
     norm_eps: float = 1e-6
     dropout: float = 0.0
     dtype: str = "float32"
@@ -50,9 +55,9 @@ class T5Config:
     def from_hf(cls, hf: dict[str, Any], dropout: float = 0.0, dtype: str = "float32") -> T5Config:
         """Raises `InputError` for another family or feed-forward layer, or an entry of another type or size."""
         fields = Fields(hf)
-        fields.text("model_type", among=("t5",))
-        fields.check_class("T5")
-        ffn = fields.text("feed_forward_proj", "relu")
+        kind = fields.text("model_type", among=KINDS)
+        fields.check_class(KINDS[kind])
+        ffn = fields.text("feed_forward_proj", "relu" if kind == "t5" else "gated-gelu")
         gate, _, activation = ffn.rpartition("-")
         activation = "gelu_new" if (gate, activation) == ("gated", "gelu") else activation
         if gate not in ("", "gated") or activation not in ACTIVATIONS:
@@ -76,9 +81,11 @@ class T5Config:
             activation=activation,
             gated=gate == "gated",
             tie_word_embeddings=(tied := fields.flag("tie_word_embeddings", True)),
-            scaled=fields.flag("scale_decoder_outputs", tied),  # said apart since transformers 5
+            # said apart since transformers 5, whose mT5 never is
+            scaled=kind != "mt5" and fields.flag("scale_decoder_outputs", tied),
             buckets=buckets,
             farthest=fields.count("relative_attention_max_distance", 128, least=buckets // 2 + 1),
+            own_distances=kind == "umt5",
             norm_eps=fields.number("layer_norm_epsilon", 1e-6),
             dropout=dropout,
             dtype=dtype,
@@ -110,6 +117,8 @@ class T5Layer(nnx.Module):
         if decoder:
             self.cross, self.cross_norm = attention(), norm()
         self.ffn_norm = norm()
+        if c.own_distances:
+            self.distances = nnx.Embed(c.buckets, c.num_heads, rngs=rngs)
         if c.gated:
             self.gate = linear(c.hidden_size, c.mlp_dim)
         self.up, self.down = linear(c.hidden_size, c.mlp_dim), linear(c.mlp_dim, c.hidden_size)
@@ -127,7 +136,8 @@ class T5Stack(nnx.Module):
 
     def __init__(self, config: T5Config, decoder: bool, rngs: nnx.Rngs):
         c, dtype = config, jnp.dtype(config.dtype)
-        self.distances = nnx.Embed(c.buckets, c.num_heads, rngs=rngs)
+        if not c.own_distances:
+            self.distances = nnx.Embed(c.buckets, c.num_heads, rngs=rngs)
         count = c.num_decoder_layers if decoder else c.num_encoder_layers
         self.layers = stack(lambda r: T5Layer(c, decoder, r), count, rngs)
         self.norm = nnx.RMSNorm(c.hidden_size, epsilon=c.norm_eps, dtype=dtype, rngs=rngs)
@@ -152,12 +162,14 @@ class T5(nnx.Module):
     ) -> DocumentMemory:
         """Encodes the source and projects it onto the keys and values of every decoder layer."""
         c, where = self.config, jnp.arange(source.shape[1])
-        bias = self._bias(self.encoder, where[:, None], where, both_ways=True)[None, None]
+        buckets = distance_bucket(where - where[:, None], c.buckets, c.farthest, both_ways=True)[None, None]
+        shared = None if c.own_distances else self.encoder.distances(buckets)
         x = dropout(self.embed(source), fold_rngs(dropout_rngs, 0), c.dropout)[:, None]  # one group
 
         def encode(layer: T5Layer, x: Array, number: Array) -> tuple[Array, None]:
             rngs, h = fold_rngs(dropout_rngs, number + 1), layer.attention_norm(x)
             keys, values = layer.attention.keys_and_values(h[:, 0])
+            bias = layer.distances(buckets) if shared is None else shared
             own = AttentionSource(keys, values, mask[:, None, None], bias)
             attended = dot_product_attention(layer.attention.queries(h), [own], 1.0)
             x = x + dropout(layer.attention.project_back(attended), fold_rngs(rngs, 0), c.dropout)
@@ -186,11 +198,14 @@ class T5(nnx.Module):
         else:
             past = past.place(jnp.broadcast_to(positions, tokens.shape))
             key_positions = past.positions[:, None, None, :]
-        bias = self._bias(self.decoder, positions[..., None], key_positions, both_ways=False)
+        buckets = distance_bucket(key_positions - positions[..., None], c.buckets, c.farthest, both_ways=False)
+        shared = None if c.own_distances else self.decoder.distances(buckets)
 
         def decode(layer: T5Layer, x: Array, cache: LayerCache) -> tuple[Array, LayerCache]:
             rngs, h = fold_rngs(dropout_rngs, first + 1 + cache.layer), layer.attention_norm(x)
             own, cache = cache.append(*layer.attention.keys_and_values(h))
+            if shared is None:
+                own = own._replace(bias=layer.distances(buckets))
             attended = dot_product_attention(layer.attention.queries(h), [own], 1.0)
             x = x + dropout(layer.attention.project_back(attended), fold_rngs(rngs, 0), c.dropout)
             attended = dot_product_attention(layer.cross.queries(layer.cross_norm(x)), [cache.document], 1.0)
@@ -198,7 +213,7 @@ class T5(nnx.Module):
             return layer.feed_forward(x, rngs), cache
 
         x = dropout(self.embed(tokens), fold_rngs(dropout_rngs, first), c.dropout)
-        x, past = decode_layers(self.decoder.layers, decode, x, memory, past, attention_mask, bias, remat)
+        x, past = decode_layers(self.decoder.layers, decode, x, memory, past, attention_mask, shared, remat)
         last = fold_rngs(dropout_rngs, first + 1 + c.num_decoder_layers)
         hidden = dropout(self.decoder.norm(x), last, c.dropout)
         return hidden * c.hidden_size**-0.5 if c.scaled else hidden, past
@@ -207,26 +222,3 @@ class T5(nnx.Module):
         """As `Generator` says."""
         table = self.embed if self.config.tie_word_embeddings else self.head
         return VocabHead(table.embedding[...])
-
-    def _bias(self, side: T5Stack, query: Array, key: Array, both_ways: bool) -> Float[Array, "... M P H"]:
-        distance = key - query
-        return side.distances(distance_bucket(distance, self.config.buckets, self.config.farthest, both_ways))
-
-
-def distance_bucket(distance: Int[Array, "..."], buckets: int, farthest: int, both_ways: bool) -> Int[Array, "..."]:
-    """The row of the bias table for a key that stands `distance` tokens after the query.
-
-    Near distances have a row each; farther ones share rows on a logarithmic scale up to `farthest`. Without
-    `both_ways` a key after the query counts as distance 0.
-    """
-    side = jnp.zeros_like(distance)
-    if both_ways:
-        buckets //= 2
-        side = jnp.where(distance > 0, buckets, 0)
-        distance = jnp.abs(distance)
-    else:
-        distance = jnp.maximum(-distance, 0)
-    exact = buckets // 2
-    ratio = jnp.log(jnp.maximum(distance, 1).astype(jnp.float32) / exact) / math.log(farthest / exact)
-    far = exact + (ratio * (buckets - exact)).astype(jnp.int32)
-    return side + jnp.where(distance < exact, distance, jnp.minimum(far, buckets - 1))
