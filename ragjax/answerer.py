@@ -29,6 +29,7 @@ from ragjax.data.questions import text_problem
 from ragjax.decoding.candidates import Candidates
 from ragjax.decoding.decode import decode_rag_sequence
 from ragjax.decoding.exact.decode import decode_exact
+from ragjax.decoding.exact.document_reader import ReadDocuments
 from ragjax.decoding.hf_compat import decode_hf_compatible
 from ragjax.decoding.propose import prefill_documents
 from ragjax.decoding.rag_token import decode_rag_token
@@ -197,29 +198,15 @@ class Answerer:
             gold: the tokens of an answer to each question.
         """
         graph, params, config = self.rag.generator.graphdef, self.params["generator"], self.rag.config
-        if retrieval is None:
-            store, shape = None, (len(questions.row), 1)
-            ids, prior = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
-        else:
-            store, ids, prior = self.store, retrieval.ids, retrieval.log_prior
-        tokenizers = self.rag.tokenizers
-        source, mask = tokenize_prompts(tokenizers, store, questions, ids)
-        passages = lengths = None
-        if store is not None and self.passage_cache is not None:
-            passages, lengths = ids.reshape(-1), tokens_before_question(tokenizers, questions, mask)
+        read, ids, prior = self._document_reader(questions, retrieval)
         settings, special = config.decode.replace(mode=mode), self.rag.special
-
-        def read(rows: np.ndarray) -> DocumentMemory:
-            cached = None if passages is None or lengths is None else (passages[rows], lengths[rows])
-            return self._read(source[rows], mask[rows], cached)
-
-        every = np.arange(len(source))
         if retrieval is not None and mode == "exact":  # reads what it needs; the gold answer needs all
             given = (prior, retrieval.outside, settings, special, config.model == "rag_token")
             candidates = decode_exact(graph, params, read, *given)
-            return candidates, None if gold is None else self._gold_logp(read(every), prior, gold)
-        memory = read(every)
+            return candidates, None if gold is None else self._gold_logp(read(np.arange(ids.size)), prior, gold)
+        memory = read(np.arange(ids.size))
         if retrieval is not None and rescores_as_hugging_face(config):
+            source, mask = tokenize_prompts(self.rag.tokenizers, self.store, questions, ids)
             unmasked = self._read(source, np.ones_like(mask))
             scoring = prior[:, : config.train.num_docs]
             proposing = (ids >= 0) & (np.arange(ids.shape[1]) < config.decode.num_docs)
@@ -229,6 +216,34 @@ class Answerer:
         else:
             candidates = decode_rag_sequence(graph, params, memory, prior, settings, special)
         return candidates, None if gold is None else self._gold_logp(memory, prior, gold)
+
+    def gold_logp(
+        self, questions: QuestionBatch, retrieval: RetrievalResult, gold: Sequence[Sequence[int]]
+    ) -> np.ndarray:
+        """log p(gold|x) [B], in nats, and no candidates; see `candidates`."""
+        read, ids, prior = self._document_reader(questions, retrieval)
+        return self._gold_logp(read(np.arange(ids.size)), prior, gold)
+
+    def _document_reader(
+        self, questions: QuestionBatch, retrieval: RetrievalResult | None
+    ) -> tuple[ReadDocuments, np.ndarray, np.ndarray]:
+        """Reads some of the B·K documents, question-major; their ids [B,K] and log p(z|x) [B,K]."""
+        tokenizers = self.rag.tokenizers
+        if retrieval is None:
+            store, shape = None, (len(questions.row), 1)
+            ids, prior = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
+        else:
+            store, ids, prior = self.store, retrieval.ids, retrieval.log_prior
+        source, mask = tokenize_prompts(tokenizers, store, questions, ids)
+        passages = lengths = None
+        if store is not None and self.passage_cache is not None:
+            passages, lengths = ids.reshape(-1), tokens_before_question(tokenizers, questions, mask)
+
+        def read(rows: np.ndarray) -> DocumentMemory:
+            cached = None if passages is None or lengths is None else (passages[rows], lengths[rows])
+            return self._read(source[rows], mask[rows], cached)
+
+        return read, ids, prior
 
     def _read(
         self, source: np.ndarray, mask: np.ndarray, cached: tuple[np.ndarray, np.ndarray] | None = None

@@ -1,9 +1,11 @@
-"""`ragjax evaluate`: thorough, fast and closed-book answers side by side, before and after training."""
+"""`ragjax evaluate`: the answers of several modes side by side, before and after training."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,19 +17,25 @@ from jax.sharding import Mesh
 
 from ragjax.answerer import Answerer, repeat_to_size
 from ragjax.checkpoints.hub import fingerprint_files
+from ragjax.commands.predictions import (
+    chosen_answer,
+    document_shares,
+    prediction_line,
+    score_modes,
+    summarise,
+    unanswered_line,
+)
 from ragjax.config import Config, answer_modes, most_documents
 from ragjax.data.answer_matching import has_answer
 from ragjax.data.question_batch import drop_unfit_questions, question_batch, tokenize_answer, tokenize_questions
-from ragjax.data.questions import LeftOut, Question, Split, as_json
-from ragjax.decoding.candidates import Candidates
+from ragjax.data.questions import Question, Split, as_json
 from ragjax.files import atomic_write, check_writable, write_jsonl
-from ragjax.metrics import answer_words, bootstrap_interval, expected_calibration_error, score_answer
 from ragjax.parallel.mesh import local_mesh
 from ragjax.parallel.processes import allgather_text, is_process_zero, run_on_process_zero, wait_for_all
 from ragjax.rag import RagPipeline
 from ragjax.retrieval.index import check_k
 from ragjax.retrieval.passage_cache import check_passage_cache
-from ragjax.retrieval.retrieve import RetrievalResult, log_prior_mass, retrieve
+from ragjax.retrieval.retrieve import log_prior_mass, retrieve
 from ragjax.runs.checkpointer import fingerprint
 from ragjax.runs.journal import Journal, read_journal
 from ragjax.runs.restore import load_artifacts, open_split, pretrained_params, restore_params, trained_index
@@ -44,10 +52,10 @@ def evaluate(config: Config) -> dict[str, Any]:
     """Measures the pretrained models and the newest checkpoint (with `train.keep_best` the best), if there is one.
 
     Retrieval is measured on every question of the split, answers on the first `evaluate.max_questions` (before
-    training: `evaluate.max_untrained_questions`). Questions are split over the devices of each process, and batches of
-    them over the processes, each of which holds the models. Writes metrics.json and predictions.jsonl into `output`,
-    and returns the metrics. A question that cannot be asked counts as wrong, and as not found; `answerable` has the
-    figures without such.
+    training: `evaluate.max_untrained_questions`), each of `evaluate.modes` in a pass of its own. Questions are split
+    over the devices of each process, and batches of them over the processes, each of which holds the models. Writes
+    metrics.json and predictions.jsonl into `output`, and returns the metrics. A question that cannot be asked counts as
+    wrong, and as not found; `answerable` has the figures without such.
 
     The results of each batch are kept in predictions.N.partial, N the process, until all is done: the same evaluation,
     begun again, goes on. Raises `InputError` for bad input.
@@ -187,17 +195,32 @@ def _measure(
     """The metrics, and the lines of predictions.jsonl: of the first `limit` questions, in the order of the file."""
     config, first = answerer.rag.config, split.first(limit)
     metrics: dict[str, Any] = {"step": answerer.step} | _measure_retrieval(answerer, split, name, progress)
-    size = config.evaluate.batch_size
-    predictions = progress.measure(f"answer ({name})", answerer, first.questions, size, partial(_predict, answerer))
-    modes = [mode for mode in answer_modes(config) if mode in ("thorough", "fast")]
-    modes += ["closed_book"] if config.evaluate.closed_book else []
-    metrics |= _summarise(predictions, len(first.left_out), modes)
-    if answerer.passage_cache is not None:
-        # an evaluation that went on counts what it has read since
-        metrics["passage_cache"] = answerer.passage_cache.statistics.of_all_processes().as_json()
+    closed = ["closed_book"] if config.evaluate.closed_book else []
+    if config.evaluate.modes is None:
+        modes = [mode for mode in answer_modes(config) if mode in ("thorough", "fast")] + closed
+        passes = [(f"answer ({name})", modes, True)]
+    else:  # each by itself; the gold answers, which read every document, cost none of them anything
+        modes = [*config.evaluate.modes, *closed]
+        passes = [*((f"{mode} ({name})", [mode], False) for mode in modes), (f"gold answers ({name})", [], True)]
+    results, caches = [], dict[str, Any]()
+    for what, together, gold in passes:
+        alone = dataclasses.replace(answerer)  # with a passage cache of its own
+        measure_batch = partial(_predict, alone, together, gold, config.evaluate.modes is not None)
+        results.append(progress.measure(what, alone, first.questions, config.evaluate.batch_size, measure_batch))
+        if together and together != closed and alone.passage_cache is not None:
+            # an evaluation that went on counts what it has read since
+            caches[together[0]] = alone.passage_cache.statistics.of_all_processes().as_json()
+    by_question = zip(first.questions, zip(*results, strict=True), strict=True)
+    predictions = [prediction_line(answerer, question, of) for question, of in by_question]
+    metrics |= summarise(predictions, len(first.left_out), modes)
+    if caches:
+        metrics |= {"passage_cache": caches[modes[0]]}
+        if config.evaluate.modes is not None:
+            for mode, statistics in caches.items():
+                metrics[mode]["passage_cache"] = statistics
     if split.left_out:
-        metrics["answerable"] |= _scores(predictions, 0, modes)
-    lines = sorted([*predictions, *map(_unanswered, first.left_out)], key=lambda line: line["line"])
+        metrics["answerable"] |= score_modes(predictions, 0, modes)
+    lines = sorted([*predictions, *map(unanswered_line, first.left_out)], key=lambda line: line["line"])
     return metrics, [{"model": name} | line for line in lines]
 
 
@@ -222,20 +245,46 @@ def _measure_retrieval(answerer: Answerer, split: Split, name: str, progress: Ev
     return metrics
 
 
-def _predict(answerer: Answerer, batch: list[Question]) -> list[dict[str, Any]]:
-    """One batch: thorough and fast share a beam search, the gold answer the documents' memory."""
-    tokenizers = answerer.rag.tokenizers
+def _predict(
+    answerer: Answerer, modes: Sequence[str], with_gold: bool, timed: bool, batch: list[Question]
+) -> list[dict[str, Any]]:
+    """One batch: thorough and fast share a beam search, the gold answer the documents' memory.
+
+    Args:
+        answerer: with the models.
+        modes: what to decode: one mode, or thorough, fast and closed_book together.
+        with_gold: whether to measure the gold answers.
+        timed: whether to tell the seconds a question, of finding its documents and of decoding.
+        batch: the questions.
+    """
+    began, tokenizers = time.perf_counter(), answerer.rag.tokenizers
     questions = question_batch(tokenizers, [q.question for q in batch])
-    golds = [_gold(answerer.rag, q) for q in batch]
-    gold = [tokenize_answer(tokenizers, "") if answer is None else answer for answer in golds]
-    retrieval = answerer.retrieve(questions)
-    candidates, gold_logp = answerer.candidates(questions, retrieval, "thorough", gold)
-    assert gold_logp is not None
-    closed: Sequence[Candidates | None] = [None] * len(batch)
-    if answerer.rag.config.evaluate.closed_book:
+    reading = [mode for mode in modes if mode != "closed_book"]
+    results: list[dict[str, Any]] = [{"modes": {}} for _ in batch]
+    retrieval = answerer.retrieve(questions) if reading or with_gold else None
+    golds = [_gold(answerer.rag, q) for q in batch] if with_gold else []
+    gold = [tokenize_answer(tokenizers, "") if answer is None else answer for answer in golds] or None
+    gold_logp = None
+    if reading:
+        assert retrieval is not None
+        candidates, gold_logp = answerer.candidates(questions, retrieval, reading[0], gold)
+        for b, (result, own) in enumerate(zip(results, candidates, strict=True)):
+            result["modes"] |= {mode: chosen_answer(answerer, own, mode) for mode in reading}
+            result["documents"] = document_shares(answerer, retrieval, b, own, reading[0])
+            result["candidates"] = len(own.tokens)
+    elif retrieval is not None and gold is not None:
+        gold_logp = answerer.gold_logp(questions, retrieval, gold)
+    if "closed_book" in modes:
         closed, _ = answerer.candidates(questions, None, "fast")
-    nll = [None if golds[b] is None else -float(gold_logp[b]) for b in range(len(batch))]
-    return [_prediction(answerer, q, b, retrieval, candidates[b], closed[b], nll[b]) for b, q in enumerate(batch)]
+        for result, own in zip(results, closed, strict=True):
+            result["modes"]["closed_book"] = chosen_answer(answerer, own, "closed_book")
+    seconds = (time.perf_counter() - began) / len(batch)
+    for b, result in enumerate(results):
+        if gold_logp is not None:
+            result["gold_nll"] = None if golds[b] is None else -float(gold_logp[b])
+        for mode in modes if timed else []:
+            result["modes"][mode]["seconds"] = seconds
+    return results
 
 
 def _gold(rag: RagPipeline, question: Question) -> list[int] | None:
@@ -248,102 +297,3 @@ def _gold(rag: RagPipeline, question: Question) -> list[int] | None:
     longest = min(room, max(g.max_prompt_tokens, g.max_answer_tokens))
     rows = (tokenize_answer(rag.tokenizers, answer) for answer in question.answers)
     return next((row for row in rows if len(row) <= longest), None)
-
-
-def _prediction(
-    answerer: Answerer,
-    question: Question,
-    b: int,
-    retrieval: RetrievalResult,
-    candidates: Candidates,
-    closed: Candidates | None,
-    gold_nll: float | None,
-) -> dict[str, Any]:
-    """One line of predictions.jsonl; probabilities are those of the thorough answer."""
-    assert candidates.thorough_logp is not None and candidates.doc_logp is not None and candidates.posterior is not None
-    config = answerer.rag.config.evaluate
-    modes = [mode for mode in answer_modes(answerer.rag.config) if mode in ("thorough", "fast")]
-    best = {mode: candidates.best(mode)[0] for mode in modes}
-    answers, thorough = {mode: answerer.text(candidates.tokens[c]) for mode, c in best.items()}, best["thorough"]
-    if closed is not None:
-        answers["closed_book"] = answerer.text(closed.tokens[closed.best("fast")[0]])
-    documents = [
-        {
-            "id": document.id,
-            "title": document.title,
-            "prior": document.prior,
-            "p_answer": float(np.exp(candidates.doc_logp[z, thorough])),
-            "posterior": float(candidates.posterior[z, thorough]),
-        }
-        for z, document in enumerate(answerer.documents(retrieval, b))
-    ]
-    words = answer_words(config.normalization, config.language)
-    scores = {mode: score_answer(answer, question.answers, words) for mode, answer in answers.items()}
-    return {
-        "line": question.line,
-        "id": question.id,
-        "question": question.question,
-        "gold": list(question.answers),
-        "answer": answers["thorough"],
-        "answers": answers,
-        "scores": scores,
-        "p_answer": float(np.exp(candidates.thorough_logp[thorough])),
-        "finished": bool(candidates.finished[thorough]),
-        "gold_nll": gold_nll,
-        "candidates": len(candidates.tokens),
-        "documents": documents,
-    }
-
-
-def _unanswered(question: LeftOut) -> dict[str, Any]:
-    """The line of a question that could not be asked."""
-    return {
-        "line": question.line,
-        "id": question.id,
-        "question": question.question,
-        "gold": list(question.answers),
-        "error": question.reason,
-    }
-
-
-def _scores(predictions: Sequence[dict[str, Any]], missed: int, modes: Sequence[str]) -> dict[str, Any]:
-    """Exact match, its interval, F1 and containment of each mode, in which `missed` questions more count as wrong.
-
-    `equal_as_nothing` counts the exact matches of which nothing is left on either side, as of "A" and "the".
-    """
-    scores: dict[str, Any] = {}
-    for mode in modes:
-        every = [p["scores"][mode] for p in predictions]
-        matches, f1s, contained = (
-            np.array([score[name] for score in every] + [0.0] * missed) for name in ("exact_match", "f1", "contains")
-        )
-        scores[mode] = {
-            "exact_match": _mean(matches),
-            "exact_match_interval": list(bootstrap_interval(matches, seed=0)) if len(matches) else None,
-            "f1": _mean(f1s),
-            "contains": _mean(contained),
-            "equal_as_nothing": sum(score["equal_as_nothing"] for score in every),
-        }
-    return scores
-
-
-def _summarise(predictions: Sequence[dict[str, Any]], missed: int, modes: Sequence[str]) -> dict[str, Any]:
-    summary: dict[str, Any] = {"answered": len(predictions)} | ({"unanswerable": missed} if missed else {})
-    summary |= _scores(predictions, missed, modes)
-    if "fast" in modes:
-        differ = [p for p in predictions if p["answers"]["thorough"] != p["answers"]["fast"]]
-        summary["thorough_and_fast_differ"] = {
-            "questions": len(differ),
-            "thorough_right": int(sum(p["scores"]["thorough"]["exact_match"] for p in differ)),
-            "fast_right": int(sum(p["scores"]["fast"]["exact_match"] for p in differ)),
-        }
-    summary["gold_nll"] = _mean([p["gold_nll"] for p in predictions if p["gold_nll"] is not None])
-    summary["mean_candidates"] = _mean([p["candidates"] for p in predictions])
-    right = np.array([p["scores"]["thorough"]["exact_match"] == 1 for p in predictions])
-    confidence = np.array([p["p_answer"] for p in predictions])
-    summary["calibration_error"] = expected_calibration_error(confidence, right) if predictions else None
-    return summary
-
-
-def _mean(values: Any) -> float | None:
-    return float(np.mean(values)) if len(values) else None

@@ -1,5 +1,6 @@
-"""The configuration: the keys in `keys.py` and `data_keys.py`, YAML in `reading.py`, what follows in `derived.py`."""
+"""The configuration: `keys.py`, `data_keys.py`, `answer_keys.py`; YAML in `reading.py`, the rest in `derived.py`."""
 
+from ragjax.config.answer_keys import Decode, Evaluate
 from ragjax.config.data_keys import Corpus, PassageColumns, QuestionColumns, Questions
 from ragjax.config.derived import (
     answer_modes,
@@ -12,8 +13,6 @@ from ragjax.config.derived import (
 from ragjax.config.keys import (
     ON_DEVICES,
     Config,
-    Decode,
-    Evaluate,
     Generator,
     Index,
     Mesh,

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, Strict
 
 from ragjax.config.reading import NonNegativeFloat, NonNegativeInt, PositiveInt, Section
+
+Mode = Literal["exact", "thorough", "certified", "fast"]
+
+
+def _each_once(modes: tuple[Mode, ...]) -> tuple[Mode, ...]:
+    if not modes or len(set(modes)) < len(modes):
+        raise ValueError("must name a mode, and each once")
+    return modes
 
 
 class Decode(Section):
     """How answers are found."""
 
-    mode: Literal["exact", "thorough", "certified", "fast"] = Field(
+    mode: Mode = Field(
         "thorough",
         description="Prove the best answer of all, score all candidates, prove the best of them, or add up beams.",
     )
@@ -44,6 +52,11 @@ class Evaluate(Section):
     batch_size: PositiveInt = Field(8, description="Questions decoded together.")
     max_questions: PositiveInt | None = Field(None, description="Questions to answer; recall is measured on all.")
     max_untrained_questions: NonNegativeInt | None = Field(None, description="The same before training; 0: none.")
+    modes: Annotated[tuple[Mode, ...], Strict(False), AfterValidator(_each_once)] | None = Field(
+        None,
+        description="The modes to measure and to time, each apart; the first one's answers count. Null: thorough, and "
+        "fast from the same beam searches, untimed.",
+    )
     closed_book: bool = Field(True, description="Measure the generator without documents, too.")
     normalization: Literal["squad", "mlqa", "none"] = Field(
         "squad", description="How answers are made equal before they are compared: as SQuAD, as MLQA, or not at all."

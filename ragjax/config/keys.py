@@ -192,7 +192,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
         problems = _check_corpus(self.corpus) + _check_lengths(self) + _check_search(self) + _check_refresh(self)
-        problems += _check_contrastive(self) + _check_model(self)
+        problems += _check_contrastive(self) + _check_model(self) + _check_modes(self)
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -262,8 +262,6 @@ def _check_lengths(config: Config) -> list[str]:
         problems.append("train.gradient_error_every measures what train.backprop_docs leaves out; set that, too")
     if decode.min_new_tokens >= decode.max_new_tokens:
         problems.append("decode.min_new_tokens must be smaller than decode.max_new_tokens")
-    if decode.mode in ("certified", "exact") and decode.length_penalty != 0:
-        problems.append(f"decode.mode={decode.mode} needs decode.length_penalty=0")
     if decode.start_beams > decode.max_beams:
         problems.append("decode.start_beams must be at most decode.max_beams")
     if decode.prove == "corpus" and config.retriever.prior != "corpus":
@@ -342,7 +340,7 @@ def _check_contrastive(config: Config) -> list[str]:
 
 def _check_model(config: Config) -> list[str]:
     """What only RAG-Sequence can do, and only without Hugging Face's arithmetic."""
-    problems, mode = [], config.decode.mode
+    problems = []
     if config.model == "rag_token":
         for key, value in (("train.backprop_docs", None), ("train.exclude_bos", False)):
             if get_key(config, key) != value:
@@ -355,7 +353,17 @@ def _check_model(config: Config) -> list[str]:
         problems.append("hf_compatible=true reads questions as they are; leave out retriever.question_template")
     if config.hf_compatible and config.retriever.prior == "corpus":
         problems.append("hf_compatible=true normalises over the top k; use retriever.prior=top_k")
-    if mode != "thorough" and (config.hf_compatible or (mode != "exact" and config.model == "rag_token")):
-        also = "" if mode == "exact" else "model=rag_sequence with "
-        problems.append(f"decode.mode={mode} is for {also}hf_compatible=false")
+    return problems
+
+
+def _check_modes(config: Config) -> list[str]:
+    """What the ways to answer need."""
+    named = [("decode.mode", config.decode.mode)] + [("evaluate.modes", mode) for mode in config.evaluate.modes or ()]
+    problems = []
+    for key, mode in named:
+        if mode in ("certified", "exact") and config.decode.length_penalty != 0:
+            problems.append(f"{key}={mode} needs decode.length_penalty=0")
+        if mode != "thorough" and (config.hf_compatible or (mode != "exact" and config.model == "rag_token")):
+            also = "" if mode == "exact" else "model=rag_sequence with "
+            problems.append(f"{key}={mode} is for {also}hf_compatible=false")
     return problems

@@ -24,6 +24,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ragjax.marginal import is_best
 
+LARGE = 4096  # continuations from which on blocks are faster
+BLOCKS = range(32, 513)  # their sizes; between these the time is the same
+
 # (tokens[n,W], step, attention_mask[n,W,T·W], cache) → (log-probabilities of what follows [n,W,V], cache)
 NextLogp = Callable[[Array, Array, Array, Any], tuple[Array, Any]]
 
@@ -239,7 +242,7 @@ def _choose(
     """Of the 2W best continuations those that end are finished and W others go on: log p, parents and tokens."""
     (n, width, vocabulary), longest, step = total.shape, settings.max_new_tokens, state.step
     row = jnp.arange(n)[:, None]
-    best, flat = jax.lax.top_k(total.reshape(n, -1), min(2 * width, width * vocabulary))
+    best, flat = likeliest(total.reshape(n, -1), min(2 * width, width * vocabulary))
     parent, token = flat // vocabulary, flat % vocabulary
     done = _finish(settings, state, parent, token, best)
 
@@ -266,7 +269,7 @@ def _choose_and_bound(
     done = _finish(settings, state, parents, jnp.full_like(parents, settings.eos), ends)
 
     others = jnp.where(jnp.arange(vocabulary) == settings.eos, -jnp.inf, total).reshape(n, -1)
-    best, flat = jax.lax.top_k(others, min(max(width, settings.most_beams) + 1, width * vocabulary))
+    best, flat = likeliest(others, min(max(width, settings.most_beams) + 1, width * vocabulary))
     may_end = step + 1 < settings.max_new_tokens
 
     def after(count: int) -> Array:
@@ -288,6 +291,32 @@ def _choose_and_bound(
     open_ = state.open & ((left > known) | ~(proved | hopeless) | ~may_end)
     changes = {"done": done, "open": open_, "bound": bound}
     return best[:, :width], flat[:, :width] // vocabulary, flat[:, :width] % vocabulary, changes
+
+
+def likeliest(logp: Float[Array, "n M"], count: int) -> tuple[Float[Array, "n {count}"], Int[Array, "n {count}"]]:
+    """As `jax.lax.top_k`, to the bit, in less time where M is large: lower indices win ties.
+
+    Each of the `count` best stands in one of the `count` blocks of the largest maxima: the others come after one entry
+    of each of these. Where the shape has no blocks of a useful size it is `jax.lax.top_k`, which XLA turns into a sort
+    of all M on CPUs if the values are sliced later.
+    """
+    size = next((size for size in BLOCKS if logp.shape[1] % size == 0), 0)
+    if size == 0 or logp.shape[1] < max(LARGE, 4 * count * size):
+        best, index = jax.lax.top_k(logp, count)
+        return best, index
+    return likeliest_by_blocks(logp, count, size)
+
+
+def likeliest_by_blocks(
+    logp: Float[Array, "n M"], count: int, size: int
+) -> tuple[Float[Array, "n {count}"], Int[Array, "n {count}"]]:
+    """As `likeliest`, with blocks of `size`, which divides M; there are at least `count` of them."""
+    n = logp.shape[0]
+    _, blocks = jax.lax.top_k(logp.reshape(n, -1, size).max(axis=2), count)
+    # in their order, so that positions here decide ties as indices do
+    index = (jnp.sort(blocks, axis=1)[..., None] * size + jnp.arange(size)).reshape(n, -1)
+    best, place = jax.lax.top_k(jnp.take_along_axis(logp, index, axis=1), count)
+    return best, jnp.take_along_axis(index, place, axis=1)
 
 
 def _allowed(settings: BeamSettings, logp: Float[Array, "n W V"], step: Int[Array, ""]) -> Float[Array, "n W V"]:

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 from trained import STEPS
 
-from ragjax.answerer import Answerer
 from ragjax.cli import main
 from ragjax.commands import evaluate as evaluate_module
 from ragjax.commands.metrics_table import print_metrics
+from ragjax.commands.predictions import summarise
 from ragjax.data.questions import read_questions
+from ragjax.errors import InputError
 from ragjax.files import write_jsonl
 from ragjax.metrics import exact_match, expected_calibration_error, f1
 from ragjax.parallel.mesh import local_mesh
@@ -245,6 +246,8 @@ def test_questions_of_which_none_could_be_asked(run: Path, tmp_path: Path) -> No
         "f1": 0.0,
         "contains": 0.0,
         "equal_as_nothing": 0,
+        "empty": None,
+        "one_token": None,
     }
     assert measured["answerable"]["thorough"]["exact_match"] is None and measured["gold_nll"] is None
 
@@ -273,12 +276,12 @@ def test_an_evaluation_goes_on_where_it_was_stopped(
     asked = f"questions.test={bad_questions(run, tmp_path)}"
     made, predict, retrieve = [], evaluate_module._predict, evaluate_module.retrieve
 
-    def counted(answerer: Answerer, batch: list[Any]) -> list[dict[str, Any]]:
-        made.append([question.line for question in batch])
+    def counted(*given: Any) -> list[dict[str, Any]]:
+        made.append([question.line for question in given[-1]])
         if len(made) == stop:
             signal.raise_signal(signal.SIGINT)
             time.sleep(1)  # until its handler has run
-        return predict(answerer, batch)
+        return predict(*given)
 
     def searched(*given: Any) -> Any:
         searches.append(1)
@@ -364,3 +367,91 @@ def test_the_table_names_every_measure(run: Path, report: dict[str, Any], capsys
     )
     assert all(name in table for name in (*named, "gold answer", "calibration", "differ", f"trained, step {STEPS}"))
     assert f"{report['models']['trained']['thorough']['exact_match']:.3f}" in table
+
+
+def test_modes_are_measured_apart(
+    run: Path, made: dict[str, list[dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """Exact and thorough, stopped in the second pass: both answer as they do alone, and metrics follow from lines."""
+    asked, predict = list[tuple[Any, ...]](), evaluate_module._predict
+
+    def counted(*given: Any) -> list[dict[str, Any]]:
+        if len(asked) == stop:
+            raise InputError("stopped")
+        asked.append((*given[1], given[-1][0].line))
+        return predict(*given)
+
+    monkeypatch.setattr(evaluate_module, "_predict", counted)
+    settings = [
+        f"questions.test={run.parent / 'letters.jsonl'}",
+        "evaluate.modes=[exact,thorough]",
+        "evaluate.max_untrained_questions=0",
+        "evaluate.max_questions=4",
+        "evaluate.batch_size=2",
+        "evaluate.closed_book=false",
+        "decode.num_beams=2",
+    ]
+    output, stop = tmp_path / "run", 3
+    assert evaluated(run, output, *settings) == 2
+    stop = -1
+    assert evaluated(run, output, *settings) == 0
+    every = [(*mode, line) for mode in (["exact"], ["thorough"], []) for line in (1, 3)]
+    assert asked == every, "what was done is not done again"
+    lines = predictions(output)
+    measured = json.loads((output / "metrics.json").read_text())["models"]["trained"]
+    for line, alone in zip(lines, made["trained"], strict=False):
+        exact, thorough = line["modes"]["exact"], line["modes"]["thorough"]
+        assert line["answers"]["thorough"] == alone["answer"] and line["answer"] == line["answers"]["exact"]
+        np.testing.assert_allclose(thorough["p_answer"], alone["p_answer"], rtol=1e-3)
+        np.testing.assert_allclose(line["gold_nll"], alone["gold_nll"], rtol=1e-3)
+        assert exact["p_answer"] >= thorough["p_answer"] * (1 - 2e-3) and line["p_answer"] == exact["p_answer"]
+        assert 1 <= exact["documents_read"] <= 3 and exact["seconds"] > 0 and "proved" not in thorough
+        np.testing.assert_allclose(exact["p_answer"], sum(d["prior"] * d["p_answer"] for d in line["documents"]), 1e-3)
+    assert measured["exact"]["proved"]["top_k"] == np.mean(
+        [line["modes"]["exact"]["proved"]["top_k"] for line in lines]
+    )
+    for name in ("documents_read", "steps"):
+        assert measured["exact"][name] == np.mean([line["modes"]["exact"][name] for line in lines])
+    for mode in ("exact", "thorough"):
+        seconds = [line["modes"][mode]["seconds"] for line in lines]
+        assert measured[mode]["seconds_per_question"] == pytest.approx(np.median(seconds))
+        assert measured[mode]["one_token"] == np.mean([line["modes"][mode]["tokens"] == 1 for line in lines])
+        assert measured[mode]["empty"] == np.mean([line["answers"][mode] == "" for line in lines])
+    differ = [line for line in lines if line["answers"]["exact"] != line["answers"]["thorough"]]
+    assert measured["exact_and_thorough_differ"]["questions"] == len(differ)
+    table = " ".join(capsys.readouterr().out.split())
+    named = ("exact: exact match", "proved under the top k", "documents read", "seconds a question", "one token")
+    assert all(name in table for name in (*named, "exact and thorough differ")) and "fast" not in table
+
+
+def test_exact_and_thorough_are_compared_where_they_differ() -> None:
+    """By what is right, and by the probabilities of both."""
+    score = {"exact_match": 1.0, "f1": 1.0, "contains": 1.0, "equal_as_nothing": False}
+    wrong = {"exact_match": 0.0, "f1": 0.0, "contains": 0.0, "equal_as_nothing": False}
+    proved = {"proved": {"top_k": True, "corpus": None}, "documents_read": 2, "steps": 3}
+
+    def line(exact: str, thorough: str, p: float, right: bool) -> dict[str, Any]:
+        return {
+            "answers": {"exact": exact, "thorough": thorough},
+            "scores": {"exact": score if right else wrong, "thorough": wrong},
+            "modes": {"exact": {"p_answer": p, "tokens": 1} | proved, "thorough": {"p_answer": 0.25, "tokens": 2}},
+            "p_answer": p,
+            "gold_nll": None,
+            "candidates": 2,
+        }
+
+    made = [line("a", "a", 0.9, False), line("", "b", 0.5, True), line("c", "d", 0.75, False)]
+    measured = summarise(made, 0, ["exact", "thorough"])
+    assert measured["exact_and_thorough_differ"] == {
+        "questions": 2,
+        "exact_right": 1,
+        "thorough_right": 0,
+        "exact_p_answer": 0.625,
+        "thorough_p_answer": 0.25,
+    }
+    assert (measured["exact"]["empty"], measured["exact"]["one_token"], measured["thorough"]["one_token"]) == (
+        1 / 3,
+        1,
+        0,
+    )
+    assert measured["exact"]["proved"] == {"top_k": 1, "corpus": None}

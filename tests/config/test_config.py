@@ -158,6 +158,9 @@ def test_a_configuration_cannot_be_changed(tmp_path: Path) -> None:
         ("decode.start_beams=9", "decode.start_beams must be at most decode.max_beams"),
         ("decode.prove=corpus", "decode.prove=corpus needs retriever.prior=corpus"),
         ("decode.mode=slow", "decode.mode is 'slow'; expected one of exact, thorough, certified, fast"),
+        ("evaluate.modes=[slow]", "evaluate.modes[0] is 'slow'; expected one of exact, thorough, certified, fast"),
+        ("evaluate.modes=[]", "evaluate.modes must name a mode, and each once"),
+        ("evaluate.modes=[fast,fast]", "evaluate.modes must name a mode, and each once"),
         ("model=rag_words", "model is 'rag_words'; expected one of rag_sequence, rag_token"),
         ("decode.min_new_tokens=16", "decode.min_new_tokens must be smaller"),
         (
@@ -450,6 +453,11 @@ def test_the_schema_refuses_what_the_reader_refuses() -> None:
         (["model=rag_token", "train.exclude_bos=true"], r"train\.exclude_bos is for model=rag_sequence"),
         (["model=rag_token", "retriever.prior=corpus"], r"retriever\.prior=corpus is for model=rag_sequence"),
         (["model=rag_token", "decode.mode=fast"], r"decode\.mode=fast is for model=rag_sequence"),
+        (["model=rag_token", "evaluate.modes=[exact,fast]"], r"evaluate\.modes=fast is for model=rag_sequence"),
+        (
+            ["evaluate.modes=[exact]", "decode.length_penalty=1"],
+            r"evaluate\.modes=exact needs decode\.length_penalty=0",
+        ),
         (["hf_compatible=true", "decode.mode=fast"], r"decode\.mode=fast is for .*hf_compatible=false"),
         (["hf_compatible=true", "retriever.prior=corpus"], r"hf_compatible=true normalises over the top k"),
     ],

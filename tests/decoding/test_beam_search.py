@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from flax import struct
 
-from ragjax.decoding.beam_search import Beams, BeamSettings, beam_search
+from ragjax.decoding.beam_search import Beams, BeamSettings, beam_search, likeliest, likeliest_by_blocks
 
 V, T = 4, 4
 EOS, PAD, START = 2, 0, 9
@@ -301,3 +301,29 @@ def test_fewer_answers_than_beams() -> None:
     assert_same(as_lists(found), [plain_search(table, 8, 1) for table in tables])
     assert [len(row) for row in as_lists(found)] == [V, V]
     assert not found.finished[:, 1:].any()
+
+
+@pytest.mark.parametrize("shape", [(400, 24, 6), (3, 20, 1), (2, 3 * 4096, 64), (2, 5 * 4021, 9)], ids=str)
+def test_blocks_find_what_top_k_finds(shape: tuple[int, int, int]) -> None:
+    """To the bit, with ties within and between blocks, and with fewer possible continuations than asked for."""
+    rows, length, count = shape
+    rng = np.random.default_rng(length)
+    logp = rng.normal(size=(rows, length)) * rng.choice([0.0, 1.0, 100.0], size=(rows, 1))
+    logp = -np.abs(np.round(logp)) - 1.0
+    logp = np.where(rng.random((rows, length)) < rng.choice([0.0, 0.5, 1.0], size=(rows, 1)), -np.inf, logp)
+    logp = jnp.asarray(logp, jnp.float32)
+    found = [likeliest(logp, count)] + ([likeliest_by_blocks(logp, count, 4)] if length < 100 else [])
+    for best, index in found:
+        expected, at = jax.lax.top_k(logp, count)
+        np.testing.assert_array_equal(best, expected)
+        np.testing.assert_array_equal(index, at)
+
+
+def test_blocks_are_for_large_vocabularies() -> None:
+    """A gather shows them: BART's and SmolLM2's shapes have them, a tiny one and one of a prime length do not."""
+
+    def gathers(length: int) -> bool:
+        shape = jax.ShapeDtypeStruct((2, length), jnp.float32)
+        return "gather" in str(jax.make_jaxpr(lambda x: likeliest(x, 8))(shape))
+
+    assert [gathers(length) for length in (50265, 4 * 49152, 4 * 64, 50257)] == [True, True, False, False]
