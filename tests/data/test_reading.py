@@ -465,6 +465,12 @@ def test_many_dots_end_one_sentence_and_take_no_time() -> None:
     assert split_words(f"{text} y z", 2) == [f"{text} y", "z"]
 
 
+def test_times_that_python_cannot_hold_are_not_looked_at(tmp_path: Path) -> None:
+    late = pa.array([2**62], pa.timestamp("us"))
+    pq.write_table(pa.table({"id": ["1"], "title": ["A"], "text": ["a"], "fetched": late}), tmp_path / "p.parquet")
+    assert list(CorpusReader([tmp_path / "p.parquet"], Corpus(source="p")).read()) == [Passage("1", "A", "a")]
+
+
 def test_files_without_records_are_told_and_names_given_twice_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"id": "1", "title": "A", "text": "a"}\n')
     (tmp_path / "b.jsonl").write_bytes(b"")

@@ -15,7 +15,7 @@ CURE = "fetch or write it again"
 
 
 def arrow_records(path: Path) -> Iterator[Record]:
-    """The rows of a Parquet or Arrow file, without columns of bytes and of vectors; their numbers are from 1.
+    """The rows of a Parquet or Arrow file, without columns of bytes, times and vectors; their numbers are from 1.
 
     Raises `InputError` for a damaged file, and where pyarrow is not installed.
     """
@@ -57,7 +57,7 @@ def _batches(path: Path) -> Iterator[Any]:
 
 
 def _text_columns(schema: Any) -> list[str]:
-    """All columns but bytes and lists of numbers with a point, which embeddings are."""
+    """All columns but bytes, times, which Python may be unable to hold, and lists of fractions, as embeddings are."""
     from pyarrow import types
 
     def is_vector(kind: Any) -> bool:
@@ -67,7 +67,10 @@ def _text_columns(schema: Any) -> list[str]:
     def is_bytes(kind: Any) -> bool:
         return types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind)
 
-    return [field.name for field in schema if not is_vector(field.type) and not is_bytes(field.type)]
+    def is_text(kind: Any) -> bool:
+        return not (is_vector(kind) or is_bytes(kind) or types.is_temporal(kind))
+
+    return [field.name for field in schema if is_text(field.type)]
 
 
 def _parquet(path: Path) -> Any:
