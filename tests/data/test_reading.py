@@ -465,6 +465,13 @@ def test_many_dots_end_one_sentence_and_take_no_time() -> None:
     assert split_words(f"{text} y z", 2) == [f"{text} y", "z"]
 
 
+def test_numbers_beside_questions_are_no_questions(tmp_path: Path) -> None:
+    """As MS MARCO's queries.tsv: ids, and no answers."""
+    (tmp_path / "q.tsv").write_text("1048585\twhat is it?\n2\twho is he?\n")
+    with pytest.raises(InputError, match=r"it is not clear what they hold; say it by questions\.columns"):
+        read_split(tmp_path / "q.tsv")
+
+
 def test_times_that_python_cannot_hold_are_not_looked_at(tmp_path: Path) -> None:
     late = pa.array([2**62], pa.timestamp("us"))
     pq.write_table(pa.table({"id": ["1"], "title": ["A"], "text": ["a"], "fetched": late}), tmp_path / "p.parquet")

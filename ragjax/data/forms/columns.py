@@ -78,7 +78,7 @@ class Columns:
         if all(re.fullmatch(r"[A-Za-z_]\w*", cell.strip()) for cell in rows[0]):
             names = ", ".join(cell.strip() for cell in rows[0])
             raise InputError(f"{where}: its columns are called {names}, of which none is known; name them by {setting}")
-        if self.kind == "questions" and width == 2:
+        if self.kind == "questions" and width == 2 and not all(row[0].strip().isdigit() for row in rows):
             return {"question": "1", "answers": "2"}
         if self.kind == "corpus" and width in (2, 3):
             columns = list(zip(*rows, strict=True))
