@@ -26,6 +26,7 @@ quickstart: $(VENV)/dev
 test: $(VENV)/dev
 	$(PYTEST) $(TWO_AT_A_TIME)
 	$(PYTEST) $(TWO_AT_A_TIME) --devices 1 $(ANY_DEVICES)
+	$(PYTEST) $(TWO_AT_A_TIME) --devices 2 $(ANY_DEVICES)
 
 # the tests of what differs from main (CHANGED_SINCE=HEAD~1: from another commit)
 test-changed: $(VENV)/dev
@@ -41,7 +42,6 @@ test-other-with: $(VENV)/dev
 
 test-slow: $(VENV)/dev
 	$(PYTEST) -n 2 --dist worksteal -m slow
-	$(PYTEST) $(TWO_AT_A_TIME) --devices 2 $(ANY_DEVICES)
 
 test-torch: $(VENV)/dev
 	$(PIP) -e '.[dev,torch]'
