@@ -25,7 +25,7 @@ import numpy as np
 from jax.experimental.multihost_utils import reached_preemption_sync_point
 from jax.sharding import Mesh
 
-from ragjax.config import Config, reads_corpus
+from ragjax.config import Config, reads_corpus, train_documents
 from ragjax.data.passage_store import PassageStore
 from ragjax.data.question_sampler import QuestionSampler, SampledQuestions
 from ragjax.data.questions import Split
@@ -172,7 +172,7 @@ def load_data(config: Config) -> TrainData:
     split = open_split(config, "train")
     dev_split = open_split(config, "dev") if config.train.dev_questions else None
     rag, index, store = load_artifacts(config)
-    check_k(config.train.num_docs, len(index))
+    check_k(train_documents(config), len(index))
     if newest_step(Path(config.output) / "checkpoints") == 0:
         check_start(rag)
     questions, split = trainable_questions(rag, split)
@@ -258,6 +258,7 @@ def make_step(run: Run) -> Callable[[int, TrainState, Any], tuple[TrainState, di
 def run_steps(run: Run, signals: Signals) -> None:
     """Trains until `train.steps`. Raises `Interrupted` after a signal, once the step is done and saved."""
     train, done = run.rag.config.train, int(run.state.step)
+    documents = train.num_docs if run.builder.contrastive else train_documents(run.rag.config)
     step, nll = make_step(run), make_nll(run.rag)
 
     def epoch(number: int) -> str:
@@ -273,7 +274,7 @@ def run_steps(run: Run, signals: Signals) -> None:
                 run.builder.index = run.refresher.index
                 metrics |= about_index
             run.log(number, metrics)
-            advance(1, f"loss {metrics['loss']:.3f}  recall@{train.num_docs} {metrics['recall']:.2f}")
+            advance(1, f"loss {metrics['loss']:.3f}  recall@{documents} {metrics['recall']:.2f}")
             stop, last = _signal_to_stop(number - done, signals), number == train.steps
             minutes = train.save_minutes
             due = minutes is not None and broadcast_from_process_zero(time.monotonic() - last_save >= 60 * minutes)
