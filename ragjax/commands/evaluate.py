@@ -71,7 +71,7 @@ def evaluate(config: Config) -> dict[str, Any]:
     check_passage_cache(rag, store, mesh)
     trained = restore_params(rag, mesh)
     run_on_process_zero(lambda: make_folder(folder))
-    for line in split.left_out_lines(folder / METRICS):
+    for line in split.notice_lines(folder / METRICS):
         terminal.print(line, soft_wrap=True)
     report: dict[str, Any] = {
         "split": config.evaluate.split,

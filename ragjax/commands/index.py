@@ -129,7 +129,10 @@ def _corpus_files(config: Config) -> DataFiles:
     """The files of the corpus; of the Factbook its folder."""
     source = config.corpus.source
     if config.corpus.format != "factbook":
-        return find_files(source)
+        found = find_files(source)
+        for path in found.left_out[:12]:
+            terminal.print(f"{path}: lies beside BEIR's corpus.jsonl and is left out: no passages", soft_wrap=True)
+        return found
     fetched = fetch(source)
     return DataFiles(source, fetched.revision, (fetched.path,))
 

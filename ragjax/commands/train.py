@@ -196,7 +196,7 @@ def check_settings(rag: RagPipeline, mesh: Mesh, passages: int) -> None:
 def print_questions(data: TrainData, folder: Path) -> None:
     """Prints which questions are left out, and a warning where the steps mean more than `MANY_EPOCHS` epochs."""
     for split in data.splits:
-        for line in split.left_out_lines(folder / LEFT_OUT):
+        for line in split.notice_lines(folder / LEFT_OUT):
             terminal.print(line, soft_wrap=True)
     steps, count = data.rag.config.train.steps, len(data.train.usable.questions)
     if (epochs := data.epochs(steps)) > MANY_EPOCHS:

@@ -55,7 +55,7 @@ def open_split(config: Config, split: str) -> Split:
     check_built(Path(config.index.path))
     source = getattr(config.questions, split)
     check_listed(Path(source))
-    return read_split(source, config.questions.columns).checked(config.questions.strict)
+    return read_split(source, config.questions).checked(config.questions.strict)
 
 
 def load_artifacts(config: Config) -> tuple[RagPipeline, Index, PassageStore]:

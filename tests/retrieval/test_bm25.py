@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from trained import files, refused
-from world import open_world, tiny_config
+from world import LANDS, open_world, tiny_config
 
 from ragjax.answerer import open_answerer
 from ragjax.cli import main
@@ -28,11 +28,15 @@ from ragjax.data.question_batch import tokenize_questions
 from ragjax.data.questions import read_questions
 from ragjax.errors import InputError
 from ragjax.metrics import normalized_words
+from ragjax.parallel.mesh import make_mesh
+from ragjax.parallel.sharding import put_global, replicated
 from ragjax.retrieval.bm25 import BM25, Bm25Index, build_bm25, open_bm25
 from ragjax.retrieval.index import Index
-from ragjax.retrieval.retrieve import mass_outside, retrieve
+from ragjax.retrieval.retrieve import encode_questions, mass_outside, retrieve
 from ragjax.runs.restore import load_artifacts
+from ragjax.training.batch import ContrastiveBatch, TrainBatch
 from ragjax.training.contrastive import choose_passages
+from ragjax.training.data_loader import BatchBuilder
 
 K1, B = 0.9, 0.4
 WORDS = "oslo rome bern the a of who river north south 東 京 1,100 don't".split()
@@ -111,7 +115,9 @@ def words_index(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def hybrid(world: Path, index: Path, output: Path, **more: object) -> Config:
-    return tiny_config(world, index__path=str(index), output=str(output), **({"retriever__bm25_docs": 3} | more))
+    """Two documents of the encoder and one of BM25: programs for three are compiled for other tests, too."""
+    settings = {"retriever__bm25_docs": 1, "train__num_docs": 2, "decode__num_docs": 2} | more
+    return tiny_config(world, index__path=str(index), output=str(output), **settings)
 
 
 def oracle(index: Index, queries: np.ndarray, passages: list[str], texts: list[str], k: int, m: int) -> list[list[int]]:
@@ -127,9 +133,13 @@ def oracle(index: Index, queries: np.ndarray, passages: list[str], texts: list[s
 
 @pytest.mark.parametrize("prior", ["top_k", "corpus"])
 def test_documents_and_prior_are_brute_force(world: Path, words_index: Path, tmp_path: Path, prior: str) -> None:
-    config = hybrid(world, words_index, tmp_path, retriever__prior=prior)
+    config = hybrid(world, words_index, tmp_path, retriever__prior=prior, retriever__bm25_docs=3)
     rag, index, store = load_artifacts(config)
-    texts = [question.question for question in read_questions(world / "dev.jsonl")] + ["Its capital?", "zzz"]
+    texts = [question.question for question in read_questions(world / "dev.jsonl")] + [
+        "Its capital?",
+        "zzz",
+        *LANDS[:9],
+    ]
     whole = [f"{p.title} {p.text}" for p in store]
     found = retrieve(rag, rag.initial_params(), index, tokenize_questions(rag.tokenizers, texts), 4, texts=texts)
     expected = oracle(index, found.queries, whole, texts, 4, 3)
@@ -161,41 +171,55 @@ def test_it_is_evaluated_and_answered(world: Path, words_index: Path, tmp_path: 
     config = hybrid(world, words_index, tmp_path, evaluate__max_questions=2, evaluate__closed_book=False)
     report = evaluate(config)["models"]["untrained"]
     answerer = open_answerer(config)
-    store, params = answerer.store, answerer.params
-    questions = read_questions(world / "test.jsonl")
+    store, questions = answerer.store, read_questions(world / "test.jsonl")
     texts = [question.question for question in questions]
-    batch = tokenize_questions(answerer.rag.tokenizers, texts)
-    queries = retrieve(answerer.rag, params, answerer.index, batch, 1).queries
+    tokens = tokenize_questions(answerer.rag.tokenizers, texts)
+    queries = retrieve(answerer.rag, answerer.params, answerer.index, tokens, 3).queries
     whole = [f"{p.title} {p.text}" for p in store]
-    dense, both = (oracle(answerer.index, queries, whole, texts, 3, m) for m in (0, 3))
-    words = oracle(answerer.index, queries, whole, texts, 0, 6)
+    dense, both, words = (oracle(answerer.index, queries, whole, texts, *of) for of in ((3, 0), (2, 1), (0, 5)))
 
     def recall(documents: list[list[int]], at: int) -> float:
         pairs = zip(questions, documents, strict=True)
         return sum(any(q.answers[0] in store[i].text for i in of[:at]) for q, of in pairs) / len(questions)
 
-    assert report["recall@3"] == recall(dense, 3) and report["hybrid_recall@6"] == recall(both, 6) == 1
-    for at in (1, 3, 5, 6):
+    assert report["recall@3"] == recall(dense, 3) < report["hybrid_recall@3"] == recall(both, 3) == 1
+    for at in (1, 2, 3, 5):
         assert report[f"bm25_recall@{at}"] == recall(words, at) == 1, "the land's name is in its passage alone"
-    lines = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
-    [answer] = answerer.answer(texts[0])
-    for documents in (lines[0]["documents"], [vars(d) for d in answer.documents]):
-        assert {d["id"] for d in documents} == {f"p{i}" for i in both[0]} and len(documents) == len(both[0])
-        assert sum(d["prior"] for d in documents) == pytest.approx(1, abs=1e-5)
-    capsys.readouterr()
+    line = json.loads((tmp_path / "predictions.jsonl").read_text().splitlines()[0])
+    answers = answerer.answer(texts[:2])
+    for documents in (line["documents"], [vars(document) for document in answers[0].documents]):
+        assert {document["id"] for document in documents} == {f"p{i}" for i in both[0]} and len(documents) == 3
+        assert sum(document["prior"] for document in documents) == pytest.approx(1, abs=1e-5)
     print_metrics(json.loads((tmp_path / "metrics.json").read_text()), as_json=False)
-    assert "BM25 alone: recall@6 (all questions)" in (shown := capsys.readouterr().out)
-    assert "with BM25's documents: recall@6 (all questions)" in shown
+    shown = capsys.readouterr().out
+    assert "BM25 alone: recall@3 (all questions)" in shown
+    assert "with BM25's documents: recall@3 (all questions)" in shown
 
 
-def test_training_reads_them_and_goes_on(world: Path, words_index: Path, tmp_path: Path) -> None:
-    """The first step's loss is that of the K documents by hand; FAISS looks ahead and finds the same ones."""
-    settings = {"train__steps": 1, "train__batch_size": 2, "train__num_docs": 2, "retriever__bm25_docs": 1}
-    run = train(hybrid(world, words_index, tmp_path / "run", **settings))
-    logged = json.loads((run / "train.jsonl").read_text().splitlines()[0])
-    assert logged["recall"] == 1, "BM25's best is the right one"
-    again = train(hybrid(world, words_index, tmp_path / "run", **(settings | {"train__steps": 2})))
-    assert len((again / "train.jsonl").read_text().splitlines()) == 2
+@pytest.mark.parametrize("kind", ["exact", "Flat"])
+def test_training_reads_them(world: Path, words_index: Path, tmp_path: Path, kind: str) -> None:
+    """The documents of a batch are the oracle's; FAISS looks ahead and finds the same ones."""
+    folder = words_index if kind == "exact" else tmp_path / "index"
+    config = hybrid(world, folder, tmp_path / "run", index__kind=kind, train__steps=2)
+    if kind == "Flat":
+        build_index(config := config.replace(train=config.train.replace(prefetch_retrieval=True)))
+    rag, index, store = load_artifacts(config)
+    builder = BatchBuilder(rag, index, store, make_mesh(), {})
+    pairs = [(question, question.answers[0]) for question in read_questions(world / "train.jsonl")[:8]]
+    tokens = builder.tokenize(pairs)
+    params = put_global(rag.initial_params(), replicated(builder.mesh))
+    ids = builder.search(params, pairs, tokens)
+    queries = encode_questions(rag, params, tokens, builder.mesh)
+    whole = [f"{p.title} {p.text}" for p in store]
+    expected = oracle(index, queries, whole, [question.question for question, _ in pairs], 2, 1)
+    assert np.sort(ids).tolist() == [sorted(documents) for documents in expected]
+    batch, metrics, _ = builder.attach(pairs, tokens, ids)
+    assert isinstance(batch, TrainBatch) and batch.passage_embeddings.shape[1] == 3 and metrics["recall"] == 1
+    if kind == "Flat":
+        assert np.array_equal(builder.search_host(queries, pairs), ids)
+        run = train(config)
+        logged = [json.loads(line) for line in (run / "train.jsonl").read_text().splitlines()]
+        assert [line["recall"] for line in logged] == [1, 1]
 
 
 def test_negatives_of_contrastive_training(world: Path) -> None:
@@ -213,10 +237,22 @@ def test_negatives_of_contrastive_training(world: Path) -> None:
     assert choose([4, 7], [4, 6, 5], (0, 1)) == [4, 6], "as DPR: one of BM25's alone"
 
 
-def test_contrastive_training_with_them(world: Path, words_index: Path, tmp_path: Path) -> None:
-    contrastive = {"train__objective": "contrastive", "train__num_docs": 1, "retriever__bm25_docs": 1}
-    run = train(hybrid(world, words_index, tmp_path, train__steps=1, train__batch_size=2, **contrastive))
-    assert json.loads((run / "train.jsonl").read_text().splitlines()[0])["without_positive"] == 0
+def test_a_contrastive_batch_has_them(world: Path, words_index: Path, tmp_path: Path) -> None:
+    config = hybrid(world, words_index, tmp_path, train__objective="contrastive", train__mined_negatives=6)
+    rag, index, store = load_artifacts(config)
+    builder = BatchBuilder(rag, index, store, make_mesh(), {})
+    pairs = [(question, question.answers[0]) for question in read_questions(world / "train.jsonl")[:8]]
+    params = put_global({"retriever": rag.retriever.load_params()}, replicated(builder.mesh))
+    batch, _, _ = builder.load(params, pairs)
+    assert isinstance(batch, ContrastiveBatch) and batch.passage_embeddings.shape[1] == 3
+    assert np.asarray(batch.has_positive).all(), "BM25 finds what the encoder does not"
+    bm25 = [brute_force([f"{p.title} {p.text}" for p in store], question.question) for question, _ in pairs]
+    for b, (question, _) in enumerate(pairs):
+        last = np.asarray(batch.passage_embeddings)[b, 2]
+        [chosen] = np.flatnonzero((np.asarray(index.embeddings) == last).all(axis=1))
+        wrong = [i for i, p in enumerate(store) if question.answers[0] not in p.text]
+        ranked = sorted(wrong, key=lambda i: (-np.float32(bm25[b][i]), i))
+        assert chosen in ranked[:2], "the best but for the encoder's own negative"
 
 
 # -- on disk
