@@ -254,6 +254,15 @@ def test_model_safetensors_alone_counts(family: str, checkpoint: Path, tmp_path:
     assert weight_files(tmp_path) == [tmp_path / "consolidated.safetensors"]
 
 
+def test_a_pointer_of_git_lfs_is_told(family: str, checkpoint: Path, tmp_path: Path) -> None:
+    write(tmp_path, config_of(checkpoint), {})
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 12\n")
+    with pytest.raises(
+        InputError, match=r"model.safetensors: is a pointer of Git LFS and not the file itself; run: git"
+    ):
+        OPEN[family](tmp_path)
+
+
 def test_an_index_beside_another_whole_file_is_refused(family: str, checkpoint: Path, tmp_path: Path) -> None:
     tensors = load_file(checkpoint / "model.safetensors")
     write(tmp_path, config_of(checkpoint), tensors)

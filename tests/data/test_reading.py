@@ -155,6 +155,38 @@ def test_other_forms_of_a_corpus(tmp_path: Path) -> None:
     )
 
 
+ODD = {
+    "nul.tsv": (table("id\ttext\ttitle", "1\tPa\x00ris.\tFrance"), ("1", "France", "Pa\x00ris.")),
+    "no_id.tsv": (table("title\ttext", "France\tParis."), ("1", "France", "Paris.")),
+    "no_title.tsv": (table("id\ttext\ttitle", "1\tParis.\t"), ("1", "", "Paris.")),
+    "packed.tsv": (gzip.compress(table("id\ttext", "1\tCafé.")), ("1", "", "Café.")),
+    "long.tsv": (table("id\ttext", f"1\t{'word ' * 40_000}"), ("1", "", "word " * 40_000)),
+    "joined.jsonl": (b'{"id":"1","text":"x"}{"id":"2","text":"y"}\n', ("1", "", "x"), ("2", "", "y")),
+    "escapes.jsonl": (b'{"id": "1", "title": "a\\u0000b", "text": "\\u2028x"}\n', ("1", "a\x00b", "\u2028x")),
+    "wiki_dpr.jsonl": (lines({"id": "1", "text": "x", "title": "A", "embeddings": [0.1, 0.2]}), ("1", "A", "x")),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_files_are_read(tmp_path: Path, name: str) -> None:
+    content, *expected = ODD[name]
+    assert texts(content, tmp_path / name) == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (lines({"id": 1.0, "text": "x"}), r"c:1: empty or missing \"id\"; expected a text or a whole number"),
+        (b'{"id": "1", "title": NaN, "text": "x"}\n', r'c:1: "title" must be a text'),
+        (table("id\ttext\ttitle", "1\tline one", "line two\tTwo"), r"c:2: expected 3 .* found 2; a line break within"),
+        (table("id\ttext\ttitle"), r"c: the corpus holds no passages"),
+    ],
+)
+def test_odd_files_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        texts(content, tmp_path / "c")
+
+
 def test_what_is_recognised_is_told(tmp_path: Path) -> None:
     def notices(content: bytes, **settings: Any) -> list[str]:
         corpus = opened(tmp_path / "c", content, **settings)
@@ -587,6 +619,20 @@ def test_questions_of_several_files_have_numbers_of_their_own(tmp_path: Path) ->
     before = split.fingerprint
     fill(folder, b_jsonl=lines({"question": "how?", "answer": "b"}))
     assert read_split(str(folder)).fingerprint != before
+
+
+def test_odd_questions(tmp_path: Path) -> None:
+    path, qa = tmp_path / "q.jsonl", {"question": "who?", "answer": ["a"]}
+    path.write_bytes(lines(qa, qa, qa | {"id": "7"}, {"question": "who?\nreally", "answer": ["a\nb", " a "]}))
+    assert [(q.question, q.answers, q.id) for q in read_questions(path)] == [
+        ("who?", ("a",), "1"),
+        ("who?", ("a",), "2"),
+        ("who?", ("a",), "7"),
+        ("who?\nreally", ("a\nb", " a "), "4"),
+    ]
+    path.write_bytes(lines(qa, qa | {"answer": []}))  # as SQuAD 2 has them
+    split = read_split(path)
+    assert len(split.questions) == 1 and "empty or missing" in str(split.left_out[0])
 
 
 def test_questions_without_answers_name_their_keys(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from ragjax.data.reading.json_records import has_lines, json_records
 from ragjax.data.reading.record import Record
 from ragjax.data.reading.tables import is_table_name, table_records
 from ragjax.errors import InputError
+from ragjax.files import LFS
 
-LFS = b"version https://git-lfs"
 FileKind = Literal["json", "table", "arrow"]
 
 

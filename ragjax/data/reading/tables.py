@@ -38,10 +38,10 @@ def table_records(
             names = [str(place) for place in range(1, len(row) + 1)]
         if len(row) < len(names) or any(row[len(names) :]):
             listed = ", ".join(names[:12])
-            raise InputError(
-                f"{path}:{number}: expected {len(names)} columns ({listed}), found {len(row)}; a tab or comma within a "
-                "column must be in quotes"
-            )
+            cause = "a tab or comma within a column must be in quotes"
+            if len(row) < len(names):
+                cause = f"a line break within a column must be in quotes, and {section}.quoting=multiline"
+            raise InputError(f"{path}:{number}: expected {len(names)} columns ({listed}), found {len(row)}; {cause}")
         yield Record(number, dict(zip(names, row, strict=False)))
 
 
