@@ -39,8 +39,8 @@ WORDS = 1  # changes with what a word is
 class Bm25Index:
     """The words of N passages, memory-mapped."""
 
-    def __init__(self, engine: Any) -> None:
-        self._engine = engine
+    def __init__(self, engine: Any, folder: Path) -> None:
+        self._engine, self._folder = engine, folder
 
     def search(
         self, questions: Sequence[str], count: int
@@ -55,7 +55,7 @@ class Bm25Index:
             numbers = [self._engine.vocab_dict.get(word) for word in normalized_words(question).split()]
             if not (known := [number for number in numbers if number is not None]):
                 continue
-            with library_errors("the index's BM25 cannot be read", f"it may be damaged; {MEND}"):
+            with library_errors(f"{self._folder}: is damaged", MEND):
                 every = self._engine.get_scores_from_ids(known)
             found = np.flatnonzero(every > 0)
             if len(found) > count:  # and all that tie with the last one
@@ -122,7 +122,7 @@ def open_bm25(folder: Path, passages: str, count: int) -> Bm25Index:
         sizes = engine.scores["num_docs"], len(starts), len(data), len(indices)
         if sizes != (count, len(engine.vocab_dict) + 1, starts[-1], starts[-1]):
             raise ValueError("its sizes disagree")
-    return Bm25Index(engine)
+    return Bm25Index(engine, target)
 
 
 def _build(store: PassageStore) -> Any:
