@@ -1,4 +1,4 @@
-"""Answers and words of a real multilingual question set: ChatterBot's corpus, questions with answers in ten languages."""
+"""Answers and words of a real multilingual question set: ChatterBot's corpus, questions and answers in ten languages."""
 
 from __future__ import annotations
 
@@ -60,17 +60,14 @@ def test_answers_and_words_of_real_questions(tmp_path: Path, monkeypatch: pytest
         recall = np.mean([asked[i] == question for i, question in zip(first, asked, strict=True)])
         plain = [ANY_PUNCTUATION.sub("", answer[-1:]) for _, answer in of]
         predicted = [answer[:-1] + last for (_, answer), last in zip(of, plain, strict=True)]
-        equal = {
-            by: np.mean(
-                [exact_match(p, [a], answer_words(by, LANGUAGES[language])) for p, (_, a) in zip(predicted, of)]
-            )
-            for by in ("squad", "mlqa")
-        }
+        together = list(zip(predicted, [answer for _, answer in of], strict=True))
+        equal = {}
+        for by in ("squad", "mlqa"):
+            words = answer_words(by, LANGUAGES[language])
+            equal[by] = np.mean([exact_match(one, [other], words) for one, other in together])
         contained = np.mean([contains_answer(passages[i].text, [answer]) for i, (_, answer) in enumerate(of)])
-        print(
-            f"{language:20}{len(of):5}{recall:8.3f}{contained:8.3f}{equal['squad']:8.3f}{equal['mlqa']:8.3f}",
-            file=sys.stderr,
-        )
+        measured = recall, contained, equal["squad"], equal["mlqa"]
+        print(f"{language:20}{len(of):5}", *(f"{number:8.3f}" for number in measured), file=sys.stderr)
         assert contained == equal["mlqa"] == 1
         assert equal["squad"] < 0.95 or language not in UNSPACED, "SQuAD's rules leave 。 where it is"
         assert recall > 0.85
