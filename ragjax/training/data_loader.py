@@ -177,11 +177,11 @@ class BatchBuilder:
 
     def _choose(self, questions: Sequence[Question], ids: Int[np.ndarray, "n M"], count: int) -> Int[np.ndarray, "C K"]:
         """The passages that each of all C = `count` questions brings: they count for every question."""
-        negatives = self.rag.config.train.num_docs - 1, self.rag.config.retriever.bm25_docs
+        negatives, more = self.rag.config.train.num_docs - 1, self.rag.config.retriever.bm25_docs
 
         def choose(question: Question, row: Int[np.ndarray, " M"]) -> Int[np.ndarray, " K"]:
-            rankings = zip((row[: self.depth], row[self.depth :]), negatives, strict=True)
-            return choose_passages(self.store, question, list(rankings), self.positions)
+            rankings = [(row[: self.depth], negatives), *([(row[self.depth :], more)] if more else [])]
+            return choose_passages(self.store, question, rankings, self.positions)
 
         own = [choose(question, row) for question, row in zip(questions, ids, strict=True)]
         return allgather_rows(self.mesh, np.stack(own), count)

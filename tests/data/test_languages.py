@@ -1,4 +1,4 @@
-"""Answers and words of a real multilingual question set: ChatterBot's corpus, questions and answers in ten languages."""
+"""Answers and words of a real multilingual question set: ChatterBot's corpus, in ten languages."""
 
 from __future__ import annotations
 
