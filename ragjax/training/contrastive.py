@@ -59,7 +59,7 @@ def label_positions(store: PassageStore, questions: Sequence[Question]) -> dict[
 def choose_passages(
     store: PassageStore,
     question: Question,
-    rankings: Sequence[tuple[Int[np.ndarray, " M"], int]],
+    rankings: Sequence[tuple[Int[np.ndarray, " _"], int]],
     positions: dict[str, int],
 ) -> Int[np.ndarray, " K"]:
     """The positive, -1 where there is none, and the negatives, from passages that were retrieved.

@@ -72,7 +72,7 @@ def dpr(folder: Path, passages: list[Record]) -> str:
 
 
 def dpr_without_header(folder: Path, passages: list[Record]) -> str:
-    return table(folder / "psgs.tsv", *((p["title"], p["text"], p["id"]) for p in passages))
+    return table(folder / "psgs.tsv", *((p["id"], p["title"], p["text"]) for p in passages))
 
 
 def wiki_dpr(folder: Path, passages: list[Record]) -> str:
@@ -172,7 +172,7 @@ def test_a_published_form_goes_all_the_way(
     )
     source = questions(tmp_path, asked)
     settings = [f"corpus.source={passages(tmp_path, given)}", *(f"questions.{of}={source}" for of in ("train", "test"))]
-    settings += [f"output={tmp_path / 'run'}", f"index.path={tmp_path / 'index'}", "train.steps=1"]
+    settings += [f"output={tmp_path / 'run'}", f"index.path={tmp_path / 'index'}", "train.steps=1", "train.num_docs=2"]
     settings += ["evaluate.max_questions=2", "evaluate.max_untrained_questions=0", "evaluate.closed_book=false"]
     config = str(world / "config.yaml")
     assert main(["index", config, *settings]) == 0
