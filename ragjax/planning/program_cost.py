@@ -62,8 +62,9 @@ def bytes_each(tree: Any) -> int:
 def matmul_flops(jaxpr: Jaxpr) -> int:
     """Floating-point operations of a program's matrix products and convolutions, 2 each multiplication, on all devices.
 
-    A `scan` counts as often as it runs, the dearest branch of a `cond` once, the body of a `while` once (its number of
-    turns is not in the program). What a backward pass recomputes is counted again.
+    A `scan` counts as often as it runs, the body of a `shard_map` as often as devices run it, the dearest branch of a
+    `cond` once, the body of a `while` once (its number of turns is not in the program). What a backward pass recomputes
+    is counted again.
     """
     total = 0
     for equation in jaxpr.eqns:
@@ -78,7 +79,10 @@ def matmul_flops(jaxpr: Jaxpr) -> int:
             total += 2 * made[0].size * read[1].size // read[1].shape[features]
         else:
             inside = [matmul_flops(inner) for inner in _jaxprs(equation.params.values())] or [0]
-            total += max(inside) if name == "cond" else sum(inside) * equation.params.get("length", 1)
+            times = equation.params.get("length", 1)
+            if name == "shard_map":  # its body is what one device does
+                times = math.prod(equation.params["mesh"].shape[axis] for axis in equation.params["newly_manual_axes"])
+            total += max(inside) if name == "cond" else sum(inside) * times
     return total
 
 

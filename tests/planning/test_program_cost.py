@@ -37,6 +37,12 @@ def flops(function: Callable[..., Any], *arguments: Any) -> int:
     return matmul_flops(jax.jit(function).trace(*arguments).jaxpr.jaxpr)
 
 
+def by_rows(of_device: Callable[..., Any]) -> Callable[..., Any]:
+    """Each of four devices has a quarter of the rows."""
+    mesh, rows = make_mesh(2), PartitionSpec("data")
+    return jax.shard_map(of_device, mesh=mesh, axis_names={"data"}, in_specs=rows, out_specs=PartitionSpec(), check_vma=False)
+
+
 def both_gradients(remat: bool) -> Callable[..., Any]:
     return jax.grad(lambda x, w: layers(x, w, remat), argnums=(0, 1))
 
@@ -53,6 +59,7 @@ def both_gradients(remat: bool) -> Callable[..., Any]:
         (lambda x, w: jnp.einsum("BD,LDE->LBE", x, w), L),
         (lambda x, w: jax.lax.conv(x[None, None], w[0][None, None], (1, 1), "SAME"), D),  # each element: D·D times
         (lambda x, w: x + 1, 0),
+        (lambda x, w: by_rows(lambda x: layers(x, w))(x), L),
     ],
 )
 def test_matrix_products_are_counted_as_often_as_they_run(function: Callable[..., Any], products: int) -> None:
@@ -159,7 +166,7 @@ def test_other_channels_count_apart_and_loops_say_how_often() -> None:
 
 
 def test_bytes_of_a_part() -> None:
-    mesh = make_mesh(2)
+    mesh, rows = make_mesh(2), PartitionSpec("data")
     at = NamedSharding(mesh, PartitionSpec("model", "data"))
     tree = {"split": jax.ShapeDtypeStruct((4, 8), jnp.bfloat16, sharding=at), "whole": jnp.zeros(3)}
     assert bytes_each(tree) == 4 * 8 * 2 // 8 + 12
