@@ -165,6 +165,14 @@ def test_other_channels_count_apart_and_loops_say_how_often() -> None:
     assert bytes_sent(apart.replace("OPERATION", "f32[8] all-reduce(%p), channel_id=1")) == {"all-reduce": 12 * 56 + 28}
 
 
+def test_what_shares_a_channel_is_counted_as_often_as_it_stands_in_a_computation() -> None:
+    """As `jax.shard_map` writes what it sums: of other shapes or of one, all in channel 1."""
+    line = "  ROOT %g = OPERATION\n"
+    more = "".join(f"  %{n} = f32[{n}] all-reduce(%p), channel_id=1\n" for n in (8, 16))
+    hlo = HLO.replace(line, more + line).replace("OPERATION", "f32[8] all-reduce(%p), channel_id=1")
+    assert bytes_sent(hlo) == {"all-reduce": 12 * (56 + 56 + 112)}
+
+
 def test_bytes_of_a_part() -> None:
     mesh, rows = make_mesh(2), PartitionSpec("data")
     at = NamedSharding(mesh, PartitionSpec("model", "data"))
