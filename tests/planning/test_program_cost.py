@@ -39,8 +39,8 @@ def flops(function: Callable[..., Any], *arguments: Any) -> int:
 
 def by_rows(of_device: Callable[..., Any]) -> Callable[..., Any]:
     """Each of four devices has a quarter of the rows."""
-    mesh, rows = make_mesh(2), PartitionSpec("data")
-    return jax.shard_map(of_device, mesh=mesh, axis_names={"data"}, in_specs=rows, out_specs=PartitionSpec(), check_vma=False)
+    specs = {"in_specs": PartitionSpec("data"), "out_specs": PartitionSpec()}
+    return jax.shard_map(of_device, mesh=make_mesh(2), axis_names={"data"}, check_vma=False, **specs)
 
 
 def both_gradients(remat: bool) -> Callable[..., Any]:
@@ -174,7 +174,7 @@ def test_what_shares_a_channel_is_counted_as_often_as_it_stands_in_a_computation
 
 
 def test_bytes_of_a_part() -> None:
-    mesh, rows = make_mesh(2), PartitionSpec("data")
+    mesh = make_mesh(2)
     at = NamedSharding(mesh, PartitionSpec("model", "data"))
     tree = {"split": jax.ShapeDtypeStruct((4, 8), jnp.bfloat16, sharding=at), "whole": jnp.zeros(3)}
     assert bytes_each(tree) == 4 * 8 * 2 // 8 + 12
