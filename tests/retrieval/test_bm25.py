@@ -168,7 +168,8 @@ def test_documents_and_prior_are_brute_force(world: Path, words_index: Path, tmp
 
 
 def test_it_is_evaluated_and_answered(world: Path, words_index: Path, tmp_path: Path, capsys: Any) -> None:
-    config = hybrid(world, words_index, tmp_path, evaluate__max_questions=2, evaluate__closed_book=False)
+    fast = {"evaluate__modes": ["fast"], "evaluate__closed_book": False, "decode__mode": "fast"}
+    config = hybrid(world, words_index, tmp_path, evaluate__max_questions=2, **fast)
     report = evaluate(config)["models"]["untrained"]
     answerer = open_answerer(config)
     store, questions = answerer.store, read_questions(world / "test.jsonl")
