@@ -155,7 +155,7 @@ def test_other_forms_of_a_corpus(tmp_path: Path) -> None:
     )
 
 
-ODD = {
+ODD: dict[str, tuple[Any, ...]] = {
     "nul.tsv": (table("id\ttext\ttitle", "1\tPa\x00ris.\tFrance"), ("1", "France", "Pa\x00ris.")),
     "no_id.tsv": (table("title\ttext", "France\tParis."), ("1", "France", "Paris.")),
     "no_title.tsv": (table("id\ttext\ttitle", "1\tParis.\t"), ("1", "", "Paris.")),
