@@ -73,6 +73,8 @@ def weight_files(checkpoint: Path) -> list[Path]:
     if len(files) > 1:
         names = ", ".join(file.name for file in files[:8]) + (", …" if len(files) > 8 else "")
         raise InputError(f"{checkpoint}: has {names}, but no {index.name} that says which count; fetch it, too")
+    if files[0].name.startswith("adapter_"):
+        raise InputError(f"{files[0]}: is an adapter without its model; merge it first (merge_and_unload of peft)")
     return files
 
 

@@ -249,7 +249,11 @@ def test_model_safetensors_alone_counts(family: str, checkpoint: Path, tmp_path:
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(InputError, match=r"has adapter_model\.safetensors, con.* but no model\.safetensors\.index"):
         OPEN[family](tmp_path)
-    for name in ("model_old", "model.fp16", "adapter_model"):
+    (adapter := tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter_model.safetensors").rename(adapter / "adapter_model.safetensors")
+    with pytest.raises(InputError, match=r"adapter_model.safetensors: is an adapter without its model; merge it first"):
+        weight_files(adapter)
+    for name in ("model_old", "model.fp16"):
         (tmp_path / f"{name}.safetensors").unlink()
     assert weight_files(tmp_path) == [tmp_path / "consolidated.safetensors"]
 

@@ -179,6 +179,8 @@ def test_a_published_form_goes_all_the_way(
     config, trained = str(world / "config.yaml"), passages in (flashrag, wiki_dpr)
     settings += ["evaluate.max_untrained_questions=0"] if trained else []
     assert main(["index", config, *settings]) == 0
+    left_out = "queries.jsonl: lies beside BEIR's corpus.jsonl and is left out: no passages"
+    assert (left_out in capsys.readouterr().err) == (passages is beir)
     kept = [vars(passage) for passage in PassageStore.open(tmp_path / "index")]
     if passages is ms_marco:
         given = [{"id": p["id"], "title": "", "text": f"{p['title']}: {p['text']}"} for p in given]
