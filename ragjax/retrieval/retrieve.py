@@ -105,11 +105,12 @@ def retrieve(
 
     `texts` are the questions as they were asked: with them `retriever.bm25_docs` are added.
     """
+    mesh = mesh or local_mesh(data=1)
     queries, scores, ids = search(rag, params, index, questions, k, mesh)
     if texts is not None and (more := rag.config.retriever.bm25_docs):
-        rows = local_rows(mesh or local_mesh(data=1), len(texts))
+        rows = local_rows(mesh, len(texts))
         own = add_bm25(index, queries[rows], scores[rows], ids[rows], [texts[row] for row in rows], more)
-        scores, ids = allgather_rows(mesh or local_mesh(data=1), own, len(texts))
+        scores, ids = allgather_rows(mesh, own, len(texts))
     scale, valid = rag.config.retriever.logit_scale, jnp.asarray(ids >= 0)
     if rag.config.retriever.prior == "corpus":
         normalizer = index.log_normalizer(queries, scale, mesh)
