@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, Int
@@ -26,10 +27,10 @@ from ragjax.data.question_batch import (
 from ragjax.data.question_sampler import QuestionSampler, SampledQuestions, UsableAnswers, usable_answers
 from ragjax.data.questions import Question, Split
 from ragjax.models.layers import Params
-from ragjax.parallel.sharding import allgather_rows, local_rows, shard_batch
+from ragjax.parallel.sharding import allgather_rows, gather_to_host, local_rows, shard_batch
 from ragjax.rag import RagPipeline
 from ragjax.retrieval.index import Index
-from ragjax.retrieval.retrieve import add_bm25, encode_questions, search
+from ragjax.retrieval.retrieve import add_bm25, begin_encoding, encode_questions, search
 from ragjax.terminal import terminal
 from ragjax.training.batch import DocumentBatch, TrainBatch, attach_documents, widen, widths
 from ragjax.training.contrastive import attach_passages, choose_passages
@@ -123,12 +124,25 @@ class BatchBuilder:
 
     def search(self, params: Params, pairs: Sequence[Pair], questions: QuestionBatch) -> Int[np.ndarray, "B M"]:
         """The M documents of each question, in every process: `depth` and what `add_bm25` adds."""
-        queries, scores, ids = search(self.rag, params, self.index, questions, self.depth, self.mesh)
+        return self.complete(*search(self.rag, params, self.index, questions, self.depth, self.mesh), pairs)
+
+    def complete(
+        self,
+        queries: Float[np.ndarray, "B D"],
+        scores: Float[np.ndarray, "B k"],
+        ids: Int[np.ndarray, "B k"],
+        pairs: Sequence[Pair],
+    ) -> Int[np.ndarray, "B M"]:
+        """The M documents of each question of which k were found; every process has all, before and after."""
         if not self.rag.config.retriever.bm25_docs:
             return ids
-        rows = local_rows(self.mesh, len(pairs))
+        rows = self.rows(pairs)
         own = self.add_bm25(queries[rows], scores[rows], ids[rows], [pairs[i] for i in rows])
         return allgather_rows(self.mesh, own, len(pairs))
+
+    def rows(self, pairs: Sequence[Pair]) -> Int[np.ndarray, " n"]:
+        """Which of these questions are on this process's devices."""
+        return local_rows(self.mesh, len(pairs))
 
     def search_host(self, queries: Float[np.ndarray, "n D"], pairs: Sequence[Pair]) -> Int[np.ndarray, "n M"]:
         """As `search`, by FAISS alone, for the questions of this process."""
@@ -220,16 +234,18 @@ class _NextStep:
 
     pairs: list[Pair]
     questions: QuestionBatch
-    ids: Future[Any] | Int[np.ndarray, "B M"] | None  # None where the step itself retrieves
+    # while they are sought by FAISS, or on the devices with queries and scores; None where the step itself retrieves
+    ids: Future[Any] | tuple[jax.Array, ...] | Int[np.ndarray, "B M"] | None
     batch: tuple[Index, LoadedBatch] | None = None  # with vectors of that index
 
 
 class TrainLoader:
     """The questions of one step after the other, with their documents, unless the step itself retrieves.
 
-    With `train.prefetch_retrieval` FAISS looks for the next step's documents in a thread while a step runs. Checkpoints
-    keep their ids, so that a resumed run goes on with the very same. `read_ahead` assembles the next batch while a step
-    runs, so that devices need not wait for it. Use as a context manager.
+    With `train.prefetch_retrieval` FAISS looks for the next step's documents in a thread while a step runs, and devices
+    look for them just before it. Checkpoints keep their ids, so that a resumed run goes on with the very same.
+    `read_ahead` assembles the next batch while a step runs, so that devices need not wait for it. Use as a context
+    manager.
     """
 
     def __init__(
@@ -267,9 +283,15 @@ class TrainLoader:
         """Begins to search for what `take` gives next."""
         builder, self._position = self.builder, self.sampler.state()
         step = self._draw()
-        queries = encode_questions(builder.rag, params, step.questions, builder.mesh)
-        rows = local_rows(builder.mesh, len(step.pairs))
-        step.ids = self._pool.submit(builder.search_host, queries[rows], [step.pairs[i] for i in rows])
+        if builder.index.on_devices:
+            found = begin_encoding(builder.rag, params, step.questions, builder.mesh)
+            step.ids = found, *builder.index.begin_search(found, builder.depth, builder.mesh)
+        else:
+            queries, rows = (
+                encode_questions(builder.rag, params, step.questions, builder.mesh),
+                builder.rows(step.pairs),
+            )
+            step.ids = self._pool.submit(builder.search_host, queries[rows], [step.pairs[i] for i in rows])
         self._next = step
 
     def read_ahead(self) -> None:
@@ -296,4 +318,6 @@ class TrainLoader:
         ids = step.ids
         if isinstance(ids, Future):
             ids = step.ids = allgather_rows(self.builder.mesh, ids.result(), len(step.pairs))
+        elif isinstance(ids, tuple):
+            ids = step.ids = self.builder.complete(*gather_to_host(ids), step.pairs)
         return ids

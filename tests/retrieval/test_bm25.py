@@ -20,7 +20,7 @@ from ragjax.cli import main
 from ragjax.commands.evaluate import evaluate
 from ragjax.commands.index import build_index
 from ragjax.commands.metrics_table import print_metrics
-from ragjax.commands.train import train
+from ragjax.commands.train import build_loader, load_data, train
 from ragjax.config import Config
 from ragjax.data.corpus import Passage
 from ragjax.data.passage_store import PassageStore, shard_folder, write_store
@@ -199,25 +199,27 @@ def test_it_is_evaluated_and_answered(world: Path, words_index: Path, tmp_path: 
 
 @pytest.mark.parametrize("kind", ["exact", "Flat"])
 def test_training_reads_them(world: Path, words_index: Path, tmp_path: Path, kind: str) -> None:
-    """The documents of a batch are the oracle's; FAISS looks ahead and finds the same ones."""
+    """The documents of a batch are the oracle's; those that are looked for ahead are the same ones."""
     folder = words_index if kind == "exact" else tmp_path / "index"
-    config = hybrid(world, folder, tmp_path / "run", index__kind=kind, train__steps=2)
-    if kind == "Flat":
-        build_index(config := config.replace(train=config.train.replace(prefetch_retrieval=True)))
-    rag, index, store = load_artifacts(config)
-    builder = BatchBuilder(rag, index, store, make_mesh(), {})
-    pairs = [(question, question.answers[0]) for question in read_questions(world / "train.jsonl")[:8]]
-    tokens = builder.tokenize(pairs)
-    params = put_global(rag.initial_params(), replicated(builder.mesh))
-    ids = builder.search(params, pairs, tokens)
-    queries = encode_questions(rag, params, tokens, builder.mesh)
-    whole = [f"{p.title} {p.text}" for p in store]
-    expected = oracle(index, queries, whole, [question.question for question, _ in pairs], 2, 1)
+    ahead = {"train__prefetch_retrieval": True, "train__steps": 2}
+    config = hybrid(world, folder, tmp_path / "run", index__kind=kind, **ahead)
+    build_index(config)
+    data = load_data(config)
+    builder = BatchBuilder(data.rag, data.index, data.store, make_mesh(), {})
+    params = put_global(data.rag.initial_params(), replicated(builder.mesh))
+    with build_loader(data, builder, {}) as loader, build_loader(data, builder, {}) as other:
+        loader.look_ahead(params)
+        ids = np.array(loader.state()["ahead"])
+        pairs, (batch, metrics, _) = loader.take(params)
+        again, (same, _, _) = other.take(params)
+    texts = [question.question for question, _ in pairs]
+    queries = encode_questions(data.rag, params, builder.tokenize(pairs), builder.mesh)
+    expected = oracle(data.index, queries, [f"{p.title} {p.text}" for p in data.store], texts, 2, 1)
     assert np.sort(ids).tolist() == [sorted(documents) for documents in expected]
-    batch, metrics, _ = builder.attach(pairs, tokens, ids)
-    assert isinstance(batch, TrainBatch) and batch.passage_embeddings.shape[1] == 3 and metrics["recall"] == 1
+    assert isinstance(batch, TrainBatch) and isinstance(same, TrainBatch) and again == pairs
+    assert batch.passage_embeddings.shape[1] == 3 and metrics["recall"] == 1, "BM25 finds what the encoder does not"
+    assert np.array_equal(batch.passage_embeddings, same.passage_embeddings)
     if kind == "Flat":
-        assert np.array_equal(builder.search_host(queries, pairs), ids)
         run = train(config)
         logged = [json.loads(line) for line in (run / "train.jsonl").read_text().splitlines()]
         assert [line["recall"] for line in logged] == [1, 1]
