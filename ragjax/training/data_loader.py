@@ -319,5 +319,6 @@ class TrainLoader:
         if isinstance(ids, Future):
             ids = step.ids = allgather_rows(self.builder.mesh, ids.result(), len(step.pairs))
         elif isinstance(ids, tuple):
-            ids = step.ids = self.builder.complete(*gather_to_host(ids), step.pairs)
+            queries, scores, found = gather_to_host(ids)
+            ids = step.ids = self.builder.complete(queries, scores, found, step.pairs)
         return ids
