@@ -258,7 +258,7 @@ def main() -> None:
         choices = {"certified": (answer(found["certified"], "certified"), scored["brute force"])}
         proved = found["exact"].proof
         assert proved is not None
-        proofs.append((proved.top_k > 0, proved.documents_read, proved.steps))
+        proofs.append((proved.best, proved.documents_read, proved.steps))
         exact = answer(found["exact"], "exact")
         choices["exact"] = exact, scored["brute force"] | {exact: float(found["exact"].marginal("exact")[0])}
         for name, theirs in scored.items():

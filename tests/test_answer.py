@@ -484,6 +484,8 @@ def test_exact_answers_tell_their_proof(answerer: Answerer, together: list[Answe
         assert answer.documents_read in (1, 2, 3) and answer.steps and answer.probability_bounds is not None
         assert answer.probability >= thorough.probability * 0.998 or not thorough.candidates[0].finished
         np.testing.assert_allclose(answer.probability_bounds, answer.probability, rtol=1e-5)
+        assert answer.proved_set is not None and answer.proved_set["corpus"] is None
+        assert answer.proved["top_k"] <= answer.proved_set["top_k"] <= len(answer.candidates)  # type: ignore[operator]
         prior = np.array([document.prior for document in answer.documents])
         for candidate in answer.candidates:
             assert candidate.doc_probability and candidate.thorough is not None and candidate.posterior is not None

@@ -148,17 +148,16 @@ class _ExactBatch:
 
     def candidates(self, questions: Sequence[QuestionSearch]) -> list[Candidates]:
         """What is known of the best answers of all questions."""
-        proofs = [question.proof() for question in questions]
-        if self.by_token:
-            answers = [[answer for answer, _ in q.ranked()] or [((), False)] for q in questions]
-            worth = self._score_by_token(answers)
-            return [_candidates(*of) for of in zip(answers, worth, proofs, strict=True)]
-        joined = [q for q, proof in zip(questions, proofs, strict=True) if not proof.top_k and q.join_earlier()]
-        if unscored := questions if self.settings.probability == "full" else joined:
-            self._score_unread(unscored)
-        ranked = [q.ranked() for q in questions]
+        if not self.by_token:
+            joined = [q for q in questions if not q.proved(False) and q.join_earlier()]
+            if unscored := questions if self.settings.probability == "full" else joined:
+                self._score_unread(unscored)
+        ranked, proofs = [q.ranked() for q in questions], [q.proof() for q in questions]
         answers = [[answer for answer, _ in own] or [((), False)] for own in ranked]
-        worth = [_marginals(q, [found for _, found in own]) for q, own in zip(questions, ranked, strict=True)]
+        if self.by_token:
+            worth = self._score_by_token(answers)
+        else:
+            worth = [_marginals(q, [found for _, found in own]) for q, own in zip(questions, ranked, strict=True)]
         return [_candidates(*of) for of in zip(answers, worth, proofs, strict=True)]
 
     def _score_unread(self, questions: Sequence[QuestionSearch]) -> None:
