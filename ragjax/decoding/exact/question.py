@@ -151,7 +151,7 @@ class QuestionSearch:
         return None if all_read else (self._next_round(rounds), self.beams)
 
     def _next_round(self, rounds: Sequence[int]) -> int:
-        """The fewest documents with which a proof is likely: if more of them leave the best answer as far ahead as it is.
+        """The fewest documents with which a proof is likely: if the best answer stays as far ahead as it is.
 
         Before the first search it is taken for certain. A guess that is wrong costs a search, and nothing else.
         """
