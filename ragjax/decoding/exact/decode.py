@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Float, Int
 
 from ragjax.config import Decode
+from ragjax.decoding.beam_search import BeamSettings
 from ragjax.decoding.candidates import Candidates, Proof, TokenAnswer, pad_answers
 from ragjax.decoding.decode import decode_rag_sequence
 from ragjax.decoding.exact.document_reader import DocumentReader, ReadDocuments
@@ -66,6 +67,17 @@ def decode_exact(
     return [_by_column(own, np.argsort(order[b])) for b, own in enumerate(candidates)]
 
 
+def search_settings(settings: Decode, special: SpecialTokens, beams: int) -> BeamSettings:
+    """How a search on the marginal with so many beams goes."""
+    return replace(
+        beam_settings(settings, special, hugging_face=False),
+        num_beams=beams,
+        num_answers=max(2, settings.num_beams),
+        most_beams=settings.max_beams,
+        early_stopping=False,
+    )
+
+
 class _ExactBatch:
     """B questions with their documents, likeliest first; `DocumentReader` keeps what was read of them."""
 
@@ -113,13 +125,7 @@ class _ExactBatch:
             rest[i], floor[i] = question.rest(question.seeks_corpus, read), question.floor()
         rows[len(questions) :] = rows[0]
         memory = self.reader.read(rows.reshape(-1))
-        how = replace(
-            beam_settings(self.settings, self.special, hugging_face=False),
-            num_beams=beams,
-            num_answers=max(2, self.settings.num_beams),
-            most_beams=self.settings.max_beams,
-            early_stopping=False,
-        )
+        how = search_settings(self.settings, self.special, beams)
         given = (memory, rows, prior, rest, floor, how, self.special, self.by_token)
         found = jax.device_get(search_marginal(self.graph, self.params, *given))
         for i, question in enumerate(questions):
