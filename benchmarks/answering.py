@@ -278,7 +278,8 @@ def main() -> None:
         computed, needed = found["certified"].needed or (0, 0)
         skipped.append(1 - computed / max(1, needed))
         if options.folder:
-            line = {"question": question, "answer": text(chosen), "differ": differing, "skipped": skipped[-1], **more}
+            line = {"question": question, "answer": text(chosen), "differ": differing, "skipped": skipped[-1]}
+            line |= {"proved": proved.best, "documents_read": proved.documents_read, "steps": proved.steps} | more
             with (options.folder / "answering.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
@@ -295,8 +296,6 @@ def main() -> None:
             took, scored["plain torch"] = timed(answer_on_torch, model, answerer, of.prompts, of.retrieved.log_prior[0])
             stages["plain torch"].seconds.append(took)
         compare(question, of.found, scored, seconds={name: stage.seconds[-1] for name, stage in stages.items()})
-    for question in track(others, "compare", console=None, disable=not console.is_terminal):
-        compare(question, *choose(answerer, question))
     for name in measured[0].flops:
         stages[name].flops = float(np.mean([of.flops[name] for of in measured]))
 
@@ -316,14 +315,6 @@ def main() -> None:
         f"rescoring's share: {np.median(scoring / thorough):.0%} of thorough decoding, "
         f"{np.median((certified - fast) / certified):.0%} of certified (medians)"
     )
-    shares = ", ".join(f"{q} %: {np.percentile(skipped, q):.0%}" for q in (1, 10, 25, 50))
-    console.print(
-        f"scores that certified skips: {np.mean(skipped):.0%} in the mean; percentiles over questions {shares}"
-    )
-    share, read, steps = np.mean(proofs, axis=0)
-    console.print(f"exact: proved {share:.1%}, {read:.1f} of {d.num_docs} documents read, {steps:.1f} steps (means)")
-    if behind:
-        console.print(f"exact: p(y|x) of proved answers is below thorough's by at most {max(behind):.1e}")
     exact = np.array(stages["exact"].seconds)
     console.print(
         f"exact: {np.median(thorough) / np.median(exact):.2f} times as fast as thorough (medians), "
@@ -335,6 +326,16 @@ def main() -> None:
         ratio = times_as_fast(stages["plain torch"], stages["thorough"])
         console.print(f"thorough: {ratio:.1f} times as fast as plain torch")
         console.print(f"questions answered by plain torch, too: {len(questions)}")
+    for question in track(others, "compare", console=None, disable=not console.is_terminal):
+        compare(question, *choose(answerer, question))
+    shares = ", ".join(f"{q} %: {np.percentile(skipped, q):.0%}" for q in (1, 10, 25, 50))
+    console.print(
+        f"scores that certified skips: {np.mean(skipped):.0%} in the mean; percentiles over questions {shares}"
+    )
+    share, read, steps = np.mean(proofs, axis=0)
+    console.print(f"exact: proved {share:.1%}, {read:.1f} of {d.num_docs} documents read, {steps:.1f} steps (means)")
+    if behind:
+        console.print(f"exact: p(y|x) of proved answers is below thorough's by at most {max(behind):.1e}")
     console.print(f"answers other than thorough's, on {len(skipped)} questions: {len(differ)}")
     for line in differ:
         console.print(f"  {line}", soft_wrap=True)
