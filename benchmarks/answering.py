@@ -187,6 +187,13 @@ def measure(answerer: Answerer, question: str, costs: dict[tuple[int, ...], tupl
     )
 
 
+def warm(answerer: Answerer, questions: list[str]) -> None:
+    """Compiles what exact decoding needs: how many documents it reads at a time depends on the question."""
+    for question in questions:
+        batch = question_batch(answerer.rag.tokenizers, [question])
+        answerer.candidates(batch, answerer.retrieve(batch), "exact")
+
+
 def choose(answerer: Answerer, question: str) -> tuple[dict[str, Candidates], dict[str, dict[Answer, float]]]:
     """By the modes, and by brute force, for `compare`."""
     rag, params, settings = answerer.rag, answerer.params["generator"], answerer.rag.config.decode
@@ -287,6 +294,7 @@ def main() -> None:
     costs: dict[tuple[int, ...], tuple[int, float]] = {}
     for question in questions[:: max(1, len(questions) // WARMING)]:
         measure(answerer, question, costs)  # compiles; a shape yet to come shows in the longest time, not in the median
+    warm(answerer, questions)
     for question in track(questions, "answer", console=None, disable=not console.is_terminal):
         measured.append(of := measure(answerer, question, costs))
         for name, took in of.seconds.items():

@@ -26,7 +26,7 @@ from rich import box
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.answering import MODES, score_whole, spread
+from benchmarks.answering import MODES, score_whole, spread, warm
 from benchmarks.report import make_console, or_input_error, timed
 from ragjax.answerer import Answerer, open_answerer
 from ragjax.config import load_config
@@ -154,6 +154,7 @@ def main() -> None:
     questions = spread([q.question for q in read_questions(Path(config.questions.test))], options.questions)
     for question in questions[:: max(1, len(questions) // 4)]:
         measure(answerer, question)  # compiles; a shape yet to come shows in the longest time, not in the median
+    warm(answerer, questions)
     seconds, gaps, proved, read, apart = [], [], [], [], []
     whole = None if config.dtype == "float32" else open_answerer(config.replace(dtype="float32"))
     for question in track(questions, "answer", console=None, disable=not console.is_terminal):
