@@ -172,18 +172,21 @@ SLOWER = {"refresh__every": 6, "refresh__steps": 4}
 
 
 @pytest.fixture(scope="module")
-def slower(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def slower(world: Path, tmp_path_factory: pytest.TempPathFactory, seen_devices: int) -> Path:
     return train(refreshing(world, tmp_path_factory.mktemp("slower") / "run", **SLOWER))
 
 
 @pytest.mark.parametrize(
-    "stop",
+    ("seen_devices", "stop"),
     [
-        pytest.param(6, marks=SLOW),
-        pytest.param(8, marks=SLOW),
-        pytest.param(9, marks=SLOW),
-        pytest.param(11, marks=pytest.mark.any_devices),
+        (1, 11),
+        (2, 11),
+        pytest.param(8, 6, marks=SLOW),
+        pytest.param(8, 8, marks=SLOW),
+        pytest.param(8, 9, marks=SLOW),
     ],
+    indirect=["seen_devices"],
+    scope="module",
 )
 def test_a_run_killed_in_the_middle_of_a_refresh_resumes(
     world: Path, slower: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int

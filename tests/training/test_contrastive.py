@@ -242,6 +242,7 @@ def test_its_own_passage_encoder_is_exported(world: Path, tmp_path: Path) -> Non
         chex.assert_trees_all_equal(rag.initial_params()[part], jax.device_get(trained[0][part]))
 
 
+@pytest.mark.devices(8)
 def test_eight_devices_are_one(world: Path, tmp_path: Path) -> None:
     # without the bias of keys, whose gradient is 0 but for rounding
     rag, index, store = open_world(contrasting(world, tmp_path, train__frozen_params=["retriever.layers.key.bias"]))
@@ -259,6 +260,7 @@ def test_eight_devices_are_one(world: Path, tmp_path: Path) -> None:
     assert_same_gradients(results[1][1], results[0][1])
 
 
+@pytest.mark.devices(8)
 def test_the_abstract_step_is_the_real_one(world: Path, tmp_path: Path) -> None:
     config = contrasting(world, tmp_path, retriever__max_question_tokens=24, retriever__max_passage_tokens=32)
     rag, index, store = open_world(config.replace(index=config.index.replace(path=str(tmp_path / "index"))))

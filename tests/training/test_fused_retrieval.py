@@ -50,6 +50,7 @@ def test_prompts_are_those_of_the_host(question_first: bool, empty: bool) -> Non
             assert source[b, k][~source_mask[b, k]].tolist() == [99] * (longest - len(expected))
 
 
+@pytest.mark.devices(8)
 @pytest.mark.parametrize(
     ("devices", "prior"),
     [
@@ -101,6 +102,7 @@ def test_the_step_retrieves_what_the_host_does(world: Path, tmp_path: Path, devi
     assert_same_gradients(moments(fused.optimizer)["mu"], moments(apart.optimizer)["mu"])
 
 
+@pytest.mark.devices(8)
 def test_nothing_comes_back_to_the_host(world: Path) -> None:
     """The whole step is one program without callbacks; given what lies on the devices, JAX transfers nothing."""
     config = tiny_config(world, train__fused_retrieval=True)

@@ -54,7 +54,9 @@ class Setup:
     corpus: DeviceIndex
 
     def state(self) -> TrainState:
-        return init_train_state(self.rag, jax.tree.map(jnp.array, self.params))
+        """Bound to a device, as what a step returns is: else the second step would compile anew."""
+        state = init_train_state(self.rag, jax.tree.map(jnp.array, self.params))
+        return jax.device_put(state, jax.local_devices()[0])
 
 
 def setup(world: Path, **overrides: object) -> Setup:
@@ -304,6 +306,7 @@ def test_what_a_frozen_generator_misses_is_not_asked(dropping: Setup) -> None:
 # layout
 
 
+@pytest.mark.devices(8)
 @pytest.mark.slow
 def test_eight_devices_give_the_gradients_of_one(plain: Setup, plain_gradients: tuple[Any, Any]) -> None:
     mesh = make_mesh()
@@ -316,6 +319,7 @@ def test_eight_devices_give_the_gradients_of_one(plain: Setup, plain_gradients: 
     chex.assert_trees_all_close(metrics, plain_gradients[1], rtol=1e-5)
 
 
+@pytest.mark.devices(8)
 def test_a_step_on_eight_devices_equals_one_with_dropout(
     dropping: Setup, dropping_step: Step, dropping_stepped: tuple[TrainState, Any]
 ) -> None:
@@ -333,6 +337,7 @@ def test_a_step_on_eight_devices_equals_one_with_dropout(
     assert optax.tree.norm(difference) <= 1e-5 * optax.tree.norm(jax.device_get(one.params))
 
 
+@pytest.mark.devices(8)
 def test_pmap_with_psum_gives_the_same_gradients(dropping: Setup, dropping_gradients: tuple[Any, Any]) -> None:
     trained, frozen = partition_params(dropping.params, dropping.rag.config.train.frozen_params)
 
@@ -349,6 +354,7 @@ def test_pmap_with_psum_gives_the_same_gradients(dropping: Setup, dropping_gradi
     assert_same_gradients(jax.device_get(grads), dropping_gradients[0])
 
 
+@pytest.mark.devices(8)
 @pytest.mark.parametrize(
     ("model", "fsdp"),
     [(2, True), pytest.param(1, True, marks=pytest.mark.slow), pytest.param(4, False, marks=pytest.mark.slow)],
@@ -372,6 +378,7 @@ def test_a_step_on_a_mesh_equals_one_on_a_device(
     assert jax.tree.map(lambda x: x.sharding, after) == shardings, "the state stays where it lies"
 
 
+@pytest.mark.devices(8)
 def test_what_the_axis_does_not_divide_is_told(dropping: Setup) -> None:
     assert unsplit_modules(dropping.rag, make_mesh(2)) == []
     found = unsplit_modules(dropping.rag, make_mesh(4))
@@ -565,6 +572,7 @@ def test_weight_decay_acts_on_matrices_only() -> None:
 # before a run
 
 
+@pytest.mark.devices(8)
 @pytest.mark.parametrize(("prior", "mesh"), [("top_k", Mesh(fsdp=True)), ("corpus", Mesh(model=2))])
 def test_the_abstract_step_is_the_real_one(world: Path, prior: str, mesh: Mesh) -> None:
     """Word for word the same program, where a batch is as wide as can be."""
@@ -588,6 +596,7 @@ def test_the_abstract_step_is_the_real_one(world: Path, prior: str, mesh: Mesh) 
     assert bytes_each(abstract_state(rag, devices)) == bytes_each(state)
 
 
+@pytest.mark.devices(8)
 def test_fsdp_sends_parameters_and_gradients_not_activations(world: Path) -> None:
     """Twice gathered, going forward and backward, and once summed: at most 2 + 2 times their bytes, and a little."""
     rag, mesh = load_pipeline(tiny_config(world, mesh__fsdp=True, train__batch_size=64)), make_mesh()
@@ -598,12 +607,14 @@ def test_fsdp_sends_parameters_and_gradients_not_activations(world: Path) -> Non
     assert 1.5 * parameters < sum(sent.values()) < 4.5 * parameters < activations / 2, "of one layer alone"
 
 
+@pytest.mark.devices(8)
 def test_a_step_that_cannot_be_split_is_refused_as_in_training(world: Path) -> None:
     rag = load_pipeline(tiny_config(world, train__batch_size=12))
     with pytest.raises(InputError, match="12 questions cannot be split over 8 devices"):
         trace_step(rag, make_mesh(), 30)
 
 
+@pytest.mark.devices(8)
 def test_what_does_not_fit_is_refused_with_advice(world: Path) -> None:
     rag, mesh = load_pipeline(tiny_config(world, train__remat=False)), make_mesh()
     analysis = trace_step(rag, mesh, 30).lower().compile().memory_analysis()
@@ -626,6 +637,7 @@ def test_what_does_not_fit_is_refused_with_advice(world: Path) -> None:
         assert setting in message
 
 
+@pytest.mark.devices(8)
 @pytest.mark.slow
 def test_a_step_that_measures_must_fit_too(world: Path) -> None:
     """All documents go backward there: they take more than the step's own."""
@@ -654,6 +666,7 @@ def test_what_the_compiler_refuses_does_not_fit(world: Path, monkeypatch: pytest
         check_memory(rag, mesh, 30, limit=2**30)
 
 
+@pytest.mark.devices(8)
 def test_on_a_cpu_the_state_alone_must_fit(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rag, mesh = load_pipeline(tiny_config(world, mesh__fsdp=True)), make_mesh()
     need = 8 * bytes_each(abstract_state(rag, mesh))
