@@ -42,7 +42,7 @@ def test_prompts_are_those_of_the_host(question_first: bool, empty: bool) -> Non
     for b, question in enumerate(questions):
         told[b, : len(question)], mask[b, : len(question)] = question, True
     given = jnp.asarray(passages), jnp.asarray(lengths), jnp.asarray(told), jnp.asarray(mask)
-    source, source_mask = prompt_on_device(prompt, *given, longest, 99)
+    source, source_mask = jax.jit(lambda *of: prompt_on_device(prompt, *of, longest, 99))(*given)
     for b, question in enumerate(questions):
         for k in range(4):
             expected = assemble(prompt, passages[b, k, : lengths[b, k]], question, longest)

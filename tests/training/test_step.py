@@ -12,10 +12,9 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import nnx
-from gradients import assert_same_gradients, moments
+from gradients import assert_same_gradients, moments, norm
 from world import open_world, tiny_config
 
 from ragjax.config import Mesh, Train
@@ -141,7 +140,7 @@ def test_gradient_is_the_posterior_weighted_sum(plain: Setup, plain_gradients: t
     assert metrics["posterior_entropy"] == pytest.approx(entropy, rel=1e-4)
     assert metrics["prior_top"] == pytest.approx(np.exp(prior.max(axis=1)).mean(), rel=1e-5)
     for part in ("retriever", "generator"):
-        assert optax.tree.norm([leaf for path, leaf in grads.items() if path[0] == part]) > 1e-3
+        assert norm([leaf for path, leaf in grads.items() if path[0] == part]) > 1e-3
 
 
 def test_gradient_through_the_prior_over_the_corpus(world: Path, plain_gradients: tuple[Any, Any]) -> None:
@@ -334,7 +333,7 @@ def test_a_step_on_eight_devices_equals_one_with_dropout(
     chex.assert_trees_all_close(metrics_eight, metrics_one, rtol=1e-5)
     assert_same_gradients(moments(eight.optimizer), moments(one.optimizer))
     difference = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), eight.params, one.params)
-    assert optax.tree.norm(difference) <= 1e-5 * optax.tree.norm(jax.device_get(one.params))
+    assert norm(difference) <= 1e-5 * norm(jax.device_get(one.params))
 
 
 @pytest.mark.devices(8)
@@ -447,7 +446,7 @@ def test_bfloat16_keeps_probabilities_and_parameters_in_float32(
     chex.assert_type(jax.tree.leaves((metrics, grads)), jnp.float32)
     assert metrics["loss"] == pytest.approx(plain_gradients[1]["loss"], rel=0.02)
     assert metrics["loss"] != plain_gradients[1]["loss"]
-    assert 0.8 < optax.tree.norm(grads) / optax.tree.norm(plain_gradients[0]) < 1.25
+    assert 0.8 < norm(grads) / norm(plain_gradients[0]) < 1.25
     logps = jax.eval_shape(lambda p: jax.tree.leaves(prior_and_token_logp(rag, p, plain.batch, KEY)), plain.params)
     assert [x.dtype for x in logps] == [jnp.float32] * 3
 
