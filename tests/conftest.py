@@ -100,7 +100,10 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(50_000, 20, 100)
 
 
-LONGEST = [f"test_{name}" for name in "refresh train step processes encoder_decoders plan soak fused_retrieval".split()]
+LONGEST = [
+    *("test_processes", "test_soak", "test_refresh", "test_train", "test_step", "test_hf_numbers", "test_contrastive"),
+    *("test_exact", "test_decode", "test_index_builder", "test_encoder_decoders", "test_answer", "test_plan"),
+]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
