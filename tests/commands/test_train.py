@@ -539,5 +539,5 @@ def test_the_loss_on_dev_questions_at_every_save(world: Path, tmp_path: Path) ->
         questions = question_batch(plain.tokenizers, [question.question], [question.answers[0]])
         ids = retrieve(plain, restored[0], index, questions, config.train.num_docs).ids
         batch = attach_documents(plain, index, store, questions, ids)
-        losses.append(float(once(restored[0], jax.tree.map(jnp.asarray, batch))))
+        losses.append(float(once(restored[0], jax.device_put(batch))))
     assert measured[restored[1]] == pytest.approx(np.mean(losses), rel=1e-4)

@@ -441,7 +441,7 @@ def test_rag_token_is_what_training_has(
     )
     key = jax.random.key(0)
     of_batch = jax.jit(lambda params, batch: prior_and_token_logp(rag, params, batch, key)[0])
-    prior = np.asarray(of_batch(params, jax.tree.map(jnp.asarray, batch)))
+    prior = np.asarray(of_batch(params, jax.device_put(batch)))
     assert np.exp(prior).max() < 0.9
     graph = rag.generator.graphdef
     memory = prefill_documents(graph, params["generator"], source.reshape(6, 12), np.ones((6, 12), bool))

@@ -178,7 +178,7 @@ def test_the_reduced_loss_and_its_gradients(golden: Golden, smoothing: float, wo
         source=values["in/context_input_ids"].reshape(4, 3, -1),
         source_mask=mask.reshape(4, 3, -1),
     )
-    batch = jax.tree.map(jnp.asarray, batch)
+    batch = jax.device_put(batch)
 
     def total(params: Params, passages: jax.Array) -> jax.Array:
         mean, _ = rag_loss(rag, params, replace(batch, passage_embeddings=passages), jax.random.key(0))

@@ -93,7 +93,7 @@ def test_the_gradient_reaches_the_passages_too(world: Path, encoder: str) -> Non
     ids = np.array([[0, 1], [1, 5], [9, -1], [3, 29]], np.int32)
     questions = question_batch(rag.tokenizers, [q.question for q in chosen], [q.answers[0] for q in chosen])
     made = attach_documents(rag, index, store, questions, ids)
-    batch = jax.tree.map(jnp.asarray, made)
+    batch = jax.device_put(made)
     assert not batch.passage_mask[2, 1].any()
 
     def explicit(params: Params) -> jax.Array:

@@ -84,7 +84,7 @@ def test_loss_and_gradient_are_the_formula(world: Path, tmp_path: Path, encoder:
     questions = read_questions(world / "train.jsonl")[:4]
     ids = chosen_ids()
     made = attached(rag, index, store, questions, ids)
-    batch = jax.tree.map(jnp.asarray, made)
+    batch = jax.device_put(made)
     params, scale = rag.initial_params(), config.retriever.logit_scale
     assert set(params) == {"retriever"} | ({"passage_encoder"} if encoder == "own" else set())
 
@@ -121,7 +121,7 @@ def test_a_batch_without_positives_teaches_nothing(world: Path, tmp_path: Path) 
     rag, index, store = open_world(contrasting(world, tmp_path))
     questions = read_questions(world / "train.jsonl")[:2]
     ids = np.array([[-1, 4, 5], [-1, -1, -1]], np.int32)
-    batch = jax.tree.map(jnp.asarray, attached(rag, index, store, questions, ids))
+    batch = jax.device_put(attached(rag, index, store, questions, ids))
     differentiate = jax.value_and_grad(lambda params: contrastive_loss(rag, params, batch, KEY), has_aux=True)
     (value, metrics), gradient = jax.jit(differentiate)(rag.initial_params())
     assert value == 0 and metrics["without_positive"] == 1 and metrics["accuracy"] == 0

@@ -66,7 +66,7 @@ def setup(world: Path, **overrides: object) -> Setup:
     questions = question_batch(rag.tokenizers, [q.question for q in chosen], [q.answers[0] for q in chosen])
     ids = retrieve(rag, params, index, questions, config.train.num_docs).ids
     batch = attach_documents(rag, index, store, questions, ids)
-    return Setup(rag, params, jax.tree.map(jnp.asarray, batch), index.corpus(local_mesh(data=1)))
+    return Setup(rag, params, jax.device_put(batch), index.corpus(local_mesh(data=1)))
 
 
 @pytest.fixture(scope="module")
