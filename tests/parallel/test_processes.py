@@ -232,7 +232,7 @@ def test_what_one_process_finds_wrong_is_told_by_all(world: Path, tmp_path: Path
 
 @SLOW
 def test_two_processes_build_the_same_index(world: Path, tmp_path: Path) -> None:
-    """To the byte: here one process with eight devices, there two with two each."""
+    """To the byte: here one process with two devices, there two with two each."""
 
     def arguments(folder: str) -> list[str]:
         return ["index", str(world / "config.yaml"), f"index.path={tmp_path / folder}", "index.shard_size=7"]

@@ -47,6 +47,8 @@ KEY = jax.random.key(3)
 SLOW = pytest.mark.slow
 SETTINGS: dict[str, Any] = {
     "train__steps": 14,
+    "train__batch_size": 4,
+    "train__num_docs": 2,
     "train__save_every": 4,
     "train__keep_checkpoints": 20,
     "train__dropout": 0.1,
@@ -181,7 +183,7 @@ def slower(world: Path, tmp_path_factory: pytest.TempPathFactory, seen_devices: 
     [
         (1, 11),
         (2, 11),
-        pytest.param(8, 6, marks=SLOW),
+        pytest.param(4, 6, marks=SLOW),
         pytest.param(2, 8, marks=SLOW),
         pytest.param(2, 9, marks=SLOW),
     ],
