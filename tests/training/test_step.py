@@ -393,6 +393,7 @@ def test_accumulation_changes_nothing(count: int, dropping: Setup, dropping_grad
     chex.assert_trees_all_close(metrics, dropping_gradients[1], rtol=1e-5)
 
 
+@pytest.mark.devices(8)
 @pytest.mark.parametrize("model", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_devices_add_their_gradients_once_a_step(
     model: int,
