@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ from ragjax.errors import InputError
 from ragjax.marginal import log_prior
 from ragjax.models.kv_cache import DocumentMemory
 from ragjax.models.layers import Params
-from ragjax.padding import bucket_size, length_buckets, pad_sequences, pick_bucket
+from ragjax.padding import bucket_size, length_buckets, pad_sequences, pick_bucket, reading_width
 from ragjax.parallel.mesh import local_mesh
 from ragjax.parallel.sharding import shard_batch
 from ragjax.rag import RagPipeline
@@ -92,8 +92,9 @@ class Answer:
     # exact: so many of the first candidates are the likeliest answers of all, in this order, under the documents
     # (top_k) and under all passages (corpus, None where the prior over the corpus is not known); 0 means not proved
     proved: dict[str, int | None] | None = None
-    documents_read: int | None = None  # exact: for the proof
+    documents_read: int | None = None  # exact: by the searches
     steps: int | None = None  # exact: of the beam searches
+    proved_set: dict[str, int | None] | None = None  # as `proved`, in whatever order
 
 
 @dataclass(frozen=True)
@@ -112,15 +113,17 @@ class Answerer:
         """What the generator has read of passages under these parameters; None unless `decode.passage_cache_gib`."""
         return open_passage_cache(self.rag, self.params["generator"], self.store, self.mesh)
 
-    def retrieve(self, questions: QuestionBatch) -> RetrievalResult:
-        """The documents that `candidates` reads, `decode.num_docs` of each question.
+    def retrieve(self, questions: QuestionBatch, texts: Sequence[str]) -> RetrievalResult:
+        """The documents that `candidates` reads: `decode.num_docs` of each question, and `retriever.bm25_docs` more.
 
-        Hugging Face rescores under the training's number of documents, whatever the number that proposed: with
-        `hf_compatible` there are as many as either needs, and the prior is 0 beyond `train.num_docs`.
+        `texts` are the questions as they were asked, for BM25. Hugging Face rescores under the training's number of
+        documents, whatever the number that proposed: with `hf_compatible` there are as many as either needs, and the
+        prior is 0 beyond `train.num_docs`.
         """
         config = self.rag.config
         if not rescores_as_hugging_face(config):
-            return retrieve(self.rag, self.params, self.index, questions, config.decode.num_docs, self.mesh)
+            k = config.decode.num_docs
+            return retrieve(self.rag, self.params, self.index, questions, k, self.mesh, texts)
         retrieval = retrieve(self.rag, self.params, self.index, questions, most_documents(config), self.mesh)
         counted = (retrieval.ids >= 0) & (np.arange(retrieval.ids.shape[1]) < config.train.num_docs)
         return dataclasses.replace(
@@ -175,7 +178,7 @@ class Answerer:
         count = len(questions)
         whole = repeat_to_size(questions, min(bucket_size(count), max(most, count)))
         batch = question_batch(self.rag.tokenizers, whole)
-        retrieval = None if mode == "closed_book" else self.retrieve(batch)
+        retrieval = None if mode == "closed_book" else self.retrieve(batch, whole)
         if retrieval is not None and mode == "exact":  # what fills up is not searched
             there = (np.arange(len(whole)) < count)[:, None]
             retrieval = dataclasses.replace(retrieval, log_prior=np.where(there, retrieval.log_prior, -np.inf))
@@ -253,11 +256,13 @@ class Answerer:
 
         `cached` names the passage of each, and how many tokens come before its question, for the cache.
         """
+        on_cpus = self.mesh.devices.flat[0].platform == "cpu"  # accelerators read the padding in no time
+        width = reading_width(int(mask.sum(axis=1).max()), mask.shape[1]) if on_cpus else None
         if len(source) % self.mesh.shape["data"] == 0:
             if cached is not None and self.passage_cache is not None:
                 return self.passage_cache.read(source, mask, *cached)
             source, mask = shard_batch(self.mesh, (source, mask), len(source))
-        return prefill_documents(self.rag.generator.graphdef, self.params["generator"], source, mask)
+        return prefill_documents(self.rag.generator.graphdef, self.params["generator"], source, mask, width)
 
     def _gold_logp(self, memory: DocumentMemory, prior: np.ndarray, gold: Sequence[Sequence[int]]) -> np.ndarray:
         """log p(gold|x) [B], in nats, as answering counts it: any of the generator's end tokens ends it."""
@@ -298,7 +303,10 @@ class Answerer:
         ]
         probability = math.exp(result.marginal(by)[result.best(by)[0]])
         scores, proof = None if result.needed is None else list(result.needed), result.proof
-        told = {} if proof is None else {"documents_read": proof.documents_read, "steps": proof.steps}
+        told: dict[str, Any] = {}
+        if proof is not None:
+            told = {"proved": proof.in_order(len(candidates)), "proved_set": proof.as_set(len(candidates))}
+            told |= {"documents_read": proof.documents_read, "steps": proof.steps}
         return Answer(
             question,
             candidates[0].text,
@@ -308,7 +316,6 @@ class Answerer:
             candidates,
             scores,
             candidates[0].probability_bounds,
-            None if proof is None else proof.counts(len(candidates)),
             **told,
         )
 
