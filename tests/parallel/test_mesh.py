@@ -26,6 +26,8 @@ from ragjax.parallel.sharding import (
 )
 from ragjax.runs.restore import enable_compilation_cache
 
+pytestmark = pytest.mark.devices(8)
+
 
 def test_a_batch_is_split_and_parameters_are_whole() -> None:
     mesh = make_mesh()

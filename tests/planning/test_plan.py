@@ -52,6 +52,8 @@ from ragjax.training.optimizer import partition_params
 from ragjax.training.state import abstract_state, for_inference, init_train_state, state_shardings
 from ragjax.training.step import trace_step
 
+pytestmark = pytest.mark.devices(8)
+
 CONFIGS = ("rag_sequence_nq", "rag_token_nq", "rag_sequence_t5")
 V5E_MEMORY = 15.75 * 2**30  # what XLA may use of its 16 GiB
 RECOMPUTED, KEPT = "temporaries, activations recomputed", "temporaries, activations kept"
