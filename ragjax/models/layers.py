@@ -76,6 +76,19 @@ def split_parameters(module: nnx.Module) -> tuple[nnx.GraphDef, Params]:
     return graph, nnx.to_pure_dict(state)
 
 
+def computation_types(module: nnx.Module) -> Params:
+    """The shapes and types of parameters that lose nothing: those to which linear maps and embeddings cast their own.
+
+    Norms compute with theirs in float32, and so do tables of distances. `module` may be abstract.
+    """
+    types = nnx.traversals.flatten_mapping(split_parameters(module)[1])
+    for path, part in nnx.iter_modules(module):
+        if isinstance(part, nnx.Linear | nnx.Embed) and part.dtype is not None:
+            own = {leaf: types[leaf] for name in ("kernel", "bias", "embedding") if (leaf := (*path, name)) in types}
+            types |= {leaf: jax.ShapeDtypeStruct(array.shape, part.dtype) for leaf, array in own.items()}
+    return nnx.traversals.unflatten_mapping(types)
+
+
 def row_rngs(rng: Key[Array, ""], rows: Int[Array, " n"]) -> RowRngs:
     """One PRNG key a row, by its global number: the mask does not depend on how the batch is laid out."""
     return jax.vmap(partial(jax.random.fold_in, rng))(rows)

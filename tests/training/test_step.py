@@ -423,6 +423,23 @@ def test_bfloat16_keeps_probabilities_and_parameters_in_float32(
     assert [x.dtype for x in logps] == [jnp.float32] * 3
 
 
+def test_frozen_parameters_lie_in_the_type_that_they_are_computed_with(world: Path) -> None:
+    """Which changes no bit of the loss nor of a gradient; what is trained stays float32, and so do its moments."""
+    made = setup(
+        world, dtype="bfloat16", train__frozen_params=["generator.layers", "generator.embed", "retriever.words"]
+    )
+    state, computed = abstract_state(made.rag, local_mesh(data=1)), jax.tree.leaves(made.rag.generator.compute_params)
+    trained, frozen = partition_params(state.params, made.rag.config.train.frozen_params)
+    assert [leaf.dtype for leaf in computed] == [leaf.dtype for leaf in jax.tree.leaves(state.params["generator"])]
+    assert {leaf.dtype for leaf in frozen.values()} == {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)}
+    assert frozen["retriever", "words", "embedding"].dtype == jnp.bfloat16
+    floats = [leaf for leaf in jax.tree.leaves((trained, state.optimizer)) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    assert {leaf.dtype for leaf in floats} == {jnp.dtype(jnp.float32)}
+    rounded = jax.tree.map(lambda x, leaf: x.astype(leaf.dtype), made.params, state.params)
+    run = differentiate(made.rag)
+    chex.assert_trees_all_equal(run(rounded, made.batch), run(made.params, made.batch))
+
+
 # training
 
 
