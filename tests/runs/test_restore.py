@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from pathlib import Path
 
 import chex
 import jax
@@ -58,5 +56,5 @@ def test_contrastive_runs_answer_with_the_generator_as_it_came(run: Path) -> Non
     rag = load_pipeline(contrastive)
     found = restore_params(rag)
     assert found is not None
-    like = replace(rag.generator).compute_params
+    like = rag.generator.compute_params
     chex.assert_trees_all_equal(jax.device_get(found[0]["generator"]), rounded(rag.generator.load_params(), like))
