@@ -96,7 +96,9 @@ class Generator(Section):
 class Mesh(Section):
     """How training lies on the devices; questions are split over `data`, which has devices / `model` of them."""
 
-    model: PositiveInt = Field(1, description="Heads and feed-forward layers are split over so many devices.")
+    model: PositiveInt = Field(
+        1, description="Heads, feed-forward layers and vocabulary are split over so many devices."
+    )
     fsdp: bool = Field(False, description="Split parameters and optimizer state over `data`, too.")
 
 

@@ -63,11 +63,21 @@ def split_by_rows(activations: Any) -> Any:
     return jax.tree.map(rows, activations)
 
 
-def gather(parameter: Array) -> Array:
-    """Whole on every device, where `split_by_rows` splits; else the identity."""
+def axis_length(name: str) -> int:
+    """Over how many devices XLA may split along an axis of the mesh, inside `use_abstract_mesh`; else 1."""
+    mesh = jax.sharding.get_abstract_mesh()
+    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    return mesh.shape[name] if types.get(name) == AxisType.Auto else 1
+
+
+def gather_table(table: Float[Array, "V D"]) -> Float[Array, "m v D"]:
+    """A table in as many parts as devices along `model` share it (see `parameter_spec`), each whole on its devices."""
+    model = axis_length("model")
+    shards = 1 if table.shape[0] % model else model
+    parts = table.reshape(shards, -1, table.shape[1])
     if AxisType.Auto not in jax.sharding.get_abstract_mesh().axis_types:
-        return parameter
-    return jax.lax.with_sharding_constraint(parameter, PartitionSpec())
+        return parts
+    return jax.lax.with_sharding_constraint(parts, PartitionSpec("model" if shards > 1 else None))
 
 
 def split_parameters(module: nnx.Module) -> tuple[nnx.GraphDef, Params]:
