@@ -78,7 +78,7 @@ def test_one_process_waits_for_none() -> None:
     ],
 )
 def test_where_a_parameter_lies(name: str, shape: tuple, heads: int | None, fsdp: bool, spec: tuple) -> None:
-    """On 4 × 2 devices: heads, inner widths and vocabularies over `model`, with FSDP what is largest left over `data`."""
+    """On 4 × 2 devices: heads, inner widths and vocabularies over `model`, with FSDP the largest left over `data`."""
     assert tuple(parameter_spec(make_mesh(2), name.split("."), shape, heads, fsdp)) == spec
 
 
