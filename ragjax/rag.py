@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
 from ragjax.checkpoints.hub import ResolvedSource, checkpoint_folder, fetch, fingerprint_files
 from ragjax.checkpoints.pretrained import PretrainedModel, open_encoder, open_generator
@@ -49,9 +50,9 @@ class RagModel:
         """The shapes of {"retriever": …, "generator": …}, and float32."""
         return {name: model.abstract_params for name, model in self.parts.items()}
 
-    def compute_params(self) -> Params:
-        """The same in the types that the models compute with (`dtype`): those of parameters that are not trained."""
-        return {name: model.compute_params for name, model in self.parts.items()}
+    def untrained_types(self, mesh: Mesh) -> Params:
+        """The same in the types of parameters that are not trained, on the devices of a mesh."""
+        return {name: model.untrained_types(mesh) for name, model in self.parts.items()}
 
 
 @dataclass(frozen=True)

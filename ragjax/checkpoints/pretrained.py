@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from ragjax.checkpoints.gguf import open_gguf
 from ragjax.checkpoints.name_tables import LLAMA, EncoderFamily, Fused, encoder_family, generator_family
@@ -32,6 +33,7 @@ from ragjax.files import atomic_write, read_json, shown
 from ragjax.models.encoders.pooling import Dense
 from ragjax.models.hf_config import naming
 from ragjax.models.layers import Params, computation_types, split_parameters
+from ragjax.parallel.sharding import widens_bfloat16
 
 HEAD = "lm_head.weight"
 DENSE = "dense_"  # begins the paths of what sentence-transformers puts after an encoder
@@ -62,12 +64,19 @@ class PretrainedModel:
     config: Any  # that of its family, such as `BertConfig` or `LlamaConfig`
     graphdef: nnx.GraphDef
     abstract_params: Params = field(compare=False)  # shapes, and float32: as they are trained
-    compute_params: Params = field(compare=False)  # shapes, and the types that it computes with: as they answer
+    compute_params: Params = field(compare=False)  # shapes, and the types that it computes with
     files: tuple[Path, ...] = field(compare=False)  # that hold the weights
     hf_config: dict[str, Any] = field(compare=False)  # its config.json
     # (like) → parameters of its shapes, types and shardings (see `load_leaves`), by default `abstract_params`; raises
     # `InputError` for tensors that are damaged, quantised or not finite
     load_params: Callable[..., Params] = field(compare=False)
+
+    def untrained_types(self, mesh: Mesh) -> Params:
+        """The shapes and types of parameters that are not trained: the narrowest in which no number changes.
+
+        Where bfloat16 is widened they stay float32, else there would be two copies.
+        """
+        return self.abstract_params if widens_bfloat16(mesh) else self.compute_params
 
 
 def open_encoder(

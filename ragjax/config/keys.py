@@ -178,8 +178,8 @@ class Config(Section):
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = Field(0, description="The seed of all that is drawn at random.")
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32",
-        description="The number format of the models' computations, and of parameters that are not trained; "
-        "log-probabilities are float32.",
+        description="The number format of the models' computations, and on accelerators of parameters that are not "
+        "trained; log-probabilities are float32.",
     )
     corpus: Corpus
     questions: Questions = Questions()

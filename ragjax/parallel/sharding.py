@@ -42,6 +42,11 @@ def parameter_spec(
     return PartitionSpec(*spec)
 
 
+def widens_bfloat16(mesh: Mesh) -> bool:
+    """Whether its devices compute bfloat16 in float32, as CPUs do: before a loop XLA widens all that is read in it."""
+    return mesh.devices.flat[0].platform == "cpu"
+
+
 def local_rows(mesh: Mesh, count: int) -> Int[np.ndarray, " n"]:
     """Which of the `count` rows of a batch lie on this process's devices, in order. `data` divides `count`."""
     slices = _rows(mesh).addressable_devices_indices_map((count,)).values()

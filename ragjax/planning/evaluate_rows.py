@@ -63,7 +63,7 @@ def _documents_memory(inputs: PlanInputs) -> Number:
         memory = prefill_documents(model.graphdef, *arguments)
         return jax.tree.leaves((memory, empty_kv_cache(memory, config.decode.max_new_tokens * config.decode.num_beams)))
 
-    size = bytes_each(jax.eval_shape(memory_and_cache, model.compute_params, *_prompts(inputs)))
+    size = bytes_each(jax.eval_shape(memory_and_cache, model.abstract_params, *_prompts(inputs)))
     documents, longest = most_documents(config), config.generator.max_prompt_tokens
     how = f"{questions_text(_questions(inputs))} × {documents} documents × {longest} tokens, and the answers'"
     how += ", read twice" if copies > 1 else ""
@@ -93,7 +93,7 @@ def _temporaries(inputs: PlanInputs) -> Number:
     def placed(tree: Any) -> Any:
         return abstract_with_sharding(inputs.one_device, tree)
 
-    graph, params, prompts = model.graphdef, placed(model.compute_params), _prompts(inputs)
+    graph, params, prompts = model.graphdef, placed(model.untrained_types(inputs.mesh)), _prompts(inputs)
     # a memory is passed by its leaves: it is checked to hold arrays, which shapes are not
     memory = placed(jax.eval_shape(lambda *given: jax.tree.leaves(prefill_documents(graph, *given)), params, *prompts))
     count = decode.num_beams if together else documents * decode.num_beams

@@ -35,13 +35,14 @@ def _parameters(inputs: PlanInputs, command: str, name: str, copies: int, indexe
         raise Unknown(str(why).split(";")[0])
     model, twice = inputs.model(name), ", before and after training" if copies > 1 else ""
     if command == "index":
-        return bytes_each(model.compute_params), _types_text(model.compute_params)
+        params = model.untrained_types(inputs.mesh)
+        return bytes_each(params), _types_text(params)
     # the other models take no part in it: they may be unknown
     alone = RagModel(inputs.config, model, model, SPECIAL, NO_PROMPT, model)
     if command == "evaluate":
         params = inference_params(alone, inputs.mesh)[field]
         return copies * bytes_each(params), f"{_types_text(params)}{twice}"
-    types = training_types(alone)
+    types = training_types(alone, inputs.mesh)
     tree = {"indexed": passage_params(alone, types)} if indexed else {field: types[field]}
     params = with_shardings(alone, inputs.mesh, tree)
     return bytes_each(params), f"{_types_text(params)}{split_text(inputs)}"

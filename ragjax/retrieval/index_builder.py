@@ -295,8 +295,8 @@ def _is_whole(folder: Path, number: int, most: int | None = None) -> bool:
 def _shard_writer(rag: RagPipeline) -> Callable[[Path, Sequence[Passage], Callable[[int], None]], None]:
     """Writes the text, tokens and embeddings of some passages into a folder, with all devices of this process."""
     text_of = partial(passage_text, rag.config.generator.passage_template)
-    encoder = rag.passage_encoder
-    params = encoder.load_params(abstract_with_sharding(local_mesh(), encoder.compute_params))
+    encoder, mesh = rag.passage_encoder, local_mesh()
+    params = encoder.load_params(abstract_with_sharding(mesh, encoder.untrained_types(mesh)))
 
     def write(folder: Path, passages: Sequence[Passage], advance: Callable[[int], None]) -> None:
         write_store(folder, passages, rag.generator_tokenizer.encode, text_of)

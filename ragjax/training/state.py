@@ -100,24 +100,26 @@ def _heads(rag: RagModel, names: Sequence[str]) -> int | None:
 
 def abstract_state(rag: RagModel, mesh: Mesh) -> TrainState:
     """The shapes, types and places of a training state. Raises `InputError` as `partition_params` does."""
-    return with_shardings(rag, mesh, jax.eval_shape(lambda params: init_train_state(rag, params), training_types(rag)))
+    return with_shardings(
+        rag, mesh, jax.eval_shape(lambda params: init_train_state(rag, params), training_types(rag, mesh))
+    )
 
 
-def training_types(rag: RagModel) -> Params:
-    """The shapes and types of parameters in training: float32, and what is frozen in the type it is computed with."""
+def training_types(rag: RagModel, mesh: Mesh) -> Params:
+    """The shapes and types of parameters in training: float32, but those that are frozen as `untrained_types` says."""
     frozen = rag.config.train.frozen_params
-    computed = nnx.traversals.flatten_mapping(rag.compute_params())
+    untrained = nnx.traversals.flatten_mapping(rag.untrained_types(mesh))
     types = {
-        path: computed[path] if is_frozen(path, frozen) else leaf
+        path: untrained[path] if is_frozen(path, frozen) else leaf
         for path, leaf in nnx.traversals.flatten_mapping(rag.abstract_params()).items()
     }
     return nnx.traversals.unflatten_mapping(types)
 
 
 def inference_params(rag: RagModel, mesh: Mesh) -> Params:
-    """The shapes, types and places of parameters that answer: those of `for_inference`, as they are computed with."""
+    """The shapes, types and places of parameters that answer: those of `for_inference`, as `untrained_types` says."""
     rag = for_inference(rag)
-    return with_shardings(rag, mesh, rag.compute_params())
+    return with_shardings(rag, mesh, rag.untrained_types(mesh))
 
 
 def with_shardings(rag: RagModel, mesh: Mesh, tree: Any) -> Any:
