@@ -53,7 +53,7 @@ def split_by_rows(activations: Any) -> Any:
 
     Left alone, XLA would follow parameters that lie over `data` (FSDP): split widths, and compute every row everywhere.
     """
-    if AxisType.Auto not in jax.sharding.get_abstract_mesh().axis_types:
+    if not _partitioned_by_xla():
         return activations
 
     def rows(x: Array) -> Array:
@@ -67,7 +67,7 @@ def axis_length(name: str) -> int:
     """Over how many devices XLA may split along an axis of the mesh, inside `use_abstract_mesh`; else 1."""
     mesh = jax.sharding.get_abstract_mesh()
     types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    return mesh.shape[name] if types.get(name) == AxisType.Auto else 1
+    return mesh.shape[name] if types.get(name) is AxisType.Auto else 1
 
 
 def gather_table(table: Float[Array, "V D"]) -> Float[Array, "m v D"]:
@@ -75,9 +75,15 @@ def gather_table(table: Float[Array, "V D"]) -> Float[Array, "m v D"]:
     model = axis_length("model")
     shards = 1 if table.shape[0] % model else model
     parts = table.reshape(shards, -1, table.shape[1])
-    if AxisType.Auto not in jax.sharding.get_abstract_mesh().axis_types:
+    if shards == 1 and not _partitioned_by_xla():
         return parts
     return jax.lax.with_sharding_constraint(parts, PartitionSpec("model" if shards > 1 else None))
+
+
+def _partitioned_by_xla() -> bool:
+    """Whether XLA splits rows over `data`; inside `jax.shard_map` over that axis each device has its own."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return dict(zip(mesh.axis_names, mesh.axis_types, strict=True)).get("data") is AxisType.Auto
 
 
 def split_parameters(module: nnx.Module) -> tuple[nnx.GraphDef, Params]:
