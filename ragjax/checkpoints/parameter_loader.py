@@ -47,7 +47,7 @@ def _load_leaf(leaf: Any, source: LeafSource, reader: TensorReader) -> jax.Array
     sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.local_devices()[0])
     shards: dict[tuple[tuple[int, int], ...], np.ndarray] = {}  # several devices may hold the same one
 
-    def shard(index: Index) -> np.ndarray:
+    def shard(index: Any) -> np.ndarray:
         where = tuple(part.indices(size)[:2] for part, size in zip(index, leaf.shape, strict=True))
         if where not in shards:
             shards[where] = _read_shard(leaf.dtype, tuple(slice(*part) for part in where), source, reader)
