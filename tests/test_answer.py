@@ -433,7 +433,7 @@ def test_every_end_token_ends_an_answer(two_ends: Config, model: str) -> None:
         np.testing.assert_allclose(answer.probability, 1, atol=1e-4)
     tokenizers = answerer.rag.tokenizers
     questions, gold_tokens = question_batch(tokenizers, ["Who?"]), [tokenize_answer(tokenizers, "A")]
-    _, gold = answerer.candidates(questions, answerer.retrieve(questions), "thorough", gold_tokens)
+    _, gold = answerer.candidates(questions, answerer.retrieve(questions, ["Who?"]), "thorough", gold_tokens)
     assert gold is not None and abs(gold[0]) < 1e-4
 
 
