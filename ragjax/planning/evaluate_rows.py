@@ -116,7 +116,7 @@ def _temporaries(inputs: PlanInputs) -> Number:
     def placed(tree: Any) -> Any:
         return abstract_with_sharding(inputs.one_device, tree)
 
-    graph, params, prompts = model.graphdef, placed(model.abstract_params), _prompts(inputs)
+    graph, params, prompts = model.graphdef, placed(model.untrained_types(inputs.mesh)), _prompts(inputs)
     # a memory is passed by its leaves: it is checked to hold arrays, which shapes are not
     memory = placed(jax.eval_shape(lambda *given: jax.tree.leaves(prefill_documents(graph, *given)), params, *prompts))
     count = decode.num_beams if together else documents * decode.num_beams

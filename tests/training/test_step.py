@@ -17,6 +17,7 @@ from flax import nnx
 from gradients import assert_same_gradients, moments, norm
 from world import open_world, tiny_config
 
+from ragjax.checkpoints import pretrained
 from ragjax.config import Mesh, Train
 from ragjax.data.question_batch import question_batch
 from ragjax.data.questions import read_questions
@@ -450,6 +451,26 @@ def test_bfloat16_keeps_probabilities_and_parameters_in_float32(
     assert 0.8 < norm(grads) / norm(plain_gradients[0]) < 1.25
     logps = jax.eval_shape(lambda p: jax.tree.leaves(prior_and_token_logp(rag, p, plain.batch, KEY)), plain.params)
     assert [x.dtype for x in logps] == [jnp.float32] * 3
+
+
+def test_frozen_parameters_lie_in_the_type_that_they_are_computed_with(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which changes no bit of the loss nor of a gradient; what is trained stays float32, and so do its moments."""
+    monkeypatch.setattr(pretrained, "widens_bfloat16", lambda mesh: False)  # as if these were accelerators
+    made = setup(
+        world, dtype="bfloat16", train__frozen_params=["generator.layers", "generator.embed", "retriever.words"]
+    )
+    state, computed = abstract_state(made.rag, local_mesh(data=1)), jax.tree.leaves(made.rag.generator.compute_params)
+    trained, frozen = partition_params(state.params, made.rag.config.train.frozen_params)
+    assert [leaf.dtype for leaf in computed] == [leaf.dtype for leaf in jax.tree.leaves(state.params["generator"])]
+    assert {leaf.dtype for leaf in frozen.values()} == {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)}
+    assert frozen["retriever", "words", "embedding"].dtype == jnp.bfloat16
+    floats = [leaf for leaf in jax.tree.leaves((trained, state.optimizer)) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    assert {leaf.dtype for leaf in floats} == {jnp.dtype(jnp.float32)}
+    rounded = jax.tree.map(lambda x, leaf: x.astype(leaf.dtype), made.params, state.params)
+    run = differentiate(made.rag)
+    chex.assert_trees_all_equal(run(rounded, made.batch), run(made.params, made.batch))
 
 
 # training
