@@ -33,7 +33,7 @@ from ragjax.models.kv_cache import DocumentMemory, empty_kv_cache
 from ragjax.models.layers import Params
 from ragjax.padding import Ids, length_buckets, pad_sequences, pick_bucket
 from ragjax.parallel.processes import allgather_text
-from ragjax.parallel.sharding import shard_batch
+from ragjax.parallel.sharding import heads_spec, shard_batch
 from ragjax.rag import RagModel
 from ragjax.terminal import terminal
 
@@ -237,23 +237,18 @@ def _pool_size(rag: RagModel, store: PassageStore, mesh: Mesh) -> tuple[int, int
     room = config.generator.max_prompt_tokens - len(prompt.middle) - len(prompt.tail) - 1
     width = max(1, min(room, len(prompt.head) + store.longest))
     shapes, count = _slot_shapes(model.graphdef, model.abstract_params, width), len(store) + 1  # one for no passage
-    parts = mesh.shape["model"] if "model" in _pool_spec(mesh, shapes[0].shape[3]) else 1
+    parts = mesh.shape["model"] if "model" in heads_spec(mesh, shapes[0].shape[3]) else 1
     each = sum(s.size * s.dtype.itemsize for s in shapes) // parts
     slots = int(config.decode.passage_cache_gib * 2**30) // each
-    needed = min(count, -(-config.evaluate.batch_size // mesh.shape["data"]) * most_documents(config))
+    needed = min(count, config.evaluate.batch_size * most_documents(config))
     if slots < needed:
         least = math.ceil(needed * each / 2**30 * 1000) / 1000
         raise InputError(
             f"decode.passage_cache_gib={config.decode.passage_cache_gib:g} has room for {slots} passages of {width} "
-            f"tokens, but one batch of questions may retrieve {needed}; give at least {least:g}, or 0 for no cache, or "
+            f"tokens, but the questions of one device may retrieve {needed}; give at least {least:g}, or 0 for no cache, or "
             "lower evaluate.batch_size"
         )
     return width, min(slots, count)
-
-
-def _pool_spec(mesh: Mesh, kv_heads: int) -> PartitionSpec:
-    """Slots over `data`, heads as the generator's layers have them."""
-    return PartitionSpec(None, "data", None, "model" if kv_heads % mesh.shape["model"] == 0 else None)
 
 
 def _slot_shapes(graph: nnx.GraphDef, params: Params, width: int) -> list[jax.ShapeDtypeStruct]:
@@ -268,7 +263,7 @@ def _slot_shapes(graph: nnx.GraphDef, params: Params, width: int) -> list[jax.Sh
 
 def _empty_pool(graph: nnx.GraphDef, mesh: Mesh, params: Params, width: int, slots: int) -> Pool:
     shapes = _slot_shapes(graph, params, width)
-    place = NamedSharding(mesh, _pool_spec(mesh, shapes[0].shape[3]))
+    place = NamedSharding(mesh, heads_spec(mesh, shapes[0].shape[3]))
     count = slots * mesh.shape["data"]
     keys, values = (jnp.zeros((s.shape[0], count, *s.shape[2:]), s.dtype, device=place) for s in shapes)
     return keys, values
@@ -286,7 +281,7 @@ def read_passages(
 ) -> Pool:
     """The pool with n beginnings of prompts in slots of their device; a slot that is not there takes nothing."""
     memory = nnx.merge(graph, params).prefill(source, mask)
-    spec = _pool_spec(mesh, memory.keys.shape[3])
+    spec = heads_spec(mesh, memory.keys.shape[3])
 
     def write(pool: Array, new: Array, slots: Array) -> Array:
         return pool.at[:, slots, : new.shape[2]].set(new, mode="drop")
@@ -313,7 +308,7 @@ def join_question(
     `width` is at least the number of tokens between these and the last one, which is the start token.
     """
     generator, columns = nnx.merge(graph, params), jnp.arange(source.shape[1])
-    spec = _pool_spec(mesh, pool[0].shape[3])
+    spec = heads_spec(mesh, pool[0].shape[3])
 
     def take(pool: Array, slots: Array) -> Array:
         kept = pool[:, slots, : len(columns)]
