@@ -7,20 +7,26 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
 
 from ragjax.config import most_documents
 from ragjax.decoding.candidates import pad_answers
 from ragjax.decoding.marginal_search import search_rag_token
+from ragjax.decoding.prefix_cache import empty_prefix_cache
 from ragjax.decoding.propose import beam_search_documents, beam_settings, prefill_documents
 from ragjax.decoding.rescore import score_tokens
-from ragjax.models.kv_cache import DocumentMemory, empty_kv_cache
+from ragjax.models.kv_cache import DocumentMemory
 from ragjax.models.layers import Params
-from ragjax.parallel.sharding import abstract_with_sharding
-from ragjax.planning.inputs import SPECIAL, PlanInputs
-from ragjax.planning.program_cost import bytes_each, program_temporaries
+from ragjax.parallel.by_device import on_mesh
+from ragjax.parallel.sharding import abstract_with_sharding, heads_spec
+from ragjax.planning.inputs import NO_PROMPT, SPECIAL, PlanInputs
+from ragjax.planning.program_cost import program_temporaries
 from ragjax.planning.rows import Number, Row, make_row
 from ragjax.planning.shared_rows import parameters_row, questions_text, search_row
+from ragjax.rag import RagModel
 from ragjax.retrieval.passage_cache import join_question
+from ragjax.training.state import for_inference, state_shardings
 
 QUESTION_TOKENS = 32  # of a prompt after its passage, for the temporaries of reading through a cache
 
@@ -43,32 +49,33 @@ def evaluate_rows(inputs: PlanInputs) -> list[Row]:
     ]
 
 
-def _questions(inputs: PlanInputs) -> int:
-    """How many questions each device answers together."""
-    return -(-inputs.config.evaluate.batch_size // inputs.mesh.shape["data"])
-
-
-def _prompts(inputs: PlanInputs) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-    """Tokens and mask [questions · documents, S] that a device reads."""
-    shape = _questions(inputs) * most_documents(inputs.config), inputs.config.generator.max_prompt_tokens
+def _prompts(inputs: PlanInputs, devices: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    """Tokens and mask [questions · documents, S] that so many devices read together."""
+    rows = devices * inputs.config.evaluate.batch_size * most_documents(inputs.config)
+    shape = rows, inputs.config.generator.max_prompt_tokens
     return jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.bool)
 
 
 def _documents_memory(inputs: PlanInputs) -> Number:
-    model, config = inputs.model("generator"), inputs.config
+    """What one device holds of a batch while it is answered."""
+    model, config, mesh = inputs.model("generator"), inputs.config, inputs.mesh_of("evaluate")
     # for Hugging Face's numbers documents are read with the padding unmasked and masked
     copies = 2 if config.hf_compatible and config.model != "rag_token" else 1
 
-    def memory_and_cache(*arguments: Any) -> Any:
-        memory = prefill_documents(model.graphdef, *arguments)
-        return jax.tree.leaves((memory, empty_kv_cache(memory, config.decode.max_new_tokens * config.decode.num_beams)))
+    def held(params: Params, *prompts: Any) -> Any:
+        generator = nnx.merge(model.graphdef, params)
+        memory = generator.prefill(*prompts)
+        slots = config.decode.max_new_tokens * config.decode.num_beams
+        return jax.tree.leaves([memory] * copies), jax.tree.leaves(empty_prefix_cache(generator, memory, slots))
 
-    size = bytes_each(jax.eval_shape(memory_and_cache, model.abstract_params, *_prompts(inputs)))
+    size = 0
+    for leaf in jax.tree.leaves(jax.eval_shape(held, model.abstract_params, *_prompts(inputs, 1))):
+        heads = mesh.shape["model"] if leaf.ndim == 5 and leaf.shape[3] % mesh.shape["model"] == 0 else 1
+        size += leaf.size * leaf.dtype.itemsize // heads
     documents, longest = most_documents(config), config.generator.max_prompt_tokens
-    how = f"{questions_text(_questions(inputs))} × {documents} documents × {longest} tokens, and the answers'"
+    how = f"{questions_text(config.evaluate.batch_size)} × {documents} documents × {longest} tokens, and the answers'"
     how += ", read twice" if copies > 1 else ""
-    how += "; all devices in one process" if inputs.mesh.size > 1 else ""
-    return copies * size, how
+    return size, how
 
 
 def _passage_cache(inputs: PlanInputs) -> Number:
@@ -78,7 +85,7 @@ def _passage_cache(inputs: PlanInputs) -> Number:
 
 
 def _logits(inputs: PlanInputs) -> Number:
-    beams = _questions(inputs) * most_documents(inputs.config) * inputs.config.decode.num_beams
+    beams = inputs.config.evaluate.batch_size * most_documents(inputs.config) * inputs.config.decode.num_beams
     vocabulary = inputs.model("generator").config.vocab_size
     how = f"{beams:,} beams × {vocabulary:,} in float32; scoring goes by blocks; part of the temporaries below"
     return beams * vocabulary * 4, how
@@ -86,19 +93,46 @@ def _logits(inputs: PlanInputs) -> Number:
 
 def _temporaries(inputs: PlanInputs) -> Number:
     """The most that one program takes: reading the documents, the beam search, scoring candidates."""
+    mesh = inputs.mesh_of("evaluate")
+    with on_mesh(mesh):
+        most = max(program_temporaries(*program) for program in answering_programs(inputs, mesh))
+    count, each = _candidates(inputs), questions_text(inputs.config.evaluate.batch_size)
+    return most, f"XLA's analysis ({inputs.device_kind}): {each}, at most {count} distinct candidates each"
+
+
+def _candidates(inputs: PlanInputs) -> int:
+    """The most that a question can have."""
+    decode, together = inputs.config.decode, inputs.config.model == "rag_token"
+    return decode.num_beams if together else most_documents(inputs.config) * decode.num_beams
+
+
+def answering_programs(inputs: PlanInputs, mesh: Mesh) -> list[tuple[Any, ...]]:
+    """The programs that answer a batch of questions on a mesh, each with its arguments, in shapes and places.
+
+    For use within `on_mesh`. First reading, then the search, then scoring. Raises `Unknown` without a generator.
+    """
     config, decode, model = inputs.config, inputs.config.decode, inputs.model("generator")
-    together = config.model == "rag_token"
-    questions, documents = _questions(inputs), most_documents(config)
+    together, graph, documents = config.model == "rag_token", model.graphdef, most_documents(config)
+    rag = RagModel(config, model, model, SPECIAL, NO_PROMPT, model)
+    shardings = state_shardings(for_inference(rag), mesh, {"generator": model.abstract_params})["generator"]
+    params = jax.tree.map(
+        lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), model.abstract_params, shardings
+    )
+    questions = config.evaluate.batch_size * mesh.shape["data"]
 
-    def placed(tree: Any) -> Any:
-        return abstract_with_sharding(inputs.one_device, tree)
+    def rows(tree: Any) -> Any:
+        return abstract_with_sharding(mesh, tree, "data")
 
-    graph, params, prompts = model.graphdef, placed(model.abstract_params), _prompts(inputs)
+    prompts = rows(_prompts(inputs, mesh.shape["data"]))
+
+    def place(leaf: Any) -> Any:
+        spec = heads_spec(mesh, leaf.shape[3]) if leaf.ndim == 5 else PartitionSpec("data")
+        return abstract_with_sharding(mesh, leaf, *spec)
+
     # a memory is passed by its leaves: it is checked to hold arrays, which shapes are not
-    memory = placed(jax.eval_shape(lambda *given: jax.tree.leaves(prefill_documents(graph, *given)), params, *prompts))
-    count = decode.num_beams if together else documents * decode.num_beams
-    candidates = [[((0,) * decode.max_new_tokens, False)] * count] * questions
-    answers = placed(pad_answers(candidates, SPECIAL, decode.max_new_tokens))
+    memory = [*map(place, jax.eval_shape(lambda *of: jax.tree.leaves(prefill_documents(graph, *of)), params, *prompts))]
+    candidates = [[((0,) * decode.max_new_tokens, False)] * _candidates(inputs)] * questions
+    answers = rows(pad_answers(candidates, SPECIAL, decode.max_new_tokens))
 
     @jax.jit
     def search(params: Params, memory: list[Any]) -> Any:
@@ -113,15 +147,9 @@ def _temporaries(inputs: PlanInputs) -> Number:
     def score(params: Params, memory: list[Any], *answers: Any) -> Any:
         return score_tokens(graph, params, DocumentMemory(*memory), *answers, SPECIAL)
 
-    most = max(
-        program_temporaries(prefill_documents, graph, params, *placed(prompts)),
-        program_temporaries(search, params, memory),
-        program_temporaries(score, params, memory, *answers),
-    )
+    programs = [(prefill_documents, graph, params, *prompts), (search, params, memory), (score, params, memory, *answers)]
     if decode.passage_cache_gib and not model.config.encoder_decoder:
-        rows = placed(jax.ShapeDtypeStruct((questions * documents,), jnp.int32))
-        joined = rows, *placed(prompts), rows, QUESTION_TOKENS
-        pool = memory[:2]  # a slot for each prompt
-        most = max(most, program_temporaries(join_question, graph, inputs.one_device, params, pool, *joined))
-    how = f"{questions_text(questions)}, at most {count} distinct candidates each"
-    return most, f"XLA's analysis ({inputs.device_kind}): {how}"
+        at = rows(jax.ShapeDtypeStruct((questions * documents,), jnp.int32))
+        # a slot for each prompt
+        programs.append((join_question, graph, mesh, params, memory[:2], at, *prompts, at, QUESTION_TOKENS))
+    return programs

@@ -13,7 +13,7 @@ from ragjax.rag import RagModel
 from ragjax.resources import host_memory, size_text
 from ragjax.training.fused_retrieval import abstract_corpus
 from ragjax.training.state import abstract_state
-from ragjax.training.step import trace_step, train_programs
+from ragjax.training.step import step_arguments, trace_step, train_programs
 
 
 def check_memory(rag: RagModel, mesh: Mesh, passages: int, limit: int | None = None) -> None:
@@ -35,8 +35,9 @@ def check_memory(rag: RagModel, mesh: Mesh, passages: int, limit: int | None = N
     if config.index.kind in ON_DEVICES:
         searched = bytes_each(abstract_corpus(rag, mesh, passages))
     try:
+        arguments = step_arguments(rag, mesh, passages)
         temporaries = max(
-            compiled_cost(trace_step(rag, mesh, passages, make).lower()).temporaries
+            compiled_cost(trace_step(rag, mesh, passages, make).lower(), arguments).temporaries
             for make in train_programs(config.train)
         )
     except NotCompiled:

@@ -66,13 +66,13 @@ def memory_plan(config: Config, mesh: Mesh | None = None, peak: int | float | No
 
 def _advice(inputs: PlanInputs) -> dict[tuple[str, str], list[str]]:
     """For each command and place, settings that would lower what it needs there."""
-    index, settings, data = inputs.config.index, inputs.config.evaluate, inputs.mesh.shape["data"]
+    index, settings = inputs.config.index, inputs.config.evaluate
     exact = index.kind in ON_DEVICES
     evaluate = ["index.kind=HNSW32 (the host then searches)"] if exact else []
     if exact and index.dtype == "float32":
         evaluate.append("index.dtype=bfloat16")
-    if settings.batch_size > data:
-        evaluate.append(f"evaluate.batch_size={data}")
+    if settings.batch_size > 1:
+        evaluate.append("evaluate.batch_size=1")
     if settings.max_untrained_questions != 0:
         evaluate.append("evaluate.max_untrained_questions=0")
     if inputs.config.decode.passage_cache_gib:

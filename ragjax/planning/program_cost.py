@@ -27,14 +27,19 @@ class Cost:
     sent: dict[str, int] | None  # as `bytes_sent`; None where XLA refuses to compile what cannot fit
 
 
-def compiled_cost(lowered: jax.stages.Lowered) -> Cost:
-    """Compiles a program and asks XLA. Raises `NotCompiled`."""
+def compiled_cost(lowered: jax.stages.Lowered, arguments: Any = ()) -> Cost:
+    """Compiles a program and asks XLA. Raises `NotCompiled`.
+
+    `arguments` are those with which it was lowered, with their places: a refusal tells their sum with the temporaries.
+    """
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        # the TPU's compiler knows how much memory there is, and gives up where a program needs more
+        # the TPU's compiler knows how much memory there is, and gives up where a program needs more; what it calls
+        # temporaries are these and the arguments
         if match := re.search(r"HLO temporaries \(([\d.]+)([KMG])\)", str(error)):
-            return Cost(round(float(match[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[match[2]]), None)
+            together = round(float(match[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[match[2]])
+            return Cost(max(0, together - bytes_each(arguments)), None)
         raise NotCompiled(f"XLA cannot compile it: {str(error).splitlines()[0]}") from None
     analysis = compiled.memory_analysis()
     if analysis is None:
@@ -47,16 +52,18 @@ def program_temporaries(program: jax.stages.Wrapped, *arguments: Any) -> int:
 
     Raises `NotCompiled`.
     """
-    return compiled_cost(program.lower(*arguments)).temporaries
+    return compiled_cost(program.lower(*arguments), arguments).temporaries
 
 
 def bytes_each(tree: Any) -> int:
     """What the arrays of a tree, abstract ones too, take on each device that holds a part of them."""
 
     def part(leaf: Any) -> tuple[int, ...]:
-        return leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+        sharding = getattr(leaf, "sharding", None)
+        return leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
 
-    return sum(math.prod(part(leaf)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    arrays = (leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype"))
+    return sum(math.prod(part(leaf)) * leaf.dtype.itemsize for leaf in arrays)
 
 
 def matmul_flops(jaxpr: Jaxpr) -> int:

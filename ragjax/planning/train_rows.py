@@ -14,7 +14,7 @@ from ragjax.planning.shared_rows import parameters_row, questions_text, search_r
 from ragjax.resources import size_text
 from ragjax.training.optimizer import partition_params
 from ragjax.training.state import abstract_state
-from ragjax.training.step import trace_step, train_programs
+from ragjax.training.step import step_arguments, trace_step, train_programs
 
 
 def train_rows(inputs: PlanInputs, peak: int | float | None) -> list[Row]:
@@ -68,14 +68,15 @@ def _compile_step(inputs: PlanInputs, remat: bool) -> tuple[int, Cost]:
     passages = inputs.passages()[0] if reads_corpus(inputs.config) else 0
     rag = replace(rag, config=inputs.config.replace(train=train.replace(remat=remat)))
     traced = [trace_step(rag, inputs.mesh, passages, make) for make in train_programs(train)]
-    costs = [compiled_cost(program.lower()) for program in traced]
+    arguments = step_arguments(rag, inputs.mesh, passages)
+    costs = [compiled_cost(program.lower(), arguments) for program in traced]
     most = max(cost.temporaries for cost in costs)
     return matmul_flops(traced[0].jaxpr.jaxpr), replace(costs[0], temporaries=most)
 
 
 def _optimizer(inputs: PlanInputs) -> Number:
     state = abstract_state(inputs.rag(), inputs.mesh)
-    return bytes_each(state.optimizer), f"AdamW: two float32 moments of what is trained{split_text(inputs)}"
+    return bytes_each(state.optimizer), f"AdamW: two float32 moments of what is trained{split_text(inputs.mesh, inputs.config.mesh.fsdp)}"
 
 
 def _gradients(inputs: PlanInputs) -> Number:

@@ -89,7 +89,7 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tracing and compiling take the most time: only the tests of temporaries do. A step is a product of matrices."""
     product = jax.jit(jnp.dot).trace(jnp.ones((8, 50)), jnp.ones((50, 100)))
     monkeypatch.setattr(train_rows, "trace_step", lambda *_: product)
-    monkeypatch.setattr(train_rows, "compiled_cost", lambda _: Cost(1, {"all-reduce": 2**21}))
+    monkeypatch.setattr(train_rows, "compiled_cost", lambda *_: Cost(1, {"all-reduce": 2**21}))
     for rows in (index_rows, evaluate_rows):
         monkeypatch.setattr(rows, "program_temporaries", lambda *_: 1)
 
