@@ -113,7 +113,7 @@ class Answerer:
         return open_passage_cache(self.rag, self.params["generator"], self.store, self.mesh)
 
     def retrieve(self, questions: QuestionBatch) -> RetrievalResult:
-        """The documents that `candidates` reads, `decode.num_docs` of each question.
+        """The documents that `candidates` reads, `decode.num_docs` of each question; as many on each device.
 
         Hugging Face rescores under the training's number of documents, whatever the number that proposed: with
         `hf_compatible` there are as many as either needs, and the prior is 0 beyond `train.num_docs`.
@@ -174,7 +174,8 @@ class Answerer:
         """Filled up to one of a few sizes: each has programs of its own, which are compiled when it first comes."""
         count, devices = len(questions), self.mesh.shape["data"]
         each = -(-count // devices)
-        whole = repeat_to_size(questions, devices * min(bucket_size(each), max(self.rag.config.evaluate.batch_size, each)))
+        size = min(bucket_size(each), max(self.rag.config.evaluate.batch_size, each))
+        whole = repeat_to_size(questions, devices * size)
         batch = question_batch(self.rag.tokenizers, whole)
         retrieval = None if mode == "closed_book" else self.retrieve(batch)
         if retrieval is not None:  # what fills up has no documents: it is not searched, or proposes nothing
@@ -194,7 +195,7 @@ class Answerer:
         """The candidates for each of B questions, and log p(gold|x) [B], in nats, if `gold` is given.
 
         Args:
-            questions: as both models read them.
+            questions: as both models read them; the devices along `data` divide B.
             retrieval: their documents; None for closed-book answers.
             mode: `exact`, `thorough`, `certified` or `fast`; without documents `fast`.
             gold: the tokens of an answer to each question.

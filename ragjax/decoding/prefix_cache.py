@@ -121,7 +121,7 @@ class PrefixScorer:
         if not answers:
             return {}
         trees, paths = self._trees(answers, grow=False)
-        group = group_by_device(list(answers), len(self._tokens))
+        group = group_by_device(list(answers), len(self._tokens), nearly_all=True)
         logp = self._path_logp(trees, paths, group, self.prefixes.hidden, self.prefixes.logsumexp, group.local)
         return {
             row: (
@@ -136,7 +136,8 @@ class PrefixScorer:
         if not answers:
             return {}
         trees, paths = self._trees(answers, grow=True)
-        group, most = group_by_device(list(answers), len(self._tokens)), max(len(tree.new) for tree in trees)
+        group = group_by_device(list(answers), len(self._tokens), nearly_all=True)
+        most = max(len(tree.new) for tree in trees)
         if most == 0:
             given = self.prefixes.hidden, self.prefixes.logsumexp, group.local
         else:
@@ -176,7 +177,7 @@ class PrefixScorer:
         logsumexp: Array,
         rows: Int[np.ndarray, " R"] | None,
     ) -> list[list[Float[np.ndarray, " T"]]]:
-        """The log-probabilities along each path, by tree; `rows` of the states, None for all, are those of the group."""
+        """The log-probabilities along each path, by tree; `rows` of the states, None for all, are the group's."""
         edges = np.zeros((2, group.count, bucket_size(max(len(tree.edges) for tree in trees), 8)), np.int32)
         for r, tree in zip(group.place, trees, strict=True):
             edges[:, r, : len(tree.edges)] = np.array(list(tree.edges), np.int32).reshape(-1, 2).T
@@ -289,9 +290,7 @@ def edge_logp(
 ) -> Float[Array, "R E"]:
     """log p(token | the prefix in a slot); of `special.eos`, that the answer ends there. `rows` None stands for all."""
 
-    def along(
-        params: Params, hidden: Array, logsumexp: Array, rows: Array | None, slot: Array, token: Array
-    ) -> Array:
+    def along(params: Params, hidden: Array, logsumexp: Array, rows: Array | None, slot: Array, token: Array) -> Array:
         row = (jnp.arange(slot.shape[0]) if rows is None else rows)[:, None]
         logits = event_logits(nnx.merge(graph, params).vocab_head(), hidden[row, slot], token, special)
         return logits - logsumexp[row, slot]

@@ -17,7 +17,6 @@ from jax.sharding import AxisType, Mesh
 
 from ragjax.errors import InputError
 
-
 Command = Literal["index", "train", "evaluate", "answer"]
 
 

@@ -25,7 +25,7 @@ from ragjax.planning.program_cost import program_temporaries
 from ragjax.planning.rows import Number, Row, make_row
 from ragjax.planning.shared_rows import parameters_row, questions_text, search_row
 from ragjax.rag import RagModel
-from ragjax.retrieval.passage_cache import join_question
+from ragjax.retrieval.passage_cache import Pool, join_question
 from ragjax.training.state import for_inference, state_shardings
 
 QUESTION_TOKENS = 32  # of a prompt after its passage, for the temporaries of reading through a cache
@@ -147,9 +147,13 @@ def answering_programs(inputs: PlanInputs, mesh: Mesh) -> list[tuple[Any, ...]]:
     def score(params: Params, memory: list[Any], *answers: Any) -> Any:
         return score_tokens(graph, params, DocumentMemory(*memory), *answers, SPECIAL)
 
-    programs = [(prefill_documents, graph, params, *prompts), (search, params, memory), (score, params, memory, *answers)]
+    programs = [
+        (prefill_documents, graph, params, *prompts),
+        (search, params, memory),
+        (score, params, memory, *answers),
+    ]
     if decode.passage_cache_gib and not model.config.encoder_decoder:
         at = rows(jax.ShapeDtypeStruct((questions * documents,), jnp.int32))
         # a slot for each prompt
-        programs.append((join_question, graph, mesh, params, memory[:2], at, *prompts, at, QUESTION_TOKENS))
+        programs.append((join_question, graph, params, Pool(*memory[:2]), at, *prompts, at, QUESTION_TOKENS))
     return programs

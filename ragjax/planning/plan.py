@@ -11,7 +11,9 @@ the table, each beside the function that computes it.
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,12 +28,13 @@ from ragjax.parallel.mesh import make_mesh
 from ragjax.planning.evaluate_rows import evaluate_rows
 from ragjax.planning.index_rows import index_rows
 from ragjax.planning.inputs import PlanInputs, open_inputs
-from ragjax.planning.memory import memory_advice
+from ragjax.planning.memory import larger_model_axis, memory_advice
 from ragjax.planning.rows import Row, Unknown
 from ragjax.planning.shared_rows import faiss
 from ragjax.planning.train_rows import train_rows
 from ragjax.resources import free_disk, host_memory, size_text
 from ragjax.retrieval.faiss_index import faiss_bytes
+from ragjax.training.state import for_inference
 
 # for the TPU's compiler where there is none: else it asks, at length, which machine this is
 NO_TPU = {
@@ -41,6 +44,7 @@ NO_TPU = {
     "TPU_WORKER_ID": "0",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # else a second process is refused, as if both wanted the TPU
 }
+CHIPS_OF_A_MACHINE = 8  # of TPU v5e and v6e
 SMALL_FAISS = "IVF16384,SQ8"  # a byte for each number
 
 
@@ -77,6 +81,9 @@ def _advice(inputs: PlanInputs) -> dict[tuple[str, str], list[str]]:
         evaluate.append("evaluate.max_untrained_questions=0")
     if inputs.config.decode.passage_cache_gib:
         evaluate.append("a smaller decode.passage_cache_gib")
+    with suppress(Unknown):
+        if (model := larger_model_axis(for_inference(inputs.rag()), inputs.mesh_of("evaluate"))) is not None:
+            evaluate.append(f"mesh.model={model}")
     evaluate.append("smaller decode.num_docs or decode.num_beams")
     advice = {("index", "device"): ["a smaller index.batch_size"], ("evaluate", "device"): evaluate}
     with suppress(Unknown):
@@ -118,8 +125,12 @@ def _tpu_devices(name: str) -> Sequence[jax.Device]:
     jax.config.update("jax_platforms", "cpu")
     from jax.experimental import topologies
 
+    # up to eight chips may be of one machine; of more, every four are
+    sides = [int(side) for side in re.findall(r"\d+", name.partition(":")[2])]
+    bounds = (*sides, *[1] * (3 - len(sides)))[:3]
+    one_machine = {"chips_per_host_bounds": bounds} if sides and math.prod(sides) <= CHIPS_OF_A_MACHINE else {}
     try:
-        return topologies.get_topology_desc(name, "tpu").devices
+        return topologies.get_topology_desc(name, "tpu", **one_machine).devices
     except RuntimeError as error:
         if importlib.util.find_spec("libtpu") is None:
             raise InputError(f"--topology {name} needs an extra: pip install 'ragjax[tpu]'") from None

@@ -76,7 +76,9 @@ def _compile_step(inputs: PlanInputs, remat: bool) -> tuple[int, Cost]:
 
 def _optimizer(inputs: PlanInputs) -> Number:
     state = abstract_state(inputs.rag(), inputs.mesh)
-    return bytes_each(state.optimizer), f"AdamW: two float32 moments of what is trained{split_text(inputs.mesh, inputs.config.mesh.fsdp)}"
+    return bytes_each(
+        state.optimizer
+    ), f"AdamW: two float32 moments of what is trained{split_text(inputs.mesh, inputs.config.mesh.fsdp)}"
 
 
 def _gradients(inputs: PlanInputs) -> Number:

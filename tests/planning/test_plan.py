@@ -15,10 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import Mesh
 from trained import refused
 from world import open_world, tiny_config
 
+from ragjax.answerer import open_answerer
 from ragjax.checkpoints.random_init import write_random_checkpoint
 from ragjax.cli import main
 from ragjax.commands.plan import print_plan
@@ -28,13 +30,16 @@ from ragjax.data.passage_store import STORE_FILES
 from ragjax.data.question_batch import question_batch, tokenize_prompts
 from ragjax.decoding.candidates import pad_answers
 from ragjax.decoding.marginal_search import search_rag_token
+from ragjax.decoding.prefix_cache import empty_prefix_cache
 from ragjax.decoding.propose import beam_search_documents, beam_settings, prefill_documents
 from ragjax.decoding.rescore import score_tokens
 from ragjax.errors import InputError
-from ragjax.models.kv_cache import DocumentMemory, empty_kv_cache
-from ragjax.parallel.mesh import make_mesh
+from ragjax.models.kv_cache import DocumentMemory
+from ragjax.parallel.by_device import on_mesh
+from ragjax.parallel.mesh import command_mesh, make_mesh
 from ragjax.planning import evaluate_rows, index_rows, plan, train_rows
-from ragjax.planning.inputs import SPECIAL
+from ragjax.planning.evaluate_rows import answering_programs
+from ragjax.planning.inputs import SPECIAL, open_inputs
 from ragjax.planning.plan import memory_plan
 from ragjax.planning.program_cost import (
     Cost,
@@ -47,8 +52,9 @@ from ragjax.planning.program_cost import (
 from ragjax.planning.rows import Row, totals
 from ragjax.rag import load_pipeline
 from ragjax.resources import size_text
+from ragjax.retrieval.retrieve import RetrievalResult
 from ragjax.training.optimizer import partition_params
-from ragjax.training.state import abstract_state, for_inference, init_train_state, state_shardings
+from ragjax.training.state import abstract_state, init_train_state, state_shardings
 from ragjax.training.step import trace_step
 
 CONFIGS = ("rag_sequence_nq", "rag_token_nq", "rag_sequence_t5")
@@ -132,31 +138,70 @@ def test_embeddings_and_passages_are_the_files(world: Path) -> None:
     assert not store.counted and not embeddings.counted
 
 
-@pytest.mark.parametrize("mesh", [MeshSettings(), MeshSettings(model=2, fsdp=True)])
+def on_each_device(tree: Any) -> set[int]:
+    """The bytes that arrays take, on each device."""
+    held = dict.fromkeys(jax.devices(), 0)
+    for array in jax.tree.leaves(tree):
+        for shard in array.addressable_shards:
+            held[shard.device] += shard.data.nbytes
+    return set(held.values())
+
+
+@pytest.mark.parametrize("mesh", [MeshSettings(), MeshSettings(fsdp=True), MeshSettings(model=2, fsdp=True)])
 def test_on_several_devices_each_has_its_part(world: Path, mesh: MeshSettings) -> None:
-    config = tiny_config(world, evaluate__batch_size=8).replace(mesh=mesh)
-    rag, devices = load_pipeline(config), make_mesh(mesh.model)
+    """Of what `ragjax train`, `evaluate` and `answer` put on eight devices: an eighth of the corpus, and so on."""
+    config = tiny_config(world, evaluate__batch_size=1, generator__max_prompt_tokens=80).replace(mesh=mesh)
+    rag, devices = load_pipeline(config), command_mesh("train", mesh.model)
     state = init_train_state(rag, rag.initial_params())
     placed = jax.device_put(state, state_shardings(rag, devices, state))
-    answering = jax.device_put(state.params, state_shardings(for_inference(rag), devices, state.params))
     found = sizes(config, devices)
-
-    def on_the_first(tree: Any) -> int:
-        return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
-
     for model in ("retriever", "generator"):
-        assert found["train", f"{model} parameters", "device"] == on_the_first(placed.params[model])
-        assert found["evaluate", f"{model} parameters", "device"] == 2 * on_the_first(answering[model])
-    assert found["train", "optimiser state", "device"] == on_the_first(placed.optimizer)
+        assert {found["train", f"{model} parameters", "device"]} == on_each_device(placed.params[model])
+    assert {found["train", "optimiser state", "device"]} == on_each_device(placed.optimizer)
     assert found["train", "checkpoints", "disk"] == 3 * in_bytes(state)  # whole
     assert found["index", "passage encoder parameters", "device"] == in_bytes(state.params["retriever"])
     assert found["train", NETWORK, "device"] == 2**21
-    whole = sizes(config.replace(mesh=MeshSettings()))
-    assert ("train", NETWORK, "device") not in whole
-    assert found["train", FLOPS, "devices"] == whole["train", FLOPS, "devices"] == 2 * 8 * 50 * 100
-    # 8 questions, 3 documents and 2 beams over 259 tokens: a device has 1 of them, with the axis `model` 2
-    assert whole["evaluate", LOGITS, "device"] == 8 * 3 * 2 * 259 * 4
-    assert found["evaluate", LOGITS, "device"] == mesh.model * 3 * 2 * 259 * 4
+    assert found["train", FLOPS, "devices"] == 2 * 8 * 50 * 100
+
+    answerer = open_answerer(config, untrained=True)
+    for model in ("retriever", "generator"):
+        twice = 2 * int(*on_each_device(answerer.params[model]))  # before and after training
+        assert found["evaluate", f"{model} parameters", "device"] == twice
+    corpus = answerer.index.corpus(answerer.mesh).embeddings
+    assert corpus.shape == (32, 32) and {4 * 32 * 4} == on_each_device(corpus)
+    for command in ("train", "evaluate"):
+        assert found[command, "embeddings, for the search", "device"] == 4 * 32 * 4
+    count = answerer.mesh.shape["data"]
+    batch = question_batch(rag.tokenizers, ["What is the capital of the land of lands, and why?"] * count)
+    nothing = np.zeros((count, config.decode.num_docs), np.float32)
+    held = []
+    with on_mesh(answerer.mesh):
+        read, ids, _ = answerer._document_reader(
+            batch, RetrievalResult(nothing, nothing.astype(np.int32), nothing, nothing)
+        )
+        memory = read(np.arange(ids.size))
+        held = (
+            memory,
+            beam_search_documents(rag.generator.graphdef, answerer.params["generator"], memory, config.decode, SPECIAL)[
+                1
+            ],
+        )
+    [taken] = on_each_device(held)
+    assert memory.mask.shape[1] == 80
+    assert found["evaluate", "documents' keys and values", "device"] == pytest.approx(taken, rel=0.01)
+    # a device has 1 question, 3 documents and 2 beams over 259 tokens, whatever the axis `model`
+    assert found["evaluate", LOGITS, "device"] == 3 * 2 * 259 * 4
+
+
+def test_temporaries_of_answering_do_not_grow_with_the_devices(world: Path) -> None:
+    """Each device answers as many questions as one alone would."""
+    config, found = tiny_config(world, evaluate__batch_size=2), {}
+    for devices in (1, 8):
+        mesh = make_mesh(devices=jax.devices()[:devices])
+        with on_mesh(mesh):
+            _, search, *_ = answering_programs(open_inputs(config, mesh), mesh)
+            found[devices] = program_temporaries(*search)
+    assert found[8] == pytest.approx(found[1], rel=0.02)
 
 
 def test_temporaries_and_network_are_those_of_the_compiled_step(
@@ -192,9 +237,10 @@ def test_the_documents_memory_is_that_of_real_prompts(world: Path) -> None:
     questions = question_batch(rag.tokenizers, texts)
     rows = tokenize_prompts(rag.tokenizers, store, questions, np.zeros((len(texts), config.decode.num_docs), np.int32))
     memory = prefill_documents(rag.generator.graphdef, rag.generator.load_params(), *rows)
-    past = empty_kv_cache(memory, config.decode.max_new_tokens * config.decode.num_beams)
+    slots = config.decode.max_new_tokens * config.decode.num_beams
+    prefixes = empty_prefix_cache(nnx.merge(rag.generator.graphdef, rag.generator.load_params()), memory, slots)
     planned = sizes(config)
-    assert planned["evaluate", "documents' keys and values", "device"] == in_bytes(memory) + in_bytes(past)
+    assert planned["evaluate", "documents' keys and values", "device"] == in_bytes(memory) + in_bytes(prefixes)
     assert planned["evaluate", "passages' keys and values", "device"] == 2**29
     assert planned["evaluate", "generator parameters", "device"] == in_bytes(rag.generator.load_params())
 
@@ -429,7 +475,7 @@ def test_the_table_says_what_does_not_fit_and_what_would_help(capsys: Capture, w
     ):
         assert setting in advice
     assert "train.remat" not in advice
-    assert "what would help to evaluate: " in advice and "evaluate.batch_size=2;" in advice
+    assert "what would help to evaluate: " in advice and "evaluate.batch_size=1;" in advice
     print_plan(told, {"disk": 1, "host": 2**40, "device": 2**40}, as_json=False)
     assert "what would help" not in capsys.readouterr().out
     assert [size_text(size) for size in (512, 3 * 2**20, 2**31)] == ["0.5 KiB", "3.00 MiB", "2.00 GiB"]

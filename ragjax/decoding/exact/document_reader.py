@@ -45,9 +45,7 @@ class DocumentReader:
 
 
 @partial(jax.jit, static_argnums=3, donate_argnums=0)
-def _write(
-    pool: DocumentMemory | None, rows: Int[Array, " R"], part: DocumentMemory, slots: int
-) -> DocumentMemory:
+def _write(pool: DocumentMemory | None, rows: Int[Array, " R"], part: DocumentMemory, slots: int) -> DocumentMemory:
     """A pool, or one with so many empty slots, with the memories of some rows."""
 
     def write(_: None, pool: DocumentMemory | None, rows: Array, part: DocumentMemory) -> DocumentMemory:
