@@ -172,7 +172,7 @@ class EvaluationProgress:
             measure_batch: gives one result, as JSON, for each question of a batch.
         """
         devices = answerer.mesh.shape["data"]
-        size = min(size, -(-len(questions) // devices)) * devices
+        size = max(1, min(size, -(-len(questions) // devices))) * devices
         measure = f"{name} {answerer.index.version}"
         done = set(self._done.get(measure, []))
         missing = [start for start in range(0, len(questions), size) if start not in done]
