@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array
 
-from ragjax.config import most_documents
+from ragjax.config import ON_DEVICES, most_documents
 from ragjax.decoding.candidates import pad_answers
 from ragjax.decoding.marginal_search import search_rag_token
-from ragjax.decoding.prefix_cache import empty_prefix_cache
+from ragjax.decoding.prefix_cache import beam_step, empty_prefix_cache
 from ragjax.decoding.propose import beam_search_documents, beam_settings, prefill_documents
 from ragjax.decoding.rescore import score_tokens
 from ragjax.models.kv_cache import DocumentMemory
@@ -21,19 +24,30 @@ from ragjax.models.layers import Params
 from ragjax.parallel.by_device import on_mesh
 from ragjax.parallel.sharding import abstract_with_sharding, heads_spec
 from ragjax.planning.inputs import NO_PROMPT, SPECIAL, PlanInputs
-from ragjax.planning.program_cost import program_temporaries
+from ragjax.planning.program_cost import Cost, bytes_each, matmul_flops, program_cost
+from ragjax.planning.roofline import Chip, least_seconds
 from ragjax.planning.rows import Number, Row, make_row
 from ragjax.planning.shared_rows import parameters_row, questions_text, search_row
 from ragjax.rag import RagModel
 from ragjax.retrieval.passage_cache import Pool, join_question
+from ragjax.training.fused_retrieval import abstract_corpus
 from ragjax.training.state import for_inference, state_shardings
 
 QUESTION_TOKENS = 32  # of a prompt after its passage, for the temporaries of reading through a cache
 
 
-def evaluate_rows(inputs: PlanInputs) -> list[Row]:
-    """The rows of `ragjax evaluate`: of answering one batch of questions."""
+BATCH_TIME = "time of a batch of questions, at least"
+
+
+def evaluate_rows(inputs: PlanInputs, chip: Chip | None) -> list[Row]:
+    """The rows of `ragjax evaluate`: of answering one batch of questions; with a `chip` also the least time of that."""
     copies = 1 if inputs.config.evaluate.max_untrained_questions == 0 else 2
+
+    @cache
+    def costs() -> list[tuple[int, Cost]]:
+        mesh = inputs.mesh_of("evaluate")
+        with on_mesh(mesh):
+            return [program_cost(*program) for program in answering_programs(inputs, mesh)]
 
     def row(what: str, number: Callable[[PlanInputs], Number], **how: Any) -> Row:
         return make_row("evaluate", what, "device", lambda: number(inputs), **how)
@@ -44,8 +58,9 @@ def evaluate_rows(inputs: PlanInputs) -> list[Row]:
         row("documents' keys and values", _documents_memory),
         *([row("passages' keys and values", _passage_cache)] if inputs.config.decode.passage_cache_gib else []),
         row("logits of a step of the beam search", _logits, part=True),
-        row("temporaries of answering", _temporaries),
+        row("temporaries of answering", lambda inputs: _temporaries(inputs, costs())),
         search_row(inputs, "evaluate"),
+        *([row(BATCH_TIME, lambda inputs: _seconds(inputs, costs(), chip), part=True, unit="seconds")] if chip else []),
     ]
 
 
@@ -91,13 +106,54 @@ def _logits(inputs: PlanInputs) -> Number:
     return beams * vocabulary * 4, how
 
 
-def _temporaries(inputs: PlanInputs) -> Number:
+def _temporaries(inputs: PlanInputs, costs: list[tuple[int, Cost]]) -> Number:
     """The most that one program takes: reading the documents, the beam search, scoring candidates."""
-    mesh = inputs.mesh_of("evaluate")
-    with on_mesh(mesh):
-        most = max(program_temporaries(*program) for program in answering_programs(inputs, mesh))
+    most = max(cost.temporaries for _, cost in costs)
     count, each = _candidates(inputs), questions_text(inputs.config.evaluate.batch_size)
     return most, f"XLA's analysis ({inputs.device_kind}): {each}, at most {count} distinct candidates each"
+
+
+def _seconds(inputs: PlanInputs, costs: list[tuple[int, Cost]], chip: Chip) -> Number:
+    """Of retrieval's search, of reading, and of as many steps of the search as an answer can have tokens.
+
+    A step reads all weights of the decoder and all memories; what it sends over `model` is not counted. Scoring may
+    find all that it needs in the prefixes read: what it may take is told beside.
+    """
+    config, mesh = inputs.config, inputs.mesh_of("evaluate")
+    (reading, read), (_, search), (scoring, scored) = costs[:3]
+    steps, devices = config.decode.max_new_tokens, mesh.size
+    step = replace(search, sent=None, written=0)
+    parts = {
+        "reading": least_seconds(chip, config.dtype, reading / devices, read),
+        "search": least_seconds(chip, config.dtype, _step_flops(inputs) / mesh.shape["model"], step, steps),
+    }
+    if config.index.kind in ON_DEVICES and chip.bandwidth is not None:
+        index = bytes_each(abstract_corpus(inputs.rag(), mesh, inputs.passages()[0]))
+        parts["retrieval"] = index / (chip.bandwidth * 1e9), "memory"
+    more, _ = least_seconds(chip, config.dtype, scoring / devices, scored)
+    told = ", ".join(f"{what} {seconds:.2g} s ({binds})" for what, (seconds, binds) in parts.items())
+    questions = questions_text(config.evaluate.batch_size * mesh.shape["data"])
+    how = f"{questions}, {steps} tokens each: {told}; scoring up to {more:.2g} s more"
+    return sum(seconds for seconds, _ in parts.values()), how
+
+
+def _step_flops(inputs: PlanInputs) -> int:
+    """Of one step of all beams over a device's questions."""
+    model, decode = inputs.model("generator"), inputs.config.decode
+    slots = decode.num_beams * decode.max_new_tokens
+
+    def read(params: Params, *prompts: Array) -> DocumentMemory:
+        return nnx.merge(model.graphdef, params).prefill(*prompts)
+
+    def read_and_step(params: Params, *prompts: Array) -> Array:
+        generator, memory = nnx.merge(model.graphdef, params), read(params, *prompts)
+        tokens = jnp.zeros((memory.start.shape[0], decode.num_beams), jnp.int32)
+        prefixes, mask = empty_prefix_cache(generator, memory, slots), jnp.zeros((*tokens.shape, slots), bool)
+        return beam_step(generator, memory, prefixes, tokens, jnp.zeros((), jnp.int32), mask)[0]
+
+    given = model.abstract_params, *_prompts(inputs, 1)
+    both, alone = (matmul_flops(jax.make_jaxpr(of)(*given).jaxpr) for of in (read_and_step, read))
+    return both - alone
 
 
 def _candidates(inputs: PlanInputs) -> int:

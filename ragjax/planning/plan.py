@@ -14,7 +14,7 @@ import importlib.util
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,14 +24,15 @@ from jax.sharding import Mesh
 
 from ragjax.config import ON_DEVICES, Config
 from ragjax.errors import InputError
-from ragjax.parallel.mesh import make_mesh
-from ragjax.planning.evaluate_rows import evaluate_rows
+from ragjax.parallel.mesh import command_mesh
+from ragjax.planning.evaluate_rows import BATCH_TIME, evaluate_rows
 from ragjax.planning.index_rows import index_rows
 from ragjax.planning.inputs import PlanInputs, open_inputs
 from ragjax.planning.memory import larger_model_axis, memory_advice
-from ragjax.planning.rows import Row, Unknown
+from ragjax.planning.roofline import MACHINES, Chip, Machine, chip_of
+from ragjax.planning.rows import Row, Total, Unknown, totals
 from ragjax.planning.shared_rows import faiss
-from ragjax.planning.train_rows import train_rows
+from ragjax.planning.train_rows import STEP_TIME, train_rows
 from ragjax.resources import free_disk, host_memory, size_text
 from ragjax.retrieval.faiss_index import faiss_bytes
 from ragjax.training.state import for_inference
@@ -56,16 +57,53 @@ class Plan:
     advice: dict[tuple[str, str], list[str]]
 
 
-def memory_plan(config: Config, mesh: Mesh | None = None, peak: int | float | None = None) -> Plan:
+def memory_plan(config: Config, mesh: Mesh | None = None, chip: Chip | None = None) -> Plan:
     """What `ragjax index`, `train` and `evaluate` will need. Of a model on the hub only its config.json is fetched.
 
-    The mesh, by default one device, may be of devices that are not there; `peak` is what each can compute, in TFLOP/s.
+    The mesh, by default one device, may be of devices that are not there; with a `chip` it tells the least times, too.
     A model or a corpus that cannot be had makes the rows that depend on it unknown. Raises `InputError` for settings
     that do not go together.
     """
-    inputs = open_inputs(config, mesh or make_mesh(config.mesh.model, jax.devices()[:1]))
-    rows = [*index_rows(inputs), *train_rows(inputs, peak), *evaluate_rows(inputs)]
+    inputs = open_inputs(config, mesh or command_mesh("train", config.mesh.model, jax.devices()[:1]))
+    rows = [*index_rows(inputs), *train_rows(inputs, chip), *evaluate_rows(inputs, chip)]
     return Plan(rows, _advice(inputs))
+
+
+@dataclass(frozen=True)
+class MachinePlan:
+    """What a configuration needs of some chips together, and how fast these may be."""
+
+    machine: Machine
+    needs: dict[str, Total]  # of each device, to train and to evaluate
+    seconds: dict[str, tuple[float, str]]  # at least, and how that was computed: a step, a batch of questions
+    questions: int  # in such a batch
+    problem: str | None = None  # why there is no plan
+
+
+def sweep(config: Config, machines: Sequence[Machine] = MACHINES) -> Iterator[MachinePlan]:
+    """A plan for each of some machines that need not be there, as soon as it is computed.
+
+    TPUs' own compiler tells their temporaries and traffic, and that of CPUs those of GPUs, one for each.
+    """
+    most = max(machine.devices for machine in machines if machine.topology is None)
+    with suppress(RuntimeError):  # JAX has started: then there are as many as there are
+        jax.config.update("jax_num_cpu_devices", most)
+    for machine in machines:
+        try:
+            mesh = planned_mesh(config, machine.devices, machine.topology)
+            plan = memory_plan(config, mesh, machine.chip)
+        except InputError as error:
+            yield MachinePlan(machine, {}, {}, 0, str(error))
+            continue
+        has: dict[str, int | None] = {"disk": None, "host": None}
+        if machine.chip.memory is not None:
+            has["device"] = int(machine.chip.memory * 2**30)
+        sums = totals(plan.rows, has)
+        needs = {of.command: of for of in sums if of.place == "device" and of.command != "index"}
+        timed = {STEP_TIME: "train", BATCH_TIME: "evaluate"}
+        seconds = {timed[row.what]: (row.size, row.how) for row in plan.rows if row.what in timed and row.size}
+        own = command_mesh("evaluate", config.mesh.model, list(mesh.devices.flat))
+        yield MachinePlan(machine, needs, seconds, config.evaluate.batch_size * own.shape["data"])
 
 
 def _advice(inputs: PlanInputs) -> dict[tuple[str, str], list[str]]:
@@ -104,7 +142,7 @@ def planned_mesh(config: Config, devices: int | None, topology: str | None) -> M
     Raises `InputError` where there are none such.
     """
     if topology is not None:
-        return make_mesh(config.mesh.model, _tpu_devices(topology))
+        return command_mesh("train", config.mesh.model, _tpu_devices(topology))
     if devices is not None:
         with suppress(RuntimeError):  # JAX has started: then there are as many as there are
             jax.config.update("jax_num_cpu_devices", devices)
@@ -115,7 +153,7 @@ def planned_mesh(config: Config, devices: int | None, topology: str | None) -> M
             available = jax.devices("cpu")
     if len(available) < count:
         raise InputError(f"--devices {count}: this machine can play {len(available)} devices; try JAX_PLATFORMS=cpu")
-    return make_mesh(config.mesh.model, available[:count])
+    return command_mesh("train", config.mesh.model, available[:count])
 
 
 def _tpu_devices(name: str) -> Sequence[jax.Device]:
@@ -135,6 +173,11 @@ def _tpu_devices(name: str) -> Sequence[jax.Device]:
         if importlib.util.find_spec("libtpu") is None:
             raise InputError(f"--topology {name} needs an extra: pip install 'ragjax[tpu]'") from None
         raise InputError(f"--topology {name}: {str(error).splitlines()[0]}; an example: v5e:2x4") from None
+
+
+def planned_chip(mesh: Mesh, peak: int | float | None) -> Chip | None:
+    """For the least times: the chip that the devices are, or one of which `peak` alone is known, in TFLOP/s."""
+    return chip_of(mesh.devices.flat[0]) if peak is None else Chip("", peak, peak)
 
 
 def capacity(config: Config, mesh: Mesh, memory: int | None = None) -> dict[str, int | None]:

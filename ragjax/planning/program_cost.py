@@ -25,6 +25,8 @@ class Cost:
 
     temporaries: int  # set aside beside its arguments and results
     sent: dict[str, int] | None  # as `bytes_sent`; None where XLA refuses to compile what cannot fit
+    read: int = 0  # its arguments
+    written: int = 0  # its results
 
 
 def compiled_cost(lowered: jax.stages.Lowered, arguments: Any = ()) -> Cost:
@@ -39,12 +41,24 @@ def compiled_cost(lowered: jax.stages.Lowered, arguments: Any = ()) -> Cost:
         # temporaries are these and the arguments
         if match := re.search(r"HLO temporaries \(([\d.]+)([KMG])\)", str(error)):
             together = round(float(match[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[match[2]])
-            return Cost(max(0, together - bytes_each(arguments)), None)
+            return Cost(max(0, together - (read := bytes_each(arguments))), None, read)
         raise NotCompiled(f"XLA cannot compile it: {str(error).splitlines()[0]}") from None
     analysis = compiled.memory_analysis()
     if analysis is None:
         raise NotCompiled("XLA has no analysis for this device")
-    return Cost(int(analysis.temp_size_in_bytes), bytes_sent(compiled.as_text() or ""))
+    temporaries, read, written = (
+        int(getattr(analysis, f"{what}_size_in_bytes")) for what in ("temp", "argument", "output")
+    )
+    return Cost(temporaries, bytes_sent(compiled.as_text() or ""), read, written)
+
+
+def program_cost(program: jax.stages.Wrapped, *arguments: Any) -> tuple[int, Cost]:
+    """The `matmul_flops` of a jitted function with these arguments, abstract ones too, and its cost to each device.
+
+    Raises `NotCompiled`.
+    """
+    traced = program.trace(*arguments)
+    return matmul_flops(traced.jaxpr.jaxpr), compiled_cost(traced.lower(), arguments)
 
 
 def program_temporaries(program: jax.stages.Wrapped, *arguments: Any) -> int:

@@ -9,6 +9,7 @@ from functools import cache
 from ragjax.config import reads_corpus, refreshes
 from ragjax.planning.inputs import PlanInputs
 from ragjax.planning.program_cost import Cost, bytes_each, compiled_cost, flops_text, matmul_flops
+from ragjax.planning.roofline import Chip, least_seconds, roofline_text
 from ragjax.planning.rows import Number, Row, Unknown, make_row
 from ragjax.planning.shared_rows import parameters_row, questions_text, search_row, split_text
 from ragjax.resources import size_text
@@ -16,9 +17,11 @@ from ragjax.training.optimizer import partition_params
 from ragjax.training.state import abstract_state
 from ragjax.training.step import step_arguments, trace_step, train_programs
 
+STEP_TIME = "time of a step, at least"
 
-def train_rows(inputs: PlanInputs, peak: int | float | None) -> list[Row]:
-    """The rows of `ragjax train`; `peak` is what each device can compute, in TFLOP/s.
+
+def train_rows(inputs: PlanInputs, chip: Chip | None) -> list[Row]:
+    """The rows of `ragjax train`; with a `chip` also the least time of a step.
 
     The step is compiled twice, with and without `train.remat`: what recomputing saves is the question.
     """
@@ -55,10 +58,8 @@ def train_rows(inputs: PlanInputs, peak: int | float | None) -> list[Row]:
     if inputs.mesh.size > 1:
         rows.append(part("over the network, a step", "device", lambda: _network(step(used)[1])))
     rows.append(part("floating-point operations, a step", "devices", lambda: _flops(inputs, step(used)[0]), "FLOP"))
-    if peak is not None:
-        rows.append(
-            part("time of a step, at least", "devices", lambda: _seconds(inputs, step(used)[0], peak), "seconds")
-        )
+    if chip is not None:
+        rows.append(part(STEP_TIME, "devices", lambda: _seconds(inputs, *step(used), chip), "seconds"))
     return rows
 
 
@@ -116,5 +117,7 @@ def _flops(inputs: PlanInputs, flops: int) -> Number:
     return flops, f"matrix products alone{recomputed}{each}"
 
 
-def _seconds(inputs: PlanInputs, flops: int, peak: int | float) -> Number:
-    return flops / (inputs.mesh.size * peak * 1e12), f"at {peak:g} TFLOP/s each, nothing waiting"
+def _seconds(inputs: PlanInputs, flops: int, cost: Cost, chip: Chip) -> Number:
+    dtype = inputs.config.dtype
+    seconds, binds = least_seconds(chip, dtype, flops / inputs.mesh.size, cost)
+    return seconds, roofline_text(chip, dtype, binds)
