@@ -82,7 +82,7 @@ def print_sweep(plans: Sequence[MachinePlan], as_json: bool) -> None:
             continue
         step, batch = (plan.seconds.get(name) for name in ("train", "evaluate"))
         cells += [_need(plan.needs.get("train")), "?" if step is None else f"{step[0]:.2g} s, {step[1].split()[0]}"]
-        cells += [_need(plan.needs.get("evaluate")), "?" if batch is None else f"{plan.questions / batch[0]:.3g}"]
+        cells += [_need(plan.needs.get("evaluate")), "?" if batch is None else f"{plan.questions / batch[0]:,.1f}"]
         table.add_row(*cells)
     console = Screen(highlight=False, markup=False, width=None if sys.stdout.isatty() else 132)
     console.print(table)

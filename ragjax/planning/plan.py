@@ -80,15 +80,15 @@ class MachinePlan:
     problem: str | None = None  # why there is no plan
 
 
-def sweep(config: Config, machines: Sequence[Machine] = MACHINES) -> Iterator[MachinePlan]:
-    """A plan for each of some machines that need not be there, as soon as it is computed.
+def sweep(config: Config) -> Iterator[MachinePlan]:
+    """A plan for each of `MACHINES`, which need not be there, as soon as it is computed.
 
-    TPUs' own compiler tells their temporaries and traffic, and that of CPUs those of GPUs, one for each.
+    TPUs' own compiler tells their temporaries and traffic, and that of as many CPUs those of GPUs.
     """
-    most = max(machine.devices for machine in machines if machine.topology is None)
+    most = max(machine.devices for machine in MACHINES if machine.topology is None)
     with suppress(RuntimeError):  # JAX has started: then there are as many as there are
         jax.config.update("jax_num_cpu_devices", most)
-    for machine in machines:
+    for machine in MACHINES:
         try:
             mesh = planned_mesh(config, machine.devices, machine.topology)
             plan = memory_plan(config, mesh, machine.chip)
@@ -177,7 +177,7 @@ def _tpu_devices(name: str) -> Sequence[jax.Device]:
 
 def planned_chip(mesh: Mesh, peak: int | float | None) -> Chip | None:
     """For the least times: the chip that the devices are, or one of which `peak` alone is known, in TFLOP/s."""
-    return chip_of(mesh.devices.flat[0]) if peak is None else Chip("", peak, peak)
+    return chip_of(mesh.devices.flat[0].device_kind) if peak is None else Chip("", peak, peak)
 
 
 def capacity(config: Config, mesh: Mesh, memory: int | None = None) -> dict[str, int | None]:

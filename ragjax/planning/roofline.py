@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import jax
-
 from ragjax.planning.program_cost import Cost
 
 
@@ -56,9 +54,9 @@ MACHINES = (
 )
 
 
-def chip_of(device: jax.Device) -> Chip | None:
-    """The chip that a device is, there or not; None for a CPU and what is not in the table."""
-    return next((chip for kind, chip in _KINDS.items() if kind in device.device_kind), None)
+def chip_of(device_kind: str) -> Chip | None:
+    """The chip that JAX calls so; None for a CPU and what is not in the table."""
+    return next((chip for kind, chip in _KINDS.items() if kind in device_kind), None)
 
 
 def least_seconds(chip: Chip, dtype: str, flops: int | float, cost: Cost, runs: int = 1) -> tuple[float, str]:

@@ -50,7 +50,7 @@ from ragjax.planning.program_cost import (
     program_cost,
     program_temporaries,
 )
-from ragjax.planning.roofline import Chip
+from ragjax.planning.roofline import Chip, Machine, chip_of, least_seconds
 from ragjax.planning.rows import Row, totals
 from ragjax.rag import load_pipeline
 from ragjax.resources import size_text
@@ -498,6 +498,48 @@ def test_json(capsys: Capture, world: Path) -> None:
         ("all", "disk"),
     }
     assert all(t["fits"] is True for t in told["totals"]) and told["advice"] == {}
+
+
+def test_a_sweep_tells_which_machines_fit(
+    capsys: Capture, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small chips of our own, one of which is too small, one together too many for the batch, and one not to be had."""
+    small = Chip("small", 1, 0.5, 2**-14, 1, 1)
+    large = replace(small, name="large", memory=1)
+    machines = (Machine(small, 1), Machine(large, 2), Machine(large, 3), Machine(large, 16))
+    monkeypatch.setattr(plan, "MACHINES", machines)
+    monkeypatch.setattr(evaluate_rows, "program_cost", lambda *_: (10**9, Cost(1, {}, 10**6, 10**6)))
+    config = str(world / "config.yaml")
+    assert main(["plan", config, "--sweep", "--json"]) == 0
+    alone, two, three, sixteen = json.loads(capsys.readouterr().out)
+    assert alone["fits"] == {"train": False, "evaluate": False} and two["fits"] == {"train": True, "evaluate": True}
+    assert (alone["questions"], two["questions"]) == (2, 4)
+    seconds, how = two["seconds"]["train"]
+    assert seconds == 2**21 / 1e9 and how.startswith("network binds"), "what the step sends, at 1 GB/s"
+    seconds, how = two["seconds"]["evaluate"]
+    # an eighth of a millisecond of embeddings; reading, by its arithmetic; 6 steps that read a million bytes each
+    steps, reading, retrieval = 6 * 10**6 / 1e9, 1e9 / 2 / 0.5e12, 15 * 32 * 4 / 1e9
+    assert seconds == pytest.approx(steps + max(reading, 2 * 10**6 / 1e9) + retrieval, rel=1e-6)
+    assert "search 0.006 s (memory)" in how and "scoring up to" in how
+    assert "8 questions cannot be split over 3 devices" in three["problem"]
+    assert "this machine can play 8 devices" in sixteen["problem"]
+    assert main(["plan", config, "--sweep"]) == 0
+    table = " ".join(capsys.readouterr().out.split())
+    assert "1 × small" in table and "DOES NOT FIT" in table and "3 × large: 8 questions cannot be split" in table
+
+
+def test_the_least_time_is_the_longest_of_three() -> None:
+    chip = Chip("", peak=2, peak_float32=1, bandwidth=4, network=8)
+    assert least_seconds(chip, "bfloat16", 4e12, Cost(0, {}, 10**9, 10**9)) == (2, "arithmetic")
+    assert least_seconds(chip, "float32", 4e12, Cost(0, {}, 10**9, 10**9)) == (4, "arithmetic")
+    assert least_seconds(chip, "float32", 4e9, Cost(0, {}, 10**9, 10**9), runs=3) == (1.5, "memory")
+    sent = {"all-reduce": 10**10, "all-gather": 6 * 10**9}
+    assert least_seconds(chip, "float32", 4e9, Cost(0, sent, 10**9)) == (2, "network")
+    alone = Chip("", 1, 1)
+    assert least_seconds(alone, "float32", 2e12, Cost(0, sent, 10**13)) == (2, "arithmetic")
+    kinds = ("TPU v5 lite", "NVIDIA H200", "cpu")
+    found = [chip_of(kind) for kind in kinds]
+    assert [None if chip is None else chip.name for chip in found] == ["TPU v5e", "H200", None]
 
 
 # the configurations of the paper
