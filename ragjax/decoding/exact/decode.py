@@ -194,7 +194,7 @@ class _ExactBatch:
         """RAG-Token's marginals, under all documents."""
         memory = self.reader.read(np.arange(self.log_prior.size))
         tokens, lengths = pad_answers(answers, self.special, self.settings.max_new_tokens)
-        logp = score_tokens(self.graph, self.params, memory, tokens, lengths, self.special)
+        logp = np.asarray(score_tokens(self.graph, self.params, memory, tokens, lengths, self.special))
         arrays = rag_token_marginals(self.log_prior, logp, lengths)
         arrays["bounds"] = np.stack([arrays["thorough_logp"]] * 2, axis=1)
         return [{name: x[b, ..., : len(own)] for name, x in arrays.items()} for b, own in enumerate(answers)]
