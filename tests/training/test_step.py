@@ -664,6 +664,6 @@ def test_on_a_cpu_the_state_alone_must_fit(world: Path, monkeypatch: pytest.Monk
     machine["SC_PHYS_PAGES"] -= 1
     with pytest.raises(
         InputError,
-        match=r"and this machine has .*; what would help: train.frozen_params=\[generator\] .*; smaller models",
+        match=r"and this machine has .*; what would help: train.frozen_params=\[retriever\] .*; smaller models",
     ):
         check_memory(rag, mesh, 30)
