@@ -153,11 +153,10 @@ class PrefixScorer:
     def _read(self, group: RowGroup, trees: Sequence[_Tree], most: int) -> tuple[Array, Array]:
         """States and logsumexps [R,Q(,D)] of all prefixes of some memories, once the new ones of `trees` are read.
 
-        Few shapes, so that few programs are compiled: of M columns at most an eighth, or 15, are padding.
+        Few shapes, so that few programs are compiled (see `read_width`).
         """
         count, slots = group.count, self.prefixes.tokens.shape[1]
-        step = max(16, 1 << max(0, most.bit_length() - 4))
-        width = -(-most // step) * step
+        width = read_width(most, few=jax.default_backend() != "cpu")
         tokens, positions = np.zeros((2, count, width), np.int32)
         attention_mask = np.zeros((count, width, slots + width), bool)
         for r, tree in zip(group.place, trees, strict=True):
@@ -183,6 +182,15 @@ class PrefixScorer:
             edges[:, r, : len(tree.edges)] = np.array(list(tree.edges), np.int32).reshape(-1, 2).T
         logp = np.asarray(edge_logp(self.graphdef, self.params, self.special, hidden, logsumexp, rows, *edges))
         return [[logp[r][path] for path in by_answer] for r, by_answer in zip(group.place, paths, strict=True)]
+
+
+def read_width(most: int, few: bool) -> int:
+    """How many columns stand for `most`: at most an eighth of them, or 15, are padding; with `few` a power of two.
+
+    An accelerator compiles for seconds what it computes in milliseconds, a CPU the other way round.
+    """
+    step = max(16, 1 << (most - 1).bit_length() if few else 1 << max(0, most.bit_length() - 4))
+    return -(-most // step) * step
 
 
 class _Tree:
