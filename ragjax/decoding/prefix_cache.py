@@ -139,10 +139,11 @@ class PrefixScorer:
         group = group_by_device(list(answers), len(self._tokens), nearly_all=True)
         most = max(len(tree.new) for tree in trees)
         if most == 0:
-            given = self.prefixes.hidden, self.prefixes.logsumexp, group.local
+            read = self.prefixes.hidden, self.prefixes.logsumexp
+            logp = self._path_logp(trees, paths, group, *read, group.local)
         else:
-            given = *self._read(group, trees, most), None
-        return dict(zip(answers, self._path_logp(trees, paths, group, *given), strict=True))
+            logp = self._path_logp(trees, paths, group, *self._read(group, trees, most), None)
+        return dict(zip(answers, logp, strict=True))
 
     def _trees(self, answers: Mapping[int, Sequence[Tokens]], grow: bool) -> tuple[list[_Tree], list[list[list[int]]]]:
         """The tree under each memory, and the path along each of its answers."""

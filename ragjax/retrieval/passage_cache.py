@@ -316,8 +316,8 @@ def join_question(
     `width` is at least the number of tokens between these and the last one, which is the start token.
     """
 
-    def read(params: Params, pool: Pool, *prompts: Array) -> DocumentMemory:
-        return _join(nnx.merge(graph, params), pool, *prompts, width)
+    def read(params: Params, pool: Pool, slots: Array, source: Array, mask: Array, lengths: Array) -> DocumentMemory:
+        return _join(nnx.merge(graph, params), pool, slots, source, mask, lengths, width)
 
     return by_device(read, params, pool, slots, source, mask, lengths)
 
@@ -343,6 +343,7 @@ def _join(
     _, own = generator.forward_with_cache(
         passage, empty_kv_cache(passage, width), tokens[:, None], new[None, None], causal
     )
+    assert own is not None
     at = jnp.clip(columns - lengths[:, None], 0, width - 1)[None, :, :, None, None]
 
     def join(passage: Array, own: Array) -> Array:

@@ -110,7 +110,7 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> Sent:
 
             arrays = [leaves[i] for i in at]
             compiled = jax.jit(whole).lower(arrays).compile()
-            found.setdefault(name, []).append(bytes_sent(hlo := compiled.as_text()))
+            found.setdefault(name, []).append(bytes_sent(hlo := compiled.as_text() or ""))
             if found[name][-1]:
                 groups = set(re.findall(r"replica_groups=(\S+)", hlo))
                 assert groups <= PAIRS, f"{name} talks to others than its pair along the axis model"
@@ -208,7 +208,8 @@ def rows_of_loops(jaxpr: Jaxpr) -> Iterator[int]:
     """Of each loop that ends when its rows do: how many these are."""
     for equation in jaxpr.eqns:
         if equation.primitive.name == "while":
-            yield max(var.aval.shape[0] for var in equation.outvars if var.aval.ndim == 1)
+            shapes = [var.aval.shape for var in equation.outvars]  # type: ignore[attr-defined]
+            yield max(shape[0] for shape in shapes if len(shape) == 1)
         for value in equation.params.values():
             for inner in value if isinstance(value, tuple | list) else [value]:
                 if isinstance(inner, ClosedJaxpr | Jaxpr):

@@ -176,7 +176,6 @@ def test_on_several_devices_each_has_its_part(world: Path, mesh: MeshSettings) -
     count = answerer.mesh.shape["data"]
     batch = question_batch(rag.tokenizers, ["What is the capital of the land of lands, and why?"] * count)
     nothing = np.zeros((count, config.decode.num_docs), np.float32)
-    held = []
     with on_mesh(answerer.mesh):
         read, ids, _ = answerer._document_reader(
             batch, RetrievalResult(nothing, nothing.astype(np.int32), nothing, nothing)
