@@ -191,7 +191,7 @@ def choose(answerer: Answerer, question: str) -> tuple[dict[str, Candidates], di
     """By the modes, and by brute force, for `compare`."""
     rag, params, settings = answerer.rag, answerer.params["generator"], answerer.rag.config.decode
     batch = question_batch(rag.tokenizers, [question])
-    retrieved = answerer.retrieve(batch)
+    retrieved = answerer.retrieve(batch, [question])
     memory = prefill_documents(
         rag.generator.graphdef, params, *tokenize_prompts(rag.tokenizers, answerer.store, batch, retrieved.ids)
     )

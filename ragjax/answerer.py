@@ -112,15 +112,17 @@ class Answerer:
         """What the generator has read of passages under these parameters; None unless `decode.passage_cache_gib`."""
         return open_passage_cache(self.rag, self.params["generator"], self.store, self.mesh)
 
-    def retrieve(self, questions: QuestionBatch) -> RetrievalResult:
-        """The documents that `candidates` reads, `decode.num_docs` of each question; as many on each device.
+    def retrieve(self, questions: QuestionBatch, texts: Sequence[str]) -> RetrievalResult:
+        """The documents that `candidates` reads: `decode.num_docs` of each question, and `retriever.bm25_docs` more.
 
-        Hugging Face rescores under the training's number of documents, whatever the number that proposed: with
-        `hf_compatible` there are as many as either needs, and the prior is 0 beyond `train.num_docs`.
+        `texts` are the questions as they were asked, for BM25. Hugging Face rescores under the training's number of
+        documents, whatever the number that proposed: with `hf_compatible` there are as many as either needs, and the
+        prior is 0 beyond `train.num_docs`.
         """
         config = self.rag.config
         if not rescores_as_hugging_face(config):
-            return retrieve(self.rag, self.params, self.index, questions, config.decode.num_docs, self.mesh)
+            k = config.decode.num_docs
+            return retrieve(self.rag, self.params, self.index, questions, k, self.mesh, texts)
         retrieval = retrieve(self.rag, self.params, self.index, questions, most_documents(config), self.mesh)
         counted = (retrieval.ids >= 0) & (np.arange(retrieval.ids.shape[1]) < config.train.num_docs)
         return dataclasses.replace(
@@ -177,7 +179,7 @@ class Answerer:
         size = min(bucket_size(each), max(self.rag.config.evaluate.batch_size, each))
         whole = repeat_to_size(questions, devices * size)
         batch = question_batch(self.rag.tokenizers, whole)
-        retrieval = None if mode == "closed_book" else self.retrieve(batch)
+        retrieval = None if mode == "closed_book" else self.retrieve(batch, whole)
         if retrieval is not None:  # what fills up has no documents: it is not searched, or proposes nothing
             there = (np.arange(len(whole)) < count)[:, None]
             retrieval = dataclasses.replace(retrieval, log_prior=np.where(there, retrieval.log_prior, -np.inf))

@@ -438,7 +438,7 @@ def test_every_end_token_ends_an_answer(two_ends: Config, model: str) -> None:
     tokenizers = answerer.rag.tokenizers
     count = answerer.mesh.shape["data"]
     questions, gold_tokens = question_batch(tokenizers, ["Who?"] * count), [tokenize_answer(tokenizers, "A")] * count
-    _, gold = answerer.candidates(questions, answerer.retrieve(questions), "thorough", gold_tokens)
+    _, gold = answerer.candidates(questions, answerer.retrieve(questions, ["Who?"] * count), "thorough", gold_tokens)
     assert gold is not None and abs(gold[0]) < 1e-4
 
 

@@ -331,6 +331,17 @@ def test_a_faiss_structure_is_held_by_the_host(world: Path, tmp_path: Path) -> N
     assert rare.size is None and "measured only when it is built" in rare.how
 
 
+def test_words_for_bm25_are_counted_where_they_are_built(world: Path, tmp_path: Path) -> None:
+    config = tiny_config(world, retriever__bm25_docs=2, index__path=str(tmp_path))
+    row = rows_of(config)["index", "words for BM25", "disk"]
+    assert row.size is None and row.counted
+    (tmp_path / "bm25").mkdir()
+    (tmp_path / "bm25" / "data.csc.index.npy").write_bytes(bytes(100))
+    row = rows_of(config)["index", "words for BM25", "disk"]
+    assert row.size == 100 and not row.counted
+    assert ("index", "words for BM25", "disk") not in rows_of(tiny_config(world))
+
+
 # what cannot be had, or cannot be
 
 
