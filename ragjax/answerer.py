@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -38,7 +38,7 @@ from ragjax.errors import InputError
 from ragjax.marginal import log_prior
 from ragjax.models.kv_cache import DocumentMemory
 from ragjax.models.layers import Params
-from ragjax.padding import bucket_size, length_buckets, pad_sequences, pick_bucket
+from ragjax.padding import bucket_size, length_buckets, pad_sequences, pick_bucket, reading_width
 from ragjax.parallel.by_device import on_mesh
 from ragjax.parallel.mesh import command_mesh
 from ragjax.parallel.sharding import shard_batch
@@ -92,8 +92,9 @@ class Answer:
     # exact: so many of the first candidates are the likeliest answers of all, in this order, under the documents
     # (top_k) and under all passages (corpus, None where the prior over the corpus is not known); 0 means not proved
     proved: dict[str, int | None] | None = None
-    documents_read: int | None = None  # exact: for the proof
+    documents_read: int | None = None  # exact: by the searches
     steps: int | None = None  # exact: of the beam searches
+    proved_set: dict[str, int | None] | None = None  # as `proved`, in whatever order
 
 
 @dataclass(frozen=True)
@@ -270,8 +271,10 @@ class Answerer:
         """
         if cached is not None and self.passage_cache is not None:
             return self.passage_cache.read(source, mask, *cached)
+        on_cpus = self.mesh.devices.flat[0].platform == "cpu"  # accelerators read the padding in no time
+        width = reading_width(int(mask.sum(axis=1).max()), mask.shape[1]) if on_cpus else None
         source, mask = shard_batch(self.mesh, (source, mask), len(source))
-        return prefill_documents(self.rag.generator.graphdef, self.params["generator"], source, mask)
+        return prefill_documents(self.rag.generator.graphdef, self.params["generator"], source, mask, width)
 
     def _gold_logp(self, memory: DocumentMemory, prior: np.ndarray, gold: Sequence[Sequence[int]]) -> np.ndarray:
         """log p(gold|x) [B], in nats, as answering counts it: any of the generator's end tokens ends it."""
@@ -313,7 +316,10 @@ class Answerer:
         ]
         probability = math.exp(result.marginal(by)[result.best(by)[0]])
         scores, proof = None if result.needed is None else list(result.needed), result.proof
-        told = {} if proof is None else {"documents_read": proof.documents_read, "steps": proof.steps}
+        told: dict[str, Any] = {}
+        if proof is not None:
+            told = {"proved": proof.in_order(len(candidates)), "proved_set": proof.as_set(len(candidates))}
+            told |= {"documents_read": proof.documents_read, "steps": proof.steps}
         return Answer(
             question,
             candidates[0].text,
@@ -323,7 +329,6 @@ class Answerer:
             candidates,
             scores,
             candidates[0].probability_bounds,
-            None if proof is None else proof.counts(len(candidates)),
             **told,
         )
 

@@ -18,14 +18,22 @@ from ragjax.models.layers import Params
 from ragjax.parallel.by_device import by_device, split_heads
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jax.jit, static_argnums=(0, 4))
 def prefill_documents(
-    graph: nnx.GraphDef, params: Params, source: Int[Array, "n S"], mask: Bool[Array, "n S"]
+    graph: nnx.GraphDef,
+    params: Params,
+    source: Int[Array, "n S"],
+    mask: Bool[Array, "n S"],
+    width: int | None = None,
 ) -> DocumentMemory:
-    """Each of n right-padded prompts read once; `params` are the generator's."""
+    """Each of n right-padded prompts read once; `params` are the generator's.
+
+    With a `width` only so many of the S tokens are read: no prompt may be longer. The memory has room for S all the
+    same, so that the programs that use it do not depend on it.
+    """
 
     def read(params: Params, source: Array, mask: Array) -> DocumentMemory:
-        memory = nnx.merge(graph, params).prefill(source, mask)
+        memory = nnx.merge(graph, params).prefill(source[:, :width], mask[:, :width]).widen(source.shape[1])
         return replace(memory, keys=split_heads(memory.keys), values=split_heads(memory.values))
 
     return by_device(read, params, source, mask)

@@ -15,7 +15,8 @@ from jaxtyping import Array
 
 from ragjax.config import ON_DEVICES, most_documents
 from ragjax.decoding.candidates import pad_answers
-from ragjax.decoding.marginal_search import search_rag_token
+from ragjax.decoding.exact.decode import search_settings
+from ragjax.decoding.marginal_search import search_marginal, search_rag_token
 from ragjax.decoding.prefix_cache import beam_step, empty_prefix_cache
 from ragjax.decoding.propose import beam_search_documents, beam_settings, prefill_documents
 from ragjax.decoding.rescore import score_tokens
@@ -26,7 +27,7 @@ from ragjax.parallel.sharding import abstract_with_sharding, heads_spec
 from ragjax.planning.inputs import NO_PROMPT, SPECIAL, PlanInputs
 from ragjax.planning.program_cost import Cost, bytes_each, matmul_flops, program_cost
 from ragjax.planning.roofline import Chip, least_seconds
-from ragjax.planning.rows import Number, Row, make_row
+from ragjax.planning.rows import Number, Row, Unknown, make_row
 from ragjax.planning.shared_rows import parameters_row, questions_text, search_row
 from ragjax.rag import RagModel
 from ragjax.retrieval.passage_cache import Pool, join_question
@@ -44,10 +45,10 @@ def evaluate_rows(inputs: PlanInputs, chip: Chip | None) -> list[Row]:
     copies = 1 if inputs.config.evaluate.max_untrained_questions == 0 else 2
 
     @cache
-    def costs() -> list[tuple[int, Cost]]:
+    def costs() -> dict[str, tuple[int, Cost]]:
         mesh = inputs.mesh_of("evaluate")
         with on_mesh(mesh):
-            return [program_cost(*program) for program in answering_programs(inputs, mesh)]
+            return {name: program_cost(*program) for name, program in answering_programs(inputs, mesh).items()}
 
     def row(what: str, number: Callable[[PlanInputs], Number], **how: Any) -> Row:
         return make_row("evaluate", what, "device", lambda: number(inputs), **how)
@@ -71,22 +72,45 @@ def _prompts(inputs: PlanInputs, devices: int) -> tuple[jax.ShapeDtypeStruct, ja
     return jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.bool)
 
 
+def _searches(inputs: PlanInputs) -> dict[str, int]:
+    """By what is searched, the documents whose prefixes a device keeps meanwhile: `candidates` and `marginal`.
+
+    `evaluate.modes` follow one another. Lazy rounds of m documents have as many questions as keep the product.
+    """
+    config, documents = inputs.config, most_documents(inputs.config)
+    questions = config.evaluate.batch_size
+    modes = config.evaluate.modes or ("thorough",)
+    searches = {}
+    if set(modes) - {"exact"} or config.decode.fallback == "thorough":
+        searches["candidates"] = questions * documents
+    if "exact" in modes:
+        lazy = config.decode.lazy and config.model != "rag_token"
+        searches["marginal"] = (-(-questions // documents) if lazy else questions) * documents
+    return searches
+
+
 def _documents_memory(inputs: PlanInputs) -> Number:
     """What one device holds of a batch while it is answered."""
     model, config, mesh = inputs.model("generator"), inputs.config, inputs.mesh_of("evaluate")
+    searches = _searches(inputs)
     # for Hugging Face's numbers documents are read with the padding unmasked and masked
     copies = 2 if config.hf_compatible and config.model != "rag_token" else 1
+    beams = {"candidates": config.decode.num_beams, "marginal": config.decode.max_beams}
 
-    def held(params: Params, *prompts: Any) -> Any:
-        generator = nnx.merge(model.graphdef, params)
-        memory = generator.prefill(*prompts)
-        slots = config.decode.max_new_tokens * config.decode.num_beams
-        return jax.tree.leaves([memory] * copies), jax.tree.leaves(empty_prefix_cache(generator, memory, slots))
+    def size_of(search: str) -> int:
+        def held(params: Params, *prompts: Any) -> Any:
+            generator = nnx.merge(model.graphdef, params)
+            memory, slots = generator.prefill(*prompts), config.decode.max_new_tokens * beams[search]
+            prefixes = empty_prefix_cache(generator, memory.take(jnp.arange(searches[search])), slots)
+            return jax.tree.leaves(([memory] * copies, prefixes))
 
-    size = 0
-    for leaf in jax.tree.leaves(jax.eval_shape(held, model.abstract_params, *_prompts(inputs, 1))):
-        heads = mesh.shape["model"] if leaf.ndim == 5 and leaf.shape[3] % mesh.shape["model"] == 0 else 1
-        size += leaf.size * leaf.dtype.itemsize // heads
+        size = 0
+        for leaf in jax.eval_shape(held, model.abstract_params, *_prompts(inputs, 1)):
+            heads = mesh.shape["model"] if leaf.ndim == 5 and leaf.shape[3] % mesh.shape["model"] == 0 else 1
+            size += leaf.size * leaf.dtype.itemsize // heads
+        return size
+
+    size = max(map(size_of, searches))
     documents, longest = most_documents(config), config.generator.max_prompt_tokens
     how = f"{questions_text(config.evaluate.batch_size)} × {documents} documents × {longest} tokens, and the answers'"
     how += ", read twice" if copies > 1 else ""
@@ -100,27 +124,30 @@ def _passage_cache(inputs: PlanInputs) -> Number:
 
 
 def _logits(inputs: PlanInputs) -> Number:
-    beams = inputs.config.evaluate.batch_size * most_documents(inputs.config) * inputs.config.decode.num_beams
+    most = {"candidates": inputs.config.decode.num_beams, "marginal": inputs.config.decode.max_beams}
+    beams = max(rows * most[search] for search, rows in _searches(inputs).items())
     vocabulary = inputs.model("generator").config.vocab_size
     how = f"{beams:,} beams × {vocabulary:,} in float32; scoring goes by blocks; part of the temporaries below"
     return beams * vocabulary * 4, how
 
 
-def _temporaries(inputs: PlanInputs, costs: list[tuple[int, Cost]]) -> Number:
+def _temporaries(inputs: PlanInputs, costs: dict[str, tuple[int, Cost]]) -> Number:
     """The most that one program takes: reading the documents, the beam search, scoring candidates."""
-    most = max(cost.temporaries for _, cost in costs)
+    most = max(cost.temporaries for _, cost in costs.values())
     count, each = _candidates(inputs), questions_text(inputs.config.evaluate.batch_size)
     return most, f"XLA's analysis ({inputs.device_kind}): {each}, at most {count} distinct candidates each"
 
 
-def _seconds(inputs: PlanInputs, costs: list[tuple[int, Cost]], chip: Chip) -> Number:
+def _seconds(inputs: PlanInputs, costs: dict[str, tuple[int, Cost]], chip: Chip) -> Number:
     """Of retrieval's search, of reading, and of as many steps of the search as an answer can have tokens.
 
     A step reads all weights of the decoder and all memories; what it sends over `model` is not counted. Scoring may
     find all that it needs in the prefixes read: what it may take is told beside.
     """
     config, mesh = inputs.config, inputs.mesh_of("evaluate")
-    (reading, read), (_, search), (scoring, scored) = costs[:3]
+    if "candidates" not in costs:
+        raise Unknown("exact decoding ends with the proof")
+    (reading, read), (_, search), (scoring, scored) = (costs[name] for name in ("reading", "candidates", "scoring"))
     steps, devices = config.decode.max_new_tokens, mesh.size
     step = replace(search, sent=None, written=0)
     parts = {
@@ -162,10 +189,10 @@ def _candidates(inputs: PlanInputs) -> int:
     return decode.num_beams if together else most_documents(inputs.config) * decode.num_beams
 
 
-def answering_programs(inputs: PlanInputs, mesh: Mesh) -> list[tuple[Any, ...]]:
+def answering_programs(inputs: PlanInputs, mesh: Mesh) -> dict[str, tuple[Any, ...]]:
     """The programs that answer a batch of questions on a mesh, each with its arguments, in shapes and places.
 
-    For use within `on_mesh`. First reading, then the search, then scoring. Raises `Unknown` without a generator.
+    For use within `on_mesh`. The searches have the names of `_searches`. Raises `Unknown` without a generator.
     """
     config, decode, model = inputs.config, inputs.config.decode, inputs.model("generator")
     together, graph, documents = config.model == "rag_token", model.graphdef, most_documents(config)
@@ -203,13 +230,24 @@ def answering_programs(inputs: PlanInputs, mesh: Mesh) -> list[tuple[Any, ...]]:
     def score(params: Params, memory: list[Any], *answers: Any) -> Any:
         return score_tokens(graph, params, DocumentMemory(*memory), *answers, SPECIAL)
 
-    programs = [
-        (prefill_documents, graph, params, *prompts),
-        (search, params, memory),
-        (score, params, memory, *answers),
-    ]
+    @jax.jit
+    def search_exactly(params: Params, memory: list[Any]) -> Any:
+        local = jnp.arange(searches["marginal"]).reshape(-1, documents)  # as each device counts them
+        numbers = jnp.tile(local, (mesh.shape["data"], 1))
+        prior, none = jnp.zeros(numbers.shape), jnp.zeros(len(numbers))
+        how, read = search_settings(decode, SPECIAL, decode.max_beams), DocumentMemory(*memory)
+        return search_marginal(graph, params, read, numbers, prior, none, none, how, SPECIAL, together)
+
+    searches = _searches(inputs)
+    programs: dict[str, tuple[Any, ...]] = {
+        "reading": (prefill_documents, graph, params, *prompts),
+        "scoring": (score, params, memory, *answers),
+    }
+    for name, program in (("candidates", search), ("marginal", search_exactly)):
+        if name in searches:
+            programs[name] = program, params, memory
     if decode.passage_cache_gib and not model.config.encoder_decoder:
         at = rows(jax.ShapeDtypeStruct((questions * documents,), jnp.int32))
         # a slot for each prompt
-        programs.append((join_question, graph, params, Pool(*memory[:2]), at, *prompts, at, QUESTION_TOKENS))
+        programs["joining"] = join_question, graph, params, Pool(*memory[:2]), at, *prompts, at, QUESTION_TOKENS
     return programs

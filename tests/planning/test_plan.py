@@ -29,7 +29,8 @@ from ragjax.config import Mesh as MeshSettings
 from ragjax.data.passage_store import STORE_FILES
 from ragjax.data.question_batch import question_batch, tokenize_prompts
 from ragjax.decoding.candidates import pad_answers
-from ragjax.decoding.marginal_search import search_rag_token
+from ragjax.decoding.exact.decode import search_settings
+from ragjax.decoding.marginal_search import search_marginal, search_rag_token
 from ragjax.decoding.prefix_cache import empty_prefix_cache
 from ragjax.decoding.propose import beam_search_documents, beam_settings, prefill_documents
 from ragjax.decoding.rescore import score_tokens
@@ -200,8 +201,8 @@ def test_temporaries_of_answering_do_not_grow_with_the_devices(world: Path) -> N
     for devices in (1, 8):
         mesh = make_mesh(devices=jax.devices()[:devices])
         with on_mesh(mesh):
-            _, search, *_ = answering_programs(open_inputs(config, mesh), mesh)
-            found[devices] = program_temporaries(*search)
+            programs = answering_programs(open_inputs(config, mesh), mesh)
+            found[devices] = program_temporaries(*programs["candidates"])
     assert found[8] == pytest.approx(found[1], rel=0.02)
 
 
@@ -239,10 +240,18 @@ def test_the_documents_memory_is_that_of_real_prompts(world: Path) -> None:
     rows = tokenize_prompts(rag.tokenizers, store, questions, np.zeros((len(texts), config.decode.num_docs), np.int32))
     memory = prefill_documents(rag.generator.graphdef, rag.generator.load_params(), *rows)
     slots = config.decode.max_new_tokens * config.decode.num_beams
-    prefixes = empty_prefix_cache(nnx.merge(rag.generator.graphdef, rag.generator.load_params()), memory, slots)
+    generator = nnx.merge(rag.generator.graphdef, rag.generator.load_params())
+    prefixes = empty_prefix_cache(generator, memory, slots)
     planned = sizes(config)
     assert planned["evaluate", "documents' keys and values", "device"] == in_bytes(memory) + in_bytes(prefixes)
     assert planned["evaluate", "passages' keys and values", "device"] == 2**29
+    # searched alone: so many documents together as questions, and a round of all documents is whole
+    only = config.replace(evaluate=config.evaluate.replace(modes=("exact",)))
+    only = only.replace(decode=config.decode.replace(fallback="none", max_beams=5))
+    together = -(-len(texts) // config.decode.num_docs) * config.decode.num_docs
+    prefixes = empty_prefix_cache(generator, memory.take(jnp.arange(together)), config.decode.max_new_tokens * 5)
+    exactly = sizes(only)
+    assert exactly["evaluate", "documents' keys and values", "device"] == in_bytes(memory) + in_bytes(prefixes)
     assert planned["evaluate", "generator parameters", "device"] == in_bytes(rag.generator.load_params())
 
 
@@ -281,6 +290,27 @@ def test_temporaries_of_answering_are_compiled(
     )
     assert planned["evaluate", "temporaries of answering", "device"] == pytest.approx(most, rel=0.02)
     assert planned["index", "temporaries of embedding", "device"]
+
+
+def test_temporaries_of_exact_decoding_are_compiled(
+    compiled: None, world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With so many beams that the search on the marginal takes the most."""
+    monkeypatch.setattr(train_rows, "trace_step", lambda *_: jax.jit(jnp.sin).trace(1.0))  # not the question here
+    config = tiny_config(world, evaluate__batch_size=1, evaluate__modes=["exact"])
+    config = config.replace(decode=config.decode.replace(fallback="none", max_beams=64))
+    rag, planned, decode = load_pipeline(config), sizes(config), config.decode
+    graph, params, k = rag.generator.graphdef, rag.initial_params()["generator"], decode.num_docs
+    memory = prefill_documents(graph, params, jnp.zeros((k, 128), jnp.int32), jnp.ones((k, 128), bool))
+    nothing, how = jnp.zeros(1), search_settings(decode, SPECIAL, 64)
+
+    @jax.jit
+    def search(params: Any, prior: jax.Array, nothing: jax.Array, *leaves: jax.Array) -> Any:
+        rows, memory = jnp.arange(k)[None], DocumentMemory(*leaves)
+        return search_marginal(graph, params, memory, rows, prior, nothing, nothing, how, SPECIAL, False)
+
+    cost = compiled_cost(search.lower(params, jnp.zeros((1, k)), nothing, *jax.tree.leaves(memory)))
+    assert planned["evaluate", "temporaries of answering", "device"] == pytest.approx(cost.temporaries, rel=0.02)
 
 
 @pytest.mark.parametrize("family", ["bart", "t5"])
