@@ -195,7 +195,7 @@ def answering_programs(inputs: PlanInputs, mesh: Mesh) -> dict[str, tuple[Any, .
     For use within `on_mesh`. The searches have the names of `_searches`. Raises `Unknown` without a generator.
     """
     config, decode, model = inputs.config, inputs.config.decode, inputs.model("generator")
-    together, graph, documents = config.model == "rag_token", model.graphdef, most_documents(config)
+    graph, documents = model.graphdef, most_documents(config)
     rag = RagModel(config, model, model, SPECIAL, NO_PROMPT, model)
     shardings = state_shardings(for_inference(rag), mesh, {"generator": model.abstract_params})["generator"]
     params = jax.tree.map(
@@ -218,36 +218,42 @@ def answering_programs(inputs: PlanInputs, mesh: Mesh) -> dict[str, tuple[Any, .
     answers = rows(pad_answers(candidates, SPECIAL, decode.max_new_tokens))
 
     @jax.jit
-    def search(params: Params, memory: list[Any]) -> Any:
-        read = DocumentMemory(*memory)
-        if together:
-            prior = jnp.zeros((questions, documents))
-            how = beam_settings(decode, SPECIAL, config.hf_compatible)
-            return search_rag_token(graph, params, read, prior, how, SPECIAL)
-        return beam_search_documents(graph, params, read, decode, SPECIAL, config.hf_compatible)
-
-    @jax.jit
     def score(params: Params, memory: list[Any], *answers: Any) -> Any:
         return score_tokens(graph, params, DocumentMemory(*memory), *answers, SPECIAL)
 
-    @jax.jit
-    def search_exactly(params: Params, memory: list[Any]) -> Any:
-        local = jnp.arange(searches["marginal"]).reshape(-1, documents)  # as each device counts them
-        numbers = jnp.tile(local, (mesh.shape["data"], 1))
-        prior, none = jnp.zeros(numbers.shape), jnp.zeros(len(numbers))
-        how, read = search_settings(decode, SPECIAL, decode.max_beams), DocumentMemory(*memory)
-        return search_marginal(graph, params, read, numbers, prior, none, none, how, SPECIAL, together)
-
-    searches = _searches(inputs)
     programs: dict[str, tuple[Any, ...]] = {
         "reading": (prefill_documents, graph, params, *prompts),
         "scoring": (score, params, memory, *answers),
     }
-    for name, program in (("candidates", search), ("marginal", search_exactly)):
-        if name in searches:
-            programs[name] = program, params, memory
+    searches = _search_programs(inputs, mesh)
+    programs |= {name: (searches[name], params, memory) for name in _searches(inputs)}
     if decode.passage_cache_gib and not model.config.encoder_decoder:
         at = rows(jax.ShapeDtypeStruct((questions * documents,), jnp.int32))
         # a slot for each prompt
         programs["joining"] = join_question, graph, params, Pool(*memory[:2]), at, *prompts, at, QUESTION_TOKENS
     return programs
+
+
+def _search_programs(inputs: PlanInputs, mesh: Mesh) -> dict[str, Any]:
+    """By the names of `_searches`: programs of parameters and of a memory's leaves, for all questions on a mesh."""
+    config, decode, graph = inputs.config, inputs.config.decode, inputs.model("generator").graphdef
+    together, documents, devices = config.model == "rag_token", most_documents(config), mesh.shape["data"]
+
+    @jax.jit
+    def search(params: Params, memory: list[Any]) -> Any:
+        read = DocumentMemory(*memory)
+        if together:
+            prior = jnp.zeros((devices * config.evaluate.batch_size, documents))
+            how = beam_settings(decode, SPECIAL, config.hf_compatible)
+            return search_rag_token(graph, params, read, prior, how, SPECIAL)
+        return beam_search_documents(graph, params, read, decode, SPECIAL, config.hf_compatible)
+
+    @jax.jit
+    def search_exactly(params: Params, memory: list[Any]) -> Any:
+        local = jnp.arange(_searches(inputs)["marginal"]).reshape(-1, documents)  # as each device counts them
+        numbers = jnp.tile(local, (devices, 1))
+        prior, none = jnp.zeros(numbers.shape), jnp.zeros(len(numbers))
+        how, read = search_settings(decode, SPECIAL, decode.max_beams), DocumentMemory(*memory)
+        return search_marginal(graph, params, read, numbers, prior, none, none, how, SPECIAL, together)
+
+    return {"candidates": search, "marginal": search_exactly}
