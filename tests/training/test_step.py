@@ -677,12 +677,12 @@ def test_a_step_that_measures_must_fit_too(world: Path) -> None:
 def test_what_the_compiler_refuses_does_not_fit(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rag, mesh = load_pipeline(tiny_config(world)), make_mesh()
 
-    def refuse(_: object) -> Cost:
+    def refuse(*_: object) -> Cost:
         raise NotCompiled("XLA cannot compile it")
 
     monkeypatch.setattr("ragjax.planning.memory.compiled_cost", refuse)
     check_memory(rag, mesh, 30, limit=1)  # unknown: nothing is refused
-    monkeypatch.setattr("ragjax.planning.memory.compiled_cost", lambda _: Cost(2**34, None))
+    monkeypatch.setattr("ragjax.planning.memory.compiled_cost", lambda *_: Cost(2**34, None))
     with pytest.raises(InputError, match=r"temporaries 16\.00 GiB"):
         check_memory(rag, mesh, 30, limit=2**30)
 
@@ -696,5 +696,8 @@ def test_on_a_cpu_the_state_alone_must_fit(world: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("ragjax.planning.memory.trace_step", lambda *_: pytest.fail("nothing is compiled"))
     check_memory(rag, mesh, 30)
     machine["SC_PHYS_PAGES"] -= 1
-    with pytest.raises(InputError, match=r"and this machine has .*; use smaller models or train.frozen_params"):
+    with pytest.raises(
+        InputError,
+        match=r"and this machine has .*; what would help: train.frozen_params=\[retriever\] .*; smaller models",
+    ):
         check_memory(rag, mesh, 30)
