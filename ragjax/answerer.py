@@ -40,7 +40,8 @@ from ragjax.marginal import log_prior
 from ragjax.models.kv_cache import DocumentMemory
 from ragjax.models.layers import Params
 from ragjax.padding import bucket_size, length_buckets, pad_sequences, pick_bucket, reading_width
-from ragjax.parallel.mesh import local_mesh
+from ragjax.parallel.by_device import on_mesh
+from ragjax.parallel.mesh import command_mesh
 from ragjax.parallel.sharding import shard_batch
 from ragjax.rag import RagPipeline
 from ragjax.retrieval.index import Index, check_k
@@ -133,7 +134,7 @@ class Answerer:
     def answer(
         self, questions: str | Sequence[str], mode: str | None = None, n_best: int | None = None
     ) -> list[Answer]:
-        """Answers questions, `evaluate.batch_size` at a time.
+        """Answers questions, `evaluate.batch_size` at a time on each device.
 
         Args:
             questions: texts; a text alone is one question, and gives a list of one answer.
@@ -150,9 +151,9 @@ class Answerer:
         for i, why in enumerate(self.problems(texts, mode)):
             if why:
                 raise InputError(f"questions[{i}]: {why}")
-        size = self.rag.config.evaluate.batch_size
+        size = self.rag.config.evaluate.batch_size * self.mesh.shape["data"]
         parts = [texts[start : start + size] for start in range(0, len(texts), size)]
-        return [answer for part in parts for answer in self._batch(part, size, mode, n_best)]
+        return [answer for part in parts for answer in self._batch(part, mode, n_best)]
 
     def problems(self, questions: Sequence[str], mode: str | None = None) -> list[str | None]:
         """Why each question cannot be answered, or None where it can."""
@@ -173,13 +174,15 @@ class Answerer:
         check_mode(self.rag.config, mode)
         return mode
 
-    def _batch(self, questions: Sequence[str], most: int, mode: str, n_best: int | None) -> list[Answer]:
+    def _batch(self, questions: Sequence[str], mode: str, n_best: int | None) -> list[Answer]:
         """Filled up to one of a few sizes: each has programs of its own, which are compiled when it first comes."""
-        count = len(questions)
-        whole = repeat_to_size(questions, min(bucket_size(count), max(most, count)))
+        count, devices = len(questions), self.mesh.shape["data"]
+        each = -(-count // devices)
+        size = min(bucket_size(each), max(self.rag.config.evaluate.batch_size, each))
+        whole = repeat_to_size(questions, devices * size)
         batch = question_batch(self.rag.tokenizers, whole)
         retrieval = None if mode == "closed_book" else self.retrieve(batch, whole)
-        if retrieval is not None and mode == "exact":  # what fills up is not searched
+        if retrieval is not None:  # what fills up has no documents: it is not searched, or proposes nothing
             there = (np.arange(len(whole)) < count)[:, None]
             retrieval = dataclasses.replace(retrieval, log_prior=np.where(there, retrieval.log_prior, -np.inf))
         candidates, _ = self.candidates(batch, retrieval, "fast" if retrieval is None else mode)
@@ -196,11 +199,21 @@ class Answerer:
         """The candidates for each of B questions, and log p(gold|x) [B], in nats, if `gold` is given.
 
         Args:
-            questions: as both models read them.
+            questions: as both models read them; the devices along `data` divide B.
             retrieval: their documents; None for closed-book answers.
             mode: `exact`, `thorough`, `certified` or `fast`; without documents `fast`.
             gold: the tokens of an answer to each question.
         """
+        with on_mesh(self.mesh):
+            return self._candidates(questions, retrieval, mode, gold)
+
+    def _candidates(
+        self,
+        questions: QuestionBatch,
+        retrieval: RetrievalResult | None,
+        mode: str,
+        gold: Sequence[Sequence[int]] | None,
+    ) -> tuple[list[Candidates], np.ndarray | None]:
         graph, params, config = self.rag.generator.graphdef, self.params["generator"], self.rag.config
         read, ids, prior = self._document_reader(questions, retrieval)
         settings, special = config.decode.replace(mode=mode), self.rag.special
@@ -225,8 +238,9 @@ class Answerer:
         self, questions: QuestionBatch, retrieval: RetrievalResult, gold: Sequence[Sequence[int]]
     ) -> np.ndarray:
         """log p(gold|x) [B], in nats, and no candidates; see `candidates`."""
-        read, ids, prior = self._document_reader(questions, retrieval)
-        return self._gold_logp(read(np.arange(ids.size)), prior, gold)
+        with on_mesh(self.mesh):
+            read, ids, prior = self._document_reader(questions, retrieval)
+            return self._gold_logp(read(np.arange(ids.size)), prior, gold)
 
     def _document_reader(
         self, questions: QuestionBatch, retrieval: RetrievalResult | None
@@ -252,16 +266,15 @@ class Answerer:
     def _read(
         self, source: np.ndarray, mask: np.ndarray, cached: tuple[np.ndarray, np.ndarray] | None = None
     ) -> DocumentMemory:
-        """The memories of n prompts, split over the devices where these divide n.
+        """The memories of n prompts, as many on each device.
 
         `cached` names the passage of each, and how many tokens come before its question, for the cache.
         """
+        if cached is not None and self.passage_cache is not None:
+            return self.passage_cache.read(source, mask, *cached)
         on_cpus = self.mesh.devices.flat[0].platform == "cpu"  # accelerators read the padding in no time
         width = reading_width(int(mask.sum(axis=1).max()), mask.shape[1]) if on_cpus else None
-        if len(source) % self.mesh.shape["data"] == 0:
-            if cached is not None and self.passage_cache is not None:
-                return self.passage_cache.read(source, mask, *cached)
-            source, mask = shard_batch(self.mesh, (source, mask), len(source))
+        source, mask = shard_batch(self.mesh, (source, mask), len(source))
         return prefill_documents(self.rag.generator.graphdef, self.params["generator"], source, mask, width)
 
     def _gold_logp(self, memory: DocumentMemory, prior: np.ndarray, gold: Sequence[Sequence[int]]) -> np.ndarray:
@@ -271,7 +284,8 @@ class Answerer:
         answers, counted = pad_sequences(gold, width, self.rag.special.pad)
         lengths = counted.sum(axis=1, dtype=np.int32)[:, None]
         graph, params = self.rag.generator.graphdef, self.params["generator"]
-        logp = score_tokens(graph, params, memory, answers[:, None], lengths, self.rag.special)[:, :, 0]
+        scored = score_tokens(graph, params, memory, answers[:, None], lengths, self.rag.special)
+        logp = jnp.asarray(np.asarray(scored)[:, :, 0])
         scores = TokenScores(logp, jnp.zeros_like(logp))
         return -np.asarray(answer_nll(self.rag, *jax.device_put((prior, scores, answers, counted))))
 
@@ -359,11 +373,11 @@ def load(run: str | Path, untrained: bool = False) -> Answerer:
 def open_answerer(config: Config, untrained: bool = False) -> Answerer:
     """As `load`, for a configuration; without a checkpoint in its `output` the models are the pretrained ones.
 
-    They lie on `mesh.model` devices.
+    They lie on all devices of this process (`command_mesh`).
     """
     rag, index, store = load_artifacts(config)
     check_k(most_documents(config), len(index))
-    mesh = local_mesh(config.mesh.model, data=1)
+    mesh = command_mesh("answer", config.mesh.model)
     check_passage_cache(rag, store, mesh)
     trained = None if untrained else restore_params(rag, mesh)
     params, step = trained or (pretrained_params(rag, mesh), None)

@@ -58,8 +58,8 @@ def decode_hf_compatible(
         for c, y in enumerate(by_answer):
             targets[b, c, : len(y)] = y
     lengths = np.full((questions, count), longest, np.int32)
-    logp = score_tokens(graph, params, memory, targets, lengths, special)[:, :scoring]
-    logp = jnp.where((log_prior > -np.inf)[..., None, None], logp, -jnp.inf)  # documents that are not there
+    scored = np.asarray(score_tokens(graph, params, memory, targets, lengths, special))[:, :scoring]
+    logp = jnp.where((log_prior > -np.inf)[..., None, None], scored, -jnp.inf)  # documents that are not there
     excluded = np.array([special.bos is not None and all(y[0] == special.bos for y in ys) for ys in answers])
     prior, counted = jax.device_put(log_prior), jax.device_put(targets != special.pad)
     nll = np.array(hugging_face_nll(prior, logp, counted, jax.device_put(excluded)))

@@ -222,14 +222,21 @@ def trace_step(
 ) -> jax.stages.Traced:
     """The training step, or what else `make` makes, at its widest; allocates nothing.
 
-    It is traced with every argument where it would lie on the mesh. `passages` is N, which matters where the step reads
-    the corpus. Raises `InputError` as training would.
+    It is traced with `step_arguments`. Raises `InputError` as training would.
     """
     check_batch(mesh, rag.config.train.batch_size // rag.config.train.gradient_accumulation)
-    state = abstract_state(rag, mesh)
+    state, batch, corpus = step_arguments(rag, mesh, passages)
+    return make(rag, jax.tree.map(lambda leaf: leaf.sharding, state)).trace(state, batch, corpus)
+
+
+def step_arguments(rag: RagModel, mesh: Mesh, passages: int) -> tuple[TrainState, Any, DeviceIndex | None]:
+    """State, batch and corpus in shapes, each where it would lie on the mesh.
+
+    `passages` is N, which matters where the step reads the corpus; elsewhere there is none.
+    """
     corpus = abstract_corpus(rag, mesh, passages) if reads_corpus(rag.config) else None
     batch = abstract_with_sharding(mesh, abstract_batch(rag.config, rag.retriever.config.embedding_dim), "data")
-    return make(rag, jax.tree.map(lambda leaf: leaf.sharding, state)).trace(state, batch, corpus)
+    return abstract_state(rag, mesh), batch, corpus
 
 
 def train_programs(train: Train) -> list[Callable[..., jax.stages.Wrapped]]:

@@ -264,8 +264,8 @@ def test_what_is_not_a_number_stops_with_the_step_and_the_questions(
 ) -> None:
     params = RagPipeline.initial_params
 
-    def broken(rag: RagPipeline) -> Params:
-        read = params(rag)
+    def broken(rag: RagPipeline, like: Params) -> Params:
+        read = params(rag, like)
         return {**read, "generator": jax.tree.map(lambda x: x * jnp.nan, read["generator"])}
 
     some = read_questions(run.parent / "letters.jsonl")
@@ -423,7 +423,7 @@ def test_a_run_begins_with_the_parameters_of_another(
     still = ["train.retriever_lr=0", "train.generator_lr=0", "train.dropout=0", f"train.start_from={other}"]
     still += ["train.steps=1", "mesh.fsdp=true", "mesh.model=2"]
     go = trainer(world, tmp_path)
-    monkeypatch.setattr(RagPipeline, "initial_params", lambda rag: pytest.fail("the pretrained ones are read"))
+    monkeypatch.setattr(RagPipeline, "initial_params", lambda *_: pytest.fail("the pretrained ones are read"))
     assert go("new", *still) == 0
     assert f"beginning with the parameters of {other}, step {STEPS}" in " ".join(capsys.readouterr().err.split())
     manifest = json.loads((tmp_path / "new" / "manifest.json").read_text())

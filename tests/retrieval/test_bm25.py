@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from trained import files, refused
@@ -175,7 +176,7 @@ def test_it_is_evaluated_and_answered(world: Path, words_index: Path, tmp_path: 
     store, questions = answerer.store, read_questions(world / "test.jsonl")
     texts = [question.question for question in questions]
     tokens = tokenize_questions(answerer.rag.tokenizers, texts)
-    queries = retrieve(answerer.rag, answerer.params, answerer.index, tokens, 3).queries
+    queries = retrieve(answerer.rag, jax.device_get(answerer.params), answerer.index, tokens, 3).queries
     whole = [f"{p.title} {p.text}" for p in store]
     dense, both, words = (oracle(answerer.index, queries, whole, texts, *of) for of in ((3, 0), (2, 1), (0, 5)))
 

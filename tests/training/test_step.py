@@ -17,6 +17,7 @@ from flax import nnx
 from gradients import assert_same_gradients, moments, norm
 from world import open_world, tiny_config
 
+from ragjax.checkpoints import pretrained
 from ragjax.config import Mesh, Train
 from ragjax.data.question_batch import question_batch
 from ragjax.data.questions import read_questions
@@ -452,6 +453,26 @@ def test_bfloat16_keeps_probabilities_and_parameters_in_float32(
     assert [x.dtype for x in logps] == [jnp.float32] * 3
 
 
+def test_frozen_parameters_lie_in_the_type_that_they_are_computed_with(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which changes no bit of the loss nor of a gradient; what is trained stays float32, and so do its moments."""
+    monkeypatch.setattr(pretrained, "widens_bfloat16", lambda mesh: False)  # as if these were accelerators
+    made = setup(
+        world, dtype="bfloat16", train__frozen_params=["generator.layers", "generator.embed", "retriever.words"]
+    )
+    state, computed = abstract_state(made.rag, local_mesh(data=1)), jax.tree.leaves(made.rag.generator.compute_params)
+    trained, frozen = partition_params(state.params, made.rag.config.train.frozen_params)
+    assert [leaf.dtype for leaf in computed] == [leaf.dtype for leaf in jax.tree.leaves(state.params["generator"])]
+    assert {leaf.dtype for leaf in frozen.values()} == {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)}
+    assert frozen["retriever", "words", "embedding"].dtype == jnp.bfloat16
+    floats = [leaf for leaf in jax.tree.leaves((trained, state.optimizer)) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    assert {leaf.dtype for leaf in floats} == {jnp.dtype(jnp.float32)}
+    rounded = jax.tree.map(lambda x, leaf: x.astype(leaf.dtype), made.params, state.params)
+    run = differentiate(made.rag)
+    chex.assert_trees_all_equal(run(rounded, made.batch), run(made.params, made.batch))
+
+
 # training
 
 
@@ -656,12 +677,12 @@ def test_a_step_that_measures_must_fit_too(world: Path) -> None:
 def test_what_the_compiler_refuses_does_not_fit(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rag, mesh = load_pipeline(tiny_config(world)), make_mesh()
 
-    def refuse(_: object) -> Cost:
+    def refuse(*_: object) -> Cost:
         raise NotCompiled("XLA cannot compile it")
 
     monkeypatch.setattr("ragjax.planning.memory.compiled_cost", refuse)
     check_memory(rag, mesh, 30, limit=1)  # unknown: nothing is refused
-    monkeypatch.setattr("ragjax.planning.memory.compiled_cost", lambda _: Cost(2**34, None))
+    monkeypatch.setattr("ragjax.planning.memory.compiled_cost", lambda *_: Cost(2**34, None))
     with pytest.raises(InputError, match=r"temporaries 16\.00 GiB"):
         check_memory(rag, mesh, 30, limit=2**30)
 
@@ -675,5 +696,8 @@ def test_on_a_cpu_the_state_alone_must_fit(world: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("ragjax.planning.memory.trace_step", lambda *_: pytest.fail("nothing is compiled"))
     check_memory(rag, mesh, 30)
     machine["SC_PHYS_PAGES"] -= 1
-    with pytest.raises(InputError, match=r"and this machine has .*; use smaller models or train.frozen_params"):
+    with pytest.raises(
+        InputError,
+        match=r"and this machine has .*; what would help: train.frozen_params=\[retriever\] .*; smaller models",
+    ):
         check_memory(rag, mesh, 30)
