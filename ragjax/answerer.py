@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -127,7 +128,7 @@ class Answerer:
         retrieval = retrieve(self.rag, self.params, self.index, questions, most_documents(config), self.mesh)
         counted = (retrieval.ids >= 0) & (np.arange(retrieval.ids.shape[1]) < config.train.num_docs)
         return dataclasses.replace(
-            retrieval, log_prior=np.asarray(log_prior(jnp.asarray(retrieval.log_prior), jnp.asarray(counted)))
+            retrieval, log_prior=np.asarray(log_prior(*jax.device_put((retrieval.log_prior, counted))))
         )
 
     def answer(
@@ -286,7 +287,7 @@ class Answerer:
         scored = score_tokens(graph, params, memory, answers[:, None], lengths, self.rag.special)
         logp = jnp.asarray(np.asarray(scored)[:, :, 0])
         scores = TokenScores(logp, jnp.zeros_like(logp))
-        return -np.asarray(answer_nll(self.rag, jnp.asarray(prior), scores, jnp.asarray(answers), jnp.asarray(counted)))
+        return -np.asarray(answer_nll(self.rag, *jax.device_put((prior, scores, answers, counted))))
 
     def documents(self, retrieval: RetrievalResult, b: int) -> list[Document]:
         """The documents of question b, best first, and only those that are there."""

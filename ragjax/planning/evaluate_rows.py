@@ -32,7 +32,7 @@ from ragjax.planning.shared_rows import parameters_row, questions_text, search_r
 from ragjax.rag import RagModel
 from ragjax.retrieval.passage_cache import Pool, join_question
 from ragjax.training.fused_retrieval import abstract_corpus
-from ragjax.training.state import for_inference, state_shardings
+from ragjax.training.state import inference_params
 
 QUESTION_TOKENS = 32  # of a prompt after its passage, for the temporaries of reading through a cache
 
@@ -197,10 +197,7 @@ def answering_programs(inputs: PlanInputs, mesh: Mesh) -> dict[str, tuple[Any, .
     config, decode, model = inputs.config, inputs.config.decode, inputs.model("generator")
     graph, documents = model.graphdef, most_documents(config)
     rag = RagModel(config, model, model, SPECIAL, NO_PROMPT, model)
-    shardings = state_shardings(for_inference(rag), mesh, {"generator": model.abstract_params})["generator"]
-    params = jax.tree.map(
-        lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), model.abstract_params, shardings
-    )
+    params = inference_params(rag, mesh)["generator"]
     questions = config.evaluate.batch_size * mesh.shape["data"]
 
     def rows(tree: Any) -> Any:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from ragjax.config import ON_DEVICES
 from ragjax.errors import InputError
+from ragjax.models.layers import Params
 from ragjax.parallel.mesh import Command
 from ragjax.planning.inputs import NO_PROMPT, SPECIAL, PlanInputs
 from ragjax.planning.program_cost import bytes_each
@@ -15,11 +18,12 @@ from ragjax.planning.rows import Number, Row, Unknown, make_row
 from ragjax.rag import RagModel
 from ragjax.retrieval.faiss_index import faiss_bytes
 from ragjax.training.fused_retrieval import abstract_corpus
-from ragjax.training.state import for_inference, state_shardings
+from ragjax.training.loss import passage_params
+from ragjax.training.state import inference_params, training_types, with_shardings
 
 
 def parameters_row(inputs: PlanInputs, command: Command, name: str, copies: int = 1, indexed: bool = False) -> Row:
-    """A model's parameters on each device, in float32.
+    """A model's parameters on each device, in the types that the command gives them.
 
     With `indexed` they are the passage encoder's as it was when the index was begun that is being built.
     """
@@ -32,18 +36,27 @@ def _parameters(inputs: PlanInputs, command: Command, name: str, copies: int, in
     if isinstance(why := getattr(inputs, field), InputError):
         raise Unknown(str(why).split(";")[0])
     model, twice = inputs.model(name), ", before and after training" if copies > 1 else ""
-    how = f"{bytes_each(model.abstract_params) // 4:,} in float32{twice}"
     if command == "index":
-        return bytes_each(model.abstract_params), how
+        params = model.untrained_types(inputs.mesh)
+        return bytes_each(params), _types_text(params)
     # the other models take no part in it: they may be unknown
     alone = RagModel(inputs.config, model, model, SPECIAL, NO_PROMPT, model)
-    alone = for_inference(alone) if command == "evaluate" else alone
-    part, mesh = "indexed" if indexed else field, inputs.mesh_of(command)
-    shardings = state_shardings(alone, mesh, {part: model.abstract_params})[part]
-    sharded = jax.tree.map(
-        lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), model.abstract_params, shardings
-    )
-    return copies * bytes_each(sharded), f"{how}{split_text(mesh, alone.config.mesh.fsdp)}"
+    mesh = inputs.mesh_of(command)
+    if command == "evaluate":
+        params = inference_params(alone, mesh)[field]
+        return copies * bytes_each(params), f"{_types_text(params)}{twice}{split_text(mesh, fsdp=False)}"
+    types = training_types(alone, mesh)
+    tree = {"indexed": passage_params(alone, types)} if indexed else {field: types[field]}
+    params = with_shardings(alone, mesh, tree)
+    return bytes_each(params), f"{_types_text(params)}{split_text(mesh, inputs.config.mesh.fsdp)}"
+
+
+def _types_text(params: Params) -> str:
+    """How many numbers there are in each type."""
+    counts = Counter[str]()
+    for leaf in jax.tree.leaves(params):
+        counts[leaf.dtype.name] += leaf.size
+    return " and ".join(f"{count:,} in {dtype}" for dtype, count in counts.most_common())
 
 
 def search_row(inputs: PlanInputs, command: Command) -> Row:

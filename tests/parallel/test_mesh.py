@@ -26,6 +26,8 @@ from ragjax.parallel.sharding import (
 )
 from ragjax.runs.restore import enable_compilation_cache
 
+pytestmark = pytest.mark.devices(8)
+
 
 def test_a_batch_is_split_and_parameters_are_whole() -> None:
     mesh = make_mesh()
@@ -69,13 +71,16 @@ def test_one_process_waits_for_none() -> None:
         ("layers.down.kernel", (2, 64, 30), None, True, (None, "model", None)),
         ("layers.key.kernel", (2, 32, 12), 3, True, (None, "data", None)),
         ("layers.ffn_norm.scale", (4, 32), None, True, (None, "data")),
-        ("embed.embedding", (258, 32), None, True, (None, "data")),
-        ("embed.embedding", (256, 32), None, True, ("data", None)),
+        ("embed.embedding", (258, 32), None, True, ("model", "data")),
+        ("embed.embedding", (259, 32), None, True, (None, "data")),
+        ("head.embedding", (256, 30), None, False, ("model", None)),
+        ("words.embedding", (258, 32), None, True, (None, "data")),
+        ("words.embedding", (256, 32), None, True, ("data", None)),
         ("step", (), None, True, ()),
     ],
 )
 def test_where_a_parameter_lies(name: str, shape: tuple, heads: int | None, fsdp: bool, spec: tuple) -> None:
-    """On 4 × 2 devices: heads and inner widths over `model`, with FSDP the largest dimension left over `data`."""
+    """On 4 × 2 devices: heads, inner widths and vocabularies over `model`, with FSDP the largest left over `data`."""
     assert tuple(parameter_spec(make_mesh(2), name.split("."), shape, heads, fsdp)) == spec
 
 

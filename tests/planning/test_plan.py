@@ -60,6 +60,8 @@ from ragjax.training.optimizer import partition_params
 from ragjax.training.state import abstract_state, init_train_state, state_shardings
 from ragjax.training.step import trace_step
 
+pytestmark = pytest.mark.devices(8)
+
 CONFIGS = ("rag_sequence_nq", "rag_token_nq", "rag_sequence_t5")
 V5E_MEMORY = 15.75 * 2**30  # what XLA may use of its 16 GiB
 RECOMPUTED, KEPT = "temporaries, activations recomputed", "temporaries, activations kept"
@@ -741,3 +743,40 @@ def test_wikipedia_lies_on_eight_tpus_inside_the_step(world: Path, tmp_path: Pat
     assert told["as_asked"] and told["arguments"] == pytest.approx(told["state"] + held, rel=0.05)
     assert told["needs"] - told["arguments"] < 2**30
     assert told["approximate"] == (kind == "approximate")
+
+
+WEIGHTS_ON_A_TPU = """
+import json
+import jax, jax.numpy as jnp
+from flax import nnx
+from ragjax.decoding.propose import prefill_documents
+from ragjax.checkpoints.pretrained import generator_shape
+from ragjax.parallel.mesh import make_mesh
+from ragjax.parallel.sharding import abstract_with_sharding
+from ragjax.planning.plan import _tpu_devices
+from pathlib import Path
+import sys
+mesh = make_mesh(devices=_tpu_devices("v5e:2x2")[:1])
+model, told = generator_shape(Path(sys.argv[1]), dtype="bfloat16"), {}
+for kind, params in (("trained", model.abstract_params), ("untrained", model.untrained_types(mesh))):
+    prompts = jax.ShapeDtypeStruct((4, 64), jnp.int32), jax.ShapeDtypeStruct((4, 64), jnp.bool)
+    given = abstract_with_sharding(mesh, (params, *prompts))
+    read = jax.jit(lambda *given: jax.tree.leaves(prefill_documents(model.graphdef, *given)))
+    analysis = read.lower(*given).compile().memory_analysis()
+    told[kind] = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
+print(json.dumps(told))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("libtpu") is None, reason="needs the TPU's compiler: pip install 'ragjax[tpu]'")
+def test_no_second_copy_of_weights_that_are_not_trained(tmp_path: Path) -> None:
+    """Float32 ones are rounded before the loop over the layers, all at once; those in bfloat16 are used as they are."""
+    shape = {"model_type": "llama", "vocab_size": 4096, "hidden_size": 512, "intermediate_size": 2048}
+    shape |= {"num_hidden_layers": 8, "num_attention_heads": 8, "tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    command = [sys.executable, "-c", WEIGHTS_ON_A_TPU, str(tmp_path / "config.json")]
+    told = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    (whole, copied), (half, none) = told["trained"], told["untrained"]
+    assert half == pytest.approx(whole / 2, rel=0.01)
+    assert copied > 0.7 * half and none < 0.1 * half

@@ -19,6 +19,8 @@ from ragjax.planning.program_cost import Cost, NotCompiled, bytes_each, bytes_se
 from ragjax.rag import load_pipeline
 from ragjax.retrieval.encoder import encode
 
+pytestmark = pytest.mark.devices(8)
+
 L, B, D = 10, 8, 16
 X, W = jax.ShapeDtypeStruct((B, D), jnp.float32), jax.ShapeDtypeStruct((L, D, D), jnp.float32)
 PRODUCT = 2 * B * D * D
