@@ -191,7 +191,7 @@ def warm(answerer: Answerer, questions: list[str]) -> None:
     """Compiles what exact decoding needs: how many documents it reads at a time depends on the question."""
     for question in questions:
         batch = question_batch(answerer.rag.tokenizers, [question])
-        answerer.candidates(batch, answerer.retrieve(batch), "exact")
+        answerer.candidates(batch, answerer.retrieve(batch, [question]), "exact")
 
 
 def choose(answerer: Answerer, question: str) -> tuple[dict[str, Candidates], dict[str, dict[Answer, float]]]:

@@ -505,6 +505,7 @@ def test_prompts_are_read_no_wider_than_they_are(answerer: Answerer, monkeypatch
     read = []
 
     def spy(graph: Any, params: Any, source: Any, mask: Any, width: int | None = None) -> Any:
+        assert width is not None
         read.append((source.shape[1], width, int(np.asarray(mask).sum(axis=1).max())))
         return prefill_documents(graph, params, source, mask, width)
 

@@ -42,14 +42,14 @@ def parameter_spec(
     return PartitionSpec(*spec)
 
 
-def heads_spec(mesh: Mesh, heads: int) -> PartitionSpec:
-    """How keys or values [L, n, S, Hkv, Dh] of several layers lie: rows over `data`, heads as projections have them."""
-    return PartitionSpec(None, "data", None, "model" if heads % mesh.shape["model"] == 0 else None)
-
-
 def widens_bfloat16(mesh: Mesh) -> bool:
     """Whether its devices compute bfloat16 in float32, as CPUs do: before a loop XLA widens all that is read in it."""
     return mesh.devices.flat[0].platform == "cpu"
+
+
+def heads_spec(mesh: Mesh, heads: int) -> PartitionSpec:
+    """How keys or values [L, n, S, Hkv, Dh] of several layers lie: rows over `data`, heads as projections have them."""
+    return PartitionSpec(None, "data", None, "model" if heads % mesh.shape["model"] == 0 else None)
 
 
 def local_rows(mesh: Mesh, count: int) -> Int[np.ndarray, " n"]:

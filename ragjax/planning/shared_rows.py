@@ -44,7 +44,7 @@ def _parameters(inputs: PlanInputs, command: Command, name: str, copies: int, in
     mesh = inputs.mesh_of(command)
     if command == "evaluate":
         params = inference_params(alone, mesh)[field]
-        return copies * bytes_each(params), f"{_types_text(params)}{twice}{split_text(mesh, fsdp=False)}"
+        return copies * bytes_each(params), f"{_types_text(params)}{split_text(mesh, fsdp=False)}{twice}"
     types = training_types(alone, mesh)
     tree = {"indexed": passage_params(alone, types)} if indexed else {field: types[field]}
     params = with_shardings(alone, mesh, tree)

@@ -490,8 +490,8 @@ def test_the_work_is_split_over_all_devices(run: Path, tmp_path: Path, monkeypat
 def test_the_corpus_prior_is_trained_and_what_the_generator_misses_is_logged(
     world: Path, tmp_path: Path, fused: bool
 ) -> None:
-    settings = {"train__backprop_docs": 1, "train__gradient_error_every": 2, "train__log_every": 10, "train__steps": 5}
-    settings |= {"retriever__prior": "corpus"}
+    settings: dict[str, Any] = {"train__backprop_docs": 1, "train__gradient_error_every": 2}
+    settings |= {"train__log_every": 10, "train__steps": 5, "retriever__prior": "corpus"}
     lines = logged(train(tiny_config(world, train__fused_retrieval=fused, output=str(tmp_path), **settings)))
     assert [line["step"] for line in lines] == [2, 4, 5]
     assert all(0 < line["gradient_error_generator"] < 1 for line in lines[:2])
@@ -524,7 +524,8 @@ def test_bad_input_is_an_input_error_in_python_too(world: Path, tmp_path: Path) 
 
 def test_the_loss_on_dev_questions_at_every_save(world: Path, tmp_path: Path) -> None:
     """It is what the loss function says of the models saved; dropout plays no part."""
-    settings = {"train__steps": 5, "train__save_every": 2, "train__dev_questions": 3, "train__keep_best": True}
+    settings: dict[str, Any] = {"train__steps": 5, "train__save_every": 2, "train__dev_questions": 3}
+    settings |= {"train__keep_best": True}
     settings |= {"train__num_docs": 2, "train__dropout": 0.1}  # those of PIECES: one program
     config = tiny_config(world, **settings, output=str(tmp_path))
     train(config)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gradients import assert_same_gradients, moments
+from jax import Array
 from processes import RATES, logged
 from world import build, open_world, tiny_config
 
@@ -42,7 +43,12 @@ def test_prompts_are_those_of_the_host(question_first: bool, empty: bool) -> Non
     for b, question in enumerate(questions):
         told[b, : len(question)], mask[b, : len(question)] = question, True
     given = jnp.asarray(passages), jnp.asarray(lengths), jnp.asarray(told), jnp.asarray(mask)
-    source, source_mask = jax.jit(lambda *of: prompt_on_device(prompt, *of, longest, 99))(*given)
+
+    @jax.jit
+    def assembled(passages: Array, lengths: Array, told: Array, mask: Array) -> tuple[Array, Array]:
+        return prompt_on_device(prompt, passages, lengths, told, mask, longest, 99)
+
+    source, source_mask = assembled(*given)
     for b, question in enumerate(questions):
         for k in range(4):
             expected = assemble(prompt, passages[b, k, : lengths[b, k]], question, longest)
