@@ -520,7 +520,7 @@ def test_exact_decoding_shares_programs(answerer: Answerer, caplog: pytest.LogCa
     decode = config.decode.replace(probability="interval", fallback="none")
     config = config.replace(decode=decode, evaluate=config.evaluate.replace(batch_size=8))
     of_eight = dataclasses.replace(answerer, rag=dataclasses.replace(answerer.rag, config=config))
-    asked = [f"What is the capital of {land}?" for land in [*LANDS, *LANDS[:10]]]
+    asked = [*(f"Capital of {land}?" for land in LANDS), *(f"Is {number} prime?" for number in range(10))]
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
         answers = of_eight.answer(asked, mode="exact")
     programs = [record for record in caplog.records if "search_marginal" in record.getMessage()]

@@ -194,16 +194,20 @@ def assert_same(alone: list[Candidates], spread: list[Candidates], how: str) -> 
 
 
 def test_the_axis_model_alone_communicates(llama: Case, sent: Sent) -> None:
-    """Eight devices as 4 × 2: for each layer two sums over the pairs, after attention and after feed-forward."""
+    """Eight devices as 4 × 2: sums over the pairs, of what lies there in halves, and a step's logits."""
     alone = decoded(llama, make_mesh(devices=jax.devices()[:1]), "thorough")
     sent.clear()
     assert_same(alone, decoded(llama, make_mesh(2), "thorough"), "thorough")
-    a_row = 2 * 2 * 32 * 4  # bytes: two sums in each of two layers, of 32 numbers a token
-    rows = B * K // 4
-    assert sent["prefill_documents"] == [{"all-reduce": a_row * rows * S}]
+    # bytes a token: 32 numbers of its embedding, and in each of two layers after attention and after feed-forward
+    token, rows = (1 + 2 * 2) * 32 * 4, B * K // 4
+    logsumexp, logits = 2 * 4, 12 * 4 // 2  # the largest and the sum; a half of the vocabulary
+    assert sent["prefill_documents"] == [{"all-reduce": token * rows * S}]
     # what stands in the loops over all rows, a half of them and a quarter
-    assert sent["beam_search_documents"] == [{"all-reduce": a_row * (rows + rows // 2 + rows // 4) * W}]
-    assert sent["extend_prefixes"] == [{"all-reduce": a_row * rows * 16}] and sent["edge_logp"] == [{}]
+    tokens = (rows + rows // 2 + rows // 4) * W
+    step = {"all-reduce": (token + logsumexp) * tokens, "all-gather": logits * tokens}
+    assert sent["beam_search_documents"] == [step]
+    assert sent["extend_prefixes"] == [{"all-reduce": (token + logsumexp) * rows * 16}]
+    assert [set(of) for of in sent["edge_logp"]] == [{"all-reduce"}], "of the rows of the vocabulary"
 
 
 def rows_of_loops(jaxpr: Jaxpr) -> Iterator[int]:

@@ -18,6 +18,7 @@ from ragjax.models.kv_cache import DocumentMemory
 from ragjax.models.layers import Params
 from ragjax.padding import pad_sequences
 from ragjax.parallel.mesh import make_mesh
+from ragjax.parallel.sharding import put_global, replicated
 from ragjax.retrieval.passage_cache import PassageCacheStatistics, PassageKVCache
 
 HEAD, TAIL, LONGEST, ROWS = (5, 6), (7,), 20, 8
@@ -59,7 +60,8 @@ def batches(count: int, seed: int = 0) -> Iterator[Batch]:
 
 def open_cache(model: tuple[PretrainedModel, Params], slots: int, mesh: Mesh | None = None) -> PassageKVCache:
     mesh = mesh or make_mesh(devices=jax.devices()[:1])
-    return PassageKVCache(model[0].graphdef, model[1], mesh, beginning, LONGEST - len(TAIL) - 1, slots)
+    params = put_global(model[1], replicated(mesh))
+    return PassageKVCache(model[0].graphdef, params, mesh, beginning, LONGEST - len(TAIL) - 1, slots)
 
 
 def check(model: tuple[PretrainedModel, Params], read: DocumentMemory, source: np.ndarray, mask: np.ndarray) -> None:
