@@ -23,5 +23,6 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
     out = folders[0] / REPORT if out is None else out
     if out.is_dir():
         raise InputError(f"{out}: is a folder; name a file, such as {out / REPORT}")
-    runs = [read_run_results(folder) for folder in folders]
+    alike = len({folder.resolve().name for folder in folders}) < len(folders)  # then whole paths tell them apart
+    runs = [read_run_results(folder, str(folder) if alike else None) for folder in folders]
     return write_html(out, report_page(runs))

@@ -100,7 +100,7 @@ class _Rows:
         if any(m[mode]["equal_as_nothing"] for m in self.models):
             self.add_below("exact matches of which nothing is left", mode, "equal_as_nothing")
         self.add_below("proved under the top k", mode, "proved", "top_k")
-        if any(m[mode].get("proved", {}).get("corpus") is not None for m in self.models):
+        if any(_get(_get(m[mode], "proved"), "corpus") not in (None, _ABSENT) for m in self.models):
             self.add_below("proved under all passages", mode, "proved", "corpus")
         self.add_below("documents read for the proof", mode, "documents_read")
         if all("seconds" in m[mode] for m in self.models):  # of `evaluate.modes`

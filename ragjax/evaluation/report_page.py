@@ -114,7 +114,7 @@ def _modes(run: RunResults) -> dict[str, Any] | None:
             "exact_match": (of := measured[mode])["exact_match"],
             "interval": of["exact_match_interval"],
             "f1": of["f1"],
-            "proved": of.get("proved", {}).get("top_k"),
+            "proved": (of.get("proved") or {}).get("top_k"),
             "seconds": of.get("seconds_per_question"),
         }
         for mode in MODES
@@ -125,7 +125,8 @@ def _modes(run: RunResults) -> dict[str, Any] | None:
         if key.endswith("_differ") and isinstance(of, dict):
             pair = key.removesuffix("_differ").split("_and_")
             right = " and ".join(f"{mode} is right on {of.get(f'{mode}_right', 0)}" for mode in pair)
-            told = f"differ on {of['questions']} questions; {right} of them" if of["questions"] else "agree everywhere"
+            count = of.get("questions", 0)
+            told = f"differ on {count} questions; {right} of them" if count else "agree everywhere"
             differ.append(f"{' and '.join(pair).capitalize()} {told}.")
     return {"name": run.name, "rows": rows, "differ": differ} if len(rows) > 1 else None
 

@@ -113,6 +113,7 @@ class _ModeMetrics(_Record):
     f1: float | None
     contains: float | None
     equal_as_nothing: int
+    proved: dict[str, float | None] | None = None
     seconds_per_question: float | None = None
 
 
@@ -168,18 +169,21 @@ class RunResults:
         return [] if first is None else list(first.modes)
 
 
-def read_run_results(folder: Path) -> RunResults:
-    """The results in the folder of a run. Raises `InputError` where it was not evaluated, or a file is damaged."""
+def read_run_results(folder: Path, name: str | None = None) -> RunResults:
+    """The results in the folder of a run, called `name` or as the folder is.
+
+    Raises `InputError` where it was not evaluated, or a file is damaged.
+    """
     config = load_run_config(folder)
     path = folder / METRICS
     metrics = read_json(path, AGAIN)
-    for name in _checked(_Metrics, metrics, path).models:
+    for model in _checked(_Metrics, metrics, path).models:
         for mode in ("exact", "thorough", "certified", "fast", "closed_book"):
-            if mode in metrics["models"][name]:
-                _checked(_ModeMetrics, metrics["models"][name][mode], path)
+            if mode in metrics["models"][model]:
+                _checked(_ModeMetrics, metrics["models"][model][mode], path)
     if not metrics["models"]:
         raise InputError(f"{path}: measures no model; {AGAIN}")
-    predictions: dict[str, list[Prediction]] = {name: [] for name in metrics["models"]}
+    predictions: dict[str, list[Prediction]] = {model: [] for model in metrics["models"]}
     unanswered = dict.fromkeys(metrics["models"], 0)
     for where, record in _lines(folder / PREDICTIONS):
         model = record.get("model")
@@ -188,7 +192,10 @@ def read_run_results(folder: Path) -> RunResults:
         if "error" in record:
             unanswered[model] += 1
         else:
-            predictions[model].append(_sound(_checked(Prediction, record, where), where))
+            prediction = _sound(_checked(Prediction, record, where), where)
+            if not prediction.modes.keys() <= metrics["models"][model].keys():
+                raise InputError(f"{where}: tells of modes that {path} does not measure; {AGAIN}")
+            predictions[model].append(prediction)
     passages = {
         (of := _checked(_Passage, record, where)).passage: of.text for where, record in _lines(folder / PASSAGES)
     }
@@ -196,7 +203,7 @@ def read_run_results(folder: Path) -> RunResults:
         if of.passage not in passages:
             raise InputError(f"{folder / PASSAGES}: lacks passage {of.passage}, {of.id!a}; {AGAIN}")
     return RunResults(
-        name=folder.name or str(folder),
+        name=name or folder.resolve().name,
         config=config,
         steps=list(_read_steps(folder / STEPS)),
         metrics=metrics,

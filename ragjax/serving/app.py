@@ -102,7 +102,7 @@ class Server:
         view = PageView(self.serving.name, self.choices, self.serving.examples, self.serving.token is not None)
         try:
             asked = read_query(request.query_params, self.choices, self.limits)
-            if asked is None or view.locked:
+            if asked is None or view.locked or _is_embedded(request):
                 return start_page(view, request.query_params)
             question, decoding = asked
             [answer] = await self._answers(request, [question], decoding)
@@ -214,16 +214,16 @@ class Server:
     async def _wait(self, request: Request, job: Job) -> Answer | Exception:
         """What became of a question. Raises `Refused` where it is too late, or the client is gone."""
         future = asyncio.wrap_future(job.result)
-        while not future.done():
-            await asyncio.wait({future}, timeout=LOOK)
-            if future.done():
-                break
-            if time.monotonic() > job.deadline:
-                job.result.cancel()
-                raise Refused(problem(504, f"no answer within {self.limits.deadline_s:g} s", RETRY_AFTER))
-            if await request.is_disconnected():
-                job.result.cancel()
-                raise Refused(Response(status_code=499))
+        future.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may look any more
+        try:
+            while not (await asyncio.wait({future}, timeout=LOOK))[0]:
+                if time.monotonic() > job.deadline:
+                    raise Refused(problem(504, f"no answer within {self.limits.deadline_s:g} s", RETRY_AFTER))
+                if await request.is_disconnected():
+                    raise Refused(Response(status_code=499))
+        except BaseException:
+            job.result.cancel()
+            raise
         error = future.exception()
         if isinstance(error, TooLate):
             raise Refused(problem(504, f"no answer within {self.limits.deadline_s:g} s", RETRY_AFTER))
@@ -233,6 +233,12 @@ class Server:
             self.telemetry.failure(error)
             return error
         return future.result()
+
+
+def _is_embedded(request: Request) -> bool:
+    """Whether a page from elsewhere asks, as with an image, and nobody followed a link."""
+    site, how = (request.headers.get(f"sec-fetch-{name}") for name in ("site", "mode"))
+    return site not in (None, "same-origin", "none") and how != "navigate"
 
 
 def _kept(answer: Answer, n_best: int | None) -> dict[str, Any]:

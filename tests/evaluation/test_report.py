@@ -234,6 +234,11 @@ def damage(folder: Path, name: str, change: Any) -> None:
             "candidates and documents disagree",
         ),
         ("predictions.jsonl", lambda line: line["modes"].pop("fast"), "answers, scores, modes"),
+        (
+            "predictions.jsonl",
+            lambda line: line.update(modes={}, answers={}, scores={}),
+            "answers, sc",
+        ),
         ("predictions.jsonl", lambda line: line["documents"][0].update(passage=10**6), "lacks passage 1000000"),
         ("passages.jsonl", lambda line: line.update(text=None), "text: input should be a valid string"),
         ("train.jsonl", lambda line: line.update(loss="low"), "no line of this log"),

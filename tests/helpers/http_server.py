@@ -21,7 +21,7 @@ JSON = {"Content-Type": "application/json"}
 class Running:
     """A server in a thread of this process."""
 
-    server: Server
+    server: Any  # its `Server`; None where it runs elsewhere
     port: int
     stop: Any
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -212,6 +214,8 @@ def test_the_page_and_its_link(here: Running, answerer: Answerer) -> None:
     assert status == 200 and shown[-1] == pytest.approx(alone.probability, rel=1e-4)
     chosen = [e.attributes["value"] for e in elements(html) if "selected" in e.attributes]
     assert chosen == ["thorough", "2", "1"]
+    embedded = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"}
+    assert "data value" not in here.ask("GET", f"/?question={LANDS[0]}", headers=embedded)[2]
     for bad in ("?question=a&num_docs=x", "?question=a&mode=best", f"?question={'a' * 2001}"):
         status, _, html = here.ask("GET", f"/{bad}")
         assert status == 400 and "refused" in html
@@ -367,3 +371,19 @@ def test_bad_options(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"needs an extra .*: pip install 'ragjax\[serve\]'"):
         serve(config, ServeOptions())
+
+
+@pytest.mark.slow
+def test_sigterm_ends_it_when_all_is_answered(run: Path) -> None:
+    """As a process of its own; the exit code is that of every command."""
+    command = [sys.executable, "-m", "ragjax", "serve", str(run), "--port", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process, ThreadPoolExecutor(4) as pool:
+        assert process.stderr is not None
+        told = next(line for line in process.stderr if line.startswith("serving "))
+        port = int(told.rstrip().rsplit(":", 1)[1])
+        asked = [pool.submit(Running(None, port, None).post, "/v1/answer", {"question": q}) for q in QUESTIONS[:4]]
+        time.sleep(0.3)  # the first compiles for longer
+        process.terminate()
+        assert [one.result()[0] for one in asked] == [200] * 4
+        rest = process.stderr.read()
+        assert process.wait(30) == 143 and "Traceback" not in rest
