@@ -32,7 +32,7 @@ from ragjax.data.questions import Split
 from ragjax.errors import InputError
 from ragjax.files import exclusive_lock
 from ragjax.parallel.mesh import check_batch, make_mesh
-from ragjax.parallel.processes import broadcast_from_process_zero, run_on_process_zero
+from ragjax.parallel.processes import run_on_process_zero
 from ragjax.parallel.sharding import gather_to_host
 from ragjax.planning.memory import check_memory
 from ragjax.rag import RagPipeline
@@ -50,10 +50,11 @@ from ragjax.runs.run_dir import (
     record_changes,
     start_run,
 )
+from ragjax.runs.save_timer import SaveTimer
 from ragjax.signals import Signals, listening
 from ragjax.terminal import progress_bar, terminal
 from ragjax.training.contrastive import label_positions
-from ragjax.training.data_loader import BatchBuilder, TrainLoader, TrainQuestions, trainable_questions
+from ragjax.training.data_loader import BatchBuilder, Pair, TrainLoader, TrainQuestions, trainable_questions
 from ragjax.training.fused_retrieval import corpus_with_tokens
 from ragjax.training.index_refresh import complete_index, refresh_index, restore_index
 from ragjax.training.optimizer import partition_params
@@ -265,48 +266,77 @@ def run_steps(run: Run, signals: Signals) -> None:
 
     with progress_bar("train", train.steps, "steps", done, first="compiling …", extra=epoch) as advance:
         signals.check()
-        signals.instead, last_save = _finish_the_step, time.monotonic()
+        signals.instead, timer, reporter = _finish_the_step, SaveTimer(train.save_minutes, done), Reporter(run, advance)
         for number in range(done + 1, train.steps + 1):
-            metrics = take_step(run, step, number)
+            reporter.begun(take_step(run, step, number))
             if run.refresher is not None:
                 run.state, about_index = refresh_index(run.refresher, run.state, number, run.probe_questions)
                 run.builder.index = run.refresher.index
-                metrics |= about_index
-            run.log(number, metrics)
-            advance(1, f"loss {metrics['loss']:.3f}  recall@{train.num_docs} {metrics['recall']:.2f}")
+                reporter.flush(about_index)
             stop, last = _signal_to_stop(number - done, signals), number == train.steps
-            minutes = train.save_minutes
-            due = minutes is not None and broadcast_from_process_zero(time.monotonic() - last_save >= 60 * minutes)
-            if last or stop or due or number % train.save_every == 0:
+            if last or stop or timer.due(number) or number % train.save_every == 0:
+                reporter.flush()
                 # a machine that is taken away leaves no time for the dev loss
                 save(run, number, None if stop else measure_dev_loss(run, nll, number))
-                last_save = time.monotonic()
+                timer.restart(number)
             if stop and not last:
                 run.checkpoints.wait()
                 message = f"stopped and saved at step {number}; run the same command again to go on"
                 raise Interrupted(message, 128 + stop)
 
 
-def take_step(run: Run, step: Callable[..., Any], number: int) -> dict[str, float]:
-    """Takes a step, and returns its metrics. The host prepares the next batch while the devices work.
+@dataclass(frozen=True)
+class StepTaken:
+    """A step that the devices have begun, and perhaps not ended."""
 
-    Raises `InputError` where one of the metrics is not finite.
-    """
-    train, started = run.rag.config.train, time.perf_counter()
+    number: int
+    pairs: list[Pair]
+    metrics: dict[str, Any]  # on the devices
+    retrieval: dict[str, float]
+    tokens: int
+
+
+def take_step(run: Run, step: Callable[..., Any], number: int) -> StepTaken:
+    """Begins a step. The host prepares the next batch while the devices work."""
+    train = run.rag.config.train
     last = number == train.steps
     pairs, (batch, retrieval, tokens) = run.loader.take(run.state.params)
     if train.prefetch_retrieval and not last:
         run.loader.look_ahead(run.state.params)
-    run.state, on_devices = step(number, run.state, batch)
+    run.state, metrics = step(number, run.state, batch)
     if not last:
         run.loader.read_ahead()
-    measured = gather_to_host(on_devices)
-    if train.fused_retrieval:
-        retrieval, tokens = run.builder.retrieval_metrics(pairs, measured.pop("ids")), int(measured.pop("tokens"))
-    metrics = {name: float(value) for name, value in measured.items()} | retrieval
-    check_finite_metrics(number, metrics, [question.id for question, _ in pairs])
-    seconds = time.perf_counter() - started
-    return metrics | {"examples_per_second": len(pairs) / seconds, "tokens_per_second": tokens / seconds}
+    return StepTaken(number, pairs, metrics, retrieval, tokens)
+
+
+class Reporter:
+    """Logs each step when the next one has begun: the devices need not wait until the host has read its metrics."""
+
+    def __init__(self, run: Run, advance: Callable[..., None]) -> None:
+        self.run, self.advance = run, advance
+        self._taken: StepTaken | None = None
+        self._ended = time.perf_counter()
+
+    def begun(self, taken: StepTaken) -> None:
+        """Logs the step before. Raises as `flush`."""
+        self.flush()
+        self._taken = taken
+
+    def flush(self, about_index: dict[str, float] | None = None) -> None:
+        """Waits for the step that was begun, and logs it. Raises `InputError` where a metric is not finite."""
+        run, taken, self._taken = self.run, self._taken, None
+        if taken is None:
+            return
+        measured, retrieval, tokens = gather_to_host(taken.metrics), taken.retrieval, taken.tokens
+        if run.rag.config.train.fused_retrieval:
+            retrieval = run.builder.retrieval_metrics(taken.pairs, measured.pop("ids"))
+            tokens = int(measured.pop("tokens"))
+        metrics = {name: float(value) for name, value in measured.items()} | retrieval | (about_index or {})
+        check_finite_metrics(taken.number, metrics, [question.id for question, _ in taken.pairs])
+        seconds, self._ended = time.perf_counter() - self._ended, time.perf_counter()
+        rates = {"examples_per_second": len(taken.pairs) / seconds, "tokens_per_second": tokens / seconds}
+        run.log(taken.number, metrics | rates)
+        self.advance(1, f"loss {metrics['loss']:.3f}  recall@{run.rag.config.train.num_docs} {metrics['recall']:.2f}")
 
 
 def save(run: Run, number: int, dev_loss: float | None) -> None:

@@ -130,7 +130,7 @@ class Train(Section):
         "frozen", description="Whether fixed weights, the trained retriever, or weights of its own encode passages."
     )
     prefetch_retrieval: bool = Field(
-        False, description="FAISS searches for the next step while a step runs, with queries that are one step old."
+        False, description="Search for the next step before a step ends, with queries that are one step old."
     )
     frozen_params: Texts = Field((), description="Prefixes of parameters not to train, such as generator.embed.")
     dropout: Probability = Field(0.0, description="The share of activations that are set to 0.")
@@ -288,10 +288,8 @@ def _check_search(config: Config) -> list[str]:
         )
     if config.train.fused_retrieval and config.train.passage_encoder != "frozen":
         problems.append("train.fused_retrieval=true has no texts to encode anew; use train.passage_encoder=frozen")
-    if config.train.prefetch_retrieval and on_devices:
-        problems.append(
-            "train.prefetch_retrieval=true is for a FAISS index.kind: the devices cannot search beside a step"
-        )
+    if config.train.prefetch_retrieval and config.train.fused_retrieval:
+        problems.append("train.fused_retrieval=true searches inside the step; leave out train.prefetch_retrieval")
     return problems
 
 

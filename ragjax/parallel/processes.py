@@ -108,8 +108,8 @@ def run_on_process_zero(action: Callable[[], Result]) -> Result | None:
         pool.shutdown(wait=False)
 
 
-def broadcast_from_process_zero(flag: bool) -> bool:
-    """The flag of process 0."""
+def broadcast_from_process_zero(number: int) -> int:
+    """The number, or the truth, that process 0 has."""
     if jax.process_count() == 1:
-        return flag
-    return bool(multihost_utils.broadcast_one_to_all(np.int32(flag)))
+        return number
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))

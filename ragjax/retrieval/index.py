@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float, Float32, Int, Int32
+from jaxtyping import Array, Float, Float32, Int, Int32
 
 from ragjax.checksums import (
     CHECKSUMS,
@@ -101,8 +101,8 @@ class Index:
         """
         queries = np.asarray(queries, np.float32)
         if self.on_devices:
-            corpus = self.corpus(mesh or local_mesh(data=1))
-            return gather_to_host(sharded_top_k(corpus, put_global(queries, replicated(corpus.mesh)), k, self.recall))
+            mesh = mesh or local_mesh(data=1)
+            return gather_to_host(self.begin_search(put_global(queries, replicated(mesh)), k, mesh))
         import faiss
 
         faiss.omp_set_num_threads(cores())
@@ -112,6 +112,10 @@ class Index:
         scores = np.where(ids >= 0, scores, -np.inf).astype(np.float32)
         best = np.lexsort((ids, -scores), axis=-1)[:, :k]
         return np.take_along_axis(scores, best, 1), np.take_along_axis(ids, best, 1)
+
+    def begin_search(self, queries: Float[Array, "B D"], k: int, mesh: Mesh) -> tuple[Array, Array]:
+        """As `search` on the devices of a mesh, where the queries lie and the result stays; the host does not wait."""
+        return sharded_top_k(self.corpus(mesh), queries, k, self.recall)
 
     def log_normalizer(
         self, queries: Float[np.ndarray, "B D"], scale: float, mesh: Mesh | None = None

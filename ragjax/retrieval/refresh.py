@@ -99,7 +99,9 @@ class IndexRefresher:
         due = settings.every is not None and step % settings.every == 0
         drifted = settings.min_overlap is not None and kept is not None and kept < settings.min_overlap
         left = self.rag.config.train.steps - step  # at its end the index is built anew in any case
-        return self.state.building is None and broadcast_from_process_zero(due or drifted) and left > settings.steps
+        return (
+            self.state.building is None and bool(broadcast_from_process_zero(due or drifted)) and left > settings.steps
+        )
 
     def start(self, step: int) -> None:
         self.state = RefreshedIndex(self.state.searched, step)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 from ragjax.data.question_batch import QuestionBatch
 from ragjax.marginal import corpus_log_prior, log_prior
@@ -34,10 +34,15 @@ def encode_questions(
     rag: RagPipeline, params: Params, questions: QuestionBatch, mesh: Mesh
 ) -> Float[np.ndarray, "B D"]:
     """The queries of B questions, in every process; `params`, questions and mesh as in `search`."""
+    return gather_to_host(begin_encoding(rag, params, questions, mesh))
+
+
+def begin_encoding(rag: RagPipeline, params: Params, questions: QuestionBatch, mesh: Mesh) -> Float[Array, "B D"]:
+    """The same on the devices; the host does not wait for them."""
     count = len(questions.row)
     local = questions.take(local_rows(mesh, count))
     tokens, mask = shard_batch(mesh, (local.question, local.question_mask), count)
-    return gather_to_host(encode(rag.retriever.graphdef, params["retriever"], tokens, mask))
+    return encode(rag.retriever.graphdef, params["retriever"], tokens, mask)
 
 
 def search(

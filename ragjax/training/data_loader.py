@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int
@@ -26,10 +27,10 @@ from ragjax.data.question_batch import (
 from ragjax.data.question_sampler import QuestionSampler, SampledQuestions, UsableAnswers, usable_answers
 from ragjax.data.questions import Question, Split
 from ragjax.models.layers import Params
-from ragjax.parallel.sharding import allgather_rows, local_rows, shard_batch
+from ragjax.parallel.sharding import allgather_rows, gather_to_host, local_rows, shard_batch
 from ragjax.rag import RagPipeline
 from ragjax.retrieval.index import Index
-from ragjax.retrieval.retrieve import encode_questions, search
+from ragjax.retrieval.retrieve import begin_encoding, encode_questions, search
 from ragjax.terminal import terminal
 from ragjax.training.batch import DocumentBatch, TrainBatch, attach_documents, widen, widths
 from ragjax.training.contrastive import attach_passages, choose_passages
@@ -179,16 +180,17 @@ class _NextStep:
 
     pairs: list[Pair]
     questions: QuestionBatch
-    ids: Future[Any] | Int[np.ndarray, "B M"] | None  # None where the step itself retrieves
+    ids: Future[Any] | jax.Array | Int[np.ndarray, "B M"] | None  # None where the step itself retrieves
     batch: tuple[Index, LoadedBatch] | None = None  # with vectors of that index
 
 
 class TrainLoader:
     """The questions of one step after the other, with their documents, unless the step itself retrieves.
 
-    With `train.prefetch_retrieval` FAISS looks for the next step's documents in a thread while a step runs. Checkpoints
-    keep their ids, so that a resumed run goes on with the very same. `read_ahead` assembles the next batch while a step
-    runs, so that devices need not wait for it. Use as a context manager.
+    With `train.prefetch_retrieval` FAISS looks for the next step's documents in a thread while a step runs, and devices
+    look for them just before it. Checkpoints keep their ids, so that a resumed run goes on with the very same.
+    `read_ahead` assembles the next batch while a step runs, so that devices need not wait for it. Use as a context
+    manager.
     """
 
     def __init__(
@@ -225,9 +227,13 @@ class TrainLoader:
         """Begins to search for what `take` gives next."""
         builder, self._position = self.builder, self.sampler.state()
         step = self._draw()
-        queries = encode_questions(builder.rag, params, step.questions, builder.mesh)
-        local = queries[local_rows(builder.mesh, len(step.pairs))]
-        step.ids = self._pool.submit(lambda: builder.index.search(local, builder.depth)[1])
+        if builder.index.on_devices:
+            found = begin_encoding(builder.rag, params, step.questions, builder.mesh)
+            step.ids = builder.index.begin_search(found, builder.depth, builder.mesh)[1]
+        else:
+            queries = encode_questions(builder.rag, params, step.questions, builder.mesh)
+            local = queries[local_rows(builder.mesh, len(step.pairs))]
+            step.ids = self._pool.submit(lambda: builder.index.search(local, builder.depth)[1])
         self._next = step
 
     def read_ahead(self) -> None:
@@ -254,4 +260,6 @@ class TrainLoader:
         ids = step.ids
         if isinstance(ids, Future):
             ids = step.ids = allgather_rows(self.builder.mesh, ids.result(), len(step.pairs))
+        elif isinstance(ids, jax.Array):
+            ids = step.ids = gather_to_host(ids)
         return ids

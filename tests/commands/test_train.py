@@ -68,7 +68,7 @@ def saved_state(world: Path, folder: Path, step: int, **overrides: object) -> tu
 
 
 def at_step(monkeypatch: pytest.MonkeyPatch, step: int, happen: Callable[[], None]) -> None:
-    """Lets something happen when the progress of the training reaches a step."""
+    """Lets something happen when a step is told, which the next one has begun by then."""
 
     @contextmanager
     def watched(name: str, total: int, unit: str, done: int = 0, **beside: Any) -> Iterator[Callable[..., None]]:
@@ -167,7 +167,7 @@ def test_a_run_in_pieces_equals_the_whole_one_bit_for_bit(
     assert go("pieces") == 130
     err = capsys.readouterr().err
     assert "going on from step 1" in err
-    assert err.splitlines()[-1] == "ragjax: stopped and saved at step 3; run the same command again to go on"
+    assert err.splitlines()[-1] == "ragjax: stopped and saved at step 4; run the same command again to go on"
     at_step(monkeypatch, 0, crash)
     assert go("pieces") == 0
 
@@ -203,13 +203,13 @@ def test_a_machine_that_is_taken_away(
     assert go("pieces", *often) == 143
     assert signal.getsignal(signal.SIGTERM) is handler
     checkpoints = tmp_path / "pieces" / "checkpoints"
-    assert sorted(path.name for path in checkpoints.iterdir()) == ["1", "2", "3"], "one a step, by the clock"
-    shutil.rmtree(checkpoints / "3")
-    (checkpoints / "3").mkdir()
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["1", "2", "3", "4"], "one a step, by the clock"
+    shutil.rmtree(checkpoints / "4")
+    (checkpoints / "4").mkdir()
     at_step(monkeypatch, 0, crash)
     capsys.readouterr()
     assert go("pieces", *often) == 0
-    assert "going on from step 2" in capsys.readouterr().err
+    assert "going on from step 3" in capsys.readouterr().err
     assert losses(whole) == losses(tmp_path / "pieces")
 
 
@@ -346,7 +346,7 @@ def test_a_run_goes_on_with_cleaned_questions(
     asked = f"questions.train={path}"
     write_jsonl(path, [good[0], LONG, *good[1:]])
     assert go("whole", asked) == 0
-    at_step(monkeypatch, 2, lambda: signal.raise_signal(signal.SIGINT))
+    at_step(monkeypatch, 1, lambda: signal.raise_signal(signal.SIGINT))
     assert go("cleaned", asked) == 130
     shutil.copytree(tmp_path / "cleaned", tmp_path / "fewer")
     at_step(monkeypatch, 0, crash)

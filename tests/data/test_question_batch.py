@@ -175,8 +175,9 @@ def encode_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[tuple[str,
         {"train__fused_retrieval": True},
         {"train__objective": "contrastive", "train__mined_negatives": 6},
         {"index__kind": "Flat", "train__prefetch_retrieval": True},
+        {"train__prefetch_retrieval": True},
     ],
-    ids=["host", "fused", "contrastive", "ahead"],
+    ids=["host", "fused", "contrastive", "ahead", "ahead on devices"],
 )
 def test_a_step_tokenises_each_question_once(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]

@@ -414,7 +414,7 @@ def test_two_processes_switch_at_the_same_step(world: Path, undisturbed: Path, t
         (["train.passage_encoder=own", "refresh.min_overlap=0.5"], "set refresh.overlap_every"),
         (["train.passage_encoder=own", "refresh.min_overlap=1.5", "refresh.overlap_every=2"], "less than 1"),
         (["train.passage_encoder=own", "refresh.every=5", "refresh.steps=6"], "less than refresh.steps=6"),
-        (["train.prefetch_retrieval=true"], "is for a FAISS index.kind"),
+        (["train.prefetch_retrieval=true", "train.fused_retrieval=true"], "searches inside the step"),
     ],
 )
 def test_what_does_not_go_together(world: Path, settings: list[str], message: str) -> None:
@@ -501,6 +501,15 @@ def test_the_first_step_is_as_without(world: Path, ahead: Config, tmp_path: Path
     plain = train(ahead.replace(output=str(tmp_path / "run"), train=ahead.train.replace(prefetch_retrieval=False)))
     ours, theirs = logged(Path(ahead.output)), logged(plain)
     assert ours[0] == theirs[0] and ours[1:] != theirs[1:]
+
+
+def test_devices_look_ahead_as_faiss_does(world: Path, ahead: Config, tmp_path: Path) -> None:
+    index = ahead.index.replace(kind="exact", path=str(world / "index"))
+    here = ahead.replace(output=str(tmp_path / "run"), index=index)
+    train(here)
+    assert logged(tmp_path / "run") == logged(Path(ahead.output))
+    ours, theirs = ([state_at(config, step)[1]["ahead"] for step in (1, 5)] for config in (here, ahead))
+    assert ours == theirs and None not in ours
 
 
 @pytest.mark.parametrize("fused", [False, True])
