@@ -61,7 +61,7 @@ class Batcher:
     @property
     def waiting(self) -> int:
         """How many questions wait for their turn."""
-        return len(self._waiting)
+        return sum(not job.result.cancelled() for job in self._waiting)
 
     def start(self) -> None:
         self._thread.start()
