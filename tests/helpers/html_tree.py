@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 
-VOID = {"input", "meta", "line", "rect", "circle", "polyline"}  # in our templates; SVG's close themselves
+VOID = {"input", "meta", "link", "line", "rect", "circle", "polyline"}  # in our templates; SVG's close themselves
 
 
 @dataclass
