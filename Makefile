@@ -85,6 +85,10 @@ bench: $(VENV)/dev
 	$(BIN)/python -m benchmarks.training configs/factbook.yaml train.num_docs=8 --through 2 --folder runs/bench
 	$(BIN)/python -m benchmarks.answering configs/factbook.yaml decode.num_docs=10 decode.num_beams=5 --torch --compare 180 --folder runs/bench
 	$(BIN)/python -m benchmarks.passage_cache configs/factbook.yaml --folder runs/bench
+	for k in 5 10 50; do $(BIN)/python -m benchmarks.exactness configs/factbook.yaml decode.num_beams=5 \
+	  decode.probability=interval --documents $$k --record runs/bench/exactness.json || exit 1; done
+	$(BIN)/python -m benchmarks.exactness --draw runs/bench/exactness.svg --record runs/bench/exactness.json
+	$(BIN)/python -m benchmarks.zero_shot
 
 # the site, docs/_build/html/index.html; a warning is an error
 docs: $(VENV)/docs

@@ -17,6 +17,14 @@ import numpy as np
 
 from ragjax.answering.answers import Answer, Candidate, Document, Score
 from ragjax.answering.batch_answerer import BatchAnswerer, repeat_to_size
+from ragjax.answering.given_passages import (
+    GivenPassages,
+    Retriever,
+    embed_given,
+    read_passages,
+    search_elsewhere,
+    weigh_given,
+)
 from ragjax.config import Config, check_mode, most_documents
 from ragjax.data.question_batch import (
     QuestionBatch,
@@ -33,14 +41,6 @@ from ragjax.models.layers import Params
 from ragjax.padding import bucket_size
 from ragjax.parallel.mesh import local_mesh
 from ragjax.rag import RagPipeline
-from ragjax.retrieval.given_passages import (
-    GivenPassages,
-    Retriever,
-    embed_given,
-    read_passages,
-    search_elsewhere,
-    weigh_given,
-)
 from ragjax.retrieval.index import check_k
 from ragjax.retrieval.passage_cache import check_passage_cache
 from ragjax.retrieval.retrieve import RetrievalResult, encode_questions, retrieve
@@ -176,7 +176,7 @@ class Answerer(BatchAnswerer):
         """What reads the documents of B questions, these, and the prior mass [B] of others, where it is known."""
         if given is not None:
             return given[0], weigh_given(self.rag, self.params, given[1], batch, self.mesh), None
-        retrieval = self.retrieve(batch)
+        retrieval = self.retrieve(batch, texts)
         return self, retrieval, self.mass_outside(retrieval)
 
     def _given(self, passages: object, mode: str) -> tuple[Answerer, np.ndarray] | None:
@@ -271,7 +271,10 @@ class Answerer(BatchAnswerer):
         ]
         probability = math.exp(result.marginal(by)[result.best(by)[0]])
         scores, proof = None if result.needed is None else list(result.needed), result.proof
-        told = {} if proof is None else {"documents_read": proof.documents_read, "steps": proof.steps}
+        told: dict[str, Any] = {}
+        if proof is not None:
+            told = {"proved": proof.in_order(len(candidates)), "proved_set": proof.as_set(len(candidates))}
+            told |= {"documents_read": proof.documents_read, "steps": proof.steps}
         return Answer(
             question,
             candidates[0].text,
@@ -281,7 +284,6 @@ class Answerer(BatchAnswerer):
             candidates,
             scores,
             candidates[0].probability_bounds,
-            None if proof is None else proof.counts(len(candidates)),
             **told,
         )
 

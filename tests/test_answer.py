@@ -31,6 +31,7 @@ from ragjax.cli import main
 from ragjax.commands.answer import input_lines, print_answer
 from ragjax.config import Config, answer_modes, dump_config
 from ragjax.data.question_batch import question_batch, tokenize_answer
+from ragjax.decoding.propose import prefill_documents
 from ragjax.errors import InputError
 from ragjax.files import read_json
 from ragjax.rag import load_pipeline
@@ -433,7 +434,7 @@ def test_every_end_token_ends_an_answer(two_ends: Config, model: str) -> None:
         np.testing.assert_allclose(answer.probability, 1, atol=1e-4)
     tokenizers = answerer.rag.tokenizers
     questions, gold_tokens = question_batch(tokenizers, ["Who?"]), [tokenize_answer(tokenizers, "A")]
-    _, gold = answerer.candidates(questions, answerer.retrieve(questions), "thorough", gold_tokens)
+    _, gold = answerer.candidates(questions, answerer.retrieve(questions, ["Who?"]), "thorough", gold_tokens)
     assert gold is not None and abs(gold[0]) < 1e-4
 
 
@@ -484,12 +485,27 @@ def test_exact_answers_tell_their_proof(answerer: Answerer, together: list[Answe
         assert answer.documents_read in (1, 2, 3) and answer.steps and answer.probability_bounds is not None
         assert answer.probability >= thorough.probability * 0.998 or not thorough.candidates[0].finished
         np.testing.assert_allclose(answer.probability_bounds, answer.probability, rtol=1e-5)
+        assert answer.proved_set is not None and answer.proved_set["corpus"] is None
+        assert answer.proved["top_k"] <= answer.proved_set["top_k"] <= len(answer.candidates)  # type: ignore[operator]
         prior = np.array([document.prior for document in answer.documents])
         for candidate in answer.candidates:
             assert candidate.doc_probability and candidate.thorough is not None and candidate.posterior is not None
             given = np.array(candidate.doc_probability)
             np.testing.assert_allclose(candidate.thorough, prior @ given, rtol=1e-3)
             np.testing.assert_allclose(candidate.posterior, prior * given / (prior @ given), rtol=1e-3, atol=1e-6)
+
+
+def test_prompts_are_read_no_wider_than_they_are(answerer: Answerer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CPUs to the next sixteen tokens; a memory has the width of the whole batch all the same."""
+    read = []
+
+    def spy(graph: Any, params: Any, source: Any, mask: Any, width: int | None = None) -> Any:
+        read.append((source.shape[1], width, int(np.asarray(mask).sum(axis=1).max())))
+        return prefill_documents(graph, params, source, mask, width)
+
+    monkeypatch.setattr("ragjax.answerer.prefill_documents", spy)
+    answerer.answer(QUESTIONS, mode="exact")
+    assert len(read) > 1 and all(longest <= width < longest + 16 and width <= most for most, width, longest in read)
 
 
 def test_exact_decoding_shares_programs(answerer: Answerer, caplog: pytest.LogCaptureFixture) -> None:

@@ -49,8 +49,9 @@ class Answer:
     # exact: so many of the first candidates are the likeliest answers of all, in this order, under the documents
     # (top_k) and under all passages (corpus, None where the prior over the corpus is not known); 0 means not proved
     proved: dict[str, int | None] | None = None
-    documents_read: int | None = None  # exact: for the proof
+    documents_read: int | None = None  # exact: by the searches
     steps: int | None = None  # exact: of the beam searches
+    proved_set: dict[str, int | None] | None = None  # as `proved`, in whatever order
     # the share of the softmax over the whole corpus that passages not retrieved hold; None with a FAISS index, without
     # documents, and with passages that the caller gave
     mass_outside: float | None = None

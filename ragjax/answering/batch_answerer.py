@@ -28,7 +28,7 @@ from ragjax.decoding.rescore import score_tokens
 from ragjax.marginal import log_prior
 from ragjax.models.kv_cache import DocumentMemory
 from ragjax.models.layers import Params
-from ragjax.padding import length_buckets, pad_sequences, pick_bucket
+from ragjax.padding import length_buckets, pad_sequences, pick_bucket, reading_width
 from ragjax.parallel.sharding import shard_batch
 from ragjax.rag import RagPipeline
 from ragjax.retrieval.index import Index
@@ -55,15 +55,17 @@ class BatchAnswerer:
         """What the generator has read of passages under these parameters; None unless `decode.passage_cache_gib`."""
         return open_passage_cache(self.rag, self.params["generator"], self.store, self.mesh)
 
-    def retrieve(self, questions: QuestionBatch) -> RetrievalResult:
-        """The documents that `candidates` reads, `decode.num_docs` of each question.
+    def retrieve(self, questions: QuestionBatch, texts: Sequence[str]) -> RetrievalResult:
+        """The documents that `candidates` reads: `decode.num_docs` of each question, and `retriever.bm25_docs` more.
 
-        Hugging Face rescores under the training's number of documents, whatever the number that proposed: with
-        `hf_compatible` there are as many as either needs, and the prior is 0 beyond `train.num_docs`.
+        `texts` are the questions as they were asked, for BM25. Hugging Face rescores under the training's number of
+        documents, whatever the number that proposed: with `hf_compatible` there are as many as either needs, and the
+        prior is 0 beyond `train.num_docs`.
         """
         config = self.rag.config
         if not rescores_as_hugging_face(config):
-            return retrieve(self.rag, self.params, self.index, questions, config.decode.num_docs, self.mesh)
+            k = config.decode.num_docs
+            return retrieve(self.rag, self.params, self.index, questions, k, self.mesh, texts)
         retrieval = retrieve(self.rag, self.params, self.index, questions, most_documents(config), self.mesh)
         counted = (retrieval.ids >= 0) & (np.arange(retrieval.ids.shape[1]) < config.train.num_docs)
         return dataclasses.replace(
@@ -147,11 +149,13 @@ class BatchAnswerer:
 
         `cached` names the passage of each, and how many tokens come before its question, for the cache.
         """
+        on_cpus = self.mesh.devices.flat[0].platform == "cpu"  # accelerators read the padding in no time
+        width = reading_width(int(mask.sum(axis=1).max()), mask.shape[1]) if on_cpus else None
         if len(source) % self.mesh.shape["data"] == 0:
             if cached is not None and self.passage_cache is not None:
                 return self.passage_cache.read(source, mask, *cached)
             source, mask = shard_batch(self.mesh, (source, mask), len(source))
-        return prefill_documents(self.rag.generator.graphdef, self.params["generator"], source, mask)
+        return prefill_documents(self.rag.generator.graphdef, self.params["generator"], source, mask, width)
 
     def _gold_logp(self, memory: DocumentMemory, prior: np.ndarray, gold: Sequence[Sequence[int]]) -> np.ndarray:
         """log p(gold|x) [B], in nats, of one answer a question."""

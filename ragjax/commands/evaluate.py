@@ -76,7 +76,7 @@ def evaluate(config: Config) -> dict[str, Any]:
     check_passage_cache(rag, store, mesh)
     trained = restore_params(rag, mesh)
     run_on_process_zero(lambda: make_folder(folder))
-    for line in split.left_out_lines(folder / METRICS):
+    for line in split.notice_lines(folder / METRICS):
         terminal.print(line, soft_wrap=True)
     report: dict[str, Any] = {
         "split": config.evaluate.split,
@@ -231,24 +231,38 @@ def _measure(
 
 
 def _measure_retrieval(answerer: Answerer, split: Split, name: str, progress: EvaluationProgress) -> dict[str, Any]:
-    """Recall at 1, 5 and k, and the mean share of the whole corpus's softmax that the top 1, 2, … k hold."""
-    rag, index, k = answerer.rag, answerer.index, answerer.rag.config.decode.num_docs
+    """Recall of the encoder at 1, 5 and k, and the mean share of the whole corpus's softmax of the top 1, 2, … k.
 
-    def hits_and_mass(batch: list[Question]) -> list[tuple[list[bool], list[float] | None]]:
-        questions = tokenize_questions(rag.tokenizers, [q.question for q in batch])
-        retrieval = retrieve(rag, answerer.params, index, questions, max(5, k), answerer.mesh)
-        hits = [has_answer(answerer.store, q, ids).tolist() for q, ids in zip(batch, retrieval.ids, strict=True)]
+    With `retriever.bm25_docs` the recall of BM25, too, and of the K documents of both, whose share it is then.
+    """
+    rag, index, store, settings = answerer.rag, answerer.index, answerer.store, answerer.rag.config
+    k, more = settings.decode.num_docs, settings.retriever.bm25_docs
+    ranks = sorted({1, 5, k, k + more})
+
+    def hits_and_mass(batch: list[Question]) -> list[tuple[dict[str, list[bool]], list[float] | None]]:
+        texts = [q.question for q in batch]
+        questions = tokenize_questions(rag.tokenizers, texts)
+        retrieval = retrieve(rag, answerer.params, index, questions, ranks[-1], answerer.mesh)
+        found = {"": retrieval.ids}
+        if more and index.bm25 is not None:
+            retrieval = retrieve(rag, answerer.params, index, questions, k, answerer.mesh, texts)
+            found |= {"bm25_": index.bm25.search(texts, ranks[-1])[1], "hybrid_": retrieval.ids}
+        hits = [
+            {by: has_answer(store, question, ids[b]).tolist() for by, ids in found.items()}
+            for b, question in enumerate(batch)
+        ]
         if not index.on_devices:
-            return [(ranks, None) for ranks in hits]
+            return [(by, None) for by in hits]
         mass = np.exp(log_prior_mass(rag, index, retrieval, answerer.mesh)).astype(np.float64)
         return list(zip(hits, mass.tolist(), strict=True))
 
     measured = progress.measure(f"retrieve ({name})", answerer, split.questions, RETRIEVAL_BATCH, hits_and_mass)
-    recall = {f"recall@{at}": sum(any(hits[:at]) for hits, _ in measured) for at in sorted({1, 5, k})}
+    keys = [("", at) for at in ranks] + ([("bm25_", at) for at in ranks] + [("hybrid_", k + more)] if more else [])
+    recall = {f"{by}recall@{at}": sum(any(hits[by][:at]) for hits, _ in measured) for by, at in keys}
     metrics: dict[str, Any] = {"questions": len(split)} | {key: count / len(split) for key, count in recall.items()}
     mass_over_k = np.mean([mass for _, mass in measured], axis=0).tolist() if index.on_devices else None
-    metrics["top_k_mass"] = None if mass_over_k is None else mass_over_k[k - 1]
-    found = np.logical_or.accumulate([hits for hits, _ in measured], axis=1)
+    metrics["top_k_mass"] = None if mass_over_k is None else mass_over_k[k + more - 1]
+    found = np.logical_or.accumulate([hits[""] for hits, _ in measured], axis=1)
     metrics |= {"recall_over_k": (found.sum(axis=0) / len(split)).tolist(), "mass_over_k": mass_over_k}
     if split.left_out:
         metrics["answerable"] = {key: count / len(measured) for key, count in recall.items()}
@@ -271,7 +285,7 @@ def _predict(
     questions = question_batch(tokenizers, [q.question for q in batch])
     reading = [mode for mode in modes if mode != "closed_book"]
     results: list[dict[str, Any]] = [{"modes": {}} for _ in batch]
-    retrieval = answerer.retrieve(questions) if reading or with_gold else None
+    retrieval = answerer.retrieve(questions, [q.question for q in batch]) if reading or with_gold else None
     golds = [_gold(answerer.rag, q) for q in batch] if with_gold else []
     gold = [tokenize_answer(tokenizers, "") if answer is None else answer for answer in golds] or None
     gold_logp = None

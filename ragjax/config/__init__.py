@@ -9,6 +9,7 @@ from ragjax.config.derived import (
     reads_corpus,
     refreshes,
     rescores_as_hugging_face,
+    train_documents,
 )
 from ragjax.config.keys import (
     ON_DEVICES,
@@ -56,4 +57,5 @@ __all__ = [
     "rescores_as_hugging_face",
     "schema",
     "structure",
+    "train_documents",
 ]

@@ -16,12 +16,20 @@ from ragjax.models.kv_cache import DocumentMemory
 from ragjax.models.layers import Params
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jax.jit, static_argnums=(0, 4))
 def prefill_documents(
-    graph: nnx.GraphDef, params: Params, source: Int[Array, "n S"], mask: Bool[Array, "n S"]
+    graph: nnx.GraphDef,
+    params: Params,
+    source: Int[Array, "n S"],
+    mask: Bool[Array, "n S"],
+    width: int | None = None,
 ) -> DocumentMemory:
-    """Each of n right-padded prompts read once; `params` are the generator's."""
-    return nnx.merge(graph, params).prefill(source, mask)
+    """Each of n right-padded prompts read once; `params` are the generator's.
+
+    With a `width` only so many of the S tokens are read: no prompt may be longer. The memory has room for S all the
+    same, so that the programs that use it do not depend on it.
+    """
+    return nnx.merge(graph, params).prefill(source[:, :width], mask[:, :width]).widen(source.shape[1])
 
 
 @partial(jax.jit, static_argnums=(0, 3, 4, 5))

@@ -15,6 +15,7 @@ from ragjax.evaluation.predictions import COMPARED
 from ragjax.pages.wording import rounded
 from ragjax.terminal import Screen
 
+FOUND_BY = {"": "", "bm25_": "BM25 alone: ", "hybrid_": "with BM25's documents: "}
 MODES = ("exact", "thorough", "certified", "fast", "closed_book")
 
 
@@ -50,8 +51,9 @@ def metric_rows(models: Sequence[Mapping[str, Any]]) -> list[Row]:
     """All that was measured of some models, which are those of metrics.json; a measure that one lacks is left out."""
     rows, first = _Rows(models), models[0]
     for key in first:
-        if key.startswith("recall@"):
-            rows.add_with_answerable(f"{key} (all questions)", key)
+        by, recall, rank = key.partition("recall@")
+        if recall:
+            rows.add_with_answerable(f"{FOUND_BY.get(by, by)}recall@{rank} (all questions)", key)
     rows.add("prior mass of the top k (all questions)", "top_k_mass")
     for mode in MODES:
         if all(mode in m for m in models):

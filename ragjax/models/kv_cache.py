@@ -34,6 +34,14 @@ class DocumentMemory:
             self.keys[:, rows], self.values[:, rows], self.mask[rows], self.offset[rows], self.start[rows]
         )
 
+    def widen(self, width: int) -> DocumentMemory:
+        """With room for `width` tokens, no fewer than there are; what is added does not count."""
+
+        def pad(x: Array, axis: int) -> Array:
+            return jnp.pad(x, [(0, width - x.shape[axis] if a == axis else 0) for a in range(x.ndim)])
+
+        return replace(self, keys=pad(self.keys, 2), values=pad(self.values, 2), mask=pad(self.mask, 1))
+
 
 @struct.dataclass
 class KVCache:

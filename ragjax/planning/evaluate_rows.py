@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from ragjax.config import most_documents
 from ragjax.decoding.candidates import pad_answers
-from ragjax.decoding.marginal_search import search_rag_token
+from ragjax.decoding.exact.decode import search_settings
+from ragjax.decoding.marginal_search import search_marginal, search_rag_token
 from ragjax.decoding.propose import beam_search_documents, beam_settings, prefill_documents
 from ragjax.decoding.rescore import score_tokens
 from ragjax.models.kv_cache import DocumentMemory, empty_kv_cache
@@ -54,16 +55,37 @@ def _prompts(inputs: PlanInputs) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeSt
     return jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.bool)
 
 
+def _searches(inputs: PlanInputs) -> dict[str, int]:
+    """By what is searched, the documents whose prefixes a device keeps meanwhile: `candidates` and `marginal`.
+
+    `evaluate.modes` follow one another. Lazy rounds of m documents have as many questions as keep the product.
+    """
+    config, questions, documents = inputs.config, _questions(inputs), most_documents(inputs.config)
+    modes = config.evaluate.modes or ("thorough",)
+    searches = {}
+    if set(modes) - {"exact"} or config.decode.fallback == "thorough":
+        searches["candidates"] = questions * documents
+    if "exact" in modes:
+        lazy = config.decode.lazy and config.model != "rag_token"
+        searches["marginal"] = (-(-questions // documents) if lazy else questions) * documents
+    return searches
+
+
 def _documents_memory(inputs: PlanInputs) -> Number:
-    model, config = inputs.model("generator"), inputs.config
+    model, config, searches = inputs.model("generator"), inputs.config, _searches(inputs)
     # for Hugging Face's numbers documents are read with the padding unmasked and masked
     copies = 2 if config.hf_compatible and config.model != "rag_token" else 1
+    beams = {"candidates": config.decode.num_beams, "marginal": config.decode.max_beams}
 
-    def memory_and_cache(*arguments: Any) -> Any:
-        memory = prefill_documents(model.graphdef, *arguments)
-        return jax.tree.leaves((memory, empty_kv_cache(memory, config.decode.max_new_tokens * config.decode.num_beams)))
+    def size_of(search: str) -> int:
+        def memory_and_cache(*arguments: Any) -> Any:
+            memory = prefill_documents(model.graphdef, *arguments)
+            searched = memory.take(jnp.arange(searches[search]))
+            return jax.tree.leaves((memory, empty_kv_cache(searched, config.decode.max_new_tokens * beams[search])))
 
-    size = bytes_each(jax.eval_shape(memory_and_cache, model.abstract_params, *_prompts(inputs)))
+        return bytes_each(jax.eval_shape(memory_and_cache, model.abstract_params, *_prompts(inputs)))
+
+    size = max(map(size_of, searches))
     documents, longest = most_documents(config), config.generator.max_prompt_tokens
     how = f"{questions_text(_questions(inputs))} × {documents} documents × {longest} tokens, and the answers'"
     how += ", read twice" if copies > 1 else ""
@@ -78,7 +100,8 @@ def _passage_cache(inputs: PlanInputs) -> Number:
 
 
 def _logits(inputs: PlanInputs) -> Number:
-    beams = _questions(inputs) * most_documents(inputs.config) * inputs.config.decode.num_beams
+    most = {"candidates": inputs.config.decode.num_beams, "marginal": inputs.config.decode.max_beams}
+    beams = max(rows * most[search] for search, rows in _searches(inputs).items())
     vocabulary = inputs.model("generator").config.vocab_size
     how = f"{beams:,} beams × {vocabulary:,} in float32; scoring goes by blocks; part of the temporaries below"
     return beams * vocabulary * 4, how
@@ -113,11 +136,18 @@ def _temporaries(inputs: PlanInputs) -> Number:
     def score(params: Params, memory: list[Any], *answers: Any) -> Any:
         return score_tokens(graph, params, DocumentMemory(*memory), *answers, SPECIAL)
 
-    most = max(
-        program_temporaries(prefill_documents, graph, params, *placed(prompts)),
-        program_temporaries(search, params, memory),
-        program_temporaries(score, params, memory, *answers),
-    )
+    @jax.jit
+    def search_exactly(params: Params, memory: list[Any]) -> Any:
+        rows = jnp.arange(searches["marginal"]).reshape(-1, documents)
+        prior, none = jnp.zeros(rows.shape), jnp.zeros(len(rows))
+        how = search_settings(decode, SPECIAL, decode.max_beams)
+        return search_marginal(graph, params, DocumentMemory(*memory), rows, prior, none, none, how, SPECIAL, together)
+
+    searches, most = _searches(inputs), program_temporaries(prefill_documents, graph, params, *placed(prompts))
+    most = max(most, program_temporaries(score, params, memory, *answers))
+    for name, program in (("candidates", search), ("marginal", search_exactly)):
+        if name in searches:
+            most = max(most, program_temporaries(program, params, memory))
     if decode.passage_cache_gib and not model.config.encoder_decoder:
         rows = placed(jax.ShapeDtypeStruct((questions * documents,), jnp.int32))
         joined = rows, *placed(prompts), rows, QUESTION_TOKENS

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 
-from ragjax.config import reads_corpus, refreshes
+from ragjax.config import reads_corpus, refreshes, train_documents
 from ragjax.planning.inputs import PlanInputs
 from ragjax.planning.program_cost import Cost, bytes_each, compiled_cost, flops_text, matmul_flops
 from ragjax.planning.rows import Number, Row, Unknown, make_row
@@ -86,7 +86,7 @@ def _gradients(inputs: PlanInputs) -> Number:
 
 def _temporaries(inputs: PlanInputs, cost: Cost) -> Number:
     train, (data, _) = inputs.config.train, inputs.mesh.devices.shape
-    batch = f"{questions_text(train.batch_size // data)}, {train.num_docs} documents each"
+    batch = f"{questions_text(train.batch_size // data)}, {train_documents(inputs.config)} documents each"
     if train.gradient_accumulation > 1:
         batch += f", in {train.gradient_accumulation} parts"
     refused = "; the compiler refuses" if cost.sent is None else ""

@@ -235,6 +235,7 @@ def refreshed_index(rag: RagPipeline, base: Index, output: Path, step: int) -> I
             "another output"
         )
     index = open_index(folder, rag.fingerprints, base.recall, REFRESHED_MEND)
+    index.bm25 = base.bm25  # words stay where they are, too
     if len(index) != len(base):
         raise InputError(f"{folder}: holds {len(index)} passages and {rag.config.index.path} {len(base)}")
     return index

@@ -27,7 +27,8 @@ from ragjax.config import Mesh as MeshSettings
 from ragjax.data.passage_store import STORE_FILES
 from ragjax.data.question_batch import question_batch, tokenize_prompts
 from ragjax.decoding.candidates import pad_answers
-from ragjax.decoding.marginal_search import search_rag_token
+from ragjax.decoding.exact.decode import search_settings
+from ragjax.decoding.marginal_search import search_marginal, search_rag_token
 from ragjax.decoding.propose import beam_search_documents, beam_settings, prefill_documents
 from ragjax.decoding.rescore import score_tokens
 from ragjax.errors import InputError
@@ -196,6 +197,13 @@ def test_the_documents_memory_is_that_of_real_prompts(world: Path) -> None:
     planned = sizes(config)
     assert planned["evaluate", "documents' keys and values", "device"] == in_bytes(memory) + in_bytes(past)
     assert planned["evaluate", "passages' keys and values", "device"] == 2**29
+    # searched alone: so many documents together as questions, and a round of all documents is whole
+    only = config.replace(evaluate=config.evaluate.replace(modes=("exact",)))
+    only = only.replace(decode=config.decode.replace(fallback="none", max_beams=5))
+    together = -(-len(texts) // config.decode.num_docs) * config.decode.num_docs
+    past = empty_kv_cache(memory.take(np.arange(together)), config.decode.max_new_tokens * 5)
+    exactly = sizes(only)
+    assert exactly["evaluate", "documents' keys and values", "device"] == in_bytes(memory) + in_bytes(past)
     assert planned["evaluate", "generator parameters", "device"] == in_bytes(rag.generator.load_params())
 
 
@@ -234,6 +242,27 @@ def test_temporaries_of_answering_are_compiled(
     )
     assert planned["evaluate", "temporaries of answering", "device"] == pytest.approx(most, rel=0.02)
     assert planned["index", "temporaries of embedding", "device"]
+
+
+def test_temporaries_of_exact_decoding_are_compiled(
+    compiled: None, world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With so many beams that the search on the marginal takes the most."""
+    monkeypatch.setattr(train_rows, "trace_step", lambda *_: jax.jit(jnp.sin).trace(1.0))  # not the question here
+    config = tiny_config(world, evaluate__batch_size=1, evaluate__modes=["exact"])
+    config = config.replace(decode=config.decode.replace(fallback="none", max_beams=64))
+    rag, planned, decode = load_pipeline(config), sizes(config), config.decode
+    graph, params, k = rag.generator.graphdef, rag.initial_params()["generator"], decode.num_docs
+    memory = prefill_documents(graph, params, jnp.zeros((k, 128), jnp.int32), jnp.ones((k, 128), bool))
+    nothing, how = jnp.zeros(1), search_settings(decode, SPECIAL, 64)
+
+    @jax.jit
+    def search(params: Any, prior: jax.Array, nothing: jax.Array, *leaves: jax.Array) -> Any:
+        rows, memory = jnp.arange(k)[None], DocumentMemory(*leaves)
+        return search_marginal(graph, params, memory, rows, prior, nothing, nothing, how, SPECIAL, False)
+
+    cost = compiled_cost(search.lower(params, jnp.zeros((1, k)), nothing, *jax.tree.leaves(memory)))
+    assert planned["evaluate", "temporaries of answering", "device"] == pytest.approx(cost.temporaries, rel=0.02)
 
 
 @pytest.mark.parametrize("family", ["bart", "t5"])
@@ -282,6 +311,17 @@ def test_a_faiss_structure_is_held_by_the_host(world: Path, tmp_path: Path) -> N
         assert planned[command, "FAISS structure Flat", place] == 30 * 128
     rare = rows_of(tiny_config(world, index__kind="NSG16,Flat"))["train", "FAISS structure NSG16,Flat", "host"]
     assert rare.size is None and "measured only when it is built" in rare.how
+
+
+def test_words_for_bm25_are_counted_where_they_are_built(world: Path, tmp_path: Path) -> None:
+    config = tiny_config(world, retriever__bm25_docs=2, index__path=str(tmp_path))
+    row = rows_of(config)["index", "words for BM25", "disk"]
+    assert row.size is None and row.counted
+    (tmp_path / "bm25").mkdir()
+    (tmp_path / "bm25" / "data.csc.index.npy").write_bytes(bytes(100))
+    row = rows_of(config)["index", "words for BM25", "disk"]
+    assert row.size == 100 and not row.counted
+    assert ("index", "words for BM25", "disk") not in rows_of(tiny_config(world))
 
 
 # what cannot be had, or cannot be

@@ -137,7 +137,7 @@ def test_what_is_chosen(world: Path, tmp_path: Path) -> None:
     assert positions == {"p3": 3, "p7": 7}
 
     def choose(question: Question, ids: list[int], k: int) -> list[int]:
-        return choose_passages(store, question, np.array(ids, np.int32), k, positions).tolist()
+        return choose_passages(store, question, [(np.array(ids, np.int32), k - 1)], positions).tolist()
 
     assert choose(plain, [4, 0, 7, 2], 3) == [0, 4, 7]
     assert choose(plain, [4, 0, 7, 2], 1) == [0]

@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Float, Int
 
 from ragjax.config import Decode
+from ragjax.decoding.beam_search import BeamSettings
 from ragjax.decoding.candidates import Candidates, Proof, TokenAnswer, pad_answers
 from ragjax.decoding.decode import decode_rag_sequence
 from ragjax.decoding.exact.document_reader import DocumentReader, ReadDocuments
@@ -66,6 +67,17 @@ def decode_exact(
     return [_by_column(own, np.argsort(order[b])) for b, own in enumerate(candidates)]
 
 
+def search_settings(settings: Decode, special: SpecialTokens, beams: int) -> BeamSettings:
+    """How a search on the marginal with so many beams goes."""
+    return replace(
+        beam_settings(settings, special, hugging_face=False),
+        num_beams=beams,
+        num_answers=max(2, settings.num_beams),
+        most_beams=settings.max_beams,
+        early_stopping=False,
+    )
+
+
 class _ExactBatch:
     """B questions with their documents, likeliest first; `DocumentReader` keeps what was read of them."""
 
@@ -113,13 +125,7 @@ class _ExactBatch:
             rest[i], floor[i] = question.rest(question.seeks_corpus, read), question.floor()
         rows[len(questions) :] = rows[0]
         memory = self.reader.read(rows.reshape(-1))
-        how = replace(
-            beam_settings(self.settings, self.special, hugging_face=False),
-            num_beams=beams,
-            num_answers=max(2, self.settings.num_beams),
-            most_beams=self.settings.max_beams,
-            early_stopping=False,
-        )
+        how = search_settings(self.settings, self.special, beams)
         given = (memory, rows, prior, rest, floor, how, self.special, self.by_token)
         found = jax.device_get(search_marginal(self.graph, self.params, *given))
         for i, question in enumerate(questions):
@@ -148,17 +154,16 @@ class _ExactBatch:
 
     def candidates(self, questions: Sequence[QuestionSearch]) -> list[Candidates]:
         """What is known of the best answers of all questions."""
-        proofs = [question.proof() for question in questions]
-        if self.by_token:
-            answers = [[answer for answer, _ in q.ranked()] or [((), False)] for q in questions]
-            worth = self._score_by_token(answers)
-            return [_candidates(*of) for of in zip(answers, worth, proofs, strict=True)]
-        joined = [q for q, proof in zip(questions, proofs, strict=True) if not proof.top_k and q.join_earlier()]
-        if unscored := questions if self.settings.probability == "full" else joined:
-            self._score_unread(unscored)
-        ranked = [q.ranked() for q in questions]
+        if not self.by_token:
+            joined = [q for q in questions if not q.proved(False) and q.join_earlier()]
+            if unscored := questions if self.settings.probability == "full" else joined:
+                self._score_unread(unscored)
+        ranked, proofs = [q.ranked() for q in questions], [q.proof() for q in questions]
         answers = [[answer for answer, _ in own] or [((), False)] for own in ranked]
-        worth = [_marginals(q, [found for _, found in own]) for q, own in zip(questions, ranked, strict=True)]
+        if self.by_token:
+            worth = self._score_by_token(answers)
+        else:
+            worth = [_marginals(q, [found for _, found in own]) for q, own in zip(questions, ranked, strict=True)]
         return [_candidates(*of) for of in zip(answers, worth, proofs, strict=True)]
 
     def _score_unread(self, questions: Sequence[QuestionSearch]) -> None:
