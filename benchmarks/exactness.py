@@ -123,8 +123,8 @@ def draw(record: list[dict[str, Any]], path: Path) -> None:
         points = sorted((of["documents"], of["modes"][mode]) for of in record)
         x, y = [point["seconds"] for _, point in points], [100 * point["exact"] for _, point in points]
         axes.plot(x, y, marker=marker, label=mode, alpha=0.8)
-        for (documents, _), *at in zip(points, x, y, strict=True):
-            axes.annotate(f"k = {documents}", at, textcoords="offset points", xytext=(4, 5), fontsize=8)
+        for (documents, _), seconds, share in zip(points, x, y, strict=True):
+            axes.annotate(f"k = {documents}", (seconds, share), textcoords="offset points", xytext=(4, 5), fontsize=8)
     axes.set(xscale="log", xlabel="seconds a question (median)", ylabel="answers proved the likeliest of all, %")
     axes.legend()
     figure.savefig(path, metadata={"Date": None})

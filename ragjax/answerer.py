@@ -39,7 +39,8 @@ from ragjax.errors import InputError
 from ragjax.files import is_unicode
 from ragjax.models.layers import Params
 from ragjax.padding import bucket_size
-from ragjax.parallel.mesh import local_mesh
+from ragjax.parallel.by_device import on_mesh
+from ragjax.parallel.mesh import command_mesh
 from ragjax.rag import RagPipeline
 from ragjax.retrieval.index import check_k
 from ragjax.retrieval.passage_cache import check_passage_cache
@@ -61,7 +62,7 @@ class Answerer(BatchAnswerer):
         passages: Sequence[Any] | None = None,
         on_documents: Callable[[int, list[Document], float | None], None] | None = None,
     ) -> list[Answer]:
-        """Answers questions, `evaluate.batch_size` at a time.
+        """Answers questions, `evaluate.batch_size` at a time on each device.
 
         Args:
             questions: texts; a text alone is one question, and gives a list of one answer.
@@ -84,10 +85,9 @@ class Answerer(BatchAnswerer):
             if why:
                 raise InputError(f"questions[{i}]: {why}")
         given = self._given(passages, mode)
-        size = self.rag.config.evaluate.batch_size
         answers: list[Answer] = []
-        for part in _parts(texts, size):
-            answers += self._batch(part, size, mode, n_best, given, partial(_shifted, on_documents, len(answers)))
+        for part in self._parts(texts):
+            answers += self._batch(part, mode, n_best, given, partial(_shifted, on_documents, len(answers)))
         return answers
 
     def search(self, questions: str | Sequence[str], k: int | None = None) -> list[list[Document]]:
@@ -100,8 +100,8 @@ class Answerer(BatchAnswerer):
         if not 1 <= k <= len(self.index):
             raise InputError(f"k is {k}; expected 1 to {len(self.index)}, the passages of the index")
         found = []
-        for part in _parts(texts, size := config.evaluate.batch_size):
-            batch = tokenize_questions(self.rag.tokenizers, _filled(part, size))
+        for part in self._parts(texts):
+            batch = tokenize_questions(self.rag.tokenizers, self._filled(part))
             retrieval = retrieve(self.rag, self.params, self.index, batch, k, self.mesh)
             found += [self.documents(retrieval, b) for b in range(len(part))]
         return found
@@ -109,8 +109,8 @@ class Answerer(BatchAnswerer):
     def embed(self, questions: str | Sequence[str]) -> np.ndarray:
         """The question encoder's embeddings [n, D], float32: p(z|x) ∝ exp(`retriever.logit_scale` · q·d)."""
         texts, parts = self._checked_texts(questions), [np.zeros((0, self.rag.retriever.config.embedding_dim))]
-        for part in _parts(texts, size := self.rag.config.evaluate.batch_size):
-            batch = tokenize_questions(self.rag.tokenizers, _filled(part, size))
+        for part in self._parts(texts):
+            batch = tokenize_questions(self.rag.tokenizers, self._filled(part))
             parts.append(encode_questions(self.rag, self.params, batch, self.mesh)[: len(part)])
         return np.concatenate(parts).astype(np.float32)
 
@@ -132,14 +132,15 @@ class Answerer(BatchAnswerer):
         gold = [self._answer_tokens(i, text) for i, text in enumerate(texts)]
         if not gold:
             return []
-        given, batch = self._given(passages, "thorough"), question_batch(self.rag.tokenizers, [question])
-        answerer, retrieval, _ = self._find([question], batch, given)
-        read, ids, prior = answerer.document_reader(batch, retrieval)
-        nll, logp = answerer.answer_scores(
-            read(np.arange(ids.size)), prior, [repeat_to_size(gold, bucket_size(len(gold)))]
-        )
+        given, whole = self._given(passages, "thorough"), self._filled([question])
+        batch = question_batch(self.rag.tokenizers, whole)
+        answerer, retrieval, _ = self._find(whole, batch, given)
+        padded = repeat_to_size(gold, bucket_size(len(gold)))
+        with on_mesh(self.mesh):
+            read, ids, prior = answerer.document_reader(batch, retrieval)
+            nll, logp = answerer.answer_scores(read(np.arange(ids.size)), prior, [padded] * len(whole))
         documents = answerer.documents(retrieval, 0)
-        by_document = np.asarray(logp)[0, : len(documents)].sum(axis=-1).T
+        by_document = logp[0, : len(documents)].sum(axis=-1).T
         return [Score(text, -float(nll[0, c]), by_document[c].tolist(), documents) for c, text in enumerate(texts)]
 
     def _checked_texts(self, questions: object) -> list[str]:
@@ -169,6 +170,18 @@ class Answerer(BatchAnswerer):
             raise TypeError(f"retriever: expected search and passage, which {type(retriever).__name__} has not")
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(Answerer)}
         return _RetrieverAnswerer(**fields | {"rag": self._reading_others("retriever")}, retriever=retriever)
+
+    def _parts(self, texts: list[str]) -> list[list[str]]:
+        """Batches, `evaluate.batch_size` for each device along `data`."""
+        size = self.rag.config.evaluate.batch_size * self.mesh.shape["data"]
+        return [texts[start : start + size] for start in range(0, len(texts), size)]
+
+    def _filled(self, questions: Sequence[str]) -> list[str]:
+        """Filled up with the first, to one of a few sizes for each device."""
+        devices = self.mesh.shape["data"]
+        each = -(-len(questions) // devices)
+        size = min(bucket_size(each), max(self.rag.config.evaluate.batch_size, each))
+        return repeat_to_size(questions, devices * size)
 
     def _find(
         self, texts: Sequence[str], batch: QuestionBatch, given: tuple[Answerer, np.ndarray] | None
@@ -231,17 +244,16 @@ class Answerer(BatchAnswerer):
     def _batch(
         self,
         questions: Sequence[str],
-        most: int,
         mode: str,
         n_best: int | None,
         given: tuple[Answerer, np.ndarray] | None,
         on_documents: Callable[[int, list[Document], float | None], None],
     ) -> list[Answer]:
         """Filled up to one of a few sizes: each has programs of its own, which are compiled when it first comes."""
-        count, whole = len(questions), _filled(questions, most)
+        count, whole = len(questions), self._filled(questions)
         batch = question_batch(self.rag.tokenizers, whole)
         answerer, retrieval, outside = (self, None, None) if mode == "closed_book" else self._find(whole, batch, given)
-        if retrieval is not None and mode == "exact":  # what fills up is not searched
+        if retrieval is not None:  # what fills up has no documents: it is not searched, or proposes nothing
             there = (np.arange(len(whole)) < count)[:, None]
             retrieval = dataclasses.replace(retrieval, log_prior=np.where(there, retrieval.log_prior, -np.inf))
         documents = [[] if retrieval is None else answerer.documents(retrieval, b) for b in range(count)]
@@ -321,16 +333,6 @@ def _shifted(
         call(first + b, documents, outside)
 
 
-def _filled(questions: Sequence[str], most: int) -> list[str]:
-    """Filled up to one of a few sizes, `most` among them, with the first."""
-    count = len(questions)
-    return repeat_to_size(questions, min(bucket_size(count), max(most, count)))
-
-
-def _parts(texts: list[str], size: int) -> list[list[str]]:
-    return [texts[start : start + size] for start in range(0, len(texts), size)]
-
-
 def _texts(name: str, texts: object) -> list[str]:
     """A text as a list of one, a list of texts as it is. Raises `TypeError` for anything else."""
     if isinstance(texts, str):
@@ -365,11 +367,11 @@ def load(run: str | Path, untrained: bool = False) -> Answerer:
 def open_answerer(config: Config, untrained: bool = False) -> Answerer:
     """As `load`, for a configuration; without a checkpoint in its `output` the models are the pretrained ones.
 
-    They lie on `mesh.model` devices.
+    They lie on all devices of this process (`command_mesh`).
     """
     rag, index, store = load_artifacts(config)
     check_k(most_documents(config), len(index))
-    mesh = local_mesh(config.mesh.model, data=1)
+    mesh = command_mesh("answer", config.mesh.model)
     check_passage_cache(rag, store, mesh)
     trained = None if untrained else restore_params(rag, mesh)
     params, step = trained or (pretrained_params(rag, mesh), None)

@@ -92,6 +92,7 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--topology", metavar="TPU", help="compile for a TPU that is not there, such as v5e:2x4 (an extra)"
     )
+    plan.add_argument("--sweep", action="store_true", help="plan for TPUs and GPUs of several kinds and numbers")
     plan.add_argument("--json", action="store_true", help=json_help)
     index = command("index", "build the index of a corpus", "ragjax index configs/factbook.yaml")
     train = command(

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from ragjax.checkpoints.hub import ResolvedSource, checkpoint_folder, fetch, fingerprint_files
 from ragjax.checkpoints.pretrained import PretrainedModel, open_encoder, open_generator
@@ -47,8 +47,12 @@ class RagModel:
         return parts
 
     def abstract_params(self) -> Params:
-        """The shapes and types of {"retriever": …, "generator": …}."""
+        """The shapes of {"retriever": …, "generator": …}, and float32."""
         return {name: model.abstract_params for name, model in self.parts.items()}
+
+    def untrained_types(self, mesh: Mesh) -> Params:
+        """The same in the types of parameters that are not trained, on the devices of a mesh."""
+        return {name: model.untrained_types(mesh) for name, model in self.parts.items()}
 
 
 @dataclass(frozen=True)
@@ -84,11 +88,13 @@ class RagPipeline(RagModel):
         longest = self.config.retriever.max_passage_tokens
         return tokenize_passages(self.passage_tokenizer, self.passage_template, passages, longest)
 
-    def initial_params(self) -> Params:
-        """The pretrained parameters: {"retriever": …, "generator": …}."""
-        params = {name: model.load_params() for name, model in self.parts.items()}
-        # bound to a device, as restored ones are: JAX would compile everything twice for one of each
-        return jax.device_put(params, jax.local_devices()[0])
+    def initial_params(self, like: Params | None = None) -> Params:
+        """The pretrained parameters: {"retriever": …, "generator": …}, each with the type and sharding that `like` has.
+
+        By default they are in float32 on this process's first device.
+        """
+        like = self.abstract_params() if like is None else like
+        return {name: self.parts[name].load_params(part) for name, part in like.items()}
 
 
 def load_pipeline(config: Config) -> RagPipeline:

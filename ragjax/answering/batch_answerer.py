@@ -29,6 +29,7 @@ from ragjax.marginal import log_prior
 from ragjax.models.kv_cache import DocumentMemory
 from ragjax.models.layers import Params
 from ragjax.padding import length_buckets, pad_sequences, pick_bucket, reading_width
+from ragjax.parallel.by_device import on_mesh
 from ragjax.parallel.sharding import shard_batch
 from ragjax.rag import RagPipeline
 from ragjax.retrieval.index import Index
@@ -69,7 +70,7 @@ class BatchAnswerer:
         retrieval = retrieve(self.rag, self.params, self.index, questions, most_documents(config), self.mesh)
         counted = (retrieval.ids >= 0) & (np.arange(retrieval.ids.shape[1]) < config.train.num_docs)
         return dataclasses.replace(
-            retrieval, log_prior=np.asarray(log_prior(jnp.asarray(retrieval.log_prior), jnp.asarray(counted)))
+            retrieval, log_prior=np.asarray(log_prior(*jax.device_put((retrieval.log_prior, counted))))
         )
 
     def mass_outside(self, retrieval: RetrievalResult) -> np.ndarray | None:
@@ -89,11 +90,21 @@ class BatchAnswerer:
         """The candidates for each of B questions, and log p(gold|x) [B], in nats, if `gold` is given.
 
         Args:
-            questions: as both models read them.
+            questions: as both models read them; the devices along `data` divide B.
             retrieval: their documents; None for closed-book answers.
             mode: `exact`, `thorough`, `certified` or `fast`; without documents `fast`.
             gold: the tokens of an answer to each question.
         """
+        with on_mesh(self.mesh):
+            return self._candidates(questions, retrieval, mode, gold)
+
+    def _candidates(
+        self,
+        questions: QuestionBatch,
+        retrieval: RetrievalResult | None,
+        mode: str,
+        gold: Sequence[Sequence[int]] | None,
+    ) -> tuple[list[Candidates], np.ndarray | None]:
         graph, params, config = self.rag.generator.graphdef, self.params["generator"], self.rag.config
         read, ids, prior = self.document_reader(questions, retrieval)
         settings, special = config.decode.replace(mode=mode), self.rag.special
@@ -118,8 +129,9 @@ class BatchAnswerer:
         self, questions: QuestionBatch, retrieval: RetrievalResult, gold: Sequence[Sequence[int]]
     ) -> np.ndarray:
         """log p(gold|x) [B], in nats, and no candidates; see `candidates`."""
-        read, ids, prior = self.document_reader(questions, retrieval)
-        return self._gold_logp(read(np.arange(ids.size)), prior, gold)
+        with on_mesh(self.mesh):
+            read, ids, prior = self.document_reader(questions, retrieval)
+            return self._gold_logp(read(np.arange(ids.size)), prior, gold)
 
     def document_reader(
         self, questions: QuestionBatch, retrieval: RetrievalResult | None
@@ -145,16 +157,15 @@ class BatchAnswerer:
     def _read(
         self, source: np.ndarray, mask: np.ndarray, cached: tuple[np.ndarray, np.ndarray] | None = None
     ) -> DocumentMemory:
-        """The memories of n prompts, split over the devices where these divide n.
+        """The memories of n prompts, as many on each device.
 
         `cached` names the passage of each, and how many tokens come before its question, for the cache.
         """
+        if cached is not None and self.passage_cache is not None:
+            return self.passage_cache.read(source, mask, *cached)
         on_cpus = self.mesh.devices.flat[0].platform == "cpu"  # accelerators read the padding in no time
         width = reading_width(int(mask.sum(axis=1).max()), mask.shape[1]) if on_cpus else None
-        if len(source) % self.mesh.shape["data"] == 0:
-            if cached is not None and self.passage_cache is not None:
-                return self.passage_cache.read(source, mask, *cached)
-            source, mask = shard_batch(self.mesh, (source, mask), len(source))
+        source, mask = shard_batch(self.mesh, (source, mask), len(source))
         return prefill_documents(self.rag.generator.graphdef, self.params["generator"], source, mask, width)
 
     def _gold_logp(self, memory: DocumentMemory, prior: np.ndarray, gold: Sequence[Sequence[int]]) -> np.ndarray:
@@ -163,8 +174,8 @@ class BatchAnswerer:
 
     def answer_scores(
         self, memory: DocumentMemory, prior: np.ndarray, answers: Sequence[Sequence[Sequence[int]]]
-    ) -> tuple[np.ndarray, jax.Array]:
-        """−log p(y|x) [B,C] of C answers a question, and log p(y_t|y_<t,x,z) [B,K,C,T], in nats.
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """−log p(y|x) [B,C] of C answers a question, and log p(y_t|y_<t,x,z) [B,K,C,T], in nats; within `on_mesh`.
 
         As answering counts it: any of the generator's end tokens ends an answer.
         """
@@ -174,10 +185,11 @@ class BatchAnswerer:
         tokens, counted = pad_sequences(rows, width, self.rag.special.pad)
         by_question, lengths = tokens.reshape(-1, count, width), counted.sum(axis=1, dtype=np.int32)
         graph, params = self.rag.generator.graphdef, self.params["generator"]
-        logp = score_tokens(graph, params, memory, by_question, lengths.reshape(-1, count), self.rag.special)
-        each = jnp.moveaxis(logp, 2, 1).reshape(len(rows), *logp.shape[1::2])
-        scores, priors = TokenScores(each, jnp.zeros_like(each)), jnp.repeat(jnp.asarray(prior), count, axis=0)
-        nll = answer_nll(self.rag, priors, scores, jnp.asarray(tokens), jnp.asarray(counted))
+        scored = score_tokens(graph, params, memory, by_question, lengths.reshape(-1, count), self.rag.special)
+        logp = np.asarray(scored)
+        each = jnp.asarray(np.moveaxis(logp, 2, 1).reshape(len(rows), *logp.shape[1::2]))
+        scores, priors = TokenScores(each, jnp.zeros_like(each)), np.repeat(prior, count, axis=0)
+        nll = answer_nll(self.rag, *jax.device_put((priors, scores, tokens, counted)))
         return np.asarray(nll).reshape(-1, count), logp
 
     def documents(self, retrieval: RetrievalResult, b: int) -> list[Document]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, Int
@@ -118,7 +118,7 @@ def weigh_given(
     ids, scores = np.full(shape, -1, np.int32), np.full(shape, -np.inf, np.float32)
     ids[:, : len(embeddings)] = order
     scores[:, : len(embeddings)] = np.take_along_axis(found, order, 1)
-    prior = log_prior(jnp.asarray(rag.config.retriever.logit_scale * scores), jnp.asarray(ids >= 0))
+    prior = log_prior(*jax.device_put((rag.config.retriever.logit_scale * scores, ids >= 0)))
     return RetrievalResult(queries, ids, scores, np.asarray(prior))
 
 
@@ -148,5 +148,5 @@ def search_elsewhere(
     distinct = np.unique(ids[ids >= 0])
     store = GivenPassages(rag, [_read_passage(retriever.passage(int(i)), int(i)) for i in distinct])
     numbers = np.where(ids >= 0, np.searchsorted(distinct, ids), -1).astype(np.int32)
-    prior = np.asarray(log_prior(jnp.asarray(masked), jnp.asarray(numbers >= 0)))
+    prior = np.asarray(log_prior(*jax.device_put((masked, numbers >= 0))))
     return store, RetrievalResult(np.zeros((len(questions), 0), np.float32), numbers, masked, prior)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ragjax.checkpoints.safetensors import require_finite
+from ragjax.checkpoints.safetensors import Index, require_finite
 from ragjax.errors import InputError, library_errors
 from ragjax.files import shown
 
@@ -68,16 +68,22 @@ class GgufReader:
         """As `TensorReader` says."""
         return tuple(int(size) for size in reversed(self._tensors[name].shape))
 
-    def read(self, name: str) -> np.ndarray:
-        """As `TensorReader` says."""
+    def read(self, name: str, index: Index = ()) -> np.ndarray:
+        """As `TensorReader` says; only the rows of a matrix that are in the part are dequantised."""
         from gguf.quants import dequantize
 
         tensor = self._tensors[name]
         with library_errors(f"{self._path}: {name} is not readable", "fetch it again"):
-            array = np.asarray(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
-        if heads := self._groups.get(name.split(".", 2)[-1]):
-            array = array.reshape(heads, -1, 2, array.shape[-1]).swapaxes(1, 2).reshape(array.shape)
-        return require_finite(array, name, self._path)
+            if len(tensor.shape) == 1:
+                return self._checked(dequantize(tensor.data, tensor.tensor_type)[index], name)
+            rows = np.arange(len(tensor.data))
+            if heads := self._groups.get(name.split(".", 2)[-1]):
+                rows = rows.reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
+            some = dequantize(tensor.data[rows[index[:1]]], tensor.tensor_type)
+            return self._checked(some[:, *index[1:]], name)
+
+    def _checked(self, array: np.ndarray, name: str) -> np.ndarray:
+        return require_finite(np.asarray(array, np.float32), name, self._path)
 
 
 MOST_GGUF_PARTS = 2**23  # pieces of metadata: a vocabulary of 256,000 takes a quarter of them

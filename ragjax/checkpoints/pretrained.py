@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from ragjax.checkpoints.gguf import open_gguf
 from ragjax.checkpoints.name_tables import LLAMA, EncoderFamily, Fused, encoder_family, generator_family
+from ragjax.checkpoints.parameter_loader import LeafSource, load_leaves
 from ragjax.checkpoints.safetensors import (
+    Index,
     SafetensorsReader,
     TensorReader,
     TensorView,
@@ -30,7 +32,8 @@ from ragjax.errors import InputError
 from ragjax.files import atomic_write, read_json, shown
 from ragjax.models.encoders.pooling import Dense
 from ragjax.models.hf_config import naming
-from ragjax.models.layers import Params, split_parameters
+from ragjax.models.layers import Params, computation_types, split_parameters
+from ragjax.parallel.sharding import widens_bfloat16
 
 HEAD = "lm_head.weight"
 DENSE = "dense_"  # begins the paths of what sentence-transformers puts after an encoder
@@ -60,11 +63,20 @@ class PretrainedModel:
 
     config: Any  # that of its family, such as `BertConfig` or `LlamaConfig`
     graphdef: nnx.GraphDef
-    abstract_params: Params = field(compare=False)  # shapes and types
+    abstract_params: Params = field(compare=False)  # shapes, and float32: as they are trained
+    compute_params: Params = field(compare=False)  # shapes, and the types that it computes with
     files: tuple[Path, ...] = field(compare=False)  # that hold the weights
     hf_config: dict[str, Any] = field(compare=False)  # its config.json
-    # raises `InputError` for tensors that are missing, unknown or of another shape
-    load_params: Callable[[], Params] = field(compare=False)
+    # (like) → parameters of its shapes, types and shardings (see `load_leaves`), by default `abstract_params`; raises
+    # `InputError` for tensors that are damaged, quantised or not finite
+    load_params: Callable[..., Params] = field(compare=False)
+
+    def untrained_types(self, mesh: Mesh) -> Params:
+        """The shapes and types of parameters that are not trained: the narrowest in which no number changes.
+
+        Where bfloat16 is widened they stay float32, else there would be two copies.
+        """
+        return self.abstract_params if widens_bfloat16(mesh) else self.compute_params
 
 
 def open_encoder(
@@ -142,13 +154,10 @@ def open_generator(checkpoint: Path, dropout: float = 0.0, dtype: str = "float32
     if family.fused:
         reader = _split_fused(reader, family.fused, shape.abstract_params, table, checkpoint)
         names = reader.names - tied
-    model = _with_weights(shape, checkpoint, table, reader, names=names)
-
-    def load_params() -> Params:
-        _check_copies(model, checkpoint, table["embed.embedding"], copies, reader)
-        return model.load_params()
-
-    return replace(model, load_params=load_params)
+    if copies - {table["embed.embedding"]}:
+        may_differ = HEAD if hasattr(shape.config, "tie_word_embeddings") else None
+        reader = _TiedTables(reader, checkpoint, table["embed.embedding"], copies, may_differ)
+    return _with_weights(shape, checkpoint, table, reader, names=names)
 
 
 def _own_head(hf: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
@@ -158,15 +167,41 @@ def _own_head(hf: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
     return {"tie_word_embeddings": False} if hf.get("scale_decoder_outputs") is False and HEAD in names else {}
 
 
-def _check_copies(model: PretrainedModel, checkpoint: Path, used: str, copies: set[str], reader: TensorReader) -> None:
-    """Raises `InputError` for a copy of the one embedding table that holds something else."""
-    table = reader.read(used) if copies - {used} else np.zeros(0)
-    for copy in sorted(copies - {used}):
-        if not np.array_equal(table, reader.read(copy)):
-            cure = "ragjax has no such model with a table of its own there"
-            if copy == HEAD and hasattr(model.config, "tie_word_embeddings"):
-                cure = "give tie_word_embeddings: false there if the head is the model's own, else leave the tensor out"
-            raise InputError(f"{checkpoint}: {copy} differs from {used}, but by config.json they are one table; {cure}")
+class _TiedTables:
+    """A `TensorReader` of tensors among which one table is written down several times: its copies are read beside it.
+
+    What a process does not read of the table it does not compare either.
+    """
+
+    def __init__(
+        self, reader: TensorReader, checkpoint: Path, used: str, copies: set[str], may_differ: str | None
+    ) -> None:
+        self._reader, self._checkpoint, self._used, self._may_differ = reader, checkpoint, used, may_differ
+        self._copies = sorted(copies - {used})
+
+    @property
+    def names(self) -> set[str]:
+        """As `TensorReader` says."""
+        return self._reader.names
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """As `TensorReader` says."""
+        return self._reader.shape(name)
+
+    def read(self, name: str, index: Index = ()) -> np.ndarray:
+        """As `TensorReader` says. Raises `InputError` for a copy of the table that holds something else, too."""
+        array = self._reader.read(name, index)
+        for copy in self._copies if name == self._used else ():
+            same_shape = self.shape(copy) == self.shape(name)
+            if not same_shape or not np.array_equal(array, self._reader.read(copy, index)):
+                raise InputError(self._difference(copy))
+        return array
+
+    def _difference(self, copy: str) -> str:
+        cure = "ragjax has no such model with a table of its own there"
+        if copy == self._may_differ:
+            cure = "give tie_word_embeddings: false there if the head is the model's own, else leave the tensor out"
+        return f"{self._checkpoint}: {copy} differs from {self._used}, but by config.json they are one table; {cure}"
 
 
 def generator_shape(path: Path, dropout: float = 0.0, dtype: str = "float32") -> PretrainedModel:
@@ -182,11 +217,12 @@ def _generator_shape(hf: dict[str, Any], path: Path, dropout: float, dtype: str)
 
 
 def _without_weights(config: Any, make: Callable[[], nnx.Module], hf: dict[str, Any]) -> PretrainedModel:
-    def load_params() -> Params:
+    def load_params(like: Params | None = None) -> Params:
         raise InputError("of this model only its config.json was read")
 
-    graph, abstract = split_parameters(nnx.eval_shape(make))
-    return PretrainedModel(config, graph, abstract, (), hf, load_params)
+    module = nnx.eval_shape(make)
+    graph, abstract = split_parameters(module)
+    return PretrainedModel(config, graph, abstract, computation_types(module), (), hf, load_params)
 
 
 def _with_weights(
@@ -200,8 +236,12 @@ def _with_weights(
     """With the weights that `names`, else all that the reader has, are, by a table from our paths to these names."""
     names = reader.names if names is None else names
     _check_fit(shape.abstract_params, table, names, reader, checkpoint, UNUSED + unused)
-    files = tuple(weight_files(checkpoint))
-    return replace(shape, files=files, load_params=lambda: _fill(shape.abstract_params, table, names, reader))
+    sources = _leaf_sources(shape.abstract_params, table, names)
+
+    def load_params(like: Params | None = None) -> Params:
+        return load_leaves(like or shape.abstract_params, sources, reader)
+
+    return replace(shape, files=tuple(weight_files(checkpoint)), load_params=load_params)
 
 
 def save_encoder(folder: Path, config: Mapping[str, Any], params: Params) -> None:
@@ -291,20 +331,15 @@ def _check_fit(
         raise InputError(f"{checkpoint}: its tensors do not fit its config.json: {listed}")
 
 
-def _fill(abstract: Params, table: Mapping[str, str], names: set[str], reader: TensorReader) -> Params:
-    """Reads every leaf of an abstract tree, whose tensors fit."""
-    filled = {}
+def _leaf_sources(abstract: Params, table: Mapping[str, str], names: set[str]) -> dict[tuple[str, ...], LeafSource]:
+    """By path, the tensors of each leaf; of those that `names` has not (see `ABSENT`) none."""
+    sources = {}
     for path, leaf in nnx.traversals.flatten_mapping(abstract).items():
         stacked = "layers" in path
         needed = _layer_names(table[".".join(path)], leaf.shape[0] if stacked else 1)
-        target = np.zeros(leaf.shape, np.float32)
-        for i, name in enumerate(needed):
-            if name not in names:
-                continue  # one of `ABSENT`
-            array = reader.read(name)
-            target[i if stacked else ...] = array.T if path[-1] == "kernel" else array
-        filled[path] = jnp.asarray(target)
-    return nnx.traversals.unflatten_mapping(filled)
+        there = tuple(name if name in names else None for name in needed)
+        sources[path] = LeafSource(there, stacked, transposed=path[-1] == "kernel")
+    return sources
 
 
 def _split_fused(

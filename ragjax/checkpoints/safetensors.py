@@ -24,11 +24,12 @@ HOW_TO_CONVERT = (
 
 
 PRECISIONS = ("F32", "F16", "BF16", "F64")  # safetensors' names of what is read
+Index = tuple[slice, ...]  # which part of a tensor: a slice for each of its dimensions, or () for all of it
 
 
 @runtime_checkable
 class TensorReader(Protocol):
-    """Reads the tensors of a checkpoint one by one, whatever its format."""
+    """Reads the tensors of a checkpoint one by one, or parts of them, whatever its format."""
 
     @property
     def names(self) -> set[str]:
@@ -39,8 +40,8 @@ class TensorReader(Protocol):
         """Of a tensor, before it is read. Raises `InputError` for what is quantised or damaged."""
         ...
 
-    def read(self, name: str) -> np.ndarray:
-        """A tensor in float32. Raises `InputError` for what is quantised, not finite or damaged."""
+    def read(self, name: str, index: Index = ()) -> np.ndarray:
+        """A tensor, or a part of it, in float32. Raises `InputError` for what is quantised, not finite or damaged."""
         ...
 
 
@@ -91,7 +92,7 @@ class SafetensorsReader:
                 if file.read(len(LFS)) == LFS:
                     raise InputError(f"{path}: is a pointer of Git LFS and not the file itself; run: git lfs pull")
             with library_errors(f"{path}: not readable as safetensors", "fetch it again"):
-                handle = safe_open(path, framework="flax")  # unlike numpy's, it reads bfloat16
+                handle = safe_open(path, framework="numpy")
                 names = handle.keys()
             for name in names:
                 if name in self._handles:
@@ -116,12 +117,12 @@ class SafetensorsReader:
             )
         return shape
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str, index: Index = ()) -> np.ndarray:
         """As `TensorReader` says."""
         path, handle = self._handles[name]
         self.shape(name)
         with library_errors(f"{path}: {name} is not readable", "fetch it again"):
-            array = np.asarray(handle.get_tensor(name), dtype=np.float32)
+            array = np.asarray(handle.get_slice(name)[index or ...], dtype=np.float32)
         return require_finite(array, name, path)
 
 
@@ -150,10 +151,13 @@ class TensorViews:
         count, *others = view.reader.shape(view.name)
         return len(range(*view.rows.indices(count))), *others
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str, index: Index = ()) -> np.ndarray:
         """As `TensorReader` says."""
         view = self._views[name]
-        return view.reader.read(view.name)[view.rows]
+        count, *_ = view.reader.shape(view.name)
+        rows, *others = index or (slice(None),)
+        within = range(count)[view.rows][rows]
+        return view.reader.read(view.name, (slice(within.start, within.stop), *others))
 
 
 def require_finite(array: np.ndarray, name: str, path: Path) -> np.ndarray:

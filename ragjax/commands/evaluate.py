@@ -36,7 +36,7 @@ from ragjax.evaluation.predictions import (
     unanswered_line,
 )
 from ragjax.files import atomic_write, check_writable, write_jsonl
-from ragjax.parallel.mesh import local_mesh
+from ragjax.parallel.mesh import command_mesh
 from ragjax.parallel.processes import allgather_text, is_process_zero, run_on_process_zero, wait_for_all
 from ragjax.rag import RagPipeline
 from ragjax.retrieval.index import check_k
@@ -71,8 +71,7 @@ def evaluate(config: Config) -> dict[str, Any]:
     rag, index, store = load_artifacts(config)
     check_k(most_documents(config), len(index))
     split = drop_unfit_questions(rag.tokenizers, split, documents=True, closed_book=config.evaluate.closed_book)
-    # more devices than questions in a batch would only repeat some
-    mesh = local_mesh(config.mesh.model, data=config.evaluate.batch_size)
+    mesh = command_mesh("evaluate", config.mesh.model)
     check_passage_cache(rag, store, mesh)
     trained = restore_params(rag, mesh)
     run_on_process_zero(lambda: make_folder(folder))
@@ -175,10 +174,11 @@ class EvaluationProgress:
             name: of the measure, for the progress bar and the journal.
             answerer: whose mesh and index are used.
             questions: all of them; batches of them are split over the processes.
-            size: of a batch, raised to what the devices divide; the last one is filled up.
+            size: the most questions of a batch on each device; the last batch is filled up.
             measure_batch: gives one result, as JSON, for each question of a batch.
         """
-        size = -(-size // (devices := answerer.mesh.shape["data"])) * devices
+        devices = answerer.mesh.shape["data"]
+        size = max(1, min(size, -(-len(questions) // devices))) * devices
         measure = f"{name} {answerer.index.version}"
         done = set(self._done.get(measure, []))
         missing = [start for start in range(0, len(questions), size) if start not in done]

@@ -113,7 +113,7 @@ def export_rag(run: Path, out: Path) -> Path:
     """
     config = load_run_config(run)
     rag = load_pipeline(config)
-    trained = restore_params(rag)
+    trained = restore_params(rag, exact=True)
     params = jax.device_get(trained[0] if trained else rag.initial_params())
     whole = rag.generator.config.encoder_decoder and config.train.objective == "marginal"
     if whole:

@@ -31,7 +31,7 @@ from ragjax.data.question_sampler import QuestionSampler, SampledQuestions
 from ragjax.data.questions import Split
 from ragjax.errors import InputError
 from ragjax.files import exclusive_lock
-from ragjax.parallel.mesh import check_batch, make_mesh
+from ragjax.parallel.mesh import check_batch, command_mesh
 from ragjax.parallel.processes import run_on_process_zero
 from ragjax.parallel.sharding import gather_to_host
 from ragjax.planning.memory import check_memory
@@ -130,7 +130,7 @@ def train(config: Config) -> Path:
 def _train(config: Config, signals: Signals) -> Path:
     check_processes_agree(config)
     check_same_run(config)
-    data, mesh = load_data(config), make_mesh(config.mesh.model)
+    data, mesh = load_data(config), command_mesh("train", config.mesh.model)
     check_settings(data.rag, mesh, len(data.index))
     builder = BatchBuilder(data.rag, data.index, data.store, mesh, _label_positions(data))
     refresher = None

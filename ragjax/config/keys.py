@@ -99,7 +99,9 @@ class Generator(Section):
 class Mesh(Section):
     """How training lies on the devices; questions are split over `data`, which has devices / `model` of them."""
 
-    model: PositiveInt = Field(1, description="Heads and feed-forward layers are split over so many devices.")
+    model: PositiveInt = Field(
+        1, description="Heads, feed-forward layers and vocabulary are split over so many devices."
+    )
     fsdp: bool = Field(False, description="Split parameters and optimizer state over `data`, too.")
 
 
@@ -179,7 +181,8 @@ class Config(Section):
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = Field(0, description="The seed of all that is drawn at random.")
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32",
-        description="The number format of the models' computations; parameters and log-probabilities are float32.",
+        description="The number format of the models' computations, and on accelerators of parameters that are not "
+        "trained; log-probabilities are float32.",
     )
     corpus: Corpus
     questions: Questions = Questions()

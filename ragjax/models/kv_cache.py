@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ragjax.models.attention import AttentionSource
 from ragjax.models.layers import scan_layers
+from ragjax.parallel.by_device import split_heads
 
 
 @struct.dataclass
@@ -91,7 +92,7 @@ def empty_kv_cache(memory: DocumentMemory, slots: int) -> KVCache:
     """A pool of `slots` unwritten slots beside each memory."""
     layers, n, _, heads, width = memory.keys.shape
     shape = (layers, n, slots, heads, width)
-    keys, values = jnp.zeros(shape, memory.keys.dtype), jnp.zeros(shape, memory.values.dtype)
+    keys, values = (split_heads(jnp.zeros(shape, of.dtype)) for of in (memory.keys, memory.values))
     return KVCache(keys, values, jnp.zeros((n, slots), jnp.int32), jnp.zeros((), jnp.int32))
 
 

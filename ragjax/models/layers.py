@@ -63,11 +63,21 @@ def split_by_rows(activations: Any) -> Any:
     return jax.tree.map(rows, activations)
 
 
-def gather(parameter: Array) -> Array:
-    """Whole on every device, where `split_by_rows` splits; else the identity."""
-    if not _partitioned_by_xla():
-        return parameter
-    return jax.lax.with_sharding_constraint(parameter, PartitionSpec())
+def axis_length(name: str) -> int:
+    """Over how many devices XLA may split along an axis of the mesh, inside `use_abstract_mesh`; else 1."""
+    mesh = jax.sharding.get_abstract_mesh()
+    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    return mesh.shape[name] if types.get(name) is AxisType.Auto else 1
+
+
+def gather_table(table: Float[Array, "V D"]) -> Float[Array, "m v D"]:
+    """A table in as many parts as devices along `model` share it (see `parameter_spec`), each whole on its devices."""
+    model = axis_length("model")
+    shards = 1 if table.shape[0] % model else model
+    parts = table.reshape(shards, -1, table.shape[1])
+    if shards == 1 and not _partitioned_by_xla():
+        return parts
+    return jax.lax.with_sharding_constraint(parts, PartitionSpec("model" if shards > 1 else None))
 
 
 def _partitioned_by_xla() -> bool:
@@ -80,6 +90,19 @@ def split_parameters(module: nnx.Module) -> tuple[nnx.GraphDef, Params]:
     """A module as its static graph and a plain tree; `nnx.merge(graph, params)` gives it back in a pure function."""
     graph, state = nnx.split(module)
     return graph, nnx.to_pure_dict(state)
+
+
+def computation_types(module: nnx.Module) -> Params:
+    """The shapes and types of parameters that lose nothing: those to which linear maps and embeddings cast their own.
+
+    Norms compute with theirs in float32, and so do tables of distances. `module` may be abstract.
+    """
+    types = nnx.traversals.flatten_mapping(split_parameters(module)[1])
+    for path, part in nnx.iter_modules(module):
+        if isinstance(part, nnx.Linear | nnx.Embed) and part.dtype is not None:
+            own = {leaf: types[leaf] for name in ("kernel", "bias", "embedding") if (leaf := (*path, name)) in types}
+            types |= {leaf: jax.ShapeDtypeStruct(array.shape, part.dtype) for leaf, array in own.items()}
+    return nnx.traversals.unflatten_mapping(types)
 
 
 def row_rngs(rng: Key[Array, ""], rows: Int[Array, " n"]) -> RowRngs:

@@ -9,14 +9,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ragjax.models.attention import NEGATIVE
-from ragjax.models.layers import gather
+from ragjax.models.layers import axis_length, gather_table
 
-LOGIT_BUDGET = 2**24  # at most so many logits at once when they are summed over the vocabulary
+LOGIT_BUDGET = 2**24  # at most so many logits at once, on a device, when they are summed over the vocabulary
 
 
 class VocabHead(NamedTuple):
     """logits = cap(hidden · tableᵀ + bias), in float32 whatever the precision of `hidden`.
 
+    On a mesh each device along `model` has a part of the vocabulary, where the axis divides V.
     `softcap`, where it is not 0, is that of Gemma 2 (2024): cap(x) = softcap · tanh(x / softcap).
     """
 
@@ -32,7 +33,8 @@ class VocabHead(NamedTuple):
 
     def target_logits(self, hidden: Float[Array, "... D"], targets: Int[Array, "..."]) -> Float[Array, "..."]:
         """The logits of the targets alone."""
-        rows = gather(self.table.astype(hidden.dtype))[targets]
+        parts = gather_table(self.table.astype(hidden.dtype))
+        rows = parts.reshape(self.table.shape)[targets]
         logits = jnp.einsum("...d,...d->...", hidden, rows, preferred_element_type=jnp.float32)
         return self._capped(logits if self.bias is None else logits + self.bias[targets])
 
@@ -43,32 +45,35 @@ class VocabHead(NamedTuple):
         """
         flat, vocabulary = hidden.reshape(-1, hidden.shape[-1]), self.table.shape[0]
         rows = flat.shape[0]
-        blocks = -(-vocabulary // max(1024, LOGIT_BUDGET // max(1, rows)))
-        block = -(-vocabulary // blocks)
-        table = gather(self.table.astype(hidden.dtype))  # once, not for every block
+        table = gather_table(self.table.astype(hidden.dtype))  # once, not for every block
+        shards, each = table.shape[:2]
+        bias = None if self.bias is None else self.bias.reshape(shards, each)
+        blocks = -(-each // max(1024, LOGIT_BUDGET * axis_length("data") // max(1, rows)))
+        block = -(-each // blocks)
 
         def visit(carry: tuple[Array, Array, Array], number: Array) -> tuple[tuple[Array, Array, Array], None]:
             top, total, summed = carry
-            first = jnp.minimum(number * block, vocabulary - block)  # the last block overlaps the one before
-            part = jax.lax.dynamic_slice_in_dim(table, first, block)
-            logits = jnp.einsum("rd,vd->rv", flat, part, preferred_element_type=jnp.float32)
-            if self.bias is not None:
-                logits += jax.lax.dynamic_slice_in_dim(self.bias, first, block)
+            first = jnp.minimum(number * block, each - block)  # the last block overlaps the one before
+            part = jax.lax.dynamic_slice_in_dim(table, first, block, axis=1)
+            logits = jnp.einsum("rd,mvd->rmv", flat, part, preferred_element_type=jnp.float32)
+            if bias is not None:
+                logits += jax.lax.dynamic_slice_in_dim(bias, first, block, axis=1)
             logits = self._capped(logits)
             fresh = first + jnp.arange(block) >= number * block
             masked = jnp.where(fresh, logits, -jnp.inf)
             new_top = jax.lax.stop_gradient(jnp.maximum(top, masked.max(axis=-1)))
-            total = total * jnp.exp(top - new_top) + jnp.exp(masked - new_top[:, None]).sum(axis=-1)
+            total = total * jnp.exp(top - new_top) + jnp.exp(masked - new_top[..., None]).sum(axis=-1)
             summed += jnp.where(fresh, logits, 0.0).sum(axis=-1)
             return (new_top, total, summed), None
 
-        zero = jnp.zeros(rows, jnp.float32)
-        start = (jnp.full(rows, NEGATIVE, jnp.float32), zero, zero)
+        zero = jnp.zeros((rows, shards), jnp.float32)
+        start = (jnp.full_like(zero, NEGATIVE), zero, zero)
         # logits that are few enough to be kept are not computed again going backward
         step = visit if blocks == 1 else jax.checkpoint(visit)
         (top, total, summed), _ = jax.lax.scan(step, start, jnp.arange(blocks))
-        shape = hidden.shape[:-1]
-        return (top + jnp.log(total)).reshape(shape), (summed / vocabulary).reshape(shape)
+        shape, logsumexp = hidden.shape[:-1], top + jnp.log(total)
+        logsumexp = logsumexp[:, 0] if shards == 1 else jax.nn.logsumexp(logsumexp, axis=1)
+        return logsumexp.reshape(shape), (summed.sum(axis=1) / vocabulary).reshape(shape)
 
     def _capped(self, logits: Float[Array, "..."]) -> Float[Array, "..."]:
         return self.softcap * jnp.tanh(logits / self.softcap) if self.softcap else logits

@@ -16,6 +16,7 @@ from jaxtyping import Int
 
 # the dimension of a kernel, counted from its end, that is split over `model`: heads, or the feed-forward's inner width
 SPLIT = {"query": -1, "key": -1, "value": -1, "output": -2, "up": -1, "gate": -1, "down": -2}
+VOCABULARY = ("embed", "head")  # a generator's tables [V, D], whose rows are split over `model`
 
 
 def parameter_spec(
@@ -24,11 +25,13 @@ def parameter_spec(
     """How a parameter, or what an optimiser keeps of it, lies on the mesh; `names` is its path.
 
     Over `model` by `SPLIT`, if the axis divides the number of `heads` (None where there are none: the dimension
-    itself). Over `data`, with FSDP, the largest dimension left that the axis divides, stacked layers apart.
+    itself), and the tables of `VOCABULARY`, if it divides V. Over `data`, with FSDP, the largest dimension left that
+    the axis divides, stacked layers apart.
     """
     spec: list[str | None] = [None] * len(shape)
     module = names[-2] if len(names) > 1 else ""
     at = None if names[-1] == "bias" and SPLIT.get(module) == -2 else SPLIT.get(module)
+    at = 0 if names[-1] == "embedding" and module in VOCABULARY else at
     if at is not None and mesh.shape["model"] > 1 and (heads or shape[at]) % mesh.shape["model"] == 0:
         spec[at] = "model"
     if fsdp and names[-1] in ("kernel", "embedding", "bias", "scale"):
@@ -37,6 +40,16 @@ def parameter_spec(
         if free:
             spec[max(free, key=lambda d: shape[d])] = "data"
     return PartitionSpec(*spec)
+
+
+def widens_bfloat16(mesh: Mesh) -> bool:
+    """Whether its devices compute bfloat16 in float32, as CPUs do: before a loop XLA widens all that is read in it."""
+    return mesh.devices.flat[0].platform == "cpu"
+
+
+def heads_spec(mesh: Mesh, heads: int) -> PartitionSpec:
+    """How keys or values [L, n, S, Hkv, Dh] of several layers lie: rows over `data`, heads as projections have them."""
+    return PartitionSpec(None, "data", None, "model" if heads % mesh.shape["model"] == 0 else None)
 
 
 def local_rows(mesh: Mesh, count: int) -> Int[np.ndarray, " n"]:

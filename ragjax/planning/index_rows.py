@@ -84,6 +84,6 @@ def _temporaries(inputs: PlanInputs) -> Number:
     encoder, batch = inputs.model("passage encoder"), inputs.config.index.batch_size
     longest = inputs.config.retriever.max_passage_tokens
     tokens, mask = (jax.ShapeDtypeStruct((batch, longest), dtype) for dtype in (jnp.int32, jnp.bool))
-    arguments = abstract_with_sharding(inputs.one_device, (encoder.abstract_params, tokens, mask))
+    arguments = abstract_with_sharding(inputs.one_device, (encoder.untrained_types(inputs.mesh), tokens, mask))
     size = program_temporaries(encode, encoder.graphdef, *arguments)
     return size, f"XLA's analysis ({inputs.device_kind}): one device, {batch} passages of {longest} tokens"

@@ -42,6 +42,16 @@ class DeviceIndex:
     def split(self) -> PartitionSpec:
         return split_rows(self.mesh)
 
+    @property
+    def platform(self) -> str:
+        """Such as "tpu"."""
+        return self.mesh.devices.flat[0].platform
+
+    @property
+    def in_three_passes(self) -> bool:
+        """Whether scores take three products in bfloat16, which is what TPUs compute; of float32 rows they take six."""
+        return self.platform == "tpu" and self.embeddings.dtype == jnp.bfloat16
+
     def here(self) -> tuple[Int[Array, ""], Int[Array, ""]]:
         """Within `jax.shard_map`: the first passage of this device, and how many it has."""
         rows = self.embeddings.shape[0] // self.mesh.size
@@ -92,12 +102,14 @@ def sharded_top_k(
     Where there are fewer than k, the id is -1 and the score -inf. With a `recall`, TPUs find that share of them on
     average (`jax.lax.approx_max_k`), and equal ones come in any order. Other devices, where JAX would sort, find all.
     """
-    if corpus.mesh.devices.flat[0].platform != "tpu":
+    if corpus.platform != "tpu":
         recall = None
 
     def best_here(embeddings: Array, queries: Array) -> tuple[Array, Array]:
         first, count = corpus.here()
-        scores, ids = blockwise_top_k(embeddings, queries, k, count=count, recall=recall, total=corpus.count)
+        scores, ids = blockwise_top_k(
+            embeddings, queries, k, count=count, recall=recall, total=corpus.count, three_passes=corpus.in_three_passes
+        )
         return scores, jnp.where(ids >= 0, first + ids, -1)
 
     of_devices = PartitionSpec(None, corpus.mesh.axis_names)
@@ -111,7 +123,7 @@ def sharded_top_k(
     return _best(*found, k)
 
 
-@partial(jax.jit, static_argnames=("k", "block", "group", "recall", "total"))
+@partial(jax.jit, static_argnames=("k", "block", "group", "recall", "total", "three_passes"))
 def blockwise_top_k(
     embeddings: Float[Array, "n D"],
     queries: Float[Array, "B D"],
@@ -122,13 +134,14 @@ def blockwise_top_k(
     group: int = GROUP,
     recall: float | None = None,
     total: int | None = None,
+    three_passes: bool = False,
 ) -> tuple[Float32[Array, "B K"], Int32[Array, "B K"]]:
     """As `sharded_top_k`, among the first `count` rows of one array; ids count its rows.
 
     Over `block` passages at a time: memory grows with B·block, never with B·n. Of these only the best of each `group`
     is kept; the k best groups hold the k best passages, and are scored again at the end. For if one of these lay in
     another group, each of the k would hold one before it. `total` is of how many passages these are a part, for the
-    recall.
+    recall; for `three_passes` see `inner_products`.
     """
     rows = embeddings.shape[0]
     count, block = rows if count is None else count, min(block, rows)
@@ -136,7 +149,7 @@ def blockwise_top_k(
     groups = block // group
 
     def merge(i: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
-        scores, _, fresh = _scores_of_block(embeddings, queries, i, block, count)
+        scores, _, fresh = _scores_of_block(embeddings, queries, i, block, count, three_passes)
         maxima = jnp.where(fresh[:, None], scores, -jnp.inf).reshape(groups, group, -1).max(axis=1).T
         if recall is None:
             which = jnp.broadcast_to(jnp.arange(groups), maxima.shape)
@@ -163,19 +176,48 @@ def blockwise_top_k(
 
 
 def _scores_of_block(
-    embeddings: Float[Array, "n D"], queries: Float[Array, "B D"], i: Array, block: int, count: Array | int
+    embeddings: Float[Array, "n D"],
+    queries: Float[Array, "B D"],
+    i: Array,
+    block: int,
+    count: Array | int,
+    three_passes: bool,
 ) -> tuple[Float32[Array, "m B"], Int32[Array, " m"], Bool[Array, " m"]]:
     """Scores and ids of block i, and which of them count: no row beyond `count`, and none that an earlier block had.
 
     The last block is moved back to lie within n. With the passages first, a CPU takes a fifth less time.
     """
     start = jnp.minimum(i * block, embeddings.shape[0] - block)
-    passages = jax.lax.dynamic_slice_in_dim(embeddings, start, block).astype(jnp.float32)
-    scores = jnp.einsum(
-        "mD,BD->mB", passages, queries.astype(jnp.float32), precision="highest", preferred_element_type=jnp.float32
-    )
+    passages = jax.lax.dynamic_slice_in_dim(embeddings, start, block)
+    scores = inner_products(passages, queries.astype(jnp.float32), three_passes)
     ids = start + jnp.arange(block, dtype=jnp.int32)
     return scores, ids, (ids >= i * block) & (ids < count)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def inner_products(
+    passages: Float[Array, "m D"], queries: Float32[Array, "B D"], three_passes: bool
+) -> Float32[Array, "m B"]:
+    """d·q in float32, differentiable by the queries; with `three_passes` passages in bfloat16 are not widened.
+
+    A float32 q is the sum of three bfloat16 numbers, q₀ + q₁ + q₂, of 8 of its 24 bits each. So d·q is the sum of the
+    three d·qᵢ, whose products are exact in float32.
+    """
+    if not three_passes:
+        return jnp.einsum("mD,BD->mB", passages.astype(jnp.float32), queries, precision="highest")
+    parts, rest = [], queries
+    for _ in range(3):
+        part = jax.lax.reduce_precision(rest, exponent_bits=8, mantissa_bits=7)  # which XLA keeps, unlike two casts
+        parts.append(part.astype(jnp.bfloat16))
+        rest = rest - part
+    products = jnp.einsum("mD,kBD->kmB", passages, jnp.stack(parts), preferred_element_type=jnp.float32)
+    return products[2] + products[1] + products[0]
+
+
+@inner_products.defjvp
+def _inner_products_jvp(three_passes: bool, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    passages, queries = primals
+    return inner_products(passages, queries, three_passes), inner_products(passages, tangents[1], False)
 
 
 def _best(scores: Float32[Array, "*B n"], ids: Int32[Array, "*B n"], k: int) -> tuple[Array, Array]:
@@ -189,7 +231,9 @@ def log_normalizer(corpus: DeviceIndex, queries: Float[Array, "B D"], scale: flo
 
     def of_device(embeddings: Array, queries: Array) -> Array:
         _, count = corpus.here()
-        return block_log_normalizer(embeddings, queries, scale, count=count)[:, None]
+        return block_log_normalizer(embeddings, queries, scale, count=count, three_passes=corpus.in_three_passes)[
+            :, None
+        ]
 
     parts = jax.shard_map(
         of_device,
@@ -201,7 +245,7 @@ def log_normalizer(corpus: DeviceIndex, queries: Float[Array, "B D"], scale: flo
     return jax.nn.logsumexp(parts, axis=1)
 
 
-@partial(jax.jit, static_argnames=("scale", "block"))
+@partial(jax.jit, static_argnames=("scale", "block", "three_passes"))
 def block_log_normalizer(
     embeddings: Float[Array, "n D"],
     queries: Float[Array, "B D"],
@@ -209,6 +253,7 @@ def block_log_normalizer(
     *,
     count: Int[Array, ""] | int | None = None,
     block: int = BLOCK,
+    three_passes: bool = False,
 ) -> Float32[Array, " B"]:
     """As `log_normalizer`, over the first `count` rows of one array; a very negative number where that is 0."""
     rows = embeddings.shape[0]
@@ -217,7 +262,7 @@ def block_log_normalizer(
     @jax.checkpoint
     def visit(carry: tuple[Array, Array], i: Array) -> tuple[tuple[Array, Array], None]:
         top, total = carry
-        scores, _, fresh = _scores_of_block(embeddings, queries, i, block, limit)
+        scores, _, fresh = _scores_of_block(embeddings, queries, i, block, limit, three_passes)
         fresh = fresh[:, None]
         scores = jnp.where(fresh, scale * scores, NOTHING)
         new_top = jax.lax.stop_gradient(jnp.maximum(top, scores.max(axis=0)))

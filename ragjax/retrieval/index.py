@@ -100,11 +100,11 @@ class Index:
 
         Where there are fewer hits than k, the id is -1 and the score -inf. A FAISS kind finds 4k candidates
         approximately; they are scored again from the stored embeddings, so that scores are exact, and sorted by that.
-        `mesh` is what searches otherwise, by default one device; all its processes ask the same then.
+        `mesh` is what searches otherwise, by default all devices of this process; all its processes ask the same then.
         """
         queries = np.asarray(queries, np.float32)
         if self.on_devices:
-            mesh = mesh or local_mesh(data=1)
+            mesh = mesh or local_mesh()
             return gather_to_host(self.begin_search(put_global(queries, replicated(mesh)), k, mesh))
         import faiss
 
@@ -124,7 +124,7 @@ class Index:
         self, queries: Float[np.ndarray, "B D"], scale: float, mesh: Mesh | None = None
     ) -> Float32[np.ndarray, " B"]:
         """log Σ exp(scale · q·d) over all passages, by the devices whatever the kind; `mesh` as in `search`."""
-        corpus = self.corpus(mesh or local_mesh(data=1))
+        corpus = self.corpus(mesh or local_mesh())
         return gather_to_host(
             log_normalizer(corpus, put_global(np.asarray(queries, np.float32), replicated(corpus.mesh)), scale)
         )

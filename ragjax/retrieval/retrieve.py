@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
@@ -115,12 +115,12 @@ def retrieve(
         rows = local_rows(mesh, len(texts))
         own = add_bm25(index, queries[rows], scores[rows], ids[rows], [texts[row] for row in rows], more)
         scores, ids = allgather_rows(mesh, own, len(texts))
-    scale, valid = rag.config.retriever.logit_scale, jnp.asarray(ids >= 0)
+    scale, valid = rag.config.retriever.logit_scale, jax.device_put(ids >= 0)
     if rag.config.retriever.prior == "corpus":
         normalizer = index.log_normalizer(queries, scale, mesh)
-        prior = np.asarray(corpus_log_prior(jnp.asarray(scale * scores), jnp.asarray(normalizer), valid))
+        prior = np.asarray(corpus_log_prior(*jax.device_put((scale * scores, normalizer)), valid))
         return RetrievalResult(queries, ids, scores, prior, mass_outside(prior, normalizer))
-    return RetrievalResult(queries, ids, scores, np.asarray(log_prior(jnp.asarray(scale * scores), valid)))
+    return RetrievalResult(queries, ids, scores, np.asarray(log_prior(jax.device_put(scale * scores), valid)))
 
 
 def mass_outside(

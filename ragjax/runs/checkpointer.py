@@ -386,7 +386,9 @@ def _put_exactly(leaf: jax.Array, abstract: jax.ShapeDtypeStruct) -> jax.Array:
 def _shapes(tree: Any) -> dict[str, str]:
     """Name → type and shape. Names are the same for a dictionary and for a dataclass, which Orbax stores alike."""
     leaves = jax.tree_util.tree_flatten_with_path(jax.tree.map(_stored, tree))[0]
-    return {jax.tree_util.keystr(p, simple=True, separator="."): f"{x.dtype}{list(x.shape)}" for p, x in leaves}
+    texts = {jax.tree_util.keystr(p, simple=True, separator="."): f"{x.dtype}{list(x.shape)}" for p, x in leaves}
+    either = "params.", "indexed."  # begin the names of what Orbax converts: from float32 to bfloat16, and back
+    return {n: text.replace("bfloat16", "float32") if n.startswith(either) else text for n, text in texts.items()}
 
 
 def _stored(leaf: Any) -> Any:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from ragjax.checkpoints.hub import fingerprint_files
@@ -17,7 +18,6 @@ from ragjax.errors import InputError
 from ragjax.files import cache_folder
 from ragjax.models.layers import Params
 from ragjax.parallel.mesh import local_mesh
-from ragjax.parallel.sharding import put_global
 from ragjax.rag import RagPipeline, load_pipeline
 from ragjax.retrieval.bm25 import check_bm25, open_bm25
 from ragjax.retrieval.index import MANIFEST, Index, check_built, check_listed, open_index
@@ -29,8 +29,8 @@ from ragjax.training.state import (
     TrainState,
     abstract_state,
     for_inference,
+    inference_params,
     init_train_state,
-    state_shardings,
     unsplit_modules,
 )
 
@@ -74,9 +74,8 @@ def load_artifacts(config: Config) -> tuple[RagPipeline, Index, PassageStore]:
 
 
 def pretrained_params(rag: RagPipeline, mesh: Mesh) -> Params:
-    """The pretrained parameters for answering, laid out on the mesh."""
-    rag = for_inference(rag)
-    return put_global(rag.initial_params(), state_shardings(rag, mesh, rag.abstract_params()))
+    """The pretrained parameters for answering, laid out on the mesh, in the types of `inference_params`."""
+    return for_inference(rag).initial_params(inference_params(rag, mesh))
 
 
 def trained_index(rag: RagPipeline, index: Index, step: int) -> Index:
@@ -100,30 +99,32 @@ def trained_index(rag: RagPipeline, index: Index, step: int) -> Index:
     return refreshed_index(rag, index, folder, searched)
 
 
-def restore_params(rag: RagPipeline, mesh: Mesh | None = None, step: int | None = None) -> tuple[Params, int] | None:
+def restore_params(
+    rag: RagPipeline, mesh: Mesh | None = None, step: int | None = None, exact: bool = False
+) -> tuple[Params, int] | None:
     """The parameters of a checkpoint in `output`, on `mesh` or else one device, and its step; None if there is none.
 
-    `step` says which; by default it is the newest, with `train.keep_best` that of lowest dev loss. Raises `InputError`
-    for a checkpoint that is damaged, or was trained with other models than the configuration's.
+    `step` says which; by default it is the newest, with `train.keep_best` that of lowest dev loss. They have the types
+    of `inference_params`, whatever `dtype` the run had, or, if `exact`, float32 as they were trained. Raises
+    `InputError` for a checkpoint that is damaged, or was trained with other models than the configuration's.
     """
     if not (Path(rag.config.output) / "checkpoints").is_dir():
         return None
     check_same_models(rag.config)
-    mesh = mesh or local_mesh(data=1)
-    answering = for_inference(rag)
-    trained = {name: part for name, part in abstract_state(answering, mesh).params.items() if name in rag.parts}
-    restored = _restore(rag.config, trained, step)
+    wanted = inference_params(rag, mesh or local_mesh(data=1))
+    if exact:
+        wanted = jax.tree.map(lambda leaf: leaf.update(dtype=jnp.float32), wanted)
+    restored = _restore(rag.config, {name: part for name, part in wanted.items() if name in rag.parts}, step)
     if restored is None:
         return None
     step, params = restored
-    if "generator" not in params:  # contrastive training leaves it as it came
-        untrained = {"generator": rag.generator.load_params()}
-        params |= put_global(untrained, state_shardings(answering, mesh, {"generator": rag.generator.abstract_params}))
-    return params, step
+    # contrastive training leaves the generator as it came
+    models = for_inference(rag).parts
+    return params | {name: models[name].load_params(wanted[name]) for name in wanted.keys() - params.keys()}, step
 
 
 def _restore(config: Config, abstract_params: Params, step: int | None = None) -> tuple[int, Params] | None:
-    """As `restore_params`, of any configuration; each parameter gets the shape and sharding of `abstract_params`."""
+    """As `restore_params`, of any configuration; each parameter gets the type and sharding of `abstract_params`."""
     folder = Path(config.output) / "checkpoints"
     with Checkpointer(folder, keep=config.train.keep_checkpoints, writing=False) as checkpoints:
 
@@ -160,8 +161,8 @@ def check_start(rag: RagPipeline) -> None:
 def start_params(rag: RagPipeline, abstract_params: Params) -> tuple[Params, dict[str, Any]]:
     """The parameters of the run `train.start_from`, and what the manifest records of that run.
 
-    Each gets the sharding of `abstract_params`. What that run did not train comes from the pretrained model. Raises
-    `InputError` where it has no checkpoint; call `check_start` first.
+    Each gets the type and sharding of `abstract_params`. What that run did not train comes from the pretrained model.
+    Raises `InputError` where it has no checkpoint; call `check_start` first.
     """
     assert rag.config.train.start_from is not None
     run = Path(rag.config.train.start_from)
@@ -171,9 +172,7 @@ def start_params(rag: RagPipeline, abstract_params: Params) -> tuple[Params, dic
     if restored is None:
         raise InputError(f"train.start_from: {run} has no checkpoint yet")
     step, params = restored
-    for name in abstract_params.keys() - trained:
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params[name])
-        params[name] = put_global(rag.parts[name].load_params(), shardings)
+    params |= {name: rag.parts[name].load_params(abstract_params[name]) for name in abstract_params.keys() - trained}
     return params, {"run": str(run), "step": step, "fingerprint": fingerprint(run / "checkpoints", step)}
 
 
@@ -201,10 +200,10 @@ def _initialize(rag: RagPipeline, abstract: TrainState) -> TrainState:
     """The state of step 0, with the pretrained parameters, or those of the run `train.start_from`."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     if rag.config.train.start_from is None:
-        params = put_global(rag.initial_params(), shardings.params)
+        params = rag.initial_params(abstract.params)
     else:
         params, start = start_params(rag, abstract.params)
         record_start(Path(rag.config.output), start)
         terminal.print(f"beginning with the parameters of {start['run']}, step {start['step']}", soft_wrap=True)
-    # moments are born where they will lie: no device ever holds the whole state
-    return jax.jit(lambda params: init_train_state(rag, params), out_shardings=shardings)(params)
+    # moments are born where they will lie: no device ever holds the whole state, nor the parameters twice
+    return jax.jit(lambda params: init_train_state(rag, params), out_shardings=shardings, donate_argnums=0)(params)

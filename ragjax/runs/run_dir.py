@@ -51,7 +51,7 @@ FREE = (
     "train.log_every",
     "train.tensorboard",
 )
-MODELS = ("retriever", "generator", "dtype", "model")  # what a trained model means nothing without
+MODELS = ("retriever", "generator", "model")  # what a trained model means nothing without
 LEFT_OUT = "left_out.jsonl"
 PACKAGES = "ragjax jax jaxlib flax optax orbax-checkpoint grain transformers tokenizers faiss-cpu numpy".split()
 

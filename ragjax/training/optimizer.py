@@ -21,19 +21,20 @@ def partition_params(params: Params, freeze: Sequence[str]) -> tuple[FlatParams,
     Raises `InputError` for a prefix that names nothing, or when nothing is left to train.
     """
     flat = nnx.traversals.flatten_mapping(params)
-
-    def under(path: tuple[str, ...], prefix: str) -> bool:
-        return ".".join(path).startswith(prefix + ".") or ".".join(path) == prefix
-
     for prefix in freeze:
-        if not any(under(path, prefix) for path in flat):
+        if not any(is_frozen(path, [prefix]) for path in flat):
             parts = sorted({".".join(path[:2]) for path in flat} | {path[0] for path in flat})
             raise InputError(f"train.frozen_params: no parameters under {prefix!r}; there are {', '.join(parts)}")
-    frozen = {path: leaf for path, leaf in flat.items() if any(under(path, prefix) for prefix in freeze)}
+    frozen = {path: leaf for path, leaf in flat.items() if is_frozen(path, freeze)}
     trained = {path: leaf for path, leaf in flat.items() if path not in frozen}
     if not trained:
         raise InputError("train.frozen_params leaves nothing to train")
     return trained, frozen
+
+
+def is_frozen(path: Sequence[str], freeze: Sequence[str]) -> bool:
+    """Whether a parameter is under one of the prefixes of `partition_params`."""
+    return any((".".join(path) + ".").startswith(prefix + ".") for prefix in freeze)
 
 
 def make_optimizer(train: Train) -> optax.GradientTransformation:

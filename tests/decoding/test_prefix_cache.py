@@ -16,7 +16,7 @@ import ragjax.decoding.prefix_cache as prefixes_module
 from ragjax.checkpoints.pretrained import PretrainedModel, open_generator
 from ragjax.checkpoints.random_init import write_random_checkpoint
 from ragjax.config import Decode
-from ragjax.decoding.prefix_cache import PrefixScorer
+from ragjax.decoding.prefix_cache import PrefixScorer, read_width
 from ragjax.decoding.propose import beam_search_documents, prefill_documents
 from ragjax.models.generator import SpecialTokens, score
 from ragjax.models.kv_cache import DocumentMemory
@@ -147,3 +147,7 @@ def test_bounds_are_the_longest_prefix_read(world: Read) -> None:
 def test_few_sizes() -> None:
     assert [bucket_size(count) for count in range(1, 18)] == [1, 2, 3, 4, 6, 6, 8, 8] + [12] * 4 + [16] * 4 + [24]
     assert [bucket_size(count, 8) for count in (0, 1, 8, 9)] == [8, 8, 8, 12]
+    for most in (*range(1, 300), 1000, 1025):
+        narrow, few = read_width(most, few=False), read_width(most, few=True)
+        assert most <= narrow < most + max(16, most // 4 + 1) and most <= few < max(17, 2 * most)
+    assert len({read_width(most, few=True) for most in range(1, 4097)}) == 9, "16, 32, … 4,096"

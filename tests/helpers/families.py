@@ -270,17 +270,17 @@ def rows(pad: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 # ragjax
 
 
-def opened(case: Case, folder: Path) -> PretrainedModel:
+def opened(case: Case, folder: Path, dtype: str = "float32") -> PretrainedModel:
     if not case.pooling:
-        return open_generator(folder)
+        return open_generator(folder, dtype=dtype)
     if not (folder / "modules.json").is_file():
-        return open_encoder(folder, case.pooling, False)
+        return open_encoder(folder, case.pooling, False, dtype=dtype)
     encoding = resolve_encoding(Retriever(source=str(folder)), folder, folder)
-    return open_encoder(folder, encoding.pooling, encoding.normalize)
+    return open_encoder(folder, encoding.pooling, encoding.normalize, dtype=dtype)
 
 
-def ours(case: Case, model: PretrainedModel) -> np.ndarray:
-    """Embeddings [n,D] of an encoder, or log-probabilities [n,T] of a generator's answers."""
+def ours(case: Case, model: PretrainedModel, params: Any = None) -> np.ndarray:
+    """Embeddings [n,D] of an encoder, or log-probabilities [n,T] of a generator's answers, by its own parameters."""
     pad = model.hf_config.get("pad_token_id") or 0
     tokens, mask, answers = rows(pad)
 
@@ -292,7 +292,7 @@ def ours(case: Case, model: PretrainedModel) -> np.ndarray:
         memory = module.prefill(jnp.asarray(tokens), jnp.asarray(mask))
         return score(module, memory, jnp.asarray(answers)[:, None])[:, 0]
 
-    return np.asarray(run(model.load_params()))
+    return np.asarray(run(model.load_params() if params is None else params))
 
 
 # transformers

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Float
 from safetensors.numpy import load_file
 
@@ -21,6 +23,7 @@ from ragjax.checkpoints.random_init import BERT, LLAMA
 from ragjax.models.encoders.bert import Bert, BertConfig
 from ragjax.models.generators.llama import Llama, LlamaConfig
 from ragjax.models.layers import Params, split_parameters
+from ragjax.parallel.sharding import parameter_spec
 
 Tensors = Mapping[str, np.ndarray]
 erf = np.vectorize(math.erf)
@@ -61,6 +64,17 @@ def random_bert(
     save_encoder(folder, hf, draw(params, seed))
     pretrained = open_encoder(folder, pooling, normalize, dropout)
     return Small(folder, hf, pretrained.graphdef, pretrained.load_params(), load_file(folder / "model.safetensors"))
+
+
+def spread(params: Params, mesh: Mesh) -> Params:
+    """The shapes and types, split over both axes of the mesh as far as they can be."""
+
+    def place(path: tuple[str, ...], leaf: Any) -> jax.ShapeDtypeStruct:
+        sharding = NamedSharding(mesh, parameter_spec(mesh, path, leaf.shape, None, fsdp=True))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    flat = nnx.traversals.flatten_mapping(params)
+    return nnx.traversals.unflatten_mapping({path: place(path, leaf) for path, leaf in flat.items()})
 
 
 def draw(params: Params, seed: int) -> Params:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec, use_abstract_mesh
 from reference import (
     GOLDEN,
     Small,
@@ -37,6 +38,9 @@ from ragjax.models.generator import score
 from ragjax.models.generators.llama import LlamaConfig
 from ragjax.models.kv_cache import DocumentMemory
 from ragjax.padding import pad_sequences
+from ragjax.parallel.mesh import make_mesh
+from ragjax.parallel.sharding import parameter_spec
+from ragjax.planning.program_cost import bytes_sent
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama3": {
@@ -307,6 +311,37 @@ def test_blocks_of_the_vocabulary(vocabulary: int, monkeypatch: pytest.MonkeyPat
         rtol=1e-4,
         atol=2e-5,
     )
+
+
+@pytest.mark.parametrize("model", [2, 4])
+def test_a_vocabulary_that_devices_share(model: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values and both gradients of a table that lies whole; each device sends sums of its rows, and no part of it."""
+    monkeypatch.setattr(vocab_head, "LOGIT_BUDGET", 1)
+    mesh, rng = make_mesh(model), np.random.default_rng(0)
+    hidden = jnp.asarray(rng.normal(size=(8, 3, 8)), jnp.float32)
+    table, bias = jnp.asarray(rng.normal(size=(5000, 8)) * 2, jnp.float32), jnp.asarray(rng.normal(size=5000))
+    targets = jnp.asarray(rng.integers(0, 5000, (8, 3)))
+
+    def logp(hidden: jax.Array, table: jax.Array) -> jax.Array:
+        head = vocab_head.VocabHead(table, bias.astype(jnp.float32), softcap=30.0)
+        logsumexp, mean = head.logsumexp_and_mean(hidden)
+        return head.target_logits(hidden, targets) - 1.5 * logsumexp + mean
+
+    def on_mesh(hidden: jax.Array, table: jax.Array) -> jax.Array:
+        with use_abstract_mesh(mesh.abstract_mesh):
+            return logp(hidden, table)
+
+    spec = parameter_spec(mesh, ("generator", "head", "embedding"), table.shape, None, fsdp=False)
+    assert spec == PartitionSpec("model", None)
+    placed = [jax.device_put(x, NamedSharding(mesh, s)) for x, s in ((hidden, PartitionSpec("data")), (table, spec))]
+    compiled = jax.jit(on_mesh).lower(*placed).compile()
+    chex.assert_trees_all_close(compiled(*placed), jax.jit(logp)(hidden, table), rtol=1e-5, atol=2e-5)
+    assert 0 < sum(bytes_sent(compiled.as_text() or "").values()) < 2000 < table.nbytes / 8
+
+    def gradient(function: Any) -> Any:
+        return jax.jit(jax.grad(lambda *given: jnp.cos(function(*given)).sum(), (0, 1)))
+
+    chex.assert_trees_all_close(gradient(on_mesh)(*placed), gradient(logp)(hidden, table), rtol=1e-4, atol=2e-5)
 
 
 def test_dropout_follows_its_row(small: Small) -> None:

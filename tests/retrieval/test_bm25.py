@@ -10,8 +10,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
+from ragjax.commands.metrics_table import print_metrics
 from trained import files, refused
 from world import LANDS, open_world, tiny_config
 
@@ -19,7 +21,6 @@ from ragjax.answerer import open_answerer
 from ragjax.cli import main
 from ragjax.commands.evaluate import evaluate
 from ragjax.commands.index import build_index
-from ragjax.commands.metrics_table import print_metrics
 from ragjax.commands.train import build_loader, load_data, train
 from ragjax.config import Config
 from ragjax.data.corpus import Passage
@@ -175,7 +176,7 @@ def test_it_is_evaluated_and_answered(world: Path, words_index: Path, tmp_path: 
     store, questions = answerer.store, read_questions(world / "test.jsonl")
     texts = [question.question for question in questions]
     tokens = tokenize_questions(answerer.rag.tokenizers, texts)
-    queries = retrieve(answerer.rag, answerer.params, answerer.index, tokens, 3).queries
+    queries = retrieve(answerer.rag, jax.device_get(answerer.params), answerer.index, tokens, 3).queries
     whole = [f"{p.title} {p.text}" for p in store]
     dense, both, words = (oracle(answerer.index, queries, whole, texts, *of) for of in ((3, 0), (2, 1), (0, 5)))
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
-from reference import rounding
+from reference import EPS, rounding
 
 from ragjax.parallel.mesh import local_mesh, make_mesh
 from ragjax.retrieval.device_index import (
@@ -15,10 +17,13 @@ from ragjax.retrieval.device_index import (
     block_log_normalizer,
     blockwise_top_k,
     gather_rows,
+    inner_products,
     log_normalizer,
     place_rows,
     sharded_top_k,
 )
+
+pytestmark = pytest.mark.devices(8)
 
 
 def vectors(n: int, width: int = 16, seed: int = 0) -> np.ndarray:
@@ -122,6 +127,29 @@ def test_scores_are_float32_of_what_is_stored(dtype: str) -> None:
     expected_scores, expected_ids = brute_force(embeddings, queries, 7)
     np.testing.assert_array_equal(ids, expected_ids)
     np.testing.assert_allclose(scores, expected_scores, rtol=1e-5, atol=1e-5)
+
+
+def test_three_passes_are_float32_of_bfloat16_rows() -> None:
+    """As near to the products in float64 as one in float32; two passes would be 2^-16 of the largest away."""
+    embeddings, queries = vectors(200).astype("bfloat16"), vectors(4, seed=1) * np.array([[1e-3], [1], [1], [1e4]])
+    queries = jnp.asarray(queries, jnp.float32)
+    exact = embeddings.astype(np.float64) @ np.asarray(queries, np.float64).T
+    sizes = np.abs(embeddings.astype(np.float64)) @ np.abs(np.asarray(queries, np.float64)).T
+    for three_passes in (False, True):
+        found = inner_products(jnp.asarray(embeddings), queries, three_passes)
+        assert (np.abs(found - exact) <= 16 * EPS * sizes).all()
+    assert 16 * EPS < 2.0**-18
+    given = jnp.asarray(embeddings), queries
+    scores, ids = blockwise_top_k(*given, 7, block=64, three_passes=True)
+    expected_scores, expected_ids = brute_force(embeddings, np.asarray(queries), 7)
+    np.testing.assert_array_equal(ids, expected_ids)
+    np.testing.assert_allclose(scores, expected_scores, rtol=1e-5, atol=1e-5)
+
+    def gradient(three_passes: bool) -> jax.Array:
+        normalizer = partial(block_log_normalizer, scale=0.1, block=64, three_passes=three_passes)
+        return jax.grad(lambda q: normalizer(given[0], q).sum())(given[1])
+
+    np.testing.assert_allclose(gradient(True), gradient(False), rtol=1e-5, atol=1e-6)
 
 
 def test_memory_does_not_grow_with_queries_times_passages() -> None:

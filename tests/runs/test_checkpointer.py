@@ -24,8 +24,6 @@ from ragjax.checksums import CHECKSUMS, checksum
 from ragjax.errors import InputError
 from ragjax.runs.checkpointer import Checkpointer, DamagedCheckpoint
 
-pytestmark = pytest.mark.any_devices
-
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["params", "optimizer", "step", "key"], meta_fields=[])
 @dataclasses.dataclass
@@ -52,6 +50,21 @@ def test_what_comes_back_is_bit_for_bit_the_same(tmp_path: Path) -> None:
         assert checkpoints.metadata(3) == {"data": {"next": 12}, "note": "é"}
         chex.assert_trees_all_equal(checkpoints.restore(3, jax.eval_shape(make_state)), state)
         chex.assert_trees_all_equal_dtypes(checkpoints.restore(3, state), state)
+
+
+def test_parameters_come_back_in_the_precision_that_is_asked_for(tmp_path: Path) -> None:
+    """Rounded to the nearest, ties to even, or widened; but nothing else of a state is converted."""
+    state = make_state()
+    params = state.params | {"ties": jnp.array([1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8, 1 + 2**-8 + 2**-20, 3e38, 1e-40])}
+    other = {"float32": jnp.bfloat16, "bfloat16": jnp.float32}
+    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, other[leaf.dtype.name]), params)
+    with Checkpointer(tmp_path, writing=True) as checkpoints:
+        checkpoints.save(1, {"params": params, "moments": params}, {})
+        found = checkpoints.restore_params(1, like)
+        chex.assert_trees_all_equal(found, jax.tree.map(lambda leaf, as_: leaf.astype(as_.dtype), params, like))
+        assert found["retriever"]["w"].dtype == jnp.bfloat16
+        with pytest.raises(InputError, match=r"moments\.\S+ is bfloat16\[7\], not float32\[7\]"):
+            checkpoints.restore(1, {"params": like, "moments": like})
 
 
 def test_only_the_newest_stay(tmp_path: Path) -> None:
@@ -99,6 +112,7 @@ def test_the_state_may_be_donated_right_after_save(tmp_path: Path) -> None:
     np.testing.assert_array_equal(restored["params"], np.arange(300_000.0))
 
 
+@pytest.mark.devices(1, 2, 8)
 def test_saved_on_one_device_restored_over_all(tmp_path: Path) -> None:
     """Each leaf lies exactly where it was asked for, not only equivalently: the step's `out_shardings` are compared."""
     mesh = Mesh(np.array(jax.devices()), ("data",))

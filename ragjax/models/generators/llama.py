@@ -194,7 +194,7 @@ class Llama(nnx.Module):
         self.layers = stack(lambda r: self.layer_class(config, r), config.num_layers, rngs)
         self.norm = self.layer_class.make_norm(config, config.hidden_size, rngs)
         if not config.tie_word_embeddings:
-            self.head = nnx.Embed(config.vocab_size, config.hidden_size, rngs=rngs)
+            self.head = nnx.Embed(config.vocab_size, config.hidden_size, dtype=jnp.dtype(config.dtype), rngs=rngs)
 
     def prefill(
         self,

@@ -151,7 +151,7 @@ class T5(nnx.Module):
         self.embed = nnx.Embed(c.vocab_size, c.hidden_size, dtype=jnp.dtype(c.dtype), rngs=rngs)
         self.encoder, self.decoder = T5Stack(c, False, rngs), T5Stack(c, True, rngs)
         if not c.tie_word_embeddings:
-            self.head = nnx.Embed(c.vocab_size, c.hidden_size, rngs=rngs)
+            self.head = nnx.Embed(c.vocab_size, c.hidden_size, dtype=jnp.dtype(c.dtype), rngs=rngs)
 
     def prefill(
         self,
