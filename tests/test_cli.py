@@ -253,7 +253,7 @@ def test_a_disk_full_of_text_leaves_no_index(capsys: Capture, tmp_path: Path, wo
         ("train.num_docs=31", "k is 31 but the corpus has only 30 passages"),
         ("train.frozen_params=[retriever,reader]", "no parameters under 'reader'"),
         ("train.frozen_params=[retriever,generator]", "leaves nothing to train"),
-        ("train.batch_size=12", "12 questions cannot be split over 8 devices"),
+        ("train.batch_size=13", "13 questions cannot be split over 2 devices"),
         ("seed=-1", "seed is -1"),
         ("retriever.pooling=cls", "the index was built by another encoder"),
         ("generator.passage_template='{text}'", "the index was built by another generator tokenizer"),

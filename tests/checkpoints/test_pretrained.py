@@ -442,6 +442,7 @@ def write_gguf(
     return expected
 
 
+@pytest.mark.devices(8)
 @pytest.mark.parametrize(
     ("kind", "quantized", "tied"),
     [

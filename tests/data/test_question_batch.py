@@ -116,7 +116,7 @@ def test_prompts_are_the_text_assembled_by_hand(tokenizers: Tokenizers, store: P
     ]
     assert rows(tokens, mask) == tokenizers.generator.encode(texts)
     assert (tokens[~mask] == tokenizers.generator.pad_id).all()
-    chex.assert_shape(tokens, (6, 128))
+    chex.assert_shape(tokens, (6, 96))
 
 
 def test_passages_are_cut_to_fit_and_questions_never(world: Path, store: PassageStore) -> None:

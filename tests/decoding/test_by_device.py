@@ -36,6 +36,8 @@ from ragjax.parallel.mesh import make_mesh
 from ragjax.parallel.sharding import parameter_spec, shard_batch
 from ragjax.planning.program_cost import bytes_sent
 
+pytestmark = pytest.mark.devices(8)
+
 B, K, S, W = 16, 2, 8, 2
 SETTINGS = Decode(num_docs=K, num_beams=W, max_new_tokens=T, start_beams=2, max_beams=2)
 LLAMA_ENDS = SpecialTokens(eos=2, pad=0)

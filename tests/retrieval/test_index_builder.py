@@ -534,10 +534,10 @@ def test_what_it_will_take_is_told_first(
 def test_a_disk_that_is_too_small_is_refused(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(build_module, "free_disk", lambda folder: 9000)
+    monkeypatch.setattr(build_module, "free_disk", lambda folder: 8000)
     monkeypatch.setattr(builder_module, "embed_to_file", lambda *_: pytest.fail("nothing is embedded"))
     config = tiny_config(world, index__path=str(tmp_path / "index"))
-    with pytest.raises(InputError, match=r"has 8\.8 KiB free, and the index needs .* more; .*index\.dtype=bfloat16"):
+    with pytest.raises(InputError, match=r"has 7\.8 KiB free, and the index needs .* more; .*index\.dtype=bfloat16"):
         build(config)
     assert list(tmp_path.iterdir()) == []
 

@@ -18,6 +18,8 @@ from ragjax.runs.restore import pretrained_params, restore_params
 from ragjax.runs.run_dir import load_run_config
 from ragjax.training.state import inference_params, training_types
 
+pytestmark = pytest.mark.devices(8)
+
 
 def rounded(params: Params, like: Params) -> Params:
     return jax.tree.map(lambda x, leaf: np.asarray(x).astype(leaf.dtype), params, like)
