@@ -1,5 +1,5 @@
 # Each target sets up what it needs in a virtual environment of its own, once:
-#   make quickstart                  index, train, evaluate and answer on the CIA World Factbook
+#   make quickstart                  index, train, evaluate, answer and report on the CIA World Factbook
 #   make test PYTHON=python3.13      with another Python
 
 PYTHON ?= python3
@@ -16,13 +16,14 @@ quickstart bench: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 # Compiling takes and frees much memory: what is kept need not be fetched again page by page.
 test test-changed test-other-with test-slow: export GLIBC_TUNABLES ?= glibc.malloc.trim_threshold=2000000000:glibc.malloc.top_pad=67108864:glibc.malloc.mmap_threshold=1000000000
 
-.PHONY: quickstart test test-changed test-other test-slow test-torch test-tpu soak lint bench docs clean
+.PHONY: quickstart test test-changed test-other test-slow test-torch test-browser test-tpu soak lint bench docs clean
 
 quickstart: $(VENV)/dev
 	$(BIN)/ragjax index configs/factbook.yaml
 	$(BIN)/ragjax train configs/factbook.yaml
 	$(BIN)/ragjax evaluate configs/factbook.yaml
 	$(BIN)/ragjax answer configs/factbook.yaml "What is the capital of France?"
+	$(BIN)/ragjax report runs/factbook
 
 test: $(VENV)/dev
 	$(PYTEST) $(TWO_AT_A_TIME)
@@ -45,6 +46,12 @@ test-slow: $(VENV)/dev
 test-torch: $(VENV)/dev
 	$(PIP) -e '.[dev,torch]'
 	$(PYTEST) -n 2 tests/commands/test_hf_live.py
+
+# with Debian's chromium, or else playwright's own, which is fetched
+test-browser: $(VENV)/dev
+	$(PIP) -e '.[dev,browser]'
+	command -v chromium >/dev/null || $(BIN)/python -m playwright install chromium
+	$(PYTEST) -m slow tests/serving/test_browser.py
 
 # in an environment of its own: where the TPU's library is, JAX looks for a TPU
 test-tpu:

@@ -19,7 +19,8 @@ import numpy as np
 from rich.progress import track
 
 from benchmarks.report import Stage, make_console, or_input_error, peak, show, timed, write
-from ragjax.answerer import Answerer, open_answerer, repeat_to_size
+from ragjax.answerer import Answerer, open_answerer
+from ragjax.answering.batch_answerer import repeat_to_size
 from ragjax.config import load_config
 from ragjax.data.question_batch import question_batch, tokenize_prompts, tokens_before_question
 from ragjax.data.questions import read_questions

@@ -23,12 +23,14 @@ from __future__ import annotations
 
 TYPE_CHECKING = False  # typing takes time to import, in which Ctrl-C would show a traceback
 if TYPE_CHECKING:
-    from ragjax.answerer import Answer, Answerer, Candidate, Document, load
+    from ragjax.answerer import Answerer, load
+    from ragjax.answering.answers import Answer, Candidate, Document, Score
+    from ragjax.config import Config
     from ragjax.errors import InputError
 
     __version__: str
 
-__all__ = ["Answer", "Answerer", "Candidate", "Document", "InputError", "__version__", "load"]
+__all__ = ["Answer", "Answerer", "Candidate", "Config", "Document", "InputError", "Score", "__version__", "load"]
 
 
 def __getattr__(name: str) -> object:
@@ -41,6 +43,10 @@ def __getattr__(name: str) -> object:
         from ragjax.errors import InputError
 
         return InputError
+    if name == "Config":
+        from ragjax.config import Config
+
+        return Config
     if name in __all__:
         from ragjax import answerer
 

@@ -6,133 +6,61 @@ import dataclasses
 import math
 import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
-from ragjax.config import Config, check_mode, most_documents, rescores_as_hugging_face
-from ragjax.data.passage_store import PassageStore
+from ragjax.answering.answers import Answer, Candidate, Document, Score
+from ragjax.answering.batch_answerer import BatchAnswerer, repeat_to_size
+from ragjax.answering.given_passages import (
+    GivenPassages,
+    Retriever,
+    embed_given,
+    read_passages,
+    search_elsewhere,
+    weigh_given,
+)
+from ragjax.config import Config, check_mode, most_documents
 from ragjax.data.question_batch import (
     QuestionBatch,
     prompt_problems,
     question_batch,
-    tokenize_prompts,
-    tokens_before_question,
+    tokenize_answer,
+    tokenize_questions,
 )
 from ragjax.data.questions import text_problem
 from ragjax.decoding.candidates import Candidates
-from ragjax.decoding.decode import decode_rag_sequence
-from ragjax.decoding.exact.decode import decode_exact
-from ragjax.decoding.exact.document_reader import ReadDocuments
-from ragjax.decoding.hf_compat import decode_hf_compatible
-from ragjax.decoding.propose import prefill_documents
-from ragjax.decoding.rag_token import decode_rag_token
-from ragjax.decoding.rescore import score_tokens
 from ragjax.errors import InputError
-from ragjax.marginal import log_prior
-from ragjax.models.kv_cache import DocumentMemory
+from ragjax.files import is_unicode
 from ragjax.models.layers import Params
-from ragjax.padding import bucket_size, length_buckets, pad_sequences, pick_bucket, reading_width
+from ragjax.padding import bucket_size
 from ragjax.parallel.by_device import on_mesh
 from ragjax.parallel.mesh import command_mesh
-from ragjax.parallel.sharding import shard_batch
 from ragjax.rag import RagPipeline
-from ragjax.retrieval.index import Index, check_k
-from ragjax.retrieval.passage_cache import PassageKVCache, check_passage_cache, open_passage_cache
-from ragjax.retrieval.retrieve import RetrievalResult, retrieve
+from ragjax.retrieval.index import check_k
+from ragjax.retrieval.passage_cache import check_passage_cache
+from ragjax.retrieval.retrieve import RetrievalResult, encode_questions, retrieve
 from ragjax.runs.restore import load_artifacts, pretrained_params, restore_params, trained_index
 from ragjax.runs.run_dir import load_run_config
-from ragjax.training.loss import TokenScores, answer_nll
-
-T = TypeVar("T")
+from ragjax.training.loss import passage_params
 
 
 @dataclass(frozen=True)
-class Document:
-    """A retrieved passage; `prior` is p(z|x)."""
-
-    id: str
-    title: str
-    text: str
-    prior: float
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A possible answer y. Lists have one entry a document; a marginal is None where its decoding did not run."""
-
-    text: str
-    finished: bool  # reached the end token
-    fast: float | None  # p(y|x), documents that did not propose y contributing 0
-    thorough: float | None  # p(y|x), y scored under every document
-    beam_probability: list[float]  # p(y|x,z) by the beam search, 0 where z did not propose y
-    doc_probability: list[float] | None  # p(y|x,z) under every document
-    posterior: list[float] | None  # p(z|x,y)
-    probability_bounds: list[float] | None = None  # certified, exact: p(y|x) is at least and at most this
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What was answered, how probable it is, and everything it was chosen from, best candidate first."""
-
-    question: str
-    text: str
-    mode: str
-    probability: float  # p(y|x) under the mode; certified and exact, what it is at least
-    documents: list[Document]
-    candidates: list[Candidate]
-    scores: list[int] | None = None  # certified: the p(y|x,z) computed beside the beam search, of how many for thorough
-    probability_bounds: list[float] | None = None  # certified, exact: p(y|x) is at least and at most this
-    # exact: so many of the first candidates are the likeliest answers of all, in this order, under the documents
-    # (top_k) and under all passages (corpus, None where the prior over the corpus is not known); 0 means not proved
-    proved: dict[str, int | None] | None = None
-    documents_read: int | None = None  # exact: by the searches
-    steps: int | None = None  # exact: of the beam searches
-    proved_set: dict[str, int | None] | None = None  # as `proved`, in whatever order
-
-
-@dataclass(frozen=True)
-class Answerer:
+class Answerer(BatchAnswerer):
     """Models, index and passages, ready to answer."""
 
-    rag: RagPipeline
-    params: Params
-    index: Index
-    store: PassageStore
-    step: int | None  # of training; None for the pretrained models
-    mesh: Mesh  # of this process, where `params` lie
-
-    @cached_property
-    def passage_cache(self) -> PassageKVCache | None:
-        """What the generator has read of passages under these parameters; None unless `decode.passage_cache_gib`."""
-        return open_passage_cache(self.rag, self.params["generator"], self.store, self.mesh)
-
-    def retrieve(self, questions: QuestionBatch, texts: Sequence[str]) -> RetrievalResult:
-        """The documents that `candidates` reads: `decode.num_docs` of each question, and `retriever.bm25_docs` more.
-
-        `texts` are the questions as they were asked, for BM25. Hugging Face rescores under the training's number of
-        documents, whatever the number that proposed: with `hf_compatible` there are as many as either needs, and the
-        prior is 0 beyond `train.num_docs`.
-        """
-        config = self.rag.config
-        if not rescores_as_hugging_face(config):
-            k = config.decode.num_docs
-            return retrieve(self.rag, self.params, self.index, questions, k, self.mesh, texts)
-        retrieval = retrieve(self.rag, self.params, self.index, questions, most_documents(config), self.mesh)
-        counted = (retrieval.ids >= 0) & (np.arange(retrieval.ids.shape[1]) < config.train.num_docs)
-        return dataclasses.replace(
-            retrieval, log_prior=np.asarray(log_prior(*jax.device_put((retrieval.log_prior, counted))))
-        )
-
     def answer(
-        self, questions: str | Sequence[str], mode: str | None = None, n_best: int | None = None
+        self,
+        questions: str | Sequence[str],
+        mode: str | None = None,
+        n_best: int | None = None,
+        passages: Sequence[Any] | None = None,
+        on_documents: Callable[[int, list[Document], float | None], None] | None = None,
     ) -> list[Answer]:
         """Answers questions, `evaluate.batch_size` at a time on each device.
 
@@ -140,20 +68,159 @@ class Answerer:
             questions: texts; a text alone is one question, and gives a list of one answer.
             mode: `exact`, `thorough`, `certified`, `fast` or `closed_book`; by default as configured.
             n_best: keeps so many candidates of each; by default all.
+            passages: texts, {"text": …, "title": …, "id": …}, or documents that `search` gave, which are read in place
+                of those of the index, all of them for each question: p(z|x) is over them alone.
+            on_documents: called with the number of each question, its documents and the mass outside (see `Answer`),
+                before these are read.
 
         Raises `InputError` for an unknown mode, and, before any is answered, for a question that is empty, no Unicode
-        text or too long, naming it; `TypeError` for an argument of another type.
+        text or too long, naming it, and for passages where the prior is over the corpus; `TypeError` for an argument
+        of another type.
         """
-        texts = _texts(questions)
+        texts = _texts("questions", questions)
         if n_best is not None and _whole_number("n_best", n_best) < 1:
             raise InputError(f"n_best is {n_best}; expected 1 or more")
         mode = self._mode(mode)
         for i, why in enumerate(self.problems(texts, mode)):
             if why:
                 raise InputError(f"questions[{i}]: {why}")
+        given = self._given(passages, mode)
+        answers: list[Answer] = []
+        for part in self._parts(texts):
+            answers += self._batch(part, mode, n_best, given, partial(_shifted, on_documents, len(answers)))
+        return answers
+
+    def search(self, questions: str | Sequence[str], k: int | None = None) -> list[list[Document]]:
+        """The k best documents of each question (`decode.num_docs` by default), with p(z|x) over these k, best first.
+
+        Raises `InputError` and `TypeError` as `answer` does, and for more than there are passages.
+        """
+        texts, config = self._checked_texts(questions), self.rag.config
+        k = config.decode.num_docs if k is None else _whole_number("k", k)
+        if not 1 <= k <= len(self.index):
+            raise InputError(f"k is {k}; expected 1 to {len(self.index)}, the passages of the index")
+        found = []
+        for part in self._parts(texts):
+            batch = tokenize_questions(self.rag.tokenizers, self._filled(part))
+            retrieval = retrieve(self.rag, self.params, self.index, batch, k, self.mesh)
+            found += [self.documents(retrieval, b) for b in range(len(part))]
+        return found
+
+    def embed(self, questions: str | Sequence[str]) -> np.ndarray:
+        """The question encoder's embeddings [n, D], float32: p(z|x) ∝ exp(`retriever.logit_scale` · q·d)."""
+        texts, parts = self._checked_texts(questions), [np.zeros((0, self.rag.retriever.config.embedding_dim))]
+        for part in self._parts(texts):
+            batch = tokenize_questions(self.rag.tokenizers, self._filled(part))
+            parts.append(encode_questions(self.rag, self.params, batch, self.mesh)[: len(part)])
+        return np.concatenate(parts).astype(np.float32)
+
+    def embed_passages(self, passages: Sequence[Any]) -> np.ndarray:
+        """The passage encoder's embeddings [n, D], float32, of passages as `answer` takes them."""
+        return embed_given(self.rag, self._passage_params, read_passages(passages)).astype(np.float32)
+
+    def score(self, question: str, answers: str | Sequence[str], passages: Sequence[Any] | None = None) -> list[Score]:
+        """What given answers to a question are worth, whether or not a beam search would find them.
+
+        They are scored as training does, the end token included, and p(y|x) sums over the documents that `answer`
+        would read, or over `passages`. Raises `InputError` and `TypeError` as `answer` does.
+        """
+        if not isinstance(question, str):
+            raise TypeError(f"question: expected a text, not {type(question).__name__}")
+        if why := self.problems([question], "thorough")[0]:
+            raise InputError(f"question: {why}")
+        texts = _texts("answers", answers)
+        gold = [self._answer_tokens(i, text) for i, text in enumerate(texts)]
+        if not gold:
+            return []
+        given, whole = self._given(passages, "thorough"), self._filled([question])
+        batch = question_batch(self.rag.tokenizers, whole)
+        answerer, retrieval, _ = self._find(whole, batch, given)
+        padded = repeat_to_size(gold, bucket_size(len(gold)))
+        with on_mesh(self.mesh):
+            read, ids, prior = answerer.document_reader(batch, retrieval)
+            nll, logp = answerer.answer_scores(read(np.arange(ids.size)), prior, [padded] * len(whole))
+        documents = answerer.documents(retrieval, 0)
+        by_document = logp[0, : len(documents)].sum(axis=-1).T
+        return [Score(text, -float(nll[0, c]), by_document[c].tolist(), documents) for c, text in enumerate(texts)]
+
+    def _checked_texts(self, questions: object) -> list[str]:
+        texts = _texts("questions", questions)
+        for i, text in enumerate(texts):
+            if why := text_problem(text):
+                raise InputError(f"questions[{i}]: {why}")
+        return texts
+
+    def _answer_tokens(self, i: int, text: str) -> list[int]:
+        if not is_unicode(text):
+            raise InputError(f"answers[{i}]: not Unicode text; give it in UTF-8")
+        config = self.rag.generator.config
+        row, taken = tokenize_answer(self.rag.tokenizers, text), self.rag.config.generator.max_prompt_tokens
+        room = config.max_positions - (0 if config.encoder_decoder else taken)
+        if len(row) > room:
+            raise InputError(f"answers[{i}]: has {len(row)} tokens, and the generator has room for {room}")
+        return row
+
+    def with_retriever(self, retriever: Retriever) -> Answerer:
+        """The same models over the documents that another retriever finds, by its scores.
+
+        Raises `InputError` where the prior is over the corpus, and `TypeError` for what has not the methods of
+        `Retriever`.
+        """
+        if not isinstance(retriever, Retriever):
+            raise TypeError(f"retriever: expected search and passage, which {type(retriever).__name__} has not")
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(Answerer)}
+        return _RetrieverAnswerer(**fields | {"rag": self._reading_others("retriever")}, retriever=retriever)
+
+    def _parts(self, texts: list[str]) -> list[list[str]]:
+        """Batches, `evaluate.batch_size` for each device along `data`."""
         size = self.rag.config.evaluate.batch_size * self.mesh.shape["data"]
-        parts = [texts[start : start + size] for start in range(0, len(texts), size)]
-        return [answer for part in parts for answer in self._batch(part, mode, n_best)]
+        return [texts[start : start + size] for start in range(0, len(texts), size)]
+
+    def _filled(self, questions: Sequence[str]) -> list[str]:
+        """Filled up with the first, to one of a few sizes for each device."""
+        devices = self.mesh.shape["data"]
+        each = -(-len(questions) // devices)
+        size = min(bucket_size(each), max(self.rag.config.evaluate.batch_size, each))
+        return repeat_to_size(questions, devices * size)
+
+    def _find(
+        self, texts: Sequence[str], batch: QuestionBatch, given: tuple[Answerer, np.ndarray] | None
+    ) -> tuple[Answerer, RetrievalResult, np.ndarray | None]:
+        """What reads the documents of B questions, these, and the prior mass [B] of others, where it is known."""
+        if given is not None:
+            return given[0], weigh_given(self.rag, self.params, given[1], batch, self.mesh), None
+        retrieval = self.retrieve(batch, texts)
+        return self, retrieval, self.mass_outside(retrieval)
+
+    def _given(self, passages: object, mode: str) -> tuple[Answerer, np.ndarray] | None:
+        """An answerer that reads given passages, and their embeddings [n, D]."""
+        if passages is None:
+            return None
+        found = read_passages(passages)
+        if mode == "closed_book":
+            raise InputError("passages: closed_book reads none; leave them out")
+        rag = self._reading_others("passages")
+        reading = dataclasses.replace(self, rag=rag, store=GivenPassages(rag, found))
+        return reading, embed_given(rag, self._passage_params, found)
+
+    def _reading_others(self, name: str) -> RagPipeline:
+        """The models without the cache of the index's passages. Raises `InputError` naming what cannot be given."""
+        config = self.rag.config
+        if config.retriever.prior == "corpus":
+            raise InputError(f"{name}: retriever.prior=corpus is over the corpus, and nothing else")
+        if config.hf_compatible:
+            raise InputError(f"{name}: hf_compatible=true reads the passages of its index alone")
+        uncached = config.replace(decode=config.decode.replace(passage_cache_gib=0.0))
+        return dataclasses.replace(self.rag, config=uncached)
+
+    @cached_property
+    def _passage_params(self) -> Params:
+        """The passage encoder's, as it is now; with one that is not trained they are the pretrained ones."""
+        if self.rag.config.train.passage_encoder != "frozen":
+            return passage_params(self.rag, self.params)
+        if self.step is None and self.rag.passage_encoder is self.rag.retriever:
+            return self.params["retriever"]
+        return jax.device_put(self.rag.passage_encoder.load_params(), jax.local_devices()[0])
 
     def problems(self, questions: Sequence[str], mode: str | None = None) -> list[str | None]:
         """Why each question cannot be answered, or None where it can."""
@@ -174,129 +241,28 @@ class Answerer:
         check_mode(self.rag.config, mode)
         return mode
 
-    def _batch(self, questions: Sequence[str], mode: str, n_best: int | None) -> list[Answer]:
+    def _batch(
+        self,
+        questions: Sequence[str],
+        mode: str,
+        n_best: int | None,
+        given: tuple[Answerer, np.ndarray] | None,
+        on_documents: Callable[[int, list[Document], float | None], None],
+    ) -> list[Answer]:
         """Filled up to one of a few sizes: each has programs of its own, which are compiled when it first comes."""
-        count, devices = len(questions), self.mesh.shape["data"]
-        each = -(-count // devices)
-        size = min(bucket_size(each), max(self.rag.config.evaluate.batch_size, each))
-        whole = repeat_to_size(questions, devices * size)
+        count, whole = len(questions), self._filled(questions)
         batch = question_batch(self.rag.tokenizers, whole)
-        retrieval = None if mode == "closed_book" else self.retrieve(batch, whole)
+        answerer, retrieval, outside = (self, None, None) if mode == "closed_book" else self._find(whole, batch, given)
         if retrieval is not None:  # what fills up has no documents: it is not searched, or proposes nothing
             there = (np.arange(len(whole)) < count)[:, None]
             retrieval = dataclasses.replace(retrieval, log_prior=np.where(there, retrieval.log_prior, -np.inf))
-        candidates, _ = self.candidates(batch, retrieval, "fast" if retrieval is None else mode)
-        documents = [[] if retrieval is None else self.documents(retrieval, b) for b in range(count)]
-        return [self._answer(questions[b], mode, candidates[b], documents[b], n_best) for b in range(count)]
-
-    def candidates(
-        self,
-        questions: QuestionBatch,
-        retrieval: RetrievalResult | None,
-        mode: str,
-        gold: Sequence[Sequence[int]] | None = None,
-    ) -> tuple[list[Candidates], np.ndarray | None]:
-        """The candidates for each of B questions, and log p(gold|x) [B], in nats, if `gold` is given.
-
-        Args:
-            questions: as both models read them; the devices along `data` divide B.
-            retrieval: their documents; None for closed-book answers.
-            mode: `exact`, `thorough`, `certified` or `fast`; without documents `fast`.
-            gold: the tokens of an answer to each question.
-        """
-        with on_mesh(self.mesh):
-            return self._candidates(questions, retrieval, mode, gold)
-
-    def _candidates(
-        self,
-        questions: QuestionBatch,
-        retrieval: RetrievalResult | None,
-        mode: str,
-        gold: Sequence[Sequence[int]] | None,
-    ) -> tuple[list[Candidates], np.ndarray | None]:
-        graph, params, config = self.rag.generator.graphdef, self.params["generator"], self.rag.config
-        read, ids, prior = self._document_reader(questions, retrieval)
-        settings, special = config.decode.replace(mode=mode), self.rag.special
-        if retrieval is not None and mode == "exact":  # reads what it needs; the gold answer needs all
-            given = (prior, retrieval.outside, settings, special, config.model == "rag_token")
-            candidates = decode_exact(graph, params, read, *given)
-            return candidates, None if gold is None else self._gold_logp(read(np.arange(ids.size)), prior, gold)
-        memory = read(np.arange(ids.size))
-        if retrieval is not None and rescores_as_hugging_face(config):
-            source, mask = tokenize_prompts(self.rag.tokenizers, self.store, questions, ids)
-            unmasked = self._read(source, np.ones_like(mask))
-            scoring = prior[:, : config.train.num_docs]
-            proposing = (ids >= 0) & (np.arange(ids.shape[1]) < config.decode.num_docs)
-            candidates = decode_hf_compatible(graph, params, unmasked, memory, scoring, proposing, settings, special)
-        elif retrieval is not None and config.model == "rag_token":
-            candidates = decode_rag_token(graph, params, memory, prior, settings, special, config.hf_compatible)
-        else:
-            candidates = decode_rag_sequence(graph, params, memory, prior, settings, special)
-        return candidates, None if gold is None else self._gold_logp(memory, prior, gold)
-
-    def gold_logp(
-        self, questions: QuestionBatch, retrieval: RetrievalResult, gold: Sequence[Sequence[int]]
-    ) -> np.ndarray:
-        """log p(gold|x) [B], in nats, and no candidates; see `candidates`."""
-        with on_mesh(self.mesh):
-            read, ids, prior = self._document_reader(questions, retrieval)
-            return self._gold_logp(read(np.arange(ids.size)), prior, gold)
-
-    def _document_reader(
-        self, questions: QuestionBatch, retrieval: RetrievalResult | None
-    ) -> tuple[ReadDocuments, np.ndarray, np.ndarray]:
-        """Reads some of the B·K documents, question-major; their ids [B,K] and log p(z|x) [B,K]."""
-        tokenizers = self.rag.tokenizers
-        if retrieval is None:
-            store, shape = None, (len(questions.row), 1)
-            ids, prior = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
-        else:
-            store, ids, prior = self.store, retrieval.ids, retrieval.log_prior
-        source, mask = tokenize_prompts(tokenizers, store, questions, ids)
-        passages = lengths = None
-        if store is not None and self.passage_cache is not None:
-            passages, lengths = ids.reshape(-1), tokens_before_question(tokenizers, questions, mask)
-
-        def read(rows: np.ndarray) -> DocumentMemory:
-            cached = None if passages is None or lengths is None else (passages[rows], lengths[rows])
-            return self._read(source[rows], mask[rows], cached)
-
-        return read, ids, prior
-
-    def _read(
-        self, source: np.ndarray, mask: np.ndarray, cached: tuple[np.ndarray, np.ndarray] | None = None
-    ) -> DocumentMemory:
-        """The memories of n prompts, as many on each device.
-
-        `cached` names the passage of each, and how many tokens come before its question, for the cache.
-        """
-        if cached is not None and self.passage_cache is not None:
-            return self.passage_cache.read(source, mask, *cached)
-        on_cpus = self.mesh.devices.flat[0].platform == "cpu"  # accelerators read the padding in no time
-        width = reading_width(int(mask.sum(axis=1).max()), mask.shape[1]) if on_cpus else None
-        source, mask = shard_batch(self.mesh, (source, mask), len(source))
-        return prefill_documents(self.rag.generator.graphdef, self.params["generator"], source, mask, width)
-
-    def _gold_logp(self, memory: DocumentMemory, prior: np.ndarray, gold: Sequence[Sequence[int]]) -> np.ndarray:
-        """log p(gold|x) [B], in nats, as answering counts it: any of the generator's end tokens ends it."""
-        longest = max(self.rag.config.generator.max_answer_tokens, *map(len, gold))
-        width = pick_bucket(longest, [self.rag.config.generator.max_answer_tokens, *length_buckets(longest + 32)])
-        answers, counted = pad_sequences(gold, width, self.rag.special.pad)
-        lengths = counted.sum(axis=1, dtype=np.int32)[:, None]
-        graph, params = self.rag.generator.graphdef, self.params["generator"]
-        scored = score_tokens(graph, params, memory, answers[:, None], lengths, self.rag.special)
-        logp = jnp.asarray(np.asarray(scored)[:, :, 0])
-        scores = TokenScores(logp, jnp.zeros_like(logp))
-        return -np.asarray(answer_nll(self.rag, *jax.device_put((prior, scores, answers, counted))))
-
-    def documents(self, retrieval: RetrievalResult, b: int) -> list[Document]:
-        """The documents of question b, best first, and only those that are there."""
-        pairs = zip(retrieval.ids[b], np.exp(retrieval.log_prior[b]), strict=True)
-        return [Document(**dataclasses.asdict(self.store[int(i)]), prior=float(p)) for i, p in pairs if i >= 0]
-
-    def text(self, tokens: Sequence[int]) -> str:
-        """An answer's tokens as text, on one line."""
-        return " ".join(self.rag.generator_tokenizer.decode(tokens).split())
+        documents = [[] if retrieval is None else answerer.documents(retrieval, b) for b in range(count)]
+        masses = [None if outside is None else float(outside[b]) for b in range(count)]
+        for b in range(count):
+            on_documents(b, documents[b], masses[b])
+        candidates, _ = answerer.candidates(batch, retrieval, "fast" if retrieval is None else mode)
+        answers = [self._answer(questions[b], mode, candidates[b], documents[b], n_best) for b in range(count)]
+        return [dataclasses.replace(answer, mass_outside=mass) for answer, mass in zip(answers, masses, strict=True)]
 
     def _answer(
         self, question: str, mode: str, result: Candidates, documents: list[Document], n_best: int | None
@@ -334,21 +300,49 @@ class Answerer:
         )
 
 
-def repeat_to_size(items: Sequence[T], size: int) -> list[T]:
-    """Repeats the first until there are `size`."""
-    return [*items, *[items[0]] * (size - len(items))]
+@dataclass(frozen=True)
+class _RetrieverAnswerer(Answerer):
+    """Answers from what a retriever of the caller's finds."""
+
+    retriever: Retriever
+
+    def search(self, questions: str | Sequence[str], k: int | None = None) -> list[list[Document]]:
+        texts = self._checked_texts(questions)
+        k = self.rag.config.decode.num_docs if k is None else _whole_number("k", k)
+        store, found = search_elsewhere(self.rag, self.retriever, texts, k)
+        return [dataclasses.replace(self, store=store).documents(found, b) for b in range(len(texts))]
+
+    def _find(
+        self, texts: Sequence[str], batch: QuestionBatch, given: tuple[Answerer, np.ndarray] | None
+    ) -> tuple[Answerer, RetrievalResult, np.ndarray | None]:
+        if given is not None:
+            return super()._find(texts, batch, given)
+        store, found = search_elsewhere(self.rag, self.retriever, texts, self.rag.config.decode.num_docs)
+        return dataclasses.replace(self, store=store), found, None
 
 
-def _texts(questions: object) -> list[str]:
+def _shifted(
+    call: Callable[[int, list[Document], float | None], None] | None,
+    first: int,
+    b: int,
+    documents: list[Document],
+    outside: float | None,
+) -> None:
+    """Calls with a question's number among all, of which `first` were in earlier batches."""
+    if call is not None:
+        call(first + b, documents, outside)
+
+
+def _texts(name: str, texts: object) -> list[str]:
     """A text as a list of one, a list of texts as it is. Raises `TypeError` for anything else."""
-    if isinstance(questions, str):
-        return [questions]
-    if not isinstance(questions, Sequence) or isinstance(questions, bytes | bytearray | memoryview):
-        raise TypeError(f"questions: expected a text or a list of texts, not {type(questions).__name__}")
-    for i, question in enumerate(questions):
-        if not isinstance(question, str):
-            raise TypeError(f"questions[{i}]: expected a text, not {type(question).__name__}")
-    return list(questions)
+    if isinstance(texts, str):
+        return [texts]
+    if not isinstance(texts, Sequence) or isinstance(texts, bytes | bytearray | memoryview):
+        raise TypeError(f"{name}: expected a text or a list of texts, not {type(texts).__name__}")
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"{name}[{i}]: expected a text, not {type(text).__name__}")
+    return list(texts)
 
 
 def _whole_number(name: str, value: object) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import importlib.metadata
 import json
 import os
 import signal
@@ -12,8 +11,8 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
 
+from ragjax.arguments import parser, ready_made
 from ragjax.config import Config, default_config, dump_config, load_config, schema
 from ragjax.errors import InputError
 from ragjax.files import shown
@@ -22,8 +21,6 @@ from ragjax.terminal import visible
 
 # in what JAX, Gloo and the coordination service say when a process is gone
 SIGNS_OF_LOSS = ("Gloo", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED", "barrier", "coordination", "peer")
-# how shells complete CONFIG: with files, and bash with the ready-made names, too
-COMPLETED = {"bash": "_ragjax_configs", "zsh": "_files", "fish": "(__fish_complete_path (commandline -ct))"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,11 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: Sequence[str] | None) -> int:
-    parser = _parser()
-    options, more = parser.parse_known_args(arguments)
+    known = parser()
+    options, more = known.parse_known_args(arguments)
     if more:  # after an option argparse takes no further KEY=VALUE
         if any("=" not in extra or extra.startswith("-") for extra in more) or "overrides" not in options:
-            parser.error(f"unrecognized arguments: {' '.join(more)}")
+            known.error(f"unrecognized arguments: {' '.join(more)}")
         options.overrides += more
     return _run_as_one_of_many(options) if getattr(options, "distributed", False) else _run(options)
 
@@ -84,7 +81,7 @@ def _run_as_one_of_many(options: argparse.Namespace) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     try:
-        return options.run(options)
+        return COMMANDS[options.command](options)
     except InputError as error:
         if stopped():  # it may be what a library made of that
             raise
@@ -97,166 +94,6 @@ def _run(options: argparse.Namespace) -> int:
             raise
         print(visible(f"ragjax: {error.filename or 'output'}: the disk is full; free some space"), file=sys.stderr)
         return 2
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        super().error(visible(message))
-
-
-class _PrintCompletion(argparse.Action):
-    def __call__(self, parser: argparse.ArgumentParser, namespace: object, shell: Any, option: object = None) -> None:
-        import shtab
-
-        names = " ".join(ready_made())
-        configs = f'_ragjax_configs() {{ compgen -W "{names}" -- "$1"; compgen -f -- "$1"; }}'
-        print(shtab.complete(parser, shell, preamble={"bash": configs}))  # type: ignore[arg-type]  # shtab takes one for each shell
-        parser.exit()
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="ragjax",
-        description="RAG-Sequence and RAG-Token in JAX: index a corpus, train end to end, decode, evaluate.",
-        epilog="example:\n  ragjax train configs/factbook.yaml train.steps=100 output=runs/mine\n\n"
-        "`ragjax COMMAND --help` tells more about each command.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--version", action="version", version=f"ragjax {importlib.metadata.version('ragjax')}")
-    parser.add_argument(
-        "--print-completion",
-        action=_PrintCompletion,
-        choices=COMPLETED,
-        help="print what makes a shell complete commands, options and configurations; in bash, put into ~/.bashrc: "
-        'eval "$(ragjax --print-completion bash)"',
-    )
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-
-    def command(name: str, run: object, summary: str, example: str, config: bool = True) -> argparse.ArgumentParser:
-        sub = commands.add_parser(
-            name,
-            help=summary,
-            description=summary,
-            epilog=f"example:\n  {example}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        if config:
-            config_argument(sub)
-        sub.set_defaults(run=run, name="ragjax", together=False)
-        return sub
-
-    def config_argument(sub: argparse.ArgumentParser, **settings: Any) -> None:
-        help = "a YAML file, the folder of a run, or the name of a ready-made one, such as factbook"
-        argument = sub.add_argument("config", metavar="CONFIG", help=help, **settings)
-        argument.complete = COMPLETED  # type: ignore[attr-defined] # for shtab
-
-    def overrides(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="replaces a value, such as train.steps=100")
-        sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="the same")
-
-    def distributed(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument(
-            "--distributed",
-            action="store_true",
-            help="as one of several processes, each started with this same command: on TPU pods, SLURM, Open MPI and "
-            "Kubernetes JAX finds the others by itself; elsewhere set JAX_COORDINATOR_ADDRESS=HOST:PORT, "
-            "JAX_NUM_PROCESSES and JAX_PROCESS_ID (launch/processes.sh does)",
-        )
-
-    json_help = "print JSON for programs instead of tables"
-    plan = command(
-        "plan",
-        _plan,
-        "tell what a run needs of disk, memory, network and arithmetic, before anything is built",
-        "ragjax plan configs/rag_sequence_nq.yaml --devices 8 --memory 16 index.kind=HNSW32 mesh.fsdp=true",
-    )
-    overrides(plan)
-    plan.add_argument("--devices", type=_positive(int), metavar="N", help="plan for so many; default: this machine's")
-    plan.add_argument("--memory", type=_positive(float), metavar="GIB", help="of each device; default: what it reports")
-    plan.add_argument("--peak", type=_positive(float), metavar="TFLOPS", help="of each device, to tell a step's time")
-    plan.add_argument(
-        "--topology", metavar="TPU", help="compile for a TPU that is not there, such as v5e:2x4 (an extra)"
-    )
-    plan.add_argument("--sweep", action="store_true", help="plan for TPUs and GPUs of several kinds and numbers")
-    plan.add_argument("--json", action="store_true", help=json_help)
-    index = command("index", _index, "build the index of a corpus", "ragjax index configs/factbook.yaml")
-    train = command(
-        "train",
-        _train,
-        "train, going on from the newest checkpoint in `output`",
-        "ragjax train configs/factbook.yaml train.steps=100 output=runs/mine",
-    )
-    evaluate = command(
-        "evaluate",
-        _evaluate,
-        "measure answers and retrieval, before and after training, going on where the same evaluation was stopped",
-        "ragjax evaluate configs/factbook.yaml evaluate.max_questions=20",
-    )
-    for sub in (index, train, evaluate):
-        overrides(sub)
-        distributed(sub)
-    evaluate.add_argument("--json", action="store_true", help=json_help)
-    report = command(
-        "index-report",
-        _index_report,
-        "measure an index: what it misses, its speed and size, and what share of the prior the top k hold",
-        "ragjax index-report configs/factbook.yaml --questions 200 --plot report.png",
-    )
-    overrides(report)
-    report.add_argument("--questions", type=_positive(int), default=200, metavar="N", help="of evaluate.split, drawn")
-    report.add_argument("--plot", type=Path, metavar="FILE", help="mass and recall over k, as .png or .svg (an extra)")
-    report.add_argument("--json", action="store_true", help=json_help)
-    answer = command(
-        "answer",
-        _answer,
-        "answer questions, with documents and probabilities; exit code 2 if there was one that cannot be answered",
-        'ragjax answer configs/factbook.yaml "What is the capital of France?" --set decode.num_docs=5',
-    )
-    answer.add_argument("questions", nargs="+", metavar="QUESTION", help="a question; - reads one a line from input")
-    answer.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="replaces a value")
-    answer.add_argument(
-        "--mode", choices=("exact", "thorough", "certified", "fast", "closed_book"), help="instead of decode.mode"
-    )
-    answer.add_argument("--untrained", action="store_true", help="with the pretrained models")
-    answer.add_argument("--json", action="store_true", help="print one JSON object a line for programs")
-    summary = "split a Hugging Face RAG checkpoint into what ragjax reads"
-    importing = command("import", _import, summary, "ragjax import hf:ORG/RAG rag", config=False)
-    importing.add_argument("source", metavar="SOURCE", help="a folder or hf:ORG/NAME@REVISION")
-    summary = "write a run as Hugging Face checkpoints"
-    exporting = command("export", _export, summary, "ragjax export runs/factbook exported", config=False)
-    exporting.add_argument("source", metavar="RUN", help="the output folder of a run")
-    for sub in (importing, exporting):
-        sub.add_argument("out", metavar="OUT", help="a folder that does not exist yet")
-    summary = "compare all files of a run, an index or an exported folder with their checksums"
-    verifying = command("verify", _verify, summary, "ragjax verify runs/factbook", config=False)
-    verifying.add_argument("folder", metavar="RUN|INDEX|EXPORTED", help="its folder")
-    verifying.add_argument("--json", action="store_true", help=json_help)
-    summary = "print the resolved configuration; without a CONFIG all keys with their defaults and meanings"
-    config = command("config", _config, summary, "ragjax config configs/factbook.yaml", config=False)
-    config_argument(config, nargs="?")
-    overrides(config)
-    config.add_argument("--list", action="store_true", help="list the ready-made configurations, with a line on each")
-    config.add_argument("--schema", action="store_true", help="print the JSON Schema of a CONFIG, for editors")
-    return parser
-
-
-def _positive(number: Callable[[str], Any]) -> Callable[[str], Any]:
-    """For argparse: an int or a float above 0."""
-
-    def above_zero(text: str) -> Any:
-        if (value := number(text)) <= 0:
-            raise ValueError
-        return value
-
-    above_zero.__name__ = f"{number.__name__} above 0"
-    return above_zero
-
-
-def ready_made() -> dict[str, Path]:
-    """The configurations that come with ragjax, by name: in the package, or beside it in a clone."""
-    package = Path(__file__).parent
-    folder = next((f for f in (package / "configs", package.parent / "configs") if f.is_dir()), package)
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def _load(options: argparse.Namespace) -> Config:
@@ -321,7 +158,7 @@ def _train(options: argparse.Namespace) -> int:
 
 def _evaluate(options: argparse.Namespace) -> int:
     from ragjax.commands.evaluate import evaluate
-    from ragjax.commands.metrics_table import print_metrics
+    from ragjax.evaluation.metrics_table import print_metrics
     from ragjax.parallel.processes import is_process_zero
 
     try:
@@ -348,6 +185,34 @@ def _answer(options: argparse.Namespace) -> int:
     return answer_from_command_line(
         config, options.questions, options.mode or config.decode.mode, options.untrained, options.json
     )
+
+
+def _report(options: argparse.Namespace) -> int:
+    from ragjax.commands.report import write_report
+
+    folders = [options.folder] if options.other is None else [options.folder, options.other]
+    _tell(f"report: {write_report(folders, options.out)}")
+    return 0
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from ragjax.commands.serve import ServeOptions, serve
+
+    serve(
+        _load(options),
+        ServeOptions(
+            host=options.host,
+            port=options.port,
+            token_file=options.token_file,
+            allowed_hosts=tuple(options.allow_host),
+            waiting=options.queue,
+            batch=options.batch,
+            deadline_s=options.deadline,
+            log_questions=options.log_questions,
+            untrained=options.untrained,
+        ),
+    )
+    return 0
 
 
 def _import(options: argparse.Namespace) -> int:
@@ -390,3 +255,19 @@ def _config(options: argparse.Namespace) -> int:
     else:
         print(default_config(), end="")
     return 0
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "plan": _plan,
+    "index": _index,
+    "train": _train,
+    "evaluate": _evaluate,
+    "index-report": _index_report,
+    "answer": _answer,
+    "report": _report,
+    "serve": _serve,
+    "import": _import,
+    "export": _export,
+    "verify": _verify,
+    "config": _config,
+}

@@ -11,6 +11,7 @@ import string
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -33,6 +34,8 @@ UNSPACED_CHARACTER = regex.compile(rf"([{UNSPACED}])")
 # A vowel sign or accent belongs to its letter, and a character of a script without spaces is a word.
 LETTER = rf"(?:(?![{UNSPACED}])[\w\p{{M}}])"
 WORD = regex.compile(rf"{LETTER}+(?:(?:\.|(?<=\d),(?=\d)){LETTER}+)*|(?!\p{{P}})[{UNSPACED}]")
+
+CALIBRATION_BINS = 10
 
 Words = Callable[[str], list[str]]  # what is compared of an answer
 
@@ -108,16 +111,36 @@ def normalized_words(text: str) -> str:
     return " ".join(word for word in found if word not in ("a", "an", "the"))
 
 
+@dataclass(frozen=True)
+class CalibrationBin:
+    """The answers whose confidence lies in one bin: their mean confidence, the share right, and how many they are."""
+
+    confidence: float
+    accuracy: float
+    count: int
+
+
+def calibration_bins(
+    confidence: Float[np.ndarray, " n"], correct: Bool[np.ndarray, " n"], bins: int = CALIBRATION_BINS
+) -> list[CalibrationBin]:
+    """The bins of equal width that hold an answer, by confidence (0 to 1)."""
+    confidence, hits = np.asarray(confidence, np.float64), np.asarray(correct, np.float64)
+    which = np.clip((confidence * bins).astype(int), 0, bins - 1)
+    return [
+        CalibrationBin(float(confidence[inside].mean()), float(hits[inside].mean()), int(inside.sum()))
+        for number in range(bins)
+        if (inside := which == number).any()
+    ]
+
+
 def expected_calibration_error(
-    confidence: Float[np.ndarray, " n"], correct: Bool[np.ndarray, " n"], bins: int = 10
+    confidence: Float[np.ndarray, " n"], correct: Bool[np.ndarray, " n"], bins: int = CALIBRATION_BINS
 ) -> float:
     """The mean distance between confidence (0 to 1) and accuracy, over bins of equal width weighted by their size."""
-    confidence, hits = np.asarray(confidence, np.float64), np.asarray(correct, np.float64)
-    if not len(confidence):
+    filled = calibration_bins(confidence, correct, bins)
+    if not filled:
         return float("nan")
-    which = np.clip((confidence * bins).astype(int), 0, bins - 1)
-    distance = np.bincount(which, weights=confidence - hits, minlength=bins)
-    return float(np.abs(distance).sum() / len(confidence))
+    return sum(of.count * abs(of.confidence - of.accuracy) for of in filled) / len(confidence)
 
 
 def bootstrap_interval(values: Float[np.ndarray, " n"], seed: int, n: int = 1000) -> tuple[float, float]:

@@ -43,6 +43,8 @@ from ragjax.data.prompt import make_prompt
 from ragjax.data.questions import read_questions
 from ragjax.data.tokenizer import Tokenizer
 from ragjax.errors import InputError
+from ragjax.evaluation.report_page import report_page
+from ragjax.evaluation.run_results import read_run_results
 from ragjax.rag import _special_tokens
 from ragjax.retrieval import bm25
 from ragjax.retrieval.index import MADE_OF, open_index, write_index
@@ -252,9 +254,59 @@ def write_index_of_two_shards(folder: Path) -> None:
     assert bm25.build_bm25(folder, "sha256:c")
 
 
+def write_run(folder: Path) -> None:
+    """As an evaluation leaves it, as small as can be."""
+    folder.mkdir()
+    (folder / "config.yaml").write_text(
+        "output: run\ncorpus: {source: c}\nretriever: {source: r}\ngenerator: {source: g}\n"
+    )
+    (folder / "train.jsonl").write_text('{"step": 1, "loss": 2.5, "recall": 0.5}\n{"step": 2, "loss": 2.25}\n')
+    score = {"exact_match": 1.0, "f1": 1.0, "contains": 1.0, "equal_as_nothing": False}
+    measured = {
+        "step": 2,
+        "questions": 1,
+        "answered": 1,
+        "recall@1": 1.0,
+        "top_k_mass": 0.5,
+        "mass_over_k": [0.5],
+        "recall_over_k": [1.0],
+        "gold_nll": 0.5,
+        "calibration_error": 0.25,
+        "exact": score | {"exact_match_interval": [1.0, 1.0], "equal_as_nothing": 0, "proved": {"top_k": 1.0}},
+        "thorough": score | {"exact_match_interval": None, "equal_as_nothing": 0},
+        "exact_and_thorough_differ": {"questions": 1, "exact_right": 1, "thorough_right": 0},
+    }
+    report = {"split": "test", "decode": {"num_docs": 1}, "models": {"trained": measured}}
+    (folder / "metrics.json").write_text(json.dumps(report))
+    document = {"id": "p", "passage": 0, "title": "T", "right": True, "prior": 1.0, "p_answer": 0.5, "posterior": 1.0}
+    proposed = {
+        "text": "A",
+        "finished": True,
+        "thorough": 0.5,
+        "bounds": [0.5, 0.75],
+        "given": [0.5],
+        "beams": {"0": 0.5},
+    }
+    proof = {
+        "proved": {"top_k": True, "corpus": None},
+        "documents_read": 1,
+        "steps": 2,
+        "probability_bounds": [0.5, 0.75],
+    }
+    modes = {"exact": {"p_answer": 0.5, "finished": True} | proof, "thorough": {"p_answer": 0.5, "finished": True}}
+    line = {"model": "trained", "line": 1, "id": "q", "question": "Who?", "gold": ["A"], "answer": "A", "p_answer": 0.5}
+    line |= {"answers": {"exact": "A", "thorough": "B"}, "scores": {"exact": score, "thorough": score}, "modes": modes}
+    line |= {"gold_nll": 0.5, "mass_outside": 0.5, "proposed": [proposed], "documents": [document]}
+    (folder / "predictions.jsonl").write_text(json.dumps(line) + "\n")
+    (folder / "passages.jsonl").write_text('{"passage": 0, "id": "p", "title": "T", "text": "A text"}\n')
+    at_k = {"k": 1, "answered": 0.5, "mass": {"mean": 0.5, "median": 0.5}}
+    (folder / "index_report.json").write_text(json.dumps({"k": [at_k, at_k | {"k": 2}]}))
+
+
 def write_all(folder: Path) -> None:
     """One folder for each group of readers."""
     folder.mkdir(exist_ok=True)
+    write_run(folder / "run")
     data = folder / "data"
     data.mkdir()
     (data / "passages.jsonl").write_text(
@@ -383,6 +435,12 @@ def read_index(folder: Path) -> None:
         store.tokens(i)
 
 
+def read_report(folder: Path) -> None:
+    """Whatever is read can be drawn, beside another run, too."""
+    run = read_run_results(folder)
+    report_page([run, run])
+
+
 def read_bm25(folder: Path) -> None:
     with mock.patch.object(bm25, "CHECKED_AT_ONCE", 0):  # as of large files, whose contents are not compared
         bm25.open_bm25(folder, "sha256:c", 6).search(["the text of title 3"], 3)
@@ -414,6 +472,8 @@ READERS = [
     Reader("data/train.jsonl", lambda folder: _lines_until(folder / "train.jsonl", 9), as_lines, 40),
     Reader("data/manifest.json", lambda folder: _check_same_inputs(folder / "manifest.json", {"corpus": "c"}), few=40),
     Reader(f"data/{MADE_OF}", lambda folder: read_saved_stats(folder, BUILT_OF), few=40),
+    *(Reader(f"run/{name}.jsonl", read_report, as_lines) for name in ("predictions", "passages", "train")),
+    *(Reader(f"run/{name}.json", read_report) for name in ("metrics", "index_report")),
     Reader("bert/config.json", read_encoder),
     Reader("llama/config.json", read_generator),
     Reader("bart/config.json", read_generator),

@@ -94,3 +94,4 @@ def test_the_four_commands(programs: Path, world: Path, tmp_path: Path) -> None:
     assert json.loads(ragjax("evaluate", "runs/tiny", "--json"))["models"].keys() == {"untrained", "trained"}
     [answer] = map(json.loads, ragjax("answer", "runs/tiny", "--json", "What is the capital of Arland?").splitlines())
     assert len(answer["documents"]) == 3
+    assert ragjax("report", "runs/tiny") == "report: runs/tiny/report.html\n"  # its templates came along

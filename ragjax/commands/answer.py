@@ -16,6 +16,7 @@ from ragjax.answerer import Answer, open_answerer
 from ragjax.config import Config, check_mode
 from ragjax.data.questions import text_problem
 from ragjax.errors import InputError
+from ragjax.pages.wording import proof_text
 from ragjax.signals import check
 from ragjax.terminal import Screen, terminal, visible
 
@@ -138,19 +139,7 @@ def print_answer(answer: Answer, console: Screen) -> None:
     if answer.scores is not None:
         console.print("the best for certain after {} of {} scores".format(*answer.scores))
     if answer.proved is not None:
-        console.print(proof_text(answer))
-
-
-def proof_text(answer: Answer) -> str:
-    """What was proved of an exact answer, in one line."""
-    assert answer.proved is not None
-    count = len(answer.documents)
-    read = f"{answer.documents_read} of {count} document{'s' if count > 1 else ''} read, {answer.steps} steps"
-    if answer.proved["corpus"]:
-        return f"proved: no other answer is likelier, whatever the other passages of the corpus say ({read})"
-    if answer.proved["top_k"]:
-        return f"proved: no other answer is likelier under these documents ({read})"
-    return f"not proved: the likeliest of the answers found, and another one may be likelier ({read})"
+        console.print(proof_text(dataclasses.asdict(answer)))
 
 
 def _plain(text: str) -> str:

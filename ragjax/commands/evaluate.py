@@ -15,20 +15,26 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from ragjax.answerer import Answerer, repeat_to_size
+from ragjax.answerer import Answerer
+from ragjax.answering.batch_answerer import repeat_to_size
 from ragjax.checkpoints.hub import fingerprint_files
-from ragjax.commands.predictions import (
-    chosen_answer,
-    document_shares,
-    prediction_line,
-    score_modes,
-    summarise,
-    unanswered_line,
-)
 from ragjax.config import Config, answer_modes, most_documents
 from ragjax.data.answer_matching import has_answer
 from ragjax.data.question_batch import drop_unfit_questions, question_batch, tokenize_answer, tokenize_questions
 from ragjax.data.questions import Question, Split, as_json
+from ragjax.evaluation.predictions import (
+    METRICS,
+    PASSAGES,
+    PREDICTIONS,
+    chosen_answer,
+    document_shares,
+    passage_lines,
+    prediction_line,
+    proposed_answers,
+    score_modes,
+    summarise,
+    unanswered_line,
+)
 from ragjax.files import atomic_write, check_writable, write_jsonl
 from ragjax.parallel.mesh import command_mesh
 from ragjax.parallel.processes import allgather_text, is_process_zero, run_on_process_zero, wait_for_all
@@ -44,7 +50,6 @@ from ragjax.terminal import progress_bar, terminal
 
 RETRIEVAL_BATCH = 64
 VERSION = 1  # of predictions.jsonl: changes with the meaning of a key
-METRICS, PREDICTIONS = "metrics.json", "predictions.jsonl"
 BatchResults = dict[int, list[Any]]  # one result a question, by the number of the batch's first question
 
 
@@ -54,8 +59,8 @@ def evaluate(config: Config) -> dict[str, Any]:
     Retrieval is measured on every question of the split, answers on the first `evaluate.max_questions` (before
     training: `evaluate.max_untrained_questions`), each of `evaluate.modes` in a pass of its own. Questions are split
     over the devices of each process, and batches of them over the processes, each of which holds the models. Writes
-    metrics.json and predictions.jsonl into `output`, and returns the metrics. A question that cannot be asked counts as
-    wrong, and as not found; `answerable` has the figures without such.
+    metrics.json, predictions.jsonl and passages.jsonl into `output`, and returns the metrics. A question that cannot be
+    asked counts as wrong, and as not found; `answerable` has the figures without such.
 
     The results of each batch are kept in predictions.N.partial, N the process, until all is done: the same evaluation,
     begun again, goes on. Raises `InputError` for bad input.
@@ -100,6 +105,7 @@ def evaluate(config: Config) -> dict[str, Any]:
         def write() -> None:
             with atomic_write(folder / METRICS) as (file,):
                 file.write(json.dumps(report, indent=1).encode() + b"\n")
+            write_jsonl(folder / PASSAGES, passage_lines(store, predictions))
             write_jsonl(folder / PREDICTIONS, ({"version": VERSION} | line for line in predictions))
             progress.delete()
 
@@ -225,7 +231,7 @@ def _measure(
 
 
 def _measure_retrieval(answerer: Answerer, split: Split, name: str, progress: EvaluationProgress) -> dict[str, Any]:
-    """Recall of the encoder at 1, 5 and k, and the mean share of the whole corpus's softmax that the top k hold.
+    """Recall of the encoder at 1, 5 and k, and the mean share of the whole corpus's softmax of the top 1, 2, … k.
 
     With `retriever.bm25_docs` the recall of BM25, too, and of the K documents of both, whose share it is then.
     """
@@ -233,7 +239,7 @@ def _measure_retrieval(answerer: Answerer, split: Split, name: str, progress: Ev
     k, more = settings.decode.num_docs, settings.retriever.bm25_docs
     ranks = sorted({1, 5, k, k + more})
 
-    def hits_and_mass(batch: list[Question]) -> list[tuple[dict[str, list[bool]], float | None]]:
+    def hits_and_mass(batch: list[Question]) -> list[tuple[dict[str, list[bool]], list[float] | None]]:
         texts = [q.question for q in batch]
         questions = tokenize_questions(rag.tokenizers, texts)
         retrieval = retrieve(rag, answerer.params, index, questions, ranks[-1], answerer.mesh)
@@ -247,14 +253,17 @@ def _measure_retrieval(answerer: Answerer, split: Split, name: str, progress: Ev
         ]
         if not index.on_devices:
             return [(by, None) for by in hits]
-        mass = log_prior_mass(rag, index, retrieval, k + more, answerer.mesh)
-        return list(zip(hits, np.exp(mass).tolist(), strict=True))
+        mass = np.exp(log_prior_mass(rag, index, retrieval, answerer.mesh)).astype(np.float64)
+        return list(zip(hits, mass.tolist(), strict=True))
 
     measured = progress.measure(f"retrieve ({name})", answerer, split.questions, RETRIEVAL_BATCH, hits_and_mass)
     keys = [("", at) for at in ranks] + ([("bm25_", at) for at in ranks] + [("hybrid_", k + more)] if more else [])
     recall = {f"{by}recall@{at}": sum(any(hits[by][:at]) for hits, _ in measured) for by, at in keys}
     metrics: dict[str, Any] = {"questions": len(split)} | {key: count / len(split) for key, count in recall.items()}
-    metrics["top_k_mass"] = float(np.mean([mass for _, mass in measured])) if index.on_devices else None
+    mass_over_k = np.mean([mass for _, mass in measured], axis=0).tolist() if index.on_devices else None
+    metrics["top_k_mass"] = None if mass_over_k is None else mass_over_k[k + more - 1]
+    found = np.logical_or.accumulate([hits[""] for hits, _ in measured], axis=1)
+    metrics |= {"recall_over_k": (found.sum(axis=0) / len(split)).tolist(), "mass_over_k": mass_over_k}
     if split.left_out:
         metrics["answerable"] = {key: count / len(measured) for key, count in recall.items()}
     return metrics
@@ -285,8 +294,10 @@ def _predict(
         candidates, gold_logp = answerer.candidates(questions, retrieval, reading[0], gold)
         for b, (result, own) in enumerate(zip(results, candidates, strict=True)):
             result["modes"] |= {mode: chosen_answer(answerer, own, mode) for mode in reading}
-            result["documents"] = document_shares(answerer, retrieval, b, own, reading[0])
+            right = has_answer(answerer.store, batch[b], retrieval.ids[b])
+            result["documents"] = document_shares(answerer, retrieval, b, own, reading[0], right)
             result["candidates"] = len(own.tokens)
+            result["proposed"] = proposed_answers(answerer, own, reading[0], len(result["documents"]))
     elif retrieval is not None and gold is not None:
         gold_logp = answerer.gold_logp(questions, retrieval, gold)
     if "closed_book" in modes:
@@ -294,7 +305,10 @@ def _predict(
         for result, own in zip(results, closed, strict=True):
             result["modes"]["closed_book"] = chosen_answer(answerer, own, "closed_book")
     seconds = (time.perf_counter() - began) / len(batch)
+    outside = answerer.mass_outside(retrieval) if with_gold and retrieval is not None else None
     for b, result in enumerate(results):
+        if outside is not None:
+            result["mass_outside"] = float(outside[b])
         if gold_logp is not None:
             result["gold_nll"] = None if golds[b] is None else -float(gold_logp[b])
         for mode in modes if timed else []:

@@ -53,8 +53,18 @@ Probability = Annotated[float, Field(ge=0, lt=1)]
 S = TypeVar("S", bound="Section")
 
 
-class Section(BaseModel):
-    """A part of the configuration. Its values cannot be changed; `replace` makes a copy with other ones."""
+class _Checked(type(BaseModel)):  # type: ignore[misc]
+    """What a program gives is refused in the same words as what stands in a file."""
+
+    def __call__(cls, **values: Any) -> Any:
+        return validated(cls, values)
+
+
+class Section(BaseModel, metaclass=_Checked):
+    """A part of the configuration. Its values cannot be changed; `replace` makes a copy with other ones.
+
+    `Config(**tree)` makes one of a tree of values, as of YAML; it raises `InputError` for what is wrong in it.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 

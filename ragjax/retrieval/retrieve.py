@@ -138,9 +138,9 @@ def mass_outside(
 
 
 def log_prior_mass(
-    rag: RagPipeline, index: Index, retrieval: RetrievalResult, k: int, mesh: Mesh | None = None
-) -> Float[np.ndarray, " B"]:
-    """Log of the share of the whole corpus's softmax that the best k documents hold, at most 0 but for rounding."""
+    rag: RagPipeline, index: Index, retrieval: RetrievalResult, mesh: Mesh | None = None
+) -> Float[np.ndarray, "B K"]:
+    """Log of the share of the corpus's softmax that the best 1, 2, … K documents hold: at most 0, but for rounding."""
     scale = rag.config.retriever.logit_scale
     normalizer = index.log_normalizer(retrieval.queries, scale, mesh)
-    return np.asarray(jax.nn.logsumexp(jax.device_put(scale * retrieval.scores[:, :k]), axis=-1) - normalizer)
+    return np.logaddexp.accumulate(scale * retrieval.scores, axis=1) - normalizer[:, None]

@@ -16,10 +16,10 @@ from trained import STEPS
 
 from ragjax.cli import main
 from ragjax.commands import evaluate as evaluate_module
-from ragjax.commands.metrics_table import print_metrics
-from ragjax.commands.predictions import summarise
 from ragjax.data.questions import read_questions
 from ragjax.errors import InputError
+from ragjax.evaluation.metrics_table import print_metrics
+from ragjax.evaluation.predictions import summarise
 from ragjax.files import write_jsonl
 from ragjax.metrics import exact_match, expected_calibration_error, f1
 from ragjax.parallel.mesh import local_mesh
@@ -28,6 +28,7 @@ from ragjax.runs.run_dir import load_run_config
 
 Capture = pytest.CaptureFixture[str]
 MODES = ("thorough", "fast", "closed_book")
+FILES = ("metrics.json", "predictions.jsonl", "passages.jsonl")
 
 
 def predictions(folder: Path) -> list[dict[str, Any]]:
@@ -115,15 +116,15 @@ def test_the_size_of_batches_and_a_cache_change_nothing(
         "decode.passage_cache_gib=0.01",
     ]
     capsys.readouterr()
-    whole, lines = (run / "metrics.json").read_bytes(), (run / "predictions.jsonl").read_bytes()
+    before = {name: (run / name).read_bytes() for name in FILES}
     try:
         assert main(["evaluate", str(run / "config.yaml"), "--json", *settings]) == 0
         alone = predictions(run)
         shown = json.loads(capsys.readouterr().out)
         assert shown == json.loads((run / "metrics.json").read_text())
     finally:
-        (run / "metrics.json").write_bytes(whole)
-        (run / "predictions.jsonl").write_bytes(lines)
+        for name, data in before.items():
+            (run / name).write_bytes(data)
     assert shown["models"].keys() == {"trained"}
     assert (shown["models"]["trained"]["questions"], shown["models"]["trained"]["answered"]) == (8, 2)
     cache = shown["models"]["trained"]["passage_cache"]
@@ -310,9 +311,9 @@ def test_an_evaluation_goes_on_where_it_was_stopped(
     assert made == whole[-2:], "the one that was stopped, and the one whose line was cut"
     assert of_whole > 0 and len(searches) == 0
     assert "going on with an evaluation that was stopped" in capsys.readouterr().err
-    for name in ("metrics.json", "predictions.jsonl"):
+    for name in FILES:
         assert (pieces / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    assert sorted(path.name for path in pieces.iterdir()) == ["checkpoints", "metrics.json", "predictions.jsonl"]
+    assert sorted(path.name for path in pieces.iterdir()) == sorted(["checkpoints", *FILES])
 
     made.clear()
     stop = len(whole)
@@ -349,7 +350,7 @@ def test_without_a_checkpoint_the_pretrained_models_are_measured(
     assert main(["evaluate", str(run / "config.yaml"), *settings]) == 0
     table = capsys.readouterr().out
     assert "untrained" in table and "step " not in table
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["metrics.json", "predictions.jsonl"]
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == sorted(FILES)
     measured = json.loads((tmp_path / "new" / "metrics.json").read_text())["models"]
     assert measured == {"untrained": report["models"]["untrained"]}
 

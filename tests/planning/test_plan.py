@@ -180,7 +180,7 @@ def test_on_several_devices_each_has_its_part(world: Path, mesh: MeshSettings) -
     batch = question_batch(rag.tokenizers, ["What is the capital of the land of lands, and why?"] * count)
     nothing = np.zeros((count, config.decode.num_docs), np.float32)
     with on_mesh(answerer.mesh):
-        read, ids, _ = answerer._document_reader(
+        read, ids, _ = answerer.document_reader(
             batch, RetrievalResult(nothing, nothing.astype(np.int32), nothing, nothing)
         )
         memory = read(np.arange(ids.size))

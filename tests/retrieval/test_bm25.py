@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from ragjax.commands.metrics_table import print_metrics
 from trained import files, refused
 from world import LANDS, open_world, tiny_config
 
@@ -20,7 +21,6 @@ from ragjax.answerer import open_answerer
 from ragjax.cli import main
 from ragjax.commands.evaluate import evaluate
 from ragjax.commands.index import build_index
-from ragjax.commands.metrics_table import print_metrics
 from ragjax.commands.train import build_loader, load_data, train
 from ragjax.config import Config
 from ragjax.data.corpus import Passage

@@ -1,18 +1,27 @@
-"""The lines of predictions.jsonl, made of what each mode decoded, and the metrics that follow from them."""
+"""The lines of predictions.jsonl, made of what each mode decoded, and the metrics that follow from them.
+
+RUN/predictions.jsonl   one line a question and model
+RUN/passages.jsonl      each passage that they name, once
+RUN/metrics.json        the metrics
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool, Float
 
 from ragjax.answerer import Answerer
+from ragjax.data.passage_store import PassageStore
 from ragjax.data.questions import LeftOut, Question
 from ragjax.decoding.candidates import Candidates
 from ragjax.metrics import answer_words, bootstrap_interval, expected_calibration_error, score_answer
 from ragjax.retrieval.retrieve import RetrievalResult
 
+METRICS, PREDICTIONS, PASSAGES = "metrics.json", "predictions.jsonl", "passages.jsonl"
 COMPARED = (("exact", "thorough"), ("thorough", "fast"))
 
 
@@ -37,20 +46,59 @@ def chosen_answer(answerer: Answerer, candidates: Candidates, mode: str) -> dict
 
 
 def document_shares(
-    answerer: Answerer, retrieval: RetrievalResult, b: int, candidates: Candidates, mode: str
+    answerer: Answerer,
+    retrieval: RetrievalResult,
+    b: int,
+    candidates: Candidates,
+    mode: str,
+    right: Bool[np.ndarray, " K"],
 ) -> list[dict[str, Any]]:
-    """The documents of question b, with p(y|x,z) and p(z|x,y) of the answer chosen; None where they are not known."""
+    """The documents of question b, with p(y|x,z) and p(z|x,y) of the answer chosen; None where they are not known.
+
+    `passage` is its number in the index, and `right` says whether it answers the question.
+    """
     best, logp, posterior = candidates.best(mode)[0], candidates.doc_logp, candidates.posterior
     return [
         {
             "id": document.id,
+            "passage": int(retrieval.ids[b, z]),
             "title": document.title,
+            "right": bool(right[z]),
             "prior": document.prior,
             "p_answer": None if logp is None else float(np.exp(logp[z, best])),
             "posterior": None if posterior is None else float(posterior[z, best]),
         }
         for z, document in enumerate(answerer.documents(retrieval, b))
     ]
+
+
+def proposed_answers(answerer: Answerer, candidates: Candidates, mode: str, count: int) -> list[dict[str, Any]]:
+    """All candidates, best first; what is not known, or is 0, is left out.
+
+    `beams` has p(y|x,z) by the number of each of `count` documents that proposed y, `given` under every document. Four
+    digits are kept: these are to be looked at.
+    """
+    lines = []
+    for c in candidates.best(mode, len(candidates.tokens)):
+        line: dict[str, Any] = {"text": answerer.text(candidates.tokens[c]), "finished": bool(candidates.finished[c])}
+        for name, logp in (("fast", candidates.fast_logp), ("thorough", candidates.thorough_logp)):
+            if logp is not None:
+                [line[name]] = _probabilities(logp[c : c + 1])
+        if candidates.bounds is not None:
+            line["bounds"] = _probabilities(candidates.bounds[:, c])
+        proposed = candidates.beam_logp[:count, c] > -np.inf
+        if proposed.any():
+            beams = enumerate(_probabilities(candidates.beam_logp[:count, c]))
+            line["beams"] = {str(z): p for z, p in beams if proposed[z]}
+        if candidates.doc_logp is not None:
+            line["given"] = _probabilities(candidates.doc_logp[:count, c])
+        lines.append(line)
+    return lines
+
+
+def _probabilities(logp: Float[np.ndarray, " n"]) -> list[float]:
+    """With four digits each, and none below 1e-9."""
+    return [float(f"{p:.4g}") if p >= 1e-9 else 0.0 for p in np.exp(logp).tolist()]
 
 
 def prediction_line(answerer: Answerer, question: Question, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -73,9 +121,17 @@ def prediction_line(answerer: Answerer, question: Question, results: Sequence[di
         "finished": by_mode[first]["finished"],
         "gold_nll": about["gold_nll"],
         "candidates": about["candidates"],
+        "mass_outside": about.get("mass_outside"),
+        "proposed": about["proposed"],
         "modes": by_mode,
         "documents": about["documents"],
     }
+
+
+def passage_lines(store: PassageStore, predictions: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Each passage that the lines name, once, by its number in the index."""
+    numbers = {document["passage"] for line in predictions for document in line.get("documents", ())}
+    return ({"passage": i} | dataclasses.asdict(store[i]) for i in sorted(numbers))
 
 
 def unanswered_line(question: LeftOut) -> dict[str, Any]:

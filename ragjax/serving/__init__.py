@@ -1,0 +1,1 @@
+"""`ragjax serve`: questions over HTTP. One worker answers in batches (`batching.py`); `guard.py` keeps it safe."""

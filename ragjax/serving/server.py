@@ -1,0 +1,93 @@
+"""Runs the application: uvicorn with bounds of its own, and a stop that answers what was asked before."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from typing import Any
+
+import h11
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from ragjax.errors import InputError
+from ragjax.serving.app import Server
+from ragjax.terminal import terminal
+
+HEAD_BYTES = 16 << 10  # the longest head of a request
+BACKLOG = 256
+
+
+class PromptProtocol(H11Protocol):
+    """Hangs up on a client that sends the head of a request too slowly, or none at all."""
+
+    receive_s = 10.0
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.conn.their_state is h11.IDLE:
+            self._watch()  # of a head that has only begun
+        elif self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        super().connection_lost(exc)
+
+    def _watch(self) -> None:
+        if self._timer is None:
+            self._timer = self.loop.call_later(self.receive_s, self._hang_up)
+
+    def _hang_up(self) -> None:
+        self._timer = None
+        if self.conn.their_state is h11.IDLE and not self.transport.is_closing():
+            self.transport.close()
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket that listens there; port 0 takes a free one. Raises `InputError` where that is not possible."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        listening = socket.create_server(address[:2], family=family, backlog=BACKLOG)
+    except OSError as error:
+        raise InputError(
+            f"{host}:{port}: cannot be listened on ({error.strerror or error}); give another port"
+        ) from None
+    return listening
+
+
+def run_server(server: Server, listening: socket.socket) -> uvicorn.Server:
+    """Serves until a signal stops it, having answered what was asked by then."""
+    uvicorn_server = make_uvicorn(server)
+    host, port = listening.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    terminal.print(f"serving {server.serving.name} at http://{shown}:{port}", soft_wrap=True)
+    uvicorn_server.run(sockets=[listening])
+    return uvicorn_server
+
+
+def make_uvicorn(server: Server) -> uvicorn.Server:
+    protocol: Any = type("Protocol", (PromptProtocol,), {"receive_s": server.limits.receive_s})
+    return uvicorn.Server(
+        uvicorn.Config(
+            server.application(),
+            http=protocol,
+            ws="none",
+            loop="asyncio",
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            backlog=BACKLOG,
+            h11_max_incomplete_event_size=HEAD_BYTES,
+            timeout_graceful_shutdown=round(server.limits.deadline_s) + 5,
+        )
+    )
