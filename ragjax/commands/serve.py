@@ -77,7 +77,7 @@ def read_token(path: Path) -> str:
 def examples(config: Config) -> list[str]:
     """Some questions of the test split to click on; none where it has gone."""
     try:
-        questions = read_split(config.questions.test, config.questions.columns).questions
+        questions = read_split(config.questions.test, config.questions).questions
     except InputError:
         return []
     step = max(1, len(questions) // EXAMPLES)

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
@@ -53,11 +53,17 @@ Probability = Annotated[float, Field(ge=0, lt=1)]
 S = TypeVar("S", bound="Section")
 
 
-class _Checked(type(BaseModel)):  # type: ignore[misc]
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass
+else:
+    ModelMetaclass = type(BaseModel)
+
+
+class _Checked(ModelMetaclass):
     """What a program gives is refused in the same words as what stands in a file."""
 
     def __call__(cls, **values: Any) -> Any:
-        return validated(cls, values)
+        return validated(cls, values)  # type: ignore[arg-type]
 
 
 class Section(BaseModel, metaclass=_Checked):

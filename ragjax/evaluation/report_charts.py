@@ -30,7 +30,7 @@ def training_curves(runs: Sequence[RunResults]) -> list[Chart]:
     for key, title, unit, share, log in CURVES:
         logged = [(run.name, [(step["step"], step[key]) for step in run.steps if key in step]) for run in runs]
         series = [
-            Series(name, *zip(*points, strict=True), window=max(1, len(points) // MEANS))
+            Series(name, [x for x, _ in points], [y for _, y in points], window=max(1, len(points) // MEANS))
             for name, points in logged
             if points
         ]

@@ -186,19 +186,17 @@ def read_run_results(folder: Path, name: str | None = None) -> RunResults:
     predictions: dict[str, list[Prediction]] = {model: [] for model in metrics["models"]}
     unanswered = dict.fromkeys(metrics["models"], 0)
     for where, record in _lines(folder / PREDICTIONS):
-        model = record.get("model")
-        if model not in predictions:
+        if (about := record.get("model")) not in predictions:
             raise InputError(f"{where}: is about another model than {path} measures; {AGAIN}")
         if "error" in record:
-            unanswered[model] += 1
+            unanswered[about] += 1
         else:
             prediction = _sound(_checked(Prediction, record, where), where)
-            if not prediction.modes.keys() <= metrics["models"][model].keys():
+            if not prediction.modes.keys() <= metrics["models"][about].keys():
                 raise InputError(f"{where}: tells of modes that {path} does not measure; {AGAIN}")
-            predictions[model].append(prediction)
-    passages = {
-        (of := _checked(_Passage, record, where)).passage: of.text for where, record in _lines(folder / PASSAGES)
-    }
+            predictions[about].append(prediction)
+    texts = [_checked(_Passage, record, where) for where, record in _lines(folder / PASSAGES)]
+    passages = {of.passage: of.text for of in texts}
     for of in (document for lines in predictions.values() for line in lines for document in line.documents):
         if of.passage not in passages:
             raise InputError(f"{folder / PASSAGES}: lacks passage {of.passage}, {of.id!a}; {AGAIN}")
@@ -218,7 +216,9 @@ def answer_json(prediction: Prediction, passages: dict[int, str]) -> dict[str, A
     """A prediction as `ragjax answer --json` prints an answer, so that it can be drawn; with four digits."""
     documents = prediction.documents
     chosen = prediction.modes[prediction.mode]
-    proved = chosen.proved and {claim: None if it is None else int(it) for claim, it in chosen.proved.items()}
+    proved = None
+    if chosen.proved is not None:
+        proved = {claim: None if it is None else int(it) for claim, it in chosen.proved.items()}
     return {
         "question": prediction.question,
         "text": prediction.answer,

@@ -64,7 +64,7 @@ async def stage_events(
     answer: asyncio.Future[Answer | Exception],
 ) -> AsyncIterator[str]:
     """Event `retrieval` with stage 1, then `answer` with all four, or `problem` with a text."""
-    found = asyncio.ensure_future(documents.get())
+    found: asyncio.Future[Any] = asyncio.ensure_future(documents.get())
     try:
         await asyncio.wait({found, answer}, return_when=asyncio.FIRST_COMPLETED)
         if found.done():

@@ -49,8 +49,8 @@ class Telemetry:
 
     def failure(self, error: BaseException) -> None:
         """Where something went wrong within; what the error says may quote a question."""
-        [frame] = traceback.extract_tb(error.__traceback__)[-1:] or [None]
-        where = "" if frame is None else f" at {Path(frame.filename).name}:{frame.lineno}"
+        frames = traceback.extract_tb(error.__traceback__)
+        where = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
         said = f": {str(error)[:500]}" if self.log_questions else ""
         terminal.print(f"{type(error).__name__}{where}{said}", soft_wrap=True)
 

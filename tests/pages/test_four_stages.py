@@ -35,8 +35,9 @@ PRIOR = [0.7, 0.2, 0.1]
 
 def candidate(text: str, beam: list[float], given: list[float] | None, **more: Any) -> dict[str, Any]:
     fast = sum(p * b for p, b in zip(PRIOR, beam, strict=True))
-    thorough = None if given is None else sum(p * g for p, g in zip(PRIOR, given, strict=True))
-    posterior = None if given is None else [p * g / thorough for p, g in zip(PRIOR, given, strict=True)]
+    joint = None if given is None else [p * g for p, g in zip(PRIOR, given, strict=True)]
+    thorough = None if joint is None else sum(joint)
+    posterior = None if joint is None else [p / sum(joint) for p in joint]
     return {
         "text": text,
         "finished": True,

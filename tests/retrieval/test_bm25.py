@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from ragjax.commands.metrics_table import print_metrics
 from trained import files, refused
 from world import LANDS, open_world, tiny_config
 
@@ -28,6 +27,7 @@ from ragjax.data.passage_store import PassageStore, shard_folder, write_store
 from ragjax.data.question_batch import tokenize_questions
 from ragjax.data.questions import read_questions
 from ragjax.errors import InputError
+from ragjax.evaluation.metrics_table import print_metrics
 from ragjax.metrics import normalized_words
 from ragjax.parallel.mesh import make_mesh
 from ragjax.parallel.sharding import put_global, replicated
