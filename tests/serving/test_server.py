@@ -32,7 +32,7 @@ from ragjax.serving.server import bind
 from ragjax.serving.settings import Limits
 
 QUESTIONS = [f"Capital of {land}?" for land in LANDS[:8]]
-LIMITS = Limits(batch=2, receive_s=0.4, deadline_s=30)
+LIMITS = Limits(batch=2, receive_s=0.4, deadline_s=30.0)
 HEAD = "POST /v1/answer HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n"
 LOCKED = (("GET", "/metrics"), ("GET", "/openapi.json"), ("POST", "/v1/answer"), ("POST", "/stages"))
 
