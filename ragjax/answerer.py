@@ -317,8 +317,11 @@ class _RetrieverAnswerer(Answerer):
     ) -> tuple[Answerer, RetrievalResult, np.ndarray | None]:
         if given is not None:
             return super()._find(texts, batch, given)
-        store, found = search_elsewhere(self.rag, self.retriever, texts, self.rag.config.decode.num_docs)
-        return dataclasses.replace(self, store=store), found, None
+        distinct = list(dict.fromkeys(texts))  # batches are filled up
+        store, found = search_elsewhere(self.rag, self.retriever, distinct, self.rag.config.decode.num_docs)
+        rows = np.array([distinct.index(text) for text in texts])
+        of_all = (found.queries[rows], found.ids[rows], found.scores[rows], found.log_prior[rows])
+        return dataclasses.replace(self, store=store), RetrievalResult(*of_all), None
 
 
 def _shifted(

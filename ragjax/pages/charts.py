@@ -171,7 +171,7 @@ def _ticks(low: float, high: float, whole: bool = False) -> list[float]:
     power = 10.0 ** math.floor(math.log10(span / 4))
     step = next(power * of for of in (1, 2, 2.5, 5, 10) if power * of >= span / 5)
     if whole:
-        step = max(1.0, math.ceil(step))
+        step = max(1.0, float(math.ceil(step)))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(i * step, 12) for i in range(first, last + 1)]
 
