@@ -509,7 +509,7 @@ def test_prompts_are_read_no_wider_than_they_are(answerer: Answerer, monkeypatch
         read.append((source.shape[1], width, int(np.asarray(mask).sum(axis=1).max())))
         return prefill_documents(graph, params, source, mask, width)
 
-    monkeypatch.setattr("ragjax.answerer.prefill_documents", spy)
+    monkeypatch.setattr("ragjax.answering.batch_answerer.prefill_documents", spy)
     answerer.answer(QUESTIONS, mode="exact")
     assert len(read) > 1 and all(longest <= width < longest + 16 and width <= most for most, width, longest in read)
 
