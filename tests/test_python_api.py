@@ -222,4 +222,4 @@ def test_a_configuration_from_values(run: Path) -> None:
     with pytest.raises(InputError, match=r"Config: train\.steps is 'many'; expected a whole number"):
         ragjax.Config(**values)
     with pytest.raises(InputError, match="Config: corpus, generator, output, retriever must be given"):
-        ragjax.Config()
+        ragjax.Config()  # type: ignore[call-arg]

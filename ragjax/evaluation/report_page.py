@@ -150,7 +150,7 @@ def _comparison(ours: RunResults, theirs: RunResults) -> dict[str, Any] | None:
     found = np.array([[a.retrieved, b.retrieved] for a, b in both], np.float64)
     rows.append(("a right passage is retrieved", paired_difference(found[:, 0], found[:, 1])))
     warnings = []
-    if len(both) < min(map(len, lines)):
+    if len(both) < max(map(len, lines)):
         warnings.append(f"Only {len(both)} of {len(lines[0])} and {len(lines[1])} questions are the same.")
     if any(a.gold != b.gold for a, b in both):
         warnings.append("The right answers of some questions differ between the runs.")
