@@ -128,14 +128,14 @@ def test_in_bfloat16_the_proof_is_about_its_own_numbers(family: Family) -> None:
     words, by_step = enumerated(family)
     whole, other = (np.logaddexp.reduce(prior + s.sum(axis=-1), axis=1) for s in (by_step, enumerated(rough)[1]))
     likely = whole >= whole.max(axis=1, keepdims=True) - 1
-    rounding, proved = 2 * np.abs(whole - other).max(axis=1, where=likely, initial=0), 0
-    assert (rounding > 0).all()
+    rounding, proved = 2 * np.abs(whole - other).max(where=likely, initial=0), 0  # few are likely: of all questions
+    assert rounding > 0
     for b, found in enumerate(rough.exact(ONE_TOKEN)):
         best = next(0 if len(y) == 1 else 1 + words.index(y[0]) for y in with_end_of(found, family.special))
         assert likely[b, best]
-        np.testing.assert_allclose(found.marginal("exact")[0], whole[b, best], atol=rounding[b])
+        np.testing.assert_allclose(found.marginal("exact")[0], whole[b, best], atol=rounding)
         if found.proof is not None and found.proof.best:
-            assert whole[b, best] >= whole[b].max() - 2 * rounding[b] - TIE
+            assert whole[b, best] >= whole[b].max() - 2 * rounding - TIE
             proved += 1
     assert proved
 
