@@ -31,6 +31,8 @@ from ragjax.parallel.mesh import make_mesh
 
 pytestmark = pytest.mark.devices(8)
 
+pytestmark = pytest.mark.devices(8)
+
 
 def in_types(params: Params, like: Params) -> Params:
     return jax.tree.map(lambda x, leaf: np.asarray(x).astype(leaf.dtype), params, like)

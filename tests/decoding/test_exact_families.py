@@ -121,16 +121,18 @@ def test_every_answer_enumerated(family: Family, by_token: bool) -> None:
 def test_in_bfloat16_the_proof_is_about_its_own_numbers(family: Family) -> None:
     """Scored in float32 a proved answer is behind another one by no more than rounding takes from one and adds to one.
 
-    Prefix by prefix bfloat16 rounds otherwise than at once, but by as much: at most twice what it is off anywhere.
+    Both ways to compute in bfloat16, prefix by prefix and at once, are off by about the same for likely answers.
     """
     rounded = open_generator(GOLDEN / "llama-tiny" / "generator", dtype="bfloat16")
     rough, prior = replace(family, graphdef=rounded.graphdef), family.prior[..., None]
     words, by_step = enumerated(family)
     whole, other = (np.logaddexp.reduce(prior + s.sum(axis=-1), axis=1) for s in (by_step, enumerated(rough)[1]))
-    rounding, proved = 2 * np.abs(whole - other).max(), 0
+    likely = whole >= whole.max(axis=1, keepdims=True) - 1
+    rounding, proved = 2 * np.abs(whole - other).max(where=likely, initial=0), 0  # few are likely: of all questions
     assert rounding > 0
     for b, found in enumerate(rough.exact(ONE_TOKEN)):
         best = next(0 if len(y) == 1 else 1 + words.index(y[0]) for y in with_end_of(found, family.special))
+        assert likely[b, best]
         np.testing.assert_allclose(found.marginal("exact")[0], whole[b, best], atol=rounding)
         if found.proof is not None and found.proof.best:
             assert whole[b, best] >= whole[b].max() - 2 * rounding - TIE

@@ -314,6 +314,7 @@ def test_blocks_of_the_vocabulary(vocabulary: int, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.devices(8)
+@pytest.mark.devices(8)
 @pytest.mark.parametrize("model", [2, 4])
 def test_a_vocabulary_that_devices_share(model: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Values and both gradients of a table that lies whole; each device sends sums of its rows, and no part of it."""
