@@ -43,8 +43,8 @@ from ragjax.data.questions import read_questions
 from ragjax.data.tokenizer import Tokenizer
 from ragjax.errors import InputError
 from ragjax.rag import _special_tokens
+from ragjax.retrieval.building.made_of import read_made_of
 from ragjax.retrieval.index import MADE_OF, open_index, write_index
-from ragjax.retrieval.index_builder import read_saved_stats
 from ragjax.runs.metrics_log import _lines_until
 from ragjax.runs.run_dir import _check_same_inputs
 
@@ -405,7 +405,7 @@ READERS = [
     Reader("data/questions.jsonl", lambda folder: read_questions(folder / "questions.jsonl"), as_lines, 40),
     Reader("data/train.jsonl", lambda folder: _lines_until(folder / "train.jsonl", 9), as_lines, 40),
     Reader("data/manifest.json", lambda folder: _check_same_inputs(folder / "manifest.json", {"corpus": "c"}), few=40),
-    Reader(f"data/{MADE_OF}", lambda folder: read_saved_stats(folder, BUILT_OF), few=40),
+    Reader(f"data/{MADE_OF}", lambda folder: read_made_of(folder, BUILT_OF), few=40),
     Reader("bert/config.json", read_encoder),
     Reader("llama/config.json", read_generator),
     Reader("bart/config.json", read_generator),

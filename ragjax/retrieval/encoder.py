@@ -51,14 +51,14 @@ def embed_to_file(
 
     `params` are the passage encoder's, whole on every device of `local_mesh()`.
     """
-    batches = _embeddings(rag, params, token_rows)
+    batches = embed_batches(rag, params, token_rows)
     embed_passages(batches, len(token_rows), dtype=rag.config.index.dtype, path=path, progress=progress)
 
 
 def embed_in_memory(rag: RagPipeline, params: Params, token_rows: Sequence[Ids]) -> Float[np.ndarray, "n D"]:
     """As `embed_to_file`, in memory and in float32."""
     embeddings = np.zeros((len(token_rows), rag.passage_encoder.config.embedding_dim), np.float32)
-    for ids, vectors in _embeddings(rag, params, token_rows):
+    for ids, vectors in embed_batches(rag, params, token_rows):
         embeddings[ids] = vectors
     return embeddings
 
@@ -68,7 +68,11 @@ def _sharded_encode(graph: nnx.GraphDef, mesh: Mesh) -> Callable[..., Any]:
     return map_per_device(mesh, partial(encode, graph))
 
 
-def _embeddings(rag: RagPipeline, params: Params, token_rows: Sequence[Ids]) -> Iterator[EncodedBatch]:
+def embed_batches(rag: RagPipeline, params: Params, token_rows: Sequence[Ids]) -> Iterator[EncodedBatch]:
+    """Embeddings of passages with their places among these, batch by batch, by all devices of this process.
+
+    `params` are the passage encoder's, whole on every device of `local_mesh()`.
+    """
     mesh = local_mesh()
     return encoded_batches(
         partial(_sharded_encode(rag.passage_encoder.graphdef, mesh), params),

@@ -50,6 +50,7 @@ from ragjax.retrieval.faiss_index import (
     CHECKED_AT_ONCE,
     FAISS_FILE,
     OVERSAMPLE,
+    EarlierStructure,
     build_faiss,
     faiss_settings,
     read_faiss,
@@ -76,10 +77,10 @@ class Index:
 
     @property
     def version(self) -> str:
-        """ "sha256:…" over what it was built from: its passages, its encoder, its kind."""
+        """ "sha256:…" over what it was built from: its passages, its encoder, its kind, and by whom it was encoded."""
         parts = {"passages": self.manifest["corpus"]["fingerprint"], **self.manifest["fingerprints"]}
-        if "refreshed" in self.manifest:  # by an encoder that is trained
-            parts["refreshed"] = self.manifest["refreshed"]
+        # by an encoder that is trained; by somebody else; when there were fewer passages
+        parts |= {what: self.manifest[what] for what in ("refreshed", "vectors", "trained_on") if what in self.manifest}
         return f"sha256:{hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()}"
 
     @property
@@ -143,10 +144,13 @@ class Index:
     _corpus: DeviceIndex | None = field(default=None, repr=False)
 
 
-def write_index(folder: Path, kind: str, dtype: str, manifest_extra: Mapping[str, Any]) -> None:
+def write_index(
+    folder: Path, kind: str, dtype: str, manifest_extra: Mapping[str, Any], earlier: EarlierStructure | None = None
+) -> None:
     """Builds the FAISS structure over the shards in `folder`, if `kind` asks for one, and completes it with a manifest.
 
-    `manifest_extra` holds `fingerprints`, a name and a "sha256:…" for each thing the index was built from.
+    `manifest_extra` holds `fingerprints`, a name and a "sha256:…" for each thing the index was built from; `earlier` is
+    a structure of this kind that need not be trained anew.
     Raises `InputError` for a bad kind, too few passages to train it, a damaged shard, or a full disk.
     """
     folders = shard_folders(folder)
@@ -161,8 +165,10 @@ def write_index(folder: Path, kind: str, dtype: str, manifest_extra: Mapping[str
     if kind == "exact":
         (folder / FAISS_FILE).unlink(missing_ok=True)
     else:
-        files[FAISS_FILE] = write_faiss(folder / FAISS_FILE, build_faiss(embeddings, kind))
+        files[FAISS_FILE] = write_faiss(folder / FAISS_FILE, build_faiss(embeddings, kind, earlier))
         manifest["faiss"] = faiss_settings()
+        if earlier is not None:
+            manifest["trained_on"] = earlier.trained_on
     write_sealed(folder / MANIFEST, manifest | dict(manifest_extra) | {"files": files})
 
 
