@@ -38,7 +38,7 @@ from ragjax.retrieval.building.made_of import MadeOf
 from ragjax.retrieval.building.shard_plan import PassageKeys, ShardPlan, equal_shards, plan_growth
 from ragjax.retrieval.building.takeover import Takeover
 from ragjax.retrieval.faiss_index import check_kind, faiss_bytes, smaller_kinds
-from ragjax.retrieval.index import MADE_OF
+from ragjax.retrieval.index import MADE_OF, open_index, read_index_manifest
 from ragjax.retrieval.vector_files.source import open_vectors
 from ragjax.runs.restore import enable_compilation_cache
 from ragjax.runs.run_dir import check_processes_agree
@@ -46,6 +46,7 @@ from ragjax.terminal import progress_bar, terminal
 
 SAMPLE = 1000  # passages whose tokens are counted before the index is built
 MANY = 2**20  # bytes of an earlier build that are worth telling of
+QUERIES, RECALL_AT = 128, 10  # passages that are sought, and how deep
 
 
 def build_index(config: Config, source: str | None = None, rebuild: bool = False) -> Path:
@@ -108,6 +109,7 @@ def build_index(config: Config, source: str | None = None, rebuild: bool = False
             "fingerprint": made_of.stats.fingerprint,
         }
         run_on_process_zero(lambda: builder.finish(about, questions, made_of))
+    run_on_process_zero(lambda: _tell_recall(rag, folder, made_of.plan))
     return folder
 
 
@@ -226,6 +228,25 @@ def _plan_growth(earlier: EarlierIndex, keys: PassageKeys, size: int) -> ShardPl
         soft_wrap=True,
     )
     return plan
+
+
+def _tell_recall(rag: RagPipeline, folder: Path, plan: ShardPlan) -> None:
+    """How much a structure finds that was trained on an earlier corpus, with some passages as questions."""
+    if plan.earlier is None or (trained_on := read_index_manifest(folder).get("trained_on")) is None:
+        return
+    index = open_index(folder, rag.fingerprints)
+    new = np.repeat([number not in plan.kept for number in range(len(plan.counts))], plan.counts)
+    rng, shares = np.random.default_rng(rag.config.seed), list[str]()
+    for name, places in {"passages in shards that stay": ~new, "those in new ones": new}.items():
+        if places.any():
+            drawn = rng.permutation(np.flatnonzero(places))[:QUERIES]
+            share = index.measured_recall(np.asarray(index.embeddings[drawn], np.float32), min(RECALL_AT, len(index)))
+            shares.append(f"{share:.3f} for {name}")
+    terminal.print(
+        f"{index.kind} was trained when there were {trained_on:,} passages; recall@{RECALL_AT}, passages as questions: "
+        f"{', '.join(shares)}; --rebuild trains it anew",
+        soft_wrap=True,
+    )
 
 
 def _check_room(rag: RagPipeline, read: ReadPassages, made_of: MadeOf, new: Path) -> None:

@@ -235,6 +235,11 @@ def refreshed_index(rag: RagPipeline, base: Index, output: Path, step: int) -> I
     index = open_index(folder, rag.fingerprints, base.recall, REFRESHED_MEND)
     if len(index) != len(base):
         raise InputError(f"{folder}: holds {len(index)} passages and {rag.config.index.path} {len(base)}")
+    if index.manifest["corpus"]["fingerprint"] != base.manifest["corpus"]["fingerprint"]:
+        raise InputError(
+            f"{folder}: is of other passages than {rag.config.index.path} holds now; index those of then there, or "
+            "train anew with another output"
+        )
     return index
 
 
