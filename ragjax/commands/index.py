@@ -267,7 +267,7 @@ def _check_room(rag: RagPipeline, read: ReadPassages, made_of: MadeOf, new: Path
     faiss = None
     if index.kind not in ON_DEVICES and (faiss := faiss_bytes(index.kind, width, stats.count)) is not None:
         disk[index.kind] = faiss
-    there = sum(path.stat().st_size for path in new.rglob("*") if path.is_file())
+    there = sum(path.stat().st_size for path in new.rglob("*") if path.is_file() and path.stat().st_nlink == 1)
     stay = round((1 - made_of.plan.new_passages / stats.count) * (sum(disk.values()) - (faiss or 0)))
     need, free, memory = sum(disk.values()) - stay, free_disk(new), host_memory()
     parts = ", ".join(f"{'about ' if part == 'tokens' else ''}{size_text(size)} {part}" for part, size in disk.items())

@@ -160,10 +160,13 @@ class IndexBuilder:
         saved = read_made_of(self.partial, self.recipe)
         if saved is None or self.is_complete():
             return saved
+        same_vectors = same_source(saved.vectors, self.source)
         if self.existing is not None:
-            return saved if list(saved.plan.counts) == self.existing.counts else None
-        goes_on = saved.plan.earlier == (self.earlier.identity if self.earlier else None)
-        return saved if goes_on and same_source(saved.vectors, self.source) else None
+            goes_on = list(saved.plan.counts) == self.existing.counts and (self.source is None or same_vectors)
+        else:
+            goes_on = saved.plan.earlier == (self.earlier.identity if self.earlier else None)
+            goes_on &= same_vectors or self.earlier is not None
+        return saved if goes_on else None
 
     def save(self, made_of: MadeOf) -> None:
         """Keeps what is known of a build, for one that goes on with it."""

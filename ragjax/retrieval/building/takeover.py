@@ -102,15 +102,17 @@ class Takeover:
             return True
         ordered = theirs[self._order]
         if len(twice := np.unique(ordered[1:][ordered[1:] == ordered[:-1]])):
-            raise self._refused(f"{len(twice):,} ids stand twice", self._names(twice), "delete one of the vectors")
+            raise self._refused("{} ids stand twice", len(twice), self._names(twice), "delete one of the vectors")
         if len(lacking := np.setdiff1d(ours, ordered)):
             keys = set(lacking.tolist())
             some = list(islice((passage.id for passage in read() if _key(passage.id) in keys), NAMED))
-            what = f"{len(lacking):,} of {len(ours):,} passages have no vector"
-            raise self._refused(what, some, "embed them as the others, or take the corpus that the vectors are of")
+            what = f"{{}} of {len(ours):,} passages have no vector"
+            raise self._refused(
+                what, len(lacking), some, "embed them as the others, or take the corpus that the vectors are of"
+            )
         if not self._more and len(unknown := np.setdiff1d(ordered, ours)):
-            what = f"{len(unknown):,} of {len(theirs):,} vectors are of passages that the corpus does not have"
-            raise self._refused(what, self._names(unknown), "take the corpus that the vectors are of")
+            what = f"{{}} of {len(theirs):,} vectors are of passages that the corpus does not have"
+            raise self._refused(what, len(unknown), self._names(unknown), "take the corpus that the vectors are of")
         return False
 
     def check_count(self, count: int) -> None:
@@ -202,9 +204,9 @@ class Takeover:
     def _place_of_ids(self) -> str:
         return self.source.ids_from if self.source.ids_from.startswith("beside") else f"in {self.source.ids_from}"
 
-    def _refused(self, what: str, names: Sequence[str], cure: str) -> InputError:
-        listed = ", ".join(map(shown, names))
-        return InputError(f"{self.source.source}: {what} ({listed}{', …' if len(names) == NAMED else ''}); {cure}")
+    def _refused(self, what: str, count: int, names: Sequence[str], cure: str) -> InputError:
+        listed = ", ".join([*map(shown, names), *(["…"] if count > len(names) else [])])
+        return InputError(f"{self.source.source}: {what.format(f'{count:,}')} ({listed}); {cure}")
 
 
 def same_source(saved: dict[str, Any] | None, source: VectorSource | None) -> bool:

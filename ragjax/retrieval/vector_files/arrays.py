@@ -41,8 +41,7 @@ class ArrayVectors:
 
 def map_npy(path: Path) -> np.ndarray:
     """Maps a .npy file. Raises `InputError` for one that is damaged, or holds Python objects."""
-    with path.open("rb") as file:
-        return _map_array(path, file.seek(0), str(path))
+    return _map_array(path, 0, str(path))
 
 
 def open_npz(path: Path) -> tuple[ArrayVectors, np.ndarray | None]:
