@@ -53,7 +53,7 @@ def split_by_rows(activations: Any) -> Any:
 
     Left alone, XLA would follow parameters that lie over `data` (FSDP): split widths, and compute every row everywhere.
     """
-    if AxisType.Auto not in jax.sharding.get_abstract_mesh().axis_types:
+    if not _partitioned_by_xla():
         return activations
 
     def rows(x: Array) -> Array:
@@ -65,9 +65,15 @@ def split_by_rows(activations: Any) -> Any:
 
 def gather(parameter: Array) -> Array:
     """Whole on every device, where `split_by_rows` splits; else the identity."""
-    if AxisType.Auto not in jax.sharding.get_abstract_mesh().axis_types:
+    if not _partitioned_by_xla():
         return parameter
     return jax.lax.with_sharding_constraint(parameter, PartitionSpec())
+
+
+def _partitioned_by_xla() -> bool:
+    """Whether XLA splits rows over `data`; inside `jax.shard_map` over that axis each device has its own."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return dict(zip(mesh.axis_names, mesh.axis_types, strict=True)).get("data") is AxisType.Auto
 
 
 def split_parameters(module: nnx.Module) -> tuple[nnx.GraphDef, Params]:

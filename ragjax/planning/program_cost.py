@@ -62,8 +62,9 @@ def bytes_each(tree: Any) -> int:
 def matmul_flops(jaxpr: Jaxpr) -> int:
     """Floating-point operations of a program's matrix products and convolutions, 2 each multiplication, on all devices.
 
-    A `scan` counts as often as it runs, the dearest branch of a `cond` once, the body of a `while` once (its number of
-    turns is not in the program). What a backward pass recomputes is counted again.
+    A `scan` counts as often as it runs, the body of a `shard_map` as often as devices run it, the dearest branch of a
+    `cond` once, the body of a `while` once (its number of turns is not in the program). What a backward pass recomputes
+    is counted again.
     """
     total = 0
     for equation in jaxpr.eqns:
@@ -78,7 +79,10 @@ def matmul_flops(jaxpr: Jaxpr) -> int:
             total += 2 * made[0].size * read[1].size // read[1].shape[features]
         else:
             inside = [matmul_flops(inner) for inner in _jaxprs(equation.params.values())] or [0]
-            total += max(inside) if name == "cond" else sum(inside) * equation.params.get("length", 1)
+            times = equation.params.get("length", 1)
+            if name == "shard_map":  # its body is what one device does
+                times = math.prod(equation.params["mesh"].shape[axis] for axis in equation.params["newly_manual_axes"])
+            total += max(inside) if name == "cond" else sum(inside) * times
     return total
 
 
@@ -117,19 +121,19 @@ def bytes_sent(hlo: str) -> dict[str, int]:
     """Bytes that each device sends in one run of a compiled program (its HLO text), by the kind of operation.
 
     It receives as many. A loop counts as often as it turns: XLA tells, or else the number with which its condition
-    compares the turns, as `scan` does. An operation that XLA has cut into stages stands in the text several times,
-    under one channel, and counts once.
+    compares the turns, as `scan` does. An operation that XLA has cut into stages stands in several computations, under
+    one channel, and counts once.
     """
     devices = int(match[1]) if (match := re.search(r"num_partitions=(\d+)", hlo)) else 1
     called: dict[str, list[tuple[str, int | str]]] = {}  # by each computation, and how often, or the loop's condition
     limit: dict[str, int] = {}  # the largest constant of each computation
-    sent: dict[str, list[tuple[str, str, float]]] = {}  # kind, channel and bytes
+    sent: dict[str, dict[tuple[str, ...], float]] = {}  # bytes by operation
     entry = name = ""
     for line in hlo.splitlines():
         if head := _COMPUTATION.match(line):
             name = head[2]
             entry = name if head[1] else entry
-            called[name], sent[name], limit[name] = [], [], 1
+            called[name], sent[name], limit[name] = [], {}, 1
         elif instruction := _INSTRUCTION.match(line):
             shape, operation, rest = instruction.groups()
             kind = operation.removesuffix("-start")
@@ -138,8 +142,8 @@ def bytes_sent(hlo: str) -> dict[str, int]:
             if kind in SENT:
                 n = _group(rest, devices)
                 size = _bytes(shape) * STARTED.get(operation, lambda n: 1)(n)
-                channel = match[1] if (match := re.search(r"channel_id=(\d+)", rest)) else f"{name} {len(sent[name])}"
-                sent[name].append((kind, channel, SENT[kind](n) * size))
+                one = _operation(kind, shape, rest) or (kind, f"{name} {len(sent[name])}")
+                sent[name][one] = sent[name].get(one, 0.0) + SENT[kind](n) * size
             if constant := _LIMIT.search(line):
                 limit[name] = max(limit[name], int(constant[1]))
             callees = _CALLED.findall(rest) + [
@@ -152,19 +156,25 @@ def bytes_sent(hlo: str) -> dict[str, int]:
                 )
             called[name] += [(callee, turns) for callee in callees]
 
-    most: dict[tuple[str, str], float] = {}
+    most: dict[tuple[str, ...], float] = {}
 
     def visit(name: str, times: int) -> None:
-        for kind, channel, size in sent.get(name, []):
-            most[kind, channel] = max(most.get((kind, channel), 0.0), times * size)
+        for one, size in sent.get(name, {}).items():
+            most[one] = max(most.get(one, 0.0), times * size)
         for callee, turns in called.get(name, []):
             visit(callee, times * (turns if isinstance(turns, int) else limit[turns]))
 
     visit(entry, 1)
     totals: dict[str, int] = {}
-    for (kind, _), size in most.items():
+    for (kind, *_), size in most.items():
         totals[kind] = totals.get(kind, 0) + round(size)
     return totals
+
+
+def _operation(kind: str, shape: str, rest: str) -> tuple[str, ...] | None:
+    """What the stages of one operation have in common, if it has a channel. `shard_map` uses one channel for many."""
+    channel, source = re.search(r"channel_id=(\d+)", rest), re.search(r'op_name="([^"]*)"', rest)
+    return (kind, channel[1], shape, source[1] if source else "") if channel else None
 
 
 def _bytes(shape: str) -> int:

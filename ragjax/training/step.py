@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh, use_abstract_mesh
+from jax.sharding import Mesh, PartitionSpec, use_abstract_mesh
 from jaxtyping import Array, Float, Key
 
-from ragjax.config import Evaluate, Questions, Train, reads_corpus
+from ragjax.config import Config, Evaluate, Questions, Train, reads_corpus
 from ragjax.data.question_batch import QuestionBatch
 from ragjax.errors import InputError
 from ragjax.models.layers import Params
@@ -38,6 +38,24 @@ def gradients(
 
     The arguments are those of `prior_and_token_logp`.
     """
+    count, mesh = rag.config.train.gradient_accumulation, jax.sharding.get_abstract_mesh()
+    if count == 1 or mesh.shape.get("data", 1) == 1 or not sums_once(rag.config):
+        return _accumulate(rag, count, params, batch, rng, corpus)
+
+    def of_device(params: Params, batch: DocumentBatch, rng: Key[Array, ""]) -> tuple[FlatParams, dict[str, Any]]:
+        return jax.lax.pmean(_accumulate(rag, count, params, batch, rng, None), "data")
+
+    everywhere, by_rows = PartitionSpec(), PartitionSpec("data")
+    specs = (everywhere, by_rows, everywhere)
+    return jax.shard_map(
+        of_device, mesh=mesh, axis_names={"data"}, in_specs=specs, out_specs=everywhere, check_vma=False
+    )(params, batch, rng)
+
+
+def _accumulate(
+    rag: RagModel, count: int, params: Params, batch: DocumentBatch, rng: Key[Array, ""], corpus: DeviceIndex | None
+) -> tuple[FlatParams, dict[str, Any]]:
+    """The same of rows that are in one place, in `count` micro-batches, one after the other."""
     trained, frozen = partition_params(params, rag.config.train.frozen_params)
 
     def mean_loss(trained: FlatParams, part: DocumentBatch) -> tuple[Array, dict[str, Any]]:
@@ -47,7 +65,6 @@ def gradients(
         return rag_loss(rag, whole, part, rng, corpus)
 
     differentiate = jax.grad(mean_loss, has_aux=True)
-    count = rag.config.train.gradient_accumulation
     if count == 1:
         return differentiate(trained, batch)
     # every count-th row: each device keeps its own rows
@@ -59,6 +76,15 @@ def gradients(
         return jax.tree.map(lambda t, x: t + x / count, total, differentiate(trained, part)), None
 
     return jax.lax.scan(add, zeros, parts)[0]
+
+
+def sums_once(config: Config) -> bool:
+    """Whether the devices add their gradients once a step, and not after each of its micro-batches.
+
+    So they do where a question's gradient needs neither another's nor another device's parameters or passages.
+    """
+    whole_batch = config.hf_compatible and config.train.exclude_bos
+    return not (config.mesh.fsdp or reads_corpus(config) or whole_batch)
 
 
 def _compiled_once(make: Callable[..., jax.stages.Wrapped]) -> Callable[..., jax.stages.Wrapped]:

@@ -37,6 +37,12 @@ def flops(function: Callable[..., Any], *arguments: Any) -> int:
     return matmul_flops(jax.jit(function).trace(*arguments).jaxpr.jaxpr)
 
 
+def by_rows(of_device: Callable[..., Any]) -> Callable[..., Any]:
+    """Each of four devices has a quarter of the rows."""
+    specs = {"in_specs": PartitionSpec("data"), "out_specs": PartitionSpec()}
+    return jax.shard_map(of_device, mesh=make_mesh(2), axis_names={"data"}, check_vma=False, **specs)
+
+
 def both_gradients(remat: bool) -> Callable[..., Any]:
     return jax.grad(lambda x, w: layers(x, w, remat), argnums=(0, 1))
 
@@ -53,6 +59,7 @@ def both_gradients(remat: bool) -> Callable[..., Any]:
         (lambda x, w: jnp.einsum("BD,LDE->LBE", x, w), L),
         (lambda x, w: jax.lax.conv(x[None, None], w[0][None, None], (1, 1), "SAME"), D),  # each element: D·D times
         (lambda x, w: x + 1, 0),
+        (lambda x, w: by_rows(lambda x: layers(x, w))(x), L),
     ],
 )
 def test_matrix_products_are_counted_as_often_as_they_run(function: Callable[..., Any], products: int) -> None:
@@ -156,6 +163,14 @@ def test_other_channels_count_apart_and_loops_say_how_often() -> None:
         "%stage (p", "%other (p: f32[4]) -> f32[4] {\n  ROOT %g = f32[4] all-reduce(%p), channel_id=2\n}\n\n%stage (p"
     )
     assert bytes_sent(apart.replace("OPERATION", "f32[8] all-reduce(%p), channel_id=1")) == {"all-reduce": 12 * 56 + 28}
+
+
+def test_what_shares_a_channel_is_counted_as_often_as_it_stands_in_a_computation() -> None:
+    """As `jax.shard_map` writes what it sums: of other shapes or of one, all in channel 1."""
+    line = "  ROOT %g = OPERATION\n"
+    more = "".join(f"  %{n} = f32[{n}] all-reduce(%p), channel_id=1\n" for n in (8, 16))
+    hlo = HLO.replace(line, more + line).replace("OPERATION", "f32[8] all-reduce(%p), channel_id=1")
+    assert bytes_sent(hlo) == {"all-reduce": 12 * (56 + 56 + 112)}
 
 
 def test_bytes_of_a_part() -> None:

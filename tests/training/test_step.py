@@ -27,7 +27,7 @@ from ragjax.models.layers import Params
 from ragjax.parallel.mesh import local_mesh, make_mesh
 from ragjax.parallel.sharding import put_global, replicated, shard_batch
 from ragjax.planning.memory import check_memory
-from ragjax.planning.program_cost import Cost, NotCompiled, bytes_each, compiled_cost
+from ragjax.planning.program_cost import SENT, Cost, NotCompiled, bytes_each, bytes_sent, compiled_cost
 from ragjax.rag import RagPipeline, load_pipeline
 from ragjax.resources import size_text
 from ragjax.retrieval.device_index import DeviceIndex
@@ -385,6 +385,28 @@ def test_accumulation_changes_nothing(count: int, dropping: Setup, dropping_grad
     grads, metrics = jax.device_get(differentiate(rag)(dropping.params, dropping.batch))
     assert_same_gradients(grads, dropping_gradients[0])
     chex.assert_trees_all_close(metrics, dropping_gradients[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("model", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_devices_add_their_gradients_once_a_step(
+    model: int,
+    dropping: Setup,
+    dropping_gradients: tuple[Any, Any],
+    dropping_stepped: tuple[TrainState, Any],
+) -> None:
+    """Not once a micro-batch: what each of four devices sends over `data` is that of one gradient."""
+    rag, mesh = with_train(dropping.rag, gradient_accumulation=2), make_mesh(model, jax.devices()[: 4 * model])
+    state = jax.device_put(dropping.state(), state_shardings(rag, mesh, dropping.state()))
+    batch = shard_batch(mesh, jax.device_get(dropping.batch), len(dropping.batch.source))
+    compiled = make_train_step(rag, jax.tree.map(lambda x: x.sharding, state)).lower(state, batch).compile()
+    if model == 1:
+        gradient = sum(leaf.size * 4 for leaf in dropping_gradients[0].values())
+        sent = bytes_sent(compiled.as_text() or "")
+        assert sent.keys() == {"all-reduce"}
+        assert gradient <= sent["all-reduce"] / SENT["all-reduce"](4) <= gradient + 100, "the rest is metrics"
+    after, metrics = compiled(state, batch)
+    chex.assert_trees_all_close(metrics, dropping_stepped[1], rtol=1e-5)
+    assert_same_gradients(moments(after.optimizer), moments(dropping_stepped[0].optimizer))
 
 
 def test_dropout_is_drawn_by_key_and_row(
