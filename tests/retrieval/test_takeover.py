@@ -134,7 +134,7 @@ def faiss_file(kind: str) -> Write:
         import faiss
 
         index = faiss.index_factory(vectors.shape[1], kind, faiss.METRIC_INNER_PRODUCT)
-        index.train(vectors)
+        index.train(np.random.default_rng(0).normal(size=(700, vectors.shape[1])).astype(np.float32))
         if kind.startswith("IDMap"):
             index.add_with_ids(vectors, np.array([int(id_[1:]) for id_ in ids]))
         else:
@@ -491,10 +491,10 @@ def cut_short(folder: Path, vectors: np.ndarray, ids: list[str]) -> Path:
 BAD: dict[str, tuple[Write, str]] = {
     "objects": (objects, "holds pickled Python objects"),
     "whole numbers": (whole_numbers, "expected vectors .* it holds int64"),
-    "packed": (packed, "is compressed, and cannot be read in pieces; unzip it"),
+    "packed": (packed, "is compressed, and cannot be read in pieces; unzip v.npz"),
     "torch": (no_arrays, "without arrays, as torch.save writes pickles"),
     "text alone": (no_vectors, "no column holds vectors"),
-    "ragged": (ragged, "have? (a)?.*length"),
+    "ragged": (ragged, "a vector is missing, or has another length"),
     "several kinds": (several_kinds, "all of one kind; found a.parquet, vectors.npy"),
     "PQ": (faiss_file("PQ4x4"), r"compressed \(IndexPQ\)"),
     "SQ8": (faiss_file("IVF2,SQ8"), r"compressed \(IndexIVFScalarQuantizer\)"),

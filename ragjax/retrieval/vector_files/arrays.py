@@ -76,7 +76,9 @@ def array_ids(array: np.ndarray, where: str) -> Iterator[str]:
     if array.ndim != 1 or array.dtype.kind not in "iuUS":
         raise InputError(f"{where}: expected ids as whole numbers or texts [passages]; it holds {array.dtype}")
     for start in range(0, len(array), 65_536):
-        for value in array[start : start + 65_536].tolist():
+        with library_errors(f"{where}: cannot be read", CURE):  # it may hold numbers that are no characters
+            values = array[start : start + 65_536].tolist()
+        for value in values:
             yield value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
 
 

@@ -28,7 +28,8 @@ class ArrowVectors:
             self.count, first = self.file.count, next(self._from(0), None)
         if first is None or not self.count:
             raise InputError(f"{path}: has no rows")
-        self.width, self.dtype = first[1].shape[1], str(self.file.schema.field(self.column).type.value_type)
+        number = self.file.schema.field(self.column).type.value_type
+        self.width, self.dtype = first[1].shape[1], np.dtype(number.to_pandas_dtype()).name
         self._ahead: Iterator[tuple[int, np.ndarray]] = iter(())
         self._block: tuple[int, np.ndarray] = first
 

@@ -11,7 +11,7 @@ import glob
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32, Int
@@ -39,6 +39,7 @@ UNPICKLE = (
 )
 
 
+@runtime_checkable
 class VectorFile(Protocol):
     """Rows of one file, of which some are read at a time."""
 
