@@ -31,6 +31,7 @@ from ragjax.terminal import progress_bar, terminal
 CHECKED = 64  # passages that are embedded anew
 AGREES = 0.99  # the least cosine: half precision, and passages cut at other lengths by a few tokens, stay above it
 LENGTH = 0.02  # by so much of its length a vector may differ
+ONE = 2e-6  # what the squared length of a vector of length 1 may miss in float32
 TOGETHER = 2048  # vectors that are held at a time
 NAMED = 3  # ids that a message lists
 
@@ -165,7 +166,12 @@ class Takeover:
             raise InputError(
                 f"{self.source.source}: the vector of passage {name} is zero or not finite; embed it again"
             )
-        return _unit(vectors) if self.rag.passage_encoder.config.normalize else vectors
+        longer = (
+            np.abs(squares - 1) > ONE if self.rag.passage_encoder.config.normalize else np.zeros(len(squares), bool)
+        )
+        if longer.any():  # others stay what they are, to the byte
+            vectors[longer] = _unit(vectors[longer])
+        return vectors
 
     def _rows(self, ids: Sequence[str]) -> Int[np.ndarray, " n"]:
         """The rows of passages that have one."""
