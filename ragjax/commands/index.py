@@ -33,7 +33,7 @@ from ragjax.parallel.processes import run_on_process_zero, wait_for_all
 from ragjax.rag import RagPipeline, load_pipeline
 from ragjax.resources import free_disk, host_memory, size_text
 from ragjax.retrieval.building.earlier_index import EarlierIndex
-from ragjax.retrieval.building.index_builder import ExistingIndex, IndexBuilder, ReadPassages
+from ragjax.retrieval.building.index_builder import IndexBuilder, ReadPassages
 from ragjax.retrieval.building.made_of import MadeOf
 from ragjax.retrieval.building.shard_plan import PassageKeys, ShardPlan, equal_shards, plan_growth
 from ragjax.retrieval.building.takeover import Takeover
@@ -77,15 +77,9 @@ def build_index(config: Config, source: str | None = None, rebuild: bool = False
     takeover = None if vectors is None else Takeover(rag, vectors)
     files = _corpus_files(config)
     builder = IndexBuilder(rag, Path(config.index.path), _content(config, files), rebuild, vectors)
-    existing, folder = builder.find_existing(), builder.folder
-    if existing is not None and not existing.damage:
-        builder.remove_leftovers()
-        terminal.print(f"{folder} holds this index already; delete it to build it anew", soft_wrap=True)
+    folder = builder.folder
+    if _is_there(builder):
         return folder
-    if existing is not None:
-        _tell_damage(folder, existing, takeover)
-    elif vectors is None:
-        builder.find_earlier()
     with ExitStack() as stack:
         run_on_process_zero(lambda: stack.enter_context(builder.working_folder()))
         if not builder.partial.is_dir():
@@ -97,7 +91,7 @@ def build_index(config: Config, source: str | None = None, rebuild: bool = False
         if (made_of := builder.saved()) is None:
             raise InputError(f"{builder.partial}: {MADE_OF} is gone; leave the folder alone, and start again")
         if not builder.is_complete():
-            if existing is None:
+            if builder.existing is None:
                 run_on_process_zero(lambda: _check_room(builder.rag, corpus.read, made_of, builder.partial))
             ready = takeover.embeddings(bool((made_of.vectors or {})["by_id"])) if takeover else None
             builder.embed_missing(corpus.read, made_of.plan, ready)
@@ -177,12 +171,23 @@ def _open_corpus(config: Config, source: DataFiles) -> tuple[CorpusReader | Fact
     return FactbookReader(passages), questions
 
 
-def _tell_damage(folder: Path, existing: ExistingIndex, takeover: Takeover | None) -> None:
+def _is_there(builder: IndexBuilder) -> bool:
+    """Whether the folder holds this index, whole; what of it can serve else is told, or found."""
+    existing, folder = builder.find_existing(), builder.folder
+    if existing is None:
+        if builder.source is None:
+            builder.find_earlier()
+        return False
+    if not existing.damage:
+        builder.remove_leftovers()
+        terminal.print(f"{folder} holds this index already; delete it to build it anew", soft_wrap=True)
+        return True
     damage = damage_text(existing.damage)
     terminal.print(f"{folder}: is damaged ({damage}); only this is built anew", soft_wrap=True)
-    if existing.vectors and takeover is None:
+    if existing.vectors and builder.source is None:
         source = existing.vectors.get("source")
         terminal.print(f"its vectors were taken from {source}; the damaged ones are embedded", soft_wrap=True)
+    return False
 
 
 def _prepare(builder: IndexBuilder, corpus: CorpusReader | FactbookReader, takeover: Takeover | None) -> None:

@@ -222,6 +222,12 @@ def sharded(world: Path) -> Path:
     return build(by_shards(world, world / "sharded"))
 
 
+@pytest.fixture(scope="module")
+def of_another_encoder(world: Path) -> Path:
+    """Nothing of it serves an index by the world's encoder."""
+    return build(tiny_config(world, index__path=str(world / "other"), retriever__pooling="cls"))
+
+
 def by_shards(world: Path, folder: Path, **settings: object) -> Config:
     return tiny_config(
         world, **({"index__path": str(folder), "index__shard_size": 7, "index__kind": "HNSW8"} | settings)
@@ -394,13 +400,19 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("moves", [0, 1, 2, 7, 8, 9, 10, 11, 12])  # seven files are deleted, then four things moved
-@pytest.mark.parametrize("before", ["nothing", "one shard", "flat files"])
+@pytest.mark.parametrize("before", ["nothing", "another encoder's", "flat files"])
 def test_a_build_that_was_killed_in_the_swap_goes_on(
-    world: Path, sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moves: int, before: str
+    world: Path,
+    sharded: Path,
+    of_another_encoder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    moves: int,
+    before: str,
 ) -> None:
     folder = tmp_path / "index"
-    if before == "one shard":
-        shutil.copytree(world / "index", folder)
+    if before == "another encoder's":
+        shutil.copytree(of_another_encoder, folder)
     if before == "flat files":  # as before there were shards
         shutil.copytree(shard_folder(world / "index", 0), folder)
         (folder / CHECKSUMS).unlink()
