@@ -335,7 +335,7 @@ WRITES = [(os, "replace"), (os, "link"), (shutil, "rmtree"), (Path, "unlink"), (
 @pytest.mark.parametrize(
     ("kind", "every"),
     [
-        ("exact", 11),
+        ("exact", 17),
         pytest.param("exact", 1, marks=pytest.mark.slow),
         pytest.param("IVF2,Flat", 1, marks=pytest.mark.slow),
     ],

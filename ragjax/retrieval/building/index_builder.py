@@ -16,7 +16,7 @@ import jax
 
 from ragjax.checksums import CHECKSUMS, DamagedFolder, damages, read_checksums, read_sealed
 from ragjax.config import structure
-from ragjax.data.corpus import CorpusStats, Passage
+from ragjax.data.corpus import Passage
 from ragjax.data.passage_store import SHARDS, STORE_FILES, PassageStore, shard_folder
 from ragjax.errors import InputError
 from ragjax.files import LOCK, atomic_write, exclusive_lock, write_jsonl
@@ -28,7 +28,7 @@ from ragjax.retrieval.building.shard_plan import ShardPlan
 from ragjax.retrieval.building.shard_writer import ReadyVectors, ShardWriter
 from ragjax.retrieval.building.takeover import same_source
 from ragjax.retrieval.embeddings import EMBEDDINGS
-from ragjax.retrieval.faiss_index import FAISS_FILE
+from ragjax.retrieval.faiss_index import FAISS_FILE, EarlierStructure
 from ragjax.retrieval.index import MADE_OF, MANIFEST, index_damage, read_index_manifest, write_index
 from ragjax.retrieval.vector_files.source import VectorSource
 from ragjax.terminal import progress_bar, terminal
@@ -221,11 +221,19 @@ class IndexBuilder:
             self._repair(corpus, questions, self.existing)
             return
         if not self.is_complete():
-            self._complete(corpus, questions, self.partial, made_of)
+            earlier = None
+            if self.earlier is not None and not self.rebuild:
+                earlier = self.earlier.faiss_structure(made_of.plan.appended)
+            self._complete(corpus, questions, self.partial, made_of.vectors, earlier)
         self._move()
 
     def _complete(
-        self, corpus: Mapping[str, Any], questions: Mapping[str, list[dict]], folder: Path, made_of: MadeOf
+        self,
+        corpus: Mapping[str, Any],
+        questions: Mapping[str, list[dict]],
+        folder: Path,
+        vectors: dict[str, Any] | None,
+        earlier: EarlierStructure | None = None,
     ) -> None:
         """Adds to the shards in `folder` the questions, the search structure and, last, the manifest."""
         _write_questions(folder, questions)
@@ -233,13 +241,10 @@ class IndexBuilder:
             "corpus": corpus,
             "generator_tokens": PassageStore.open(folder).token_count,
             "fingerprints": self.rag.fingerprints,
-        } | ({"vectors": made_of.vectors} if made_of.vectors else {})
-        structure_before = None
-        if self.earlier is not None and not self.rebuild:
-            structure_before = self.earlier.faiss_structure(made_of.plan.appended)
+        } | ({"vectors": vectors} if vectors else {})
         index = self.rag.config.index
         try:
-            write_index(folder, structure(index.kind), index.dtype, about, structure_before)
+            write_index(folder, structure(index.kind), index.dtype, about, earlier)
         except DamagedFolder as error:
             _remove(error.folder)  # so that it is made again
             raise
@@ -262,9 +267,7 @@ class IndexBuilder:
                 _write_questions(folder, questions)
             if not damages(folder, {name: record for name, record in records.items() if name in again}):
                 return
-        plan = ShardPlan(tuple(existing.counts))
-        stats = CorpusStats(sum(existing.counts), str(corpus["fingerprint"]), 1)
-        self._complete(corpus, questions, folder, MadeOf(stats, plan, existing.vectors))
+        self._complete(corpus, questions, folder, existing.vectors)
 
     def _move(self) -> None:
         """Moves the whole index to its folder, piece by piece, the manifest last; begun before, it does the rest.
