@@ -36,10 +36,11 @@ def passages(world: Path) -> Corpus:
     return [json.loads(line) for line in (world / "passages.jsonl").read_text().splitlines()]
 
 
-def config_for(world: Path, folder: Path, corpus: Corpus, name: str = "index", **settings: object) -> Config:
-    """The world's configuration with another corpus, in shards of 8."""
+def config_for(world: Path, folder: Path, corpus: Corpus, **settings: object) -> Config:
+    """The world's configuration with another corpus, in shards of 8; `name` is that of the index."""
     write_jsonl(folder / "corpus.jsonl", corpus)
-    places = {"corpus__source": str(folder / "corpus.jsonl"), "index__path": str(folder / name)}
+    name = settings.pop("name", "index")
+    places = {"corpus__source": str(folder / "corpus.jsonl"), "index__path": f"{folder}/{name}"}
     return tiny_config(world, **(places | {"index__shard_size": 8} | settings))
 
 
@@ -137,7 +138,7 @@ def test_plans_keep_what_stays_whatever_was_edited() -> None:
         before = [(int(i), int(rng.integers(3))) for i in rng.permutation(40)[: rng.integers(1, 30)]]
         counts = list[int]()
         while sum(counts) < len(before):
-            counts.append(int(min(rng.integers(1, size + 1), len(before) - sum(counts))))
+            counts.append(min(int(rng.integers(1, size + 1)), len(before) - sum(counts)))
         after = [p if rng.random() < 0.9 else (p[0], p[1] + 1) for p in before if rng.random() < 0.95]
         for number in range(rng.integers(0, 4)):
             after.insert(int(rng.integers(len(after) + 1)), (100 + number, 0))
@@ -277,9 +278,14 @@ def test_trained_structures_stay_trained(
     added, add = list[int](), faiss_module._add
     after = [*before, *map(new_passage, range(4))] if appended else [new_passage(0), *before[:28]]
     config = config_for(world, tmp_path, after, **settings)
+
+    def counted(index: Any, kind: str, vectors: np.ndarray) -> None:
+        added.append(len(vectors))
+        add(index, kind, vectors)
+
     with monkeypatch.context() as patch:
         patch.setattr(faiss_module, "_train", lambda *_: pytest.fail("it is trained"))
-        patch.setattr(faiss_module, "_add", lambda i, k, v: (added.append(len(v)), add(i, k, v)))
+        patch.setattr(faiss_module, "_add", counted)
         patch.setattr("ragjax.commands.index.check_kind", lambda *_: None)  # it trains on random vectors
         build(config)
     assert added == [4 if appended else 29]
@@ -289,8 +295,11 @@ def test_trained_structures_stay_trained(
     index = opened(config)
     assert index.manifest["trained_on"] == 30 and index.faiss_index.ntotal == len(after)
     if (clusters := faiss.try_extract_index_ivf(old)) is not None:
-        ours = faiss.try_extract_index_ivf(index.faiss_index).quantizer.reconstruct_n(0, clusters.nlist)
-        np.testing.assert_array_equal(ours, clusters.quantizer.reconstruct_n(0, clusters.nlist))
+        ours = faiss.try_extract_index_ivf(index.faiss_index)
+        assert ours is not None
+        np.testing.assert_array_equal(
+            ours.quantizer.reconstruct_n(0, clusters.nlist), clusters.quantizer.reconstruct_n(0, clusters.nlist)
+        )
     _, ids = index.search(np.asarray(index.embeddings), 3)  # each finds itself where others are not its equals
     assert np.mean([i in row for i, row in enumerate(ids)]) >= 0.9
     if not appended:

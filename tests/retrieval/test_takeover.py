@@ -348,7 +348,7 @@ def test_vectors_of_unknown_passages_are_named_and_counted(
 
 
 def stopped_after(monkeypatch: pytest.MonkeyPatch, shards: int) -> None:
-    write, done = writer_module.ShardWriter.write, []
+    write, done = writer_module.ShardWriter.write, list[Any]()
 
     def stop(writer: Any, *given: Any) -> None:
         if len(done) == shards:

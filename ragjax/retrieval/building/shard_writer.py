@@ -75,6 +75,6 @@ class ShardWriter:
             yield from self.earlier.embeddings(places, rows)
             new = np.setdiff1d(new, places)
         if len(new):
-            token_rows = self.rag.tokenize_passages([passages[i] for i in new])
+            token_rows = self.rag.tokenize_passages([passages[i] for i in new.tolist()])
             for ids, vectors in embed_batches(self.rag, self._params, token_rows):
                 yield new[ids], vectors

@@ -33,10 +33,10 @@ class ArrayVectors:
         (self.count, self.width), self.dtype = array.shape, array.dtype.name
 
     def read(self, rows: Int[np.ndarray, " n"]) -> Float32[np.ndarray, "n D"]:
-        """Copies of some rows."""
+        """Some rows, not to be written to: where they follow each other they are the file's own."""
         first, last = int(rows[0]), int(rows[-1])
         follow = last - first + 1 == len(rows) and bool((np.diff(rows) == 1).all())
-        return np.asarray(self.array[first : last + 1] if follow else self.array[rows]).astype(np.float32)
+        return np.asarray(self.array[first : last + 1] if follow else self.array[rows]).astype(np.float32, copy=False)
 
 
 def map_npy(path: Path) -> np.ndarray:

@@ -58,8 +58,9 @@ def _stored_dtype(index: Any, path: Path) -> str:
 
     inner = index
     while isinstance(inner, faiss.IndexPreTransform):
-        for number in range(inner.chain.size()):
-            step = faiss.downcast_VectorTransform(inner.chain.at(number))
+        chain: Any = inner.chain
+        for number in range(chain.size()):
+            step = faiss.downcast_VectorTransform(chain.at(number))
             if not (isinstance(step, faiss.LinearTransform) and step.is_orthonormal and step.d_in == step.d_out):
                 raise _lossy(path, type(step).__name__)
         inner = faiss.downcast_index(inner.index)
