@@ -140,9 +140,9 @@ class Takeover:
         told = f"{self.source.source}: {len(own)} of its vectors were compared with new embeddings of their passages"
         if own.min() < AGREES:
             strangers = int((cosines.max(axis=0) > own + 1e-3).sum())
-            others = (
-                f"; {strangers} are nearer to the vector of another passage: is the order right?" if strangers else ""
-            )
+            others = ""
+            if 2 * strangers >= len(own):
+                others = f"; {strangers} are nearer to the vector of another passage: is the order right?"
             raise InputError(
                 f"{told}: the cosine is {own.min():.4f} at least and {np.median(own):.4f} in the median, not {AGREES} "
                 f"or more{others}; check that {settings.passage_encoder or settings.source} is the model, and "
@@ -166,12 +166,10 @@ class Takeover:
             raise InputError(
                 f"{self.source.source}: the vector of passage {name} is zero or not finite; embed it again"
             )
-        longer = (
-            np.abs(squares - 1) > ONE if self.rag.passage_encoder.config.normalize else np.zeros(len(squares), bool)
-        )
-        if longer.any():  # others stay what they are, to the byte
-            vectors[longer] = _unit(vectors[longer])
-        return vectors
+        longer = np.abs(squares - 1) > ONE
+        if not (self.rag.passage_encoder.config.normalize and longer.any()):
+            return vectors
+        return np.where(longer[:, None], _unit(vectors), vectors)  # others stay what they are, to the byte
 
     def _rows(self, ids: Sequence[str]) -> Int[np.ndarray, " n"]:
         """The rows of passages that have one."""
