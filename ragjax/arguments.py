@@ -108,6 +108,16 @@ def parser() -> argparse.ArgumentParser:
     for sub in (index, train, evaluate):
         overrides(sub)
         distributed(sub)
+    index.add_argument(
+        "--from",
+        dest="source",
+        metavar="SOURCE",
+        help="take embeddings over instead of computing them: .npy or .npz with ids, Parquet or Arrow with a column of "
+        "vectors, a Pyserini folder, a FAISS index",
+    )
+    index.add_argument(
+        "--rebuild", action="store_true", help="train a FAISS kind anew, with the embeddings that are there"
+    )
     evaluate.add_argument("--json", action="store_true", help=json_help)
     report = command(
         "index-report",

@@ -140,7 +140,7 @@ def _tell(text: str) -> None:
 def _index(options: argparse.Namespace) -> int:
     from ragjax.commands.index import build_index
 
-    _tell(f"index: {build_index(_load(options))}")
+    _tell(f"index: {build_index(_load(options), options.source, options.rebuild)}")
     return 0
 
 

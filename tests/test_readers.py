@@ -47,8 +47,9 @@ from ragjax.evaluation.report_page import report_page
 from ragjax.evaluation.run_results import read_run_results
 from ragjax.rag import _special_tokens
 from ragjax.retrieval import bm25
+from ragjax.retrieval.building.made_of import read_made_of
 from ragjax.retrieval.index import MADE_OF, open_index, write_index
-from ragjax.retrieval.index_builder import read_saved_stats
+from ragjax.retrieval.vector_files.source import open_vectors
 from ragjax.runs.metrics_log import _lines_until
 from ragjax.runs.run_dir import _check_same_inputs
 
@@ -331,7 +332,15 @@ def write_all(folder: Path) -> None:
         json.dumps({"fingerprints": {"corpus": "c"}, "history": [{"step": 3, "train.steps": [3, 5]}]})
     )
     scan = {"count": 6, "fingerprint": "sha256:f", "size": 100}
-    write_sealed(data / MADE_OF, {"made_of": BUILT_OF, "scan": scan})
+    write_sealed(data / MADE_OF, {"made_of": BUILT_OF, "scan": scan, "plan": {"shards": [4, 2]}})
+    vectors, ids = np.random.default_rng(0).normal(size=(6, 8)).astype(np.float32), np.array(list("abcdef"))
+    np.save(data / "vectors.npy", vectors)
+    np.save(data / "vectors_ids.npy", ids)
+    np.savez(data / "named.npz", embeddings=vectors, ids=ids)
+    table = pa.table({"id": ids.tolist(), "embeddings": list(vectors)})
+    pq.write_table(table, data / "vectors.parquet", row_group_size=4)
+    with pa.ipc.new_stream(str(data / "vectors.arrow"), table.schema) as stream:
+        stream.write_table(table)
     for family in ("bert", "llama", "bart", "t5"):
         write_random_checkpoint(family, folder / family)
     settings = json.loads((folder / "llama" / "config.json").read_text())
@@ -446,6 +455,12 @@ def read_bm25(folder: Path) -> None:
         bm25.open_bm25(folder, "sha256:c", 6).search(["the text of title 3"], 3)
 
 
+def read_vectors(path: Path) -> None:
+    source = open_vectors(str(path))
+    assert source.ids is not None
+    source.read(np.arange(len(source))[::-1]), list(source.ids())
+
+
 @dataclass(frozen=True)
 class Reader:
     file: str  # in the folder of all; its first part is what `read` is given
@@ -471,9 +486,14 @@ READERS = [
     Reader("data/questions.jsonl", lambda folder: read_questions(folder / "questions.jsonl"), as_lines, 40),
     Reader("data/train.jsonl", lambda folder: _lines_until(folder / "train.jsonl", 9), as_lines, 40),
     Reader("data/manifest.json", lambda folder: _check_same_inputs(folder / "manifest.json", {"corpus": "c"}), few=40),
-    Reader(f"data/{MADE_OF}", lambda folder: read_saved_stats(folder, BUILT_OF), few=40),
     *(Reader(f"run/{name}.jsonl", read_report, as_lines) for name in ("predictions", "passages", "train")),
     *(Reader(f"run/{name}.json", read_report) for name in ("metrics", "index_report")),
+    Reader("data/vectors.npy", lambda folder: read_vectors(folder / "vectors.npy"), None),
+    Reader("data/vectors_ids.npy", lambda folder: read_vectors(folder / "vectors.npy"), None),
+    Reader("data/named.npz", lambda folder: read_vectors(folder / "named.npz"), None),
+    Reader("data/vectors.parquet", lambda folder: read_vectors(folder / "vectors.parquet"), None),
+    Reader("data/vectors.arrow", lambda folder: read_vectors(folder / "vectors.arrow"), None),
+    Reader(f"data/{MADE_OF}", lambda folder: read_made_of(folder, BUILT_OF), few=40),
     Reader("bert/config.json", read_encoder),
     Reader("llama/config.json", read_generator),
     Reader("bart/config.json", read_generator),

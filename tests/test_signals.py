@@ -17,7 +17,7 @@ import pytest
 
 from ragjax.cli import main
 from ragjax.errors import InputError
-from ragjax.retrieval.index_builder import IndexBuilder
+from ragjax.retrieval.building.index_builder import IndexBuilder
 from ragjax.signals import guarded, listening
 from ragjax.terminal import progress_bar
 

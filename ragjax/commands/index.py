@@ -12,6 +12,7 @@ shards are written beside it as ever and then take their places, where they have
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 
@@ -21,82 +22,100 @@ import numpy as np
 from ragjax.checkpoints.hub import fetch, fingerprint_files
 from ragjax.checksums import damage_text
 from ragjax.config import ON_DEVICES, Config
-from ragjax.data.corpus import FACTBOOK, PASSAGES, CorpusReader, CorpusStats, Passage, scan_passages
+from ragjax.data.corpus import FACTBOOK, PASSAGES, CorpusReader, Passage, scan_passages
 from ragjax.data.factbook import build as factbook
 from ragjax.data.factbook import facts as factbook_facts
 from ragjax.data.prompt import passage_text
 from ragjax.data.reading.sources import DataFiles, find_files, is_missing
 from ragjax.errors import InputError
 from ragjax.files import cache_folder
-from ragjax.parallel.processes import is_process_zero, run_on_process_zero, wait_for_all
+from ragjax.parallel.processes import run_on_process_zero, wait_for_all
 from ragjax.rag import RagPipeline, load_pipeline
 from ragjax.resources import free_disk, host_memory, size_text
 from ragjax.retrieval.bm25 import build_bm25, check_bm25
+from ragjax.retrieval.building.earlier_index import EarlierIndex
+from ragjax.retrieval.building.index_builder import IndexBuilder, ReadPassages
+from ragjax.retrieval.building.made_of import MadeOf
+from ragjax.retrieval.building.shard_plan import PassageKeys, ShardPlan, equal_shards, plan_growth
+from ragjax.retrieval.building.takeover import Takeover
 from ragjax.retrieval.faiss_index import check_kind, faiss_bytes, smaller_kinds
-from ragjax.retrieval.index import read_index_manifest
-from ragjax.retrieval.index_builder import IndexBuilder, ReadPassages
+from ragjax.retrieval.index import MADE_OF, open_index, read_index_manifest
+from ragjax.retrieval.vector_files.source import open_vectors
 from ragjax.runs.restore import enable_compilation_cache
 from ragjax.runs.run_dir import check_processes_agree
 from ragjax.terminal import progress_bar, terminal
 
 SAMPLE = 1000  # passages whose tokens are counted before the index is built
 MANY = 2**20  # bytes of an earlier build that are worth telling of
+QUERIES, RECALL_AT = 128, 10  # passages that are sought, and how deep
 
 
-def build_index(config: Config) -> Path:
+def build_index(config: Config, source: str | None = None, rebuild: bool = False) -> Path:
     """Builds the folder `index.path`: passages, the generator's tokens, embeddings, search structure, manifest.
 
     An index of the same contents that is there already is read and compared with its checksums; it stays, and what is
-    damaged of it is made anew. Another one is replaced only once the new one is whole. A build that was stopped goes on
-    with the shards it has. With `retriever.bm25_docs` the words of the passages are added. Raises `InputError` for bad
-    input.
+    damaged of it is made anew. Of one of other contents, or of another kind, the embeddings serve as far as they can;
+    it is replaced only once the new one is whole. A build that was stopped goes on with the shards it has. With
+    `retriever.bm25_docs` the words of the passages are added.
+
+    Args:
+        config: The configuration.
+        source: Takes the embeddings from there instead of embedding passages; see `open_vectors`.
+        rebuild: Trains a FAISS kind anew, where otherwise what it has learnt from an earlier corpus stays.
+
+    Raises `InputError` for bad input.
     """
     check_processes_agree(config)
     check_bm25(config.retriever.bm25_docs)
-    folder = _build_embeddings(config)
+    folder = _build_embeddings(config, source, rebuild)
     if config.retriever.bm25_docs:
         passages = read_index_manifest(folder)["corpus"]["fingerprint"]
         run_on_process_zero(lambda: build_bm25(folder, passages))
     return folder
 
 
-def _build_embeddings(config: Config) -> Path:
+def _build_embeddings(config: Config, source: str | None, rebuild: bool) -> Path:
     """All but BM25."""
+    if rebuild and config.index.kind in ON_DEVICES:
+        raise InputError(
+            f"--rebuild trains a FAISS kind anew, and index.kind={config.index.kind} has nothing to train; to embed "
+            f"all passages anew, delete {config.index.path}"
+        )
     _check_corpus(config.corpus.source, FACTBOOK if config.corpus.format == "factbook" else PASSAGES)
+    vectors = None if source is None else open_vectors(source)
     enable_compilation_cache(cache_folder() / "xla")
     rag = load_pipeline(config)
     check_kind(config.index.kind, rag.passage_encoder.config.embedding_dim)
-    source = _corpus_files(config)
-    builder = IndexBuilder(rag, Path(config.index.path), _content(config, source))
-    existing, folder = builder.find_existing(), builder.folder
-    if existing is not None and not existing.damage:
-        builder.remove_leftovers()
-        terminal.print(f"{folder} holds this index already; delete it to build it anew", soft_wrap=True)
+    takeover = None if vectors is None else Takeover(rag, vectors)
+    files = _corpus_files(config)
+    builder = IndexBuilder(rag, Path(config.index.path), _content(config, files), rebuild, vectors)
+    folder = builder.folder
+    if _is_there(builder):
         return folder
-    if existing is not None:
-        damage = damage_text(existing.damage)
-        terminal.print(f"{folder}: is damaged ({damage}); only this is built anew", soft_wrap=True)
-        builder = builder.with_shard_size(existing.shard)
     with ExitStack() as stack:
         run_on_process_zero(lambda: stack.enter_context(builder.working_folder()))
         if not builder.partial.is_dir():
             raise InputError(
                 f"{builder.partial}: process {jax.process_index()} does not see what process 0 has made there"
             )
-        corpus, questions = _open_corpus(config, source)
-        read, stats = corpus.read, _corpus_stats(builder, corpus)
+        corpus, questions = _open_corpus(config, files)
+        run_on_process_zero(lambda: _prepare(builder, corpus, takeover))
+        if (made_of := builder.saved()) is None:
+            raise InputError(f"{builder.partial}: {MADE_OF} is gone; leave the folder alone, and start again")
         if not builder.is_complete():
-            if existing is None:
-                run_on_process_zero(lambda: _check_room(builder.rag, read, stats, builder.partial))
-            builder.embed_missing(read, stats.count, existing.good if existing else [])
+            if builder.existing is None:
+                run_on_process_zero(lambda: _check_room(builder.rag, corpus.read, made_of, builder.partial))
+            ready = takeover.embeddings(bool((made_of.vectors or {})["by_id"])) if takeover else None
+            builder.embed_missing(corpus.read, made_of.plan, ready)
         wait_for_all("ragjax index: the shards are written")
         about = {
-            "source": source.source,
-            "pin": source.revision,
+            "source": files.source,
+            "pin": files.revision,
             "content": builder.content,
-            "fingerprint": stats.fingerprint,
+            "fingerprint": made_of.stats.fingerprint,
         }
-        run_on_process_zero(lambda: builder.finish(about, questions, existing))
+        run_on_process_zero(lambda: builder.finish(about, questions, made_of))
+    run_on_process_zero(lambda: _tell_recall(rag, folder, made_of.plan))
     return folder
 
 
@@ -167,25 +186,95 @@ def _open_corpus(config: Config, source: DataFiles) -> tuple[CorpusReader | Fact
     return FactbookReader(passages), questions
 
 
-def _corpus_stats(builder: IndexBuilder, corpus: CorpusReader | FactbookReader) -> CorpusStats:
-    """Checks and counts the corpus, before anything is embedded; once for a build and all that go on with it."""
-    stats = builder.saved_stats()
-    if stats is None:
-        with progress_bar("read", None, "passages") as advance:
-            stats = scan_passages(corpus.read, advance, place=corpus.place)
-        for line in corpus.notices():
-            terminal.print(line, soft_wrap=True)
-        if is_process_zero():
-            builder.save_stats(stats)
-    return stats
+def _is_there(builder: IndexBuilder) -> bool:
+    """Whether the folder holds this index, whole; what of it can serve else is told, or found."""
+    existing, folder = builder.find_existing(), builder.folder
+    if existing is None:
+        if builder.source is None:
+            builder.find_earlier()
+        return False
+    if not existing.damage:
+        builder.remove_leftovers()
+        terminal.print(f"{folder} holds this index already; delete it to build it anew", soft_wrap=True)
+        return True
+    damage = damage_text(existing.damage)
+    terminal.print(f"{folder}: is damaged ({damage}); only this is built anew", soft_wrap=True)
+    if existing.vectors and builder.source is None:
+        source = existing.vectors.get("source")
+        terminal.print(f"its vectors were taken from {source}; the damaged ones are embedded", soft_wrap=True)
+    return False
 
 
-def _check_room(rag: RagPipeline, read: ReadPassages, stats: CorpusStats, new: Path) -> None:
+def _prepare(builder: IndexBuilder, corpus: CorpusReader | FactbookReader, takeover: Takeover | None) -> None:
+    """Checks and counts the corpus, before anything is embedded, and plans the shards; once for a build and all that go
+    on with it.
+    """
+    if builder.saved() is not None:
+        return
+    earlier, keys = builder.earlier, PassageKeys()
+
+    def visit(passage: Passage, record: bytes) -> None:
+        if takeover is not None:
+            takeover.visit(passage, record)
+        if earlier is not None:
+            keys.add(record)
+
+    with progress_bar("read", None, "passages") as advance:
+        stats = scan_passages(corpus.read, advance, place=corpus.place, visit=visit)
+    for line in corpus.notices():
+        terminal.print(line, soft_wrap=True)
+    size, vectors = builder.rag.config.index.shard_size, None
+    if builder.existing is not None:
+        plan, vectors = ShardPlan(tuple(builder.existing.counts)), builder.existing.vectors
+    elif earlier is not None:
+        plan = _plan_growth(earlier, keys, size)
+        vectors = earlier.manifest.get("vectors")
+    else:
+        plan = equal_shards(stats.count, size)
+    if takeover is not None:
+        takeover.check_count(stats.count)
+        vectors = takeover.match(corpus.read)
+    builder.save(MadeOf(stats, plan, vectors))
+
+
+def _plan_growth(earlier: EarlierIndex, keys: PassageKeys, size: int) -> ShardPlan:
+    """Tells how the corpus differs from that of the index in the folder, and what of it stays."""
+    plan, changes = plan_growth(earlier.identity, earlier.passages, earlier.shards, keys, size)
+    if not earlier.stays:
+        plan = replace(equal_shards(len(keys), size), earlier=plan.earlier, appended=plan.appended)
+    counts = ", ".join(f"{count:,} {name}" for name, count in asdict(changes).items())
+    terminal.print(
+        f"{earlier.folder}: {counts} since it was built; {len(plan.kept)} of its {len(earlier.shards)} shards stay",
+        soft_wrap=True,
+    )
+    return plan
+
+
+def _tell_recall(rag: RagPipeline, folder: Path, plan: ShardPlan) -> None:
+    """How much a structure finds that was trained on an earlier corpus, with some passages as questions."""
+    if plan.earlier is None or (trained_on := read_index_manifest(folder).get("trained_on")) is None:
+        return
+    index = open_index(folder, rag.fingerprints)
+    new = np.repeat([number not in plan.kept for number in range(len(plan.counts))], plan.counts)
+    rng, shares = np.random.default_rng(rag.config.seed), list[str]()
+    for name, places in {"passages in shards that stay": ~new, "those in new ones": new}.items():
+        if places.any():
+            drawn = rng.permutation(np.flatnonzero(places))[:QUERIES]
+            share = index.measured_recall(np.asarray(index.embeddings[drawn], np.float32), min(RECALL_AT, len(index)))
+            shares.append(f"{share:.3f} for {name}")
+    terminal.print(
+        f"{index.kind} was trained when there were {trained_on:,} passages; recall@{RECALL_AT}, passages as questions: "
+        f"{', '.join(shares)}; --rebuild trains it anew",
+        soft_wrap=True,
+    )
+
+
+def _check_room(rag: RagPipeline, read: ReadPassages, made_of: MadeOf, new: Path) -> None:
     """Tells what the index will take of disk and memory. Raises `InputError` where this machine cannot build it.
 
-    All but the tokens is known exactly; how many these are, the first passages tell.
+    All but the tokens is known exactly; how many these are, the first passages tell. Shards that stay take no room.
     """
-    index = rag.config.index
+    index, stats = rag.config.index, made_of.stats
     check_kind(index.kind, rag.passage_encoder.config.embedding_dim, stats.count)
     some = [passage_text(rag.config.generator.passage_template, passage) for passage in islice(read(), SAMPLE)]
     tokens = sum(map(len, rag.generator_tokenizer.encode(some)))
@@ -198,11 +287,14 @@ def _check_room(rag: RagPipeline, read: ReadPassages, stats: CorpusStats, new: P
     faiss = None
     if index.kind not in ON_DEVICES and (faiss := faiss_bytes(index.kind, width, stats.count)) is not None:
         disk[index.kind] = faiss
-    there = sum(path.stat().st_size for path in new.rglob("*") if path.is_file())
-    need, free, memory = sum(disk.values()), free_disk(new), host_memory()
+    there = sum(path.stat().st_size for path in new.rglob("*") if path.is_file() and path.stat().st_nlink == 1)
+    stay = round((1 - made_of.plan.new_passages / stats.count) * (sum(disk.values()) - (faiss or 0)))
+    need, free, memory = sum(disk.values()) - stay, free_disk(new), host_memory()
     parts = ", ".join(f"{'about ' if part == 'tokens' else ''}{size_text(size)} {part}" for part, size in disk.items())
+    whole = size_text(sum(disk.values()))
     goes_on = f", of which {size_text(there)} are there" if there > MANY else ""
-    terminal.print(f"{stats.count} passages will take {size_text(need)} of disk ({parts}){goes_on}", soft_wrap=True)
+    goes_on += f", of which {size_text(stay)} stay as they are" if stay else ""
+    terminal.print(f"{stats.count} passages will take {whole} of disk ({parts}){goes_on}", soft_wrap=True)
     if need - there > free:
         half = size_text(disk["embeddings"] // 2)
         halves = [f"index.dtype=bfloat16 ({half} less)"] if index.dtype == "float32" else []

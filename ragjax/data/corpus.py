@@ -164,11 +164,13 @@ def scan_passages(
     progress: Callable[[int], object] = lambda count: None,
     key: Callable[[str], int] = hash,
     place: Callable[[int], str] = "passage {}".format,
+    visit: Callable[[Passage, bytes], object] = lambda passage, record: None,
 ) -> CorpusStats:
     """Reads a whole corpus, keeping 8 bytes of each passage, the `key` of its id; `read` gives a new stream each time.
 
-    `progress` is told how many passages were read; `place` says where the passage at a position, from 1, stands. Raises
-    `InputError` for a malformed passage, for two with one id and for an empty corpus.
+    `progress` is told how many passages were read; `place` says where the passage at a position, from 1, stands;
+    `visit` sees each passage with its record. Raises `InputError` for a malformed passage, for two with one id and for
+    an empty corpus.
     """
     digest, hashes, size = hashlib.sha256(), array("q"), 0
     for passage in read():
@@ -176,6 +178,7 @@ def scan_passages(
         digest.update(record)
         size += len(record)
         hashes.append(key(passage.id))
+        visit(passage, record)
         if len(hashes) % 1024 == 0:
             progress(1024)
     progress(len(hashes) % 1024)

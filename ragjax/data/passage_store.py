@@ -98,11 +98,15 @@ class StoreShard:
         return len(self.text_offsets) - 1
 
     def __getitem__(self, i: int) -> Passage:
-        start, stop = self._text_ends[i : i + 2]
-        record = parse_json(bytes(self.text[start:stop]), self.files.folder / STORE_FILES[0])
+        record = parse_json(self.record(i), self.files.folder / STORE_FILES[0])
         if not isinstance(record, dict) or [type(record.get(name)) for name in PASSAGE_FIELDS] != [str] * 3:
             raise self.files.damaged(f"passage {i} of {STORE_FILES[0]} has no id, title and text")
         return Passage(**{name: record[name] for name in PASSAGE_FIELDS})
+
+    def record(self, i: int) -> bytes:
+        """Passage `i` as it is written."""
+        start, stop = self._text_ends[i : i + 2]
+        return self.text[start:stop].tobytes()
 
     def tokens(self, i: int) -> Int[np.ndarray, " S"]:
         start, stop = self.token_ends[i : i + 2]

@@ -42,8 +42,8 @@ def embed_passages(
     with atomic_write(path) as (file,):
         for ids, batch in batches:
             with np.errstate(over="ignore"):
-                stored = batch.astype(dtype)
-            if not np.isfinite(stored.astype(np.float32)).all():
+                stored = batch.astype(dtype, copy=False)
+            if not np.isfinite(stored.astype(np.float32, copy=False)).all():
                 raise InputError(f"an embedding is not finite in index.dtype={dtype}; check retriever.source, or widen")
             if embeddings is None:
                 embeddings = _create(file, (count, batch.shape[1]), dtype)

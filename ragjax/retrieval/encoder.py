@@ -17,7 +17,7 @@ from ragjax.data.passage_store import PassageStore
 from ragjax.models.layers import Params
 from ragjax.padding import Ids, length_buckets, pad_sequences, pick_bucket
 from ragjax.parallel.mesh import command_mesh
-from ragjax.parallel.sharding import map_per_device
+from ragjax.parallel.sharding import abstract_with_sharding, map_per_device
 from ragjax.rag import RagPipeline
 from ragjax.retrieval.embeddings import EncodedBatch, embed_passages, encoded_batches
 
@@ -44,6 +44,12 @@ def passage_batch(
     return tokens.reshape(*ids.shape, width), mask.reshape(*ids.shape, width)
 
 
+def indexing_params(rag: RagPipeline) -> Params:
+    """The passage encoder's pretrained parameters, whole on every device of `command_mesh("index")`."""
+    encoder, mesh = rag.passage_encoder, command_mesh("index")
+    return encoder.load_params(abstract_with_sharding(mesh, encoder.untrained_types(mesh)))
+
+
 def embed_to_file(
     rag: RagPipeline, params: Params, token_rows: Sequence[Ids], path: Path, progress: Callable[[int], None]
 ) -> None:
@@ -51,14 +57,14 @@ def embed_to_file(
 
     `params` are the passage encoder's, whole on every device of `command_mesh("index")`.
     """
-    batches = _embeddings(rag, params, token_rows)
+    batches = embed_batches(rag, params, token_rows)
     embed_passages(batches, len(token_rows), dtype=rag.config.index.dtype, path=path, progress=progress)
 
 
 def embed_in_memory(rag: RagPipeline, params: Params, token_rows: Sequence[Ids]) -> Float[np.ndarray, "n D"]:
     """As `embed_to_file`, in memory and in float32."""
     embeddings = np.zeros((len(token_rows), rag.passage_encoder.config.embedding_dim), np.float32)
-    for ids, vectors in _embeddings(rag, params, token_rows):
+    for ids, vectors in embed_batches(rag, params, token_rows):
         embeddings[ids] = vectors
     return embeddings
 
@@ -68,7 +74,11 @@ def _sharded_encode(graph: nnx.GraphDef, mesh: Mesh) -> Callable[..., Any]:
     return map_per_device(mesh, partial(encode, graph))
 
 
-def _embeddings(rag: RagPipeline, params: Params, token_rows: Sequence[Ids]) -> Iterator[EncodedBatch]:
+def embed_batches(rag: RagPipeline, params: Params, token_rows: Sequence[Ids]) -> Iterator[EncodedBatch]:
+    """Embeddings of passages with their places among these, batch by batch, by all devices of this process.
+
+    `params` are the passage encoder's, whole on every device of `command_mesh("index")`.
+    """
     mesh = command_mesh("index")
     return encoded_batches(
         partial(_sharded_encode(rag.passage_encoder.graphdef, mesh), params),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from jaxtyping import Float
 
 from ragjax.checksums import Digest, Record, damage
 from ragjax.config import ON_DEVICES
-from ragjax.errors import InputError
+from ragjax.errors import InputError, library_errors
 from ragjax.files import atomic_write
 from ragjax.resources import cores, size_text
 from ragjax.retrieval.embeddings import Embeddings
@@ -104,22 +105,48 @@ def faiss_settings() -> dict[str, Any]:
     return {"version": faiss.__version__} | settings | {"add_threads": cores()}
 
 
-def build_faiss(embeddings: Embeddings, kind: str) -> Any:
-    """A FAISS structure of some kind over all embeddings. Raises `InputError` where FAISS refuses."""
+@dataclass(frozen=True)
+class EarlierStructure:
+    """The structure of an index of earlier passages, which a new one goes on with."""
 
-    count, width = embeddings.shape
-    index = _empty_faiss(kind, width)
+    path: Path
+    trained_on: int  # how many passages there were when it was trained
+    unchanged: int  # its first passages have these numbers and embeddings still; all others are added anew
+
+
+def build_faiss(embeddings: Embeddings, kind: str, earlier: EarlierStructure | None = None) -> Any:
+    """A FAISS structure of some kind over all embeddings; with `earlier` one that is not trained anew.
+
+    Raises `InputError` where FAISS refuses.
+    """
+    (count, width), first = embeddings.shape, 0
+    if earlier is not None:
+        index = _read_earlier(earlier)
+        first = index.ntotal
+    else:
+        index = _empty_faiss(kind, width)
     if not index.is_trained:
         sample = np.arange(count)
         if count > TRAIN_SAMPLE:
             sample = np.sort(np.random.default_rng(0).choice(count, TRAIN_SAMPLE, replace=False))
         _train(index, kind, np.asarray(embeddings[sample], np.float32))
-    with progress_bar(f"build {kind}", count, "passages") as advance:
-        for start in range(0, count, ADD_BATCH):
+    with progress_bar(f"build {kind}", count, "passages", first) as advance:
+        for start in range(first, count, ADD_BATCH):
             stop = min(start + ADD_BATCH, count)
             _add(index, kind, embeddings.between(start, stop).astype(np.float32))
             advance(stop - start)
     _search_widely(index)
+    return index
+
+
+def _read_earlier(earlier: EarlierStructure) -> Any:
+    """A structure with its unchanged passages, or with none: what it learnt when it was trained stays."""
+    import faiss
+
+    with library_errors(f"{earlier.path}: FAISS cannot read it", "run ragjax index CONFIG --rebuild"):
+        index = faiss.read_index(str(earlier.path))
+        if index.ntotal != earlier.unchanged:
+            index.reset()
     return index
 
 

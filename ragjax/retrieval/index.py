@@ -52,6 +52,7 @@ from ragjax.retrieval.faiss_index import (
     CHECKED_AT_ONCE,
     FAISS_FILE,
     OVERSAMPLE,
+    EarlierStructure,
     build_faiss,
     faiss_settings,
     read_faiss,
@@ -79,10 +80,10 @@ class Index:
 
     @property
     def version(self) -> str:
-        """ "sha256:…" over what it was built from: its passages, its encoder, its kind."""
+        """ "sha256:…" over what it was built from: its passages, its encoder, its kind, and by whom it was encoded."""
         parts = {"passages": self.manifest["corpus"]["fingerprint"], **self.manifest["fingerprints"]}
-        if "refreshed" in self.manifest:  # by an encoder that is trained
-            parts["refreshed"] = self.manifest["refreshed"]
+        # by an encoder that is trained; by somebody else; when there were fewer passages
+        parts |= {what: self.manifest[what] for what in ("refreshed", "vectors", "trained_on") if what in self.manifest}
         return f"sha256:{hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()}"
 
     @property
@@ -120,6 +121,21 @@ class Index:
         """As `search` on the devices of a mesh, where the queries lie and the result stays; the host does not wait."""
         return sharded_top_k(self.corpus(mesh), queries, k, self.recall)
 
+    def measured_recall(self, queries: Float[np.ndarray, "B D"], k: int) -> float:
+        """The mean share of the k best passages that FAISS finds; the exact ones are sought shard by shard."""
+        import faiss
+
+        scores, ids, first = np.zeros((len(queries), 0), np.float32), np.zeros((len(queries), 0), np.int64), 0
+        for shard in self.embeddings.checked_shards():
+            rows = shard.astype(np.float32, copy=False)
+            best, places = faiss.knn(queries, rows, min(k, len(rows)), metric=faiss.METRIC_INNER_PRODUCT)
+            scores, ids = np.hstack([scores, best]), np.hstack([ids, places + first])
+            order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+            scores, ids = np.take_along_axis(scores, order, 1), np.take_along_axis(ids, order, 1)
+            first += len(rows)
+        _, found = self.search(queries, k)
+        return float((ids[:, :, None] == found[:, None, :]).any(axis=2).mean())
+
     def log_normalizer(
         self, queries: Float[np.ndarray, "B D"], scale: float, mesh: Mesh | None = None
     ) -> Float32[np.ndarray, " B"]:
@@ -150,10 +166,13 @@ class Index:
     _corpus: DeviceIndex | None = field(default=None, repr=False)
 
 
-def write_index(folder: Path, kind: str, dtype: str, manifest_extra: Mapping[str, Any]) -> None:
+def write_index(
+    folder: Path, kind: str, dtype: str, manifest_extra: Mapping[str, Any], earlier: EarlierStructure | None = None
+) -> None:
     """Builds the FAISS structure over the shards in `folder`, if `kind` asks for one, and completes it with a manifest.
 
-    `manifest_extra` holds `fingerprints`, a name and a "sha256:…" for each thing the index was built from.
+    `manifest_extra` holds `fingerprints`, a name and a "sha256:…" for each thing the index was built from; `earlier` is
+    a structure of this kind that need not be trained anew.
     Raises `InputError` for a bad kind, too few passages to train it, a damaged shard, or a full disk.
     """
     folders = shard_folders(folder)
@@ -168,8 +187,10 @@ def write_index(folder: Path, kind: str, dtype: str, manifest_extra: Mapping[str
     if kind == "exact":
         (folder / FAISS_FILE).unlink(missing_ok=True)
     else:
-        files[FAISS_FILE] = write_faiss(folder / FAISS_FILE, build_faiss(embeddings, kind))
+        files[FAISS_FILE] = write_faiss(folder / FAISS_FILE, build_faiss(embeddings, kind, earlier))
         manifest["faiss"] = faiss_settings()
+        if earlier is not None:
+            manifest["trained_on"] = earlier.trained_on
     write_sealed(folder / MANIFEST, manifest | dict(manifest_extra) | {"files": files})
 
 

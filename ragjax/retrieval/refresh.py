@@ -238,6 +238,11 @@ def refreshed_index(rag: RagPipeline, base: Index, output: Path, step: int) -> I
     index.bm25 = base.bm25  # words stay where they are, too
     if len(index) != len(base):
         raise InputError(f"{folder}: holds {len(index)} passages and {rag.config.index.path} {len(base)}")
+    if index.manifest["corpus"]["fingerprint"] != base.manifest["corpus"]["fingerprint"]:
+        raise InputError(
+            f"{folder}: is of other passages than {rag.config.index.path} holds now; index those of then there, or "
+            "train anew with another output"
+        )
     return index
 
 

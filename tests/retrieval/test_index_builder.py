@@ -31,10 +31,11 @@ from ragjax.data.prompt import passage_text
 from ragjax.data.question_batch import tokenize_passages, tokenize_questions
 from ragjax.errors import InputError
 from ragjax.files import exclusive_lock
-from ragjax.rag import RagPipeline, load_pipeline
+from ragjax.rag import load_pipeline
 from ragjax.retrieval import encoder as encoder_module
 from ragjax.retrieval import faiss_index as faiss_module
-from ragjax.retrieval import index_builder as builder_module
+from ragjax.retrieval.building import index_builder as builder_module
+from ragjax.retrieval.building import shard_writer as writer_module
 from ragjax.retrieval.encoder import encode
 from ragjax.retrieval.index import MANIFEST, Index, open_index, read_index_manifest, write_index
 from ragjax.retrieval.retrieve import retrieve
@@ -173,7 +174,7 @@ def test_a_build_that_fails_at_its_end_leaves_the_old_index_and_goes_on(
     assert "index.partial stays: run the same command again to go on" in capsys.readouterr().err
     monkeypatch.undo()
     monkeypatch.setattr(build_module, "scan_passages", fail)  # nothing is read or embedded again
-    monkeypatch.setattr(builder_module, "_shard_writer", fail)
+    monkeypatch.setattr(builder_module, "ShardWriter", fail)
     build(tiny_config(world, index__path=str(folder), corpus__max_passages=7))
     assert "going on with the index: 7 of 7 passages are there" in capsys.readouterr().err
     assert len(PassageStore.open(folder)) == 7 and (folder / "notes.txt").read_text() == "mine"
@@ -200,7 +201,7 @@ def test_dpr_files_gzipped(world: Path, tmp_path: Path) -> None:
 def test_a_kind_that_cannot_be_built_is_refused_before_anything_is_embedded(
     world: Path, tmp_path: Path, kind: str, why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(builder_module, "embed_to_file", lambda *_: pytest.fail("nothing is embedded"))
+    monkeypatch.setattr(writer_module, "embed_passages", lambda *_, **__: pytest.fail("nothing is embedded"))
     with pytest.raises(InputError, match=f"index.kind.*{kind}.*{why}") as refusal:
         build(tiny_config(world, index__path=str(tmp_path / "index"), index__kind=kind))
     assert "\n" not in str(refusal.value) and list(tmp_path.iterdir()) == []
@@ -219,6 +220,12 @@ def same_files(folder: Path, other: Path) -> bool:
 def sharded(world: Path) -> Path:
     """The world's index in shards of 7, 7, 7, 7 and 2 passages, with a graph: built without disturbance."""
     return build(by_shards(world, world / "sharded"))
+
+
+@pytest.fixture(scope="module")
+def of_another_encoder(world: Path) -> Path:
+    """Nothing of it serves an index by the world's encoder."""
+    return build(tiny_config(world, index__path=str(world / "other"), retriever__pooling="cls"))
 
 
 def by_shards(world: Path, folder: Path, **settings: object) -> Config:
@@ -254,16 +261,16 @@ def test_a_build_that_was_interrupted_goes_on(
 ) -> None:
     """Within a shard, after so many whole ones."""
     written: list[Path] = []
-    embed = builder_module.embed_to_file
+    embed = writer_module.embed_passages
 
-    def interrupted(rag: RagPipeline, params: Any, rows: Any, path: Path, advance: Any) -> None:
+    def interrupted(batches: Any, count: int, *, path: Path, **others: Any) -> None:
         if len(written) == whole:
             raise KeyboardInterrupt
-        embed(rag, params, rows, path, advance)
+        embed(batches, count, path=path, **others)
         written.append(path)
 
     config = by_shards(world, tmp_path / "index")
-    monkeypatch.setattr(builder_module, "embed_to_file", interrupted)
+    monkeypatch.setattr(writer_module, "embed_passages", interrupted)
     with pytest.raises(KeyboardInterrupt):
         build(config)
     assert not (tmp_path / "index").exists()
@@ -310,13 +317,13 @@ def test_only_what_is_damaged_is_made_anew(
         content = path.read_bytes()
         path.write_bytes(content[:100] + bytes([content[100] ^ 4]) + content[101:])
     stamps = {path: path.stat().st_mtime_ns for path in files(folder)}
-    written, embed = list[str](), builder_module.embed_to_file
+    written, embed = list[str](), writer_module.embed_passages
 
-    def counted(rag: RagPipeline, params: Any, rows: Any, path: Path, advance: Any) -> None:
+    def counted(batches: Any, count: int, *, path: Path, **others: Any) -> None:
         written.append(path.parent.name)
-        embed(rag, params, rows, path, advance)
+        embed(batches, count, path=path, **others)
 
-    monkeypatch.setattr(builder_module, "embed_to_file", counted)
+    monkeypatch.setattr(writer_module, "embed_passages", counted)
     build(by_shards(world, folder, index__shard_size=7 if file in (MANIFEST, "made_of.json") else 5))
     assert files(folder) == whole
     assert written == [f"{number:05d}.partial" for number in HARM[file]]
@@ -341,7 +348,7 @@ def test_mending_that_was_killed_goes_on(
         with pytest.raises(StopIteration):
             build(by_shards(world, folder))
     assert "shards/00001/text.bin has 1 bytes and not" in capsys.readouterr().err
-    monkeypatch.setattr(builder_module, "embed_to_file", lambda *_: pytest.fail("both are there"))
+    monkeypatch.setattr(writer_module, "embed_passages", lambda *_, **__: pytest.fail("both are there"))
     build(by_shards(world, folder))
     assert files(folder) == whole
     assert [path.name for path in tmp_path.iterdir()] == ["index"]
@@ -393,13 +400,19 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("moves", [0, 1, 2, 7, 8, 9, 10, 11, 12])  # seven files are deleted, then four things moved
-@pytest.mark.parametrize("before", ["nothing", "one shard", "flat files"])
+@pytest.mark.parametrize("before", ["nothing", "another encoder's", "flat files"])
 def test_a_build_that_was_killed_in_the_swap_goes_on(
-    world: Path, sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moves: int, before: str
+    world: Path,
+    sharded: Path,
+    of_another_encoder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    moves: int,
+    before: str,
 ) -> None:
     folder = tmp_path / "index"
-    if before == "one shard":
-        shutil.copytree(world / "index", folder)
+    if before == "another encoder's":
+        shutil.copytree(of_another_encoder, folder)
     if before == "flat files":  # as before there were shards
         shutil.copytree(shard_folder(world / "index", 0), folder)
         (folder / CHECKSUMS).unlink()
@@ -424,7 +437,7 @@ def test_a_build_that_was_killed_in_the_swap_goes_on(
         patch.setattr(Path, "unlink", counted(Path.unlink))
         with contextlib.suppress(Killed):
             build(config)
-    monkeypatch.setattr(builder_module, "_shard_writer", None)  # nothing is embedded again
+    monkeypatch.setattr(builder_module, "ShardWriter", None)  # nothing is embedded again
     build(config)
     assert same_files(folder, sharded)
     assert [path.name for path in tmp_path.iterdir()] == ["index"]
@@ -535,7 +548,7 @@ def test_a_disk_that_is_too_small_is_refused(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(build_module, "free_disk", lambda folder: 8000)
-    monkeypatch.setattr(builder_module, "embed_to_file", lambda *_: pytest.fail("nothing is embedded"))
+    monkeypatch.setattr(writer_module, "embed_passages", lambda *_, **__: pytest.fail("nothing is embedded"))
     config = tiny_config(world, index__path=str(tmp_path / "index"))
     with pytest.raises(InputError, match=r"has 7\.8 KiB free, and the index needs .* more; .*index\.dtype=bfloat16"):
         build(config)
@@ -576,7 +589,7 @@ def test_a_killed_pass_of_faiss_starts_again(
     with pytest.raises(KeyboardInterrupt):
         build(config)
     monkeypatch.undo()
-    monkeypatch.setattr(builder_module, "embed_to_file", lambda *_: pytest.fail("the shards are there"))
+    monkeypatch.setattr(writer_module, "embed_passages", lambda *_, **__: pytest.fail("the shards are there"))
     assert same_files(build(config), undisturbed)
     assert json.loads((tmp_path / "index" / "manifest.json").read_text())["faiss"]["add_batch"] == 65_536
 

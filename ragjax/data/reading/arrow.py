@@ -21,7 +21,8 @@ def arrow_records(path: Path) -> Iterator[Record]:
     """
     number = 0
     with library_errors(f"{path}: cannot be read", CURE):
-        for batch in _batches(path):
+        file = ArrowFile(path)
+        for _, batch in file.batches(_text_columns(file.schema)):
             for fields in batch.to_pylist():
                 number += 1
                 yield Record(number, fields)
@@ -30,47 +31,94 @@ def arrow_records(path: Path) -> Iterator[Record]:
 def count_rows(path: Path) -> int:
     """The rows of a Parquet or Arrow file. Raises `InputError` as `arrow_records`."""
     with library_errors(f"{path}: cannot be read", CURE):
-        if _starts_with(path, PARQUET):
-            return _parquet(path).metadata.num_rows
-        return sum(batch.num_rows for batch in _batches(path))
+        return ArrowFile(path).count
 
 
-def _batches(path: Path) -> Iterator[Any]:
-    """Record batches of few rows, of the columns that can hold text."""
-    if _starts_with(path, PARQUET):
-        file = _parquet(path)
-        names = _text_columns(file.schema_arrow)
-        yield from file.iter_batches(BATCH, columns=names, use_threads=False)
-        return
-    pyarrow = _pyarrow(path)
-    with pyarrow.memory_map(str(path)) as mapped:
-        if _starts_with(path, ARROW_FILE):
+class ArrowFile:
+    """A Parquet or Arrow file, of which columns are read in batches of few rows. Raises what pyarrow raises."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._parquet = _parquet(path) if _starts_with(path, PARQUET) else None
+        self.schema = self._stored_batches()[0] if self._parquet is None else self._parquet.schema_arrow
+
+    @property
+    def groups(self) -> list[int]:
+        """The rows of each part that is read from its first row on; only Parquet files have such."""
+        if self._parquet is None:
+            return []
+        about = self._parquet.metadata
+        return [about.row_group(number).num_rows for number in range(about.num_row_groups)]
+
+    @property
+    def count(self) -> int:
+        """Its rows."""
+        if self._parquet is not None:
+            return self._parquet.metadata.num_rows
+        return sum(batch.num_rows for batch in self._stored_batches()[1])
+
+    def batches(self, names: list[str], row: int = 0) -> Iterator[tuple[int, Any]]:
+        """The number, from 0, of the first row of each batch of some columns, and the batch.
+
+        Begun not far before `row`: with the batch or the group that it is in.
+        """
+        start = 0
+        if self._parquet is not None:
+            groups, first = self.groups, 0
+            while first < len(groups) and start + groups[first] <= row:
+                start, first = start + groups[first], first + 1
+            later = list(range(first, len(groups)))
+            for batch in self._parquet.iter_batches(BATCH, row_groups=later, columns=names, use_threads=False):
+                yield start, batch
+                start += batch.num_rows
+            return
+        for batch in self._stored_batches()[1]:
+            if start + batch.num_rows > row:
+                batch.validate(full=True)
+                part = batch.select(names)
+                for at in range(max(0, row - start) // BATCH * BATCH, part.num_rows, BATCH):
+                    yield start + at, part.slice(at, BATCH)
+            start += batch.num_rows
+
+    def _stored_batches(self) -> tuple[Any, Iterator[Any]]:
+        """The columns, and the batches as they lie in an Arrow file."""
+        pyarrow = _pyarrow(self.path)
+        mapped = pyarrow.memory_map(str(self.path))
+        if _starts_with(self.path, ARROW_FILE):
             reader = pyarrow.ipc.open_file(mapped)
-            stored = (reader.get_batch(i) for i in range(reader.num_record_batches))
-        else:
-            reader = stored = pyarrow.ipc.open_stream(mapped)
-        names = _text_columns(reader.schema)
-        for batch in stored:
-            batch.validate(full=True)
-            part = batch.select(names)
-            yield from (part.slice(start, BATCH) for start in range(0, part.num_rows, BATCH))
+            return reader.schema, (reader.get_batch(i) for i in range(reader.num_record_batches))
+        reader = pyarrow.ipc.open_stream(mapped)
+        return reader.schema, iter(reader)
 
 
 def _text_columns(schema: Any) -> list[str]:
     """All columns but bytes, times, which Python may be unable to hold, and lists of fractions, as embeddings are."""
     from pyarrow import types
 
-    def is_vector(kind: Any) -> bool:
-        lists = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
-        return lists and (types.is_floating(kind.value_type) or is_vector(kind.value_type))
-
     def is_bytes(kind: Any) -> bool:
         return types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind)
 
     def is_text(kind: Any) -> bool:
-        return not (is_vector(kind) or is_bytes(kind) or types.is_temporal(kind))
+        return not (_holds_fractions(kind) or is_bytes(kind) or types.is_temporal(kind))
 
     return [field.name for field in schema if is_text(field.type)]
+
+
+def is_vector(kind: Any) -> bool:
+    """Whether a column's type is that of lists of fractions."""
+    from pyarrow import types
+
+    return _is_list(kind) and types.is_floating(kind.value_type)
+
+
+def _holds_fractions(kind: Any) -> bool:
+    return is_vector(kind) or (_is_list(kind) and _holds_fractions(kind.value_type))
+
+
+def _is_list(kind: Any) -> bool:
+    from pyarrow import types
+
+    return types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
 
 
 def _parquet(path: Path) -> Any:

@@ -5,39 +5,32 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from ragjax.checksums import (
-    CHECKSUMS,
-    DamagedFolder,
-    damages,
-    read_checksums,
-    read_sealed,
-    write_checksums,
-    write_sealed,
-)
+from ragjax.checksums import CHECKSUMS, DamagedFolder, damages, read_checksums, read_sealed
 from ragjax.config import structure
-from ragjax.data.corpus import CorpusStats, Passage
-from ragjax.data.passage_store import SHARDS, STORE_FILES, PassageStore, shard_folder, write_store
-from ragjax.data.prompt import passage_text
+from ragjax.data.corpus import Passage
+from ragjax.data.passage_store import SHARDS, STORE_FILES, PassageStore, shard_folder
 from ragjax.errors import InputError
-from ragjax.files import LOCK, atomic_write, exclusive_lock, partial_folder, write_jsonl
-from ragjax.parallel.mesh import command_mesh
+from ragjax.files import LOCK, atomic_write, exclusive_lock, write_jsonl
 from ragjax.parallel.processes import allgather_text, run_on_process_zero
-from ragjax.parallel.sharding import abstract_with_sharding
 from ragjax.rag import RagPipeline
+from ragjax.retrieval.building.earlier_index import EarlierIndex
+from ragjax.retrieval.building.made_of import MadeOf, index_recipe, read_made_of, write_made_of
+from ragjax.retrieval.building.shard_plan import ShardPlan
+from ragjax.retrieval.building.shard_writer import ReadyVectors, ShardWriter
+from ragjax.retrieval.building.takeover import same_source
 from ragjax.retrieval.embeddings import EMBEDDINGS
-from ragjax.retrieval.encoder import embed_to_file
-from ragjax.retrieval.faiss_index import FAISS_FILE
+from ragjax.retrieval.faiss_index import FAISS_FILE, EarlierStructure
 from ragjax.retrieval.index import MADE_OF, MANIFEST, index_damage, read_index_manifest, write_index
+from ragjax.retrieval.vector_files.source import VectorSource
 from ragjax.terminal import progress_bar, terminal
 
 ReadPassages = Callable[[], Iterable[Passage]]  # the corpus from its beginning
@@ -47,31 +40,37 @@ ReadPassages = Callable[[], Iterable[Passage]]  # the corpus from its beginning
 class ExistingIndex:
     """An index of the same things that is in the folder already."""
 
-    shard: int  # passages in each shard but the last
+    counts: list[int]  # passages in each shard
     good: list[int]  # the shards that are what was written
     damage: dict[str, str]  # what is wrong with each damaged file, by its name
+    vectors: dict[str, Any] | None = None  # where its embeddings come from, if not from the encoder
 
 
 class IndexBuilder:
     """Builds the index in INDEX.partial, beside its folder, and moves it into the folder once it is whole.
 
-    The steps, in this order: `find_existing`, then within `working_folder` the statistics of the corpus,
-    `embed_missing` and `finish`. `content` names what the passages are made from.
+    The steps, in this order: `find_existing`, or else `find_earlier`, then within `working_folder` what the corpus
+    tells (`save`), `embed_missing` and `finish`. `content` names what the passages are made from; `rebuild` asks for a
+    FAISS structure that is trained anew, `source` has embeddings to take over.
     """
 
-    def __init__(self, rag: RagPipeline, folder: Path, content: str) -> None:
+    def __init__(
+        self,
+        rag: RagPipeline,
+        folder: Path,
+        content: str,
+        rebuild: bool = False,
+        source: VectorSource | None = None,
+    ) -> None:
         if folder.exists() and not folder.is_dir():
             raise InputError(f"{folder}: is a file; choose another index.path")
         self.rag, self.folder, self.content = rag, folder, content
+        self.rebuild, self.source = rebuild, source
         resolved = folder.resolve()  # pieces are renamed: both must lie on one disk
         self.partial = resolved.with_name(resolved.name + ".partial")
         self.recipe = index_recipe(rag, content)
-
-    def with_shard_size(self, shard: int) -> IndexBuilder:
-        """The builder of the same index in shards of so many passages."""
-        index = self.rag.config.index.replace(shard_size=shard)
-        rag = replace(self.rag, config=self.rag.config.replace(index=index))
-        return IndexBuilder(rag, self.folder, self.content)
+        self.existing: ExistingIndex | None = None
+        self.earlier: EarlierIndex | None = None
 
     def find_existing(self) -> ExistingIndex | None:
         """What process 0 finds in the folder, after reading all of it; None where this index is yet to be built.
@@ -80,33 +79,53 @@ class IndexBuilder:
         """
         existing = run_on_process_zero(self._find_existing)
         existing = json.loads(allgather_text(json.dumps(existing and asdict(existing)))[0])
-        return None if existing is None else ExistingIndex(**existing)
+        self.existing = None if existing is None else ExistingIndex(**existing)
+        return self.existing
 
     def _find_existing(self) -> ExistingIndex | None:
         """Where the manifest is damaged, made_of.json says what it is, and each shard's checksums that it is whole."""
-        folder, shard = self.folder, self.rag.config.index.shard_size
+        folder = self.folder
         if not folder.is_dir() or self.is_complete():
             return None
         try:
             manifest = read_index_manifest(folder)
         except InputError:
-            if (stats := read_saved_stats(folder, self.recipe)) is None:
+            if (made_of := read_made_of(folder, self.recipe)) is None:
                 return None
-            whole = {number: _is_whole(folder, number) for number in range(-(-stats.count // shard))}
+            counts = list(made_of.plan.counts)
+            whole = {number: _is_whole(folder, number) for number in range(len(counts))}
             damage = {f"{SHARDS}/{number:05d}": "is not whole" for number in whole if not whole[number]}
-            return ExistingIndex(shard, [n for n in whole if whole[n]], {MANIFEST: "is not whole"} | damage)
+            good = [number for number in whole if whole[number]]
+            return ExistingIndex(counts, good, {MANIFEST: "is not whole"} | damage, made_of.vectors)
         if any(manifest["fingerprints"].get(part) != value for part, value in self.rag.fingerprints.items()):
             return None
         if manifest["corpus"]["content"] != self.content:
             return None
         damage, counts = index_damage(folder), manifest["shards"]
+        if self.rebuild and not damage:
+            return None
         bad = {Path(name).parent.name for name in damage if name.startswith(f"{SHARDS}/")}
         good = [number for number in range(len(counts)) if shard_folder(folder, number).name not in bad]
-        return ExistingIndex(counts[0], good, damage)
+        return ExistingIndex(counts, good, damage, manifest.get("vectors"))
+
+    def find_earlier(self) -> EarlierIndex | None:
+        """The index in the folder, where it is of another corpus or kind and its embeddings can serve; in each process.
+
+        An index that was built and not wholly moved is moved first.
+        """
+        if not self.is_complete():
+            run_on_process_zero(self._finish_move)
+            self.earlier = EarlierIndex.find(self.rag, self.folder)
+        return self.earlier
+
+    def _finish_move(self) -> None:
+        if (self.partial / MANIFEST).is_file() and not (self.folder / MANIFEST).is_file():
+            with suppress(InputError), exclusive_lock(self.partial, "builds this index"):
+                self._move()
 
     def remove_leftovers(self) -> None:
         """Removes INDEX.partial where a build of this index was killed after its last step."""
-        if self.saved_stats():
+        if self.saved():
             shutil.rmtree(self.partial, ignore_errors=True)
 
     @contextmanager
@@ -117,12 +136,12 @@ class IndexBuilder:
         """
         new = self.partial
         with exclusive_lock(new, "builds this index; wait for it, or choose another index.path"):
-            stats = self.saved_stats()
-            if stats is None and (made := len(list((new / SHARDS).glob("[0-9]*")))):
+            saved = self.saved()
+            if saved is None and (made := len(list((new / SHARDS).glob("[0-9]*")))):
                 terminal.print(
                     f"{new}: its {made} shards are of another corpus, model, setting, JAX or device; begun anew"
                 )
-            for path in new.iterdir() if stats is None else (new / SHARDS).glob("*.partial"):
+            for path in new.iterdir() if saved is None else (new / SHARDS).glob("*.partial"):
                 if path.name != LOCK:
                     _remove(path)
             try:
@@ -136,79 +155,96 @@ class IndexBuilder:
                 raise
             shutil.rmtree(new, ignore_errors=True)
 
-    def saved_stats(self) -> CorpusStats | None:
-        """The statistics of the corpus that an earlier build of the same things saved; None if there was none."""
-        return read_saved_stats(self.partial, self.recipe)
+    def saved(self) -> MadeOf | None:
+        """What an earlier build of the same things saved of them; None if there was none."""
+        saved = read_made_of(self.partial, self.recipe)
+        if saved is None or self.is_complete():
+            return saved
+        same_vectors = same_source(saved.vectors, self.source)
+        if self.existing is not None:
+            goes_on = list(saved.plan.counts) == self.existing.counts and (self.source is None or same_vectors)
+        else:
+            goes_on = saved.plan.earlier == (self.earlier.identity if self.earlier else None)
+            goes_on &= same_vectors or self.earlier is not None
+        return saved if goes_on else None
 
-    def save_stats(self, stats: CorpusStats) -> None:
-        """Keeps the statistics of the corpus for a build that goes on with this one."""
-        write_sealed(self.partial / MADE_OF, {"made_of": self.recipe, "scan": asdict(stats)})
+    def save(self, made_of: MadeOf) -> None:
+        """Keeps what is known of a build, for one that goes on with it."""
+        write_made_of(self.partial, self.recipe, made_of)
 
     def is_complete(self) -> bool:
         """Whether only the move to the folder is left to do, or the rest of it."""
         try:
-            return read_sealed(self.partial / MANIFEST)["fingerprints"] == self.rag.fingerprints
+            fingerprints = read_sealed(self.partial / MANIFEST)["fingerprints"]
         except (InputError, KeyError):
             return False
+        return fingerprints == self.rag.fingerprints and read_made_of(self.partial, self.recipe) is not None
 
-    def embed_missing(self, read: ReadPassages, count: int, good: Sequence[int]) -> None:
-        """Writes this process's part of the missing shards in one pass over the corpus of `count` passages.
+    def embed_missing(self, read: ReadPassages, plan: ShardPlan, ready: ReadyVectors | None = None) -> None:
+        """Writes this process's part of the missing shards in one pass over the corpus.
 
-        Not missing are those in INDEX.partial, whose sizes alone are compared, and the `good` ones in the folder.
+        Not missing are those in INDEX.partial, whose sizes alone are compared, and good ones of an existing index.
+        `ready` gives the embeddings, if it is not the encoder that does.
         """
-        size = self.rag.config.index.shard_size
-        starts = range(0, count, size)
-        there = [start for start in starts if start // size in good or _is_whole(self.partial, start // size, most=0)]
+        counts, starts, good = plan.counts, plan.starts, self.existing.good if self.existing else []
+        there = {number for number in range(len(counts)) if number in good or _is_whole(self.partial, number, most=0)}
         if there:
-            done = sum(min(size, count - start) for start in there)
-            terminal.print(f"going on with the index: {done} of {count} passages are there", soft_wrap=True)
+            done = sum(counts[number] for number in there)
+            terminal.print(f"going on with the index: {done} of {sum(counts)} passages are there", soft_wrap=True)
         process, processes = jax.process_index(), jax.process_count()
-        mine = starts[process::processes]
-        missing = [start for start in mine if start not in there]
+        mine = range(process, len(counts), processes)
+        missing = [number for number in mine if number not in there]
         if not missing:
             return
-        name = "embed" if processes == 1 else f"embed, the part of one of {processes} processes"
-        total = sum(min(size, count - start) for start in mine)
-        todo = sum(min(size, count - start) for start in missing)
-        stream, position = iter(read()), 0
-        write = _shard_writer(self.rag)
-        with progress_bar(name, total, "passages", total - todo, first="compiling …") as advance:
-            for start in missing:
-                passages = list(islice(stream, start - position, start - position + size))
+        work = "take over" if ready else "embed"
+        name = work if processes == 1 else f"{work}, the part of one of {processes} processes"
+        total, todo = (sum(counts[number] for number in of) for of in (mine, missing))
+        stream, position, writer = iter(read()), 0, ShardWriter(self.rag, ready, self.earlier)
+        first = "" if ready else "compiling …"
+        with progress_bar(name, total, "passages", total - todo, first=first) as advance:
+            for number in missing:
+                start = starts[number]
+                passages = list(islice(stream, start - position, start - position + counts[number]))
                 position = start + len(passages)
-                if len(passages) != min(size, count - start):
+                if len(passages) != counts[number]:
                     raise InputError("the corpus became shorter while it was read; leave it alone, and start again")
-                folder = shard_folder(self.partial, start // size)
-                with partial_folder(folder) as unfinished:
-                    write(unfinished, passages, advance)
-                    write_checksums(unfinished, number=start // size)
-                    _remove(folder)
-                    unfinished.rename(folder)
+                writer.write(
+                    shard_folder(self.partial, number), number, plan.kept.get(number), passages, start, advance
+                )
 
-    def finish(
-        self, corpus: Mapping[str, Any], questions: Mapping[str, list[dict]], existing: ExistingIndex | None
-    ) -> None:
+    def finish(self, corpus: Mapping[str, Any], questions: Mapping[str, list[dict]], made_of: MadeOf) -> None:
         """Adds the questions, the search structure and the manifest to the shards, and moves all into the folder.
 
-        `corpus` is what the manifest says of the corpus. Of an `existing` index only what is damaged is replaced.
+        `corpus` is what the manifest says of the corpus. Of an existing index only what is damaged is replaced.
         """
-        if existing is not None:
-            self._repair(corpus, questions, existing)
+        if self.existing is not None:
+            self._repair(corpus, questions, self.existing)
             return
         if not self.is_complete():
-            self._complete(corpus, questions, self.partial)
+            earlier = None
+            if self.earlier is not None and not self.rebuild:
+                earlier = self.earlier.faiss_structure(made_of.plan.appended)
+            self._complete(corpus, questions, self.partial, made_of.vectors, earlier)
         self._move()
 
-    def _complete(self, corpus: Mapping[str, Any], questions: Mapping[str, list[dict]], folder: Path) -> None:
+    def _complete(
+        self,
+        corpus: Mapping[str, Any],
+        questions: Mapping[str, list[dict]],
+        folder: Path,
+        vectors: dict[str, Any] | None,
+        earlier: EarlierStructure | None = None,
+    ) -> None:
         """Adds to the shards in `folder` the questions, the search structure and, last, the manifest."""
         _write_questions(folder, questions)
         about = {
             "corpus": corpus,
             "generator_tokens": PassageStore.open(folder).token_count,
             "fingerprints": self.rag.fingerprints,
-        }
+        } | ({"vectors": vectors} if vectors else {})
+        index = self.rag.config.index
         try:
-            write_index(folder, structure(self.rag.config.index.kind), self.rag.config.index.dtype, about)
+            write_index(folder, structure(index.kind), index.dtype, about, earlier)
         except DamagedFolder as error:
             _remove(error.folder)  # so that it is made again
             raise
@@ -231,7 +267,7 @@ class IndexBuilder:
                 _write_questions(folder, questions)
             if not damages(folder, {name: record for name, record in records.items() if name in again}):
                 return
-        self._complete(corpus, questions, folder)
+        self._complete(corpus, questions, folder, existing.vectors)
 
     def _move(self) -> None:
         """Moves the whole index to its folder, piece by piece, the manifest last; begun before, it does the rest.
@@ -257,31 +293,6 @@ class IndexBuilder:
                 os.replace(path, target)
 
 
-def index_recipe(rag: RagPipeline, content: str) -> dict[str, Any]:
-    """Everything that the bytes of the shards depend on; index.kind is not among it."""
-    config = rag.config
-    return {
-        "content": content,
-        "fingerprints": {name: value for name, value in rag.fingerprints.items() if name != "kind"},
-        "dtype": config.dtype,
-        "index": {name: getattr(config.index, name) for name in ("dtype", "batch_size", "shard_size")},
-        "jax": jax.__version__,
-        "device": f"{jax.default_backend()} {jax.local_devices()[0].device_kind}",
-    }
-
-
-def read_saved_stats(folder: Path, recipe: Mapping[str, Any]) -> CorpusStats | None:
-    """The statistics of the corpus in FOLDER/made_of.json; None unless it is there, whole, and of this recipe."""
-    try:
-        building = read_sealed(folder / MADE_OF)
-        stats = CorpusStats(**building["scan"]) if building["made_of"] == recipe else None
-    except (InputError, KeyError, TypeError):
-        return None
-    if stats and type(stats.count) is type(stats.size) is int and min(stats.count, stats.size) > 0:
-        return stats if isinstance(stats.fingerprint, str) else None
-    return None
-
-
 def _is_whole(folder: Path, number: int, most: int | None = None) -> bool:
     """Whether a shard has the files that it was written with; those above `most` bytes are not read."""
     shard = shard_folder(folder, number)
@@ -290,19 +301,6 @@ def _is_whole(folder: Path, number: int, most: int | None = None) -> bool:
     except InputError:
         return False
     return about.get("number") == number and not damages(shard, about["files"], most=most)
-
-
-def _shard_writer(rag: RagPipeline) -> Callable[[Path, Sequence[Passage], Callable[[int], None]], None]:
-    """Writes the text, tokens and embeddings of some passages into a folder, with all devices of this process."""
-    text_of = partial(passage_text, rag.config.generator.passage_template)
-    encoder, mesh = rag.passage_encoder, command_mesh("index")
-    params = encoder.load_params(abstract_with_sharding(mesh, encoder.untrained_types(mesh)))
-
-    def write(folder: Path, passages: Sequence[Passage], advance: Callable[[int], None]) -> None:
-        write_store(folder, passages, rag.generator_tokenizer.encode, text_of)
-        embed_to_file(rag, params, rag.tokenize_passages(passages), folder / EMBEDDINGS, advance)
-
-    return write
 
 
 def _write_questions(folder: Path, questions: Mapping[str, list[dict]]) -> None:

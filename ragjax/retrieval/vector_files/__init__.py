@@ -1,0 +1,1 @@
+"""Vectors that somebody else computed, in the files in which they come."""
