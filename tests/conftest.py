@@ -31,6 +31,7 @@ if jax.__version_info__ < (0, 11):  # the older way to compile fusions takes 2.5
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_parallel_codegen_split_count=1"
 
 COMPILED_BYTES = 500_000_000  # one run of all tests leaves less than a fifth
+MAPPINGS = 40_000
 SEEN_DEVICES = 2  # every device runs its part of a program: eight take three times as long
 
 
@@ -80,6 +81,15 @@ def seen_devices(request: pytest.FixtureRequest) -> Iterator[int]:
         for name in ("device_count", "local_device_count"):
             patch.setattr(jax, name, lambda *_, **__: count)
         yield count
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_mappings() -> Iterator[None]:
+    """Linux gives a process 65,530 mappings of memory, and each compiled program takes some; beyond them it crashes."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MAPPINGS:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="module")
