@@ -759,7 +759,7 @@ import sys
 mesh = make_mesh(devices=_tpu_devices("v5e:2x2")[:1])
 model, told = generator_shape(Path(sys.argv[1]), dtype="bfloat16"), {}
 for kind, params in (("trained", model.abstract_params), ("untrained", model.untrained_types(mesh))):
-    prompts = jax.ShapeDtypeStruct((4, 64), jnp.int32), jax.ShapeDtypeStruct((4, 64), jnp.bool)
+    prompts = jax.ShapeDtypeStruct((4, 128), jnp.int32), jax.ShapeDtypeStruct((4, 128), jnp.bool)
     given = abstract_with_sharding(mesh, (params, *prompts))
     read = jax.jit(lambda *given: jax.tree.leaves(prefill_documents(model.graphdef, *given)))
     analysis = read.lower(*given).compile().memory_analysis()
@@ -771,12 +771,12 @@ print(json.dumps(told))
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("libtpu") is None, reason="needs the TPU's compiler: pip install 'ragjax[tpu]'")
 def test_no_second_copy_of_weights_that_are_not_trained(tmp_path: Path) -> None:
-    """Float32 ones are rounded before the loop over the layers, all at once; those in bfloat16 are used as they are."""
-    shape = {"model_type": "llama", "vocab_size": 4096, "hidden_size": 512, "intermediate_size": 2048}
-    shape |= {"num_hidden_layers": 8, "num_attention_heads": 8, "tie_word_embeddings": True}
+    """Of float32 ones many are rounded before the loop over the layers; those in bfloat16 are used as they are."""
+    shape = {"model_type": "llama", "vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 4096}
+    shape |= {"num_hidden_layers": 8, "num_attention_heads": 8, "tie_word_embeddings": False}
     (tmp_path / "config.json").write_text(json.dumps(shape))
     command = [sys.executable, "-c", WEIGHTS_ON_A_TPU, str(tmp_path / "config.json")]
     told = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     (whole, copied), (half, none) = told["trained"], told["untrained"]
     assert half == pytest.approx(whole / 2, rel=0.01)
-    assert copied > 0.7 * half and none < 0.1 * half
+    assert copied > 0.3 * half and none < 0.05 * half
