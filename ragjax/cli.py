@@ -218,12 +218,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     answer.add_argument("--untrained", action="store_true", help="with the pretrained models")
     answer.add_argument("--json", action="store_true", help="print one JSON object a line for programs")
-    summary = "split a Hugging Face RAG checkpoint into what ragjax reads"
+    summary = "split a Hugging Face RAG checkpoint into what ragjax reads, or merge PEFT's adapters into their model"
     importing = command("import", _import, summary, "ragjax import hf:ORG/RAG rag", config=False)
     importing.add_argument("source", metavar="SOURCE", help="a folder or hf:ORG/NAME@REVISION")
+    importing.add_argument("--base", metavar="SOURCE", help="the model that adapters belong to")
     summary = "write a run as Hugging Face checkpoints"
     exporting = command("export", _export, summary, "ragjax export runs/factbook exported", config=False)
     exporting.add_argument("source", metavar="RUN", help="the output folder of a run")
+    exporting.add_argument("--merge", action="store_true", help="models with adapters as whole models")
     for sub in (importing, exporting):
         sub.add_argument("out", metavar="OUT", help="a folder that does not exist yet")
     summary = "compare all files of a run, an index or an exported folder with their checksums"
@@ -347,14 +349,14 @@ def _answer(options: argparse.Namespace) -> int:
 def _import(options: argparse.Namespace) -> int:
     from ragjax.commands.hugging_face import import_rag
 
-    _tell(f"imported: {import_rag(options.source, Path(options.out))}")
+    _tell(f"imported: {import_rag(options.source, Path(options.out), options.base)}")
     return 0
 
 
 def _export(options: argparse.Namespace) -> int:
     from ragjax.commands.hugging_face import export_rag
 
-    _tell(f"exported: {export_rag(Path(options.source), Path(options.out))}")
+    _tell(f"exported: {export_rag(Path(options.source), Path(options.out), options.merge)}")
     return 0
 
 
