@@ -183,13 +183,17 @@ def check_start(rag: RagPipeline) -> None:
     if (start_from := rag.config.train.start_from) is None:
         return
     start, ours = f"train.start_from: {start_from}", rag.config.train.passage_encoder
-    theirs = load_run_config(Path(start_from)).train.passage_encoder
+    other = load_run_config(Path(start_from)).train
+    theirs = other.passage_encoder
     if theirs != ours:
         raise InputError(
             f"{start} has train.passage_encoder={theirs}, and this run {ours}; use the same, or export that run and "
             "give its encoders as sources"
         )
-    if load_run_config(Path(start_from)).train.lora != rag.config.train.lora:
+    shapes = [
+        None if one.rank is None else (one.rank, one.alpha, one.targets) for one in (other.lora, rag.config.train.lora)
+    ]
+    if shapes[0] != shapes[1]:
         raise InputError(
             f"{start} has another train.lora than this run; use the same, or export that run, merged, and give its "
             "models as sources"
