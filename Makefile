@@ -10,10 +10,11 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q
 TWO_AT_A_TIME := -n 2 --dist loadfile --no-loadscope-reorder
 CHANGED_SINCE ?= main
-ANY_DEVICES := -m 'any_devices and not slow'
 
 # glibc puts large arrays on huge pages: less time goes into page faults.
 quickstart bench: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+# Compiling takes and frees much memory: what is kept need not be fetched again page by page.
+test test-changed test-other-with test-slow: export GLIBC_TUNABLES ?= glibc.malloc.trim_threshold=2000000000:glibc.malloc.top_pad=67108864:glibc.malloc.mmap_threshold=1000000000
 
 .PHONY: quickstart test test-changed test-other test-slow test-torch test-tpu soak lint bench docs clean
 
@@ -25,8 +26,6 @@ quickstart: $(VENV)/dev
 
 test: $(VENV)/dev
 	$(PYTEST) $(TWO_AT_A_TIME)
-	$(PYTEST) $(TWO_AT_A_TIME) --devices 1 $(ANY_DEVICES)
-	$(PYTEST) $(TWO_AT_A_TIME) --devices 2 $(ANY_DEVICES)
 
 # the tests of what differs from main (CHANGED_SINCE=HEAD~1: from another commit)
 test-changed: $(VENV)/dev
@@ -78,6 +77,10 @@ bench: $(VENV)/dev
 	$(BIN)/python -m benchmarks.training configs/factbook.yaml train.num_docs=8 --through 2 --folder runs/bench
 	$(BIN)/python -m benchmarks.answering configs/factbook.yaml decode.num_docs=10 decode.num_beams=5 --torch --compare 180 --folder runs/bench
 	$(BIN)/python -m benchmarks.passage_cache configs/factbook.yaml --folder runs/bench
+	for k in 5 10 50; do $(BIN)/python -m benchmarks.exactness configs/factbook.yaml decode.num_beams=5 \
+	  decode.probability=interval --documents $$k --record runs/bench/exactness.json || exit 1; done
+	$(BIN)/python -m benchmarks.exactness --draw runs/bench/exactness.svg --record runs/bench/exactness.json
+	$(BIN)/python -m benchmarks.zero_shot
 
 # the site, docs/_build/html/index.html; a warning is an error
 docs: $(VENV)/docs

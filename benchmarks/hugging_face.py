@@ -4,8 +4,8 @@
 
 BART with wide random weights, so that documents disagree; documents and priors are drawn, too, and given to both, so
 that neither searches an index. Decoding, where `RagSequenceForGeneration.generate` must choose what ragjax's thorough
-decoding chooses; then training steps with AdamW of both models, where the losses are compared. Both take turns. Needs
-the extra `bench`.
+decoding chooses, with exact decoding at equal beams beside it; then training steps with AdamW of both models, where the
+losses are compared. Both take turns. Needs the extra `bench`.
 """
 
 from __future__ import annotations
@@ -43,10 +43,12 @@ from ragjax.data.prompt import Prompt
 from ragjax.data.question_batch import QuestionBatch
 from ragjax.decoding.candidates import with_end
 from ragjax.decoding.decode import decode_rag_sequence
+from ragjax.decoding.exact.decode import decode_exact
 from ragjax.decoding.propose import beam_search_documents, prefill_documents
 from ragjax.files import cache_folder
 from ragjax.marginal import log_prior
 from ragjax.models.generator import SpecialTokens
+from ragjax.models.kv_cache import DocumentMemory
 from ragjax.planning.program_cost import matmul_flops
 from ragjax.rag import RagModel
 from ragjax.runs.restore import enable_compilation_cache
@@ -139,6 +141,8 @@ def decoding(options: argparse.Namespace, console: Console, most: float) -> dict
     sources = rng.integers(4, ours.config.vocab_size, (questions, k, options.source_tokens)).astype(np.int32)
     scores = rng.normal(size=(questions, k)).astype(np.float32)
     settings = Decode(num_docs=k, num_beams=options.beams, max_new_tokens=longest, min_new_tokens=2)
+    one_search = {"start_beams": options.beams, "max_beams": options.beams, "lazy": False, "fallback": "none"}
+    exactly = settings.replace(mode="exact", **one_search)
 
     def by_hugging_face(b: int) -> tuple[int, ...]:
         with torch.no_grad():
@@ -161,6 +165,16 @@ def decoding(options: argparse.Namespace, console: Console, most: float) -> dict
         [found] = decode_rag_sequence(ours.graphdef, params, memory, prior, settings.replace(mode=mode), SPECIAL)
         return found
 
+    def by_exact(b: int) -> Any:
+        """With all documents and as many beams as thorough decoding has: nothing but the search on the marginal."""
+        prior = np.asarray(log_prior(jnp.asarray(scores[b : b + 1]), jnp.ones((1, k), bool)))
+
+        def read(rows: np.ndarray) -> DocumentMemory:
+            return prefill_documents(ours.graphdef, params, sources[b, rows], np.ones(sources[b, rows].shape, bool))
+
+        [found] = decode_exact(ours.graphdef, params, read, prior, None, exactly, SPECIAL)
+        return found
+
     def answer(found: Any, mode: str) -> tuple[int, ...]:
         best = found.best(mode)[0]
         return (*found.tokens[best], *([SPECIAL.eos] if found.finished[best] else []))
@@ -168,6 +182,7 @@ def decoding(options: argparse.Namespace, console: Console, most: float) -> dict
     programs: dict[str, Callable[[int], Any]] = {
         mode: partial(by_ragjax, mode) for mode in ("thorough", "certified", "fast")
     }
+    programs["exact"] = by_exact
     programs["reading"] = lambda b: prefill_documents(
         ours.graphdef, params, sources[b], np.ones(sources[b].shape, bool)
     )
@@ -178,7 +193,7 @@ def decoding(options: argparse.Namespace, console: Console, most: float) -> dict
             program(b)
     stages = {name: Stage() for name in ["Hugging Face", *programs, "rescoring"]}
     same = dict.fromkeys(("Hugging Face", "certified"), 0)
-    candidates, skipped, flops = [], [], []
+    candidates, skipped, flops, gained, proved = [], [], [], [], 0
     of_reading = flops_of(
         lambda p, s, m: prefill_documents(ours.graphdef, p, s, m), params, sources[0], np.ones(sources[0].shape, bool)
     )
@@ -193,6 +208,8 @@ def decoding(options: argparse.Namespace, console: Console, most: float) -> dict
         best = answer(found["thorough"], "thorough")
         same["Hugging Face"] += chosen[: len(best)] == best and set(chosen[len(best) :]) <= {SPECIAL.pad, SPECIAL.eos}
         same["certified"] += answer(found["certified"], "certified") == best
+        proved += found["exact"].proof.best
+        gained.append(float(found["exact"].thorough_logp[0] - found["thorough"].thorough_logp.max()))
         candidates.append(len(found["thorough"].tokens))
         computed, needed = found["certified"].needed
         skipped.append(1 - computed / max(1, needed))
@@ -217,7 +234,14 @@ def decoding(options: argparse.Namespace, console: Console, most: float) -> dict
         console.print(f"{name} chooses what thorough does: {count} of {questions}")
     console.print(f"scores that certified skips: {np.mean(skipped):.0%} (least {min(skipped):.0%})")
     ratio = times_as_fast(stages["Hugging Face"], stages["thorough"])
-    console.print(f"thorough: {ratio:.1f} times as fast as Hugging Face\n")
+    console.print(f"thorough: {ratio:.1f} times as fast as Hugging Face")
+    ratios = [times_as_fast(stages[name], stages["exact"]) for name in ("Hugging Face", "thorough")]
+    console.print("exact: {:.1f} times as fast as Hugging Face, {:.2f} times as thorough".format(*ratios))
+    console.print(
+        f"exact: proved {proved} of {questions}; its log p(y|x) minus thorough's, nats: "
+        f"median {np.median(gained):+.2f}, least {min(gained):+.2f}, most {max(gained):+.2f}\n",
+        soft_wrap=True,
+    )
     return stages
 
 

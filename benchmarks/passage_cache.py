@@ -40,9 +40,10 @@ class Batch:
     def __init__(self, answerer: Answerer, cache: PassageKVCache, questions: list[str], size: int) -> None:
         """Filled up to `size`."""
         rag, graph, params = answerer.rag, answerer.rag.generator.graphdef, answerer.params["generator"]
-        batch = question_batch(rag.tokenizers, repeat_to_size(questions, size))
+        texts = repeat_to_size(questions, size)
+        batch = question_batch(rag.tokenizers, texts)
         self.answerer, self.count = answerer, len(questions)
-        self.retrieved: RetrievalResult = answerer.retrieve(batch)
+        self.retrieved: RetrievalResult = answerer.retrieve(batch, texts)
         source, mask = tokenize_prompts(rag.tokenizers, answerer.store, batch, self.retrieved.ids)
         lengths = tokens_before_question(rag.tokenizers, batch, mask)
         prompts = shard_batch(answerer.mesh, (source, mask), len(source))

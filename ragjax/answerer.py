@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -38,8 +39,9 @@ from ragjax.errors import InputError
 from ragjax.marginal import log_prior
 from ragjax.models.kv_cache import DocumentMemory
 from ragjax.models.layers import Params
-from ragjax.padding import bucket_size, length_buckets, pad_sequences, pick_bucket
-from ragjax.parallel.mesh import local_mesh
+from ragjax.padding import bucket_size, length_buckets, pad_sequences, pick_bucket, reading_width
+from ragjax.parallel.by_device import on_mesh
+from ragjax.parallel.mesh import command_mesh
 from ragjax.parallel.sharding import shard_batch
 from ragjax.rag import RagPipeline
 from ragjax.retrieval.index import Index, check_k
@@ -91,8 +93,9 @@ class Answer:
     # exact: so many of the first candidates are the likeliest answers of all, in this order, under the documents
     # (top_k) and under all passages (corpus, None where the prior over the corpus is not known); 0 means not proved
     proved: dict[str, int | None] | None = None
-    documents_read: int | None = None  # exact: for the proof
+    documents_read: int | None = None  # exact: by the searches
     steps: int | None = None  # exact: of the beam searches
+    proved_set: dict[str, int | None] | None = None  # as `proved`, in whatever order
 
 
 @dataclass(frozen=True)
@@ -111,25 +114,27 @@ class Answerer:
         """What the generator has read of passages under these parameters; None unless `decode.passage_cache_gib`."""
         return open_passage_cache(self.rag, self.params["generator"], self.store, self.mesh)
 
-    def retrieve(self, questions: QuestionBatch) -> RetrievalResult:
-        """The documents that `candidates` reads, `decode.num_docs` of each question.
+    def retrieve(self, questions: QuestionBatch, texts: Sequence[str]) -> RetrievalResult:
+        """The documents that `candidates` reads: `decode.num_docs` of each question, and `retriever.bm25_docs` more.
 
-        Hugging Face rescores under the training's number of documents, whatever the number that proposed: with
-        `hf_compatible` there are as many as either needs, and the prior is 0 beyond `train.num_docs`.
+        `texts` are the questions as they were asked, for BM25. Hugging Face rescores under the training's number of
+        documents, whatever the number that proposed: with `hf_compatible` there are as many as either needs, and the
+        prior is 0 beyond `train.num_docs`.
         """
         config = self.rag.config
         if not rescores_as_hugging_face(config):
-            return retrieve(self.rag, self.params, self.index, questions, config.decode.num_docs, self.mesh)
+            k = config.decode.num_docs
+            return retrieve(self.rag, self.params, self.index, questions, k, self.mesh, texts)
         retrieval = retrieve(self.rag, self.params, self.index, questions, most_documents(config), self.mesh)
         counted = (retrieval.ids >= 0) & (np.arange(retrieval.ids.shape[1]) < config.train.num_docs)
         return dataclasses.replace(
-            retrieval, log_prior=np.asarray(log_prior(jnp.asarray(retrieval.log_prior), jnp.asarray(counted)))
+            retrieval, log_prior=np.asarray(log_prior(*jax.device_put((retrieval.log_prior, counted))))
         )
 
     def answer(
         self, questions: str | Sequence[str], mode: str | None = None, n_best: int | None = None
     ) -> list[Answer]:
-        """Answers questions, `evaluate.batch_size` at a time.
+        """Answers questions, `evaluate.batch_size` at a time on each device.
 
         Args:
             questions: texts; a text alone is one question, and gives a list of one answer.
@@ -146,9 +151,9 @@ class Answerer:
         for i, why in enumerate(self.problems(texts, mode)):
             if why:
                 raise InputError(f"questions[{i}]: {why}")
-        size = self.rag.config.evaluate.batch_size
+        size = self.rag.config.evaluate.batch_size * self.mesh.shape["data"]
         parts = [texts[start : start + size] for start in range(0, len(texts), size)]
-        return [answer for part in parts for answer in self._batch(part, size, mode, n_best)]
+        return [answer for part in parts for answer in self._batch(part, mode, n_best)]
 
     def problems(self, questions: Sequence[str], mode: str | None = None) -> list[str | None]:
         """Why each question cannot be answered, or None where it can."""
@@ -169,13 +174,15 @@ class Answerer:
         check_mode(self.rag.config, mode)
         return mode
 
-    def _batch(self, questions: Sequence[str], most: int, mode: str, n_best: int | None) -> list[Answer]:
+    def _batch(self, questions: Sequence[str], mode: str, n_best: int | None) -> list[Answer]:
         """Filled up to one of a few sizes: each has programs of its own, which are compiled when it first comes."""
-        count = len(questions)
-        whole = repeat_to_size(questions, min(bucket_size(count), max(most, count)))
+        count, devices = len(questions), self.mesh.shape["data"]
+        each = -(-count // devices)
+        size = min(bucket_size(each), max(self.rag.config.evaluate.batch_size, each))
+        whole = repeat_to_size(questions, devices * size)
         batch = question_batch(self.rag.tokenizers, whole)
-        retrieval = None if mode == "closed_book" else self.retrieve(batch)
-        if retrieval is not None and mode == "exact":  # what fills up is not searched
+        retrieval = None if mode == "closed_book" else self.retrieve(batch, whole)
+        if retrieval is not None:  # what fills up has no documents: it is not searched, or proposes nothing
             there = (np.arange(len(whole)) < count)[:, None]
             retrieval = dataclasses.replace(retrieval, log_prior=np.where(there, retrieval.log_prior, -np.inf))
         candidates, _ = self.candidates(batch, retrieval, "fast" if retrieval is None else mode)
@@ -192,11 +199,21 @@ class Answerer:
         """The candidates for each of B questions, and log p(gold|x) [B], in nats, if `gold` is given.
 
         Args:
-            questions: as both models read them.
+            questions: as both models read them; the devices along `data` divide B.
             retrieval: their documents; None for closed-book answers.
             mode: `exact`, `thorough`, `certified` or `fast`; without documents `fast`.
             gold: the tokens of an answer to each question.
         """
+        with on_mesh(self.mesh):
+            return self._candidates(questions, retrieval, mode, gold)
+
+    def _candidates(
+        self,
+        questions: QuestionBatch,
+        retrieval: RetrievalResult | None,
+        mode: str,
+        gold: Sequence[Sequence[int]] | None,
+    ) -> tuple[list[Candidates], np.ndarray | None]:
         graph, params, config = self.rag.generator.graphdef, self.params["generator"], self.rag.config
         read, ids, prior = self._document_reader(questions, retrieval)
         settings, special = config.decode.replace(mode=mode), self.rag.special
@@ -221,8 +238,9 @@ class Answerer:
         self, questions: QuestionBatch, retrieval: RetrievalResult, gold: Sequence[Sequence[int]]
     ) -> np.ndarray:
         """log p(gold|x) [B], in nats, and no candidates; see `candidates`."""
-        read, ids, prior = self._document_reader(questions, retrieval)
-        return self._gold_logp(read(np.arange(ids.size)), prior, gold)
+        with on_mesh(self.mesh):
+            read, ids, prior = self._document_reader(questions, retrieval)
+            return self._gold_logp(read(np.arange(ids.size)), prior, gold)
 
     def _document_reader(
         self, questions: QuestionBatch, retrieval: RetrievalResult | None
@@ -248,15 +266,16 @@ class Answerer:
     def _read(
         self, source: np.ndarray, mask: np.ndarray, cached: tuple[np.ndarray, np.ndarray] | None = None
     ) -> DocumentMemory:
-        """The memories of n prompts, split over the devices where these divide n.
+        """The memories of n prompts, as many on each device.
 
         `cached` names the passage of each, and how many tokens come before its question, for the cache.
         """
-        if len(source) % self.mesh.shape["data"] == 0:
-            if cached is not None and self.passage_cache is not None:
-                return self.passage_cache.read(source, mask, *cached)
-            source, mask = shard_batch(self.mesh, (source, mask), len(source))
-        return prefill_documents(self.rag.generator.graphdef, self.params["generator"], source, mask)
+        if cached is not None and self.passage_cache is not None:
+            return self.passage_cache.read(source, mask, *cached)
+        on_cpus = self.mesh.devices.flat[0].platform == "cpu"  # accelerators read the padding in no time
+        width = reading_width(int(mask.sum(axis=1).max()), mask.shape[1]) if on_cpus else None
+        source, mask = shard_batch(self.mesh, (source, mask), len(source))
+        return prefill_documents(self.rag.generator.graphdef, self.params["generator"], source, mask, width)
 
     def _gold_logp(self, memory: DocumentMemory, prior: np.ndarray, gold: Sequence[Sequence[int]]) -> np.ndarray:
         """log p(gold|x) [B], in nats, as answering counts it: any of the generator's end tokens ends it."""
@@ -265,9 +284,10 @@ class Answerer:
         answers, counted = pad_sequences(gold, width, self.rag.special.pad)
         lengths = counted.sum(axis=1, dtype=np.int32)[:, None]
         graph, params = self.rag.generator.graphdef, self.params["generator"]
-        logp = score_tokens(graph, params, memory, answers[:, None], lengths, self.rag.special)[:, :, 0]
+        scored = score_tokens(graph, params, memory, answers[:, None], lengths, self.rag.special)
+        logp = jnp.asarray(np.asarray(scored)[:, :, 0])
         scores = TokenScores(logp, jnp.zeros_like(logp))
-        return -np.asarray(answer_nll(self.rag, jnp.asarray(prior), scores, jnp.asarray(answers), jnp.asarray(counted)))
+        return -np.asarray(answer_nll(self.rag, *jax.device_put((prior, scores, answers, counted))))
 
     def documents(self, retrieval: RetrievalResult, b: int) -> list[Document]:
         """The documents of question b, best first, and only those that are there."""
@@ -297,7 +317,10 @@ class Answerer:
         ]
         probability = math.exp(result.marginal(by)[result.best(by)[0]])
         scores, proof = None if result.needed is None else list(result.needed), result.proof
-        told = {} if proof is None else {"documents_read": proof.documents_read, "steps": proof.steps}
+        told: dict[str, Any] = {}
+        if proof is not None:
+            told = {"proved": proof.in_order(len(candidates)), "proved_set": proof.as_set(len(candidates))}
+            told |= {"documents_read": proof.documents_read, "steps": proof.steps}
         return Answer(
             question,
             candidates[0].text,
@@ -307,7 +330,6 @@ class Answerer:
             candidates,
             scores,
             candidates[0].probability_bounds,
-            None if proof is None else proof.counts(len(candidates)),
             **told,
         )
 
@@ -351,11 +373,11 @@ def load(run: str | Path, untrained: bool = False) -> Answerer:
 def open_answerer(config: Config, untrained: bool = False) -> Answerer:
     """As `load`, for a configuration; without a checkpoint in its `output` the models are the pretrained ones.
 
-    They lie on `mesh.model` devices.
+    They lie on all devices of this process (`command_mesh`).
     """
     rag, index, store = load_artifacts(config)
     check_k(most_documents(config), len(index))
-    mesh = local_mesh(config.mesh.model, data=1)
+    mesh = command_mesh("answer", config.mesh.model)
     check_passage_cache(rag, store, mesh)
     trained = None if untrained else restore_params(rag, mesh)
     params, step = trained or (pretrained_params(rag, mesh), None)

@@ -177,6 +177,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--topology", metavar="TPU", help="compile for a TPU that is not there, such as v5e:2x4 (an extra)"
     )
+    plan.add_argument("--sweep", action="store_true", help="plan for TPUs and GPUs of several kinds and numbers")
     plan.add_argument("--json", action="store_true", help=json_help)
     index = command("index", _index, "build the index of a corpus", "ragjax index configs/factbook.yaml")
     train = command(
@@ -275,14 +276,19 @@ def _load(options: argparse.Namespace) -> Config:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from ragjax.commands.plan import print_plan
-    from ragjax.planning.plan import capacity, memory_plan, planned_mesh
+    from ragjax.commands.plan import print_plan, print_sweep
+    from ragjax.planning.plan import capacity, memory_plan, planned_chip, planned_mesh, sweep
     from ragjax.terminal import terminal
 
     config = _load(options)
+    if options.sweep:
+        with terminal.status("compiling from shapes alone, for one machine after the other …"):
+            machines = list(sweep(config))
+        print_sweep(machines, as_json=options.json)
+        return 0
     mesh = planned_mesh(config, options.devices, options.topology)
     with terminal.status("compiling from shapes alone, to learn what XLA needs …"):
-        plan = memory_plan(config, mesh, options.peak)
+        plan = memory_plan(config, mesh, planned_chip(mesh, options.peak))
     memory = None if options.memory is None else round(options.memory * 2**30)
     print_plan(plan, capacity(config, mesh, memory), as_json=options.json)
     return 0

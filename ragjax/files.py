@@ -16,6 +16,7 @@ from ragjax.errors import InputError
 
 PARTIAL = ".partial"  # ends the name of what is being written
 LOCK = ".lock"
+LFS = b"version https://git-lfs"  # how a file begins that Git LFS has not fetched
 DEEPEST = 100  # levels of JSON
 LARGEST_JSON = 256 << 20  # bytes; what is read whole
 

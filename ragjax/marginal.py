@@ -8,6 +8,7 @@ gives neither NaN values nor NaN gradients; a NaN that comes in goes out.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,7 +18,11 @@ from jaxtyping import Array, Bool, Float
 
 TIE = 1e-3  # nats: two marginals are the same for all that rounding can tell
 
+# Called from the host they are one program each, not one for each operation; within a larger one nothing changes.
+_one_program = partial(jax.jit, inline=True)
 
+
+@_one_program
 def log_prior(scores: Float[Array, "B K"], valid: Bool[Array, "B K"]) -> Float[Array, "B K"]:
     """log p(z|x), normalised over the valid ones of the K documents (section 2.2); −inf for the others.
 
@@ -30,6 +35,7 @@ def log_prior(scores: Float[Array, "B K"], valid: Bool[Array, "B K"]) -> Float[A
     return _mask(below - _logsumexp(_mask(below, possible))[:, None], possible)
 
 
+@_one_program
 def corpus_log_prior(
     scores: Float[Array, "B K"], log_normalizer: Float[Array, " B"], valid: Bool[Array, "B K"]
 ) -> Float[Array, "B K"]:
@@ -43,6 +49,7 @@ def corpus_log_prior(
     return _mask(scores - _at_least_float32(log_normalizer)[:, None], possible)
 
 
+@_one_program
 def marginal_logp(log_prior: Float[Array, "B K *W"], logp: Float[Array, "B K *C"]) -> Float[Array, "B *C"]:
     """log p(y|x) = logsumexp_z(log p(z|x) + log p(y|x,z)), for one answer a question or for C candidates (section 2.1).
 
@@ -54,6 +61,7 @@ def marginal_logp(log_prior: Float[Array, "B K *W"], logp: Float[Array, "B K *C"
     return _logsumexp(_joint(log_prior, logp))
 
 
+@_one_program
 def log_posterior(log_prior: Float[Array, "B K"], logp: Float[Array, "B K *C"]) -> Float[Array, "B K *C"]:
     """log p(z|x,s) of each document for what was read so far, s; −inf where p(s|x) is 0."""
     joint = _joint(log_prior, logp)
@@ -75,6 +83,7 @@ def is_best(
     return (best > -np.inf) & (best + TIE / 2 >= logaddexp(rival, rest))
 
 
+@_one_program
 def posterior(log_prior: Float[Array, "B K"], logp: Float[Array, "B K *C"]) -> Float[Array, "B K *C"]:
     """p(z|x,y), the responsibility of each document for the answer; all 0 where p(y|x) is 0."""
     joint = _joint(log_prior, logp)
@@ -83,6 +92,7 @@ def posterior(log_prior: Float[Array, "B K"], logp: Float[Array, "B K *C"]) -> F
     return shares / jnp.where(total == 0, 1, total)
 
 
+@_one_program
 def token_posterior(
     log_prior: Float[Array, "B K"], logp: Float[Array, "B K *C T"], counted: Bool[Array, "B *C T"]
 ) -> Float[Array, "B K *C"]:
@@ -119,6 +129,7 @@ def marginal_bounds(
     return lower, jnp.minimum(jnp.logaddexp(lower, log_rest), 0)
 
 
+@partial(jax.jit, inline=True, static_argnames=("smoothing", "vocabulary"))
 def hugging_face_nll(
     log_prior: Float[Array, "B K"],
     logp: Float[Array, "B K *C T"],

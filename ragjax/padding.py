@@ -26,6 +26,11 @@ def pick_bucket(length: int, buckets: Sequence[int]) -> int:
     return min(fitting)
 
 
+def reading_width(longest: int, most: int) -> int:
+    """How many tokens to read of rows padded to `most`, where time follows the tokens and programs are cheap."""
+    return min(-(-longest // 16) * 16, most)
+
+
 def pad_sequences(
     rows: Sequence[Ids], width: int, pad_id: int
 ) -> tuple[Int[np.ndarray, "n S"], Bool[np.ndarray, "n S"]]:

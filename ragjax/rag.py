@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from ragjax.checkpoints.adapters import with_adapters
 from ragjax.checkpoints.hub import ResolvedSource, checkpoint_folder, fetch, fingerprint_files
 from ragjax.checkpoints.pretrained import PretrainedModel, open_encoder, open_generator
-from ragjax.checkpoints.sentence_transformers import resolve_encoding
+from ragjax.checkpoints.sentence_transformers import reads_lower_case, resolve_encoding
 from ragjax.config import Config, adapted_maps, structure
 from ragjax.data.corpus import Passage
 from ragjax.data.prompt import Prompt, make_prompt
@@ -113,12 +113,12 @@ def load_pipeline(config: Config) -> RagPipeline:
     retriever = open_encoder(question_folder, encoding.pooling, encoding.normalize, rate, config.dtype)
     generator = open_generator(generator_folder, rate, config.dtype)
     check_lengths(config, retriever, generator)
-    retriever_tokenizer = Tokenizer.load(question_folder, writes=False)
+    retriever_tokenizer = Tokenizer.load(question_folder, writes=False, lower=reads_lower_case(question_folder))
     generator_tokenizer = Tokenizer.load(generator_folder)
     passage_encoder, passage_tokenizer = retriever, retriever_tokenizer
     for folder in passage_folders:
         passage_encoder = open_encoder(folder, encoding.pooling, encoding.normalize, rate, config.dtype)
-        passage_tokenizer = Tokenizer.load(folder, writes=False)
+        passage_tokenizer = Tokenizer.load(folder, writes=False, lower=reads_lower_case(folder))
         _check_vocabulary(folder, passage_tokenizer, passage_encoder)
     _check_dimensions(config, retriever, passage_encoder)
     _check_vocabulary(question_folder, retriever_tokenizer, retriever)

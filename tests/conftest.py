@@ -1,4 +1,4 @@
-"""Eight virtual CPU devices (`--devices N`: N), no network, and programs compiled once for both workers and later runs.
+"""Eight virtual CPU devices, of which a test sees two; no network; programs compiled once for both workers and later.
 
 And what many tests share: a tiny world with its index, and a run that was trained on it.
 """
@@ -23,15 +23,19 @@ import pytest
 from trained import quick_world, trained_run
 
 jax.config.update("jax_disable_most_optimizations", True)  # tiny models: compiling is what takes the time
+jax.config.update("jax_traceback_in_locations_limit", 0)  # a tenth less to lower and compile; the program is the same
 if jax.__version_info__ < (0, 11):  # the older way to compile fusions takes 2.5 times less; JAX 0.12 has no choice
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
 
 
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_parallel_codegen_split_count=1"
+
 COMPILED_BYTES = 500_000_000  # one run of all tests leaves less than a fifth
+SEEN_DEVICES = 2  # every device runs its part of a program: eight take three times as long
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    told = "virtual CPU devices (default: %(default)s); with another number choose -m 'any_devices and not slow'"
+    told = "virtual CPU devices that there are (default: %(default)s); tests that ask for more are left out"
     parser.addoption("--devices", type=int, default=8, help=told)
 
 
@@ -58,6 +62,26 @@ def pytest_keyboard_interrupt() -> None:
     shutil.rmtree(jax.config.values["jax_compilation_cache_dir"], ignore_errors=True)
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test marked `devices(1, 8)` runs with one device and with eight."""
+    if marker := metafunc.definition.get_closest_marker("devices"):
+        counts = [count for count in marker.args if count <= metafunc.config.getoption("devices")]
+        metafunc.parametrize("seen_devices", counts, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def seen_devices(request: pytest.FixtureRequest) -> Iterator[int]:
+    """How many devices JAX tells of; what trains or searches takes all that it sees."""
+    count = getattr(request, "param", min(SEEN_DEVICES, request.config.getoption("devices")))
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("devices", "local_devices"):
+            every = getattr(jax, name)
+            patch.setattr(jax, name, lambda *kind, every=every, **of: every(*kind, **of)[:count])
+        for name in ("device_count", "local_device_count"):
+            patch.setattr(jax, name, lambda *_, **__: count)
+        yield count
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with quick_world(tmp_path_factory) as folder:
@@ -76,7 +100,10 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(50_000, 20, 100)
 
 
-LONGEST = [f"test_{name}" for name in "refresh train step processes encoder_decoders plan soak fused_retrieval".split()]
+LONGEST = [
+    *("test_processes", "test_soak", "test_refresh", "test_train", "test_step", "test_hf_numbers", "test_contrastive"),
+    *("test_exact", "test_decode", "test_index_builder", "test_encoder_decoders", "test_answer", "test_plan"),
+]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

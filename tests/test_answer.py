@@ -31,8 +31,11 @@ from ragjax.cli import main
 from ragjax.commands.answer import input_lines, print_answer
 from ragjax.config import Config, answer_modes, dump_config
 from ragjax.data.question_batch import question_batch, tokenize_answer
+from ragjax.decoding.propose import prefill_documents
 from ragjax.errors import InputError
 from ragjax.files import read_json
+from ragjax.parallel.mesh import local_mesh
+from ragjax.parallel.sharding import put_global, replicated
 from ragjax.rag import load_pipeline
 from ragjax.retrieval.passage_cache import check_passage_cache
 from ragjax.retrieval.retrieve import mass_outside
@@ -108,7 +111,8 @@ def test_passages_are_read_once(answerer: Answerer, together: list[Answer], caps
             assert [c.text for c in one.candidates] == [c.text for c in other.candidates]
             for c, whole in zip(one.candidates, other.candidates, strict=True):
                 assert c.doc_probability == pytest.approx(whole.doc_probability, rel=1e-3)
-    distinct = len({document.id for answer in together for document in answer.documents})
+    each = -(-len(QUESTIONS) // answerer.mesh.shape["data"])  # a device keeps what its own questions need
+    distinct = len({(i // each, document.id) for i, answer in enumerate(together) for document in answer.documents})
     told = cached.passage_cache.statistics
     assert (told.passages, told.hits) == (2 * 3 * len(QUESTIONS), 2 * 3 * len(QUESTIONS) - distinct)
     assert 0.3 < (told.tokens_saved or 0) < 0.9
@@ -120,7 +124,7 @@ def test_passages_are_read_once(answerer: Answerer, together: list[Answer], caps
     afresh = dataclasses.replace(cached, params=jax.tree.map(np.asarray, answerer.params)).passage_cache
     assert afresh is not None and afresh.statistics.passages == 0 and afresh.params is not cached.passage_cache.params
 
-    few = r"has room for 1 passages of 33 tokens, but one batch of questions may retrieve 6; give at least 0.001, or 0"
+    few = r"has room for 1 passages of 33 tokens, but the questions of one device may retrieve 6; give at least 0.001"
     with pytest.raises(InputError, match=few):
         check_passage_cache(configured(1e-5).rag, answerer.store, answerer.mesh)
     swapped = configured(0.01, question_first=True)
@@ -211,15 +215,16 @@ def test_the_error_is_offered_without_waiting_for_jax() -> None:
 def test_sizes_share_their_programs(
     answerer: Answerer, together: list[Answer], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Five questions are answered by the programs of six; larger lists in parts of `evaluate.batch_size`."""
-
+    """On one device: five questions are answered by the programs of six; more in parts of `evaluate.batch_size`."""
+    mesh = local_mesh(data=1)
+    alone = dataclasses.replace(answerer, mesh=mesh, params=put_global(answerer.params, replicated(mesh)))
     asked = sorted(QUESTIONS, key=len, reverse=True)  # else the sixth may be read at another width
     texts = {answer.question: answer.text for answer in together}
 
     def compiled(count: int, most: int, mode: str) -> int:
         config = answerer.rag.config
         of_size = config.replace(evaluate=config.evaluate.replace(batch_size=most))
-        with_size = dataclasses.replace(answerer, rag=dataclasses.replace(answerer.rag, config=of_size))
+        with_size = dataclasses.replace(alone, rag=dataclasses.replace(answerer.rag, config=of_size))
         caplog.clear()
         with jax.log_compiles(), caplog.at_level(logging.WARNING):
             answers = with_size.answer(asked[:count], mode=mode)
@@ -432,8 +437,9 @@ def test_every_end_token_ends_an_answer(two_ends: Config, model: str) -> None:
         assert (answer.text, answer.candidates[0].finished) == ("A", True)
         np.testing.assert_allclose(answer.probability, 1, atol=1e-4)
     tokenizers = answerer.rag.tokenizers
-    questions, gold_tokens = question_batch(tokenizers, ["Who?"]), [tokenize_answer(tokenizers, "A")]
-    _, gold = answerer.candidates(questions, answerer.retrieve(questions), "thorough", gold_tokens)
+    count = answerer.mesh.shape["data"]
+    questions, gold_tokens = question_batch(tokenizers, ["Who?"] * count), [tokenize_answer(tokenizers, "A")] * count
+    _, gold = answerer.candidates(questions, answerer.retrieve(questions, ["Who?"] * count), "thorough", gold_tokens)
     assert gold is not None and abs(gold[0]) < 1e-4
 
 
@@ -484,12 +490,28 @@ def test_exact_answers_tell_their_proof(answerer: Answerer, together: list[Answe
         assert answer.documents_read in (1, 2, 3) and answer.steps and answer.probability_bounds is not None
         assert answer.probability >= thorough.probability * 0.998 or not thorough.candidates[0].finished
         np.testing.assert_allclose(answer.probability_bounds, answer.probability, rtol=1e-5)
+        assert answer.proved_set is not None and answer.proved_set["corpus"] is None
+        assert answer.proved["top_k"] <= answer.proved_set["top_k"] <= len(answer.candidates)  # type: ignore[operator]
         prior = np.array([document.prior for document in answer.documents])
         for candidate in answer.candidates:
             assert candidate.doc_probability and candidate.thorough is not None and candidate.posterior is not None
             given = np.array(candidate.doc_probability)
             np.testing.assert_allclose(candidate.thorough, prior @ given, rtol=1e-3)
             np.testing.assert_allclose(candidate.posterior, prior * given / (prior @ given), rtol=1e-3, atol=1e-6)
+
+
+def test_prompts_are_read_no_wider_than_they_are(answerer: Answerer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CPUs to the next sixteen tokens; a memory has the width of the whole batch all the same."""
+    read = []
+
+    def spy(graph: Any, params: Any, source: Any, mask: Any, width: int | None = None) -> Any:
+        assert width is not None
+        read.append((source.shape[1], width, int(np.asarray(mask).sum(axis=1).max())))
+        return prefill_documents(graph, params, source, mask, width)
+
+    monkeypatch.setattr("ragjax.answerer.prefill_documents", spy)
+    answerer.answer(QUESTIONS, mode="exact")
+    assert len(read) > 1 and all(longest <= width < longest + 16 and width <= most for most, width, longest in read)
 
 
 def test_exact_decoding_shares_programs(answerer: Answerer, caplog: pytest.LogCaptureFixture) -> None:

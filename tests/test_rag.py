@@ -248,7 +248,7 @@ def golden(world: Path) -> Golden:
         source_mask=g["in/prompt_mask_right"].reshape(count, documents, -1) == 1,
     )
 
-    batch = jax.tree.map(jnp.asarray, batch)
+    batch = jax.device_put(batch)
 
     def total(params: Params, passages: jax.Array) -> tuple[jax.Array, Any]:
         prior, scores = prior_and_token_logp(rag, params, replace(batch, passage_embeddings=passages), KEY)

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import gguf
 import numpy as np
@@ -43,6 +44,7 @@ from ragjax.data.questions import read_questions
 from ragjax.data.tokenizer import Tokenizer
 from ragjax.errors import InputError
 from ragjax.rag import _special_tokens
+from ragjax.retrieval import bm25
 from ragjax.retrieval.index import MADE_OF, open_index, write_index
 from ragjax.retrieval.index_builder import read_saved_stats
 from ragjax.runs.metrics_log import _lines_until
@@ -247,6 +249,7 @@ def write_index_of_two_shards(folder: Path) -> None:
         np.save(shard / "embeddings.npy", np.random.default_rng(number).normal(size=(3, 8)).astype(np.float32))
     about = {"fingerprints": FINGERPRINTS, "corpus": {"fingerprint": "sha256:c"}}
     write_index(folder, "exact", "float32", about)
+    assert bm25.build_bm25(folder, "sha256:c")
 
 
 def write_all(folder: Path) -> None:
@@ -380,6 +383,11 @@ def read_index(folder: Path) -> None:
         store.tokens(i)
 
 
+def read_bm25(folder: Path) -> None:
+    with mock.patch.object(bm25, "CHECKED_AT_ONCE", 0):  # as of large files, whose contents are not compared
+        bm25.open_bm25(folder, "sha256:c", 6).search(["the text of title 3"], 3)
+
+
 @dataclass(frozen=True)
 class Reader:
     file: str  # in the folder of all; its first part is what `read` is given
@@ -425,6 +433,12 @@ READERS = [
     Reader("index/shards/00001/token_offsets.npy", read_index, None),
     Reader("index/shards/00000/text.bin", read_index, as_lines),
     Reader("index/shards/00000/tokens.bin", read_index, None),
+    Reader("index/bm25/checksums.json", read_bm25),
+    Reader("index/bm25/params.index.json", read_bm25),
+    Reader("index/bm25/vocab.index.json", read_bm25, few=40),
+    Reader("index/bm25/data.csc.index.npy", read_bm25, None),
+    Reader("index/bm25/indices.csc.index.npy", read_bm25, None, 40),
+    Reader("index/bm25/indptr.csc.index.npy", read_bm25, None, 40),
     Reader("sentences/modules.json", lambda folder: resolve_encoding(ENCODER, folder, folder)),
     Reader("sentences/1_Pooling/config.json", lambda f: resolve_encoding(ENCODER, f, f)),
     Reader("sentences/2_Dense/config.json", lambda f: resolve_encoding(ENCODER, f, f)),

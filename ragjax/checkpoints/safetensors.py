@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ragjax.errors import InputError, library_errors
-from ragjax.files import read_json, shown
+from ragjax.files import LFS, read_json, shown
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 HOW_TO_CONVERT = (
@@ -74,6 +74,8 @@ def weight_files(checkpoint: Path) -> list[Path]:
     if len(files) > 1:
         names = ", ".join(file.name for file in files[:8]) + (", …" if len(files) > 8 else "")
         raise InputError(f"{checkpoint}: has {names}, but no {index.name} that says which count; fetch it, too")
+    if files[0].name.startswith("adapter_"):
+        raise InputError(f"{files[0]}: is an adapter without its model; merge it first (merge_and_unload of peft)")
     return files
 
 
@@ -86,6 +88,9 @@ class SafetensorsReader:
         for path in weight_files(checkpoint) if file is None else [checkpoint / file]:
             if not path.is_file():
                 raise InputError(f"{path}: missing; fetch it again")
+            with path.open("rb") as file:
+                if file.read(len(LFS)) == LFS:
+                    raise InputError(f"{path}: is a pointer of Git LFS and not the file itself; run: git lfs pull")
             with library_errors(f"{path}: not readable as safetensors", "fetch it again"):
                 handle = safe_open(path, framework="numpy")
                 names = handle.keys()

@@ -1,7 +1,8 @@
 """What a sentence-transformers folder says of pooling, Dense layers, unit length and prompts: the retriever's defaults.
 
 modules.json names what comes after the encoder, each module's config.json how it is set; prompts stand in
-config_sentence_transformers.json. A module that ragjax does not have is refused.
+config_sentence_transformers.json, and whether texts are lowered in sentence_bert_config.json. A module that ragjax does
+not have is refused.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ OLDER = "pooling_mode_"  # before each kind's own true or false, such as pooling
 AFTER = ("Pooling", "Dense", "Normalize")  # the encoder
 SUPPORTED = ("Transformer", *AFTER)
 ACTIVATIONS = {"Identity": "identity", "Tanh": "tanh", "ReLU": "relu", "GELU": "gelu", "SiLU": "silu"}  # theirs: ours
-PROMPTS = "config_sentence_transformers.json"
+PROMPTS, SETTINGS = "config_sentence_transformers.json", "sentence_bert_config.json"
 TEMPLATE = "{title}: {text}"  # of a passage, after its prompt
 
 
@@ -83,7 +84,10 @@ def read_sentence_modules(encoder: Path) -> SentenceModules | None:
     pooling = [_pooling(folder / "config.json", any(prompts.values())) for folder in folders["Pooling"]]
     similarity = details.get("similarity_fn_name")  # without one, sentence-transformers takes the cosine
     if similarity in ("euclidean", "manhattan") and not folders["Normalize"]:
-        raise InputError(f"{about}: similarity_fn_name is {shown(similarity)}, which inner products do not give")
+        raise InputError(
+            f"{about}: similarity_fn_name is {shown(similarity)}, which inner products do not give; give an encoder "
+            "for cosine or dot"
+        )
     compared = {"cosine": True, "dot": False}.get(str(similarity))
     return SentenceModules(
         file,
@@ -117,6 +121,19 @@ def resolve_encoding(settings: Retriever, questions: Path, passages: Path) -> En
         if modules and not templates[-1].startswith(prompt):
             _tell(modules.file.with_name(PROMPTS), f"prompt {shown(prompt)}", key, text)
     return Encoding(pooling, normalize, *templates)
+
+
+def reads_lower_case(encoder: Path) -> bool:
+    """Whether sentence-transformers lowers texts before the tokenizer of an encoder reads them; it may do so as well.
+
+    Raises `InputError` where its file does not say so rightly.
+    """
+    path = encoder / SETTINGS
+    if not path.is_file():
+        return False
+    settings = read_json(path)
+    with naming(path):
+        return Fields(settings).flag("do_lower_case", False)
 
 
 def write_sentence_modules(
@@ -206,7 +223,10 @@ def _pooling(path: Path, prompted: bool) -> str:
     if len(kinds) != 1 or not isinstance(kinds[0], str) or kinds[0] not in POOLINGS:
         raise InputError(f"{path}: it pools by {shown(mode)}; supported are {', '.join(POOLINGS)}, one of them")
     if prompted and entries.get("include_prompt") is False:
-        raise InputError(f"{path}: include_prompt is false: pooling without the prompt is not supported")
+        raise InputError(
+            f"{path}: include_prompt is false, and pooling without the prompt is not supported; give an encoder that "
+            "pools with it"
+        )
     return POOLINGS[kinds[0]]
 
 

@@ -30,7 +30,7 @@ from ragjax.data.answer_matching import has_answer
 from ragjax.data.question_batch import drop_unfit_questions, question_batch, tokenize_answer, tokenize_questions
 from ragjax.data.questions import Question, Split, as_json
 from ragjax.files import atomic_write, check_writable, write_jsonl
-from ragjax.parallel.mesh import local_mesh
+from ragjax.parallel.mesh import command_mesh
 from ragjax.parallel.processes import allgather_text, is_process_zero, run_on_process_zero, wait_for_all
 from ragjax.rag import RagPipeline
 from ragjax.retrieval.index import check_k
@@ -66,12 +66,11 @@ def evaluate(config: Config) -> dict[str, Any]:
     rag, index, store = load_artifacts(config)
     check_k(most_documents(config), len(index))
     split = drop_unfit_questions(rag.tokenizers, split, documents=True, closed_book=config.evaluate.closed_book)
-    # more devices than questions in a batch would only repeat some
-    mesh = local_mesh(config.mesh.model, data=config.evaluate.batch_size)
+    mesh = command_mesh("evaluate", config.mesh.model)
     check_passage_cache(rag, store, mesh)
     trained = restore_params(rag, mesh)
     run_on_process_zero(lambda: make_folder(folder))
-    for line in split.left_out_lines(folder / METRICS):
+    for line in split.notice_lines(folder / METRICS):
         terminal.print(line, soft_wrap=True)
     report: dict[str, Any] = {
         "split": config.evaluate.split,
@@ -169,10 +168,11 @@ class EvaluationProgress:
             name: of the measure, for the progress bar and the journal.
             answerer: whose mesh and index are used.
             questions: all of them; batches of them are split over the processes.
-            size: of a batch, raised to what the devices divide; the last one is filled up.
+            size: the most questions of a batch on each device; the last batch is filled up.
             measure_batch: gives one result, as JSON, for each question of a batch.
         """
-        size = -(-size // (devices := answerer.mesh.shape["data"])) * devices
+        devices = answerer.mesh.shape["data"]
+        size = max(1, min(size, -(-len(questions) // devices))) * devices
         measure = f"{name} {answerer.index.version}"
         done = set(self._done.get(measure, []))
         missing = [start for start in range(0, len(questions), size) if start not in done]
@@ -225,19 +225,34 @@ def _measure(
 
 
 def _measure_retrieval(answerer: Answerer, split: Split, name: str, progress: EvaluationProgress) -> dict[str, Any]:
-    """Recall at 1, 5 and k, and the mean share of the whole corpus's softmax that the top k hold."""
-    rag, index, k = answerer.rag, answerer.index, answerer.rag.config.decode.num_docs
+    """Recall of the encoder at 1, 5 and k, and the mean share of the whole corpus's softmax that the top k hold.
 
-    def hits_and_mass(batch: list[Question]) -> list[tuple[list[bool], float | None]]:
-        questions = tokenize_questions(rag.tokenizers, [q.question for q in batch])
-        retrieval = retrieve(rag, answerer.params, index, questions, max(5, k), answerer.mesh)
-        hits = [has_answer(answerer.store, q, ids).tolist() for q, ids in zip(batch, retrieval.ids, strict=True)]
+    With `retriever.bm25_docs` the recall of BM25, too, and of the K documents of both, whose share it is then.
+    """
+    rag, index, store, settings = answerer.rag, answerer.index, answerer.store, answerer.rag.config
+    k, more = settings.decode.num_docs, settings.retriever.bm25_docs
+    ranks = sorted({1, 5, k, k + more})
+
+    def hits_and_mass(batch: list[Question]) -> list[tuple[dict[str, list[bool]], float | None]]:
+        texts = [q.question for q in batch]
+        questions = tokenize_questions(rag.tokenizers, texts)
+        retrieval = retrieve(rag, answerer.params, index, questions, ranks[-1], answerer.mesh)
+        found = {"": retrieval.ids}
+        if more and index.bm25 is not None:
+            retrieval = retrieve(rag, answerer.params, index, questions, k, answerer.mesh, texts)
+            found |= {"bm25_": index.bm25.search(texts, ranks[-1])[1], "hybrid_": retrieval.ids}
+        hits = [
+            {by: has_answer(store, question, ids[b]).tolist() for by, ids in found.items()}
+            for b, question in enumerate(batch)
+        ]
         if not index.on_devices:
-            return [(ranks, None) for ranks in hits]
-        return list(zip(hits, np.exp(log_prior_mass(rag, index, retrieval, k, answerer.mesh)).tolist(), strict=True))
+            return [(by, None) for by in hits]
+        mass = log_prior_mass(rag, index, retrieval, k + more, answerer.mesh)
+        return list(zip(hits, np.exp(mass).tolist(), strict=True))
 
     measured = progress.measure(f"retrieve ({name})", answerer, split.questions, RETRIEVAL_BATCH, hits_and_mass)
-    recall = {f"recall@{at}": sum(any(hits[:at]) for hits, _ in measured) for at in sorted({1, 5, k})}
+    keys = [("", at) for at in ranks] + ([("bm25_", at) for at in ranks] + [("hybrid_", k + more)] if more else [])
+    recall = {f"{by}recall@{at}": sum(any(hits[by][:at]) for hits, _ in measured) for by, at in keys}
     metrics: dict[str, Any] = {"questions": len(split)} | {key: count / len(split) for key, count in recall.items()}
     metrics["top_k_mass"] = float(np.mean([mass for _, mass in measured])) if index.on_devices else None
     if split.left_out:
@@ -261,7 +276,7 @@ def _predict(
     questions = question_batch(tokenizers, [q.question for q in batch])
     reading = [mode for mode in modes if mode != "closed_book"]
     results: list[dict[str, Any]] = [{"modes": {}} for _ in batch]
-    retrieval = answerer.retrieve(questions) if reading or with_gold else None
+    retrieval = answerer.retrieve(questions, [q.question for q in batch]) if reading or with_gold else None
     golds = [_gold(answerer.rag, q) for q in batch] if with_gold else []
     gold = [tokenize_answer(tokenizers, "") if answer is None else answer for answer in golds] or None
     gold_logp = None

@@ -31,7 +31,9 @@ from ragjax.files import cache_folder
 from ragjax.parallel.processes import is_process_zero, run_on_process_zero, wait_for_all
 from ragjax.rag import RagPipeline, load_pipeline
 from ragjax.resources import free_disk, host_memory, size_text
+from ragjax.retrieval.bm25 import build_bm25, check_bm25
 from ragjax.retrieval.faiss_index import check_kind, faiss_bytes, smaller_kinds
+from ragjax.retrieval.index import read_index_manifest
 from ragjax.retrieval.index_builder import IndexBuilder, ReadPassages
 from ragjax.runs.restore import enable_compilation_cache
 from ragjax.runs.run_dir import check_processes_agree
@@ -46,9 +48,20 @@ def build_index(config: Config) -> Path:
 
     An index of the same contents that is there already is read and compared with its checksums; it stays, and what is
     damaged of it is made anew. Another one is replaced only once the new one is whole. A build that was stopped goes on
-    with the shards it has. Raises `InputError` for bad input.
+    with the shards it has. With `retriever.bm25_docs` the words of the passages are added. Raises `InputError` for bad
+    input.
     """
     check_processes_agree(config)
+    check_bm25(config.retriever.bm25_docs)
+    folder = _build_embeddings(config)
+    if config.retriever.bm25_docs:
+        passages = read_index_manifest(folder)["corpus"]["fingerprint"]
+        run_on_process_zero(lambda: build_bm25(folder, passages))
+    return folder
+
+
+def _build_embeddings(config: Config) -> Path:
+    """All but BM25."""
     _check_corpus(config.corpus.source, FACTBOOK if config.corpus.format == "factbook" else PASSAGES)
     enable_compilation_cache(cache_folder() / "xla")
     rag = load_pipeline(config)
@@ -116,7 +129,10 @@ def _corpus_files(config: Config) -> DataFiles:
     """The files of the corpus; of the Factbook its folder."""
     source = config.corpus.source
     if config.corpus.format != "factbook":
-        return find_files(source)
+        found = find_files(source)
+        for path in found.left_out[:12]:
+            terminal.print(f"{path}: lies beside BEIR's corpus.jsonl and is left out: no passages", soft_wrap=True)
+        return found
     fetched = fetch(source)
     return DataFiles(source, fetched.revision, (fetched.path,))
 

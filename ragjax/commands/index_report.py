@@ -73,7 +73,7 @@ def index_report(config: Config, count: int, plot: Path | None = None) -> dict[s
         params, step = restored
         index = trained_index(rag, index, step)
     make_folder(folder)
-    for line in split.left_out_lines(folder / "index_report.json"):
+    for line in split.notice_lines(folder / "index_report.json"):
         terminal.print(line, soft_wrap=True)
 
     def encode(questions: Sequence[Question]) -> Float[np.ndarray, "B D"]:

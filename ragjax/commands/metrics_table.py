@@ -14,6 +14,8 @@ from rich.table import Table
 from ragjax.commands.predictions import COMPARED
 from ragjax.terminal import Screen
 
+FOUND_BY = {"": "", "bm25_": "BM25 alone: ", "hybrid_": "with BM25's documents: "}
+
 
 def print_metrics(report: dict[str, Any], as_json: bool) -> None:
     """The metrics as a table, one column for each model; how many questions were answered stands in its head."""
@@ -30,8 +32,9 @@ def print_metrics(report: dict[str, Any], as_json: bool) -> None:
     table = Table(f"{first['questions']} {report['split']} questions", *heads, box=box.SIMPLE_HEAD)
     rows = _Rows(table, list(models.values()))
     for key in first:
-        if key.startswith("recall@"):
-            rows.add_with_answerable(f"{key} (all questions)", key)
+        by, recall, rank = key.partition("recall@")
+        if recall:
+            rows.add_with_answerable(f"{FOUND_BY[by]}recall@{rank} (all questions)", key)
     rows.add("prior mass of the top k (all questions)", "top_k_mass")
     for mode in ("exact", "thorough", "certified", "fast", "closed_book"):
         if mode in first:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 
 from rich import box
 from rich.table import Table
 
-from ragjax.planning.plan import Plan
+from ragjax.planning.plan import MachinePlan, Plan
 from ragjax.planning.program_cost import flops_text
 from ragjax.planning.rows import Row, Total, totals
 from ragjax.resources import size_text
@@ -58,6 +59,43 @@ def print_plan(plan: Plan, has: dict[str, int | None], as_json: bool) -> None:
     console.print(table)
     for command, settings in helps.items():
         console.print(f"what would help to {command}: {'; '.join(settings)}", soft_wrap=True)
+
+
+def print_sweep(plans: Sequence[MachinePlan], as_json: bool) -> None:
+    """A line for each machine: what training and evaluation need, whether that fits, and the least times."""
+    if as_json:
+        told = [
+            dataclasses.asdict(plan) | {"fits": {name: total.fits for name, total in plan.needs.items()}}
+            for plan in plans
+        ]
+        print(json.dumps(told, ensure_ascii=False))
+        return
+    heads = ("devices", "each has", "to train", "a step, at least", "to evaluate", "questions/s, at most")
+    table = Table(*heads, box=box.SIMPLE_HEAD)
+    notes = []
+    for plan in plans:
+        chip, count = plan.machine.chip, plan.machine.devices
+        cells = [f"{count} × {chip.name}", "" if chip.memory is None else f"{chip.memory:g} GiB"]
+        if plan.problem is not None:
+            table.add_row(*cells, "–", "", "–", "")
+            notes.append(f"{cells[0]}: {plan.problem}")
+            continue
+        step, batch = (plan.seconds.get(name) for name in ("train", "evaluate"))
+        cells += [_need(plan.needs.get("train")), "?" if step is None else f"{step[0]:.2g} s, {step[1].split()[0]}"]
+        cells += [_need(plan.needs.get("evaluate")), "?" if batch is None else f"{plan.questions / batch[0]:,.1f}"]
+        table.add_row(*cells)
+    console = Screen(highlight=False, markup=False, width=None if sys.stdout.isatty() else 132)
+    console.print(table)
+    for note in notes:
+        console.print(note, soft_wrap=True)
+    console.print("GPUs: from what XLA says of as many CPUs; times are those of data sheets, nothing waiting")
+
+
+def _need(total: Total | None) -> str:
+    if total is None:
+        return "?"
+    words = {True: "fits", False: "DOES NOT FIT", None: "unknown"}
+    return f"{'' if total.complete else '≥ '}{size_text(total.size)}: {words[total.fits]}"
 
 
 def _verdict(total: Total) -> tuple[str, str, str, str]:

@@ -31,7 +31,7 @@ def chosen_answer(answerer: Answerer, candidates: Candidates, mode: str) -> dict
         chosen["probability_bounds"] = np.exp(candidates.bounds[:, best]).tolist()
     if (proof := candidates.proof) is not None:
         # the line holds one answer, so that only whether it is the best of all matters
-        chosen["proved"] = {claim: None if n is None else bool(n) for claim, n in proof.counts(1).items()}
+        chosen["proved"] = {claim: None if n is None else bool(n) for claim, n in proof.in_order(1).items()}
         chosen |= {"documents_read": proof.documents_read, "steps": proof.steps}
     return chosen
 

@@ -25,13 +25,13 @@ import numpy as np
 from jax.experimental.multihost_utils import reached_preemption_sync_point
 from jax.sharding import Mesh
 
-from ragjax.config import Config, reads_corpus
+from ragjax.config import Config, reads_corpus, train_documents
 from ragjax.data.passage_store import PassageStore
 from ragjax.data.question_sampler import QuestionSampler, SampledQuestions
 from ragjax.data.questions import Split
 from ragjax.errors import InputError
 from ragjax.files import exclusive_lock
-from ragjax.parallel.mesh import check_batch, make_mesh
+from ragjax.parallel.mesh import check_batch, command_mesh
 from ragjax.parallel.processes import run_on_process_zero
 from ragjax.parallel.sharding import gather_to_host
 from ragjax.planning.memory import check_memory
@@ -131,7 +131,7 @@ def train(config: Config) -> Path:
 def _train(config: Config, signals: Signals) -> Path:
     check_processes_agree(config)
     check_same_run(config)
-    data, mesh = load_data(config), make_mesh(config.mesh.model)
+    data, mesh = load_data(config), command_mesh("train", config.mesh.model)
     check_settings(data.rag, mesh, len(data.index))
     builder = BatchBuilder(data.rag, data.index, data.store, mesh, _label_positions(data))
     refresher = None
@@ -174,7 +174,7 @@ def load_data(config: Config) -> TrainData:
     split = open_split(config, "train")
     dev_split = open_split(config, "dev") if config.train.dev_questions else None
     rag, index, store = load_artifacts(config)
-    check_k(config.train.num_docs, len(index))
+    check_k(train_documents(config), len(index))
     if newest_step(Path(config.output) / "checkpoints") == 0:
         check_start(rag)
     questions, split = trainable_questions(rag, split)
@@ -198,7 +198,7 @@ def check_settings(rag: RagPipeline, mesh: Mesh, passages: int) -> None:
 def print_questions(data: TrainData, folder: Path) -> None:
     """Prints which questions are left out, and a warning where the steps mean more than `MANY_EPOCHS` epochs."""
     for split in data.splits:
-        for line in split.left_out_lines(folder / LEFT_OUT):
+        for line in split.notice_lines(folder / LEFT_OUT):
             terminal.print(line, soft_wrap=True)
     steps, count = data.rag.config.train.steps, len(data.train.usable.questions)
     if (epochs := data.epochs(steps)) > MANY_EPOCHS:
@@ -337,7 +337,8 @@ class Reporter:
         seconds, self._ended = time.perf_counter() - self._ended, time.perf_counter()
         rates = {"examples_per_second": len(taken.pairs) / seconds, "tokens_per_second": tokens / seconds}
         run.log(taken.number, metrics | rates)
-        self.advance(1, f"loss {metrics['loss']:.3f}  recall@{run.rag.config.train.num_docs} {metrics['recall']:.2f}")
+        documents = run.rag.config.train.num_docs if run.builder.contrastive else train_documents(run.rag.config)
+        self.advance(1, f"loss {metrics['loss']:.3f}  recall@{documents} {metrics['recall']:.2f}")
 
 
 def save(run: Run, number: int, dev_loss: float | None) -> None:

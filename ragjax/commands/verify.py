@@ -10,6 +10,7 @@ from pathlib import Path
 from ragjax.checksums import CHECKSUMS, Record, damages, files_below, read_checksums, total_size
 from ragjax.data.passage_store import MEND
 from ragjax.errors import InputError
+from ragjax.retrieval.bm25 import BM25
 from ragjax.retrieval.index import MANIFEST, index_records
 from ragjax.retrieval.refresh import FOLDER, REFRESHED_MEND
 from ragjax.runs.checkpointer import CHECKPOINTS_MEND
@@ -21,7 +22,7 @@ from ragjax.terminal import bytes_bar
 class Verified:
     """One checkpoint, index or folder: how much was read of it, and what was found."""
 
-    what: str  # checkpoint, index, refreshed index, exported models
+    what: str  # checkpoint, index, BM25, refreshed index, exported models
     path: str
     files: int
     bytes: int
@@ -68,7 +69,7 @@ def _parts(folder: Path) -> list[_Part]:
     if (folder / CHECKSUMS).is_file():
         return [_Part("folder", folder, "export it again")]
     if (folder / MANIFEST).is_file() or (folder / "shards").is_dir():
-        return [_Part("index", folder, MEND)]
+        return _of_index(folder)
     raise InputError(
         f"{folder}: nothing here has checksums; expected a run (config.yaml, checkpoints/), an index ({MANIFEST}, "
         f"shards/) or an exported folder ({CHECKSUMS})"
@@ -84,8 +85,13 @@ def _of_run(folder: Path) -> list[_Part]:
     parts += [_Part("refreshed index", p, REFRESHED_MEND) for p in numbered(FOLDER) if (p / MANIFEST).is_file()]
     index = Path(load_run_config(folder).index.path)
     if index.resolve().is_relative_to(folder.resolve()) and index.is_dir():
-        parts.append(_Part("index", index, MEND))
+        parts += _of_index(index)
     return parts
+
+
+def _of_index(folder: Path) -> list[_Part]:
+    words = folder / BM25
+    return [_Part("index", folder, MEND), *([_Part("BM25", words, MEND)] if words.is_dir() else [])]
 
 
 def _records(part: _Part) -> tuple[dict[str, Record], dict[str, str]]:
@@ -102,7 +108,8 @@ def _records(part: _Part) -> tuple[dict[str, Record], dict[str, str]]:
 
 def _unknown(part: _Part, records: Mapping[str, Record]) -> list[str]:
     known = records.keys() | {MANIFEST if part.what.endswith("index") else CHECKSUMS}
-    return [name for name in files_below(part.path) if name not in known]
+    inside = files_below(part.path)
+    return [name for name in inside if name not in known and not (part.what == "index" and name.startswith(f"{BM25}/"))]
 
 
 def print_verified(found: list[Verified], as_json: bool) -> None:

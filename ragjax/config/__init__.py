@@ -11,6 +11,7 @@ from ragjax.config.derived import (
     reads_corpus,
     refreshes,
     rescores_as_hugging_face,
+    train_documents,
 )
 from ragjax.config.keys import (
     ON_DEVICES,
@@ -62,4 +63,5 @@ __all__ = [
     "rescores_as_hugging_face",
     "schema",
     "structure",
+    "train_documents",
 ]

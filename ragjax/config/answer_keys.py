@@ -49,7 +49,7 @@ class Evaluate(Section):
     """What is measured, and on which questions."""
 
     split: Literal["train", "dev", "test"] = Field("test", description="The questions to evaluate on.")
-    batch_size: PositiveInt = Field(8, description="Questions decoded together.")
+    batch_size: PositiveInt = Field(8, description="Questions decoded together, on each device.")
     max_questions: PositiveInt | None = Field(None, description="Questions to answer; recall is measured on all.")
     max_untrained_questions: NonNegativeInt | None = Field(None, description="The same before training; 0: none.")
     modes: Annotated[tuple[Mode, ...], Strict(False), AfterValidator(_each_once)] | None = Field(

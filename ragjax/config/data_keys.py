@@ -14,6 +14,8 @@ def _name_of_place(value: Any) -> Any:
     return str(value) if type(value) is int else value
 
 
+Quoting = Literal["line", "multiline", "none"]
+QUOTING = "Quoted columns of tables: end on their line, may go on over several, or a quote is plain text."
 Column = Annotated[Text | None, BeforeValidator(_name_of_place)]
 
 
@@ -54,10 +56,7 @@ class Corpus(Section):
         "Factbook.",
     )
     columns: PassageColumns = PassageColumns()
-    quoting: Literal["line", "multiline", "none"] = Field(
-        "line",
-        description="Quoted columns of tables: end on their line, may go on over several, or a quote is plain text.",
-    )
+    quoting: Quoting = Field("line", description=QUOTING)
     skip_empty: bool = Field(False, description="Leave out records without text, and count them; false refuses.")
     split_words: PositiveInt | None = Field(
         None, description="Cut longer texts into passages of at most so many words, between sentences where possible."
@@ -76,4 +75,5 @@ class Questions(Section):
     dev: Text = Field("${index.path}/questions/dev.jsonl", description="Questions that measure progress.")
     test: Text = Field("${index.path}/questions/test.jsonl", description="Questions to evaluate on.")
     columns: QuestionColumns = QuestionColumns()
+    quoting: Quoting = Field("line", description=QUOTING)
     strict: bool = Field(False, description="Refuse unusable questions; false leaves them out and lists them.")

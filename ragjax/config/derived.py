@@ -48,12 +48,15 @@ def check_mode(config: Config, mode: str | None) -> None:
 
 
 def most_documents(config: Config) -> int:
-    """The documents that answering retrieves for a question."""
-    return (
-        max(config.decode.num_docs, config.train.num_docs)
-        if rescores_as_hugging_face(config)
-        else config.decode.num_docs
-    )
+    """The documents that answering retrieves for a question, those of BM25 included."""
+    if rescores_as_hugging_face(config):
+        return max(config.decode.num_docs, config.train.num_docs)
+    return config.decode.num_docs + config.retriever.bm25_docs
+
+
+def train_documents(config: Config) -> int:
+    """The documents of each question in a training step, those of BM25 included; in contrastive training passages."""
+    return config.train.num_docs + config.retriever.bm25_docs
 
 
 def rescores_as_hugging_face(config: Config) -> bool:

@@ -54,6 +54,9 @@ class Retriever(Section):
     prior: Literal["top_k", "corpus"] = Field(
         "top_k", description="Whether p(z|x) sums to 1 over the top k or over the whole corpus (not with FAISS)."
     )
+    bm25_docs: NonNegativeInt = Field(
+        0, description="So many documents more, the best that BM25 alone finds; in contrastive training negatives."
+    )
     question_template: QuestionTemplate | None = Field(
         None, description='How the encoder alone reads a question, such as "query: {question}"; else as it is.'
     )
@@ -294,6 +297,12 @@ def _check_search(config: Config) -> list[str]:
             f"train.fused_retrieval=true searches on the devices, and index.kind={config.index.kind} on the host; "
             "use index.kind=exact or approximate"
         )
+    if config.train.fused_retrieval and config.retriever.bm25_docs:
+        problems.append(
+            "train.fused_retrieval=true searches on the devices, and retriever.bm25_docs on the host; leave out one"
+        )
+    if config.hf_compatible and config.retriever.bm25_docs:
+        problems.append("hf_compatible=true has no documents of BM25; leave out retriever.bm25_docs")
     if config.train.fused_retrieval and config.hf_compatible:
         problems.append(
             "train.fused_retrieval=true cannot make transformers' prompts, which are texts; set it to false"

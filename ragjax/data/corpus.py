@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ragjax.config import Corpus
-from ragjax.data.forms.columns import SAMPLE, Columns
+from ragjax.data.forms.columns import SAMPLE, Columns, by_file
 from ragjax.data.forms.layout import PassageLayout
 from ragjax.data.forms.split_words import split_words
 from ragjax.data.reading.record import Record
@@ -88,10 +88,7 @@ class CorpusReader:
 
     def notices(self) -> list[str]:
         """What the last reading has recognised, left out and cut, line by line."""
-        counts, lines = self._counts, []
-        for text, files in self._said.items():
-            others = f" and {len(files) - 1} more files" if len(files) > 1 else ""
-            lines.append(f"{files[0]}{others}: {text}")
+        counts, lines = self._counts, by_file(self._said)
         if counts["rows"]:
             lines.append(f"{counts['lines']:,} lines hold {counts['rows']:,} records")
         if counts["empty"]:
@@ -152,7 +149,8 @@ class CorpusReader:
             counts["rows"] += counts["documents"] - before
 
     def _records(self, path: Path) -> Iterator[Record]:
-        return read_records(path, self.settings.quoting, self._columns.is_header, EXPECTED[self.settings.format])
+        expected = EXPECTED[self.settings.format]
+        return read_records(path, self.settings.quoting, self._columns.is_header, "corpus", expected)
 
     def _count_records(self, path: Path) -> int:
         """A header is no record: then the first one stands below the first line."""

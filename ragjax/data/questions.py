@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from ragjax.checkpoints.hub import fingerprint_files
-from ragjax.config import QuestionColumns
+from ragjax.config import Questions
 from ragjax.data.forms.answers import flat_records, read_answers
-from ragjax.data.forms.columns import SAMPLE, Columns
+from ragjax.data.forms.columns import SAMPLE, Columns, by_file
 from ragjax.data.reading.records import file_kind, read_records
 from ragjax.data.reading.sources import find_files, is_missing
 from ragjax.errors import InputError
 from ragjax.files import is_unicode
 
+PARTS = ("id", "question", "answers", "passages")
 FEW = 5  # of what is left out is shown on the terminal
 
 
@@ -56,6 +57,7 @@ class Split:
     questions: list[Question]
     left_out: list[LeftOut]
     files: tuple[Path, ...] = ()  # that were read, where these are others
+    notices: tuple[str, ...] = ()  # of what is recognised otherwise than by our own names, to be told
 
     def __len__(self) -> int:
         return len(self.questions) + len(self.left_out)
@@ -89,33 +91,34 @@ class Split:
             raise InputError(f"{self.path}: none of its {count} questions can be used; the first: {self.left_out[0]}")
         return self
 
-    def left_out_lines(self, where: Path) -> list[str]:
-        """What to print of those that are left out, line by line; `where` is the file that lists all of them."""
+    def notice_lines(self, where: Path) -> list[str]:
+        """What to print, line by line: what is recognised, and what is left out; `where` lists all of the latter."""
         if not self.left_out:
-            return []
+            return list(self.notices)
         more = [f"  and {len(self.left_out) - FEW} more"] if len(self.left_out) > FEW else []
         head = f"{len(self.left_out)} of {len(self)} questions cannot be used and are left out ({where} lists them):"
-        return [head, *(f"  {of}" for of in self.left_out[:FEW]), *more]
+        return [*self.notices, head, *(f"  {of}" for of in self.left_out[:FEW]), *more]
 
 
-def read_split(source: Path | str, columns: QuestionColumns | None = None) -> Split:
+def read_split(source: Path | str, settings: Questions | None = None) -> Split:
     """Reads the questions of a file, or of a source as `corpus.source` has them.
 
     Args:
         source: JSON, TSV, CSV or Parquet: records of a question, its answers, and perhaps an id, which is else its
             number, and the ids of the passages that answer it.
-        columns: what these are called; None means that all are recognised.
+        settings: the section `questions`, of which `columns` and `quoting` are read; None means the defaults.
 
     Raises `InputError` naming file and line for a line that is no record, and for a source without questions.
     """
     if is_missing(str(source)):
         raise InputError(
-            f'{source}: no such file of questions; expected JSON lines, {{"question": …, "answer": [ … ]}}'
+            f'{source}: no such file of questions; expected JSON lines, {{"question": …, "answer": [ … ]}}, or another '
+            "source that questions.train, dev and test may name"
         )
-    files, said = find_files(str(source)).files, (columns or QuestionColumns()).model_dump()
-    questions, left_out, last = [], [], 0
+    files, settings = find_files(str(source)).files, settings or Questions()
+    questions, left_out, last, notices = [], [], 0, dict[str, list[Path]]()
     for file in files:
-        for number, fields, names, problem in _records(file, Columns("questions", said)):
+        for number, fields, names, problem in _records(file, settings, notices):
             last = max(number, last + 1)  # several may stand on one line, or in several files
             record = _standard(fields, names)
             if reason := problem or _problem(record, fields, names):
@@ -124,8 +127,8 @@ def read_split(source: Path | str, columns: QuestionColumns | None = None) -> Sp
                 passages, id_ = tuple(map(str, record["passages"])), str(record.get("id", last))
                 questions.append(Question(record["question"].strip(), tuple(record["answers"]), id_, passages, last))
     if not questions and not left_out:
-        raise InputError(f"{source}: holds no questions; expected one JSON object a line")
-    return Split(Path(source), questions, left_out, files)
+        raise InputError(f"{source}: holds no questions; expected records of a question and its answers")
+    return Split(Path(source), questions, left_out, files, tuple(by_file(notices)))
 
 
 def read_questions(path: Path) -> list[Question]:
@@ -147,13 +150,24 @@ def as_json(left_out: Sequence[LeftOut]) -> list[dict[str, Any]]:
     return [asdict(of) for of in left_out]
 
 
-def _records(file: Path, columns: Columns) -> Iterator[tuple[int, dict[str, Any], Columns, str | None]]:
-    """The questions of a file: number, fields, what these are called, and why the bytes are no text."""
-    records = read_records(file, "line", columns.is_header)
-    sample = list(itertools.islice(records, SAMPLE))
+def _records(
+    file: Path, settings: Questions, notices: dict[str, list[Path]]
+) -> Iterator[tuple[int, dict[str, Any], Columns, str | None]]:
+    """The questions of a file: number, fields, what these are called, and why the bytes are no text.
+
+    Adds to `notices` what is recognised, and of which files.
+    """
+    columns = Columns("questions", settings.columns.model_dump())
+    records = read_records(file, settings.quoting, columns.is_header, "questions")
+    sample, doubt = list(itertools.islice(records, SAMPLE)), ""
     if sample and file_kind(file) == "table" and "".join(sample[0].fields).isdigit():
         rows = [list(record.fields.values()) for record in sample]
+        doubt = columns.doubt(rows)
         columns = replace(columns, given=columns.headless(rows, f"{file}:{sample[0].number}"))
+    if first := next((fields for record in sample for fields in flat_records(record.fields)), None):
+        told = columns.told({part: columns.find(part, first) for part in PARTS}, list(first))
+        if notice := "; ".join(part for part in (told, doubt) if part):
+            notices.setdefault(notice, []).append(file)
     for record in itertools.chain(sample, records):
         for fields in flat_records(record.fields):
             yield record.number, fields, columns, record.problem
@@ -161,7 +175,7 @@ def _records(file: Path, columns: Columns) -> Iterator[tuple[int, dict[str, Any]
 
 def _standard(fields: dict[str, Any], columns: Columns) -> dict[str, Any]:
     """A record under our own keys, answers and passages as lists; what it lacks is not there."""
-    keys = {part: columns.find(part, fields) for part in ("id", "question", "answers", "passages")}
+    keys = {part: columns.find(part, fields) for part in PARTS}
     record = {part: fields[key] for part, key in keys.items() if key is not None}
     if record.get("id", "") is None:
         del record["id"]

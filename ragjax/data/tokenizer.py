@@ -66,14 +66,17 @@ class Tokenizer:
         self.adds_bos = adds_bos and bos_id is not None
 
     @classmethod
-    def load(cls, path: Path, writes: bool = True) -> Tokenizer:
+    def load(cls, path: Path, writes: bool = True, lower: bool = False) -> Tokenizer:
         """Reads a folder with `tokenizer.json`, or the metadata of a `.gguf` file. Raises `InputError`.
 
-        `writes` says whether its model writes texts, for which a token must end them.
+        Args:
+            path: the folder or file.
+            writes: whether its model writes texts, for which a token must end them.
+            lower: whether texts are read in lower case, whatever the tokenizer itself does.
         """
         path = Path(path)
         if path.is_dir():
-            return _from_folder(path, writes)._check(path)
+            return _from_folder(path, writes, lower)._check(path)
         if not path.is_file():
             raise InputError(f"{path}: no such tokenizer; expected a Hugging Face folder or a .gguf file")
         if path.suffix != ".gguf":
@@ -154,10 +157,13 @@ def _without_length_limits(backend: tokenizers.Tokenizer) -> tokenizers.Tokenize
     return backend
 
 
-def _from_folder(folder: Path, writes: bool) -> Tokenizer:
+def _from_folder(folder: Path, writes: bool, lower: bool) -> Tokenizer:
     file = folder / "tokenizer.json"
     with library_errors(f"{file if file.is_file() else folder}: not a tokenizer", "fetch it again"):
         backend = tokenizers.Tokenizer.from_file(str(file)) if file.is_file() else _convert(folder)
+        if lower:
+            own = [] if backend.normalizer is None else [backend.normalizer]
+            backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
     names, numbers = (
         {
             key: (folder / file, value)

@@ -19,19 +19,37 @@ TokenAnswer = tuple[Tokens, bool]  # its tokens without the end token, and wheth
 
 @dataclass(frozen=True)
 class Proof:
-    """What exact decoding proved: so many of the first candidates are the likeliest of all answers, in this order.
+    """What exact decoding proved of the first candidates.
 
-    No other answer, found or not, is likelier than the last of them by more than `marginal.TIE`.
+    A number i stands where the first i candidates are the i likeliest of all answers, as a set: no other answer, found
+    or not, is likelier than the last of them by more than `marginal.TIE`. Where 1, 2, …, i all stand they are in order.
     """
 
-    top_k: int  # under the K documents; 0: not even the first is proved
-    corpus: int | None  # under all passages; None where the prior over the corpus is not known
-    documents_read: int  # for the proof
+    top_k: tuple[int, ...]  # under the K documents, ascending
+    corpus: tuple[int, ...] | None  # under all passages; None where the prior over the corpus is not known
+    documents_read: int  # by the searches
     steps: int  # of all beam searches
 
-    def counts(self, most: int) -> dict[str, int | None]:
-        """What is proved of the first `most` candidates."""
-        return {"top_k": min(self.top_k, most), "corpus": None if self.corpus is None else min(self.corpus, most)}
+    @property
+    def best(self) -> bool:
+        """Whether the first candidate is the likeliest answer under the K documents."""
+        return 1 in self.top_k
+
+    def in_order(self, most: int) -> dict[str, int | None]:
+        """By claim, how many of the first `most` candidates are the likeliest answers in this order; 0 is none."""
+
+        def count(sizes: tuple[int, ...]) -> int:
+            return next(i for i in range(most + 1) if i == most or i + 1 not in sizes)
+
+        return {"top_k": count(self.top_k), "corpus": None if self.corpus is None else count(self.corpus)}
+
+    def as_set(self, most: int) -> dict[str, int | None]:
+        """By claim, how many of the first `most` candidates are the likeliest answers in some order; 0 is none."""
+
+        def largest(sizes: tuple[int, ...]) -> int:
+            return max((i for i in sizes if i <= most), default=0)
+
+        return {"top_k": largest(self.top_k), "corpus": None if self.corpus is None else largest(self.corpus)}
 
 
 @dataclass(frozen=True)

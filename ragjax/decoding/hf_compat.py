@@ -58,16 +58,16 @@ def decode_hf_compatible(
         for c, y in enumerate(by_answer):
             targets[b, c, : len(y)] = y
     lengths = np.full((questions, count), longest, np.int32)
-    logp = score_tokens(graph, params, memory, targets, lengths, special)[:, :scoring]
-    logp = jnp.where((log_prior > -np.inf)[..., None, None], logp, -jnp.inf)  # documents that are not there
+    scored = np.asarray(score_tokens(graph, params, memory, targets, lengths, special))[:, :scoring]
+    logp = jnp.where((log_prior > -np.inf)[..., None, None], scored, -jnp.inf)  # documents that are not there
     excluded = np.array([special.bos is not None and all(y[0] == special.bos for y in ys) for ys in answers])
-    counted = jnp.asarray(targets != special.pad)
-    nll = np.array(hugging_face_nll(jnp.asarray(log_prior), logp, counted, jnp.asarray(excluded)))
+    prior, counted = jax.device_put(log_prior), jax.device_put(targets != special.pad)
+    nll = np.array(hugging_face_nll(prior, logp, counted, jax.device_put(excluded)))
     for b, by_answer in enumerate(answers):
         nll[b, [c for c, by in enumerate(by_answer.values()) if not by]] = np.inf  # where nothing could be answered
     counted = counted & ~(excluded[:, None, None] & (np.arange(longest) == 0))
     doc_logp = jnp.where(counted[:, None], logp, 0.0).sum(axis=-1)
-    shares = np.asarray(posterior(jnp.asarray(log_prior), doc_logp))
+    shares = np.asarray(posterior(prior, doc_logp))
     return [
         _ranked(by_answer, nll[b, : len(by_answer)], np.asarray(doc_logp)[b], shares[b], documents, special)
         for b, by_answer in enumerate(answers)

@@ -22,6 +22,7 @@ from ragjax.marginal import log_posterior, marginal_logp
 from ragjax.models.generator import Generator, SpecialTokens, join_ends
 from ragjax.models.kv_cache import DocumentMemory
 from ragjax.models.layers import Params
+from ragjax.parallel.by_device import by_device
 
 
 @struct.dataclass
@@ -74,17 +75,21 @@ def search_marginal(
 ) -> MarginalSearch:
     """Searches B questions, each of whose K documents is a row of `memory`, for the likeliest answer, with its proof.
 
-    A pure function of whole questions. A question whose prior is −inf everywhere is not searched; `rest` and `floor`
-    are those of `Bound`. `by_token` stands for RAG-Token.
+    A pure function of whole questions, whose rows lie on the question's device and are counted there. A question whose
+    prior is −inf everywhere is not searched; `rest` and `floor` are those of `Bound`. `by_token` stands for RAG-Token.
     """
-    memory = memory.take(rows.reshape(-1))
-    beams, cache, bound = _search(
-        graph, params, memory, log_prior, settings, special, by_token, first_bound(rest, floor)
-    )
-    assert bound is not None
-    end_logp = cache.end_logp.reshape(*rows.shape, -1)
-    doc_logp = jax.vmap(lambda of_question, slots: of_question[:, slots])(end_logp, jnp.asarray(beams.slot))
-    return MarginalSearch(beams, doc_logp, bound)
+
+    def search(
+        params: Params, memory: DocumentMemory, rows: Array, log_prior: Array, rest: Array, floor: Array
+    ) -> MarginalSearch:
+        memory, before = memory.take(rows.reshape(-1)), first_bound(rest, floor)
+        beams, cache, bound = _search(graph, params, memory, log_prior, settings, special, by_token, before)
+        assert bound is not None
+        end_logp = cache.end_logp.reshape(*rows.shape, -1)
+        doc_logp = jax.vmap(lambda of_question, slots: of_question[:, slots])(end_logp, jnp.asarray(beams.slot))
+        return MarginalSearch(beams, doc_logp, bound)
+
+    return by_device(search, params, memory, rows, log_prior, rest, floor)
 
 
 @partial(jax.jit, static_argnums=(0, 4, 5))
@@ -97,8 +102,12 @@ def search_rag_token(
     special: SpecialTokens,
 ) -> tuple[Beams, PrefixCache]:
     """RAG-Token's beam search of B questions without a proof, and the prefixes read under each of the B·K memories."""
-    beams, cache, _ = _search(graph, params, memory, log_prior, settings, special, True, None)
-    return beams, cache.prefixes
+
+    def search(params: Params, memory: DocumentMemory, log_prior: Array) -> tuple[Beams, PrefixCache]:
+        beams, cache, _ = _search(graph, params, memory, log_prior, settings, special, True, None)
+        return beams, cache.prefixes.closed()
+
+    return by_device(search, params, memory, log_prior)
 
 
 def _search(

@@ -22,6 +22,7 @@ from ragjax.models.generator import Generator, SpecialTokens, event_logits
 from ragjax.models.kv_cache import DocumentMemory, KVCache, empty_kv_cache
 from ragjax.models.layers import Params
 from ragjax.padding import bucket_size
+from ragjax.parallel.by_device import RowGroup, by_device, group_by_device
 
 Tokens = tuple[int, ...]
 
@@ -40,6 +41,11 @@ class PrefixCache:
         """What was read after some of the memories."""
         others = (x[rows] for x in (self.tokens, self.parent, self.hidden, self.logsumexp))
         return PrefixCache(self.past.take(rows), *others)
+
+    def closed(self) -> PrefixCache:
+        """Full, as far as a search that has ended is concerned: devices that search alone do not end together."""
+        slots = jnp.asarray(self.tokens.shape[1], jnp.int32)
+        return replace(self, past=replace(self.past, filled=slots))
 
     def put(self, rows: Int[Array, " R"], part: PrefixCache) -> PrefixCache:
         """With what was read after some of the memories; the others read nothing meanwhile."""
@@ -102,8 +108,9 @@ class PrefixScorer:
         self, graph: nnx.GraphDef, params: Params, memory: DocumentMemory, prefixes: PrefixCache, special: SpecialTokens
     ) -> None:
         self.graphdef, self.params, self.memory, self.prefixes, self.special = graph, params, memory, prefixes, special
-        filled, tokens, parent = jax.device_get((prefixes.past.filled, prefixes.tokens, prefixes.parent))
-        self._tokens, self._parent = tokens[:, :filled].tolist(), parent[:, :filled].tolist()
+        tokens, parent = jax.device_get((prefixes.tokens, prefixes.parent))
+        used = 1 + int(np.flatnonzero((parent >= 0).any(axis=0)).max(initial=0))
+        self._tokens, self._parent = tokens[:, :used].tolist(), parent[:, :used].tolist()
 
     def bounds(self, answers: Mapping[int, Sequence[Tokens]]) -> dict[int, tuple[np.ndarray, np.ndarray]]:
         """By memory: upper bounds on log p(y|x,z) (nats) of its answers, and whether they are exact; nothing is read.
@@ -114,8 +121,8 @@ class PrefixScorer:
         if not answers:
             return {}
         trees, paths = self._trees(answers, grow=False)
-        rows = np.array(list(answers), np.int32)
-        logp = self._path_logp(trees, paths, self.prefixes.hidden[rows], self.prefixes.logsumexp[rows])
+        group = group_by_device(list(answers), len(self._tokens), nearly_all=True)
+        logp = self._path_logp(trees, paths, group, self.prefixes.hidden, self.prefixes.logsumexp, group.local)
         return {
             row: (
                 np.array([steps.sum() for steps in by_answer], np.float32),
@@ -129,12 +136,14 @@ class PrefixScorer:
         if not answers:
             return {}
         trees, paths = self._trees(answers, grow=True)
-        rows, most = list(answers), max(len(tree.new) for tree in trees)
+        group = group_by_device(list(answers), len(self._tokens), nearly_all=True)
+        most = max(len(tree.new) for tree in trees)
         if most == 0:
-            hidden, logsumexp = self.prefixes.hidden[np.array(rows)], self.prefixes.logsumexp[np.array(rows)]
+            read = self.prefixes.hidden, self.prefixes.logsumexp
+            logp = self._path_logp(trees, paths, group, *read, group.local)
         else:
-            hidden, logsumexp = self._read(rows, trees, most)
-        return dict(zip(rows, self._path_logp(trees, paths, hidden, logsumexp), strict=True))
+            logp = self._path_logp(trees, paths, group, *self._read(group, trees, most), None)
+        return dict(zip(answers, logp, strict=True))
 
     def _trees(self, answers: Mapping[int, Sequence[Tokens]], grow: bool) -> tuple[list[_Tree], list[list[list[int]]]]:
         """The tree under each memory, and the path along each of its answers."""
@@ -142,35 +151,47 @@ class PrefixScorer:
         trees = [_Tree(self._tokens[row], self._parent[row], slots) for row in answers]
         return trees, [[tree.path(y, grow) for y in ys] for tree, ys in zip(trees, answers.values(), strict=True)]
 
-    def _read(self, rows: list[int], trees: Sequence[_Tree], most: int) -> tuple[Array, Array]:
+    def _read(self, group: RowGroup, trees: Sequence[_Tree], most: int) -> tuple[Array, Array]:
         """States and logsumexps [R,Q(,D)] of all prefixes of some memories, once the new ones of `trees` are read.
 
-        Few shapes, so that few programs are compiled: rows that fill up repeat the first, and of M columns at most an
-        eighth, or 15, are padding.
+        Few shapes, so that few programs are compiled (see `read_width`).
         """
-        whole = rows == list(range(len(self._tokens)))
-        chosen = np.array(rows + ([] if whole else rows[:1] * (bucket_size(len(rows)) - len(rows))), np.int32)
-        count, slots = len(chosen), self.prefixes.tokens.shape[1]
-        step = max(16, 1 << max(0, most.bit_length() - 4))
-        width = -(-most // step) * step
+        count, slots = group.count, self.prefixes.tokens.shape[1]
+        width = read_width(most, few=jax.default_backend() != "cpu")
         tokens, positions = np.zeros((2, count, width), np.int32)
         attention_mask = np.zeros((count, width, slots + width), bool)
-        for r, tree in enumerate(trees):
+        for r, tree in zip(group.place, trees, strict=True):
             tree.write(tokens[r], positions[r], attention_mask[r])
         # each sees itself, and what fills up sees nothing else
         attention_mask[:, np.arange(width), slots + np.arange(width)] = True
-        new = (None if whole else chosen, tokens, positions, attention_mask)
+        whole = group.rows.tolist() == list(range(len(self._tokens)))
+        new = (None if whole else group.local, tokens, positions, attention_mask)
         return extend_prefixes(self.graphdef, self.params, self.memory, self.prefixes, *new)
 
     def _path_logp(
-        self, trees: Sequence[_Tree], paths: Sequence[list[list[int]]], hidden: Array, logsumexp: Array
+        self,
+        trees: Sequence[_Tree],
+        paths: Sequence[list[list[int]]],
+        group: RowGroup,
+        hidden: Array,
+        logsumexp: Array,
+        rows: Int[np.ndarray, " R"] | None,
     ) -> list[list[Float[np.ndarray, " T"]]]:
-        """The log-probabilities along each path, by tree."""
-        edges = np.zeros((2, hidden.shape[0], bucket_size(max(len(tree.edges) for tree in trees), 8)), np.int32)
-        for r, tree in enumerate(trees):
+        """The log-probabilities along each path, by tree; `rows` of the states, None for all, are the group's."""
+        edges = np.zeros((2, group.count, bucket_size(max(len(tree.edges) for tree in trees), 8)), np.int32)
+        for r, tree in zip(group.place, trees, strict=True):
             edges[:, r, : len(tree.edges)] = np.array(list(tree.edges), np.int32).reshape(-1, 2).T
-        logp = np.asarray(edge_logp(self.graphdef, self.params, self.special, hidden, logsumexp, *edges))
-        return [[row[path] for path in by_answer] for row, by_answer in zip(logp, paths, strict=False)]
+        logp = np.asarray(edge_logp(self.graphdef, self.params, self.special, hidden, logsumexp, rows, *edges))
+        return [[logp[r][path] for path in by_answer] for r, by_answer in zip(group.place, paths, strict=True)]
+
+
+def read_width(most: int, few: bool) -> int:
+    """How many columns stand for `most`: at most an eighth of them, or 15, are padding; with `few` a power of two.
+
+    An accelerator compiles for seconds what it computes in milliseconds, a CPU the other way round.
+    """
+    step = max(16, 1 << (most - 1).bit_length() if few else 1 << max(0, most.bit_length() - 4))
+    return -(-most // step) * step
 
 
 class _Tree:
@@ -230,9 +251,26 @@ def extend_prefixes(
     `rows` are the memories, or None for all; `attention_mask` says which of the Q slots each new token sees, its own
     included.
     """
-    if rows is not None:
-        memory, prefixes = memory.take(rows), prefixes.take(rows)
-    more, past, generator = tokens.shape[1], prefixes.past, nnx.merge(graph, params)
+
+    def read(
+        params: Params, memory: DocumentMemory, prefixes: PrefixCache, rows: Array | None, *new: Array
+    ) -> tuple[Array, Array]:
+        if rows is not None:
+            memory, prefixes = memory.take(rows), prefixes.take(rows)
+        return _extend(nnx.merge(graph, params), memory, prefixes, *new)
+
+    return by_device(read, params, memory, prefixes, rows, tokens, positions, attention_mask)
+
+
+def _extend(
+    generator: Generator,
+    memory: DocumentMemory,
+    prefixes: PrefixCache,
+    tokens: Int[Array, "R M"],
+    positions: Int[Array, "R M"],
+    attention_mask: Bool[Array, "R M Q"],
+) -> tuple[Float[Array, "R Q D"], Float[Array, "R Q"]]:
+    more, past = tokens.shape[1], prefixes.past
 
     def room(x: Array, axis: int) -> Array:
         return jnp.pad(x, [(0, more if a == axis else 0) for a in range(x.ndim)])
@@ -253,12 +291,17 @@ def edge_logp(
     graph: nnx.GraphDef,
     params: Params,
     special: SpecialTokens,
-    hidden: Float[Array, "R Q D"],
-    logsumexp: Float[Array, "R Q"],
+    hidden: Float[Array, "n Q D"],
+    logsumexp: Float[Array, "n Q"],
+    rows: Int[Array, " R"] | None,
     slot: Int[Array, "R E"],
     token: Int[Array, "R E"],
 ) -> Float[Array, "R E"]:
-    """log p(token | the prefix in a slot); of `special.eos`, that the answer ends there."""
-    states = jnp.take_along_axis(hidden, slot[..., None], axis=1)
-    logits = event_logits(nnx.merge(graph, params).vocab_head(), states, token, special)
-    return logits - jnp.take_along_axis(logsumexp, slot, axis=1)
+    """log p(token | the prefix in a slot); of `special.eos`, that the answer ends there. `rows` None stands for all."""
+
+    def along(params: Params, hidden: Array, logsumexp: Array, rows: Array | None, slot: Array, token: Array) -> Array:
+        row = (jnp.arange(slot.shape[0]) if rows is None else rows)[:, None]
+        logits = event_logits(nnx.merge(graph, params).vocab_head(), hidden[row, slot], token, special)
+        return logits - logsumexp[row, slot]
+
+    return by_device(along, params, hidden, logsumexp, rows, slot, token)

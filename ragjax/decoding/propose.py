@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -14,14 +15,28 @@ from ragjax.decoding.prefix_cache import PrefixCache, beam_step, empty_prefix_ca
 from ragjax.models.generator import SpecialTokens, join_ends
 from ragjax.models.kv_cache import DocumentMemory
 from ragjax.models.layers import Params
+from ragjax.parallel.by_device import by_device, split_heads
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jax.jit, static_argnums=(0, 4))
 def prefill_documents(
-    graph: nnx.GraphDef, params: Params, source: Int[Array, "n S"], mask: Bool[Array, "n S"]
+    graph: nnx.GraphDef,
+    params: Params,
+    source: Int[Array, "n S"],
+    mask: Bool[Array, "n S"],
+    width: int | None = None,
 ) -> DocumentMemory:
-    """Each of n right-padded prompts read once; `params` are the generator's."""
-    return nnx.merge(graph, params).prefill(source, mask)
+    """Each of n right-padded prompts read once; `params` are the generator's.
+
+    With a `width` only so many of the S tokens are read: no prompt may be longer. The memory has room for S all the
+    same, so that the programs that use it do not depend on it.
+    """
+
+    def read(params: Params, source: Array, mask: Array) -> DocumentMemory:
+        memory = nnx.merge(graph, params).prefill(source[:, :width], mask[:, :width]).widen(source.shape[1])
+        return replace(memory, keys=split_heads(memory.keys), values=split_heads(memory.values))
+
+    return by_device(read, params, source, mask)
 
 
 @partial(jax.jit, static_argnums=(0, 3, 4, 5))
@@ -37,18 +52,24 @@ def beam_search_documents(
 
     A score is log p(y|x,z) in nats. `hugging_face` repeats transformers' beam search to the letter.
     """
-    generator = nnx.merge(graph, params)
+    how = beam_settings(settings, special, hugging_face)
 
-    def next_logp(memory: DocumentMemory) -> NextLogp:
-        def step(tokens: Array, number: Array, mask: Array, prefixes: PrefixCache) -> tuple[Array, PrefixCache]:
-            logp, prefixes = beam_step(generator, memory, prefixes, tokens, number, mask)
-            return join_ends(logp, special), prefixes
+    def search(params: Params, memory: DocumentMemory) -> tuple[Beams, PrefixCache]:
+        generator = nnx.merge(graph, params)
 
-        return step
+        def next_logp(memory: DocumentMemory) -> NextLogp:
+            def step(tokens: Array, number: Array, mask: Array, prefixes: PrefixCache) -> tuple[Array, PrefixCache]:
+                logp, prefixes = beam_step(generator, memory, prefixes, tokens, number, mask)
+                return join_ends(logp, special), prefixes
 
-    search = beam_settings(settings, special, hugging_face)
-    cache = empty_prefix_cache(generator, memory, search.max_new_tokens * search.num_beams)
-    return beam_search(next_logp(memory), cache, memory.start, search, lambda rows: next_logp(memory.take(rows)))[:2]
+            return step
+
+        cache = empty_prefix_cache(generator, memory, how.max_new_tokens * how.num_beams)
+        for_rows = lambda rows: next_logp(memory.take(rows))  # noqa: E731
+        beams, cache, _ = beam_search(next_logp(memory), cache, memory.start, how, for_rows)
+        return beams, cache.closed()
+
+    return by_device(search, params, memory)
 
 
 def beam_settings(settings: Decode, special: SpecialTokens, hugging_face: bool) -> BeamSettings:

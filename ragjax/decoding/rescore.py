@@ -16,6 +16,7 @@ from ragjax.marginal import fast_marginal, posterior, thorough_marginal
 from ragjax.models.generator import SpecialTokens, answer_hidden, event_logits
 from ragjax.models.kv_cache import DocumentMemory
 from ragjax.models.layers import Params
+from ragjax.parallel.by_device import by_device
 
 
 @partial(jax.jit, static_argnums=(0, 5))
@@ -31,13 +32,17 @@ def score_tokens(
 
     That of `special.eos` is that the answer ends, whichever token writes it. Padding has 0.
     """
-    questions, count, longest = answers.shape
-    documents = memory.start.shape[0] // questions
-    rows, generator = jnp.repeat(answers, documents, axis=0), nnx.merge(graph, params)
-    head, hidden = generator.vocab_head(), answer_hidden(generator, memory, rows)
-    logp = event_logits(head, hidden, rows, special) - head.logsumexp_and_mean(hidden)[0]
-    logp = logp.reshape(questions, documents, count, longest)
-    return jnp.where(jnp.arange(longest) < lengths[:, None, :, None], logp, 0.0)
+
+    def score(params: Params, memory: DocumentMemory, answers: Array, lengths: Array) -> Array:
+        questions, count, longest = answers.shape
+        documents = memory.start.shape[0] // questions
+        rows, generator = jnp.repeat(answers, documents, axis=0), nnx.merge(graph, params)
+        head, hidden = generator.vocab_head(), answer_hidden(generator, memory, rows)
+        logp = event_logits(head, hidden, rows, special) - head.logsumexp_and_mean(hidden)[0]
+        logp = logp.reshape(questions, documents, count, longest)
+        return jnp.where(jnp.arange(longest) < lengths[:, None, :, None], logp, 0.0)
+
+    return by_device(score, params, memory, answers, lengths)
 
 
 def score_candidates(

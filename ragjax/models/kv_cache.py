@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ragjax.models.attention import AttentionSource
 from ragjax.models.layers import ADAPT_ANSWER, ADAPT_PROMPT, RowRngs, fold_rngs, scan_layers
+from ragjax.parallel.by_device import split_heads
 
 
 @struct.dataclass
@@ -33,6 +34,14 @@ class DocumentMemory:
         return DocumentMemory(
             self.keys[:, rows], self.values[:, rows], self.mask[rows], self.offset[rows], self.start[rows]
         )
+
+    def widen(self, width: int) -> DocumentMemory:
+        """With room for `width` tokens, no fewer than there are; what is added does not count."""
+
+        def pad(x: Array, axis: int) -> Array:
+            return jnp.pad(x, [(0, width - x.shape[axis] if a == axis else 0) for a in range(x.ndim)])
+
+        return replace(self, keys=pad(self.keys, 2), values=pad(self.values, 2), mask=pad(self.mask, 1))
 
 
 @struct.dataclass
@@ -83,7 +92,7 @@ def empty_kv_cache(memory: DocumentMemory, slots: int) -> KVCache:
     """A pool of `slots` unwritten slots beside each memory."""
     layers, n, _, heads, width = memory.keys.shape
     shape = (layers, n, slots, heads, width)
-    keys, values = jnp.zeros(shape, memory.keys.dtype), jnp.zeros(shape, memory.values.dtype)
+    keys, values = (split_heads(jnp.zeros(shape, of.dtype)) for of in (memory.keys, memory.values))
     return KVCache(keys, values, jnp.zeros((n, slots), jnp.int32), jnp.zeros((), jnp.int32))
 
 

@@ -1,18 +1,45 @@
 """The mesh of devices: its axis `data` splits questions, and `model` attention heads and feed-forward.
 
-Training lies on the devices of all processes; what answers questions and embeds passages, on those of its own process.
+`command_mesh` says on which devices a command's rows, parameters and index lie, for the command and for its plan. Rows
+(questions with their documents, or passages) lie over `data` (`shard_batch`), the index over all devices
+(`place_rows`), parameters as `state_shardings` says: whole along `data` but for training with FSDP.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from ragjax.errors import InputError
+
+Command = Literal["index", "train", "evaluate", "answer"]
+
+
+def command_mesh(command: Command, model: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The devices on which all that a command computes with lies, in this process or in a plan's.
+
+    Training lies on those of all processes. What answers questions and embeds passages lies on those of one process,
+    which then never waits for another: all of them, whatever the number of questions.
+
+    Args:
+        command: as on the command line.
+        model: `mesh.model`. Training needs one that divides the devices; a model that was trained on many answers on
+            fewer, too; passages are embedded by each device alone.
+        devices: all that there are, by default JAX's.
+
+    Raises `InputError` if `model` does not divide the devices of training.
+    """
+    if command == "train":
+        return make_mesh(model, devices)
+    if devices is None:
+        return local_mesh(1 if command == "index" else model)
+    own = [device for device in devices if device.process_index == devices[0].process_index]
+    return make_mesh(1 if command == "index" else math.gcd(model, len(own)), own)
 
 
 def make_mesh(model: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -49,6 +49,11 @@ def widens_bfloat16(mesh: Mesh) -> bool:
     return mesh.devices.flat[0].platform == "cpu"
 
 
+def heads_spec(mesh: Mesh, heads: int) -> PartitionSpec:
+    """How keys or values [L, n, S, Hkv, Dh] of several layers lie: rows over `data`, heads as projections have them."""
+    return PartitionSpec(None, "data", None, "model" if heads % mesh.shape["model"] == 0 else None)
+
+
 def local_rows(mesh: Mesh, count: int) -> Int[np.ndarray, " n"]:
     """Which of the `count` rows of a batch lie on this process's devices, in order. `data` divides `count`."""
     slices = _rows(mesh).addressable_devices_indices_map((count,)).values()

@@ -3,31 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array
 
-from ragjax.config import most_documents
+from ragjax.config import ON_DEVICES, most_documents
 from ragjax.decoding.candidates import pad_answers
-from ragjax.decoding.marginal_search import search_rag_token
+from ragjax.decoding.exact.decode import search_settings
+from ragjax.decoding.marginal_search import search_marginal, search_rag_token
+from ragjax.decoding.prefix_cache import beam_step, empty_prefix_cache
 from ragjax.decoding.propose import beam_search_documents, beam_settings, prefill_documents
 from ragjax.decoding.rescore import score_tokens
-from ragjax.models.kv_cache import DocumentMemory, empty_kv_cache
+from ragjax.models.kv_cache import DocumentMemory
 from ragjax.models.layers import Params
-from ragjax.parallel.sharding import abstract_with_sharding
-from ragjax.planning.inputs import SPECIAL, PlanInputs
-from ragjax.planning.program_cost import bytes_each, program_temporaries
-from ragjax.planning.rows import Number, Row, make_row
+from ragjax.parallel.by_device import on_mesh
+from ragjax.parallel.sharding import abstract_with_sharding, heads_spec
+from ragjax.planning.inputs import NO_PROMPT, SPECIAL, PlanInputs
+from ragjax.planning.program_cost import Cost, bytes_each, matmul_flops, program_cost
+from ragjax.planning.roofline import Chip, least_seconds
+from ragjax.planning.rows import Number, Row, Unknown, make_row
 from ragjax.planning.shared_rows import parameters_row, questions_text, search_row
-from ragjax.retrieval.passage_cache import join_question
+from ragjax.rag import RagModel
+from ragjax.retrieval.passage_cache import Pool, join_question
+from ragjax.training.fused_retrieval import abstract_corpus
+from ragjax.training.state import inference_params
 
 QUESTION_TOKENS = 32  # of a prompt after its passage, for the temporaries of reading through a cache
 
 
-def evaluate_rows(inputs: PlanInputs) -> list[Row]:
-    """The rows of `ragjax evaluate`: of answering one batch of questions."""
+BATCH_TIME = "time of a batch of questions, at least"
+
+
+def evaluate_rows(inputs: PlanInputs, chip: Chip | None) -> list[Row]:
+    """The rows of `ragjax evaluate`: of answering one batch of questions; with a `chip` also the least time of that."""
     copies = 1 if inputs.config.evaluate.max_untrained_questions == 0 else 2
+
+    @cache
+    def costs() -> dict[str, tuple[int, Cost]]:
+        mesh = inputs.mesh_of("evaluate")
+        with on_mesh(mesh):
+            return {name: program_cost(*program) for name, program in answering_programs(inputs, mesh).items()}
 
     def row(what: str, number: Callable[[PlanInputs], Number], **how: Any) -> Row:
         return make_row("evaluate", what, "device", lambda: number(inputs), **how)
@@ -38,37 +59,62 @@ def evaluate_rows(inputs: PlanInputs) -> list[Row]:
         row("documents' keys and values", _documents_memory),
         *([row("passages' keys and values", _passage_cache)] if inputs.config.decode.passage_cache_gib else []),
         row("logits of a step of the beam search", _logits, part=True),
-        row("temporaries of answering", _temporaries),
+        row("temporaries of answering", lambda inputs: _temporaries(inputs, costs())),
         search_row(inputs, "evaluate"),
+        *([row(BATCH_TIME, lambda inputs: _seconds(inputs, costs(), chip), part=True, unit="seconds")] if chip else []),
     ]
 
 
-def _questions(inputs: PlanInputs) -> int:
-    """How many questions each device answers together."""
-    return -(-inputs.config.evaluate.batch_size // inputs.mesh.shape["data"])
-
-
-def _prompts(inputs: PlanInputs) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-    """Tokens and mask [questions · documents, S] that a device reads."""
-    shape = _questions(inputs) * most_documents(inputs.config), inputs.config.generator.max_prompt_tokens
+def _prompts(inputs: PlanInputs, devices: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    """Tokens and mask [questions · documents, S] that so many devices read together."""
+    rows = devices * inputs.config.evaluate.batch_size * most_documents(inputs.config)
+    shape = rows, inputs.config.generator.max_prompt_tokens
     return jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.bool)
 
 
+def _searches(inputs: PlanInputs) -> dict[str, int]:
+    """By what is searched, the documents whose prefixes a device keeps meanwhile: `candidates` and `marginal`.
+
+    `evaluate.modes` follow one another. Lazy rounds of m documents have as many questions as keep the product.
+    """
+    config, documents = inputs.config, most_documents(inputs.config)
+    questions = config.evaluate.batch_size
+    modes = config.evaluate.modes or ("thorough",)
+    searches = {}
+    if set(modes) - {"exact"} or config.decode.fallback == "thorough":
+        searches["candidates"] = questions * documents
+    if "exact" in modes:
+        lazy = config.decode.lazy and config.model != "rag_token"
+        searches["marginal"] = (-(-questions // documents) if lazy else questions) * documents
+    return searches
+
+
 def _documents_memory(inputs: PlanInputs) -> Number:
-    model, config = inputs.model("generator"), inputs.config
+    """What one device holds of a batch while it is answered."""
+    model, config, mesh = inputs.model("generator"), inputs.config, inputs.mesh_of("evaluate")
+    searches = _searches(inputs)
     # for Hugging Face's numbers documents are read with the padding unmasked and masked
     copies = 2 if config.hf_compatible and config.model != "rag_token" else 1
+    beams = {"candidates": config.decode.num_beams, "marginal": config.decode.max_beams}
 
-    def memory_and_cache(*arguments: Any) -> Any:
-        memory = prefill_documents(model.graphdef, *arguments)
-        return jax.tree.leaves((memory, empty_kv_cache(memory, config.decode.max_new_tokens * config.decode.num_beams)))
+    def size_of(search: str) -> int:
+        def held(params: Params, *prompts: Any) -> Any:
+            generator = nnx.merge(model.graphdef, params)
+            memory, slots = generator.prefill(*prompts), config.decode.max_new_tokens * beams[search]
+            prefixes = empty_prefix_cache(generator, memory.take(jnp.arange(searches[search])), slots)
+            return jax.tree.leaves(([memory] * copies, prefixes))
 
-    size = bytes_each(jax.eval_shape(memory_and_cache, model.abstract_params, *_prompts(inputs)))
+        size = 0
+        for leaf in jax.eval_shape(held, model.abstract_params, *_prompts(inputs, 1)):
+            heads = mesh.shape["model"] if leaf.ndim == 5 and leaf.shape[3] % mesh.shape["model"] == 0 else 1
+            size += leaf.size * leaf.dtype.itemsize // heads
+        return size
+
+    size = max(map(size_of, searches))
     documents, longest = most_documents(config), config.generator.max_prompt_tokens
-    how = f"{questions_text(_questions(inputs))} × {documents} documents × {longest} tokens, and the answers'"
+    how = f"{questions_text(config.evaluate.batch_size)} × {documents} documents × {longest} tokens, and the answers'"
     how += ", read twice" if copies > 1 else ""
-    how += "; all devices in one process" if inputs.mesh.size > 1 else ""
-    return copies * size, how
+    return size, how
 
 
 def _passage_cache(inputs: PlanInputs) -> Number:
@@ -78,50 +124,133 @@ def _passage_cache(inputs: PlanInputs) -> Number:
 
 
 def _logits(inputs: PlanInputs) -> Number:
-    beams = _questions(inputs) * most_documents(inputs.config) * inputs.config.decode.num_beams
+    most = {"candidates": inputs.config.decode.num_beams, "marginal": inputs.config.decode.max_beams}
+    beams = max(rows * most[search] for search, rows in _searches(inputs).items())
     vocabulary = inputs.model("generator").config.vocab_size
     how = f"{beams:,} beams × {vocabulary:,} in float32; scoring goes by blocks; part of the temporaries below"
     return beams * vocabulary * 4, how
 
 
-def _temporaries(inputs: PlanInputs) -> Number:
+def _temporaries(inputs: PlanInputs, costs: dict[str, tuple[int, Cost]]) -> Number:
     """The most that one program takes: reading the documents, the beam search, scoring candidates."""
+    most = max(cost.temporaries for _, cost in costs.values())
+    count, each = _candidates(inputs), questions_text(inputs.config.evaluate.batch_size)
+    return most, f"XLA's analysis ({inputs.device_kind}): {each}, at most {count} distinct candidates each"
+
+
+def _seconds(inputs: PlanInputs, costs: dict[str, tuple[int, Cost]], chip: Chip) -> Number:
+    """Of retrieval's search, of reading, and of as many steps of the search as an answer can have tokens.
+
+    A step reads all weights of the decoder and all memories; what it sends over `model` is not counted. Scoring may
+    find all that it needs in the prefixes read: what it may take is told beside.
+    """
+    config, mesh = inputs.config, inputs.mesh_of("evaluate")
+    if "candidates" not in costs:
+        raise Unknown("exact decoding ends with the proof")
+    (reading, read), (_, search), (scoring, scored) = (costs[name] for name in ("reading", "candidates", "scoring"))
+    steps, devices = config.decode.max_new_tokens, mesh.size
+    step = replace(search, sent=None, written=0)
+    parts = {
+        "reading": least_seconds(chip, config.dtype, reading / devices, read),
+        "search": least_seconds(chip, config.dtype, _step_flops(inputs) / mesh.shape["model"], step, steps),
+    }
+    if config.index.kind in ON_DEVICES and chip.bandwidth is not None:
+        index = bytes_each(abstract_corpus(inputs.rag(), mesh, inputs.passages()[0]))
+        parts["retrieval"] = index / (chip.bandwidth * 1e9), "memory"
+    more, _ = least_seconds(chip, config.dtype, scoring / devices, scored)
+    told = ", ".join(f"{what} {seconds:.2g} s ({binds})" for what, (seconds, binds) in parts.items())
+    questions = questions_text(config.evaluate.batch_size * mesh.shape["data"])
+    how = f"{questions}, {steps} tokens each: {told}; scoring up to {more:.2g} s more"
+    return sum(seconds for seconds, _ in parts.values()), how
+
+
+def _step_flops(inputs: PlanInputs) -> int:
+    """Of one step of all beams over a device's questions."""
+    model, decode = inputs.model("generator"), inputs.config.decode
+    slots = decode.num_beams * decode.max_new_tokens
+
+    def read(params: Params, *prompts: Array) -> DocumentMemory:
+        return nnx.merge(model.graphdef, params).prefill(*prompts)
+
+    def read_and_step(params: Params, *prompts: Array) -> Array:
+        generator, memory = nnx.merge(model.graphdef, params), read(params, *prompts)
+        tokens = jnp.zeros((memory.start.shape[0], decode.num_beams), jnp.int32)
+        prefixes, mask = empty_prefix_cache(generator, memory, slots), jnp.zeros((*tokens.shape, slots), bool)
+        return beam_step(generator, memory, prefixes, tokens, jnp.zeros((), jnp.int32), mask)[0]
+
+    given = model.abstract_params, *_prompts(inputs, 1)
+    both, alone = (matmul_flops(jax.make_jaxpr(of)(*given).jaxpr) for of in (read_and_step, read))
+    return both - alone
+
+
+def _candidates(inputs: PlanInputs) -> int:
+    """The most that a question can have."""
+    decode, together = inputs.config.decode, inputs.config.model == "rag_token"
+    return decode.num_beams if together else most_documents(inputs.config) * decode.num_beams
+
+
+def answering_programs(inputs: PlanInputs, mesh: Mesh) -> dict[str, tuple[Any, ...]]:
+    """The programs that answer a batch of questions on a mesh, each with its arguments, in shapes and places.
+
+    For use within `on_mesh`. The searches have the names of `_searches`. Raises `Unknown` without a generator.
+    """
     config, decode, model = inputs.config, inputs.config.decode, inputs.model("generator")
-    together = config.model == "rag_token"
-    questions, documents = _questions(inputs), most_documents(config)
+    graph, documents = model.graphdef, most_documents(config)
+    rag = RagModel(config, model, model, SPECIAL, NO_PROMPT, model)
+    params = inference_params(rag, mesh)["generator"]
+    questions = config.evaluate.batch_size * mesh.shape["data"]
 
-    def placed(tree: Any) -> Any:
-        return abstract_with_sharding(inputs.one_device, tree)
+    def rows(tree: Any) -> Any:
+        return abstract_with_sharding(mesh, tree, "data")
 
-    graph, params, prompts = model.graphdef, placed(model.untrained_types(inputs.mesh)), _prompts(inputs)
+    prompts = rows(_prompts(inputs, mesh.shape["data"]))
+
+    def place(leaf: Any) -> Any:
+        spec = heads_spec(mesh, leaf.shape[3]) if leaf.ndim == 5 else PartitionSpec("data")
+        return abstract_with_sharding(mesh, leaf, *spec)
+
     # a memory is passed by its leaves: it is checked to hold arrays, which shapes are not
-    memory = placed(jax.eval_shape(lambda *given: jax.tree.leaves(prefill_documents(graph, *given)), params, *prompts))
-    count = decode.num_beams if together else documents * decode.num_beams
-    candidates = [[((0,) * decode.max_new_tokens, False)] * count] * questions
-    answers = placed(pad_answers(candidates, SPECIAL, decode.max_new_tokens))
-
-    @jax.jit
-    def search(params: Params, memory: list[Any]) -> Any:
-        read = DocumentMemory(*memory)
-        if together:
-            prior = jnp.zeros((questions, documents))
-            how = beam_settings(decode, SPECIAL, config.hf_compatible)
-            return search_rag_token(graph, params, read, prior, how, SPECIAL)
-        return beam_search_documents(graph, params, read, decode, SPECIAL, config.hf_compatible)
+    memory = [*map(place, jax.eval_shape(lambda *of: jax.tree.leaves(prefill_documents(graph, *of)), params, *prompts))]
+    candidates = [[((0,) * decode.max_new_tokens, False)] * _candidates(inputs)] * questions
+    answers = rows(pad_answers(candidates, SPECIAL, decode.max_new_tokens))
 
     @jax.jit
     def score(params: Params, memory: list[Any], *answers: Any) -> Any:
         return score_tokens(graph, params, DocumentMemory(*memory), *answers, SPECIAL)
 
-    most = max(
-        program_temporaries(prefill_documents, graph, params, *placed(prompts)),
-        program_temporaries(search, params, memory),
-        program_temporaries(score, params, memory, *answers),
-    )
+    programs: dict[str, tuple[Any, ...]] = {
+        "reading": (prefill_documents, graph, params, *prompts),
+        "scoring": (score, params, memory, *answers),
+    }
+    searches = _search_programs(inputs, mesh)
+    programs |= {name: (searches[name], params, memory) for name in _searches(inputs)}
     if decode.passage_cache_gib and not model.config.encoder_decoder:
-        rows = placed(jax.ShapeDtypeStruct((questions * documents,), jnp.int32))
-        joined = rows, *placed(prompts), rows, QUESTION_TOKENS
-        pool = memory[:2]  # a slot for each prompt
-        most = max(most, program_temporaries(join_question, graph, inputs.one_device, params, pool, *joined))
-    how = f"{questions_text(questions)}, at most {count} distinct candidates each"
-    return most, f"XLA's analysis ({inputs.device_kind}): {how}"
+        at = rows(jax.ShapeDtypeStruct((questions * documents,), jnp.int32))
+        # a slot for each prompt
+        programs["joining"] = join_question, graph, params, Pool(*memory[:2]), at, *prompts, at, QUESTION_TOKENS
+    return programs
+
+
+def _search_programs(inputs: PlanInputs, mesh: Mesh) -> dict[str, Any]:
+    """By the names of `_searches`: programs of parameters and of a memory's leaves, for all questions on a mesh."""
+    config, decode, graph = inputs.config, inputs.config.decode, inputs.model("generator").graphdef
+    together, documents, devices = config.model == "rag_token", most_documents(config), mesh.shape["data"]
+
+    @jax.jit
+    def search(params: Params, memory: list[Any]) -> Any:
+        read = DocumentMemory(*memory)
+        if together:
+            prior = jnp.zeros((devices * config.evaluate.batch_size, documents))
+            how = beam_settings(decode, SPECIAL, config.hf_compatible)
+            return search_rag_token(graph, params, read, prior, how, SPECIAL)
+        return beam_search_documents(graph, params, read, decode, SPECIAL, config.hf_compatible)
+
+    @jax.jit
+    def search_exactly(params: Params, memory: list[Any]) -> Any:
+        local = jnp.arange(_searches(inputs)["marginal"]).reshape(-1, documents)  # as each device counts them
+        numbers = jnp.tile(local, (devices, 1))
+        prior, none = jnp.zeros(numbers.shape), jnp.zeros(len(numbers))
+        how, read = search_settings(decode, SPECIAL, decode.max_beams), DocumentMemory(*memory)
+        return search_marginal(graph, params, read, numbers, prior, none, none, how, SPECIAL, together)
+
+    return {"candidates": search, "marginal": search_exactly}

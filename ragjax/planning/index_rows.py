@@ -16,6 +16,7 @@ from ragjax.planning.inputs import PlanInputs
 from ragjax.planning.program_cost import program_temporaries
 from ragjax.planning.rows import Number, Row, Unknown, make_row
 from ragjax.planning.shared_rows import embeddings, faiss, parameters_row
+from ragjax.retrieval.bm25 import BM25
 from ragjax.retrieval.encoder import encode
 from ragjax.retrieval.index import MANIFEST
 
@@ -40,7 +41,19 @@ def index_rows(inputs: PlanInputs) -> list[Row]:
     if kind not in ON_DEVICES:
         rows.append(row(f"FAISS structure {kind}", "disk", faiss, there=there))
         rows.append(row(f"FAISS structure {kind}", "host", faiss))
+    if inputs.config.retriever.bm25_docs:
+        rows.append(row("words for BM25", "disk", _words, there=_words_folder(inputs).is_dir()))
     return rows
+
+
+def _words_folder(inputs: PlanInputs) -> Path:
+    return Path(inputs.config.index.path) / BM25
+
+
+def _words(inputs: PlanInputs) -> Number:
+    if not _words_folder(inputs).is_dir():
+        raise Unknown("8 bytes for each word of each passage that differs: known once it is built")
+    return sum(file.stat().st_size for file in _words_folder(inputs).iterdir()), "as measured"
 
 
 def _is_built(inputs: PlanInputs) -> bool:

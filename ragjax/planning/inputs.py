@@ -22,7 +22,7 @@ from ragjax.data.reading.sources import find_files, is_missing
 from ragjax.errors import InputError
 from ragjax.files import read_json
 from ragjax.models.generator import SpecialTokens
-from ragjax.parallel.mesh import check_batch, make_mesh
+from ragjax.parallel.mesh import Command, check_batch, command_mesh, make_mesh
 from ragjax.planning.rows import Unknown
 from ragjax.rag import RagModel, adapt, adapt_passages, check_lengths
 from ragjax.retrieval.faiss_index import check_kind
@@ -38,11 +38,15 @@ class PlanInputs:
     """A model that cannot be had is the `InputError` that says why, and a number of passages likewise `Unknown`."""
 
     config: Config
-    mesh: Mesh
+    mesh: Mesh  # of training
     retriever: PretrainedModel | InputError
     passage_encoder: PretrainedModel | InputError
     generator: PretrainedModel | InputError
     count: tuple[int, str] | Unknown  # N, and the same in words
+
+    def mesh_of(self, command: Command) -> Mesh:
+        """Where a command's arrays lie, were it started on these devices."""
+        return command_mesh(command, self.config.mesh.model, list(self.mesh.devices.flat))
 
     @property
     def one_device(self) -> Mesh:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from jax.sharding import Mesh
 
 from ragjax.config import ON_DEVICES
 from ragjax.errors import InputError
+from ragjax.parallel.mesh import make_mesh
 from ragjax.planning.program_cost import NotCompiled, bytes_each, compiled_cost
 from ragjax.rag import RagModel
 from ragjax.resources import host_memory, size_text
 from ragjax.training.fused_retrieval import abstract_corpus
-from ragjax.training.state import abstract_state
-from ragjax.training.step import trace_step, train_programs
+from ragjax.training.state import abstract_state, unsplit_modules
+from ragjax.training.step import step_arguments, trace_step, train_programs
 
 
 def check_memory(rag: RagModel, mesh: Mesh, passages: int, limit: int | None = None) -> None:
@@ -29,14 +31,16 @@ def check_memory(rag: RagModel, mesh: Mesh, passages: int, limit: int | None = N
         memory, need = host_memory(), state * len(mesh.local_devices)
         if memory is not None and need > memory:
             has = f"parameters and optimiser state take {size_text(need)}, and this machine has {size_text(memory)}"
-            raise InputError(f"training does not fit: {has}; use smaller models or train.frozen_params")
+            helps = "; ".join([*_state_advice(rag, mesh), "smaller models"])
+            raise InputError(f"training does not fit: {has}; what would help: {helps}")
         return
     searched = 0
     if config.index.kind in ON_DEVICES:
         searched = bytes_each(abstract_corpus(rag, mesh, passages))
     try:
+        arguments = step_arguments(rag, mesh, passages)
         temporaries = max(
-            compiled_cost(trace_step(rag, mesh, passages, make).lower()).temporaries
+            compiled_cost(trace_step(rag, mesh, passages, make).lower(), arguments).temporaries
             for make in train_programs(config.train)
         )
     except NotCompiled:
@@ -53,13 +57,10 @@ def check_memory(rag: RagModel, mesh: Mesh, passages: int, limit: int | None = N
 def memory_advice(rag: RagModel, mesh: Mesh) -> list[str]:
     """Settings that would lower what training needs of each device, the least costly first."""
     config, train, (data, _) = rag.config, rag.config.train, mesh.devices.shape
-    advice = []
+    advice: list[str] = []
     if config.index.kind in ON_DEVICES and config.retriever.prior == "top_k":
         advice.append("index.kind=HNSW32 (the host then searches)")
-    if not config.mesh.fsdp and data > 1:
-        split = replace(rag, config=config.replace(mesh=config.mesh.replace(fsdp=True)))
-        before, after = (size_text(bytes_each(abstract_state(models, mesh))) for models in (rag, split))
-        advice.append(f"mesh.fsdp=true (parameters and optimiser state {after} instead of {before})")
+    advice += _state_advice(rag, mesh)
     if config.dtype == "float32":
         advice.append("dtype=bfloat16")
     if not train.remat:
@@ -91,3 +92,35 @@ def memory_advice(rag: RagModel, mesh: Mesh) -> list[str]:
     if config.index.kind in ON_DEVICES and config.index.dtype == "float32":
         advice.append("index.dtype=bfloat16")
     return [*advice, "smaller models"]
+
+
+def _state_advice(rag: RagModel, mesh: Mesh) -> list[str]:
+    """Settings that lower what parameters and optimiser state take of each device, and to what."""
+    config, now = rag.config, bytes_each(abstract_state(rag, mesh))
+
+    def state(on: Mesh, **changes: Any) -> int:
+        return bytes_each(abstract_state(replace(rag, config=config.replace(**changes)), on))
+
+    settings: dict[str, int] = {}
+    if not config.mesh.fsdp:
+        if mesh.shape["data"] > 1:
+            settings["mesh.fsdp=true"] = state(mesh, mesh=config.mesh.replace(fsdp=True))
+        if (model := larger_model_axis(rag, mesh)) is not None:
+            wider = make_mesh(model, list(mesh.devices.flat))
+            settings[f"mesh.model={model}"] = state(wider, mesh=config.mesh.replace(model=model))
+    frozen = config.train.frozen_params
+    if len(rag.parts) > 1 and not frozen:
+        [largest] = sorted(rag.parts, key=lambda name: -bytes_each(rag.parts[name].abstract_params))[:1]
+        settings[f"train.frozen_params=[{largest}]"] = state(mesh, train=config.train.replace(frozen_params=(largest,)))
+    return [
+        f"{setting} (parameters and optimiser state {size_text(size)} instead of {size_text(now)})"
+        for setting, size in settings.items()
+        if size < now
+    ]
+
+
+def larger_model_axis(rag: RagModel, mesh: Mesh) -> int | None:
+    """The next length of the axis `model` over which every layer can be split; None if there is none."""
+    lengths = (n for n in range(mesh.shape["model"] + 1, mesh.size + 1) if mesh.size % n == 0)
+    fitting = (n for n in lengths if not unsplit_modules(rag, make_mesh(n, list(mesh.devices.flat))))
+    return next(fitting, None)

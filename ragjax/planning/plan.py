@@ -11,8 +11,10 @@ the table, each beside the function that computes it.
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,16 +24,18 @@ from jax.sharding import Mesh
 
 from ragjax.config import ON_DEVICES, Config
 from ragjax.errors import InputError
-from ragjax.parallel.mesh import make_mesh
-from ragjax.planning.evaluate_rows import evaluate_rows
+from ragjax.parallel.mesh import command_mesh
+from ragjax.planning.evaluate_rows import BATCH_TIME, evaluate_rows
 from ragjax.planning.index_rows import index_rows
 from ragjax.planning.inputs import PlanInputs, open_inputs
-from ragjax.planning.memory import memory_advice
-from ragjax.planning.rows import Row, Unknown
+from ragjax.planning.memory import larger_model_axis, memory_advice
+from ragjax.planning.roofline import MACHINES, Chip, Machine, chip_of
+from ragjax.planning.rows import Row, Total, Unknown, totals
 from ragjax.planning.shared_rows import faiss
-from ragjax.planning.train_rows import train_rows
+from ragjax.planning.train_rows import STEP_TIME, train_rows
 from ragjax.resources import free_disk, host_memory, size_text
 from ragjax.retrieval.faiss_index import faiss_bytes
+from ragjax.training.state import for_inference
 
 # for the TPU's compiler where there is none: else it asks, at length, which machine this is
 NO_TPU = {
@@ -41,6 +45,7 @@ NO_TPU = {
     "TPU_WORKER_ID": "0",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # else a second process is refused, as if both wanted the TPU
 }
+CHIPS_OF_A_MACHINE = 8  # of TPU v5e and v6e
 SMALL_FAISS = "IVF16384,SQ8"  # a byte for each number
 
 
@@ -52,31 +57,71 @@ class Plan:
     advice: dict[tuple[str, str], list[str]]
 
 
-def memory_plan(config: Config, mesh: Mesh | None = None, peak: int | float | None = None) -> Plan:
+def memory_plan(config: Config, mesh: Mesh | None = None, chip: Chip | None = None) -> Plan:
     """What `ragjax index`, `train` and `evaluate` will need. Of a model on the hub only its config.json is fetched.
 
-    The mesh, by default one device, may be of devices that are not there; `peak` is what each can compute, in TFLOP/s.
+    The mesh, by default one device, may be of devices that are not there; with a `chip` it tells the least times, too.
     A model or a corpus that cannot be had makes the rows that depend on it unknown. Raises `InputError` for settings
     that do not go together.
     """
-    inputs = open_inputs(config, mesh or make_mesh(config.mesh.model, jax.devices()[:1]))
-    rows = [*index_rows(inputs), *train_rows(inputs, peak), *evaluate_rows(inputs)]
+    inputs = open_inputs(config, mesh or command_mesh("train", config.mesh.model, jax.devices()[:1]))
+    rows = [*index_rows(inputs), *train_rows(inputs, chip), *evaluate_rows(inputs, chip)]
     return Plan(rows, _advice(inputs))
+
+
+@dataclass(frozen=True)
+class MachinePlan:
+    """What a configuration needs of some chips together, and how fast these may be."""
+
+    machine: Machine
+    needs: dict[str, Total]  # of each device, to train and to evaluate
+    seconds: dict[str, tuple[float, str]]  # at least, and how that was computed: a step, a batch of questions
+    questions: int  # in such a batch
+    problem: str | None = None  # why there is no plan
+
+
+def sweep(config: Config) -> Iterator[MachinePlan]:
+    """A plan for each of `MACHINES`, which need not be there, as soon as it is computed.
+
+    TPUs' own compiler tells their temporaries and traffic, and that of as many CPUs those of GPUs.
+    """
+    most = max(machine.devices for machine in MACHINES if machine.topology is None)
+    with suppress(RuntimeError):  # JAX has started: then there are as many as there are
+        jax.config.update("jax_num_cpu_devices", most)
+    for machine in MACHINES:
+        try:
+            mesh = planned_mesh(config, machine.devices, machine.topology)
+            plan = memory_plan(config, mesh, machine.chip)
+        except InputError as error:
+            yield MachinePlan(machine, {}, {}, 0, str(error))
+            continue
+        has: dict[str, int | None] = {"disk": None, "host": None}
+        if machine.chip.memory is not None:
+            has["device"] = int(machine.chip.memory * 2**30)
+        sums = totals(plan.rows, has)
+        needs = {of.command: of for of in sums if of.place == "device" and of.command != "index"}
+        timed = {STEP_TIME: "train", BATCH_TIME: "evaluate"}
+        seconds = {timed[row.what]: (row.size, row.how) for row in plan.rows if row.what in timed and row.size}
+        own = command_mesh("evaluate", config.mesh.model, list(mesh.devices.flat))
+        yield MachinePlan(machine, needs, seconds, config.evaluate.batch_size * own.shape["data"])
 
 
 def _advice(inputs: PlanInputs) -> dict[tuple[str, str], list[str]]:
     """For each command and place, settings that would lower what it needs there."""
-    index, settings, data = inputs.config.index, inputs.config.evaluate, inputs.mesh.shape["data"]
+    index, settings = inputs.config.index, inputs.config.evaluate
     exact = index.kind in ON_DEVICES
     evaluate = ["index.kind=HNSW32 (the host then searches)"] if exact else []
     if exact and index.dtype == "float32":
         evaluate.append("index.dtype=bfloat16")
-    if settings.batch_size > data:
-        evaluate.append(f"evaluate.batch_size={data}")
+    if settings.batch_size > 1:
+        evaluate.append("evaluate.batch_size=1")
     if settings.max_untrained_questions != 0:
         evaluate.append("evaluate.max_untrained_questions=0")
     if inputs.config.decode.passage_cache_gib:
         evaluate.append("a smaller decode.passage_cache_gib")
+    with suppress(Unknown):
+        if (model := larger_model_axis(for_inference(inputs.rag()), inputs.mesh_of("evaluate"))) is not None:
+            evaluate.append(f"mesh.model={model}")
     evaluate.append("smaller decode.num_docs or decode.num_beams")
     advice = {("index", "device"): ["a smaller index.batch_size"], ("evaluate", "device"): evaluate}
     with suppress(Unknown):
@@ -97,7 +142,7 @@ def planned_mesh(config: Config, devices: int | None, topology: str | None) -> M
     Raises `InputError` where there are none such.
     """
     if topology is not None:
-        return make_mesh(config.mesh.model, _tpu_devices(topology))
+        return command_mesh("train", config.mesh.model, _tpu_devices(topology))
     if devices is not None:
         with suppress(RuntimeError):  # JAX has started: then there are as many as there are
             jax.config.update("jax_num_cpu_devices", devices)
@@ -108,7 +153,7 @@ def planned_mesh(config: Config, devices: int | None, topology: str | None) -> M
             available = jax.devices("cpu")
     if len(available) < count:
         raise InputError(f"--devices {count}: this machine can play {len(available)} devices; try JAX_PLATFORMS=cpu")
-    return make_mesh(config.mesh.model, available[:count])
+    return command_mesh("train", config.mesh.model, available[:count])
 
 
 def _tpu_devices(name: str) -> Sequence[jax.Device]:
@@ -118,12 +163,21 @@ def _tpu_devices(name: str) -> Sequence[jax.Device]:
     jax.config.update("jax_platforms", "cpu")
     from jax.experimental import topologies
 
+    # up to eight chips may be of one machine; of more, every four are
+    sides = [int(side) for side in re.findall(r"\d+", name.partition(":")[2])]
+    bounds = (*sides, *[1] * (3 - len(sides)))[:3]
+    one_machine = {"chips_per_host_bounds": bounds} if sides and math.prod(sides) <= CHIPS_OF_A_MACHINE else {}
     try:
-        return topologies.get_topology_desc(name, "tpu").devices
+        return topologies.get_topology_desc(name, "tpu", **one_machine).devices
     except RuntimeError as error:
         if importlib.util.find_spec("libtpu") is None:
             raise InputError(f"--topology {name} needs an extra: pip install 'ragjax[tpu]'") from None
         raise InputError(f"--topology {name}: {str(error).splitlines()[0]}; an example: v5e:2x4") from None
+
+
+def planned_chip(mesh: Mesh, peak: int | float | None) -> Chip | None:
+    """For the least times: the chip that the devices are, or one of which `peak` alone is known, in TFLOP/s."""
+    return chip_of(mesh.devices.flat[0].device_kind) if peak is None else Chip("", peak, peak)
 
 
 def capacity(config: Config, mesh: Mesh, memory: int | None = None) -> dict[str, int | None]:

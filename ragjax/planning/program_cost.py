@@ -25,21 +25,40 @@ class Cost:
 
     temporaries: int  # set aside beside its arguments and results
     sent: dict[str, int] | None  # as `bytes_sent`; None where XLA refuses to compile what cannot fit
+    read: int = 0  # its arguments
+    written: int = 0  # its results
 
 
-def compiled_cost(lowered: jax.stages.Lowered) -> Cost:
-    """Compiles a program and asks XLA. Raises `NotCompiled`."""
+def compiled_cost(lowered: jax.stages.Lowered, arguments: Any = ()) -> Cost:
+    """Compiles a program and asks XLA. Raises `NotCompiled`.
+
+    `arguments` are those with which it was lowered, with their places: a refusal tells their sum with the temporaries.
+    """
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        # the TPU's compiler knows how much memory there is, and gives up where a program needs more
+        # the TPU's compiler knows how much memory there is, and gives up where a program needs more; what it calls
+        # temporaries are these and the arguments
         if match := re.search(r"HLO temporaries \(([\d.]+)([KMG])\)", str(error)):
-            return Cost(round(float(match[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[match[2]]), None)
+            together = round(float(match[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[match[2]])
+            return Cost(max(0, together - (read := bytes_each(arguments))), None, read)
         raise NotCompiled(f"XLA cannot compile it: {str(error).splitlines()[0]}") from None
     analysis = compiled.memory_analysis()
     if analysis is None:
         raise NotCompiled("XLA has no analysis for this device")
-    return Cost(int(analysis.temp_size_in_bytes), bytes_sent(compiled.as_text() or ""))
+    temporaries, read, written = (
+        int(getattr(analysis, f"{what}_size_in_bytes")) for what in ("temp", "argument", "output")
+    )
+    return Cost(temporaries, bytes_sent(compiled.as_text() or ""), read, written)
+
+
+def program_cost(program: jax.stages.Wrapped, *arguments: Any) -> tuple[int, Cost]:
+    """The `matmul_flops` of a jitted function with these arguments, abstract ones too, and its cost to each device.
+
+    Raises `NotCompiled`.
+    """
+    traced = program.trace(*arguments)
+    return matmul_flops(traced.jaxpr.jaxpr), compiled_cost(traced.lower(), arguments)
 
 
 def program_temporaries(program: jax.stages.Wrapped, *arguments: Any) -> int:
@@ -47,16 +66,18 @@ def program_temporaries(program: jax.stages.Wrapped, *arguments: Any) -> int:
 
     Raises `NotCompiled`.
     """
-    return compiled_cost(program.lower(*arguments)).temporaries
+    return compiled_cost(program.lower(*arguments), arguments).temporaries
 
 
 def bytes_each(tree: Any) -> int:
     """What the arrays of a tree, abstract ones too, take on each device that holds a part of them."""
 
     def part(leaf: Any) -> tuple[int, ...]:
-        return leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+        sharding = getattr(leaf, "sharding", None)
+        return leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
 
-    return sum(math.prod(part(leaf)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    arrays = (leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype"))
+    return sum(math.prod(part(leaf)) * leaf.dtype.itemsize for leaf in arrays)
 
 
 def matmul_flops(jaxpr: Jaxpr) -> int:

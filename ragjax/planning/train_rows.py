@@ -8,15 +8,18 @@ from functools import cache
 
 import jax
 
-from ragjax.config import reads_corpus, refreshes
+from ragjax.config import reads_corpus, refreshes, train_documents
 from ragjax.planning.inputs import PlanInputs
 from ragjax.planning.program_cost import Cost, bytes_each, compiled_cost, flops_text, matmul_flops
+from ragjax.planning.roofline import Chip, least_seconds, roofline_text
 from ragjax.planning.rows import Number, Row, Unknown, make_row
 from ragjax.planning.shared_rows import parameters_row, questions_text, search_row, split_text
 from ragjax.resources import size_text
 from ragjax.training.optimizer import partition_params
 from ragjax.training.state import abstract_state, saved_part
-from ragjax.training.step import trace_step, train_programs
+from ragjax.training.step import step_arguments, trace_step, train_programs
+
+STEP_TIME = "time of a step, at least"
 
 MOMENTS = {
     "adamw": "AdamW: two float32 moments",
@@ -25,8 +28,8 @@ MOMENTS = {
 }
 
 
-def train_rows(inputs: PlanInputs, peak: int | float | None) -> list[Row]:
-    """The rows of `ragjax train`; `peak` is what each device can compute, in TFLOP/s.
+def train_rows(inputs: PlanInputs, chip: Chip | None) -> list[Row]:
+    """The rows of `ragjax train`; with a `chip` also the least time of a step.
 
     The step is compiled twice, with and without `train.remat`: what recomputing saves is the question.
     """
@@ -63,10 +66,8 @@ def train_rows(inputs: PlanInputs, peak: int | float | None) -> list[Row]:
     if inputs.mesh.size > 1:
         rows.append(part("over the network, a step", "device", lambda: _network(step(used)[1])))
     rows.append(part("floating-point operations, a step", "devices", lambda: _flops(inputs, step(used)[0]), "FLOP"))
-    if peak is not None:
-        rows.append(
-            part("time of a step, at least", "devices", lambda: _seconds(inputs, step(used)[0], peak), "seconds")
-        )
+    if chip is not None:
+        rows.append(part(STEP_TIME, "devices", lambda: _seconds(inputs, *step(used), chip), "seconds"))
     return rows
 
 
@@ -76,14 +77,16 @@ def _compile_step(inputs: PlanInputs, remat: bool) -> tuple[int, Cost]:
     passages = inputs.passages()[0] if reads_corpus(inputs.config) else 0
     rag = replace(rag, config=inputs.config.replace(train=train.replace(remat=remat)))
     traced = [trace_step(rag, inputs.mesh, passages, make) for make in train_programs(train)]
-    costs = [compiled_cost(program.lower()) for program in traced]
+    arguments = step_arguments(rag, inputs.mesh, passages)
+    costs = [compiled_cost(program.lower(), arguments) for program in traced]
     most = max(cost.temporaries for cost in costs)
     return matmul_flops(traced[0].jaxpr.jaxpr), replace(costs[0], temporaries=most)
 
 
 def _optimizer(inputs: PlanInputs) -> Number:
     state, moments = abstract_state(inputs.rag(), inputs.mesh), MOMENTS[inputs.config.train.optimizer]
-    return bytes_each(state.optimizer), f"{moments} of what is trained{split_text(inputs)}"
+    split = split_text(inputs.mesh, inputs.config.mesh.fsdp)
+    return bytes_each(state.optimizer), f"{moments} of what is trained{split}"
 
 
 def _gradients(inputs: PlanInputs) -> Number:
@@ -96,7 +99,7 @@ def _gradients(inputs: PlanInputs) -> Number:
 
 def _temporaries(inputs: PlanInputs, cost: Cost) -> Number:
     train, (data, _) = inputs.config.train, inputs.mesh.devices.shape
-    batch = f"{questions_text(train.batch_size // data)}, {train.num_docs} documents each"
+    batch = f"{questions_text(train.batch_size // data)}, {train_documents(inputs.config)} documents each"
     if train.gradient_accumulation > 1:
         batch += f", in {train.gradient_accumulation} parts"
     refused = "; the compiler refuses" if cost.sent is None else ""
@@ -123,5 +126,7 @@ def _flops(inputs: PlanInputs, flops: int) -> Number:
     return flops, f"matrix products alone{recomputed}{each}"
 
 
-def _seconds(inputs: PlanInputs, flops: int, peak: int | float) -> Number:
-    return flops / (inputs.mesh.size * peak * 1e12), f"at {peak:g} TFLOP/s each, nothing waiting"
+def _seconds(inputs: PlanInputs, flops: int, cost: Cost, chip: Chip) -> Number:
+    dtype = inputs.config.dtype
+    seconds, binds = least_seconds(chip, dtype, flops / inputs.mesh.size, cost)
+    return seconds, roofline_text(chip, dtype, binds)

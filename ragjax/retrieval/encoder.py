@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ragjax.data.passage_store import PassageStore
 from ragjax.models.layers import Params
 from ragjax.padding import Ids, length_buckets, pad_sequences, pick_bucket
-from ragjax.parallel.mesh import local_mesh
+from ragjax.parallel.mesh import command_mesh
 from ragjax.parallel.sharding import map_per_device
 from ragjax.rag import RagPipeline
 from ragjax.retrieval.embeddings import EncodedBatch, embed_passages, encoded_batches
@@ -49,7 +49,7 @@ def embed_to_file(
 ) -> None:
     """Writes the embeddings of passages to a file with all devices of this process; see `embed_passages`.
 
-    `params` are the passage encoder's, whole on every device of `local_mesh()`.
+    `params` are the passage encoder's, whole on every device of `command_mesh("index")`.
     """
     batches = _embeddings(rag, params, token_rows)
     embed_passages(batches, len(token_rows), dtype=rag.config.index.dtype, path=path, progress=progress)
@@ -69,7 +69,7 @@ def _sharded_encode(graph: nnx.GraphDef, mesh: Mesh) -> Callable[..., Any]:
 
 
 def _embeddings(rag: RagPipeline, params: Params, token_rows: Sequence[Ids]) -> Iterator[EncodedBatch]:
-    mesh = local_mesh()
+    mesh = command_mesh("index")
     return encoded_batches(
         partial(_sharded_encode(rag.passage_encoder.graphdef, mesh), params),
         token_rows,

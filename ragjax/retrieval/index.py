@@ -6,6 +6,7 @@ index/shards/00000/embeddings.npy    [n, D], 00001, …: consecutive passages, w
 index/shards/00000/checksums.json    of the shard's files; the manifest has this file's own, and that of all else
 index/faiss.index                    only for a FAISS kind
 index/made_of.json                   what the bytes of the shards depend on (index_builder.py)
+index/bm25/                          the words of the passages, with retriever.bm25_docs (bm25.py)
 
 Embeddings are compared with their checksums when they are put on devices, and passages when they are first read. What
 FAISS maps, it would take a full read to check: that is done up to CHECKED_AT_ONCE, and beyond by `ragjax verify`.
@@ -44,6 +45,7 @@ from ragjax.files import read_json
 from ragjax.parallel.mesh import local_mesh
 from ragjax.parallel.sharding import gather_to_host, put_global, replicated
 from ragjax.resources import cores
+from ragjax.retrieval.bm25 import Bm25Index
 from ragjax.retrieval.device_index import DeviceIndex, log_normalizer, place_rows, sharded_top_k
 from ragjax.retrieval.embeddings import Embeddings, check_finite
 from ragjax.retrieval.faiss_index import (
@@ -73,6 +75,7 @@ class Index:
     manifest: dict[str, Any]
     faiss_index: Any = None
     recall: float | None = None
+    bm25: Bm25Index | None = None  # of the same passages
 
     @property
     def version(self) -> str:
@@ -97,11 +100,11 @@ class Index:
 
         Where there are fewer hits than k, the id is -1 and the score -inf. A FAISS kind finds 4k candidates
         approximately; they are scored again from the stored embeddings, so that scores are exact, and sorted by that.
-        `mesh` is what searches otherwise, by default one device; all its processes ask the same then.
+        `mesh` is what searches otherwise, by default all devices of this process; all its processes ask the same then.
         """
         queries = np.asarray(queries, np.float32)
         if self.on_devices:
-            mesh = mesh or local_mesh(data=1)
+            mesh = mesh or local_mesh()
             return gather_to_host(self.begin_search(put_global(queries, replicated(mesh)), k, mesh))
         import faiss
 
@@ -121,7 +124,7 @@ class Index:
         self, queries: Float[np.ndarray, "B D"], scale: float, mesh: Mesh | None = None
     ) -> Float32[np.ndarray, " B"]:
         """log Σ exp(scale · q·d) over all passages, by the devices whatever the kind; `mesh` as in `search`."""
-        corpus = self.corpus(mesh or local_mesh(data=1))
+        corpus = self.corpus(mesh or local_mesh())
         return gather_to_host(
             log_normalizer(corpus, put_global(np.asarray(queries, np.float32), replicated(corpus.mesh)), scale)
         )
@@ -272,4 +275,7 @@ def _check_fingerprints(folder: Path, built: Mapping[str, str], expected: Mappin
 def check_k(k: int, count: int) -> None:
     """Raises `InputError` when more documents a question are asked for than there are passages."""
     if k > count:
-        raise InputError(f"k is {k} but the corpus has only {count} passages; lower train.num_docs and decode.num_docs")
+        raise InputError(
+            f"k is {k} but the corpus has only {count} passages; lower train.num_docs, decode.num_docs and "
+            "retriever.bm25_docs"
+        )

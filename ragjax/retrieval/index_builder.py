@@ -30,7 +30,7 @@ from ragjax.data.passage_store import SHARDS, STORE_FILES, PassageStore, shard_f
 from ragjax.data.prompt import passage_text
 from ragjax.errors import InputError
 from ragjax.files import LOCK, atomic_write, exclusive_lock, partial_folder, write_jsonl
-from ragjax.parallel.mesh import local_mesh
+from ragjax.parallel.mesh import command_mesh
 from ragjax.parallel.processes import allgather_text, run_on_process_zero
 from ragjax.parallel.sharding import abstract_with_sharding
 from ragjax.rag import RagPipeline
@@ -295,7 +295,7 @@ def _is_whole(folder: Path, number: int, most: int | None = None) -> bool:
 def _shard_writer(rag: RagPipeline) -> Callable[[Path, Sequence[Passage], Callable[[int], None]], None]:
     """Writes the text, tokens and embeddings of some passages into a folder, with all devices of this process."""
     text_of = partial(passage_text, rag.config.generator.passage_template)
-    encoder, mesh = rag.passage_encoder, local_mesh()
+    encoder, mesh = rag.passage_encoder, command_mesh("index")
     params = encoder.load_params(abstract_with_sharding(mesh, encoder.untrained_types(mesh)))
 
     def write(folder: Path, passages: Sequence[Passage], advance: Callable[[int], None]) -> None:

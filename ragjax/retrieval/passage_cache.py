@@ -17,27 +17,35 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, astuple, dataclass
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
 from ragjax.config import most_documents
 from ragjax.data.passage_store import PassageStore
 from ragjax.decoding.propose import prefill_documents
 from ragjax.errors import InputError
+from ragjax.models.generator import Generator
 from ragjax.models.kv_cache import DocumentMemory, empty_kv_cache
 from ragjax.models.layers import Params
 from ragjax.padding import Ids, length_buckets, pad_sequences, pick_bucket
+from ragjax.parallel.by_device import by_device, on_mesh
 from ragjax.parallel.processes import allgather_text
-from ragjax.parallel.sharding import shard_batch
+from ragjax.parallel.sharding import heads_spec, shard_batch
 from ragjax.rag import RagModel
 from ragjax.terminal import terminal
 
-Pool = tuple[Float[Array, "L slots P Hkv Dh"], Float[Array, "L slots P Hkv Dh"]]  # keys and values, on each device
+
+class Pool(NamedTuple):
+    """Keys and values of passages; every device has its own slots, which it counts from 0."""
+
+    keys: Float[Array, "L slots P Hkv Dh"]
+    values: Float[Array, "L slots P Hkv Dh"]
 
 
 @dataclass
@@ -129,15 +137,16 @@ class PassageKVCache:
         prompts = shard_batch(self.mesh, (source, mask, lengths.astype(np.int32)), len(source))
         after = int((mask.sum(axis=1) - lengths).min()), int((mask.sum(axis=1) - lengths).max())
         if after[0] < 1 or any(len(set(row)) > self.slots for row in by_device.tolist()):
-            return prefill_documents(self.graph, self.params, *prompts[:2])
-        with self._lock:
+            with on_mesh(self.mesh):
+                return prefill_documents(self.graph, self.params, *prompts[:2])
+        with self._lock, on_mesh(self.mesh):
             try:
                 slots, missing = self._assign(by_device)
                 read = self._read_missing(missing, rows=-(-by_device.shape[1] // 4))
                 self._count(source, mask, by_device, lengths, missing, read)
                 [at] = shard_batch(self.mesh, (slots.reshape(-1),), len(source))
                 width = pick_bucket(after[1] - 1, (8, 16, 24, *length_buckets(max(32, source.shape[1]))))
-                return join_question(self.graph, self.mesh, self.params, self._pool, at, *prompts, width)
+                return join_question(self.graph, self.params, self._pool, at, *prompts, width)
             except BaseException:  # the pool may lack what its slots promise
                 self.clear()
                 raise
@@ -174,7 +183,7 @@ class PassageKVCache:
                 slots[d, : len(passages)] = [missing[d][p] for p in passages]
             width = pick_bucket(max(map(len, texts)), length_buckets(self.width))
             arrays = shard_batch(self.mesh, (*pad_sequences(texts, width, 0), slots.reshape(-1)), slots.size)
-            self._pool = read_passages(self.graph, self.mesh, self.params, self._pool, *arrays)
+            self._pool = read_passages(self.graph, self.params, self._pool, *arrays)
         return {p: len(ids) for p, ids in tokens.items()}
 
     def _count(
@@ -237,23 +246,18 @@ def _pool_size(rag: RagModel, store: PassageStore, mesh: Mesh) -> tuple[int, int
     room = config.generator.max_prompt_tokens - len(prompt.middle) - len(prompt.tail) - 1
     width = max(1, min(room, len(prompt.head) + store.longest))
     shapes, count = _slot_shapes(model.graphdef, model.abstract_params, width), len(store) + 1  # one for no passage
-    parts = mesh.shape["model"] if "model" in _pool_spec(mesh, shapes[0].shape[3]) else 1
+    parts = mesh.shape["model"] if "model" in heads_spec(mesh, shapes[0].shape[3]) else 1
     each = sum(s.size * s.dtype.itemsize for s in shapes) // parts
     slots = int(config.decode.passage_cache_gib * 2**30) // each
-    needed = min(count, -(-config.evaluate.batch_size // mesh.shape["data"]) * most_documents(config))
+    needed = min(count, config.evaluate.batch_size * most_documents(config))
     if slots < needed:
         least = math.ceil(needed * each / 2**30 * 1000) / 1000
         raise InputError(
             f"decode.passage_cache_gib={config.decode.passage_cache_gib:g} has room for {slots} passages of {width} "
-            f"tokens, but one batch of questions may retrieve {needed}; give at least {least:g}, or 0 for no cache, or "
-            "lower evaluate.batch_size"
+            f"tokens, but the questions of one device may retrieve {needed}; give at least {least:g}, or 0 for no "
+            "cache, or lower evaluate.batch_size"
         )
     return width, min(slots, count)
-
-
-def _pool_spec(mesh: Mesh, kv_heads: int) -> PartitionSpec:
-    """Slots over `data`, heads as the generator's layers have them."""
-    return PartitionSpec(None, "data", None, "model" if kv_heads % mesh.shape["model"] == 0 else None)
 
 
 def _slot_shapes(graph: nnx.GraphDef, params: Params, width: int) -> list[jax.ShapeDtypeStruct]:
@@ -268,16 +272,14 @@ def _slot_shapes(graph: nnx.GraphDef, params: Params, width: int) -> list[jax.Sh
 
 def _empty_pool(graph: nnx.GraphDef, mesh: Mesh, params: Params, width: int, slots: int) -> Pool:
     shapes = _slot_shapes(graph, params, width)
-    place = NamedSharding(mesh, _pool_spec(mesh, shapes[0].shape[3]))
+    place = NamedSharding(mesh, heads_spec(mesh, shapes[0].shape[3]))
     count = slots * mesh.shape["data"]
-    keys, values = (jnp.zeros((s.shape[0], count, *s.shape[2:]), s.dtype, device=place) for s in shapes)
-    return keys, values
+    return Pool(*(jnp.zeros((s.shape[0], count, *s.shape[2:]), s.dtype, device=place) for s in shapes))
 
 
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
 def read_passages(
     graph: nnx.GraphDef,
-    mesh: Mesh,
     params: Params,
     pool: Pool,
     source: Int[Array, "n S"],
@@ -285,21 +287,22 @@ def read_passages(
     slots: Int[Array, " n"],
 ) -> Pool:
     """The pool with n beginnings of prompts in slots of their device; a slot that is not there takes nothing."""
-    memory = nnx.merge(graph, params).prefill(source, mask)
-    spec = _pool_spec(mesh, memory.keys.shape[3])
 
-    def write(pool: Array, new: Array, slots: Array) -> Array:
-        return pool.at[:, slots, : new.shape[2]].set(new, mode="drop")
+    def read(params: Params, pool: Pool, source: Array, mask: Array, slots: Array) -> Pool:
+        memory = nnx.merge(graph, params).prefill(source, mask)
 
-    place = partial(jax.shard_map, mesh=mesh, in_specs=(spec, spec, PartitionSpec("data")), out_specs=spec)
-    # all of the beginning, its last token, too, which is the start token only where a prompt ends
-    return place(write)(pool[0], memory.keys, slots), place(write)(pool[1], memory.values, slots)
+        def write(pool: Array, new: Array) -> Array:
+            return pool.at[:, slots, : new.shape[2]].set(new, mode="drop")
+
+        # all of the beginning, its last token, too, which is the start token only where a prompt ends
+        return Pool(write(pool.keys, memory.keys), write(pool.values, memory.values))
+
+    return by_device(read, params, pool, source, mask, slots)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 8))
+@partial(jax.jit, static_argnums=(0, 7))
 def join_question(
     graph: nnx.GraphDef,
-    mesh: Mesh,
     params: Params,
     pool: Pool,
     slots: Int[Array, " n"],
@@ -312,15 +315,24 @@ def join_question(
 
     `width` is at least the number of tokens between these and the last one, which is the start token.
     """
-    generator, columns = nnx.merge(graph, params), jnp.arange(source.shape[1])
-    spec = _pool_spec(mesh, pool[0].shape[3])
 
-    def take(pool: Array, slots: Array) -> Array:
+    def read(params: Params, pool: Pool, slots: Array, source: Array, mask: Array, lengths: Array) -> DocumentMemory:
+        return _join(nnx.merge(graph, params), pool, slots, source, mask, lengths, width)
+
+    return by_device(read, params, pool, slots, source, mask, lengths)
+
+
+def _join(
+    generator: Generator, pool: Pool, slots: Array, source: Array, mask: Array, lengths: Array, width: int
+) -> DocumentMemory:
+    """As `join_question`, on one device."""
+    columns = jnp.arange(source.shape[1])
+
+    def take(pool: Array) -> Array:
         kept = pool[:, slots, : len(columns)]
         return jnp.pad(kept, [(0, 0), (0, 0), (0, len(columns) - kept.shape[2]), (0, 0), (0, 0)])
 
-    place = partial(jax.shard_map, mesh=mesh, in_specs=(spec, PartitionSpec("data")), out_specs=spec)
-    keys, values = place(take)(pool[0], slots), place(take)(pool[1], slots)
+    keys, values = take(pool.keys), take(pool.values)
     last = mask.sum(axis=1) - 1
     start = jnp.take_along_axis(source, last[:, None], axis=1)[:, 0]
     passage = DocumentMemory(keys, values, columns < lengths[:, None], lengths, start)
@@ -331,6 +343,7 @@ def join_question(
     _, own = generator.forward_with_cache(
         passage, empty_kv_cache(passage, width), tokens[:, None], new[None, None], causal
     )
+    assert own is not None
     at = jnp.clip(columns - lengths[:, None], 0, width - 1)[None, :, :, None, None]
 
     def join(passage: Array, own: Array) -> Array:

@@ -28,7 +28,7 @@ from ragjax.data.passage_store import PassageStore, shard_folder
 from ragjax.data.question_batch import tokenize_questions
 from ragjax.errors import InputError
 from ragjax.models.layers import Params
-from ragjax.parallel.mesh import local_mesh
+from ragjax.parallel.mesh import command_mesh
 from ragjax.parallel.processes import broadcast_from_process_zero, run_on_process_zero, wait_for_all
 from ragjax.parallel.sharding import gather_to_host, put_global, replicated
 from ragjax.rag import RagPipeline
@@ -219,7 +219,7 @@ def refreshed_at(metadata: Mapping[str, Any]) -> RefreshedIndex:
 
 
 def _on_devices_here(encoder: Params) -> Params:
-    return put_global(gather_to_host(encoder), replicated(local_mesh()))
+    return put_global(gather_to_host(encoder), replicated(command_mesh("index")))
 
 
 def version_folder(output: Path, step: int) -> Path:
@@ -235,6 +235,7 @@ def refreshed_index(rag: RagPipeline, base: Index, output: Path, step: int) -> I
             "another output"
         )
     index = open_index(folder, rag.fingerprints, base.recall, REFRESHED_MEND)
+    index.bm25 = base.bm25  # words stay where they are, too
     if len(index) != len(base):
         raise InputError(f"{folder}: holds {len(index)} passages and {rag.config.index.path} {len(base)}")
     return index

@@ -1,11 +1,15 @@
-"""Stage 1: the top-k documents of questions, with their prior p(z|x)."""
+"""Stage 1: the documents of questions, with their prior p(z|x).
+
+The encoder finds k. With `retriever.bm25_docs` = m, BM25 adds m more: its best that are not among those k. What a
+document is worth the encoder's score says, whoever found it, so that K = k + m documents make a prior as k would.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
@@ -22,7 +26,7 @@ from ragjax.retrieval.index import Index
 
 @dataclass(frozen=True)
 class RetrievalResult:
-    """The top-k of B questions, best first; id −1, score −inf and prior −inf where there was no hit."""
+    """The K documents of B questions, best first; id −1, score −inf and prior −inf where there was no hit."""
 
     queries: Float[np.ndarray, "B D"]
     ids: Int[np.ndarray, "B K"]
@@ -48,7 +52,7 @@ def begin_encoding(rag: RagPipeline, params: Params, questions: QuestionBatch, m
 
 def search(
     rag: RagPipeline, params: Params, index: Index, questions: QuestionBatch, k: int, mesh: Mesh | None = None
-) -> tuple[Float[np.ndarray, "B D"], Float[np.ndarray, "B K"], Int[np.ndarray, "B K"]]:
+) -> tuple[Float[np.ndarray, "B D"], Float[np.ndarray, "B k"], Int[np.ndarray, "B k"]]:
     """The queries of B questions, and the scores and ids of their top-k, in every process of the mesh.
 
     Args:
@@ -68,17 +72,55 @@ def search(
     return queries, *allgather_rows(mesh, hits, count)
 
 
+def add_bm25(
+    index: Index,
+    queries: Float[np.ndarray, "B D"],
+    scores: Float[np.ndarray, "B k"],
+    ids: Int[np.ndarray, "B k"],
+    texts: Sequence[str],
+    count: int,
+) -> tuple[Float[np.ndarray, "B K"], Int[np.ndarray, "B K"]]:
+    """The k documents that the encoder found, and the m = `count` best of BM25's that are not among them.
+
+    Where BM25 finds fewer, ids are -1. All K have the encoder's scores, by which they are sorted, equal ones by id.
+    """
+    assert index.bm25 is not None, "`load_artifacts` opens it"
+    _, ranked = index.bm25.search(texts, ids.shape[1] + count)
+    new = (ranked >= 0) & (ranked[:, :, None] != ids[:, None]).all(axis=2)
+    first = np.argsort(~new, axis=1, kind="stable")[:, :count]
+    more = np.where(np.take_along_axis(new, first, 1), np.take_along_axis(ranked, first, 1), -1)
+    worth = np.einsum("BD,BMD->BM", queries, index.vectors(more))
+    scores = np.concatenate([scores, np.where(more >= 0, worth, -np.inf)], axis=1).astype(np.float32)
+    ids = np.concatenate([ids, more], axis=1)
+    best = np.lexsort((ids, -scores), axis=-1)
+    return np.take_along_axis(scores, best, 1), np.take_along_axis(ids, best, 1)
+
+
 def retrieve(
-    rag: RagPipeline, params: Params, index: Index, questions: QuestionBatch, k: int, mesh: Mesh | None = None
+    rag: RagPipeline,
+    params: Params,
+    index: Index,
+    questions: QuestionBatch,
+    k: int,
+    mesh: Mesh | None = None,
+    texts: Sequence[str] | None = None,
 ) -> RetrievalResult:
-    """As `search`, with the prior normalised as `retriever.prior` says."""
+    """As `search`, with the prior normalised as `retriever.prior` says.
+
+    `texts` are the questions as they were asked: with them `retriever.bm25_docs` are added.
+    """
+    mesh = mesh or local_mesh(data=1)
     queries, scores, ids = search(rag, params, index, questions, k, mesh)
-    scale, valid = rag.config.retriever.logit_scale, jnp.asarray(ids >= 0)
+    if texts is not None and (more := rag.config.retriever.bm25_docs):
+        rows = local_rows(mesh, len(texts))
+        own = add_bm25(index, queries[rows], scores[rows], ids[rows], [texts[row] for row in rows], more)
+        scores, ids = allgather_rows(mesh, own, len(texts))
+    scale, valid = rag.config.retriever.logit_scale, jax.device_put(ids >= 0)
     if rag.config.retriever.prior == "corpus":
         normalizer = index.log_normalizer(queries, scale, mesh)
-        prior = np.asarray(corpus_log_prior(jnp.asarray(scale * scores), jnp.asarray(normalizer), valid))
+        prior = np.asarray(corpus_log_prior(*jax.device_put((scale * scores, normalizer)), valid))
         return RetrievalResult(queries, ids, scores, prior, mass_outside(prior, normalizer))
-    return RetrievalResult(queries, ids, scores, np.asarray(log_prior(jnp.asarray(scale * scores), valid)))
+    return RetrievalResult(queries, ids, scores, np.asarray(log_prior(jax.device_put(scale * scores), valid)))
 
 
 def mass_outside(
@@ -101,4 +143,4 @@ def log_prior_mass(
     """Log of the share of the whole corpus's softmax that the best k documents hold, at most 0 but for rounding."""
     scale = rag.config.retriever.logit_scale
     normalizer = index.log_normalizer(retrieval.queries, scale, mesh)
-    return np.asarray(jax.nn.logsumexp(jnp.asarray(scale * retrieval.scores[:, :k]), axis=-1) - normalizer)
+    return np.asarray(jax.nn.logsumexp(jax.device_put(scale * retrieval.scores[:, :k]), axis=-1) - normalizer)

@@ -20,6 +20,7 @@ from ragjax.files import cache_folder
 from ragjax.models.layers import Params
 from ragjax.parallel.mesh import local_mesh
 from ragjax.rag import RagModel, RagPipeline, load_pipeline
+from ragjax.retrieval.bm25 import check_bm25, open_bm25
 from ragjax.retrieval.index import MANIFEST, Index, check_built, check_listed, open_index
 from ragjax.retrieval.refresh import refreshed_at, refreshed_index, version_folder
 from ragjax.runs.checkpointer import Checkpointer, fingerprint, newest_step
@@ -57,18 +58,22 @@ def open_split(config: Config, split: str) -> Split:
     check_built(Path(config.index.path))
     source = getattr(config.questions, split)
     check_listed(Path(source))
-    return read_split(source, config.questions.columns).checked(config.questions.strict)
+    return read_split(source, config.questions).checked(config.questions.strict)
 
 
 def load_artifacts(config: Config) -> tuple[RagPipeline, Index, PassageStore]:
     """Opens models, index and passages, and checks that they belong together. Raises `InputError`."""
     folder = Path(config.index.path)
     check_built(folder)  # before models are fetched
+    check_bm25(config.retriever.bm25_docs)
     enable_compilation_cache(cache_folder() / "xla")
     rag = load_pipeline(config)
     recall = config.index.recall_target if config.index.kind == "approximate" else None
     vocabulary = rag.generator.config.vocab_size
-    return rag, open_index(folder, rag.fingerprints, recall), PassageStore.open(folder, vocabulary)
+    index = open_index(folder, rag.fingerprints, recall)
+    if config.retriever.bm25_docs:
+        index.bm25 = open_bm25(folder, index.manifest["corpus"]["fingerprint"], len(index))
+    return rag, index, PassageStore.open(folder, vocabulary)
 
 
 def pretrained_params(rag: RagPipeline, mesh: Mesh) -> Params:

@@ -12,7 +12,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Bool, Float, Int
 
-from ragjax.config import Config
+from ragjax.config import Config, train_documents
 from ragjax.data.passage_store import PassageStore
 from ragjax.data.question_batch import QuestionBatch, Rows, tokenize_prompts
 from ragjax.rag import RagPipeline
@@ -103,7 +103,7 @@ def widen(batch: AnyBatch, widths: Sequence[int]) -> AnyBatch:
 def abstract_batch(config: Config, embedding_dim: int) -> DocumentBatch | QuestionBatch:
     """The widest batch of a training step, in shapes and types: what the configured step reads."""
     r, g, train = config.retriever, config.generator, config.train
-    b, k, shape = train.batch_size, train.num_docs, jax.ShapeDtypeStruct
+    b, k, shape = train.batch_size, train_documents(config), jax.ShapeDtypeStruct
 
     def tokens(*sizes: int) -> tuple[Any, Any]:
         return shape(sizes, jnp.int32), shape(sizes, jnp.bool)

@@ -2,7 +2,8 @@
 
     −log softmax of scale · q·d⁺ among the passages that all questions of a batch bring and that do not answer this one
 
-Each question brings K: its positive first, then what the index ranks highest and does not answer it.
+Each question brings K: its positive first, then what the index ranks highest and does not answer it, and, with
+`retriever.bm25_docs`, so many that BM25 ranks highest of the rest.
 """
 
 from __future__ import annotations
@@ -57,17 +58,31 @@ def label_positions(store: PassageStore, questions: Sequence[Question]) -> dict[
 
 
 def choose_passages(
-    store: PassageStore, question: Question, ids: Int[np.ndarray, " M"], k: int, positions: dict[str, int]
+    store: PassageStore,
+    question: Question,
+    rankings: Sequence[tuple[Int[np.ndarray, " _"], int]],
+    positions: dict[str, int],
 ) -> Int[np.ndarray, " K"]:
-    """The positive, -1 where there is none, and k − 1 negatives, from the M retrieved passages `ids`, best first.
+    """The positive, -1 where there is none, and the negatives, from passages that were retrieved.
 
-    The positive is the one that ranks highest of those that answer the question; where none was retrieved, the first
-    that the question names. Negatives rank highest of those that do not answer it, filled up with -1.
+    Args:
+        store: the passages.
+        question: with its answers.
+        rankings: each M ids, best first, and how many negatives to take from it: the encoder's, and perhaps BM25's.
+        positions: where the passages are that questions name.
+
+    The positive is the first one that answers the question, in the first ranking that has one; where none was
+    retrieved, the first that the question names. Negatives rank highest of those that do not answer it and that no
+    ranking before has given, filled up with -1.
     """
-    answers, there = has_answer(store, question, ids), ids >= 0
-    right = [*ids[answers & there], *(positions[passage] for passage in question.passages), -1]
-    wrong = ids[~answers & there][: k - 1]
-    return np.array([right[0], *wrong, *[-1] * (k - 1 - len(wrong))], np.int32)
+    right, negatives = list[int](), list[int]()
+    for ids, count in rankings:
+        answers, there = has_answer(store, question, ids), ids >= 0
+        right += ids[answers & there].tolist()
+        wrong = [i for i in ids[~answers & there].tolist() if i not in negatives][:count]
+        negatives += [*wrong, *[-1] * (count - len(wrong))]
+    right += [positions[passage] for passage in question.passages]
+    return np.array([[*right, -1][0], *negatives], np.int32)
 
 
 def count_passages(

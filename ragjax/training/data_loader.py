@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from ragjax.data.answer_matching import has_answer
 from ragjax.data.passage_store import PassageStore
@@ -30,7 +30,7 @@ from ragjax.models.layers import Params
 from ragjax.parallel.sharding import allgather_rows, gather_to_host, local_rows, shard_batch
 from ragjax.rag import RagPipeline
 from ragjax.retrieval.index import Index
-from ragjax.retrieval.retrieve import begin_encoding, encode_questions, search
+from ragjax.retrieval.retrieve import add_bm25, begin_encoding, encode_questions, search
 from ragjax.terminal import terminal
 from ragjax.training.batch import DocumentBatch, TrainBatch, attach_documents, widen, widths
 from ragjax.training.contrastive import attach_passages, choose_passages
@@ -106,26 +106,67 @@ class BatchBuilder:
     positions: dict[str, int]  # for contrastive training, of the passages that questions name
 
     @property
+    def contrastive(self) -> bool:
+        """Whether documents are looked for among which to choose, and not those to train on."""
+        return self.rag.config.train.objective == "contrastive"
+
+    @property
     def depth(self) -> int:
-        """How many documents are retrieved for a question: those to train on, or among which to look for them."""
+        """How many documents the encoder finds of a question: those to train on, or among which to look for them."""
         train = self.rag.config.train
-        return min(train.mined_negatives, len(self.index)) if train.objective == "contrastive" else train.num_docs
+        return min(train.mined_negatives, len(self.index)) if self.contrastive else train.num_docs
 
     def tokenize(self, pairs: Sequence[Pair], widest: bool = False) -> QuestionBatch:
         """The tokens of all these questions, and so of the same widths in every process; see `question_batch`."""
-        texts = [question.question for question, _ in pairs]
-        if self.rag.config.train.objective == "contrastive":
-            return tokenize_questions(self.rag.tokenizers, texts)
-        return question_batch(self.rag.tokenizers, texts, [answer for _, answer in pairs], widest)
+        if self.contrastive:
+            return tokenize_questions(self.rag.tokenizers, _texts(pairs))
+        return question_batch(self.rag.tokenizers, _texts(pairs), [answer for _, answer in pairs], widest)
 
-    def search(self, params: Params, questions: QuestionBatch) -> Int[np.ndarray, "B M"]:
-        """The M = `depth` documents of each question, in every process."""
-        return search(self.rag, params, self.index, questions, self.depth, self.mesh)[2]
+    def search(self, params: Params, pairs: Sequence[Pair], questions: QuestionBatch) -> Int[np.ndarray, "B M"]:
+        """The M documents of each question, in every process: `depth` and what `add_bm25` adds."""
+        return self.complete(*search(self.rag, params, self.index, questions, self.depth, self.mesh), pairs)
+
+    def complete(
+        self,
+        queries: Float[np.ndarray, "B D"],
+        scores: Float[np.ndarray, "B k"],
+        ids: Int[np.ndarray, "B k"],
+        pairs: Sequence[Pair],
+    ) -> Int[np.ndarray, "B M"]:
+        """The M documents of each question of which k were found; every process has all, before and after."""
+        if not self.rag.config.retriever.bm25_docs:
+            return ids
+        rows = self.rows(pairs)
+        own = self.add_bm25(queries[rows], scores[rows], ids[rows], [pairs[i] for i in rows])
+        return allgather_rows(self.mesh, own, len(pairs))
+
+    def rows(self, pairs: Sequence[Pair]) -> Int[np.ndarray, " n"]:
+        """Which of these questions are on this process's devices."""
+        return local_rows(self.mesh, len(pairs))
+
+    def search_host(self, queries: Float[np.ndarray, "n D"], pairs: Sequence[Pair]) -> Int[np.ndarray, "n M"]:
+        """As `search`, by FAISS alone, for the questions of this process."""
+        return self.add_bm25(queries, *self.index.search(queries, self.depth), pairs)
+
+    def add_bm25(
+        self,
+        queries: Float[np.ndarray, "n D"],
+        scores: Float[np.ndarray, "n k"],
+        ids: Int[np.ndarray, "n k"],
+        pairs: Sequence[Pair],
+    ) -> Int[np.ndarray, "n M"]:
+        """With `retriever.bm25_docs` more; in contrastive training with BM25's own `depth`, from which to choose."""
+        if not (count := self.rag.config.retriever.bm25_docs):
+            return ids
+        if not self.contrastive:
+            return add_bm25(self.index, queries, scores, ids, _texts(pairs), count)[1]
+        assert self.index.bm25 is not None
+        return np.concatenate([ids, self.index.bm25.search(_texts(pairs), self.depth)[1]], axis=1)
 
     def load(self, params: Params, pairs: Sequence[Pair]) -> LoadedBatch:
         """The batch of these questions with the documents that the retriever's `params` find, searched here."""
         questions = self.tokenize(pairs)
-        return self.attach(pairs, questions, self.search(params, questions))
+        return self.attach(pairs, questions, self.search(params, pairs, questions))
 
     def attach(
         self, pairs: Sequence[Pair], questions: QuestionBatch, ids: Int[np.ndarray, "B M"] | None
@@ -136,7 +177,7 @@ class BatchBuilder:
         if ids is None:
             return shard_batch(self.mesh, local, len(pairs)), {}, 0
         batch: DocumentBatch
-        if self.rag.config.train.objective == "contrastive":
+        if self.contrastive:
             own = [pairs[i][0] for i in rows]
             passages = self._choose(own, ids[rows], len(ids))
             batch = attach_passages(self.rag, self.index, self.store, own, local, passages)
@@ -150,19 +191,32 @@ class BatchBuilder:
 
     def _choose(self, questions: Sequence[Question], ids: Int[np.ndarray, "n M"], count: int) -> Int[np.ndarray, "C K"]:
         """The passages that each of all C = `count` questions brings: they count for every question."""
-        k = self.rag.config.train.num_docs
-        own = [choose_passages(self.store, q, row, k, self.positions) for q, row in zip(questions, ids, strict=True)]
+        negatives, more = self.rag.config.train.num_docs - 1, self.rag.config.retriever.bm25_docs
+
+        def choose(question: Question, row: Int[np.ndarray, " M"]) -> Int[np.ndarray, " K"]:
+            rankings = [(row[: self.depth], negatives), *([(row[self.depth :], more)] if more else [])]
+            return choose_passages(self.store, question, rankings, self.positions)
+
+        own = [choose(question, row) for question, row in zip(questions, ids, strict=True)]
         return allgather_rows(self.mesh, np.stack(own), count)
 
     def retrieval_metrics(self, pairs: Sequence[Pair], ids: Int[np.ndarray, "B M"]) -> dict[str, float]:
-        """The share of questions with a document that answers among the top k, and of documents that differ."""
-        rows, ids = local_rows(self.mesh, len(pairs)), ids[:, : self.rag.config.train.num_docs]
+        """The share of questions with a document that answers among the K, and of documents that differ.
+
+        In contrastive training the K are the encoder's best.
+        """
+        train = self.rag.config.train
+        rows, ids = local_rows(self.mesh, len(pairs)), ids[:, : train.num_docs] if self.contrastive else ids
         hits = np.array([has_answer(self.store, pairs[i][0], ids[i]).any() for i in rows])
         valid = ids[ids >= 0]
         return {
             "recall": float(allgather_rows(self.mesh, hits, len(pairs)).mean()),
             "distinct_documents": len(np.unique(valid)) / max(1, valid.size),
         }
+
+
+def _texts(pairs: Sequence[Pair]) -> list[str]:
+    return [question.question for question, _ in pairs]
 
 
 def _tokens(batch: DocumentBatch) -> Int[np.ndarray, " n"]:
@@ -180,7 +234,8 @@ class _NextStep:
 
     pairs: list[Pair]
     questions: QuestionBatch
-    ids: Future[Any] | jax.Array | Int[np.ndarray, "B M"] | None  # None where the step itself retrieves
+    # while they are sought by FAISS, or on the devices with queries and scores; None where the step itself retrieves
+    ids: Future[Any] | tuple[jax.Array, ...] | Int[np.ndarray, "B M"] | None
     batch: tuple[Index, LoadedBatch] | None = None  # with vectors of that index
 
 
@@ -219,9 +274,10 @@ class TrainLoader:
             if step.batch is not None and step.batch[0] is self.builder.index:
                 return step.pairs, step.batch[1]
             return step.pairs, self.builder.attach(step.pairs, step.questions, self._ids(step))
-        step = self._draw()
-        ids = None if self.builder.rag.config.train.fused_retrieval else self.builder.search(params, step.questions)
-        return step.pairs, self.builder.attach(step.pairs, step.questions, ids)
+        step, builder = self._draw(), self.builder
+        fused = builder.rag.config.train.fused_retrieval
+        ids = None if fused else builder.search(params, step.pairs, step.questions)
+        return step.pairs, builder.attach(step.pairs, step.questions, ids)
 
     def look_ahead(self, params: Params) -> None:
         """Begins to search for what `take` gives next."""
@@ -229,11 +285,13 @@ class TrainLoader:
         step = self._draw()
         if builder.index.on_devices:
             found = begin_encoding(builder.rag, params, step.questions, builder.mesh)
-            step.ids = builder.index.begin_search(found, builder.depth, builder.mesh)[1]
+            step.ids = found, *builder.index.begin_search(found, builder.depth, builder.mesh)
         else:
-            queries = encode_questions(builder.rag, params, step.questions, builder.mesh)
-            local = queries[local_rows(builder.mesh, len(step.pairs))]
-            step.ids = self._pool.submit(lambda: builder.index.search(local, builder.depth)[1])
+            queries, rows = (
+                encode_questions(builder.rag, params, step.questions, builder.mesh),
+                builder.rows(step.pairs),
+            )
+            step.ids = self._pool.submit(builder.search_host, queries[rows], [step.pairs[i] for i in rows])
         self._next = step
 
     def read_ahead(self) -> None:
@@ -260,6 +318,7 @@ class TrainLoader:
         ids = step.ids
         if isinstance(ids, Future):
             ids = step.ids = allgather_rows(self.builder.mesh, ids.result(), len(step.pairs))
-        elif isinstance(ids, jax.Array):
-            ids = step.ids = gather_to_host(ids)
+        elif isinstance(ids, tuple):
+            queries, scores, found = gather_to_host(ids)
+            ids = step.ids = self.builder.complete(queries, scores, found, step.pairs)
         return ids

@@ -14,7 +14,7 @@ import optax
 from jax.sharding import Mesh, PartitionSpec, use_abstract_mesh
 from jaxtyping import Array, Float, Key
 
-from ragjax.config import Config, Evaluate, Questions, Train, reads_corpus
+from ragjax.config import Config, Evaluate, Questions, Refresh, Train, reads_corpus, refreshes
 from ragjax.data.question_batch import QuestionBatch
 from ragjax.errors import InputError
 from ragjax.models.layers import Params
@@ -86,17 +86,31 @@ def sums_once(config: Config) -> bool:
     return not (config.mesh.fsdp or reads_corpus(config) or whole_batch)
 
 
+# what a run does around its steps: no program depends on it
+_OF_THE_LOOP = (
+    *("start_from", "save_every", "save_minutes", "keep_checkpoints", "dev_questions", "keep_best"),
+    *("log_every", "tensorboard", "prefetch_retrieval"),
+)
+
+
 def _compiled_once(make: Callable[..., jax.stages.Wrapped]) -> Callable[..., jax.stages.Wrapped]:
     """Runs of one process with the same networks and settings share their programs, wherever their files lie."""
 
-    @lru_cache(maxsize=8)
+    @lru_cache(maxsize=16)
     def make_once(rag: RagModel, tree: Any, leaves: tuple[Any, ...]) -> jax.stages.Wrapped:
         return make(rag, *jax.tree.unflatten(tree, leaves))
 
     @wraps(make)
     def find_or_make(rag: RagModel, *shardings: Any) -> jax.stages.Wrapped:
         c = rag.config
-        config = c.replace(output="-", questions=Questions(), index=c.index.replace(path="-"), evaluate=Evaluate())
+        config = c.replace(
+            output="-",
+            questions=Questions(),
+            index=c.index.replace(path="-"),
+            train=c.train.replace(**{key: getattr(Train(), key) for key in _OF_THE_LOOP}),
+            refresh=Refresh(every=Refresh().steps if refreshes(c) else None),
+            evaluate=Evaluate(),
+        )
         model = RagModel(config, rag.retriever, rag.generator, rag.special, rag.prompt, rag.passage_encoder)
         leaves, tree = jax.tree.flatten(shardings)
         return make_once(model, tree, tuple(leaves))
@@ -208,14 +222,21 @@ def trace_step(
 ) -> jax.stages.Traced:
     """The training step, or what else `make` makes, at its widest; allocates nothing.
 
-    It is traced with every argument where it would lie on the mesh. `passages` is N, which matters where the step reads
-    the corpus. Raises `InputError` as training would.
+    It is traced with `step_arguments`. Raises `InputError` as training would.
     """
     check_batch(mesh, rag.config.train.batch_size // rag.config.train.gradient_accumulation)
-    state = abstract_state(rag, mesh)
+    state, batch, corpus = step_arguments(rag, mesh, passages)
+    return make(rag, jax.tree.map(lambda leaf: leaf.sharding, state)).trace(state, batch, corpus)
+
+
+def step_arguments(rag: RagModel, mesh: Mesh, passages: int) -> tuple[TrainState, Any, DeviceIndex | None]:
+    """State, batch and corpus in shapes, each where it would lie on the mesh.
+
+    `passages` is N, which matters where the step reads the corpus; elsewhere there is none.
+    """
     corpus = abstract_corpus(rag, mesh, passages) if reads_corpus(rag.config) else None
     batch = abstract_with_sharding(mesh, abstract_batch(rag.config, rag.retriever.config.embedding_dim), "data")
-    return make(rag, jax.tree.map(lambda leaf: leaf.sharding, state)).trace(state, batch, corpus)
+    return abstract_state(rag, mesh), batch, corpus
 
 
 def train_programs(train: Train) -> list[Callable[..., jax.stages.Wrapped]]:

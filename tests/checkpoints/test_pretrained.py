@@ -251,9 +251,22 @@ def test_model_safetensors_alone_counts(family: str, checkpoint: Path, tmp_path:
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(InputError, match=r"has adapter_model\.safetensors, con.* but no model\.safetensors\.index"):
         OPEN[family](tmp_path)
-    for name in ("model_old", "model.fp16", "adapter_model"):
+    (adapter := tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter_model.safetensors").rename(adapter / "adapter_model.safetensors")
+    with pytest.raises(InputError, match=r"adapter_model.safetensors: is an adapter without its model; merge it first"):
+        weight_files(adapter)
+    for name in ("model_old", "model.fp16"):
         (tmp_path / f"{name}.safetensors").unlink()
     assert weight_files(tmp_path) == [tmp_path / "consolidated.safetensors"]
+
+
+def test_a_pointer_of_git_lfs_is_told(family: str, checkpoint: Path, tmp_path: Path) -> None:
+    write(tmp_path, config_of(checkpoint), {})
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 12\n")
+    with pytest.raises(
+        InputError, match=r"model.safetensors: is a pointer of Git LFS and not the file itself; run: git"
+    ):
+        OPEN[family](tmp_path)
 
 
 def test_an_index_beside_another_whole_file_is_refused(family: str, checkpoint: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,14 @@ from ragjax.checkpoints.pretrained import encoder_shape, open_encoder, save_enco
 from ragjax.checkpoints.sentence_transformers import (
     Encoding,
     read_sentence_modules,
+    reads_lower_case,
     resolve_encoding,
     write_sentence_modules,
 )
 from ragjax.config import Retriever
+from ragjax.data.corpus import Passage
 from ragjax.data.question_batch import question_batch
+from ragjax.data.tokenizer import Tokenizer
 from ragjax.errors import InputError
 from ragjax.rag import load_pipeline
 
@@ -149,6 +153,31 @@ def test_modules_that_are_unknown_or_in_another_order(tmp_path: Path, modules: l
     write_modules(write(tmp_path / "m"), [(kind, "") for kind in modules])
     with pytest.raises(InputError, match=message):
         resolved(tmp_path / "m")
+
+
+@pytest.mark.parametrize("said", [None, {}, {"do_lower_case": False}, {"do_lower_case": True, "max_seq_length": 128}])
+def test_texts_are_lowered_where_the_folder_says_so(world: Path, tmp_path: Path, said: dict[str, Any] | None) -> None:
+    shutil.copytree(world / "retriever", tmp_path / "m")
+    if said is not None:
+        (tmp_path / "m" / "sentence_bert_config.json").write_text(json.dumps(said))
+    rag = load_pipeline(tiny_config(world, retriever__source=str(tmp_path / "m")))
+    batch = question_batch(rag.tokenizers, ["WHERE is É?"])
+    [passage] = rag.tokenize_passages([Passage("1", "The TITLE", "A Text")])
+    lowered = bool(said and said.get("do_lower_case"))
+    asked, read = "where is é?" if lowered else "WHERE is É?", "the title: a text" if lowered else "The TITLE: A Text"
+    plain = load_pipeline(tiny_config(world)).retriever_tokenizer
+    assert [batch.question[batch.question_mask].tolist(), passage.tolist()] == plain.encode([asked, read], special=True)
+    assert (rag.retriever_tokenizer.fingerprint == plain.fingerprint) is not lowered, "an index depends on it"
+    rag.retriever_tokenizer.save(tmp_path)
+    assert Tokenizer.load(tmp_path, writes=False).encode([asked.upper()]) == rag.retriever_tokenizer.encode(
+        [asked.upper()]
+    )
+
+
+def test_what_lowers_must_be_true_or_false(tmp_path: Path) -> None:
+    (tmp_path / "sentence_bert_config.json").write_text('{"do_lower_case": "yes"}')
+    with pytest.raises(InputError, match=r"sentence_bert_config.json: do_lower_case is 'yes'; expected true or false"):
+        reads_lower_case(tmp_path)
 
 
 def test_two_encoders_that_differ(tmp_path: Path) -> None:

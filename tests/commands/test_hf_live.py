@@ -174,7 +174,7 @@ def test_fresh_models(
         source=context.reshape(count, documents, -1),
         source_mask=context_mask.reshape(count, documents, -1),
     )
-    batch = jax.tree.map(jnp.asarray, batch)
+    batch = jax.device_put(batch)
     params = rag.initial_params()
 
     def ours(asked: Config) -> float:
@@ -279,7 +279,7 @@ def evaluate_batch(rag: RagPipeline, params: Any, index: Any, store: Any, world:
     chosen = read_questions(world / "train.jsonl")[:8]
     questions = question_batch(rag.tokenizers, [q.question for q in chosen], [q.answers[0] for q in chosen])
     batch = attach_documents(rag, index, store, questions, retrieve(rag, params, index, questions, 3).ids)
-    arrays = jax.tree.map(jnp.asarray, batch)
+    arrays = jax.device_put(batch)
     return batch, float(jax.jit(lambda p: rag_loss(rag, p, arrays, jax.random.key(0))[0])(params))
 
 

@@ -206,7 +206,7 @@ def test_answering_reads_the_tokens_of_a_batch(world: Path, monkeypatch: pytest.
     answerer = Answerer(rag, rag.initial_params(), index, store, None, local_mesh(data=1))
     questions = question_batch(rag.tokenizers, QUESTIONS[:2])
     with encode_calls(monkeypatch) as calls:
-        retrieval = answerer.retrieve(questions)
+        retrieval = answerer.retrieve(questions, QUESTIONS[:2])
         open_book, _ = answerer.candidates(questions, retrieval, "thorough")
         answerer.candidates(questions, None, "fast")
     assert not calls and len(open_book) == 2

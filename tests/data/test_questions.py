@@ -114,10 +114,10 @@ def test_those_left_out_later_stand_with_the_others(tmp_path: Path) -> None:
 
 def test_the_first_are_told_and_the_others_counted(tmp_path: Path) -> None:
     lines = [json.dumps({"question": "q", "answer": "a" if i else []}).encode() for i in [1, *[0] * (FEW + 2)]]
-    told = read_split(written(tmp_path / "q.jsonl", *lines)).left_out_lines(Path("out.json"))
+    told = read_split(written(tmp_path / "q.jsonl", *lines)).notice_lines(Path("out.json"))
     assert told[0] == f"{FEW + 2} of {FEW + 3} questions cannot be used and are left out (out.json lists them):"
     assert told[1].startswith(f"  {tmp_path / 'q.jsonl'}:2: ") and told[-1] == "  and 2 more" and len(told) == FEW + 2
-    assert Split(tmp_path, [Question("q", ("a",), "1")], []).left_out_lines(Path("out.json")) == []
+    assert Split(tmp_path, [Question("q", ("a",), "1")], []).notice_lines(Path("out.json")) == []
 
 
 def test_what_is_no_question() -> None:

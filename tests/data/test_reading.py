@@ -18,7 +18,7 @@ from backports import zstd
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ragjax.config import Corpus, QuestionColumns
+from ragjax.config import Corpus, QuestionColumns, Questions
 from ragjax.data.answer_matching import has_answer
 from ragjax.data.corpus import CorpusReader, Passage
 from ragjax.data.forms.answers import read_answers
@@ -155,6 +155,38 @@ def test_other_forms_of_a_corpus(tmp_path: Path) -> None:
     )
 
 
+ODD: dict[str, tuple[Any, ...]] = {
+    "nul.tsv": (table("id\ttext\ttitle", "1\tPa\x00ris.\tFrance"), ("1", "France", "Pa\x00ris.")),
+    "no_id.tsv": (table("title\ttext", "France\tParis."), ("1", "France", "Paris.")),
+    "no_title.tsv": (table("id\ttext\ttitle", "1\tParis.\t"), ("1", "", "Paris.")),
+    "packed.tsv": (gzip.compress(table("id\ttext", "1\tCafé.")), ("1", "", "Café.")),
+    "long.tsv": (table("id\ttext", f"1\t{'word ' * 40_000}"), ("1", "", "word " * 40_000)),
+    "joined.jsonl": (b'{"id":"1","text":"x"}{"id":"2","text":"y"}\n', ("1", "", "x"), ("2", "", "y")),
+    "escapes.jsonl": (b'{"id": "1", "title": "a\\u0000b", "text": "\\u2028x"}\n', ("1", "a\x00b", "\u2028x")),
+    "wiki_dpr.jsonl": (lines({"id": "1", "text": "x", "title": "A", "embeddings": [0.1, 0.2]}), ("1", "A", "x")),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_files_are_read(tmp_path: Path, name: str) -> None:
+    content, *expected = ODD[name]
+    assert texts(content, tmp_path / name) == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (lines({"id": 1.0, "text": "x"}), r"c:1: empty or missing \"id\"; expected a text or a whole number"),
+        (b'{"id": "1", "title": NaN, "text": "x"}\n', r'c:1: "title" must be a text'),
+        (table("id\ttext\ttitle", "1\tline one", "line two\tTwo"), r"c:2: expected 3 .* found 2; a line break within"),
+        (table("id\ttext\ttitle"), r"c: the corpus holds no passages"),
+    ],
+)
+def test_odd_files_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        texts(content, tmp_path / "c")
+
+
 def test_what_is_recognised_is_told(tmp_path: Path) -> None:
     def notices(content: bytes, **settings: Any) -> list[str]:
         corpus = opened(tmp_path / "c", content, **settings)
@@ -262,17 +294,96 @@ def test_folders_that_are_refused(tmp_path: Path) -> None:
     (tmp_path / "none").mkdir()
     with pytest.raises(InputError, match=r"expected files such as .*; found none"):
         find_files(str(tmp_path / "none"))
-    beir = fill(tmp_path / "beir", corpus_jsonl=b"", queries_jsonl=b"", qrels__test_tsv=b"")
+    mixed = fill(tmp_path / "mixed", corpus_jsonl=b"", sub__test_tsv=b"")
     with pytest.raises(
-        InputError, match=r"several kinds \(corpus.jsonl, qrels/test.tsv\); give one of them, or a pattern"
+        InputError, match=r"several kinds \(corpus.jsonl, sub/test.tsv\); give one of them, or a pattern"
     ):
-        find_files(str(beir))
+        find_files(str(mixed))
     with pytest.raises(InputError, match="no file has such a name"):
         find_files(f"{tmp_path}/*.nothing")
     with pytest.raises(InputError, match="no such file or folder"):
         find_files(f"{tmp_path}/nothing")
     array = fill(tmp_path / "json", a_json=json.dumps(ROWS).encode())
     assert len(find_files(str(array)).files) == 1
+
+
+def test_of_a_folder_of_beir_the_corpus_is_read(tmp_path: Path) -> None:
+    fill(tmp_path / "beir", corpus_jsonl=SAME["beir.jsonl"], queries_jsonl=lines({"_id": "q", "text": "who?"}))
+    for _ in range(2):
+        found = find_files(str(tmp_path / "beir"))
+        assert [path.name for path in found.files] == ["corpus.jsonl"]
+        assert list(CorpusReader(found.files, Corpus(source="c")).read()) == [FRANCE, ITALY]
+        fill(tmp_path / "beir", qrels__test_tsv=b"query-id\tcorpus-id\tscore\n")
+    assert [path.name for path in found.left_out] == ["test.tsv", "queries.jsonl"]
+    fill(tmp_path / "own", queries_jsonl=lines(vars(FRANCE)))
+    assert not find_files(str(tmp_path / "own")).left_out, "by that name alone nothing is left out"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"Paris is the capital of France.\n", r"a:1: is no JSON object; expected JSON, an object a line, or a table"),
+        (b"<!DOCTYPE html>\n<html>", r"a:1: is no JSON object; expected JSON"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid x\n",
+            r"a: is a pointer of Git LFS and .*; run: git lfs pull",
+        ),
+        (b"PK\x03\x04", r"a: is a zip archive; unpack it"),
+        (b'{"id": "1", "text": "caf\xe9"}\n', r"a:1: not UTF-8 \(.*\); save the file in UTF-8"),
+        (b"id\ttext\n1\ta\tb\n", r"a:2: expected 2 columns \(id, text\), found 3; a tab or comma within a column must"),
+    ],
+)
+def test_what_is_no_corpus_says_what_to_do(tmp_path: Path, content: bytes, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        list(opened(tmp_path / "a", content).read())
+
+
+def test_a_header_among_columns_given_by_place_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "c.tsv"
+    by_place = {"id": 1, "text": 2}
+    corpus = opened(path, table("nr\tinhalt", "1\tIt is far.", "2\tIt is near."), columns=by_place)
+    assert len(list(corpus.read())) == 3
+    assert corpus.notices()[0] == (
+        f'{path}: no header: id is "1", text is "2"; its first line (nr, inhalt) is read as a record; where it is a '
+        "header, name the columns as it does"
+    )
+    corpus = opened(path, table("", "a\tone", "b\ttwo"), columns=by_place)
+    assert len(list(corpus.read())) == 2 and "read as a record" not in corpus.notices()[0], "all could be headers"
+    with pytest.raises(
+        InputError, match=r"c.tsv:2: .*no '2', which corpus.columns.text names, among its keys \(id, text"
+    ):
+        texts(table("id\ttext", "1\tx"), path, columns={"text": 2})
+    path.write_bytes(table("frage\tantwort", "who is it?\ta b", "why?\tc"))
+    split = read_split(path, Questions(columns=QuestionColumns(question="1", answers="2")))
+    assert len(split.questions) == 3 and "its first line (frage, antwort) is read as a record" in split.notices[0]
+
+
+def test_what_is_recognised_of_questions_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "q"
+
+    def notices(content: bytes) -> tuple[str, ...]:
+        path.write_bytes(content)
+        return read_split(path).notices
+
+    kilt = f'{path}: question is "input", answers is "output"'
+    assert notices(lines(QUESTIONS["kilt"])) == (kilt,)
+    assert notices(lines(QUESTIONS["dpr"])) == ()
+    assert notices(table("", "who?\t['a', 'b']")) == (f'{path}: no header: question is "1", answers is "2"',)
+    assert read_split(path).notice_lines(Path("out.json")) == list(notices(table("", "who?\ta")))
+    fill(tmp_path / "many", a_jsonl=lines(QUESTIONS["kilt"]), b_jsonl=lines(QUESTIONS["kilt"]))
+    [told] = read_split(str(tmp_path / "many")).notices
+    assert told.startswith(f"{tmp_path}/many/a.jsonl and 1 more files: question is")
+
+
+def test_quotes_in_tables_of_questions(tmp_path: Path) -> None:
+    path = tmp_path / "q.tsv"
+    path.write_bytes(table("question\tanswer", '"Who said "no"?\ta', "why?\tb"))
+    with pytest.raises(InputError, match=r"q.tsv:2: .*set questions.quoting=none, .* questions.quoting=multiline"):
+        read_split(path)
+    questions = read_split(path, Questions(quoting="none")).questions
+    assert [q.question for q in questions] == ['"Who said "no"?', "why?"]
+    path.write_bytes(table("question\tanswer", '"who\n is it?"\ta'))
+    assert read_split(path, Questions(quoting="multiline")).questions[0].question == "who\n is it?"
 
 
 def test_what_needs_an_extra_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -394,6 +505,11 @@ QUESTIONS: dict[str, dict[str, Any]] = {
     "hotpot": {"_id": "q", "question": "who?", "answer": ["a", "b"]},
     "squad_hf": {"id": "q", "question": "who?", "answers": {"text": ["a", "b", "a"], "answer_start": [3, 4, 5]}},
     "squad": SQUAD,
+    "triviaqa_own": {
+        "QuestionId": "q",
+        "Question": "who?",
+        "Answer": {"Value": "a", "Aliases": ["a", "b"], "Type": "x"},
+    },
     "kilt": {
         "id": "q",
         "input": "who?",
@@ -416,7 +532,7 @@ def test_other_forms_of_questions(tmp_path: Path) -> None:
 
     def read(content: bytes, **columns: Any) -> list[Question]:
         path.write_bytes(content)
-        split = read_split(path, QuestionColumns(**columns))
+        split = read_split(path, Questions(columns=QuestionColumns(**columns)))
         assert not split.left_out
         return split.questions
 
@@ -441,6 +557,9 @@ def test_other_forms_of_questions(tmp_path: Path) -> None:
     for indent in (None, 4):
         found = read(json.dumps(squad, indent=indent).encode())
         assert [(q.id, q.line, q.answers) for q in found] == [(i, n, ("a", "b")) for n, i in enumerate("qrs", 1)]
+    trivia = {"Data": [QUESTIONS["triviaqa_own"], {"Question": "why?", "Answer": {"Value": "c"}}], "Domain": "Web"}
+    for data in (json.dumps(trivia), json.dumps(trivia, indent=4), json.dumps({"Version": 1.0, "No": True} | trivia)):
+        assert read(data.encode()) == [*ASKED, Question("why?", ("c",), "2")]
     rows = pa.table({"id": [7], "question": ["who?"], "answers": [{"text": ["a", "b"], "answer_start": [1, 2]}]})
     pq.write_table(rows, path)
     assert read_questions(path) == [Question("who?", ("a", "b"), "7")]
@@ -500,6 +619,20 @@ def test_questions_of_several_files_have_numbers_of_their_own(tmp_path: Path) ->
     before = split.fingerprint
     fill(folder, b_jsonl=lines({"question": "how?", "answer": "b"}))
     assert read_split(str(folder)).fingerprint != before
+
+
+def test_odd_questions(tmp_path: Path) -> None:
+    path, qa = tmp_path / "q.jsonl", {"question": "who?", "answer": ["a"]}
+    path.write_bytes(lines(qa, qa, qa | {"id": "7"}, {"question": "who?\nreally", "answer": ["a\nb", " a "]}))
+    assert [(q.question, q.answers, q.id) for q in read_questions(path)] == [
+        ("who?", ("a",), "1"),
+        ("who?", ("a",), "2"),
+        ("who?", ("a",), "7"),
+        ("who?\nreally", ("a\nb", " a "), "4"),
+    ]
+    path.write_bytes(lines(qa, qa | {"answer": []}))  # as SQuAD 2 has them
+    split = read_split(path)
+    assert len(split.questions) == 1 and "empty or missing" in str(split.left_out[0])
 
 
 def test_questions_without_answers_name_their_keys(tmp_path: Path) -> None:

@@ -254,8 +254,10 @@ def test_certified_never_chooses_otherwise() -> None:
     """Thousands of random cases against brute force, ties, absent documents and unfinished answers among them."""
     rng = np.random.default_rng(0)
     computed = needed = cases = 0
-    for _ in range(700):
-        questions, documents, count, longest = (int(rng.integers(1, most)) for most in (6, 7, 9, 5))
+    for _ in range(500):
+        # few shapes, as each is a program: what is absent or unfinished makes them smaller
+        questions, documents, count = 5, int(rng.choice([1, 3, 6])), int(rng.choice([1, 2, 4, 8]))
+        longest = int(rng.integers(1, 5))
         told = Told(rng, (questions, documents, count, longest), float(rng.choice([0.3, 1.0, 4.0])))
         prior = log_softmax(rng.normal(size=(questions, documents)) * rng.choice([0.1, 1.0, 3.0])).astype(np.float32)
         prior[rng.random(prior.shape) < 0.1] = -np.inf
@@ -437,7 +439,9 @@ def test_rag_token_is_what_training_has(
         source=source,
         source_mask=np.ones(source.shape, bool),
     )
-    prior = np.asarray(prior_and_token_logp(rag, params, jax.tree.map(jnp.asarray, batch), jax.random.key(0))[0])
+    key = jax.random.key(0)
+    of_batch = jax.jit(lambda params, batch: prior_and_token_logp(rag, params, batch, key)[0])
+    prior = np.asarray(of_batch(params, jax.device_put(batch)))
     assert np.exp(prior).max() < 0.9
     graph = rag.generator.graphdef
     memory = prefill_documents(graph, params["generator"], source.reshape(6, 12), np.ones((6, 12), bool))

@@ -147,18 +147,27 @@ def answer_nodes(found: Candidates) -> list[int]:
 
 
 def check(found: Candidates, prior: np.ndarray, tables: np.ndarray, truth: np.ndarray) -> bool:
-    """One question against the enumeration: whether it is proved."""
+    """One question against the enumeration: whether its best answer is proved.
+
+    What is proved of the n best holds: whatever is not among the first i is no likelier than any of them.
+    """
     nodes, proof, there = answer_nodes(found), found.proof, prior > -np.inf
     assert proof is not None and found.bounds is not None and proof.documents_read <= there.sum()
-    for i in range(proof.top_k):
-        assert truth[nodes[i]] >= np.delete(truth, nodes[: i + 1]).max(initial=-np.inf) - TIE
+    for i in proof.top_k:
+        assert truth[nodes[:i]].min() >= np.delete(truth, nodes[:i]).max(initial=-np.inf) - TIE
+    for most in (1, 2, len(nodes)):
+        ordered, together = proof.in_order(most)["top_k"], proof.as_set(most)["top_k"]
+        assert ordered is not None and together is not None and ordered <= together <= most
+        assert together == 0 or together in proof.top_k
+        for i in range(ordered):
+            assert truth[nodes[i]] >= np.delete(truth, nodes[: i + 1]).max(initial=-np.inf) - TIE
     lower, upper = found.bounds[:, : len(nodes)]
     assert (lower <= truth[nodes] + ROUNDING).all() and (truth[nodes] <= upper + ROUNDING).all()
     if found.doc_logp is not None and found.posterior is not None:
         under = answer_logp(tables[there])[:, nodes]
         np.testing.assert_allclose(found.doc_logp[there][:, : len(nodes)], under, atol=ROUNDING)
         assert (found.posterior[~there] == 0).all()
-    return proof.top_k > 0
+    return proof.best
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +197,7 @@ def test_decoding_is_exact(cases: tuple[np.ndarray, np.ndarray], full: list[Cand
         assert found.proof is not None and found.thorough_logp is not None
         if prior[b].max() == -np.inf:
             assert found.tokens == [()] and not found.finished.any() and found.marginal("exact") == -np.inf
-            assert found.proof.top_k == found.proof.documents_read == found.proof.steps == 0
+            assert not found.proof.top_k and found.proof.documents_read == found.proof.steps == 0
             continue
         read, there = read + found.proof.documents_read, there + (prior[b] > -np.inf).sum()
         best = thorough[b].best("thorough")[0]
@@ -205,8 +214,12 @@ def test_intervals_hold(cases: tuple[np.ndarray, np.ndarray], full: list[Candida
     truth, wide = marginals(prior, tables, False), 0
     for b, found in enumerate(decoded(tables, prior, probability="interval", start_beams=1, max_beams=2)):
         check(found, prior[b], tables[b], truth[b])
-        assert found.proof == full[b].proof and found.bounds is not None and found.proof is not None
-        if found.proof.top_k:
+        whole = full[b].proof
+        assert found.proof is not None and whole is not None and found.bounds is not None
+        assert (found.proof.documents_read, found.proof.steps) == (whole.documents_read, whole.steps)
+        # what is known under all documents can only prove more: here of the best, elsewhere of as many as it holds
+        assert whole.best or not found.proof.best
+        if found.proof.best:
             assert truth[b, answer_nodes(found)[0]] >= truth[b, answer_nodes(full[b])[0]] - TIE
         known = found.proof.documents_read == (prior[b] > -np.inf).sum()
         assert (found.doc_logp is not None) == (found.thorough_logp is not None) == known
@@ -227,12 +240,12 @@ def test_the_proof_over_the_corpus_counts_what_was_not_retrieved(cases: tuple[np
     proved, only_top_k = dict.fromkeys(share, 0), 0
     for b, of_question in enumerate(found):
         nodes, proof = answer_nodes(of_question), of_question.proof
-        assert proof is not None and proof.corpus is not None and proof.corpus <= proof.top_k
+        assert proof is not None and proof.corpus is not None and set(proof.corpus) <= set(proof.top_k)
+        for i in proof.corpus:
+            assert truth[b, nodes[:i]].min() >= np.delete(truth[b], nodes[:i]).max() - TIE
         check(of_question, inside[b], tables[b], truth_of_top_k[b])
-        if proof.corpus:
-            assert truth[b, nodes[0]] >= truth[b].max() - TIE
-            proved[share[b]] += 1
-        only_top_k += bool(proof.top_k) and not proof.corpus
+        proved[share[b]] += 1 in proof.corpus
+        only_top_k += proof.best and 1 not in proof.corpus
         lower, upper = of_question.bounds[:, : len(nodes)]  # type: ignore[index]
         assert (lower <= truth[b, nodes] + ROUNDING).all() and (truth[b, nodes] <= upper + ROUNDING).all()
     assert proved[0.0] > proved[0.2] > 20 and proved[0.01] > 100 and proved[0.6] == 0 and only_top_k > 100
@@ -254,18 +267,40 @@ def test_a_bound_belongs_to_the_documents_read() -> None:
     tables = np.stack([table({(): {0: 0.6, 2: 0.2, EOS: 0.2}}), table({(): {2: 1.0}})])[None]
     for lazy in (True, False):
         [found] = decoded(tables, HALVES, start_beams=1, max_beams=1, lazy=lazy, fallback="none")
-        assert found.tokens[0] == B and found.proof is not None and found.proof.top_k
+        assert found.tokens[0] == B and found.proof is not None and found.proof.best
         np.testing.assert_allclose(np.exp(found.marginal("exact")[0]), 0.6, rtol=1e-5)
+
+
+def test_a_set_is_proved_without_its_order() -> None:
+    """z1 has .45 a, .225 b, .216 c: what z2 holds, .1, can turn b and c round, and bring nothing else before them."""
+    z1 = table({(): {0: 0.5, 2: 0.25, 3: 0.24, EOS: 0.01}})
+    prior = np.log(np.array([[0.9, 0.1]], np.float32))
+    for z2 in (table({(): {3: 1.0}}), table({(): {EOS: 1.0}})):
+        settings: dict[str, Any] = {"num_beams": 4, "start_beams": 4, "max_beams": 4, "fallback": "none"}
+        tables = np.stack([z1, z2])[None]
+        truth = np.argsort(-marginals(prior, tables, by_token=False)[0])
+        [found] = decoded(tables, prior, probability="interval", **settings)
+        assert found.tokens[:3] == [A, B, C] and found.proof is not None and found.proof.documents_read == 1
+        assert found.proof.top_k == (1, 3) and set(truth[:3]) == {node_of(y) for y in (A, B, C)}
+        assert found.proof.in_order(4) == {"top_k": 1, "corpus": None}
+        assert [found.proof.as_set(most)["top_k"] for most in (1, 2, 3, 4)] == [1, 1, 3, 3]
+        [full] = decoded(tables, prior, **settings)  # all four are known under both: in order
+        assert [node_of(y) for y in full.tokens[:3]] == truth[:3].tolist() and full.proof is not None
+        assert full.proof.in_order(3)["top_k"] == 3
 
 
 @pytest.mark.parametrize("probability", ["full", "interval"])
 def test_an_answer_found_with_fewer_documents_is_not_lost(probability: str) -> None:
-    """The first search finds A, P = .275; that under both documents, one beam wide, follows B and never ends A."""
+    """The first search finds A, P = .275; that under both documents, one beam wide, follows B and never ends A.
+
+    The second one dropped nothing likelier, so that A, scored under both, is proved.
+    """
     third = {0: 0.34, 2: 0.33, 3: 0.33}
     tables = np.stack([table({(): {0: 0.55, 2: 0.45}, B: third}), table({(): {2: 1.0}, B: third})])[None]
     alone: dict[str, Any] = {"start_beams": 1, "max_beams": 1, "fallback": "none", "probability": probability}
     [found] = decoded(tables, HALVES, **alone)
-    assert found.tokens[0] == A and found.finished[0] and found.proof is not None and found.proof.top_k == 0
+    assert found.tokens[0] == A and found.finished[0] and found.proof is not None and found.proof.best
+    assert marginals(HALVES, tables, by_token=False)[0].argmax() == node_of(A)
     assert np.exp(found.marginal("exact")[0]) == pytest.approx(0.275, rel=1e-5)
     assert found.bounds is not None and np.exp(found.bounds[1, 0]) == pytest.approx(0.275, rel=1e-5)
 
@@ -274,7 +309,7 @@ def test_what_did_not_end_is_no_rival() -> None:
     """At most one token: the empty answer is the only one, and so proved."""
     tables, prior = table({(): {0: 0.7, EOS: 0.3}})[None, None], np.zeros((1, 1), np.float32)
     [found] = decoded(tables, prior, max_new_tokens=1, fallback="none")
-    assert found.tokens[0] == () and found.proof is not None and found.proof.top_k == 1
+    assert found.tokens[0] == () and found.proof is not None and found.proof.top_k == (1,)
 
 
 def test_every_end_is_an_answer() -> None:
@@ -282,7 +317,7 @@ def test_every_end_is_an_answer() -> None:
     halves: Rows = {A: {0: 0.5, 2: 0.5}, B: {0: 0.5, 3: 0.5}, C: {2: 0.5, 3: 0.5}}
     tables = table({(): {0: 0.3, 2: 0.25, 3: 0.25, EOS: 0.2}, **halves})
     [found] = decoded(tables[None, None], np.zeros((1, 1), np.float32), start_beams=3, fallback="none")
-    assert found.tokens[0] == () and found.proof is not None and found.proof.top_k
+    assert found.tokens[0] == () and found.proof is not None and found.proof.best
     np.testing.assert_allclose(np.exp(found.marginal("exact")[0]), 0.2, rtol=1e-5)
 
 
@@ -295,5 +330,5 @@ def test_rag_token_reads_all_documents() -> None:
     truth = marginals(prior, np.stack([z1, z2])[None], by_token=True)[0]
     [found] = decoded(np.stack([z1, z2])[None], prior, by_token=True, start_beams=2, max_beams=4, fallback="none")
     assert found.tokens[0] == B * 3 and found.proof is not None
-    assert found.proof.top_k and found.proof.documents_read == 2
+    assert found.proof.best and found.proof.documents_read == 2
     np.testing.assert_allclose(np.exp([truth[node_of(A * 3)], truth[node_of(B * 3)]]), [0.407, 0.442], atol=1e-3)

@@ -16,11 +16,12 @@ import ragjax.decoding.prefix_cache as prefixes_module
 from ragjax.checkpoints.pretrained import PretrainedModel, open_generator
 from ragjax.checkpoints.random_init import write_random_checkpoint
 from ragjax.config import Decode
-from ragjax.decoding.prefix_cache import PrefixScorer
+from ragjax.decoding.prefix_cache import PrefixScorer, read_width
 from ragjax.decoding.propose import beam_search_documents, prefill_documents
 from ragjax.models.generator import SpecialTokens, score
 from ragjax.models.kv_cache import DocumentMemory
 from ragjax.padding import bucket_size, pad_sequences
+from ragjax.planning.program_cost import matmul_flops
 
 ROWS, BEAMS, LONGEST = 4, 3, 5
 SPECIAL = SpecialTokens(eos=2, pad=0)
@@ -36,7 +37,7 @@ class Read:
         rng = np.random.default_rng(0)
         source = [rng.integers(5, 200, length).tolist() for length in (5, 9, 7, 3)]
         tokens, mask = pad_sequences(source, 12, 0)
-        graph = self.pretrained.graphdef
+        graph, self.source = self.pretrained.graphdef, tokens
         self.memory: DocumentMemory = prefill_documents(graph, self.params, jnp.asarray(tokens), jnp.asarray(mask))
         settings = Decode(num_docs=ROWS, num_beams=BEAMS, max_new_tokens=LONGEST)
         self.beams, prefixes = beam_search_documents(graph, self.params, self.memory, settings, SPECIAL)
@@ -60,6 +61,22 @@ def _score(graph: nnx.GraphDef, params: Any, memory: DocumentMemory, answers: ja
 @pytest.fixture(scope="module", params=["llama", "bart", "t5"])
 def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Read:
     return Read(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def test_padding_is_not_read(world: Read) -> None:
+    """As wide as the longest prompt the same is read, with fewer operations; what is added counts nowhere."""
+    graph, mask = world.pretrained.graphdef, np.arange(12) < np.array([[5], [9], [7], [3]])
+    program = prefill_documents.trace(graph, world.params, world.source, mask, 9)
+    whole = prefill_documents.trace(graph, world.params, world.source, mask)
+    assert matmul_flops(program.jaxpr.jaxpr) < 0.8 * matmul_flops(whole.jaxpr.jaxpr)
+    memory = program.lower().compile()(world.params, world.source, mask)
+    for name in ("mask", "offset", "start"):
+        np.testing.assert_array_equal(getattr(memory, name), getattr(world.memory, name))
+    counts = np.asarray(memory.mask)[None, :, :, None, None]
+    for name in ("keys", "values"):
+        mine, other = getattr(memory, name), getattr(world.memory, name)
+        assert mine.shape == other.shape and np.isfinite(mine).all()
+        np.testing.assert_allclose(np.where(counts, mine, 0), np.where(counts, other, 0), atol=1e-5)
 
 
 def candidates(world: Read) -> list[tuple[int, ...]]:
@@ -130,3 +147,7 @@ def test_bounds_are_the_longest_prefix_read(world: Read) -> None:
 def test_few_sizes() -> None:
     assert [bucket_size(count) for count in range(1, 18)] == [1, 2, 3, 4, 6, 6, 8, 8] + [12] * 4 + [16] * 4 + [24]
     assert [bucket_size(count, 8) for count in (0, 1, 8, 9)] == [8, 8, 8, 12]
+    for most in (*range(1, 300), 1000, 1025):
+        narrow, few = read_width(most, few=False), read_width(most, few=True)
+        assert most <= narrow < most + max(16, most // 4 + 1) and most <= few < max(17, 2 * most)
+    assert len({read_width(most, few=True) for most in range(1, 4097)}) == 9, "16, 32, … 4,096"

@@ -20,6 +20,7 @@ def environment(world: Path, devices: int) -> dict[str, str]:
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(devices),
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_TRACEBACK_IN_LOCATIONS_LIMIT": "0",
         "RAGJAX_CACHE": str(world.parent / "cache"),
         "RAGJAX": " ".join(RAGJAX),
         "PYTHONPATH": str(ROOT),

@@ -40,7 +40,7 @@ def make_world(folder: Path) -> Path:
     pairs = list(zip(LANDS, CAPITALS, strict=True))
     write_jsonl(
         folder / "passages.jsonl",
-        ({"id": f"p{i}", "title": land, "text": f"Its capital is {city}."} for i, (land, city) in enumerate(pairs)),
+        ({"id": f"p{i}", "title": land, "text": f"Capital: {city}."} for i, (land, city) in enumerate(pairs)),
     )
     for split, part in SPLITS.items():
         questions = ({"question": f"Capital of {land}?", "answer": [city]} for land, city in pairs[part])

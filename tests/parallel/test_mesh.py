@@ -13,7 +13,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType
 
 from ragjax.errors import InputError
-from ragjax.parallel.mesh import check_batch, local_mesh, make_mesh
+from ragjax.parallel.mesh import check_batch, command_mesh, local_mesh, make_mesh
 from ragjax.parallel.processes import wait_for_all
 from ragjax.parallel.sharding import (
     gather_to_host,
@@ -25,6 +25,8 @@ from ragjax.parallel.sharding import (
     shard_batch,
 )
 from ragjax.runs.restore import enable_compilation_cache
+
+pytestmark = pytest.mark.devices(8)
 
 
 def test_a_batch_is_split_and_parameters_are_whole() -> None:
@@ -89,6 +91,17 @@ def test_where_a_parameter_lies(name: str, shape: tuple, heads: int | None, fsdp
 def test_a_mesh_that_does_not_divide_the_devices() -> None:
     with pytest.raises(InputError, match=r"mesh\.model=3 does not divide the 8 devices; choose one of 1, 2, 4, 8"):
         make_mesh(3)
+
+
+def test_where_each_command_lies() -> None:
+    """Whatever the number of questions; a length of `model` that does not divide the devices stops training alone."""
+    lengths = {command: dict(command_mesh(command, 2).shape) for command in ("index", "train", "evaluate", "answer")}
+    together, apart = {"data": 4, "model": 2}, {"data": 8, "model": 1}
+    assert lengths == {"index": apart, "train": together, "evaluate": together, "answer": together}
+    few = jax.devices()[2:5]
+    assert command_mesh("answer", 2, few).devices.tolist() == [[device] for device in few]
+    with pytest.raises(InputError, match=r"mesh\.model=2 does not divide the 3 devices"):
+        command_mesh("train", 2, few)
 
 
 def test_a_mesh_of_fewer_devices_answers_as_well() -> None:

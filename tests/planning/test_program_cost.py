@@ -19,6 +19,8 @@ from ragjax.planning.program_cost import Cost, NotCompiled, bytes_each, bytes_se
 from ragjax.rag import load_pipeline
 from ragjax.retrieval.encoder import encode
 
+pytestmark = pytest.mark.devices(8)
+
 L, B, D = 10, 8, 16
 X, W = jax.ShapeDtypeStruct((B, D), jnp.float32), jax.ShapeDtypeStruct((L, D, D), jnp.float32)
 PRODUCT = 2 * B * D * D
@@ -182,7 +184,7 @@ def test_bytes_of_a_part() -> None:
 
 def test_what_the_compiler_says(monkeypatch: pytest.MonkeyPatch) -> None:
     lowered = jax.jit(jnp.sin).lower(X)
-    assert compiled_cost(lowered) == Cost(0, {})
+    assert compiled_cost(lowered) == Cost(0, {}, bytes_each(X), bytes_each(X))
 
     def fail(error: str) -> Callable[..., None]:
         def compile(_: object) -> None:
@@ -193,6 +195,8 @@ def test_what_the_compiler_says(monkeypatch: pytest.MonkeyPatch) -> None:
     refused = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (25.75G)"
     monkeypatch.setattr(jax.stages.Lowered, "compile", fail(refused + " exceeds available HBM (15.75G)."))
     assert compiled_cost(lowered) == Cost(int(25.75 * 2**30), None)
+    arguments = jax.ShapeDtypeStruct((2**28,), jnp.float32), 7  # which the compiler counts among its temporaries
+    assert compiled_cost(lowered, arguments) == Cost(int(24.75 * 2**30), None, 2**30)
     monkeypatch.setattr(jax.stages.Lowered, "compile", fail("INTERNAL: no\nmore"))
     with pytest.raises(NotCompiled, match=r"^XLA cannot compile it: INTERNAL: no$"):
         compiled_cost(lowered)

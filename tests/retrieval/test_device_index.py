@@ -23,6 +23,8 @@ from ragjax.retrieval.device_index import (
     sharded_top_k,
 )
 
+pytestmark = pytest.mark.devices(8)
+
 
 def vectors(n: int, width: int = 16, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(n, width)).astype(np.float32)

@@ -372,7 +372,7 @@ def start(config: Config, tmp_path: Path) -> subprocess.Popen[bytes]:
 
 @pytest.mark.slow
 def test_a_build_that_was_killed_goes_on(world: Path, sharded: Path, tmp_path: Path) -> None:
-    """Killed at any moment, again and again; each process has one device, and the undisturbed one had eight."""
+    """Killed at any moment, again and again; each process has one device, and the undisturbed one had two."""
     folder, generator = tmp_path / "index", np.random.default_rng()
     finished = build(by_shards(world, tmp_path / "undisturbed", index__shard_size=1))
     for shards in np.sort(generator.integers(0, 30, 3)):

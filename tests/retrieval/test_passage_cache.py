@@ -74,7 +74,6 @@ def check(model: tuple[PretrainedModel, Params], read: DocumentMemory, source: n
     assert np.isfinite(read.keys).all() and np.isfinite(read.values).all()
 
 
-@pytest.mark.any_devices
 def test_equals_reading_whole(model: tuple[PretrainedModel, Params]) -> None:
     """With so few slots that passages leave and come again; the counts are those of a list, newest last."""
     cache, kept = open_cache(model, ROWS), list[int]()
@@ -93,6 +92,7 @@ def test_equals_reading_whole(model: tuple[PretrainedModel, Params]) -> None:
     assert cache.statistics == expected and 0.2 < (expected.hit_rate or 0) < 0.9
 
 
+@pytest.mark.devices(4)
 def test_devices_keep_what_their_questions_need(model: tuple[PretrainedModel, Params]) -> None:
     """Split over two, each model over two more; what fills up a batch counts nowhere."""
     cache = open_cache(model, ROWS // 2, make_mesh(2, jax.devices()[:4]))

@@ -24,8 +24,6 @@ from ragjax.checksums import CHECKSUMS, checksum
 from ragjax.errors import InputError
 from ragjax.runs.checkpointer import Checkpointer, DamagedCheckpoint
 
-pytestmark = pytest.mark.any_devices
-
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["params", "optimizer", "step", "key"], meta_fields=[])
 @dataclasses.dataclass
@@ -114,6 +112,7 @@ def test_the_state_may_be_donated_right_after_save(tmp_path: Path) -> None:
     np.testing.assert_array_equal(restored["params"], np.arange(300_000.0))
 
 
+@pytest.mark.devices(1, 2, 8)
 def test_saved_on_one_device_restored_over_all(tmp_path: Path) -> None:
     """Each leaf lies exactly where it was asked for, not only equivalently: the step's `out_shardings` are compared."""
     mesh = Mesh(np.array(jax.devices()), ("data",))

@@ -7,6 +7,7 @@ import re
 import shutil
 from pathlib import Path
 
+import jax
 import pytest
 from world import open_world, tiny_config
 
@@ -38,7 +39,7 @@ def test_what_is_recorded_repeats_the_run(world: Path, tmp_path: Path) -> None:
     assert load_config(tmp_path / "run" / "config.yaml") == rag.config
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert {"python", "ragjax", "jax", "flax", "optax", "orbax-checkpoint"} <= manifest["versions"].keys()
-    assert manifest["git_revision"] == git_revision() and len(manifest["devices"]) == 8
+    assert manifest["git_revision"] == git_revision() and len(manifest["devices"]) == len(jax.devices())
     assert [source["source"] for source in manifest["sources"]] == [f"{world}/retriever", f"{world}/generator"]
     assert all(source["pin"] for source in manifest["sources"])
     assert manifest["fingerprints"]["questions.train"] == fingerprint_files([world / "train.jsonl"])

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gradients import assert_same_gradients, moments
+from jax import Array
 from processes import RATES, logged
 from world import build, open_world, tiny_config
 
@@ -42,7 +43,12 @@ def test_prompts_are_those_of_the_host(question_first: bool, empty: bool) -> Non
     for b, question in enumerate(questions):
         told[b, : len(question)], mask[b, : len(question)] = question, True
     given = jnp.asarray(passages), jnp.asarray(lengths), jnp.asarray(told), jnp.asarray(mask)
-    source, source_mask = prompt_on_device(prompt, *given, longest, 99)
+
+    @jax.jit
+    def assembled(passages: Array, lengths: Array, told: Array, mask: Array) -> tuple[Array, Array]:
+        return prompt_on_device(prompt, passages, lengths, told, mask, longest, 99)
+
+    source, source_mask = assembled(*given)
     for b, question in enumerate(questions):
         for k in range(4):
             expected = assemble(prompt, passages[b, k, : lengths[b, k]], question, longest)
@@ -50,6 +56,7 @@ def test_prompts_are_those_of_the_host(question_first: bool, empty: bool) -> Non
             assert source[b, k][~source_mask[b, k]].tolist() == [99] * (longest - len(expected))
 
 
+@pytest.mark.devices(8)
 @pytest.mark.parametrize(
     ("devices", "prior"),
     [
@@ -101,6 +108,7 @@ def test_the_step_retrieves_what_the_host_does(world: Path, tmp_path: Path, devi
     assert_same_gradients(moments(fused.optimizer)["mu"], moments(apart.optimizer)["mu"])
 
 
+@pytest.mark.devices(8)
 def test_nothing_comes_back_to_the_host(world: Path) -> None:
     """The whole step is one program without callbacks; given what lies on the devices, JAX transfers nothing."""
     config = tiny_config(world, train__fused_retrieval=True)

@@ -11,8 +11,8 @@ from typing import Any
 
 
 def flat_records(fields: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The questions in a record: itself, or those of a file in SQuAD's form, data → paragraphs → qas."""
-    for level in ("data", "paragraphs", "qas"):
+    """The questions in a record: itself, or those of a file in SQuAD's form, data → paragraphs → qas, or TriviaQA's."""
+    for level in ("data", "Data", "paragraphs", "qas"):
         if isinstance(items := fields.get(level), list):
             for item in items:
                 yield from flat_records(item) if isinstance(item, dict) else [{}]
@@ -24,7 +24,8 @@ def read_answers(value: Any) -> Any:
     """All answers in a list; what is no answer is left in it, and a value of another type is left as it is.
 
     A text or a whole number is one answer, unless the text is a list itself, as in DPR's tables. {"text": […]} is
-    SQuAD's form, [{"answer": …}, …] KILT's, {"value": …, "aliases": […]} TriviaQA's; there each answer counts once.
+    SQuAD's form, [{"answer": …}, …] KILT's, {"value": …, "aliases": […]} TriviaQA's, also with capitals; there each
+    answer counts once.
     """
     match value:
         case str():
@@ -35,10 +36,9 @@ def read_answers(value: Any) -> Any:
             return [str(value)]
         case {"text": inside} | {"answer": inside}:
             return _once(read_answers(inside))
-        case {"value": str() as first, "aliases": [*aliases]}:
-            return _once([first, *aliases])
-        case {"value": str() as first}:
-            return [first]
+        case {"value": str() as first, **others} | {"Value": str() as first, **others}:
+            aliases = others.get("aliases", others.get("Aliases"))
+            return _once([first, *aliases]) if isinstance(aliases, list) else [first]
         case [*items] if any(isinstance(item, dict) for item in items):
             answers: list[Any] = []
             for item in items:  # in KILT some give the provenance alone

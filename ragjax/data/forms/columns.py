@@ -5,19 +5,20 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from ragjax.errors import InputError
 from ragjax.files import shown
 
 IDS = ("id", "_id", "pid", "docid", "doc_id", "passage_id")
-NAMES = {  # of BEIR, KILT, Pyserini, FlashRAG, Tevatron, MS MARCO, DPR, SQuAD, NQ-open; earlier ones win
+NAMES = {  # of BEIR, KILT, Pyserini, FlashRAG, Tevatron, MS MARCO, DPR, SQuAD, TriviaQA, NQ-open; earlier ones win
     "corpus": {
         "id": IDS,
         "title": ("title", "wikipedia_title"),
         "text": ("text", "contents", "passage", "body"),
     },
     "questions": {
-        "id": ("id", "_id", "qid", "question_id", "query_id"),
+        "id": ("id", "_id", "qid", "question_id", "query_id", "questionid"),
         "question": ("question", "query", "input"),
         "answers": ("answers", "golden_answers", "answer", "output", "target"),
         "passages": ("passages",),
@@ -51,8 +52,27 @@ class Columns:
         """What is said of a record without a part: the keys that are there, and the setting that maps them."""
         given = self.given.get(part)
         listed = ", ".join(shown(key)[1:-1] for key in list(keys)[:12]) or "none"
-        name = f'no "{part}"' if given is None else f"no {shown(given)}, which {self.kind}.columns.{part} names,"
-        return f'empty or missing "{part}": {name} among its keys ({listed}); name it by {self.kind}.columns.{part}'
+        setting = f"{self.kind}.columns.{part}"
+        name = f'no "{part}"' if given is None else f"no {shown(given)}, which {setting} names,"
+        return f'empty or missing "{part}": {name} among its keys ({listed}); name it by {setting}'
+
+    def told(self, parts: Mapping[str, str | None], names: Sequence[str]) -> str:
+        """What is recognised otherwise than by our own names: "id is "_id"", …; "" where there is nothing to tell.
+
+        Args:
+            parts: the key of each part.
+            names: the keys of all fields, which are numbers in a table without a header.
+        """
+        said = [f'{part} is "{key}"' for part, key in parts.items() if key not in (None, part, part.removesuffix("s"))]
+        return ("no header: " if "".join(names).isdigit() else "") + ", ".join(said)
+
+    def doubt(self, rows: Sequence[Sequence[str]]) -> str:
+        """A doubt to tell of a table without a header whose columns the configuration gives by their places."""
+        first, others = rows[0], rows[1:]
+        if not any(self.given.values()) or not _are_names(first) or not others or any(map(_are_names, others)):
+            return ""
+        cells = ", ".join(cell.strip() for cell in first)
+        return f"its first line ({cells}) is read as a record; where it is a header, name the columns as it does"
 
     def is_header(self, row: Sequence[str]) -> bool:
         """Whether the first row of a table holds names: one that the configuration gives, or that of the text or the
@@ -75,7 +95,7 @@ class Columns:
         if any(self.given.values()):
             return self.given
         width, setting = len(rows[0]), f"{self.kind}.columns"
-        if all(re.fullmatch(r"[A-Za-z_]\w*", cell.strip()) for cell in rows[0]):
+        if _are_names(rows[0]):
             names = ", ".join(cell.strip() for cell in rows[0])
             raise InputError(f"{where}: its columns are called {names}, of which none is known; name them by {setting}")
         if self.kind == "questions" and width == 2 and not all(row[0].strip().isdigit() for row in rows):
@@ -92,6 +112,20 @@ class Columns:
             f"{where}: has no header, and {width} columns of which it is not clear what they hold; say it by {setting}"
             ', as in {id: "1", text: "2"}'
         )
+
+
+def by_file(notices: Mapping[str, Sequence[Path]]) -> list[str]:
+    """A line for each notice, which names the first of the files that it is about."""
+    lines = []
+    for text, files in notices.items():
+        others = f" and {len(files) - 1} more files" if len(files) > 1 else ""
+        lines.append(f"{files[0]}{others}: {text}")
+    return lines
+
+
+def _are_names(cells: Sequence[str]) -> bool:
+    """Whether a row could be a header."""
+    return all(re.fullmatch(r"[A-Za-z_]\w*", cell.strip()) for cell in cells)
 
 
 def _are_ids(cells: Sequence[str]) -> bool:

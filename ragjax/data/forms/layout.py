@@ -28,21 +28,20 @@ class PassageLayout:
     def find(cls, columns: Columns, sample: Sequence[Record], is_table: bool, where: str) -> PassageLayout:
         """The layout of a file by its first records, which `where` names. Raises `InputError` where it is not known."""
         keys = list(dict.fromkeys(key for record in sample for key in record.fields))
-        if without_header := is_table and "".join(keys).isdigit():
+        doubt = ""
+        if is_table and "".join(keys).isdigit():
             rows = [list(record.fields.values()) for record in sample]
+            doubt = columns.doubt(rows)
             columns = replace(columns, given=columns.headless(rows, where))
         text = columns.need("text", keys, where)
         id_ = columns.need("id", keys, where) if columns.given.get("id") else columns.find("id", keys)
         title = columns.need("title", keys, where) if columns.given.get("title") else columns.find("title", keys)
         titled = text.lower() == TITLED and title is None and columns.given.get("text") is None
         parts = {"id": id_, "title": title, "text": text}
-        said = [f'{part} is "{key}"' for part, key in parts.items() if key not in (None, part)]
-        notices = ["no header: " if without_header else "", ", ".join(said)]
-        if titled:
-            notices.append(", of which a first line is the title")
-        if id_ is None:
-            notices.append(f"{'; ' if said else ''}no id: passages are numbered; corpus.columns.id may name one")
-        return cls(columns, id_, title, text, titled, "".join(notices) or None)
+        said = columns.told(parts, keys) + (", of which a first line is the title" if titled else "")
+        numbered = "" if id_ else "no id: passages are numbered; corpus.columns.id may name one"
+        notice = "; ".join(part for part in (said, numbered, doubt) if part)
+        return cls(columns, id_, title, text, titled, notice or None)
 
     def read(self, record: Record, where: str, number: int) -> tuple[str, str, str]:
         """The id, the title and the text, perhaps empty, of a record; `number` is the id where the file has none.

@@ -72,7 +72,7 @@ def decode_line(number: int, line: bytes) -> tuple[str, str | None]:
     try:
         return line.decode(codec), None
     except UnicodeDecodeError as error:
-        return line.decode(codec, errors="replace"), f"not UTF-8 ({error.reason})"
+        return line.decode(codec, errors="replace"), f"not UTF-8 ({error.reason}); save the file in UTF-8"
 
 
 def packing_errors() -> tuple[type[Exception], ...]:

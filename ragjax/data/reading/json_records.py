@@ -21,8 +21,12 @@ from ragjax.data.reading.record import Record
 from ragjax.errors import InputError
 from ragjax.files import DEEPEST, parse_json
 
+FORMATS = "JSON, an object a line, or a table with tabs or commas (*.tsv, *.csv), or Parquet"
 BLOCK = 1 << 20  # bytes read at once of what has no lines
 DECODER, LONGEST_TOKEN = json.JSONDecoder(), 16  # but for strings: an error nearer to the end may be one cut in two
+HEAD = 4096
+# how a file begins that is one object with an array of its records, as SQuAD's and TriviaQA's; short entries before it
+DATA = re.compile(r'\s*\{(?:\s*"\w+"\s*:\s*(?:"[^"\\]*"|[\w.-]+)\s*,)*\s*"[Dd]ata"\s*:\s*(?=\[\s*\{)')
 BETWEEN = {False: re.compile(r"\s*"), True: re.compile(r"[\s,]*")}  # by whether the values stand in an array
 
 
@@ -61,6 +65,8 @@ def _line_records(path: Path) -> Iterator[Record]:
         except InputError:
             if problem:
                 raise InputError(f"{path}:{number}: {problem}") from None
+            if not text.lstrip().startswith(("{", "[")):
+                raise InputError(f"{path}:{number}: is no JSON object; expected {FORMATS}") from None
             raise
         if not isinstance(value, dict):
             raise InputError(f"{path}:{number}: expected a JSON object, not {type(value).__name__}")
@@ -82,16 +88,21 @@ def _stream_records(path: Path) -> Iterator[Record]:
 def _values(file: io.BufferedIOBase, path: Path) -> Iterator[tuple[int, dict]]:
     """The objects of an array, or those that follow each other, with their numbers from 1.
 
-    The text of one at a time is kept; one that is not whole yet is tried again with twice the text.
+    The text of one at a time is kept; one that is not whole yet is tried again with twice the text. Of an object that
+    has its records in an array called "data" they alone count.
     """
-    utf8, text, at, number = codecs.getincrementaldecoder("utf-8-sig")(), "", 0, 0
-    opened = closed = False  # the array
+    utf8, number, opened, closed = codecs.getincrementaldecoder("utf-8-sig")(), 0, False, False  # the array
+    head = DATA.match(text := utf8.decode(file.read(HEAD)))
+    at = head.end() if head else 0
     while True:
         at = BETWEEN[opened].match(text, at).end()  # type: ignore[union-attr]
         if text.startswith("[", at) and not (number or opened):
             at, opened = at + 1, True
         elif text.startswith("]", at) and opened and not closed:
             at, closed = at + 1, True
+            if head:
+                parse_json('{"data":[]' + text[at:] + utf8.decode(file.read(LONGEST_LINE), final=True), path)
+                return
         elif at < len(text) and (closed or text[at] != "{"):
             raise InputError(f"{path}:{number + 1}: expected a JSON object, not {text[at : at + 20]!a}")
         elif (found := _first_value(text, at, f"{path}:{number + 1}")) is not None:

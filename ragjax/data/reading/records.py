@@ -13,6 +13,7 @@ from ragjax.data.reading.json_records import has_lines, json_records
 from ragjax.data.reading.record import Record
 from ragjax.data.reading.tables import is_table_name, table_records
 from ragjax.errors import InputError
+from ragjax.files import LFS
 
 FileKind = Literal["json", "table", "arrow"]
 
@@ -20,6 +21,8 @@ FileKind = Literal["json", "table", "arrow"]
 def file_kind(path: Path) -> FileKind:
     """What a file holds. Raises `InputError` where it cannot be read."""
     head = first_bytes(path, 4096)
+    if head.startswith(LFS):
+        raise InputError(f"{path}: is a pointer of Git LFS and not the file itself; run: git lfs pull")
     if head.startswith((PARQUET, ARROW_FILE, ARROW_STREAM)):
         return "arrow"
     begins_as_json = head.removeprefix(codecs.BOM_UTF8).lstrip()[:1] in (b"{", b"[")
@@ -29,12 +32,16 @@ def file_kind(path: Path) -> FileKind:
 
 
 def read_records(
-    path: Path, quoting: str, is_header: Callable[[Sequence[str]], bool], expected: FileKind | None = None
+    path: Path,
+    quoting: str,
+    is_header: Callable[[Sequence[str]], bool],
+    section: str,
+    expected: FileKind | None = None,
 ) -> Iterator[Record]:
     """The records of a JSON, TSV, CSV, Parquet or Arrow file, one at a time; `expected` is what it must hold.
 
-    `quoting` and `is_header` are for tables, see `table_records`. Raises `InputError` naming file and number for
-    whatever is malformed.
+    `quoting`, `is_header` and `section` are for tables, see `table_records`. Raises `InputError` naming file and
+    number for whatever is malformed.
     """
     kind = file_kind(path)
     if expected is not None and kind != expected:
@@ -42,7 +49,7 @@ def read_records(
         raise InputError(f"{path}: holds no {sought}; leave out corpus.format, and what it holds is recognised")
     if kind == "json":
         return json_records(path)
-    return table_records(path, quoting, is_header) if kind == "table" else arrow_records(path)
+    return table_records(path, quoting, is_header, section) if kind == "table" else arrow_records(path)
 
 
 def count_records(path: Path) -> int:

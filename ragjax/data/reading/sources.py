@@ -23,6 +23,7 @@ class DataFiles:
     source: str
     revision: str  # the resolved commit, the wheel's "sha256:…" or "local"
     files: tuple[Path, ...]
+    left_out: tuple[Path, ...] = ()  # of BEIR's folders, what lies beside the corpus
 
     @property
     def fingerprint(self) -> str:
@@ -35,6 +36,8 @@ class DataFiles:
 
 def find_files(source: str) -> DataFiles:
     """Brings a source onto this machine where it is not there, and lists its files.
+
+    Of a folder as BEIR has them, corpus.jsonl with queries.jsonl and qrels/, the corpus alone is read.
 
     Raises `InputError` for a source that does not exist, a folder without files of a known kind or with several kinds,
     and whatever goes wrong with a download.
@@ -49,8 +52,12 @@ def find_files(source: str) -> DataFiles:
             raise InputError(f"{source}: no file has such a name")
         return DataFiles(source, "local", files)
     fetched = fetch(source)
-    files = (fetched.path,) if fetched.path.is_file() else _folder_files(fetched.path)
-    return DataFiles(source, fetched.revision, files)
+    if fetched.path.is_file():
+        return DataFiles(source, fetched.revision, (fetched.path,))
+    every = sorted(path for path in fetched.path.rglob("*") if path.is_file() and not _is_hidden(path, fetched.path))
+    beside = _beside_corpus(every, fetched.path)
+    files = _of_one_kind([path for path in every if path not in beside], fetched.path)
+    return DataFiles(source, fetched.revision, files, beside)
 
 
 def is_missing(source: str) -> bool:
@@ -58,11 +65,19 @@ def is_missing(source: str) -> bool:
     return is_local(source) and not Path(source).expanduser().exists() and not glob.has_magic(source)
 
 
-def _folder_files(folder: Path) -> tuple[Path, ...]:
+def _beside_corpus(every: Sequence[Path], folder: Path) -> tuple[Path, ...]:
+    """The queries and relevance judgements that lie in a folder with a corpus.jsonl: BEIR's, and no passages."""
+    names = {path: path.relative_to(folder).parts for path in every}
+    if not any(parts[0].startswith("corpus.json") for parts in names.values()):
+        return ()
+    beside = (path for path, parts in names.items() if parts[0] == "qrels" or parts[0].startswith("queries.json"))
+    return tuple(beside)
+
+
+def _of_one_kind(every: Sequence[Path], folder: Path) -> tuple[Path, ...]:
     """The files of the one kind in a folder; .json counts where there is no other, since what is about a corpus is
     often written so.
     """
-    every = sorted(path for path in folder.rglob("*") if path.is_file() and not _is_hidden(path, folder))
     by_kind = {kind: [path for path in every if _suffix(path) in kind] for kind in KINDS}
     there = [kind for kind in KINDS if by_kind[kind]]
     if not there:

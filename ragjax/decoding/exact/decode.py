@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Float, Int
 
 from ragjax.config import Decode
+from ragjax.decoding.beam_search import BeamSettings
 from ragjax.decoding.candidates import Candidates, Proof, TokenAnswer, pad_answers
 from ragjax.decoding.decode import decode_rag_sequence
 from ragjax.decoding.exact.document_reader import DocumentReader, ReadDocuments
@@ -27,6 +28,7 @@ from ragjax.decoding.rescore import score_tokens
 from ragjax.models.generator import SpecialTokens
 from ragjax.models.layers import Params
 from ragjax.padding import bucket_size
+from ragjax.parallel.by_device import data_devices, group_by_device
 
 
 def decode_exact(
@@ -66,6 +68,17 @@ def decode_exact(
     return [_by_column(own, np.argsort(order[b])) for b, own in enumerate(candidates)]
 
 
+def search_settings(settings: Decode, special: SpecialTokens, beams: int) -> BeamSettings:
+    """How a search on the marginal with so many beams goes."""
+    return replace(
+        beam_settings(settings, special, hugging_face=False),
+        num_beams=beams,
+        num_answers=max(2, settings.num_beams),
+        most_beams=settings.max_beams,
+        early_stopping=False,
+    )
+
+
 class _ExactBatch:
     """B questions with their documents, likeliest first; `DocumentReader` keeps what was read of them."""
 
@@ -87,6 +100,7 @@ class _ExactBatch:
     def search(self, questions: Sequence[QuestionSearch]) -> None:
         """Searches until each question is proved or given up; a question only ever waits for more."""
         count, documents = self.log_prior.shape
+        each = count // data_devices()  # questions on each device, which only its own searches concern
         sizes = sorted({bucket_size(read) for read in range(1, documents + 1)} | {documents})
         rounds = [read for read in sizes if read <= documents] if self.lazy else [documents]
         waiting: dict[tuple[int, int], list[QuestionSearch]] = {}
@@ -99,30 +113,27 @@ class _ExactBatch:
                 break
             read, beams = min(waiting)  # whoever needs as many, or the next ones, is there by now
             fresh = waiting.pop((read, beams))
-            size = max(1, count // read) if self.lazy else count
-            for start in range(0, len(fresh), size):
-                self._search_together(fresh[start : start + size], read, beams, size)
+            size = max(1, each // read) if self.lazy else each
+            by_device = [[q for q in fresh if q.number // each == device] for device in range(count // each)]
+            for start in range(0, max(map(len, by_device)), size):
+                self._search_together([own[start : start + size] for own in by_device], read, beams, size)
 
-    def _search_together(self, questions: Sequence[QuestionSearch], read: int, beams: int, size: int) -> None:
-        """One search of `size` questions; those that fill up have no document."""
-        rows, prior = np.zeros((size, read), np.int32), np.full((size, read), -np.inf, np.float32)
-        rest, floor = np.full((2, size), -np.inf, np.float32)
-        for i, question in enumerate(questions):
+    def _search_together(self, by_device: Sequence[list[QuestionSearch]], read: int, beams: int, size: int) -> None:
+        """One search of `size` questions on each device; those that fill up have no document."""
+        questions = {d * size + i: question for d, own in enumerate(by_device) for i, question in enumerate(own)}
+        shape = len(by_device) * size, read
+        rows, prior = np.zeros(shape, np.int32), np.full(shape, -np.inf, np.float32)
+        rest, floor = np.full((2, len(rows)), -np.inf, np.float32)
+        for i, question in questions.items():
             rows[i] = self._rows(question)[np.minimum(np.arange(read), question.documents - 1)]
             prior[i] = question.log_prior[:read]
             rest[i], floor[i] = question.rest(question.seeks_corpus, read), question.floor()
-        rows[len(questions) :] = rows[0]
-        memory = self.reader.read(rows.reshape(-1))
-        how = replace(
-            beam_settings(self.settings, self.special, hugging_face=False),
-            num_beams=beams,
-            num_answers=max(2, self.settings.num_beams),
-            most_beams=self.settings.max_beams,
-            early_stopping=False,
-        )
+        memory = self.reader.read(rows[list(questions)].reshape(-1))
+        rows %= self.log_prior.size // len(by_device)  # as each device counts them
+        how = search_settings(self.settings, self.special, beams)
         given = (memory, rows, prior, rest, floor, how, self.special, self.by_token)
         found = jax.device_get(search_marginal(self.graph, self.params, *given))
-        for i, question in enumerate(questions):
+        for i, question in questions.items():
             question.add(found, i, read, beams)
 
     def _rows(self, question: QuestionSearch) -> Int[np.ndarray, " K"]:
@@ -133,13 +144,16 @@ class _ExactBatch:
         """Joins what thorough decoding finds: also proved, perhaps, since the bound holds for whoever finds more."""
         if not questions:
             return
-        numbers = np.resize([q.number for q in questions], min(bucket_size(len(questions)), len(self.log_prior)))
-        rows = np.concatenate([self._rows(questions[i % len(questions)]) for i in range(len(numbers))])
-        memory, prior = self.reader.take(rows), self.log_prior[numbers]
+        group = group_by_device([q.number for q in questions], len(self.log_prior))
+        self.reader.read(np.concatenate([self._rows(question) for question in questions]))
+        memory = self.reader.take(group.expanded(self.log_prior.shape[1]))
+        prior = np.full((group.count, self.log_prior.shape[1]), -np.inf, np.float32)
+        prior[group.place] = self.log_prior[group.rows[group.place]]
         thorough = self.settings.replace(mode="thorough")
         decode = decode_rag_token if self.by_token else decode_rag_sequence
         found = decode(self.graph, self.params, memory, prior, thorough, self.special)
-        for question, candidates in zip(questions, found, strict=False):
+        for question, place in zip(questions, group.place, strict=True):
+            candidates = found[place]
             assert candidates.doc_logp is not None and candidates.thorough_logp is not None
             for c, tokens in enumerate(candidates.tokens):
                 answer = (tokens, bool(candidates.finished[c]))
@@ -148,17 +162,16 @@ class _ExactBatch:
 
     def candidates(self, questions: Sequence[QuestionSearch]) -> list[Candidates]:
         """What is known of the best answers of all questions."""
-        proofs = [question.proof() for question in questions]
-        if self.by_token:
-            answers = [[answer for answer, _ in q.ranked()] or [((), False)] for q in questions]
-            worth = self._score_by_token(answers)
-            return [_candidates(*of) for of in zip(answers, worth, proofs, strict=True)]
-        joined = [q for q, proof in zip(questions, proofs, strict=True) if not proof.top_k and q.join_earlier()]
-        if unscored := questions if self.settings.probability == "full" else joined:
-            self._score_unread(unscored)
-        ranked = [q.ranked() for q in questions]
+        if not self.by_token:
+            joined = [q for q in questions if not q.proved(False) and q.join_earlier()]
+            if unscored := questions if self.settings.probability == "full" else joined:
+                self._score_unread(unscored)
+        ranked, proofs = [q.ranked() for q in questions], [q.proof() for q in questions]
         answers = [[answer for answer, _ in own] or [((), False)] for own in ranked]
-        worth = [_marginals(q, [found for _, found in own]) for q, own in zip(questions, ranked, strict=True)]
+        if self.by_token:
+            worth = self._score_by_token(answers)
+        else:
+            worth = [_marginals(q, [found for _, found in own]) for q, own in zip(questions, ranked, strict=True)]
         return [_candidates(*of) for of in zip(answers, worth, proofs, strict=True)]
 
     def _score_unread(self, questions: Sequence[QuestionSearch]) -> None:
@@ -171,12 +184,12 @@ class _ExactBatch:
             if any(np.isnan(q.answers[answer].doc_logp[z]) for answer in own)
         ]
         if pairs:
-            padded = np.resize(np.array(pairs), (min(bucket_size(len(pairs)), self.log_prior.size), 2))
-            of, numbers = padded[:, 0], np.array([question.number for question in questions])
-            memory = self.reader.take((numbers[of] * self.log_prior.shape[1] + padded[:, 1]).astype(np.int32))
+            rows = [questions[i].number * self.log_prior.shape[1] + z for i, z in pairs]
+            group = group_by_device(rows, self.log_prior.size)
+            memory, of = self.reader.take(group), np.array(pairs)[group.source, 0]
             tokens, lengths = pad_answers(answers, self.special, self.settings.max_new_tokens)
             logp = score_tokens(self.graph, self.params, memory, tokens[of], lengths[of], self.special)
-            for (i, z), by_answer in zip(pairs, np.asarray(logp)[:, 0].sum(axis=-1), strict=False):
+            for (i, z), by_answer in zip(pairs, np.asarray(logp)[group.place, 0].sum(axis=-1), strict=True):
                 for answer, scored in zip(answers[i], by_answer, strict=False):
                     questions[i].answers[answer].doc_logp[z] = scored
         for question in questions:
@@ -186,7 +199,7 @@ class _ExactBatch:
         """RAG-Token's marginals, under all documents."""
         memory = self.reader.read(np.arange(self.log_prior.size))
         tokens, lengths = pad_answers(answers, self.special, self.settings.max_new_tokens)
-        logp = score_tokens(self.graph, self.params, memory, tokens, lengths, self.special)
+        logp = np.asarray(score_tokens(self.graph, self.params, memory, tokens, lengths, self.special))
         arrays = rag_token_marginals(self.log_prior, logp, lengths)
         arrays["bounds"] = np.stack([arrays["thorough_logp"]] * 2, axis=1)
         return [{name: x[b, ..., : len(own)] for name, x in arrays.items()} for b, own in enumerate(answers)]

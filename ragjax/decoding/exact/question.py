@@ -34,7 +34,8 @@ class QuestionSearch:
     log_prior: Float[np.ndarray, " K"]  # likeliest first; −inf where there is no document
     outside: float | None  # the prior mass outside the K documents; None where that is not known
     settings: Decode
-    read: int = 0  # documents, the likeliest ones
+    read: int = 0  # documents, the likeliest ones, under which all answers found are known
+    searched: int = 0  # documents of the newest search
     beams: int = 0  # of the newest search
     answers: dict[TokenAnswer, Found] = field(default_factory=dict)
     earlier: dict[TokenAnswer, Found] = field(default_factory=dict)  # of rounds with fewer documents
@@ -77,7 +78,8 @@ class QuestionSearch:
         if read != self.read:  # other documents: another distribution
             self.earlier |= self.answers
             self.answers, self.others = {}, np.inf
-        self.read, self.beams = read, beams
+        self.read = self.searched = read
+        self.beams = beams
         self.steps += int(found.bound.steps[row])
         self.crowd = float(found.bound.crowd[row])
         of, doc_logp = found.beams, found.doc_logp[row]
@@ -104,22 +106,30 @@ class QuestionSearch:
         return bool(more)
 
     def read_all(self) -> None:
-        """Takes the documents that were not read for the proof into the probabilities, once all are known."""
+        """Takes the documents that were not searched into the probabilities, once all are known.
+
+        To an answer that was not found they add what they hold, at most.
+        """
         for found in self.answers.values():
             if not np.isnan(found.doc_logp[: self.documents]).any():
                 found.logp = float(np.logaddexp.reduce((self.log_prior + found.doc_logp)[: self.documents]))
+        self.others = float(np.logaddexp(self.others, self.rest(corpus=False)))
         self.read = len(self.log_prior)
 
-    def proved(self, corpus: bool) -> int:
-        """So many of the finished answers, best first, are the likeliest of all in this order."""
+    def proved_sets(self, corpus: bool) -> tuple[int, ...]:
+        """The numbers i for which the i likeliest answers found are the i likeliest of all."""
         logp = np.array([found.logp for (_, ends), found in self.ranked() if ends])
         rivals = np.maximum(np.append(logp[1:], -np.inf), self.others)
-        return int(np.cumprod(is_best(logp, rivals, self.rest(corpus))).sum()) if len(logp) else 0
+        return tuple((np.flatnonzero(is_best(logp, rivals, self.rest(corpus))) + 1).tolist()) if len(logp) else ()
+
+    def proved(self, corpus: bool) -> bool:
+        """Whether the likeliest answer found is the likeliest of all."""
+        return 1 in self.proved_sets(corpus)
 
     def proof(self) -> Proof:
         """What is proved; over the corpus None where its prior is not known."""
-        corpus = None if self.outside is None else self.proved(True)
-        return Proof(self.proved(False), corpus, min(self.read, self.documents), self.steps)
+        corpus = None if self.outside is None else self.proved_sets(True)
+        return Proof(self.proved_sets(False), corpus, min(self.searched, self.documents), self.steps)
 
     def next_search(self, rounds: Sequence[int]) -> tuple[int, int] | None:
         """How many documents and beams to search with next; None where the proof is there or out of reach.
@@ -141,16 +151,16 @@ class QuestionSearch:
         return None if all_read else (self._next_round(rounds), self.beams)
 
     def _next_round(self, rounds: Sequence[int]) -> int:
-        """The fewest documents with which a proof is likely: if the best answer is as likely under the next ones.
+        """The fewest documents with which a proof is likely: if the best answer stays as far ahead as it is.
 
         Before the first search it is taken for certain. A guess that is wrong costs a search, and nothing else.
         """
         logp = [found.logp for (_, ends), found in self.ranked() if ends][:2]
         best, second = np.exp([*logp, -np.inf, -np.inf][:2])
-        whole, unread = np.exp(self.rest(self.seeks_corpus, 0)), np.exp(self.rest(self.seeks_corpus))
-        share = best / (whole - unread) if self.read else 1.0
+        lead = best - max(second, np.exp(self.others))
         for read in rounds:
             rest = np.exp(self.rest(self.seeks_corpus, read))
-            if read > self.read and best + share * (unread - rest) >= second + rest:
+            ahead = lead if self.read else np.exp(self.rest(self.seeks_corpus, 0)) - rest
+            if read > self.read and ahead >= rest:
                 return read
         return rounds[-1]
