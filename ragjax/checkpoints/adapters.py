@@ -20,7 +20,7 @@ from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
 from ragjax.checkpoints.name_tables import encoder_family, generator_family
-from ragjax.checkpoints.pretrained import PretrainedModel
+from ragjax.checkpoints.pretrained import UNUSED, PretrainedModel
 from ragjax.checkpoints.safetensors import SafetensorsReader
 from ragjax.config import Lora
 from ragjax.errors import InputError
@@ -133,10 +133,17 @@ def _weight_names(model: PretrainedModel) -> dict[str, str]:
         names, fused = generator.names(hf), generator.fused
     else:
         encoder = encoder_family(hf)
-        names, fused = encoder.names, encoder.fused
+        prefix = dpr_prefix(hf) if hf.get("model_type") == "dpr" else ""
+        names, fused = tuple((ours, prefix + theirs, None) for ours, theirs, _ in encoder.names), encoder.fused
     if fused:
         raise InputError(f"a {hf['model_type']} keeps several linear maps in one tensor, whose adapters PEFT has not")
     return {ours: theirs for ours, theirs, _ in names}
+
+
+def dpr_prefix(hf: Mapping[str, Any]) -> str:
+    """What DPR's classes put before the names of its encoder's tensors."""
+    context = "DPRContextEncoder" in (hf.get("architectures") or ())
+    return f"{'ctx_encoder' if context else 'question_encoder'}.bert_model."
 
 
 def peft_config(model: PretrainedModel, lora: Lora, base: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
@@ -201,7 +208,7 @@ def merge_peft(folder: Path, base: SafetensorsReader) -> Iterator[tuple[str, np.
                 "the model that they were trained with: --base SOURCE"
             )
         found[weights[0]] = pair
-    for name in sorted(base.names):
+    for name in sorted(name for name in base.names if not name.endswith(UNUSED)):
         weight = base.read(name)
         if name in found:
             a, b = (reader.read(found[name][leaf]) for leaf in "AB")

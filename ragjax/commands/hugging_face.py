@@ -20,6 +20,7 @@ import numpy as np
 from ragjax.checkpoints.adapters import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    dpr_prefix,
     merge_peft,
     peft_base,
     peft_config,
@@ -42,7 +43,6 @@ from ragjax.runs.run_dir import load_run_config
 from ragjax.terminal import terminal
 
 PARTS = {"question_encoder": "question_encoder_tokenizer", "generator": "generator_tokenizer"}
-DPR_PREFIX, CONTEXT_PREFIX = "question_encoder.bert_model.", "ctx_encoder.bert_model."
 GENERATION = "generation_config.json"
 RAG_SETTINGS = "rag.json"  # the RAG checkpoint's own settings, kept for the way back
 CONFIG = """\
@@ -226,9 +226,8 @@ def _generation(rag: RagPipeline) -> dict[str, Any]:
 
 def _tensors(encoder: PretrainedModel, params: Params) -> dict[str, np.ndarray]:
     """An encoder's tensors under the names that its own checkpoint has."""
-    context = "DPRContextEncoder" in (encoder.hf_config.get("architectures") or ())
-    prefix = CONTEXT_PREFIX if context else DPR_PREFIX
-    return encoder_tensors(encoder.hf_config, params, prefix if encoder.hf_config.get("model_type") == "dpr" else "")
+    hf = encoder.hf_config
+    return encoder_tensors(hf, params, dpr_prefix(hf) if hf.get("model_type") == "dpr" else "")
 
 
 def _check_expressible(rag: RagPipeline) -> None:

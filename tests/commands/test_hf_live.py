@@ -65,7 +65,7 @@ CASES = [  # family, seed, documents, longest source, longest answer, how the mo
 ADAPTED = [
     next(case for case in FAMILIES if case.kind == kind)
     for kind in (
-        *("BertModel", "DistilBertModel", "MPNetModel", "Qwen3Model"),
+        *("BertModel", "DPRQuestionEncoder", "DistilBertModel", "MPNetModel", "Qwen3Model"),
         *("LlamaForCausalLM", "Gemma2ForCausalLM", "BartForConditionalGeneration", "MT5ForConditionalGeneration"),
     )
 ]
