@@ -155,12 +155,14 @@ def parser() -> argparse.ArgumentParser:
     serve.add_argument("--deadline", type=_positive(float), metavar="SECONDS", help="of an answer; default: 60")
     serve.add_argument("--log-questions", action="store_true", help="else no question is logged")
     serve.add_argument("--untrained", action="store_true", help="with the pretrained models")
-    summary = "split a Hugging Face RAG checkpoint into what ragjax reads"
+    summary = "split a Hugging Face RAG checkpoint into what ragjax reads, or merge PEFT's adapters into their model"
     importing = command("import", summary, "ragjax import hf:ORG/RAG rag", config=False)
     importing.add_argument("source", metavar="SOURCE", help="a folder or hf:ORG/NAME@REVISION")
+    importing.add_argument("--base", metavar="SOURCE", help="the model that adapters belong to")
     summary = "write a run as Hugging Face checkpoints"
     exporting = command("export", summary, "ragjax export runs/factbook exported", config=False)
     exporting.add_argument("source", metavar="RUN", help="the output folder of a run")
+    exporting.add_argument("--merge", action="store_true", help="models with adapters as whole models")
     for sub in (importing, exporting):
         sub.add_argument("out", metavar="OUT", help="a folder that does not exist yet")
     summary = "compare all files of a run, an index or an exported folder with their checksums"

@@ -218,14 +218,14 @@ def _serve(options: argparse.Namespace) -> int:
 def _import(options: argparse.Namespace) -> int:
     from ragjax.commands.hugging_face import import_rag
 
-    _tell(f"imported: {import_rag(options.source, Path(options.out))}")
+    _tell(f"imported: {import_rag(options.source, Path(options.out), options.base)}")
     return 0
 
 
 def _export(options: argparse.Namespace) -> int:
     from ragjax.commands.hugging_face import export_rag
 
-    _tell(f"exported: {export_rag(Path(options.source), Path(options.out))}")
+    _tell(f"exported: {export_rag(Path(options.source), Path(options.out), options.merge)}")
     return 0
 
 

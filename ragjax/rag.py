@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from ragjax.checkpoints.adapters import with_adapters
 from ragjax.checkpoints.hub import ResolvedSource, checkpoint_folder, fetch, fingerprint_files
 from ragjax.checkpoints.pretrained import PretrainedModel, open_encoder, open_generator
 from ragjax.checkpoints.sentence_transformers import reads_lower_case, resolve_encoding
-from ragjax.config import Config, structure
+from ragjax.config import Config, adapted_maps, structure
 from ragjax.data.corpus import Passage
 from ragjax.data.prompt import Prompt, make_prompt
 from ragjax.data.question_batch import Tokenizers, tokenize_passages
@@ -124,23 +125,45 @@ def load_pipeline(config: Config) -> RagPipeline:
     _check_vocabulary(generator_folder, generator_tokenizer, generator)
     special = _special_tokens(generator, generator_tokenizer)
     _check_ends(config, special)
+    fingerprints = _index_fingerprints(
+        config, passage_encoder, passage_tokenizer, encoding.passage_template, generator_tokenizer
+    )
+    adapted, passage_encoder = adapt(config, "retriever", retriever), adapt_passages(config, retriever, passage_encoder)
     return RagPipeline(
         config=config,
-        retriever=retriever,
+        retriever=adapted,
         passage_encoder=passage_encoder,
-        generator=generator,
+        generator=adapt(config, "generator", generator),
         retriever_tokenizer=retriever_tokenizer,
         passage_tokenizer=passage_tokenizer,
         generator_tokenizer=generator_tokenizer,
         special=special,
         prompt=make_prompt(generator_tokenizer, g.prompt_template, framed=generator.config.encoder_decoder),
         sources=fetched,
-        fingerprints=_index_fingerprints(
-            config, passage_encoder, passage_tokenizer, encoding.passage_template, generator_tokenizer
-        ),
+        fingerprints=fingerprints,
         question_template=encoding.question_template,
         passage_template=encoding.passage_template,
     )
+
+
+def adapt(config: Config, name: str, model: PretrainedModel) -> PretrainedModel:
+    """The model of that name with the adapters of `train.lora`, if it has any. Raises `InputError`."""
+    if (maps := adapted_maps(config, name)) is None:
+        return model
+    try:
+        return with_adapters(model, maps, config.train.lora, config.seed)
+    except InputError as error:
+        raise InputError(f"train.lora.targets: {name}: {error}") from None
+
+
+def adapt_passages(config: Config, retriever: PretrainedModel, passage_encoder: PretrainedModel) -> PretrainedModel:
+    """The passage encoder with the adapters that it is trained with; where it is not trained, it has none."""
+    match config.train.passage_encoder:
+        case "shared":
+            return adapt(config, "retriever", retriever)
+        case "own":
+            return adapt(config, "passage_encoder", passage_encoder)
+    return passage_encoder
 
 
 def _index_fingerprints(

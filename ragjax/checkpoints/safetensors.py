@@ -82,14 +82,14 @@ def weight_files(checkpoint: Path) -> list[Path]:
 class SafetensorsReader:
     """A `TensorReader` of a folder's safetensors files."""
 
-    def __init__(self, checkpoint: Path) -> None:
-        """Raises `InputError` for a missing or damaged file, and for a tensor that two files have."""
+    def __init__(self, checkpoint: Path, file: str | None = None) -> None:
+        """Of all files, or of one. Raises `InputError` for a missing or damaged one, and a tensor that two have."""
         self._handles: dict[str, tuple[Path, Any]] = {}
-        for path in weight_files(checkpoint):
+        for path in weight_files(checkpoint) if file is None else [checkpoint / file]:
             if not path.is_file():
                 raise InputError(f"{path}: missing; fetch it again")
-            with path.open("rb") as file:
-                if file.read(len(LFS)) == LFS:
+            with path.open("rb") as beginning:
+                if beginning.read(len(LFS)) == LFS:
                     raise InputError(f"{path}: is a pointer of Git LFS and not the file itself; run: git lfs pull")
             with library_errors(f"{path}: not readable as safetensors", "fetch it again"):
                 handle = safe_open(path, framework="numpy")

@@ -15,27 +15,34 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
+from ragjax.checkpoints.adapters import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    dpr_prefix,
+    merge_peft,
+    peft_base,
+    peft_config,
+    peft_tensors,
+)
 from ragjax.checkpoints.hub import checkpoint_folder, fetch
 from ragjax.checkpoints.pretrained import PretrainedModel, encoder_tensors, generator_tensors
 from ragjax.checkpoints.safetensors import SafetensorsReader, write_safetensors
 from ragjax.checkpoints.sentence_transformers import write_sentence_modules
 from ragjax.checksums import write_checksums
-from ragjax.config import Config
+from ragjax.config import Config, Lora, adapted_maps
 from ragjax.data.tokenizer import Tokenizer
 from ragjax.errors import InputError
 from ragjax.files import partial_folder, read_json, shown
 from ragjax.models.hf_config import Fields, naming
 from ragjax.models.layers import Params
 from ragjax.rag import RagPipeline, generation_config, load_pipeline
-from ragjax.runs.restore import restore_params
+from ragjax.runs.restore import export_params
 from ragjax.runs.run_dir import load_run_config
 from ragjax.terminal import terminal
 
 PARTS = {"question_encoder": "question_encoder_tokenizer", "generator": "generator_tokenizer"}
-DPR_PREFIX, CONTEXT_PREFIX = "question_encoder.bert_model.", "ctx_encoder.bert_model."
 GENERATION = "generation_config.json"
 RAG_SETTINGS = "rag.json"  # the RAG checkpoint's own settings, kept for the way back
 CONFIG = """\
@@ -72,12 +79,18 @@ UNSUPPORTED = {"no_repeat_ngram_size": 0, "repetition_penalty": 1.0, "num_beam_g
 CLASSES = {"rag_sequence": "RagSequenceForGeneration", "rag_token": "RagTokenForGeneration"}
 
 
-def import_rag(source: str, out: Path) -> Path:
+def import_rag(source: str, out: Path, base: str | None = None) -> Path:
     """Writes question_encoder/, generator/ and config.yaml into the new folder `out`, and returns it.
 
-    Raises `InputError` for a source that holds no RAG checkpoint or tensors of neither part, and if `out` exists.
+    Of PEFT's adapters it writes the model that they make: see `import_adapters`, which `base` is for. Raises
+    `InputError` for a source that holds no RAG checkpoint or tensors of neither part, and if `out` exists.
     """
-    checkpoint = checkpoint_folder(fetch(source).path)
+    path = fetch(source).path
+    if (path / ADAPTER_CONFIG).is_file():
+        return import_adapters(path, base, out)
+    if base is not None:
+        raise InputError(f"--base is for PEFT's adapters, and {path} has no {ADAPTER_CONFIG}; leave it out")
+    checkpoint = checkpoint_folder(path)
     hf = read_json(checkpoint / "config.json")
     if hf.get("model_type") != "rag" or not all(isinstance(hf.get(part), dict) for part in PARTS):
         raise InputError(f"{checkpoint}: not a RAG checkpoint: its config.json has model_type {hf.get('model_type')!r}")
@@ -103,29 +116,55 @@ def import_rag(source: str, out: Path) -> Path:
     return out
 
 
-def export_rag(run: Path, out: Path) -> Path:
+def import_adapters(folder: Path, base: str | None, out: Path) -> Path:
+    """Writes into the new folder `out` the model that PEFT's adapters were trained for, W + s·B·A for W, in float32.
+
+    `base` is its source, by default the one that adapter_config.json names. Raises `InputError` for adapters that are
+    not plain LoRA or belong to another model, and if `out` exists.
+    """
+    whole = checkpoint_folder(fetch(base or peft_base(folder)).path)
+    if whole.is_file():
+        raise InputError(f"{whole}: adapters are not merged into GGUF; give the Hugging Face folder as --base")
+    tensors = dict(merge_peft(folder, SafetensorsReader(whole)))
+    with _writing(out) as partial:
+        write_safetensors(partial / "model.safetensors", tensors)
+        for file in whole.iterdir():
+            if file.suffix in (".json", ".txt", ".model") and not file.name.endswith(".index.json"):
+                shutil.copy(file, partial / file.name)
+    return out
+
+
+def export_rag(run: Path, out: Path, merge: bool = False) -> Path:
     """Writes a run's newest checkpoint (or else its pretrained models) into the new folder `out`, and returns it.
 
     With BART or T5, `out` is a folder that Hugging Face's RagSequenceForGeneration loads; otherwise it holds a folder
     for each model, question_encoder/ and generator/, that transformers loads by itself, and sentence-transformers the
     encoder as it was used (but for DPR's). Contrastive training leaves no generator; passages' own encoder, where it
-    was trained, is in passage_encoder/. checksums.json is for `ragjax verify`. Raises `InputError`.
+    was trained, is in passage_encoder/. Of a model with adapters its folder holds these, as PEFT writes them, or with
+    `merge` the whole model. checksums.json is for `ragjax verify`. Raises `InputError`.
     """
     config = load_run_config(run)
-    rag = load_pipeline(config)
-    trained = restore_params(rag, exact=True)
-    params = jax.device_get(trained[0] if trained else rag.initial_params())
-    whole = rag.generator.config.encoder_decoder and config.train.objective == "marginal"
+    rag, lora = load_pipeline(config), config.train.lora
+    if merge and lora.rank is None:
+        raise InputError(f"{run}: has no adapters to merge; leave out --merge")
+    params = export_params(rag, merge)
+    peft = {} if merge else _peft_bases(config)
+    whole = rag.generator.config.encoder_decoder and config.train.objective == "marginal" and not peft
     if whole:
         _check_expressible(rag)
     encoders = {"question_encoder": (rag.retriever, params["retriever"], rag.retriever_tokenizer)}
     if config.train.passage_encoder == "own":
         encoders["passage_encoder"] = (rag.passage_encoder, params["passage_encoder"], rag.passage_tokenizer)
+    models = {name: (model, own, tokenizer, peft.get(name)) for name, (model, own, tokenizer) in encoders.items()}
+    if "generator" in peft:
+        models["generator"] = rag.generator, params["generator"], rag.generator_tokenizer, peft["generator"]
     parts = {
         name: _Part(model.hf_config, _tensors(model, own), tokenizer)
-        for name, (model, own, tokenizer) in encoders.items()
+        if base is None
+        else _adapters_part(model, lora, base, own, tokenizer)
+        for name, (model, own, tokenizer, base) in models.items()
     }
-    if config.train.objective == "marginal":
+    if config.train.objective == "marginal" and "generator" not in peft:
         tensors = generator_tensors(rag.generator.hf_config, params["generator"])
         parts["generator"] = _Part(rag.generator.hf_config, tensors, rag.generator_tokenizer, _generation(rag))
     with _writing(out) as partial:
@@ -139,11 +178,11 @@ def export_rag(run: Path, out: Path) -> Path:
             place.mkdir()
             part.tokenizer.save(place)
             if name not in joined:
-                write_safetensors(place / "model.safetensors", part.tensors)
-                _write_json(place / "config.json", part.hf_config)
+                write_safetensors(place / (ADAPTER_WEIGHTS if name in peft else "model.safetensors"), part.tensors)
+                _write_json(place / (ADAPTER_CONFIG if name in peft else "config.json"), part.hf_config)
                 if part.generation:
                     _write_json(place / GENERATION, part.generation)
-            if name in encoders and part.hf_config.get("model_type") != "dpr":
+            if name in encoders and name not in peft and part.hf_config.get("model_type") != "dpr":
                 model, own, _ = encoders[name]
                 write_sentence_modules(place, model.config, own, rag.question_template, rag.passage_template)
         write_checksums(partial)
@@ -154,10 +193,29 @@ def export_rag(run: Path, out: Path) -> Path:
 class _Part:
     """One model of an exported folder."""
 
-    hf_config: Mapping[str, Any]  # its config.json
+    hf_config: Mapping[str, Any]  # its config.json, or adapter_config.json
     tensors: dict[str, np.ndarray]
     tokenizer: Tokenizer
     generation: Mapping[str, Any] | None = None  # its generation_config.json
+
+
+def _peft_bases(config: Config) -> dict[str, str]:
+    """The folder of each model that has adapters, and the source of the weights beside them."""
+    r = config.retriever
+    sources = {
+        "question_encoder": ("retriever", r.source),
+        "passage_encoder": ("passage_encoder", r.passage_encoder or r.source),
+        "generator": ("generator", config.generator.source),
+    }
+    return {name: source for name, (model, source) in sources.items() if adapted_maps(config, model) is not None}
+
+
+def _adapters_part(model: PretrainedModel, lora: Lora, base: str, params: Params, tokenizer: Tokenizer) -> _Part:
+    try:
+        tensors = peft_tensors(model, params)
+    except InputError as error:
+        raise InputError(f"{base}: {error}; export it with --merge") from None
+    return _Part(peft_config(model, lora, base, tensors), tensors, tokenizer)
 
 
 def _generation(rag: RagPipeline) -> dict[str, Any]:
@@ -168,9 +226,8 @@ def _generation(rag: RagPipeline) -> dict[str, Any]:
 
 def _tensors(encoder: PretrainedModel, params: Params) -> dict[str, np.ndarray]:
     """An encoder's tensors under the names that its own checkpoint has."""
-    context = "DPRContextEncoder" in (encoder.hf_config.get("architectures") or ())
-    prefix = CONTEXT_PREFIX if context else DPR_PREFIX
-    return encoder_tensors(encoder.hf_config, params, prefix if encoder.hf_config.get("model_type") == "dpr" else "")
+    hf = encoder.hf_config
+    return encoder_tensors(hf, params, dpr_prefix(hf) if hf.get("model_type") == "dpr" else "")
 
 
 def _check_expressible(rag: RagPipeline) -> None:

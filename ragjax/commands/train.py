@@ -41,7 +41,7 @@ from ragjax.retrieval.index import Index, check_k
 from ragjax.retrieval.refresh import IndexRefresher, refreshed_at
 from ragjax.runs.checkpointer import Checkpointer, newest_step
 from ragjax.runs.metrics_log import check_finite_metrics, log_steps
-from ragjax.runs.restore import check_start, load_artifacts, open_split, restore_or_initialize
+from ragjax.runs.restore import base_fingerprints, check_start, load_artifacts, open_split, restore_or_initialize
 from ragjax.runs.run_dir import (
     LEFT_OUT,
     changes_since,
@@ -58,7 +58,7 @@ from ragjax.training.data_loader import BatchBuilder, Pair, TrainLoader, TrainQu
 from ragjax.training.fused_retrieval import corpus_with_tokens
 from ragjax.training.index_refresh import complete_index, refresh_index, restore_index
 from ragjax.training.optimizer import partition_params
-from ragjax.training.state import TrainState, abstract_state
+from ragjax.training.state import TrainState, abstract_state, saved_part
 from ragjax.training.step import make_gradient_error, make_nll, make_train_step
 
 MANY_EPOCHS = 20  # above which a run may learn its questions by heart
@@ -101,6 +101,7 @@ class Run:
     checkpoints: Checkpointer
     log: Callable[[int, dict[str, float]], None]
     state: TrainState
+    base: dict[str, str]  # fingerprints of the weights beside adapters
 
     @property
     def rag(self) -> RagPipeline:
@@ -154,7 +155,7 @@ def _train(config: Config, signals: Signals) -> Path:
             builder.index = refresher.index
         corpus = place_corpus(data, mesh)
         log = stack.enter_context(log_steps(folder, done, config))
-        run = Run(data, corpus, builder, loader, refresher, checkpoints, log, state)
+        run = Run(data, corpus, builder, loader, refresher, checkpoints, log, state, base_fingerprints(data.rag))
         run_steps(run, signals)
         if refresher is not None and not refresher.is_complete(config.train.steps):
             checkpoints.wait()
@@ -347,10 +348,12 @@ def save(run: Run, number: int, dev_loss: float | None) -> None:
         "config": run.rag.config.model_dump(mode="json"),
         "questions": run.data.fingerprint,
     }
+    if run.base:
+        metadata["base"] = run.base
     if run.refresher is not None:
         metadata["refresh"] = run.refresher.saved()
         run.refresher.keep_only(refreshed_at(other.get("refresh", {})) for other in run.checkpoints.every_metadata())
-    run.checkpoints.save(number, run.state, metadata, dev_loss)
+    run.checkpoints.save(number, saved_part(run.state), metadata, dev_loss)
 
 
 def measure_dev_loss(run: Run, nll: Callable[..., Any], number: int) -> float | None:

@@ -3,8 +3,10 @@
 from ragjax.config.answer_keys import Decode, Evaluate
 from ragjax.config.data_keys import Corpus, PassageColumns, QuestionColumns, Questions
 from ragjax.config.derived import (
+    adapted_maps,
     answer_modes,
     check_mode,
+    drops_out,
     most_documents,
     reads_corpus,
     refreshes,
@@ -28,6 +30,7 @@ from ragjax.config.keys import (
     schema,
     structure,
 )
+from ragjax.config.train_keys import Lora
 
 __all__ = [
     "ON_DEVICES",
@@ -37,6 +40,7 @@ __all__ = [
     "Evaluate",
     "Generator",
     "Index",
+    "Lora",
     "Mesh",
     "PassageColumns",
     "QuestionColumns",
@@ -44,9 +48,11 @@ __all__ = [
     "Refresh",
     "Retriever",
     "Train",
+    "adapted_maps",
     "answer_modes",
     "check_mode",
     "default_config",
+    "drops_out",
     "dump_config",
     "get_key",
     "load_config",

@@ -6,6 +6,20 @@ from ragjax.config.keys import Config
 from ragjax.errors import InputError
 
 
+def drops_out(config: Config) -> bool:
+    """Whether a training step draws dropout."""
+    return max(config.train.dropout, config.train.lora.dropout if config.train.lora.rank else 0.0) > 0
+
+
+def adapted_maps(config: Config, model: str) -> tuple[str, ...] | None:
+    """The linear maps of a model that get adapters, () for all of its layers'; None where the model has none."""
+    if config.train.lora.rank is None:
+        return None
+    named = [target.partition(".") for target in config.train.lora.targets]
+    maps = [name for of, _, name in named if of == model]
+    return None if not maps else () if "" in maps else tuple(maps)
+
+
 def refreshes(config: Config) -> bool:
     """Whether the index is built anew during training, and not only at its end."""
     return config.refresh.every is not None or config.refresh.min_overlap is not None

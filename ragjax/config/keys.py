@@ -31,6 +31,7 @@ from ragjax.config.reading import (
     reference_page,
     template,
 )
+from ragjax.config.train_keys import Lora
 
 ON_DEVICES = ("exact", "approximate")  # an index.kind that the devices search; any other is FAISS's
 
@@ -129,7 +130,14 @@ class Train(Section):
     generator_lr: NonNegativeFloat = Field(3e-5, description="The generator's highest learning rate.")
     warmup_steps: NonNegativeInt = Field(0, description="Steps in which learning rates rise from 0.")
     lr_schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="How learning rates fall.")
-    weight_decay: NonNegativeFloat = Field(0.0, description="AdamW's weight decay.")
+    optimizer: Literal["adamw", "adamw_bfloat16", "adafactor"] = Field(
+        "adamw",
+        description="AdamW, the same with first moments in bfloat16, or Adafactor, whose second moments are factored.",
+    )
+    weight_decay: NonNegativeFloat = Field(0.0, description="The share of a weight that goes, times the learning rate.")
+    weight_decay_on: Literal["matrices", "all"] = Field(
+        "matrices", description="Whether weight decay leaves out norms and biases."
+    )
     max_grad_norm: PositiveFloat = Field(1.0, description="The largest gradient norm of each model.")
     passage_encoder: Literal["frozen", "shared", "own"] = Field(
         "frozen", description="Whether fixed weights, the trained retriever, or weights of its own encode passages."
@@ -137,7 +145,8 @@ class Train(Section):
     prefetch_retrieval: bool = Field(
         False, description="Search for the next step before a step ends, with queries that are one step old."
     )
-    frozen_params: Texts = Field((), description="Prefixes of parameters not to train, such as generator.embed.")
+    frozen_params: Texts = Field((), description="What not to train, such as generator.embed or generator.layers.0-11.")
+    lora: Lora = Lora()
     dropout: Probability = Field(0.0, description="The share of activations that are set to 0.")
     label_smoothing: Probability = Field(0.0, description="The weight of the uniform distribution in targets.")
     exclude_bos: bool = Field(False, description="Do not count the <s> with which BART's answers begin.")
@@ -198,7 +207,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
         problems = _check_corpus(self.corpus) + _check_lengths(self) + _check_search(self) + _check_refresh(self)
-        problems += _check_contrastive(self) + _check_model(self) + _check_modes(self)
+        problems += _check_contrastive(self) + _check_model(self) + _check_modes(self) + _check_lora(self.train)
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -346,6 +355,17 @@ def _check_contrastive(config: Config) -> list[str]:
             "but one are sought there"
         )
     return problems
+
+
+def _check_lora(train: Train) -> list[str]:
+    """What has adapters must be trained."""
+    trained = ["retriever", *(["generator"] if train.objective == "marginal" else [])]
+    trained += ["passage_encoder"] if train.passage_encoder == "own" else []
+    wrong = [target for target in train.lora.targets if target.partition(".")[0] not in trained]
+    if train.lora.rank is None or (train.lora.targets and not wrong):
+        return []
+    named = f"names {', '.join(wrong)}" if wrong else "names nothing"
+    return [f"train.lora.targets {named}; this run trains {', '.join(trained)}"]
 
 
 def _check_model(config: Config) -> list[str]:

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from ragjax.models.layers import Linear
+
 NEGATIVE = -1e30  # masks attention logits: finite, so that a fully masked row gives no NaN
 
 
@@ -21,8 +23,8 @@ class Attention(nnx.Module):
     def __init__(self, hidden_size: int, num_heads: int, head_dim: int, bias: bool, dtype: str, rngs: nnx.Rngs):
         self.num_heads = num_heads
 
-        def linear(size_in: int, size_out: int) -> nnx.Linear:
-            return nnx.Linear(size_in, size_out, use_bias=bias, dtype=jnp.dtype(dtype), rngs=rngs)
+        def linear(size_in: int, size_out: int) -> Linear:
+            return Linear(size_in, size_out, use_bias=bias, dtype=jnp.dtype(dtype), rngs=rngs)
 
         self.query, self.key, self.value = (linear(hidden_size, num_heads * head_dim) for _ in range(3))
         self.output = linear(num_heads * head_dim, hidden_size)

@@ -15,7 +15,7 @@ from flax import nnx, struct
 from jaxtyping import Array, Bool, Float, Int
 
 from ragjax.models.attention import AttentionSource
-from ragjax.models.layers import scan_layers
+from ragjax.models.layers import ADAPT_ANSWER, ADAPT_PROMPT, RowRngs, fold_rngs, scan_layers
 from ragjax.parallel.by_device import split_heads
 
 
@@ -126,6 +126,7 @@ def decode_layers(
     attention_mask: Bool[Array, "#n #G M P"],
     bias: Float[Array, "#n #G M P H"] | None = None,
     remat: bool = False,
+    dropout_rngs: RowRngs | None = None,
 ) -> tuple[Float[Array, "n G M D"], KVCache | None]:
     """The new tokens x after all the stacked layers of a decoder, and the pool with their keys and values.
 
@@ -138,6 +139,7 @@ def decode_layers(
         attention_mask: which slots of the pool, or else tokens of its group, each new token sees.
         bias: added to the attention logits of what `attention_mask` is about, in every layer.
         remat: whether each layer is computed again going backward (see `scan_layers`).
+        dropout_rngs: one a row, for the dropout of adapters.
     """
 
     def step(layer: Any, carry: tuple[Array, KVCache | None], inputs: tuple[Array, Array, Array]) -> tuple[Any, None]:
@@ -148,7 +150,7 @@ def decode_layers(
         return (x, cache.pool), None
 
     xs = (memory.keys, memory.values, jnp.arange(memory.keys.shape[0]))
-    (hidden, pool), _ = scan_layers(layers, step, (x, past), xs, remat)
+    (hidden, pool), _ = scan_layers(layers, step, (x, past), xs, remat, fold_rngs(dropout_rngs, ADAPT_ANSWER))
     return hidden, None if pool is None else pool.advance(x.shape[1] * x.shape[2])
 
 
@@ -158,15 +160,16 @@ def cross_attention_memory(
     mask: Bool[Array, "n S"],
     start: int,
     remat: bool = False,
+    dropout_rngs: RowRngs | None = None,
 ) -> DocumentMemory:
     """The memory of an encoder–decoder: the keys and values of `encoded` for the `cross` attention of each layer.
 
-    `start` is the token from which every answer begins, at position 0.
+    `start` is the token from which every answer begins, at position 0; `dropout_rngs` are for adapters.
     """
 
     def project(layer: Any, nothing: None, _: None) -> tuple[None, tuple[Array, Array]]:
         return nothing, layer.cross.keys_and_values(encoded)
 
-    _, (keys, values) = scan_layers(layers, project, None, None, remat)
+    _, (keys, values) = scan_layers(layers, project, None, None, remat, fold_rngs(dropout_rngs, ADAPT_PROMPT))
     n = mask.shape[0]
     return DocumentMemory(keys, values, mask, jnp.zeros(n, jnp.int32), jnp.full(n, start, jnp.int32))

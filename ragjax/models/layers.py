@@ -1,8 +1,11 @@
-"""What every model family shares: stacked layers, dropout by row, activations, and how activations are sharded."""
+"""What every model family shares: stacked layers, linear maps and their adapters, dropout by row, activations.
+
+And how activations are sharded.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,8 +15,13 @@ from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
+from ragjax.errors import InputError
+
 Params = dict[str, Any]  # a nested dict of arrays, as `nnx.to_pure_dict` gives it
 RowRngs = Key[Array, " n"]  # one PRNG key a row, for dropout
+
+ADAPTERS = "lora_a", "lora_b"  # the names of an adapter's parameters
+ADAPT_PROMPT, ADAPT_ANSWER = 2**20, 2**20 + 1  # by which row keys are folded for adapters: no layer has these numbers
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": partial(jax.nn.gelu, approximate=False),
@@ -25,27 +33,92 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
+class Linear(nnx.Linear):
+    """x·W + b, and, where the map has adapters, + s · dropout(x)·A·B (Hu et al. 2021): W + s·A·B is never made.
+
+    `add_adapters` gives A [in, rank] and B [rank, out], with a leading axis where layers are stacked.
+    """
+
+    lora_a: nnx.Param[Any]
+    lora_b: nnx.Param[Any]
+    lora_scale: float = 0.0
+    lora_dropout: float = 0.0
+    lora_rngs: RowRngs | None = None  # as `scan_layers` gives them to a layer
+
+    def __call__(self, x: Float[Array, "n ... D"]) -> Float[Array, "n ... E"]:  # type: ignore[override]
+        """Computed in the module's type."""
+        y = super().__call__(x)
+        if not hasattr(self, "lora_a"):
+            return y
+        x, a, b = (jnp.asarray(array, self.dtype) for array in (x, self.lora_a[...], self.lora_b[...]))
+        return y + self.lora_scale * ((dropout(x, self.lora_rngs, self.lora_dropout) @ a) @ b)
+
+
+def add_adapters(module: nnx.Module, names: Collection[str], rank: int, alpha: float, rate: float) -> None:
+    """Gives adapters, with s = alpha / rank, to the linear maps of stacked layers that have these names.
+
+    Without names all get them. `module` is abstract. Raises `InputError` for a name that no linear map has.
+    """
+    shapes = nnx.traversals.flatten_mapping(split_parameters(module)[1])
+    parts = {path: part for path, part in nnx.iter_modules(module) if isinstance(part, Linear) and "layers" in path}
+    known = {str(path[-1]) for path in parts}
+    if unknown := sorted(set(names) - known):
+        raise InputError(f"no linear map is called {', '.join(unknown)}; there are {', '.join(sorted(known))}")
+    for path, part in parts.items():
+        if not names or path[-1] in names:
+            layers, size_in, size_out = shapes[*path, "kernel"].shape
+            part.lora_a = nnx.Param(jax.ShapeDtypeStruct((layers, size_in, rank), jnp.float32))
+            part.lora_b = nnx.Param(jax.ShapeDtypeStruct((layers, rank, size_out), jnp.float32))
+            part.lora_scale, part.lora_dropout = alpha / rank, rate
+
+
+def is_adapter(path: Sequence[str]) -> bool:
+    """Whether the parameter at a path is an adapter's."""
+    return path[-1] in ADAPTERS
+
+
+def _linear_maps(module: nnx.Module) -> list[Linear]:
+    """In an order that is always the same."""
+    return [part for _, part in nnx.iter_modules(module) if isinstance(part, Linear)]
+
+
 def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
     """One module whose parameters have a leading axis of `count` layers, so that compile time ignores depth."""
     return nnx.vmap(make, in_axes=0, out_axes=0)(rngs.split(count))
 
 
-def scan_layers(layers: nnx.Module, step: Callable, carry: Any, xs: Any = None, remat: bool = False) -> tuple[Any, Any]:
+def scan_layers(
+    layers: nnx.Module,
+    step: Callable,
+    carry: Any,
+    xs: Any = None,
+    remat: bool = False,
+    adapter_rngs: RowRngs | None = None,
+) -> tuple[Any, Any]:
     """Runs `step(layer, carry, x) -> (carry, y)` through stacked layers.
 
     Going backward, `remat` computes each layer again; without it matrix products with parameters are kept, and only
     what lies between them is computed again: that is faster than to keep everything, and takes half the memory.
+    `adapter_rngs` draw the dropout of adapters, in each layer other ones.
     """
     graph, params = nnx.split(layers)
+    numbers = None
+    if adapter_rngs is not None and any(part.lora_dropout > 0 for part in _linear_maps(layers)):
+        numbers = jnp.arange(jax.tree.leaves(params)[0].shape[0])
 
-    def body(carry: Any, inputs: tuple[Any, Any]) -> tuple[Any, Any]:
-        layer_params, x = inputs
-        carry, y = step(nnx.merge(graph, layer_params), carry, x)
+    def body(carry: Any, inputs: tuple[Any, Any, Any]) -> tuple[Any, Any]:
+        layer_params, x, number = inputs
+        layer = nnx.merge(graph, layer_params)
+        if number is not None:
+            of_layer = fold_rngs(adapter_rngs, number)
+            for at, part in enumerate(_linear_maps(layer)):
+                part.lora_rngs = fold_rngs(of_layer, at)
+        carry, y = step(layer, carry, x)
         return split_by_rows(carry), y
 
     policy = None if remat else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     body = jax.checkpoint(body, policy=policy, prevent_cse=False)  # a loop's body needs no guard against CSE
-    return jax.lax.scan(body, split_by_rows(carry), (params, xs))
+    return jax.lax.scan(body, split_by_rows(carry), (params, xs, numbers))
 
 
 def split_by_rows(activations: Any) -> Any:
@@ -100,7 +173,11 @@ def computation_types(module: nnx.Module) -> Params:
     types = nnx.traversals.flatten_mapping(split_parameters(module)[1])
     for path, part in nnx.iter_modules(module):
         if isinstance(part, nnx.Linear | nnx.Embed) and part.dtype is not None:
-            own = {leaf: types[leaf] for name in ("kernel", "bias", "embedding") if (leaf := (*path, name)) in types}
+            own = {
+                leaf: types[leaf]
+                for name in ("kernel", "bias", "embedding", *ADAPTERS)
+                if (leaf := (*path, name)) in types
+            }
             types |= {leaf: jax.ShapeDtypeStruct(array.shape, part.dtype) for leaf, array in own.items()}
     return nnx.traversals.unflatten_mapping(types)
 

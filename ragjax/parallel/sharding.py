@@ -30,11 +30,13 @@ def parameter_spec(
     """
     spec: list[str | None] = [None] * len(shape)
     module = names[-2] if len(names) > 1 else ""
-    at = None if names[-1] == "bias" and SPLIT.get(module) == -2 else SPLIT.get(module)
+    at = SPLIT.get(module)
+    if (names[-1], at) in (("bias", -2), ("lora_a", -1), ("lora_b", -2)):  # what the split dimension does not reach
+        at = None
     at = 0 if names[-1] == "embedding" and module in VOCABULARY else at
     if at is not None and mesh.shape["model"] > 1 and (heads or shape[at]) % mesh.shape["model"] == 0:
         spec[at] = "model"
-    if fsdp and names[-1] in ("kernel", "embedding", "bias", "scale"):
+    if fsdp and names[-1] in ("kernel", "embedding", "bias", "scale", "lora_a", "lora_b"):
         first = 1 if "layers" in names else 0
         free = [d for d in range(first, len(shape)) if spec[d] is None and shape[d] % mesh.shape["data"] == 0]
         if free:

@@ -24,7 +24,7 @@ from ragjax.files import read_json
 from ragjax.models.generator import SpecialTokens
 from ragjax.parallel.mesh import Command, check_batch, command_mesh, make_mesh
 from ragjax.planning.rows import Unknown
-from ragjax.rag import RagModel, check_lengths
+from ragjax.rag import RagModel, adapt, adapt_passages, check_lengths
 from ragjax.retrieval.faiss_index import check_kind
 from ragjax.retrieval.index import MANIFEST
 from ragjax.training.optimizer import partition_params
@@ -99,6 +99,12 @@ def open_inputs(config: Config, mesh: Mesh) -> PlanInputs:
     retriever = encoder(r.source, dropout)
     passage_encoder = encoder(r.passage_encoder, 0.0) if r.passage_encoder else retriever
     generator = _open(fetched[g.source], generator_of)
+    if isinstance(retriever, PretrainedModel):
+        if isinstance(passage_encoder, PretrainedModel):
+            passage_encoder = adapt_passages(config, retriever, passage_encoder)
+        retriever = adapt(config, "retriever", retriever)
+    if isinstance(generator, PretrainedModel):
+        generator = adapt(config, "generator", generator)
     inputs = PlanInputs(config, mesh, retriever, passage_encoder, generator, count)
     if isinstance(retriever, PretrainedModel) and isinstance(generator, PretrainedModel):
         check_lengths(config, retriever, generator)

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 
+import jax
+
 from ragjax.config import reads_corpus, refreshes, train_documents
 from ragjax.planning.inputs import PlanInputs
 from ragjax.planning.program_cost import Cost, bytes_each, compiled_cost, flops_text, matmul_flops
@@ -14,10 +16,16 @@ from ragjax.planning.rows import Number, Row, Unknown, make_row
 from ragjax.planning.shared_rows import parameters_row, questions_text, search_row, split_text
 from ragjax.resources import size_text
 from ragjax.training.optimizer import partition_params
-from ragjax.training.state import abstract_state
+from ragjax.training.state import abstract_state, saved_part
 from ragjax.training.step import step_arguments, trace_step, train_programs
 
 STEP_TIME = "time of a step, at least"
+
+MOMENTS = {
+    "adamw": "AdamW: two float32 moments",
+    "adamw_bfloat16": "AdamW: moments in bfloat16 and float32",
+    "adafactor": "Adafactor: one float32 moment, factored,",
+}
 
 
 def train_rows(inputs: PlanInputs, chip: Chip | None) -> list[Row]:
@@ -76,16 +84,17 @@ def _compile_step(inputs: PlanInputs, remat: bool) -> tuple[int, Cost]:
 
 
 def _optimizer(inputs: PlanInputs) -> Number:
-    state = abstract_state(inputs.rag(), inputs.mesh)
-    return bytes_each(
-        state.optimizer
-    ), f"AdamW: two float32 moments of what is trained{split_text(inputs.mesh, inputs.config.mesh.fsdp)}"
+    state, moments = abstract_state(inputs.rag(), inputs.mesh), MOMENTS[inputs.config.train.optimizer]
+    split = split_text(inputs.mesh, inputs.config.mesh.fsdp)
+    return bytes_each(state.optimizer), f"{moments} of what is trained{split}"
 
 
 def _gradients(inputs: PlanInputs) -> Number:
     params = abstract_state(inputs.rag(), inputs.mesh).params
     trained, _ = partition_params(params, inputs.config.train.frozen_params)
-    return bytes_each(trained), "float32, of what is trained; part of the temporaries below"
+    count, all_of = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (trained, params))
+    share = "" if count == all_of else f": {count:,} of {all_of:,} parameters"
+    return bytes_each(trained), f"float32, of what is trained{share}; part of the temporaries below"
 
 
 def _temporaries(inputs: PlanInputs, cost: Cost) -> Number:
@@ -99,7 +108,7 @@ def _temporaries(inputs: PlanInputs, cost: Cost) -> Number:
 
 def _checkpoints(inputs: PlanInputs) -> Number:
     keep = inputs.config.train.keep_checkpoints
-    size = bytes_each(abstract_state(inputs.rag(), inputs.one_device))
+    size = bytes_each(saved_part(abstract_state(inputs.rag(), inputs.one_device)))
     return (keep + 1) * size, f"at most: {keep} kept and one being written, {size_text(size)} each"
 
 

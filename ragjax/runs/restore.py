@@ -10,15 +10,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from ragjax.checkpoints.adapters import adapters_only, join_trees, merged, without_adapters
 from ragjax.checkpoints.hub import fingerprint_files
-from ragjax.config import Config
+from ragjax.config import Config, adapted_maps
 from ragjax.data.passage_store import PassageStore
 from ragjax.data.questions import Split, read_split
 from ragjax.errors import InputError
 from ragjax.files import cache_folder
 from ragjax.models.layers import Params
 from ragjax.parallel.mesh import local_mesh
-from ragjax.rag import RagPipeline, load_pipeline
+from ragjax.rag import RagModel, RagPipeline, load_pipeline
 from ragjax.retrieval.bm25 import check_bm25, open_bm25
 from ragjax.retrieval.index import MANIFEST, Index, check_built, check_listed, open_index
 from ragjax.retrieval.refresh import refreshed_at, refreshed_index, version_folder
@@ -28,9 +29,11 @@ from ragjax.terminal import terminal
 from ragjax.training.state import (
     TrainState,
     abstract_state,
+    base_part,
     for_inference,
     inference_params,
     init_train_state,
+    saved_part,
     unsplit_modules,
 )
 
@@ -114,7 +117,7 @@ def restore_params(
     wanted = inference_params(rag, mesh or local_mesh(data=1))
     if exact:
         wanted = jax.tree.map(lambda leaf: leaf.update(dtype=jnp.float32), wanted)
-    restored = _restore(rag.config, {name: part for name, part in wanted.items() if name in rag.parts}, step)
+    restored = _restore(rag, {name: part for name, part in wanted.items() if name in rag.parts}, step)
     if restored is None:
         return None
     step, params = restored
@@ -123,16 +126,58 @@ def restore_params(
     return params | {name: models[name].load_params(wanted[name]) for name in wanted.keys() - params.keys()}, step
 
 
-def _restore(config: Config, abstract_params: Params, step: int | None = None) -> tuple[int, Params] | None:
+def export_params(rag: RagPipeline, merge: bool) -> Params:
+    """The parameters of a run's newest checkpoint in float32, on the host, or else the pretrained ones.
+
+    Of a model that has adapters these alone, or, to `merge`, its weights with them.
+    """
+    lora = rag.config.train.lora
+    if lora.rank is None or merge:
+        restored = restore_params(rag, exact=True)
+        params = jax.device_get(restored[0] if restored else rag.initial_params())
+        return {name: merged(part, lora.alpha / (lora.rank or 1)) for name, part in params.items()}
+    few, trained = {name: adapters_only(part) for name, part in rag.abstract_params().items()}, None
+    if (Path(rag.config.output) / "checkpoints").is_dir():
+        check_same_models(rag.config)
+        trained = _restore_saved(rag, few, None)
+    return jax.device_get(trained[1] if trained else rag.initial_params(few))
+
+
+def _restore(rag: RagPipeline, abstract_params: Params, step: int | None = None) -> tuple[int, Params] | None:
     """As `restore_params`, of any configuration; each parameter gets the type and sharding of `abstract_params`."""
+    saved = {name: adapters_only(part) for name, part in abstract_params.items()}
+    restored = _restore_saved(rag, saved, step)
+    if restored is None:
+        return None
+    step, params = restored
+    base = {name: without_adapters(part) for name, part in abstract_params.items()}
+    return step, join_trees(params, rag.initial_params({name: part for name, part in base.items() if part}))
+
+
+def _restore_saved(rag: RagPipeline, saved: Params, step: int | None) -> tuple[int, Params] | None:
+    """What a checkpoint holds of the parameters. Raises `InputError` where its adapters belong to other weights."""
+    config, base = rag.config, base_fingerprints(rag)
     folder = Path(config.output) / "checkpoints"
     with Checkpointer(folder, keep=config.train.keep_checkpoints, writing=False) as checkpoints:
 
         def load(step: int) -> Any:
-            return checkpoints.restore_params(step, abstract_params)
+            params = checkpoints.restore_params(step, saved)
+            before = checkpoints.metadata(step).get("base", {})
+            if differ := sorted(name for name in base if before.get(name) != base[name]):
+                raise InputError(
+                    f"{folder / str(step)}: its adapters were trained beside other weights than those of the "
+                    f"{' and '.join(differ)} are now; bring the old ones back"
+                )
+            return params
 
         restore = checkpoints.restore_best if config.train.keep_best else checkpoints.restore_latest
         return restore(load) if step is None else (step, load(step))
+
+
+def base_fingerprints(rag: RagModel) -> dict[str, str]:
+    """Of each model that has adapters, that of the files of the weights beside them."""
+    adapted = (name for name in rag.parts if adapted_maps(rag.config, name) is not None)
+    return {name: fingerprint_files(rag.parts[name].files) for name in adapted}
 
 
 def check_start(rag: RagPipeline) -> None:
@@ -143,11 +188,20 @@ def check_start(rag: RagPipeline) -> None:
     if (start_from := rag.config.train.start_from) is None:
         return
     start, ours = f"train.start_from: {start_from}", rag.config.train.passage_encoder
-    theirs = load_run_config(Path(start_from)).train.passage_encoder
+    other = load_run_config(Path(start_from)).train
+    theirs = other.passage_encoder
     if theirs != ours:
         raise InputError(
             f"{start} has train.passage_encoder={theirs}, and this run {ours}; use the same, or export that run and "
             "give its encoders as sources"
+        )
+    shapes = [
+        None if one.rank is None else (one.rank, one.alpha, one.targets) for one in (other.lora, rag.config.train.lora)
+    ]
+    if shapes[0] != shapes[1]:
+        raise InputError(
+            f"{start} has another train.lora than this run; use the same, or export that run, merged, and give its "
+            "models as sources"
         )
     before, now = read_run_manifest(Path(start_from))["fingerprints"], {"encoder": rag.fingerprints["encoder"]}
     now |= {name: fingerprint_files(getattr(rag, name).files) for name in ("retriever", "generator")}
@@ -167,8 +221,9 @@ def start_params(rag: RagPipeline, abstract_params: Params) -> tuple[Params, dic
     assert rag.config.train.start_from is not None
     run = Path(rag.config.train.start_from)
     other = load_run_config(run)
-    trained = replace(rag, config=other).parts.keys() & abstract_params.keys()
-    restored = _restore(other, {name: abstract_params[name] for name in trained})
+    theirs = replace(rag, config=other)
+    trained = theirs.parts.keys() & abstract_params.keys()
+    restored = _restore(theirs, {name: abstract_params[name] for name in trained})
     if restored is None:
         raise InputError(f"train.start_from: {run} has no checkpoint yet")
     step, params = restored
@@ -183,7 +238,8 @@ def restore_or_initialize(
     if whole := unsplit_modules(rag, mesh):
         terminal.print(f"not split over mesh.model={mesh.shape['model']}: {', '.join(whole)}", soft_wrap=True)
     abstract = abstract_state(rag, mesh)
-    newest = checkpoints.restore_latest(lambda step: (checkpoints.metadata(step), checkpoints.restore(step, abstract)))
+    saved = saved_part(abstract)
+    newest = checkpoints.restore_latest(lambda step: (checkpoints.metadata(step), checkpoints.restore(step, saved)))
     if newest is None:
         return _initialize(rag, abstract), {}
     step, (metadata, state) = newest
@@ -193,7 +249,16 @@ def restore_or_initialize(
             "bring that one back, or choose another output"
         )
     terminal.print(f"going on from step {step}")
-    return state, metadata
+    return with_base(rag, state, base_part(abstract)), metadata
+
+
+def with_base(rag: RagPipeline, saved: TrainState, base: TrainState) -> TrainState:
+    """A whole state from what a checkpoint holds of it, and the models' files; `base` is the `base_part`, abstract."""
+    params, indexed = join_trees(saved.params, rag.initial_params(base.params)), saved.indexed
+    if base.indexed:
+        name = "passage_encoder" if rag.config.train.passage_encoder == "own" else "retriever"
+        indexed = join_trees(indexed, rag.initial_params({name: base.indexed})[name])
+    return replace(saved, params=params, indexed=indexed)
 
 
 def _initialize(rag: RagPipeline, abstract: TrainState) -> TrainState:

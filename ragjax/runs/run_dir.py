@@ -51,7 +51,8 @@ FREE = (
     "train.log_every",
     "train.tensorboard",
 )
-MODELS = ("retriever", "generator", "model")  # what a trained model means nothing without
+ADAPTERS = tuple(f"train.lora.{key}" for key in ("rank", "alpha", "targets"))
+MODELS = ("retriever", "generator", "model", *ADAPTERS)  # what a trained model means nothing without
 LEFT_OUT = "left_out.jsonl"
 PACKAGES = "ragjax jax jaxlib flax optax orbax-checkpoint grain transformers tokenizers faiss-cpu numpy".split()
 

@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from ragjax.config import drops_out
 from ragjax.data.answer_matching import has_answer
 from ragjax.data.passage_store import PassageStore
 from ragjax.data.question_batch import QuestionBatch
@@ -130,7 +131,7 @@ def contrastive_logp(
     `rng` draws the dropout masks.
     """
     questions, settings = batch.questions, rag.config.retriever
-    dropout_rngs = row_rngs(rng, questions.row) if rag.config.train.dropout > 0 else None
+    dropout_rngs = row_rngs(rng, questions.row) if drops_out(rag.config) else None
     queries = nnx.merge(rag.retriever.graphdef, params["retriever"])(
         questions.question, questions.question_mask, fold_rngs(dropout_rngs, 0)
     )

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from ragjax.config import drops_out
 from ragjax.marginal import corpus_log_prior, hugging_face_nll, log_prior, marginal_logp, posterior, token_posterior
 from ragjax.models.generator import Generator, answer_hidden, token_logp
 from ragjax.models.layers import Params, RowRngs, fold_rngs, row_rngs
@@ -49,7 +50,7 @@ def prior_and_token_logp(
         corpus: all embeddings, where the prior is normalised over them.
     """
     questions, documents = batch.source.shape[:2]
-    dropout_rngs = row_rngs(rng, batch.questions.row) if rag.config.train.dropout > 0 else None
+    dropout_rngs = row_rngs(rng, batch.questions.row) if drops_out(rag.config) else None
     prior = _question_log_prior(rag, params, batch, dropout_rngs, corpus)
     document_rngs = None
     if dropout_rngs is not None:

@@ -2,47 +2,113 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
 from ragjax.config import Train
 from ragjax.errors import InputError
-from ragjax.models.layers import Params
+from ragjax.models.layers import ADAPTERS, Params, is_adapter
 
 FlatParams = dict[tuple[str, ...], Any]  # parameters by path
+RANGE = re.compile(r"(.+\.layers)\.(\d+)-(\d+)")  # of layers, the last one included
+MATRICES = ("kernel", "embedding", *ADAPTERS)
 
 
 def partition_params(params: Params, freeze: Sequence[str]) -> tuple[FlatParams, FlatParams]:
-    """Trained and frozen parameters by path. A prefix in `freeze` is a dotted path such as `generator.embed`.
+    """Trained and frozen parameters by path; `join_params` puts them together again.
 
-    Raises `InputError` for a prefix that names nothing, or when nothing is left to train.
+    An entry of `freeze` is a dotted path such as `generator.embed`, whose parameters are frozen, or a range of layers
+    such as `generator.layers.0-11`. Of stacked layers some of which are frozen, the trained and the frozen ones are in
+    one part each. In a model that has adapters all but these are frozen. Raises `InputError` for an entry that names
+    nothing, or when nothing is left to train.
     """
     flat = nnx.traversals.flatten_mapping(params)
-    for prefix in freeze:
-        if not any(is_frozen(path, [prefix]) for path in flat):
-            parts = sorted({".".join(path[:2]) for path in flat} | {path[0] for path in flat})
-            raise InputError(f"train.frozen_params: no parameters under {prefix!r}; there are {', '.join(parts)}")
-    frozen = {path: leaf for path, leaf in flat.items() if is_frozen(path, freeze)}
-    trained = {path: leaf for path, leaf in flat.items() if path not in frozen}
+    whole, layers = frozen_paths(flat, freeze), frozen_layers(flat, freeze)
+    frozen = {path: leaf for path, leaf in flat.items() if path in whole}
+    trained = {path: leaf for path, leaf in flat.items() if path not in whole}
+    for path in sorted(layers.keys() & trained.keys()):
+        frozen[path] = _take_layers(flat[path], layers[path])
+        trained[path] = _take_layers(flat[path], _others(flat[path], layers[path]))
     if not trained:
         raise InputError("train.frozen_params leaves nothing to train")
     return trained, frozen
 
 
-def is_frozen(path: Sequence[str], freeze: Sequence[str]) -> bool:
-    """Whether a parameter is under one of the prefixes of `partition_params`."""
-    return any((".".join(path) + ".").startswith(prefix + ".") for prefix in freeze)
+def join_params(trained: FlatParams, frozen: FlatParams, freeze: Sequence[str]) -> Params:
+    """The parameters that `partition_params` took apart."""
+    joined, both = frozen | trained, sorted(trained.keys() & frozen.keys())
+    joined |= {path: jnp.concatenate([frozen[path], trained[path]]) for path in both}
+    layers = frozen_layers(joined, freeze)
+    for path in both:
+        order = np.argsort([*layers[path], *_others(joined[path], layers[path])])
+        joined[path] = _take_layers(joined[path], order.tolist())
+    return nnx.traversals.unflatten_mapping(joined)
+
+
+def frozen_paths(flat: FlatParams, freeze: Sequence[str]) -> set[tuple[str, ...]]:
+    """The parameters no part of which is trained. Raises `InputError` as `partition_params` does."""
+    frozen = set()
+    adapted = {path[0] for path in flat if is_adapter(path)}
+    for entry in freeze:
+        if RANGE.fullmatch(entry):
+            continue
+        below = {path for path in flat if f"{'.'.join(path)}.".startswith(f"{entry}.")}
+        if not below:
+            parts = sorted({".".join(path[:2]) for path in flat} | {path[0] for path in flat})
+            raise InputError(f"train.frozen_params: no parameters under {entry!r}; there are {', '.join(parts)}")
+        frozen |= below
+    return frozen | {path for path in flat if path[0] in adapted and not is_adapter(path)} | _all_layers(flat, freeze)
+
+
+def frozen_layers(flat: FlatParams, freeze: Sequence[str]) -> dict[tuple[str, ...], list[int]]:
+    """By path, the layers that are frozen where some are and some are not. Raises `InputError` for layers not there."""
+    found: dict[tuple[str, ...], set[int]] = {}
+    for entry in freeze:
+        if not (match := RANGE.fullmatch(entry)):
+            continue
+        stack, first, last = match[1], int(match[2]), int(match[3])
+        below = [path for path in flat if ".".join(path).startswith(f"{stack}.")]
+        count = min((flat[path].shape[0] for path in below), default=0)
+        if not first <= last < count:
+            there = f"there are 0-{count - 1}" if count else "there are no such layers"
+            raise InputError(f"train.frozen_params: {entry}: {there}; expected the first and the last, as in 0-{last}")
+        for path in below:
+            found.setdefault(path, set()).update(range(first, last + 1))
+    return {path: sorted(layers) for path, layers in found.items()}
+
+
+def _all_layers(flat: FlatParams, freeze: Sequence[str]) -> set[tuple[str, ...]]:
+    """Stacked parameters whose layers are all frozen by ranges."""
+    return {path for path, layers in frozen_layers(flat, freeze).items() if len(layers) == flat[path].shape[0]}
+
+
+def _others(leaf: Any, layers: Sequence[int]) -> list[int]:
+    return [layer for layer in range(leaf.shape[0]) if layer not in set(layers)]
+
+
+def _take_layers(leaf: Any, layers: Sequence[int]) -> Any:
+    """Some of the stacked layers, in this order, as few slices of what may be a shape only."""
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf.update(shape=(len(layers), *leaf.shape[1:]))
+    starts = [at for at, layer in enumerate(layers) if at == 0 or layer != layers[at - 1] + 1]
+    runs = zip(starts, [*starts[1:], len(layers)], strict=True)
+    return jnp.concatenate([leaf[layers[a] : layers[b - 1] + 1] for a, b in runs])
 
 
 def make_optimizer(train: Train) -> optax.GradientTransformation:
-    """For each model apart: clipping by the global norm, then AdamW with the retriever's or the generator's rate.
+    """For each model apart: clipping by the global norm, then `train.optimizer` with the model's own rate.
 
     Clipped together, the generator's gradient, several times the larger, would set the scale of the retriever's, and
-    another one in every step. Weight decay acts on matrices only. The rates rise linearly over `warmup_steps`, then
-    fall to zero as `lr_schedule` says.
+    another one in every step. Weight decay acts on matrices only, unless `weight_decay_on` says otherwise. The rates
+    rise linearly over `warmup_steps`, then fall to zero as `lr_schedule` says. AdamW's second moments stay float32:
+    in bfloat16 what a step changes of them is less than their rounding.
     """
 
     def schedule(peak: float) -> Callable[[Any], Any]:
@@ -56,18 +122,25 @@ def make_optimizer(train: Train) -> optax.GradientTransformation:
         rising = optax.linear_schedule(peak / max(1, train.warmup_steps), peak, max(1, train.warmup_steps - 1))
         return optax.join_schedules([rising, after], [train.warmup_steps]) if train.warmup_steps else after
 
-    def is_matrix(params: FlatParams) -> dict[tuple[str, ...], bool]:
-        return {path: path[-1] in ("kernel", "embedding") for path in params}
+    def decays(params: FlatParams) -> dict[tuple[str, ...], bool]:
+        return {path: train.weight_decay_on == "all" or path[-1] in MATRICES for path in params}
 
-    def clipped_adamw(peak: float) -> optax.GradientTransformation:
-        adamw = optax.adamw(schedule(peak), weight_decay=train.weight_decay, mask=is_matrix)
-        return optax.chain(optax.clip_by_global_norm(train.max_grad_norm), adamw)
+    def clipped(peak: float) -> optax.GradientTransformation:
+        clip = optax.clip_by_global_norm(train.max_grad_norm)
+        if train.optimizer == "adafactor":
+            # as Shazeer and Stern 2018 have it, but for rates that do not depend on the step or on the weights
+            scale = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+            decay = optax.add_decayed_weights(train.weight_decay, decays)
+            return optax.chain(clip, scale, decay, optax.scale_by_learning_rate(schedule(peak)))
+        mu_dtype = jnp.bfloat16 if train.optimizer == "adamw_bfloat16" else None
+        adamw = optax.adamw(schedule(peak), weight_decay=train.weight_decay, mask=decays, mu_dtype=mu_dtype)
+        return optax.chain(clip, adamw)
 
     return optax.partition(
         {
-            "retriever": clipped_adamw(train.retriever_lr),
-            "passage_encoder": clipped_adamw(train.retriever_lr),
-            "generator": clipped_adamw(train.generator_lr),
+            "retriever": clipped(train.retriever_lr),
+            "passage_encoder": clipped(train.retriever_lr),
+            "generator": clipped(train.generator_lr),
         },
         lambda params: {path: path[0] for path in params},
     )

@@ -9,14 +9,15 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx, struct
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ragjax.checkpoints.adapters import adapters_only, without_adapters
 from ragjax.config import refreshes
 from ragjax.models.layers import Params
 from ragjax.parallel.sharding import SPLIT, parameter_spec
 from ragjax.rag import RagModel
 from ragjax.training.loss import passage_params
-from ragjax.training.optimizer import is_frozen, make_optimizer, partition_params
+from ragjax.training.optimizer import frozen_paths, make_optimizer, partition_params
 
 AnyModels = TypeVar("AnyModels", bound=RagModel)
 
@@ -48,6 +49,20 @@ def init_train_state(rag: RagModel, params: Params) -> TrainState:
     )
 
 
+def saved_part(state: TrainState) -> TrainState:
+    """What a checkpoint holds of a state: of models that have adapters these alone, without the weights beside them."""
+    params = {name: adapters_only(part) for name, part in state.params.items()}
+    indexed = None if state.indexed is None else adapters_only(state.indexed)
+    return state.replace(params=params, indexed=indexed)  # type: ignore[attr-defined]
+
+
+def base_part(state: TrainState) -> TrainState:
+    """What `saved_part` leaves out, as a state whose other fields are None."""
+    params = {name: without_adapters(part) for name, part in state.params.items()}
+    indexed = None if state.indexed is None else without_adapters(state.indexed)
+    return TrainState(None, {name: part for name, part in params.items() if part}, None, None, indexed)
+
+
 def for_inference(rag: AnyModels) -> AnyModels:
     """The same models with a generator, and without FSDP, from which only a training step keeps its activations apart.
 
@@ -62,6 +77,8 @@ def state_shardings(rag: RagModel, mesh: Mesh, state: Any) -> Any:
 
     def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         names = [name for entry in path for name in _names(entry)]
+        if {"v_row", "v_col"} & {*names} or leaf.shape == (1,):  # of Adafactor, which are no larger than a bias
+            return NamedSharding(mesh, PartitionSpec())
         spec = parameter_spec(mesh, names, leaf.shape, _heads(rag, names), rag.config.mesh.fsdp)
         return NamedSharding(mesh, spec)
 
@@ -107,13 +124,10 @@ def abstract_state(rag: RagModel, mesh: Mesh) -> TrainState:
 
 def training_types(rag: RagModel, mesh: Mesh) -> Params:
     """The shapes and types of parameters in training: float32, but those that are frozen as `untrained_types` says."""
-    frozen = rag.config.train.frozen_params
     untrained = nnx.traversals.flatten_mapping(rag.untrained_types(mesh))
-    types = {
-        path: untrained[path] if is_frozen(path, frozen) else leaf
-        for path, leaf in nnx.traversals.flatten_mapping(rag.abstract_params()).items()
-    }
-    return nnx.traversals.unflatten_mapping(types)
+    types = nnx.traversals.flatten_mapping(rag.abstract_params())
+    frozen = frozen_paths(types, rag.config.train.frozen_params)
+    return nnx.traversals.unflatten_mapping(types | {path: untrained[path] for path in frozen})
 
 
 def inference_params(rag: RagModel, mesh: Mesh) -> Params:

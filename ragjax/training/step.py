@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 from jax.sharding import Mesh, PartitionSpec, use_abstract_mesh
 from jaxtyping import Array, Float, Key
 
@@ -27,7 +26,7 @@ from ragjax.training.batch import ContrastiveBatch, DocumentBatch, abstract_batc
 from ragjax.training.contrastive import contrastive_logp, contrastive_loss, contrastive_nll
 from ragjax.training.fused_retrieval import abstract_corpus, retrieve_in_step
 from ragjax.training.loss import answer_nll, prior_and_token_logp, rag_loss
-from ragjax.training.optimizer import FlatParams, make_optimizer, partition_params
+from ragjax.training.optimizer import FlatParams, join_params, make_optimizer, partition_params
 from ragjax.training.state import TrainState, abstract_state
 
 
@@ -59,7 +58,7 @@ def _accumulate(
     trained, frozen = partition_params(params, rag.config.train.frozen_params)
 
     def mean_loss(trained: FlatParams, part: DocumentBatch) -> tuple[Array, dict[str, Any]]:
-        whole = nnx.traversals.unflatten_mapping(trained | frozen)
+        whole = join_params(trained, frozen, rag.config.train.frozen_params)
         if isinstance(part, ContrastiveBatch):
             return contrastive_loss(rag, whole, part, rng)
         return rag_loss(rag, whole, part, rng, corpus)
@@ -143,7 +142,7 @@ def make_train_step(rag: RagModel, shardings: Any = None) -> jax.stages.Wrapped:
             metrics[f"gradient_norm_{part}"] = optax.tree.norm(leaves)
         trained, frozen = partition_params(state.params, train.frozen_params)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, trained)
-        params = nnx.traversals.unflatten_mapping(optax.apply_updates(trained, updates) | frozen)
+        params = join_params(optax.apply_updates(trained, updates), frozen, train.frozen_params)
         return TrainState(state.step + 1, params, optimizer_state, state.key, state.indexed), metrics
 
     return train_step
@@ -203,7 +202,8 @@ def make_nll(rag: RagModel) -> jax.stages.Wrapped:
 
     Of a contrastive batch −log of the positive's probability, NaN where there is none.
     """
-    plain = rag.config.train.replace(dropout=0.0, backprop_docs=None, gradient_error_every=None)
+    lora = rag.config.train.lora.replace(dropout=0.0)
+    plain = rag.config.train.replace(dropout=0.0, lora=lora, backprop_docs=None, gradient_error_every=None)
     without = replace(rag, config=rag.config.replace(train=plain))
 
     @jax.jit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from dataclasses import replace
@@ -18,8 +19,10 @@ from world import open_world, tiny_config
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 torch = pytest.importorskip("torch", reason="a comparison with torch, which is not installed: make test-torch")
 
+import transformers
 from families import CASES as FAMILIES
 from families import TOLERANCE, Case, make, opened, ours, theirs, write
+from flax import nnx
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -32,10 +35,12 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from ragjax.checkpoints.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, peft_config, peft_tensors, with_adapters
 from ragjax.checkpoints.pretrained import open_encoder, open_generator, save_encoder, save_generator
+from ragjax.checkpoints.safetensors import write_safetensors
 from ragjax.cli import main
 from ragjax.commands.hugging_face import import_rag
-from ragjax.config import Config, Decode, load_config
+from ragjax.config import Config, Decode, Lora, load_config
 from ragjax.data.question_batch import QuestionBatch, question_batch
 from ragjax.data.questions import read_questions
 from ragjax.decoding.hf_compat import decode_hf_compatible
@@ -55,6 +60,14 @@ CASES = [  # family, seed, documents, longest source, longest answer, how the mo
     ("bart", 2, 3, 9, 2, {"activation_function": "relu", "vocab_size": 211}),
     ("t5", 3, 4, 33, 7, {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "num_layers": 3}),
     ("t5", 4, 2, 150, 13, {"d_kv": 5, "num_heads": 3, "relative_attention_num_buckets": 16}),
+]
+# of each way in which tensors are named one family
+ADAPTED = [
+    next(case for case in FAMILIES if case.kind == kind)
+    for kind in (
+        *("BertModel", "DPRQuestionEncoder", "DistilBertModel", "MPNetModel", "Qwen3Model"),
+        *("LlamaForCausalLM", "Gemma2ForCausalLM", "BartForConditionalGeneration", "MT5ForConditionalGeneration"),
+    )
 ]
 
 
@@ -283,3 +296,32 @@ def test_a_fresh_checkpoint_of_every_family(case: Case, tmp_path: Path) -> None:
         save = save_encoder if case.pooling else save_generator
         save(tmp_path / "saved", model.hf_config, model.load_params())
         np.testing.assert_allclose(found, theirs(case, tmp_path / "saved"), atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("case", ADAPTED, ids=lambda case: case.name)
+def test_peft_reads_our_adapters_and_we_read_its(case: Case, tmp_path: Path) -> None:
+    """Its model with our adapters computes what ours does, and so does ours with those that it has saved."""
+    peft = pytest.importorskip("peft", reason="make test-torch installs it")
+    folder = write(tmp_path / "folder", case, *make(case, tmp_path / "made"), seed="fresh")
+    lora = Lora(rank=3, alpha=6.0)
+    model = with_adapters(opened(case, folder), (), lora, 0)
+    leaves, rng = nnx.traversals.flatten_mapping(model.load_params()), np.random.default_rng(0)
+    some = {
+        path: jnp.asarray(rng.normal(scale=0.2, size=x.shape), x.dtype)
+        for path, x in leaves.items()
+        if "lora_b" in path
+    }
+    params = nnx.traversals.unflatten_mapping(leaves | some)
+    found, tensors = ours(case, model, params), peft_tensors(model, params)
+    assert np.abs(found - ours(case, model)).max() > 0.01
+    (tmp_path / "ours").mkdir()
+    write_safetensors(tmp_path / "ours" / ADAPTER_WEIGHTS, tensors)
+    (tmp_path / "ours" / ADAPTER_CONFIG).write_text(json.dumps(peft_config(model, lora, str(folder), tensors)))
+    cls = transformers.AutoModel if case.pooling else getattr(transformers, case.kind)
+    loaded = peft.PeftModel.from_pretrained(cls.from_pretrained(folder, dtype=torch.float32), tmp_path / "ours")
+    assert {name.replace(".default", "") for name in loaded.state_dict() if ".lora_" in name} == set(tensors)
+    loaded.save_pretrained(tmp_path / "theirs")
+    loaded.merge_and_unload().save_pretrained(tmp_path / "merged")
+    np.testing.assert_allclose(found, theirs(case, tmp_path / "merged"), atol=TOLERANCE)
+    again = opened(case, import_rag(str(tmp_path / "theirs"), tmp_path / "again"))
+    np.testing.assert_allclose(found, ours(case, again), atol=TOLERANCE)

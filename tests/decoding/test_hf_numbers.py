@@ -20,8 +20,9 @@ from gradients import norm
 from reference import rounding
 from world import tiny_config
 
+from ragjax.checkpoints.adapters import dpr_prefix
 from ragjax.checkpoints.pretrained import encoder_tensors, generator_tensors, open_encoder, open_generator
-from ragjax.commands.hugging_face import DPR_PREFIX, import_rag
+from ragjax.commands.hugging_face import import_rag
 from ragjax.config import Decode
 from ragjax.data.corpus import Passage
 from ragjax.data.passage_store import PassageStore, shard_folder, write_store
@@ -194,7 +195,7 @@ def test_the_reduced_loss_and_its_gradients(golden: Golden, smoothing: float, wo
     apart = share * np.abs(values["score/labels/question_embeds"]).max()
     np.testing.assert_allclose(doc_embeds, values[f"{start}doc_embeds"], rtol=1e-4, atol=apart)
     named = {
-        "question_encoder": encoder_tensors({"model_type": "dpr"}, grads["retriever"], DPR_PREFIX),
+        "question_encoder": encoder_tensors({"model_type": "dpr"}, grads["retriever"], dpr_prefix({})),
         "generator": generator_tensors(rag.generator.hf_config, grads["generator"]),
     }
     for part, ours in named.items():

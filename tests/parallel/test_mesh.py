@@ -76,6 +76,10 @@ def test_one_process_waits_for_none() -> None:
         ("head.embedding", (256, 30), None, False, ("model", None)),
         ("words.embedding", (258, 32), None, True, (None, "data")),
         ("words.embedding", (256, 32), None, True, ("data", None)),
+        ("layers.query.lora_a", (2, 32, 4), 6, True, (None, "data", None)),
+        ("layers.query.lora_b", (2, 4, 24), 6, False, (None, None, "model")),
+        ("layers.down.lora_a", (2, 64, 4), None, False, (None, "model", None)),
+        ("layers.down.lora_b", (2, 4, 32), None, True, (None, None, "data")),
         ("step", (), None, True, ()),
     ],
 )

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ragjax.models.attention import distance_bucket, self_attention
 from ragjax.models.encoders.pooling import Dense, Encoder
 from ragjax.models.hf_config import Fields
-from ragjax.models.layers import ACTIVATIONS, RowRngs, dropout, fold_rngs, scan_layers, stack
+from ragjax.models.layers import ACTIVATIONS, ADAPT_PROMPT, Linear, RowRngs, dropout, fold_rngs, scan_layers, stack
 
 # by model_type: how the names of its classes begin
 KINDS = {
@@ -116,12 +116,12 @@ class BertLayer(nnx.Module):
     def __init__(self, config: BertConfig, rngs: nnx.Rngs):
         c = self.config = config
         dtype = jnp.dtype(c.dtype)
-        self.query = nnx.Linear(c.hidden_size, c.hidden_size, dtype=dtype, rngs=rngs)
-        self.key = nnx.Linear(c.hidden_size, c.hidden_size, dtype=dtype, rngs=rngs)
-        self.value = nnx.Linear(c.hidden_size, c.hidden_size, dtype=dtype, rngs=rngs)
-        self.output = nnx.Linear(c.hidden_size, c.hidden_size, dtype=dtype, rngs=rngs)
-        self.up = nnx.Linear(c.hidden_size, c.mlp_dim, dtype=dtype, rngs=rngs)
-        self.down = nnx.Linear(c.mlp_dim, c.hidden_size, dtype=dtype, rngs=rngs)
+        self.query = Linear(c.hidden_size, c.hidden_size, dtype=dtype, rngs=rngs)
+        self.key = Linear(c.hidden_size, c.hidden_size, dtype=dtype, rngs=rngs)
+        self.value = Linear(c.hidden_size, c.hidden_size, dtype=dtype, rngs=rngs)
+        self.output = Linear(c.hidden_size, c.hidden_size, dtype=dtype, rngs=rngs)
+        self.up = Linear(c.hidden_size, c.mlp_dim, dtype=dtype, rngs=rngs)
+        self.down = Linear(c.mlp_dim, c.hidden_size, dtype=dtype, rngs=rngs)
         self.attention_norm = nnx.LayerNorm(c.hidden_size, epsilon=c.norm_eps, dtype=dtype, rngs=rngs)
         self.ffn_norm = nnx.LayerNorm(c.hidden_size, epsilon=c.norm_eps, dtype=dtype, rngs=rngs)
 
@@ -156,7 +156,7 @@ class Bert(Encoder):
         if c.distances:
             self.distances = nnx.Embed(c.distances, c.num_heads, rngs=rngs)
         if c.projection:
-            self.projection = nnx.Linear(c.hidden_size, c.projection, dtype=dtype, rngs=rngs)
+            self.projection = Linear(c.hidden_size, c.projection, dtype=dtype, rngs=rngs)
         self.add_dense(rngs)
 
     def states(
@@ -175,7 +175,8 @@ class Bert(Encoder):
         def step(layer: BertLayer, x: Array, number: Array) -> tuple[Array, None]:
             return layer(x, mask, bias, fold_rngs(dropout_rngs, number)), None
 
-        return scan_layers(self.layers, step, x, jnp.arange(c.num_layers))[0]
+        adapter_rngs = fold_rngs(dropout_rngs, ADAPT_PROMPT)
+        return scan_layers(self.layers, step, x, jnp.arange(c.num_layers), adapter_rngs=adapter_rngs)[0]
 
     def project(self, pooled: Float[Array, "n D"]) -> Float[Array, "n E"]:
         """As `Encoder` says."""

@@ -18,7 +18,7 @@ from ragjax.errors import InputError
 from ragjax.models.attention import self_attention
 from ragjax.models.encoders.pooling import Dense, Encoder
 from ragjax.models.hf_config import Fields
-from ragjax.models.layers import ACTIVATIONS, RowRngs, dropout, fold_rngs, scan_layers, stack
+from ragjax.models.layers import ACTIVATIONS, ADAPT_PROMPT, Linear, RowRngs, dropout, fold_rngs, scan_layers, stack
 from ragjax.models.rope import Rope, apply_rope, rope_angles
 
 LAYER_TYPES = GLOBAL, LOCAL = "full_attention", "sliding_attention"
@@ -115,8 +115,8 @@ class ModernBertLayer(nnx.Module):
     def __init__(self, config: ModernBertConfig, rngs: nnx.Rngs):
         c = self.config = config
 
-        def linear(size_in: int, size_out: int, bias: bool) -> nnx.Linear:
-            return nnx.Linear(size_in, size_out, use_bias=bias, dtype=jnp.dtype(c.dtype), rngs=rngs)
+        def linear(size_in: int, size_out: int, bias: bool) -> Linear:
+            return Linear(size_in, size_out, use_bias=bias, dtype=jnp.dtype(c.dtype), rngs=rngs)
 
         self.attention_norm, self.ffn_norm = _norm(c, rngs), _norm(c, rngs)
         self.query, self.key, self.value, self.output = (
@@ -171,5 +171,6 @@ class ModernBert(Encoder):
             h = jnp.where(number == 0, x, layer.attention_norm(x))
             return layer(x, h, seen, angles, fold_rngs(dropout_rngs, number)), None
 
-        x, _ = scan_layers(self.layers, step, x, (jnp.arange(c.num_layers), jnp.array(c.local)))
+        numbers, adapter_rngs = jnp.arange(c.num_layers), fold_rngs(dropout_rngs, ADAPT_PROMPT)
+        x, _ = scan_layers(self.layers, step, x, (numbers, jnp.array(c.local)), adapter_rngs=adapter_rngs)
         return self.last_norm(x)

@@ -17,7 +17,7 @@ from ragjax.errors import InputError
 from ragjax.models.attention import Attention, dot_product_attention, self_attention
 from ragjax.models.hf_config import Fields
 from ragjax.models.kv_cache import DocumentMemory, KVCache, LayerCache, cross_attention_memory, decode_layers
-from ragjax.models.layers import ACTIVATIONS, RowRngs, dropout, fold_rngs, scan_layers, stack
+from ragjax.models.layers import ACTIVATIONS, ADAPT_PROMPT, Linear, RowRngs, dropout, fold_rngs, scan_layers, stack
 from ragjax.models.vocab_head import VocabHead
 
 OFFSET = 2  # the first rows of the position tables are unused
@@ -95,8 +95,8 @@ class BartLayer(nnx.Module):
         self.attention, self.attention_norm = attention(), norm()
         if decoder:
             self.cross, self.cross_norm = attention(), norm()
-        self.up = nnx.Linear(c.hidden_size, mlp, dtype=dtype, rngs=rngs)
-        self.down = nnx.Linear(mlp, c.hidden_size, dtype=dtype, rngs=rngs)
+        self.up = Linear(c.hidden_size, mlp, dtype=dtype, rngs=rngs)
+        self.down = Linear(mlp, c.hidden_size, dtype=dtype, rngs=rngs)
         self.ffn_norm = norm()
 
     def feed_forward(self, x: Float[Array, "n ... D"], rngs: RowRngs | None) -> Float[Array, "n ... D"]:
@@ -142,8 +142,9 @@ class Bart(nnx.Module):
             x = layer.attention_norm(x + dropout(attention.project_back(attended), fold_rngs(rngs, 0), c.dropout))
             return layer.feed_forward(x, rngs), None
 
-        encoded, _ = scan_layers(self.encoder.layers, encode, x, jnp.arange(c.num_encoder_layers), remat)
-        return cross_attention_memory(self.decoder.layers, encoded, mask, c.start, remat)
+        adapter_rngs = fold_rngs(dropout_rngs, ADAPT_PROMPT)
+        encoded, _ = scan_layers(self.encoder.layers, encode, x, jnp.arange(c.num_encoder_layers), remat, adapter_rngs)
+        return cross_attention_memory(self.decoder.layers, encoded, mask, c.start, remat, dropout_rngs)
 
     def forward_with_cache(
         self,
@@ -170,7 +171,9 @@ class Bart(nnx.Module):
             return layer.feed_forward(x, rngs), cache
 
         x = self._embed(self.decoder, tokens, positions, fold_rngs(dropout_rngs, first))
-        return decode_layers(self.decoder.layers, decode, x, memory, past, attention_mask, remat=remat)
+        return decode_layers(
+            self.decoder.layers, decode, x, memory, past, attention_mask, remat=remat, dropout_rngs=dropout_rngs
+        )
 
     def vocab_head(self) -> VocabHead:
         """As `Generator` says."""

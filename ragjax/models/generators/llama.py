@@ -18,7 +18,7 @@ from ragjax.errors import InputError
 from ragjax.models.attention import AttentionSource, dot_product_attention
 from ragjax.models.hf_config import MOST, Fields
 from ragjax.models.kv_cache import DocumentMemory, KVCache, LayerCache, decode_layers
-from ragjax.models.layers import ACTIVATIONS, RowRngs, dropout, fold_rngs, scan_layers, stack
+from ragjax.models.layers import ACTIVATIONS, ADAPT_PROMPT, Linear, RowRngs, dropout, fold_rngs, scan_layers, stack
 from ragjax.models.rope import Rope, apply_rope, rope_angles
 from ragjax.models.vocab_head import VocabHead
 
@@ -135,8 +135,8 @@ class LlamaLayer(nnx.Module):
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
         dtype = jnp.dtype(config.dtype)
 
-        def linear(size_in: int, size_out: int, bias: bool = False) -> nnx.Linear:
-            return nnx.Linear(size_in, size_out, use_bias=bias, dtype=dtype, rngs=rngs)
+        def linear(size_in: int, size_out: int, bias: bool = False) -> Linear:
+            return Linear(size_in, size_out, use_bias=bias, dtype=dtype, rngs=rngs)
 
         def norm(size: int) -> nnx.Module:
             return self.make_norm(config, size, rngs)
@@ -228,7 +228,8 @@ class Llama(nnx.Module):
             attended = self._attend(query[:, None], [(own, distance)], number)[:, 0]
             return layer.finish(x, attended, fold_rngs(dropout_rngs, number)), (key, value)
 
-        return scan_layers(self.layers, step, self.embed_tokens(tokens), jnp.arange(self.config.num_layers), remat)
+        x, numbers = self.embed_tokens(tokens), jnp.arange(self.config.num_layers)
+        return scan_layers(self.layers, step, x, numbers, remat, fold_rngs(dropout_rngs, ADAPT_PROMPT))
 
     def forward_with_cache(
         self,
@@ -258,7 +259,9 @@ class Llama(nnx.Module):
             return layer.finish(x, attended, fold_rngs(dropout_rngs, c.num_layers + cache.layer)), cache
 
         x = self.embed_tokens(tokens)
-        x, past = decode_layers(self.layers, block, x, memory, past, attention_mask, remat=remat)
+        x, past = decode_layers(
+            self.layers, block, x, memory, past, attention_mask, remat=remat, dropout_rngs=dropout_rngs
+        )
         return self.norm(x), past
 
     def vocab_head(self) -> VocabHead:

@@ -20,7 +20,7 @@ from ragjax.files import shown
 from ragjax.models.attention import Attention, AttentionSource, distance_bucket, dot_product_attention
 from ragjax.models.hf_config import Fields
 from ragjax.models.kv_cache import DocumentMemory, KVCache, LayerCache, cross_attention_memory, decode_layers
-from ragjax.models.layers import ACTIVATIONS, RowRngs, dropout, fold_rngs, scan_layers, stack
+from ragjax.models.layers import ACTIVATIONS, ADAPT_PROMPT, Linear, RowRngs, dropout, fold_rngs, scan_layers, stack
 from ragjax.models.vocab_head import VocabHead
 
 # by model_type: how the names of its classes begin
@@ -104,8 +104,8 @@ class T5Layer(nnx.Module):
         c = self.config = config
         dtype = jnp.dtype(c.dtype)
 
-        def linear(size_in: int, size_out: int) -> nnx.Linear:
-            return nnx.Linear(size_in, size_out, use_bias=False, dtype=dtype, rngs=rngs)
+        def linear(size_in: int, size_out: int) -> Linear:
+            return Linear(size_in, size_out, use_bias=False, dtype=dtype, rngs=rngs)
 
         def norm() -> nnx.RMSNorm:
             return nnx.RMSNorm(c.hidden_size, epsilon=c.norm_eps, dtype=dtype, rngs=rngs)
@@ -175,10 +175,11 @@ class T5(nnx.Module):
             x = x + dropout(layer.attention.project_back(attended), fold_rngs(rngs, 0), c.dropout)
             return layer.feed_forward(x, rngs), None
 
-        x, _ = scan_layers(self.encoder.layers, encode, x, jnp.arange(c.num_encoder_layers), remat)
+        adapter_rngs = fold_rngs(dropout_rngs, ADAPT_PROMPT)
+        x, _ = scan_layers(self.encoder.layers, encode, x, jnp.arange(c.num_encoder_layers), remat, adapter_rngs)
         last = fold_rngs(dropout_rngs, c.num_encoder_layers + 1)
         encoded = dropout(self.encoder.norm(x[:, 0]), last, c.dropout)
-        return cross_attention_memory(self.decoder.layers, encoded, mask, c.start, remat)
+        return cross_attention_memory(self.decoder.layers, encoded, mask, c.start, remat, dropout_rngs)
 
     def forward_with_cache(
         self,
@@ -213,7 +214,9 @@ class T5(nnx.Module):
             return layer.feed_forward(x, rngs), cache
 
         x = dropout(self.embed(tokens), fold_rngs(dropout_rngs, first), c.dropout)
-        x, past = decode_layers(self.decoder.layers, decode, x, memory, past, attention_mask, shared, remat)
+        x, past = decode_layers(
+            self.decoder.layers, decode, x, memory, past, attention_mask, shared, remat, dropout_rngs
+        )
         last = fold_rngs(dropout_rngs, first + 1 + c.num_decoder_layers)
         hidden = dropout(self.decoder.norm(x), last, c.dropout)
         return hidden * c.hidden_size**-0.5 if c.scaled else hidden, past

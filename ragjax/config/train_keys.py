@@ -1,0 +1,20 @@
+"""The keys of adapters, a section of `train`."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from ragjax.config.reading import PositiveFloat, PositiveInt, Probability, Section, Texts
+
+
+class Lora(Section):
+    """Low-rank adapters: of the models that `targets` name, these alone are trained, beside weights that stay."""
+
+    rank: PositiveInt | None = Field(None, description="The adapters' rank; null means that there are none.")
+    alpha: PositiveFloat = Field(16.0, description="Adapters count alpha / rank times.")
+    targets: Texts = Field(
+        ("generator",),
+        description="generator, retriever or passage_encoder: all linear maps of its layers; or one, as in "
+        "generator.query.",
+    )
+    dropout: Probability = Field(0.0, description="The share of the adapters' inputs that are set to 0.")
