@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import shutil
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -54,9 +55,7 @@ class Checkpointer:
 
         logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs each step of its work and its tracebacks
         self.folder = Path(folder).absolute()
-        self.keep = keep
-        self.best = best
-        self.writing = writing
+        self.keep, self.best, self.writing = keep, best, writing
         self._ocp = ocp
         self._saving: tuple[int, Any] | None = None
         self._completing = Lock()
@@ -67,8 +66,10 @@ class Checkpointer:
     def _clear(self) -> None:
         """Removes what interrupted saves left."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.glob(f"*{UNFINISHED}*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        last = time.monotonic() + 5  # what cannot be written whole may still be written to
+        while (leftovers := list(self.folder.glob(f"*{UNFINISHED}*"))) and time.monotonic() < last:
+            for leftover in leftovers:
+                shutil.rmtree(leftover, ignore_errors=True)
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -86,8 +87,8 @@ class Checkpointer:
         return self._steps()
 
     def _steps(self) -> list[int]:
-        steps = (int(path.name) for path in self.folder.glob("[0-9]*") if path.name.isdecimal() and path.is_dir())
-        return sorted(steps, reverse=True)
+        folders = (path for path in self.folder.glob("[0-9]*") if path.is_dir())
+        return sorted((int(path.name) for path in folders if path.name.isdecimal()), reverse=True)
 
     def latest(self) -> int | None:
         """The newest step saved, or None."""
@@ -152,8 +153,8 @@ class Checkpointer:
             run_on_process_zero(lambda: self._check_room(step, need))
         self._intact.discard(step)
         try:
-            about = {"metadata": metadata, "loss": loss}
-            response = self._ocp.save_async(self._path(step), state, overwrite=True, custom_metadata=about)
+            about = {"overwrite": True, "custom_metadata": {"metadata": metadata, "loss": loss}}
+            response = self._ocp.save_async(self._path(step), state, **about)
         except Exception as error:  # tensorstore, Orbax and the operating system each have their own
             raise self._unwritable(step, error) from error
         if is_process_zero():
@@ -190,9 +191,7 @@ class Checkpointer:
         with self._completing:
             self._write_checksums(step)
             steps = self._steps()
-            kept = {step, *steps[: self.keep]}
-            if self.best:
-                kept.add(min(steps, key=self._loss))
+            kept = {step, *steps[: self.keep], *([min(steps, key=self._loss)] if self.best else [])}
             for old in set(steps) - kept:
                 gone = self._path(old).with_name(f"{old}{UNFINISHED}-deleted")
                 self._path(old).rename(gone)  # it is there as a whole, or not at all

@@ -150,8 +150,9 @@ def _restore(rag: RagPipeline, abstract_params: Params, step: int | None = None)
     if restored is None:
         return None
     step, params = restored
-    base = {name: without_adapters(part) for name, part in abstract_params.items()}
-    return step, join_trees(params, rag.initial_params({name: part for name, part in base.items() if part}))
+    parts = {name: without_adapters(part) for name, part in abstract_params.items()}
+    base = {name: part for name, part in parts.items() if part}
+    return step, join_trees(params, rag.initial_params(base)) if base else params
 
 
 def _restore_saved(rag: RagPipeline, saved: Params, step: int | None) -> tuple[int, Params] | None:
@@ -254,6 +255,8 @@ def restore_or_initialize(
 
 def with_base(rag: RagPipeline, saved: TrainState, base: TrainState) -> TrainState:
     """A whole state from what a checkpoint holds of it, and the models' files; `base` is the `base_part`, abstract."""
+    if not base.params and not base.indexed:
+        return saved
     params, indexed = join_trees(saved.params, rag.initial_params(base.params)), saved.indexed
     if base.indexed:
         name = "passage_encoder" if rag.config.train.passage_encoder == "own" else "retriever"
