@@ -156,7 +156,8 @@ def gather_table(table: Float[Array, "V D"]) -> Float[Array, "m v D"]:
 def _partitioned_by_xla() -> bool:
     """Whether XLA splits rows over `data`; inside `jax.shard_map` over that axis each device has its own."""
     mesh = jax.sharding.get_abstract_mesh()
-    return dict(zip(mesh.axis_names, mesh.axis_types, strict=True)).get("data") is AxisType.Auto
+    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    return mesh.shape.get("data", 1) > 1 and types["data"] is AxisType.Auto
 
 
 def split_parameters(module: nnx.Module) -> tuple[nnx.GraphDef, Params]:

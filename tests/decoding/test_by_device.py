@@ -210,6 +210,13 @@ def test_the_axis_model_alone_communicates(llama: Case, sent: Sent) -> None:
     assert [set(of) for of in sent["edge_logp"]] == [{"all-reduce"}], "of the rows of the vocabulary"
 
 
+@pytest.mark.devices(2)
+def test_two_devices_share_each_model(llama: Case) -> None:
+    """With nothing to split over `data`."""
+    alone = decoded(llama, make_mesh(devices=jax.devices()[:1]), "thorough")
+    assert_same(alone, decoded(llama, make_mesh(2), "thorough"), "thorough")
+
+
 def rows_of_loops(jaxpr: Jaxpr) -> Iterator[int]:
     """Of each loop that ends when its rows do: how many these are."""
     for equation in jaxpr.eqns:
