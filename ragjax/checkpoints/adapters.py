@@ -229,6 +229,6 @@ def _peft_scale(folder: Path) -> float:
         fields.text("peft_type", among=("LORA",))
         for key, off in UNSUPPORTED.items():
             if hf.get(key, off) not in (off, None):
-                raise InputError(f"{key} is {shown(json.dumps(hf[key]))}, which is not supported; merge it with PEFT")
+                raise InputError(f"{key} is {json.dumps(hf[key])[:80]}, which is not supported; merge it with PEFT")
         rank, alpha = fields.count("r"), fields.number("lora_alpha", 8.0)
         return alpha / (math.sqrt(rank) if fields.flag("use_rslora", False) else rank)

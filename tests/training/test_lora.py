@@ -140,7 +140,7 @@ def test_layouts(
     settings = config.train.replace(gradient_accumulation=accumulation)
     rag = replace(lora.rag, config=config.replace(mesh=config.mesh.replace(model=model, fsdp=fsdp), train=settings))
     mesh = make_mesh(model)
-    state = init_train_state(rag, lora.params)
+    state = init_train_state(rag, jax.tree.map(jnp.array, lora.params))
     shardings = state_shardings(rag, mesh, state)
     batch = shard_batch(mesh, jax.device_get(lora.batch), 8)
     stepped, _ = make_train_step(rag, shardings)(put_global(state, shardings), batch)
@@ -158,7 +158,7 @@ def test_the_step_searches_with_adapters(world: Path) -> None:
     params, mesh = learnt(rag.initial_params()), local_mesh(data=1)
     chosen = read_questions(world / "train.jsonl")[:8]
     texts, answers = [q.question for q in chosen], [q.answers[0] for q in chosen]
-    found = search(rag, params, index, question_batch(rag.tokenizers, texts, answers), 3).ids
+    _, _, found = search(rag, params, index, question_batch(rag.tokenizers, texts, answers), 3)
     asked = shard_batch(mesh, question_batch(rag.tokenizers, texts, answers, widest=True), 8)
     corpus = corpus_with_tokens(rag, index, store, mesh)
     _, ids = jax.jit(lambda p, a, c: retrieve_in_step(rag, p, a, c))(
@@ -236,7 +236,7 @@ def test_a_checkpoint_holds_adapters(trained: Config) -> None:
     assert adapters and all(map(is_adapter, adapters)) and set(moments(state.optimizer)["mu"]) == adapters
     numbers = sum(leaf.size for leaf in flat(state.params).values())
     planned = abstract_state(rag, local_mesh(data=1))
-    assert abs(bytes_each(planned.optimizer) - 8 * numbers) <= 16  # two float32 moments, and the counts of steps
+    assert 0 <= bytes_each(planned.optimizer) - 8 * numbers <= 64  # two float32 moments, and the counts of steps
     restored = restore_params(rag)
     assert restored is not None
     found, base = flat(restored[0]), flat(rag.initial_params())
@@ -249,7 +249,7 @@ def test_a_run_goes_on_to_the_bit(trained: Config, tmp_path: Path) -> None:
     shutil.copytree(trained.output, again.output)
     shutil.rmtree(Path(again.output) / "checkpoints" / "4")
     train(again)
-    chex.assert_trees_all_equal(saved(again, 4), saved(trained, 4))
+    chex.assert_trees_all_equal(saved(again, 4)[0], saved(trained, 4)[0])
 
 
 def test_other_weights_are_refused(trained: Config, world: Path) -> None:
