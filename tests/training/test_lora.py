@@ -182,6 +182,7 @@ def test_dropout_of_adapters_is_by_row_and_layer() -> None:
     expected = x
     for number in range(2):
         keys = fold_rngs(fold_rngs(rows, number), 0)
+        assert keys is not None
         keep = np.stack([np.asarray(jax.random.bernoulli(key, 0.5, (4,))) for key in keys])
         a, b, w = (np.asarray(part[...])[number] for part in (layers.lora_a, layers.lora_b, layers.kernel))
         expected = expected @ w + SCALE * ((np.where(keep, expected / 0.5, 0) @ a) @ b)

@@ -99,7 +99,7 @@ SETTINGS: dict[str, Any] = {
 @pytest.mark.parametrize("on", ["matrices", "all"])
 def test_weight_decay_is_the_same_for_all(optimizer: str, on: str) -> None:
     """A gradient of 0 leaves the decay alone: the rate times the weight; norms have it only where they are named."""
-    train = Train(optimizer=optimizer, weight_decay=0.1, weight_decay_on=on, **SETTINGS)
+    train = Train(weight_decay=0.1, **SETTINGS).replace(optimizer=optimizer, weight_decay_on=on)
     params, method = stacked(), make_optimizer(train)
     found, _ = method.update(jax.tree.map(jnp.zeros_like, params), method.init(params), params)
     for path, leaf in params.items():
@@ -109,7 +109,7 @@ def test_weight_decay_is_the_same_for_all(optimizer: str, on: str) -> None:
 
 def test_adafactor_is_optax_s() -> None:
     """Its second moments are factored from 128 on: of a [2,130,140] kernel two vectors a layer."""
-    params = {KERNEL: jnp.asarray(RNG.normal(size=(2, 130, 140)), jnp.float32), NORM: stacked()[NORM]}
+    params: FlatParams = {KERNEL: jnp.asarray(RNG.normal(size=(2, 130, 140)), jnp.float32), NORM: stacked()[NORM]}
     found, state = updates(Train(optimizer="adafactor", **SETTINGS), params)
     theirs = optax.adafactor(0.01, multiply_by_parameter_scale=False)
     now, other = params, theirs.init(params)
