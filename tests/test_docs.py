@@ -28,7 +28,8 @@ FIRST = ["README.md", "tutorial.md"]  # the tutorial makes the run that other pa
 PAGES = sorted({README, *DOCS.glob("*.md")} - GENERATED, key=lambda page: (page.name not in FIRST, page.name))
 FOLDERS = "ragjax configs launch docs tests benchmarks".split()
 SUFFIXES = "gz json jsonl md npy png py safetensors sh tsv yaml".split()
-PARAMETERS = ("generator.embed", "generator.layers")  # what train.frozen_params may name
+# what train.frozen_params and train.lora.targets may name
+PARAMETERS = ("generator.embed", "generator.layers", "generator.query", "generator.value")
 COMMAND = re.compile(r"ragjax|launch/\w+\.sh|python -m benchmarks")
 
 

@@ -128,7 +128,7 @@ def peft_tensors(model: PretrainedModel, params: Params) -> dict[str, np.ndarray
 def _weight_names(model: PretrainedModel) -> dict[str, str]:
     """Our paths → the names that a model's own class has for its tensors, `{}` for the layer."""
     hf = model.hf_config
-    if hasattr(model.config, "encoder_decoder"):
+    if not _is_encoder(model):
         generator = generator_family(hf)
         names, fused = generator.names(hf), generator.fused
     else:
@@ -138,6 +138,11 @@ def _weight_names(model: PretrainedModel) -> dict[str, str]:
     if fused:
         raise InputError(f"a {hf['model_type']} keeps several linear maps in one tensor, whose adapters PEFT has not")
     return {ours: theirs for ours, theirs, _ in names}
+
+
+def _is_encoder(model: PretrainedModel) -> bool:
+    """Decoders may be either."""
+    return hasattr(model.config, "pooling")
 
 
 def dpr_prefix(hf: Mapping[str, Any]) -> str:
@@ -151,7 +156,7 @@ def peft_config(model: PretrainedModel, lora: Lora, base: str, tensors: Mapping[
     source, _, revision = base.partition("@") if base.startswith("hf:") else (base, "", "")
     maps = sorted({_module(name) for name in tensors})
     kind = "FEATURE_EXTRACTION"
-    if hasattr(model.config, "encoder_decoder"):
+    if not _is_encoder(model):
         kind = "SEQ_2_SEQ_LM" if model.config.encoder_decoder else "CAUSAL_LM"
     targets: Any = sorted({name.rpartition(".")[2] for name in maps})
     if kind == "FEATURE_EXTRACTION":  # there the last part of a name does not tell one map from another
@@ -229,6 +234,6 @@ def _peft_scale(folder: Path) -> float:
         fields.text("peft_type", among=("LORA",))
         for key, off in UNSUPPORTED.items():
             if hf.get(key, off) not in (off, None):
-                raise InputError(f"{key} is {shown(json.dumps(hf[key]))}, which is not supported; merge it with PEFT")
+                raise InputError(f"{key} is {json.dumps(hf[key])[:80]}, which is not supported; merge it with PEFT")
         rank, alpha = fields.count("r"), fields.number("lora_alpha", 8.0)
         return alpha / (math.sqrt(rank) if fields.flag("use_rslora", False) else rank)

@@ -82,10 +82,10 @@ def weight_files(checkpoint: Path) -> list[Path]:
 class SafetensorsReader:
     """A `TensorReader` of a folder's safetensors files."""
 
-    def __init__(self, checkpoint: Path, file: str | None = None) -> None:
+    def __init__(self, checkpoint: Path, only: str | None = None) -> None:
         """Of all files, or of one. Raises `InputError` for a missing or damaged one, and a tensor that two have."""
         self._handles: dict[str, tuple[Path, Any]] = {}
-        for path in weight_files(checkpoint) if file is None else [checkpoint / file]:
+        for path in weight_files(checkpoint) if only is None else [checkpoint / only]:
             if not path.is_file():
                 raise InputError(f"{path}: missing; fetch it again")
             with path.open("rb") as beginning:

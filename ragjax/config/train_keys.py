@@ -14,7 +14,6 @@ class Lora(Section):
     alpha: PositiveFloat = Field(16.0, description="Adapters count alpha / rank times.")
     targets: Texts = Field(
         ("generator",),
-        description="generator, retriever or passage_encoder: all linear maps of its layers; or one, as in "
-        "generator.query.",
+        description="Models, whose layers' linear maps all get adapters, or such maps alone, as generator.query.",
     )
     dropout: Probability = Field(0.0, description="The share of the adapters' inputs that are set to 0.")

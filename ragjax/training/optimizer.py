@@ -30,6 +30,7 @@ def partition_params(params: Params, freeze: Sequence[str]) -> tuple[FlatParams,
     nothing, or when nothing is left to train.
     """
     flat = nnx.traversals.flatten_mapping(params)
+    _check_entries(flat, freeze)
     whole, layers = frozen_paths(flat, freeze), frozen_layers(flat, freeze)
     frozen = {path: leaf for path, leaf in flat.items() if path in whole}
     trained = {path: leaf for path, leaf in flat.items() if path not in whole}
@@ -53,35 +54,36 @@ def join_params(trained: FlatParams, frozen: FlatParams, freeze: Sequence[str]) 
 
 
 def frozen_paths(flat: FlatParams, freeze: Sequence[str]) -> set[tuple[str, ...]]:
-    """The parameters no part of which is trained. Raises `InputError` as `partition_params` does."""
-    frozen = set()
+    """The parameters no part of which is trained."""
     adapted = {path[0] for path in flat if is_adapter(path)}
-    for entry in freeze:
-        if RANGE.fullmatch(entry):
-            continue
-        below = {path for path in flat if f"{'.'.join(path)}.".startswith(f"{entry}.")}
-        if not below:
-            parts = sorted({".".join(path[:2]) for path in flat} | {path[0] for path in flat})
-            raise InputError(f"train.frozen_params: no parameters under {entry!r}; there are {', '.join(parts)}")
-        frozen |= below
-    return frozen | {path for path in flat if path[0] in adapted and not is_adapter(path)} | _all_layers(flat, freeze)
+    frozen = {path for path in flat if path[0] in adapted and not is_adapter(path)} | _all_layers(flat, freeze)
+    return frozen.union(*(_below(flat, entry) for entry in freeze))
 
 
 def frozen_layers(flat: FlatParams, freeze: Sequence[str]) -> dict[tuple[str, ...], list[int]]:
-    """By path, the layers that are frozen where some are and some are not. Raises `InputError` for layers not there."""
+    """By path, the layers that ranges freeze."""
     found: dict[tuple[str, ...], set[int]] = {}
-    for entry in freeze:
-        if not (match := RANGE.fullmatch(entry)):
-            continue
-        stack, first, last = match[1], int(match[2]), int(match[3])
-        below = [path for path in flat if ".".join(path).startswith(f"{stack}.")]
-        count = min((flat[path].shape[0] for path in below), default=0)
-        if not first <= last < count:
-            there = f"there are 0-{count - 1}" if count else "there are no such layers"
-            raise InputError(f"train.frozen_params: {entry}: {there}; expected the first and the last, as in 0-{last}")
-        for path in below:
-            found.setdefault(path, set()).update(range(first, last + 1))
+    for match in filter(None, map(RANGE.fullmatch, freeze)):
+        for path in _below(flat, match[1]):
+            count = flat[path].shape[0]
+            found.setdefault(path, set()).update(range(int(match[2]), min(int(match[3]) + 1, count)))
     return {path: sorted(layers) for path, layers in found.items()}
+
+
+def _below(flat: FlatParams, prefix: str) -> set[tuple[str, ...]]:
+    return {path for path in flat if f"{'.'.join(path)}.".startswith(f"{prefix}.")}
+
+
+def _check_entries(flat: FlatParams, freeze: Sequence[str]) -> None:
+    for entry in freeze:
+        if match := RANGE.fullmatch(entry):
+            count = min((flat[path].shape[0] for path in _below(flat, match[1])), default=0)
+            if not int(match[2]) <= int(match[3]) < count:
+                there = f"there are 0-{count - 1}" if count else "there are no such layers"
+                raise InputError(f"train.frozen_params: {entry}: {there}; expected the first and the last of them")
+        elif not _below(flat, entry):
+            parts = sorted({".".join(path[:2]) for path in flat} | {path[0] for path in flat})
+            raise InputError(f"train.frozen_params: no parameters under {entry!r}; there are {', '.join(parts)}")
 
 
 def _all_layers(flat: FlatParams, freeze: Sequence[str]) -> set[tuple[str, ...]]:

@@ -140,7 +140,7 @@ def test_layouts(
     settings = config.train.replace(gradient_accumulation=accumulation)
     rag = replace(lora.rag, config=config.replace(mesh=config.mesh.replace(model=model, fsdp=fsdp), train=settings))
     mesh = make_mesh(model)
-    state = init_train_state(rag, jax.tree.map(jnp.array, lora.params))  # a step takes what it is given
+    state = init_train_state(rag, jax.tree.map(jnp.array, lora.params))
     shardings = state_shardings(rag, mesh, state)
     batch = shard_batch(mesh, jax.device_get(lora.batch), 8)
     stepped, _ = make_train_step(rag, shardings)(put_global(state, shardings), batch)
@@ -158,7 +158,7 @@ def test_the_step_searches_with_adapters(world: Path) -> None:
     params, mesh = learnt(rag.initial_params()), local_mesh(data=1)
     chosen = read_questions(world / "train.jsonl")[:8]
     texts, answers = [q.question for q in chosen], [q.answers[0] for q in chosen]
-    found = search(rag, params, index, question_batch(rag.tokenizers, texts, answers), 3)[2]
+    _, _, found = search(rag, params, index, question_batch(rag.tokenizers, texts, answers), 3)
     asked = shard_batch(mesh, question_batch(rag.tokenizers, texts, answers, widest=True), 8)
     corpus = corpus_with_tokens(rag, index, store, mesh)
     _, ids = jax.jit(lambda p, a, c: retrieve_in_step(rag, p, a, c))(
@@ -181,7 +181,8 @@ def test_dropout_of_adapters_is_by_row_and_layer() -> None:
 
     expected = x
     for number in range(2):
-        keys: Any = fold_rngs(fold_rngs(rows, number), 0)
+        keys = fold_rngs(fold_rngs(rows, number), 0)
+        assert keys is not None
         keep = np.stack([np.asarray(jax.random.bernoulli(key, 0.5, (4,))) for key in keys])
         a, b, w = (np.asarray(part[...])[number] for part in (layers.lora_a, layers.lora_b, layers.kernel))
         expected = expected @ w + SCALE * ((np.where(keep, expected / 0.5, 0) @ a) @ b)
@@ -236,7 +237,7 @@ def test_a_checkpoint_holds_adapters(trained: Config) -> None:
     assert adapters and all(map(is_adapter, adapters)) and set(moments(state.optimizer)["mu"]) == adapters
     numbers = sum(leaf.size for leaf in flat(state.params).values())
     planned = abstract_state(rag, local_mesh(data=1))
-    assert abs(bytes_each(planned.optimizer) - 8 * numbers) <= 64  # two float32 moments, and the counts of steps
+    assert 0 <= bytes_each(planned.optimizer) - 8 * numbers <= 64  # two float32 moments, and the counts of steps
     restored = restore_params(rag)
     assert restored is not None
     found, base = flat(restored[0]), flat(rag.initial_params())

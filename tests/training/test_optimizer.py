@@ -99,7 +99,7 @@ SETTINGS: dict[str, Any] = {
 @pytest.mark.parametrize("on", ["matrices", "all"])
 def test_weight_decay_is_the_same_for_all(optimizer: Any, on: Any) -> None:
     """A gradient of 0 leaves the decay alone: the rate times the weight; norms have it only where they are named."""
-    train = Train(optimizer=optimizer, weight_decay=0.1, weight_decay_on=on, **SETTINGS)
+    train = Train(weight_decay=0.1, **SETTINGS).replace(optimizer=optimizer, weight_decay_on=on)
     params, method = stacked(), make_optimizer(train)
     found, _ = method.update(jax.tree.map(jnp.zeros_like, params), method.init(params), params)
     for path, leaf in params.items():
