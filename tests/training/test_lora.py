@@ -290,7 +290,7 @@ def test_adapters_that_are_not_taken(
     folder, out = tmp_path / "peft" / "generator", str(tmp_path / "out")
     config = json.loads((folder / "adapter_config.json").read_text())
     for change, message in (
-        ({"use_dora": True}, "adapter_config.json: use_dora is 'true', which is not supported"),
+        ({"use_dora": True}, "adapter_config.json: use_dora is true, which is not supported"),
         ({"peft_type": "IA3"}, "adapter_config.json: peft_type is 'IA3'; expected one of LORA"),
         ({"r": "3"}, "adapter_config.json: r is '3'; expected a whole number"),
         ({"base_model_name_or_path": str(world / "retriever")}, "do not belong to the base model"),
