@@ -67,7 +67,8 @@ def test_no_device_has_more_than_its_shards(tmp_path: Path, monkeypatch: pytest.
     random_llama(tmp_path, num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=False)
     model = open_generator(tmp_path, dtype="bfloat16")
     like = spread(model.compute_params, make_mesh(2))
-    before, read = {id(array) for array in jax.live_arrays()}, SafetensorsReader.read
+    earlier, read = jax.live_arrays(), SafetensorsReader.read
+    before = {id(array) for array in earlier}  # which live as long as `earlier`: no other array gets their numbers
     most, blocks = Counter[jax.Device](), []
 
     def on_devices() -> Counter[jax.Device]:
