@@ -131,6 +131,7 @@ class _ModelMetrics(_Record):
 class _Metrics(_Record):
     split: str
     decode: dict[str, Any]
+    bm25_docs: int = 0
     models: dict[str, _ModelMetrics]
 
 

@@ -53,6 +53,7 @@ FREE = (
 )
 ADAPTERS = tuple(f"train.lora.{key}" for key in ("rank", "alpha", "targets"))
 MODELS = ("retriever", "generator", "model", *ADAPTERS)  # what a trained model means nothing without
+BM25_DOCS = "retriever.bm25_docs"  # but this: like `decode.num_docs` how many documents are read, each with its own prior
 LEFT_OUT = "left_out.jsonl"
 PACKAGES = "ragjax jax jaxlib flax optax orbax-checkpoint grain transformers tokenizers faiss-cpu numpy".split()
 
@@ -145,11 +146,16 @@ def check_same_run(config: Config) -> None:
 
 
 def check_same_models(config: Config) -> None:
-    """Raises `InputError` if the run in the folder was trained with other models, prompts or priors."""
+    """Raises `InputError` if the run in the folder was trained with other models, prompts or priors.
+
+    How many documents a question has, of the encoder and of BM25, is free.
+    """
     path = Path(config.output) / "config.yaml"
     if not path.exists():
         return
-    if differ := [d for key, d in _differences(path, config).items() if key.startswith(MODELS)]:
+    others = {key: told for key, told in _differences(path, config).items() if key.startswith(MODELS)}
+    others.pop(BM25_DOCS, None)
+    if differ := list(others.values()):
         raise InputError(
             f"{config.output}: its checkpoints were trained with other settings: {'; '.join(differ)}; "
             "go back to them, or choose another folder with output=…"
