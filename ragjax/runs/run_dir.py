@@ -53,7 +53,7 @@ FREE = (
 )
 ADAPTERS = tuple(f"train.lora.{key}" for key in ("rank", "alpha", "targets"))
 MODELS = ("retriever", "generator", "model", *ADAPTERS)  # what a trained model means nothing without
-BM25_DOCS = "retriever.bm25_docs"  # but this: like `decode.num_docs` how many documents are read, each with its own prior
+BM25_DOCS = "retriever.bm25_docs"  # but this: as `decode.num_docs`, how many documents are read
 LEFT_OUT = "left_out.jsonl"
 PACKAGES = "ragjax jax jaxlib flax optax orbax-checkpoint grain transformers tokenizers faiss-cpu numpy".split()
 

@@ -229,12 +229,12 @@ def test_training_reads_them(world: Path, words_index: Path, tmp_path: Path, kin
         assert [line["recall"] for line in logged] == [1, 1]
         for m in (0, 2):
             check_answered_with(m, run)
-        with pytest.raises(InputError, match="holds another run: retriever.bm25_docs was 1 and is 2"):
+        with pytest.raises(InputError, match=r"holds another run: retriever\.bm25_docs was 1 and is 2"):
             train(load_run_config(run, ["retriever.bm25_docs=2"]))
 
 
 def check_answered_with(m: int, run: Path) -> None:
-    """A run is asked with m documents of BM25, and was trained with one: the prior is the softmax over what there is."""
+    """A run is asked with m documents of BM25, and was trained with one: the prior is over those that there are."""
     answerer = open_answerer(load_run_config(run, [f"retriever.bm25_docs={m}"]))
     assert answerer.step == 2
     texts = [f"Capital of {land}?" for land in LANDS[:6]]

@@ -485,10 +485,24 @@ def several_kinds(folder: Path, vectors: np.ndarray, ids: list[str]) -> Path:
     return folder
 
 
-def cut_short(folder: Path, vectors: np.ndarray, ids: list[str]) -> Path:
-    path = faiss_file("Flat")(folder, vectors, ids)
-    path.write_bytes(path.read_bytes()[:500])
-    return path
+def cut_short(kind: str, size: int) -> Write:
+    def write(folder: Path, vectors: np.ndarray, ids: list[str]) -> Path:
+        path = faiss_file(kind)(folder, vectors, ids)
+        path.write_bytes(path.read_bytes()[:size])
+        return path
+
+    return write
+
+
+def with_byte(kind: str, at: int, value: int) -> Write:
+    def write(folder: Path, vectors: np.ndarray, ids: list[str]) -> Path:
+        path = faiss_file(kind)(folder, vectors, ids)
+        data = bytearray(path.read_bytes())
+        data[at] = value
+        path.write_bytes(data)
+        return path
+
+    return write
 
 
 BAD: dict[str, tuple[Write, str]] = {
@@ -502,7 +516,13 @@ BAD: dict[str, tuple[Write, str]] = {
     "PQ": (faiss_file("PQ4x4"), r"compressed \(IndexPQ\)"),
     "SQ8": (faiss_file("IVF2,SQ8"), r"compressed \(IndexIVFScalarQuantizer\)"),
     "PCA": (faiss_file("PCA8,Flat"), r"compressed \(PCAMatrix\)"),
-    "cut short": (cut_short, "FAISS cannot read it"),
+    "cut short": (cut_short("Flat", 500), "FAISS cannot read it"),
+    # FAISS itself dies of these
+    "cut in its header": (cut_short("Flat", 27), "FAISS cannot read it"),
+    "cut in its inner header": (cut_short("IDMap,Flat", 63), "FAISS cannot read it"),
+    "clusters cut": (cut_short("IDMap,IVF2,Flat", 84), "FAISS cannot read it"),
+    "too many vectors": (with_byte("IVF2,Flat", 13, 1), r"FAISS cannot read it \(\d+ vectors of 128 bytes are not in"),
+    "another width": (with_byte("Flat,RFlat", 6, 1), "FAISS cannot read it"),
     "text": (lambda f, v, i: Path(__file__), "begins with"),
     "nothing": (lambda f, v, i: f / "none.npy", "no such file or folder"),
 }
