@@ -525,6 +525,7 @@ BAD: dict[str, tuple[Write, str]] = {
     "another width": (with_byte("Flat,RFlat", 6, 1), "FAISS cannot read it"),
     "text": (lambda f, v, i: Path(__file__), "begins with"),
     "nothing": (lambda f, v, i: f / "none.npy", "no such file or folder"),
+    "a device": (lambda f, v, i: Path(os.devnull), "is neither a file nor a folder"),
 }
 
 
