@@ -211,6 +211,13 @@ def test_without_ids_the_rows_are_the_corpus_in_its_order(
     told = " ".join(capsys.readouterr().err.split())
     assert "30 vectors × 32, float16, its rows taken in the corpus' order" in told
     np.testing.assert_array_equal(np.asarray(opened(config).embeddings), vectors.astype(np.float16))
+    before = files(tmp_path)
+    assert main(["index", *as_arguments(config, world), "--from", f"{tmp_path}/v.npy"]) == 0, "it is there"
+    np.save(tmp_path / "w.npy", vectors)
+    assert main(["index", *as_arguments(config, world), "--from", f"{tmp_path}/w.npy"]) == 2
+    assert f"with other embeddings than {tmp_path}/w.npy has now; delete it to take" in capsys.readouterr().err
+    (tmp_path / "w.npy").unlink()
+    assert files(tmp_path) == before
     np.save(tmp_path / "v.npy", vectors[:29])
     before = files(tmp_path)
     assert main(["index", *as_arguments(config, world, "x"), "--from", f"{tmp_path}/v.npy"]) == 2
