@@ -188,8 +188,6 @@ def test_a_published_form_goes_all_the_way(
     assert [(q.question, list(q.answers)) for q in read.questions] == [(q["question"], q["answer"]) for q in asked]
     assert read.usable.questions == list(range(len(asked)))
     assert main(["train", config, *settings]) == 0
-    [step] = (tmp_path / "run" / "train.jsonl").read_text().splitlines()
-    assert json.loads(step)["recall"] > 0, "the documents are searched for the answers of the questions"
     assert main(["evaluate", config, *settings]) == 0
     measured = json.loads((tmp_path / "run" / "metrics.json").read_text())["models"]
     about = measured["trained"]

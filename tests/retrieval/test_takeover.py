@@ -66,7 +66,7 @@ def npy(folder: Path, vectors: np.ndarray, ids: list[str], beside: str = "ids.tx
 
 
 def npy_ids(folder: Path, vectors: np.ndarray, ids: list[str]) -> Path:
-    np.save(folder / "vectors.npy", np.asfortranarray(vectors.astype(np.float64)))
+    np.save(folder / "vectors.npy", np.asfortranarray(vectors.astype(">f8")))
     np.save(folder / "vectors_ids.npy", np.array(ids))
     return folder / "vectors.npy"
 
@@ -148,7 +148,7 @@ def faiss_file(kind: str) -> Write:
 
 FORMS: dict[str, Write] = {
     "npy": npy,
-    "npy of float64, ids in npy": npy_ids,
+    "npy of float64 of other machines, by columns, ids in npy": npy_ids,
     "npz": npz,
     "several npy": many_npy,
     "folder of npy": folder_of_npy,
