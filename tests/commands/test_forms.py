@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from ragjax.cli import main
-from ragjax.commands.train import load_data
 from ragjax.config import load_config
 from ragjax.data.passage_store import PassageStore
+from ragjax.runs.restore import open_split
 
 Record = dict[str, Any]
 
@@ -184,10 +184,10 @@ def test_a_published_form_goes_all_the_way(
     if passages is ms_marco:
         given = [{"id": p["id"], "title": "", "text": f"{p['title']}: {p['text']}"} for p in given]
     assert kept == given, "the very same passages"
-    read = load_data(load_config(Path(config), settings)).train
+    read = open_split(load_config(Path(config), settings), "train")
     assert [(q.question, list(q.answers)) for q in read.questions] == [(q["question"], q["answer"]) for q in asked]
-    assert read.usable.questions == list(range(len(asked)))
     assert main(["train", config, *settings]) == 0
+    assert not (tmp_path / "run" / "left_out.jsonl").exists()
     assert main(["evaluate", config, *settings]) == 0
     measured = json.loads((tmp_path / "run" / "metrics.json").read_text())["models"]
     about = measured["trained"]
