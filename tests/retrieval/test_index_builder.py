@@ -139,14 +139,14 @@ def test_an_index_of_the_same_contents_stays(world: Path, tmp_path: Path, capsys
 def test_a_link_to_nothing_and_a_folder_for_a_file(world: Path, tmp_path: Path) -> None:
     (tmp_path / "index").symlink_to(tmp_path / "large disk" / "index")
     config = tiny_config(world, index__path=str(tmp_path / "index"))
-    build_index(config)
+    build(config)
     assert (tmp_path / "index").is_symlink()
     expected = files(world / "index")
     assert {path.name for path in files(tmp_path / "large disk")} == {path.name for path in expected}
     (tmp_path / "index" / MANIFEST).unlink()
     (tmp_path / "index" / MANIFEST).mkdir()
     (tmp_path / "index" / "made_of.json").unlink()
-    build_index(config)
+    build(config)
     read_index_manifest(tmp_path / "index")
 
 
