@@ -53,6 +53,7 @@ FREE = (
 )
 ADAPTERS = tuple(f"train.lora.{key}" for key in ("rank", "alpha", "targets"))
 MODELS = ("retriever", "generator", "model", *ADAPTERS)  # what a trained model means nothing without
+QUANTIZATION = "generator.quantization"  # as `dtype`, answering may have another one than training had
 LEFT_OUT = "left_out.jsonl"
 PACKAGES = "ragjax jax jaxlib flax optax orbax-checkpoint grain transformers tokenizers faiss-cpu numpy".split()
 
@@ -149,7 +150,8 @@ def check_same_models(config: Config) -> None:
     path = Path(config.output) / "config.yaml"
     if not path.exists():
         return
-    if differ := [d for key, d in _differences(path, config).items() if key.startswith(MODELS)]:
+    found = _differences(path, config).items()
+    if differ := [d for key, d in found if key.startswith(MODELS) and key != QUANTIZATION]:
         raise InputError(
             f"{config.output}: its checkpoints were trained with other settings: {'; '.join(differ)}; "
             "go back to them, or choose another folder with output=…"
