@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import use_abstract_mesh
+from jax.sharding import NamedSharding, PartitionSpec, use_abstract_mesh
 
 from ragjax.models import attention
 from ragjax.models.attention import self_attention, splash_attention
@@ -44,9 +44,9 @@ def rows(count: int) -> tuple[Any, ...]:
     return tuple(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
 
 
-def with_gradients(attend: Any, masked: bool, count: int = 2) -> Any:
+def with_gradients(attend: Any, masked: bool, count: int = 2, place: Any = None) -> Any:
     """What is attended to, and the gradients of queries, keys and values, where padding counts nothing."""
-    *given, weights = rows(count)
+    *given, weights = jax.device_put(rows(count), place)
     mask = jnp.arange(LENGTH) < jnp.array([LENGTH, 130] * (count // 2))[:, None] if masked else None
 
     def summed(*given: Any) -> Any:
@@ -119,9 +119,11 @@ def test_jaxs_own_function(case: dict[str, Any]) -> None:
 @pytest.mark.parametrize("model", [2, 4], ids=["heads over model", "keys cannot be split"])
 def test_each_device_has_its_rows_and_heads(model: int) -> None:
     case = {"scale": 0.2, "softcap": 0.0, "causal": True, "window": None}
-    with use_abstract_mesh(make_mesh(model).abstract_mesh):
+    mesh = make_mesh(model)
+    with use_abstract_mesh(mesh.abstract_mesh):
         attend = partial(attention._splash_on_mesh, interpret=True, **case)
-        found = with_gradients(attend, masked=False, count=8 // model)
+        by_rows = NamedSharding(mesh, PartitionSpec("data"))
+        found = with_gradients(attend, masked=False, count=8 // model, place=by_rows)
     assert_close(found, expected(case | {"mask": False}, count=8 // model))
 
 
