@@ -95,6 +95,9 @@ class Generator(Section):
     answer_template: AnswerTemplate = Field(" {answer}", description="How an answer follows the prompt.")
     max_prompt_tokens: PositiveInt = Field(256, description="The longest prompt; the passage is cut to fit.")
     max_answer_tokens: PositiveInt = Field(16, description="The longest answer, the end token included.")
+    quantization: Literal["int8"] | None = Field(
+        None, description="Keep the kernels of its layers, which are not trained then, in int8; null means as they are."
+    )
 
 
 class Mesh(Section):

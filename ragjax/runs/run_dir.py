@@ -53,7 +53,8 @@ FREE = (
 )
 ADAPTERS = tuple(f"train.lora.{key}" for key in ("rank", "alpha", "targets"))
 MODELS = ("retriever", "generator", "model", *ADAPTERS)  # what a trained model means nothing without
-BM25_DOCS = "retriever.bm25_docs"  # but this: as `decode.num_docs`, how many documents are read
+# but these, in which answering may differ: as `decode.num_docs` and as `dtype`
+FOR_ANSWERING = ("retriever.bm25_docs", "generator.quantization")
 LEFT_OUT = "left_out.jsonl"
 PACKAGES = "ragjax jax jaxlib flax optax orbax-checkpoint grain transformers tokenizers faiss-cpu numpy".split()
 
@@ -153,9 +154,8 @@ def check_same_models(config: Config) -> None:
     path = Path(config.output) / "config.yaml"
     if not path.exists():
         return
-    others = {key: told for key, told in _differences(path, config).items() if key.startswith(MODELS)}
-    others.pop(BM25_DOCS, None)
-    if differ := list(others.values()):
+    found = _differences(path, config).items()
+    if differ := [told for key, told in found if key.startswith(MODELS) and key not in FOR_ANSWERING]:
         raise InputError(
             f"{config.output}: its checkpoints were trained with other settings: {'; '.join(differ)}; "
             "go back to them, or choose another folder with output=…"
