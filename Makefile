@@ -57,7 +57,7 @@ test-browser: $(VENV)/dev
 test-tpu:
 	@$(PYTHON) -m venv $(VENV)-tpu
 	@$(VENV)-tpu/bin/python -m pip install -q --disable-pip-version-check -e '.[dev,tpu]'
-	JAX_PLATFORMS=cpu $(VENV)-tpu/bin/python -m pytest -q -m slow tests/planning/test_plan.py
+	JAX_PLATFORMS=cpu $(VENV)-tpu/bin/python -m pytest -q -m slow tests/planning/test_tpu.py
 
 soak: $(VENV)/dev
 	$(BIN)/python tests/helpers/soak.py --kills 120 --devices 1

@@ -16,6 +16,7 @@ from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float, Int, Int8, Key
 
 from ragjax.errors import InputError
+from ragjax.parallel.by_device import axis_length
 
 Params = dict[str, Any]  # a nested dict of arrays, as `nnx.to_pure_dict` gives it
 RowRngs = Key[Array, " n"]  # one PRNG key a row, for dropout
@@ -171,13 +172,6 @@ def split_by_rows(activations: Any) -> Any:
         return jax.lax.with_sharding_constraint(x, PartitionSpec("data", *free))
 
     return jax.tree.map(rows, activations)
-
-
-def axis_length(name: str) -> int:
-    """Over how many devices XLA may split along an axis of the mesh, inside `use_abstract_mesh`; else 1."""
-    mesh = jax.sharding.get_abstract_mesh()
-    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    return mesh.shape[name] if types.get(name) is AxisType.Auto else 1
 
 
 def gather_table(table: Float[Array, "V D"]) -> Float[Array, "m v D"]:

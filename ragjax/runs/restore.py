@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from ragjax.data.questions import Split, read_split
 from ragjax.errors import InputError
 from ragjax.files import cache_folder
 from ragjax.models.layers import Params
-from ragjax.parallel.mesh import local_mesh
+from ragjax.parallel.mesh import local_mesh, make_mesh
 from ragjax.rag import RagModel, RagPipeline, load_pipeline
+from ragjax.resources import size_text
 from ragjax.retrieval.bm25 import check_bm25, open_bm25
 from ragjax.retrieval.index import MANIFEST, Index, check_built, check_listed, open_index
 from ragjax.retrieval.refresh import refreshed_at, refreshed_index, version_folder
@@ -34,6 +36,7 @@ from ragjax.training.state import (
     for_inference,
     inference_params,
     init_train_state,
+    larger_model_axis,
     saved_part,
     unsplit_modules,
 )
@@ -80,6 +83,30 @@ def load_artifacts(config: Config) -> tuple[RagPipeline, Index, PassageStore]:
 def pretrained_params(rag: RagPipeline, mesh: Mesh) -> Params:
     """The pretrained parameters for answering, laid out on the mesh, in the types of `inference_params`."""
     return for_inference(rag).initial_params(inference_params(rag, mesh))
+
+
+def check_answering_fits(rag: RagModel, mesh: Mesh, limit: int | None = None) -> None:
+    """Raises `InputError`, with advice, if a device cannot hold its part of what answers: FSDP does not split that.
+
+    The `limit`, in bytes, is by default what the device reports; a CPU reports none.
+    """
+    if limit is None:
+        limit = (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
+
+    def each(on: Mesh) -> int:
+        leaves = jax.tree.leaves(inference_params(rag, on))
+        return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+    if limit is None or (need := each(mesh)) <= limit:
+        return
+    helps = [] if rag.config.dtype == "bfloat16" else ["dtype=bfloat16"]
+    if (model := larger_model_axis(for_inference(rag), mesh)) is not None:
+        wider = make_mesh(model, list(mesh.devices.flat))
+        helps.append(f"mesh.model={model} ({size_text(each(wider))}; mesh.fsdp splits them in training only)")
+    raise InputError(
+        f"answering does not fit: the models' parameters take {size_text(need)} of a device that has "
+        f"{size_text(limit)}; what would help: {'; '.join([*helps, 'a smaller generator'])}"
+    )
 
 
 def trained_index(rag: RagPipeline, index: Index, step: int) -> Index:
