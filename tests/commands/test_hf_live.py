@@ -340,7 +340,7 @@ def test_sentence_transformers_loads_the_encoder_that_was_exported(run: Path, tm
     (prompted / "config.yaml").write_text(dump_config(load_config(run / "config.yaml", changed)))
     questions, passages = (
         ["Capital of Arland?", "And of Bel?"],
-        [Passage("0", "Ar", "Kes."), Passage("1", "Bel", "Or.")],
+        [Passage("0", "Ar", "Kes."), Passage("1", "B", "Or.")],
     )
     for folder in (run, prompted):
         exported = tmp_path / f"exported-{folder.name}"
