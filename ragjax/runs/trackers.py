@@ -50,7 +50,8 @@ def tracking(config: Config, folder: Path) -> Iterator[Track]:
 def _tensorboard(config: Config, folder: Path) -> Opened:
     from tensorboardX import SummaryWriter
 
-    writer = SummaryWriter(str(folder / "tensorboard"))
+    # a file is named by the second: the suffix keeps apart what begins within one
+    writer = SummaryWriter(str(folder / "tensorboard"), filename_suffix=f".{secrets.token_hex(4)}")
 
     def track(step: int, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
@@ -90,7 +91,7 @@ def _trackio(config: Config, folder: Path) -> Opened:
 
     def close() -> None:
         with redirect_stdout(sys.stderr):
-            run.finish()
+            trackio.finish()
 
     return lambda step, metrics: run.log(dict(metrics), step=step), close
 

@@ -32,7 +32,7 @@ def parts(card: str) -> tuple[dict[str, Any], dict[str, str]]:
 def test_a_run_is_pushed_with_its_card(run: Path, tmp_path: Path, capsys: Capture) -> None:
     with push_server() as hub:
         assert main(["export", str(run), str(tmp_path / "out"), "--push", "hf:org/capitals"]) == 0
-        assert f"pushed: {hub.address}/org/capitals" in capsys.readouterr().err
+        assert capsys.readouterr().out.endswith(f"pushed: {hub.address}/org/capitals\n")
     pushed = hub.repositories["org/capitals"]
     assert pushed == {str(path.relative_to(tmp_path / "out")): data for path, data in files(tmp_path / "out").items()}
     metadata, text = parts(pushed["README.md"].decode())
