@@ -161,7 +161,7 @@ class Train(Section):
     dev_questions: NonNegativeInt = Field(0, description="Dev questions whose loss is measured at each save.")
     keep_best: bool = Field(False, description="Keep the checkpoint of lowest dev loss, too, and answer with it.")
     log_every: PositiveInt = Field(1, description="Steps between lines of the log.")
-    tensorboard: bool = Field(False, description="Write the metrics for TensorBoard, too.")
+    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = Field("none", description="Shows the metrics, too.")
 
 
 class Refresh(Section):

@@ -156,8 +156,8 @@ def restore_params(
     return params | {name: models[name].load_params(wanted[name]) for name in wanted.keys() - params.keys()}, step
 
 
-def export_params(rag: RagPipeline, merge: bool) -> Params:
-    """The parameters of a run's newest checkpoint in float32, on the host, or else the pretrained ones.
+def export_params(rag: RagPipeline, merge: bool) -> tuple[Params, int]:
+    """The parameters of a run's newest checkpoint in float32, on the host, or else the pretrained ones; and its step.
 
     Of a model that has adapters these alone, or, to `merge`, its weights with them. What is in int8 is multiplied by
     its scales.
@@ -166,12 +166,14 @@ def export_params(rag: RagPipeline, merge: bool) -> Params:
     if lora.rank is None or merge:
         restored = restore_params(rag, exact=True)
         params = dequantized(jax.device_get(restored[0] if restored else rag.initial_params()))
-        return {name: merged(part, lora.alpha / (lora.rank or 1)) for name, part in params.items()}
+        whole = {name: merged(part, lora.alpha / (lora.rank or 1)) for name, part in params.items()}
+        return whole, restored[1] if restored else 0
     few, trained = {name: adapters_only(part) for name, part in rag.abstract_params().items()}, None
     if (Path(rag.config.output) / "checkpoints").is_dir():
         check_same_models(rag.config)
         trained = _restore_saved(rag, few, None)
-    return jax.device_get(trained[1] if trained else rag.initial_params(few))
+    step, params = trained or (0, rag.initial_params(few))
+    return jax.device_get(params), step
 
 
 def _restore(rag: RagPipeline, abstract_params: Params, step: int | None = None) -> tuple[int, Params] | None:

@@ -49,7 +49,7 @@ FREE = (
     "train.keep_best",
     "train.dev_questions",
     "train.log_every",
-    "train.tensorboard",
+    "train.tracker",
 )
 ADAPTERS = tuple(f"train.lora.{key}" for key in ("rank", "alpha", "targets"))
 MODELS = ("retriever", "generator", "model", *ADAPTERS)  # what a trained model means nothing without

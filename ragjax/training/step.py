@@ -89,7 +89,7 @@ def sums_once(config: Config) -> bool:
 # what a run does around its steps: no program depends on it
 _OF_THE_LOOP = (
     *("start_from", "save_every", "save_minutes", "keep_checkpoints", "dev_questions", "keep_best"),
-    *("log_every", "tensorboard", "prefetch_retrieval"),
+    *("log_every", "tracker", "prefetch_retrieval"),
 )
 
 
