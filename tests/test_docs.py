@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
+from processes import QUICK_TO_COMPILE
 
 from ragjax.cli import main
 from ragjax.config import dump_config, load_config
@@ -167,7 +168,7 @@ def run(block: Block) -> None:
             assert code == 0, f"{block.page.name}: {line}"
     else:
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        environment = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)}
+        environment = os.environ | QUICK_TO_COMPILE | {"PATH": path, "PYTHONPATH": str(ROOT)}
         command = f'set -euo pipefail; ragjax() {{ "{sys.executable}" -m ragjax "$@"; }}\n{block.text}'
         done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, f"{block.page}:{block.line}: {done.stderr}"

@@ -19,6 +19,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from processes import QUICK_TO_COMPILE
 from trained import files
 from world import build, tiny_config
 
@@ -386,7 +387,7 @@ def test_where_a_shard_comes_out_otherwise_the_structure_follows(world: Path, sh
 def start(config: Config, tmp_path: Path) -> subprocess.Popen[bytes]:
     """`ragjax index` in a process of its own, on one device, compiled as the tests' programs are."""
     (tmp_path / "own.yaml").write_text(dump_config(config), encoding="utf-8")
-    environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    environment = os.environ | QUICK_TO_COMPILE
     command = [sys.executable, "-m", "ragjax", "index", str(tmp_path / "own.yaml")]
     return subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
 

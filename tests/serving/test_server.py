@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import socket
 import subprocess
@@ -18,6 +19,7 @@ from typing import Any
 import pytest
 from html_tree import elements
 from http_server import HEAD, Held, Running, running
+from processes import QUICK_TO_COMPILE
 from world import LANDS
 
 import ragjax
@@ -368,7 +370,9 @@ def test_bad_options(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_sigterm_ends_it_when_all_is_answered(run: Path) -> None:
     """Under load, as a process of its own; the exit code is that of every command."""
     command = [sys.executable, "-m", "ragjax", "serve", str(run), "--port", "0"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process, ThreadPoolExecutor(24) as pool:
+    environment = os.environ | QUICK_TO_COMPILE
+    opened = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    with opened as process, ThreadPoolExecutor(24) as pool:
         assert process.stderr is not None
         told = next(line for line in process.stderr if line.startswith("serving "))
         port = int(told.rstrip().rsplit(":", 1)[1])
