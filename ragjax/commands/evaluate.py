@@ -91,6 +91,7 @@ def evaluate(config: Config) -> dict[str, Any]:
         "hf_compatible": config.hf_compatible,
         "exclude_bos": config.train.exclude_bos,
         "decode": config.decode.model_dump(),
+        "bm25_docs": config.retriever.bm25_docs,
         "fingerprints": rag.fingerprints | {"questions": split.fingerprint},
         "models": {},
     }

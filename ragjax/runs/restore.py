@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from ragjax.checkpoints.adapters import adapters_only, join_trees, merged, without_adapters
 from ragjax.checkpoints.hub import fingerprint_files
+from ragjax.checkpoints.quantization import before_quantization, dequantized, quantized
 from ragjax.config import Config, adapted_maps
 from ragjax.data.passage_store import PassageStore
 from ragjax.data.questions import Split, read_split
@@ -143,7 +144,9 @@ def restore_params(
     check_same_models(rag.config)
     wanted = inference_params(rag, mesh or local_mesh(data=1))
     if exact:
-        wanted = jax.tree.map(lambda leaf: leaf.update(dtype=jnp.float32), wanted)
+        wanted = jax.tree.map(
+            lambda leaf: leaf.update(dtype=jnp.float32) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, wanted
+        )
     restored = _restore(rag, {name: part for name, part in wanted.items() if name in rag.parts}, step)
     if restored is None:
         return None
@@ -153,33 +156,44 @@ def restore_params(
     return params | {name: models[name].load_params(wanted[name]) for name in wanted.keys() - params.keys()}, step
 
 
-def export_params(rag: RagPipeline, merge: bool) -> Params:
-    """The parameters of a run's newest checkpoint in float32, on the host, or else the pretrained ones.
+def export_params(rag: RagPipeline, merge: bool) -> tuple[Params, int]:
+    """The parameters of a run's newest checkpoint in float32, on the host, or else the pretrained ones; and its step.
 
-    Of a model that has adapters these alone, or, to `merge`, its weights with them.
+    Of a model that has adapters these alone, or, to `merge`, its weights with them. What is in int8 is multiplied by
+    its scales.
     """
     lora = rag.config.train.lora
     if lora.rank is None or merge:
         restored = restore_params(rag, exact=True)
-        params = jax.device_get(restored[0] if restored else rag.initial_params())
-        return {name: merged(part, lora.alpha / (lora.rank or 1)) for name, part in params.items()}
+        params = dequantized(jax.device_get(restored[0] if restored else rag.initial_params()))
+        whole = {name: merged(part, lora.alpha / (lora.rank or 1)) for name, part in params.items()}
+        return whole, restored[1] if restored else 0
     few, trained = {name: adapters_only(part) for name, part in rag.abstract_params().items()}, None
     if (Path(rag.config.output) / "checkpoints").is_dir():
         check_same_models(rag.config)
         trained = _restore_saved(rag, few, None)
-    return jax.device_get(trained[1] if trained else rag.initial_params(few))
+    step, params = trained or (0, rag.initial_params(few))
+    return jax.device_get(params), step
 
 
 def _restore(rag: RagPipeline, abstract_params: Params, step: int | None = None) -> tuple[int, Params] | None:
     """As `restore_params`, of any configuration; each parameter gets the type and sharding of `abstract_params`."""
-    saved = {name: adapters_only(part) for name, part in abstract_params.items()}
-    restored = _restore_saved(rag, saved, step)
+    wanted = {name: adapters_only(part) for name, part in abstract_params.items()}
+    quantizes = _quantizes(rag.config)
+    restored = _restore_saved(rag, before_quantization(wanted, rag.config.dtype) if quantizes else wanted, step)
     if restored is None:
         return None
     step, params = restored
+    params = quantized(params, wanted) if quantizes else params
     parts = {name: without_adapters(part) for name, part in abstract_params.items()}
     base = {name: part for name, part in parts.items() if part}
     return step, join_trees(params, rag.initial_params(base)) if base else params
+
+
+def _quantizes(config: Config) -> bool:
+    """Whether the configuration has kernels in int8 that its run did not have in training."""
+    run = Path(config.output)
+    return config.generator.quantization is not None and load_run_config(run).generator.quantization is None
 
 
 def _restore_saved(rag: RagPipeline, saved: Params, step: int | None) -> tuple[int, Params] | None:

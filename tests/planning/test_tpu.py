@@ -126,6 +126,7 @@ import jax, jax.numpy as jnp
 from flax import nnx
 from ragjax.decoding.propose import prefill_documents
 from ragjax.checkpoints.pretrained import generator_shape
+from ragjax.checkpoints.quantization import with_int8_kernels
 from ragjax.parallel.mesh import make_mesh
 from ragjax.parallel.sharding import abstract_with_sharding
 from ragjax.planning.plan import _tpu_devices
@@ -133,7 +134,12 @@ from pathlib import Path
 import sys
 mesh = make_mesh(devices=_tpu_devices("v5e:2x2")[:1])
 model, told = generator_shape(Path(sys.argv[1]), dtype="bfloat16"), {}
-for kind, params in (("trained", model.abstract_params), ("untrained", model.untrained_types(mesh))):
+int8 = with_int8_kernels(model)
+for kind, model, params in (
+    ("trained", model, model.abstract_params),
+    ("untrained", model, model.untrained_types(mesh)),
+    ("int8", int8, int8.untrained_types(mesh)),
+):
     prompts = jax.ShapeDtypeStruct((4, 128), jnp.int32), jax.ShapeDtypeStruct((4, 128), jnp.bool)
     given = abstract_with_sharding(mesh, (params, *prompts))
     read = jax.jit(lambda *given: jax.tree.leaves(prefill_documents(model.graphdef, *given)))
@@ -150,9 +156,42 @@ def test_no_second_copy_of_weights_that_are_not_trained(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(shape))
     command = [sys.executable, "-c", WEIGHTS_ON_A_TPU, str(tmp_path / "config.json")]
     told = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    (whole, copied), (half, none) = told["trained"], told["untrained"]
+    (whole, copied), (half, none), (int8, nothing) = (told[kind] for kind in ("trained", "untrained", "int8"))
     assert half == pytest.approx(whole / 2, rel=0.01)
     assert copied > 0.3 * half and none < 0.05 * half
+    tables = 2 * 2 * 32000 * 1024
+    assert int8 - tables == pytest.approx((half - tables) / 2, rel=0.01)
+    assert nothing < 0.05 * int8
+
+
+ATTENTION_ON_A_TPU = """
+import json
+from benchmarks.attention import LENGTHS, MODELS, attention_temporaries
+from ragjax.parallel.mesh import make_mesh
+from ragjax.planning.plan import _tpu_devices
+devices = _tpu_devices("v5e:2x2")
+alone, four = make_mesh(devices=devices[:1]), make_mesh(2, devices)
+(llama, _), (gemma, capped) = (MODELS[name] for name in list(MODELS)[:2])
+print(json.dumps({
+    "all logits": attention_temporaries(alone, llama, 2048, kernel=False),
+    "kernel": [attention_temporaries(alone, llama, length, kernel=True) for length in LENGTHS],
+    "capped": attention_temporaries(alone, gemma, 8192, kernel=True, **capped),
+    "four": attention_temporaries(four, llama, 8192, kernel=True),
+}))
+"""
+
+
+def test_long_prompts_are_read_without_their_logits() -> None:
+    """To 8,192 tokens, forward and backward: what a kernel takes is some times the queries, and follows the length."""
+    command = [sys.executable, "-c", ATTENTION_ON_A_TPU]
+    root = Path(__file__).parents[2]
+    told = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, cwd=root).stdout)
+    queries = 2 * 32 * 128  # bytes a token, in bfloat16
+    assert told["all logits"] > 4 * 32 * 2048**2
+    for length, temporaries in zip((1024, 2048, 4096, 8192), told["kernel"], strict=True):
+        assert temporaries < 12 * queries * length
+    assert told["capped"] < 12 * 2 * 16 * 256 * 8192
+    assert told["four"] < told["kernel"][-1]  # each has one prompt, and half of its heads
 
 
 # `ragjax plan`, but for the row that counts in no total: it compiles the step a second time
@@ -189,8 +228,9 @@ def test_eight_billion_parameters_fit_eight_tpus(tmp_path: Path) -> None:
         settings = [f"retriever.source={tmp_path}/bge", f"generator.source={tmp_path}/{generator}"]
         command = [sys.executable, "-c", PLAN, str(CONFIGS / f"{name}.yaml"), *settings]
         plans[generator] = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+    printed = {generator: plan.communicate()[0] for generator, plan in plans.items()}
     for generator, parameters in (("qwen3", 8_190_735_360), ("llama3", 8_030_261_248)):
-        told = json.loads(plans[generator].communicate()[0])
+        told = json.loads(printed[generator])
         assert told["rows"]["evaluate: generator parameters"] == pytest.approx(parameters * 2 / 4, rel=0.01)
         assert told["totals"].keys() == {"index", "train", "evaluate"}
         for command, (size, has, fits) in told["totals"].items():
