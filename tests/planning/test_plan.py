@@ -129,6 +129,21 @@ def test_parameters_and_state_are_those_of_real_arrays(world: Path) -> None:
     assert planned["train", "checkpoints", "disk"] == 5 * in_bytes(state)
 
 
+def test_kernels_in_int8_are_counted(world: Path) -> None:
+    """To train adapters beside them and to answer: a number each, and four for the scale of a channel."""
+    lora = {"train__lora__rank": 3}
+    plain, int8 = (rows_of(tiny_config(world, generator__quantization=kind, **lora)) for kind in (None, "int8"))
+    params = load_pipeline(tiny_config(world)).generator.abstract_params
+    kernels = [part["kernel"] for part in params["layers"].values() if "kernel" in part]
+    saved = sum(3 * kernel.size - 4 * kernel.size // kernel.shape[1] for kernel in kernels)
+    for command, copies in (("train", 1), ("evaluate", 2)):
+        name = command, "generator parameters", "device"
+        assert (plain[name].size or 0) - (int8[name].size or 0) == copies * saved
+        assert f"{sum(kernel.size for kernel in kernels):,} in int8" in int8[name].how
+    found = load_pipeline(tiny_config(world, generator__quantization="int8", **lora))
+    assert int8["train", "generator parameters", "device"].size == in_bytes(found.generator.load_params())
+
+
 def test_embeddings_and_passages_are_the_files(world: Path) -> None:
     planned, folder = rows_of(tiny_config(world)), world / "index"
     embeddings = planned["index", "embeddings", "disk"]
