@@ -166,7 +166,7 @@ def export_params(rag: RagPipeline, merge: bool) -> tuple[Params, int]:
     if lora.rank is None or merge:
         restored = restore_params(rag, exact=True)
         params = dequantized(jax.device_get(restored[0] if restored else rag.initial_params()))
-        if rag.config.generator.quantization is not None:
+        if rag.config.generator.quantization is not None and "generator" in rag.parts:
             terminal.print("the generator's kernels are those of int8, in float32", soft_wrap=True)
         whole = {name: merged(part, lora.alpha / (lora.rank or 1)) for name, part in params.items()}
         return whole, restored[1] if restored else 0
