@@ -235,7 +235,7 @@ def test_eight_billion_parameters_fit_eight_tpus(tmp_path: Path) -> None:
     for generator, parameters in (("qwen3", 8_190_735_360), ("llama3", 8_030_261_248)):
         told = json.loads(printed[generator])
         # with adapters of Llama's, in float32
-        assert told["rows"]["train: generator parameters"] == pytest.approx(parameters * 2 / 4, rel=0.02)
+        assert told["rows"]["train: generator parameters"] == pytest.approx(parameters * 2 / 4, rel=0.03)
         assert told["totals"].keys() == {"train", "evaluate"}
         for command, (size, has, fits) in told["totals"].items():
             assert fits and size < has == V5E_MEMORY, (generator, command)
