@@ -41,7 +41,7 @@ from ragjax.runs.run_dir import load_run_config
 
 HEADS = (
     *("clients", "requests", "a second", "median ms", "99 % ms"),
-    *("lost", "wrong", "near ties", "503", "most in queue", "MiB"),
+    *("lost", "other text", "wrong", "near ties", "p differs by", "503", "most in queue", "MiB"),
 )
 JSON = {"Content-Type": "application/json"}
 
@@ -99,7 +99,10 @@ class Load:
         differ = [alone[a["question"]] for a in answers if is_other(a, alone[a["question"]])]
         ties = sum(map(is_near_tie, differ))
         cells = (len(self.clients), self.requests, f"{self.rate:.1f}", f"{np.median(times):.1f}")
-        cells += (f"{np.quantile(times, 0.99):.1f}", self.requests - len(answers), len(differ) - ties, ties)
+        texts = sum(a["text"] != alone[a["question"]].text for a in answers)
+        most = max((abs(a["probability"] - alone[a["question"]].probability) for a in answers), default=0.0)
+        cells += (f"{np.quantile(times, 0.99):.1f}", self.requests - len(answers), texts, len(differ) - ties, ties)
+        cells += (f"{most:.0e}",)
         refused = sum(client.statuses[503] for client in self.clients)
         return [str(cell) for cell in (*cells, refused, self.waiting, f"{mib:.0f}")]
 
