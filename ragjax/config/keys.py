@@ -31,7 +31,7 @@ from ragjax.config.reading import (
     reference_page,
     template,
 )
-from ragjax.config.train_keys import Lora
+from ragjax.config.train_keys import Lora, Mesh
 
 ON_DEVICES = ("exact", "approximate")  # an index.kind that the devices search; any other is FAISS's
 
@@ -98,13 +98,6 @@ class Generator(Section):
     quantization: Literal["int8"] | None = Field(
         None, description="Keep the kernels of its layers, which are not trained then, in int8; null means as they are."
     )
-
-
-class Mesh(Section):
-    """How training lies on the devices; questions are split over `data`, which has devices / `model` of them."""
-
-    model: PositiveInt = Field(1, description="Heads, feed-forward layers and vocabulary are split over so many.")
-    fsdp: bool = Field(False, description="Split parameters and optimizer state over `data`, too.")
 
 
 class Train(Section):
