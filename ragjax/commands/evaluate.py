@@ -42,7 +42,7 @@ from ragjax.rag import RagPipeline
 from ragjax.retrieval.index import check_k
 from ragjax.retrieval.passage_cache import check_passage_cache
 from ragjax.retrieval.retrieve import log_prior_mass, retrieve
-from ragjax.runs.checkpointer import fingerprint
+from ragjax.runs.checkpointer import fingerprint, newest_step
 from ragjax.runs.journal import Journal, read_journal
 from ragjax.runs.restore import load_artifacts, open_split, pretrained_params, restore_params, trained_index
 from ragjax.runs.run_dir import PACKAGES, check_processes_agree, make_folder
@@ -82,7 +82,9 @@ def evaluate(config: Config) -> dict[str, Any]:
         "model": config.model,
         "hf_compatible": config.hf_compatible,
         "exclude_bos": config.train.exclude_bos,
-        "decode": config.decode.model_dump(),
+        "decode": config.decode.model_dump(mode="json"),
+        "evaluate": config.evaluate.model_dump(mode="json"),
+        "trained_steps": newest_step(folder / "checkpoints"),
         "fingerprints": rag.fingerprints | {"questions": split.fingerprint},
         "models": {},
     }

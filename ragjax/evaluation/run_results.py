@@ -83,6 +83,11 @@ class Prediction(_Record):
     documents: list[PredictedDocument]
 
     @property
+    def key(self) -> str:
+        """What makes it the same question in another run."""
+        return f"{self.id}\n{self.question}"
+
+    @property
     def mode(self) -> str:
         """The mode whose answer and probabilities these are."""
         return next(iter(self.modes))
