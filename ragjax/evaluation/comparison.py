@@ -16,6 +16,7 @@ from ragjax.evaluation.metrics_table import MODES
 from ragjax.evaluation.run_results import RunResults
 from ragjax.metrics import bootstrap_interval
 
+MEASURES = (("exact match", "exact_match"), ("F1", "f1"), ("ROUGE-L", "rouge_l"))
 RESAMPLINGS = 9999
 SETTINGS = {"n_resamples": RESAMPLINGS, "batch": 100}  # a batch's samples are in memory together
 
@@ -123,9 +124,10 @@ def question_scores(run: RunResults) -> dict[str, dict[str, float]]:
     scores: dict[str, dict[str, float]] = {}
     for mode in MODES:
         if predictions and all(mode in of.scores for of in predictions):
-            for label, name in (("exact match", "exact_match"), ("F1", "f1")):
-                values = {of.key: float(getattr(of.scores[mode], name)) for of in predictions}
-                scores[f"{mode.replace('_', ' ')}: {label}"] = values
+            for label, name in MEASURES:
+                values = {of.key: getattr(of.scores[mode], name) for of in predictions}
+                if None not in values.values():
+                    scores[f"{mode.replace('_', ' ')}: {label}"] = values
     scores["log p(gold answer), nats"] = {of.key: -of.gold_nll for of in predictions if of.gold_nll is not None}
     scores["a right passage is retrieved"] = {of.key: float(of.retrieved) for of in predictions}
     return {measure: values for measure, values in scores.items() if values}
