@@ -111,7 +111,7 @@ def equal_as_nothing(prediction: str, answers: Sequence[str], words: Words = squ
 
 
 def score_answer(prediction: str, answers: Sequence[str], words: Words = squad_words) -> dict[str, float | bool]:
-    """Exact match, F1 and ROUGE-L of a prediction, and whether it contains an answer, as chat models answer in sentences."""
+    """Exact match, F1, ROUGE-L, and whether a prediction contains an answer, as chat models answer in sentences."""
     return {
         "exact_match": exact_match(prediction, answers, words),
         "f1": f1(prediction, answers, words),

@@ -25,6 +25,7 @@ from ragjax.padding import bucket_size
 from ragjax.parallel.by_device import RowGroup, by_device, group_by_device
 
 Tokens = tuple[int, ...]
+MOST_NEW = 512  # prefixes a memory that are read together: what they take of memory grows with their square
 
 
 @struct.dataclass
@@ -120,7 +121,8 @@ class PrefixScorer:
         """
         if not answers:
             return {}
-        trees, paths = self._trees(answers, grow=False)
+        trees = [self._tree(row) for row in answers]
+        paths = [[tree.path(y, False) for y in ys] for tree, ys in zip(trees, answers.values(), strict=True)]
         group = group_by_device(list(answers), len(self._tokens), nearly_all=True)
         logp = self._path_logp(trees, paths, group, self.prefixes.hidden, self.prefixes.logsumexp, group.local)
         return {
@@ -132,24 +134,40 @@ class PrefixScorer:
         }
 
     def score(self, answers: Mapping[int, Sequence[Tokens]]) -> dict[int, list[Float[np.ndarray, " T"]]]:
-        """By memory: log p(y_t|y_<t,x,z) (nats) of each answer. Prefixes not cached are read, each once, together."""
-        if not answers:
-            return {}
-        trees, paths = self._trees(answers, grow=True)
-        group = group_by_device(list(answers), len(self._tokens), nearly_all=True)
-        most = max(len(tree.new) for tree in trees)
-        if most == 0:
-            read = self.prefixes.hidden, self.prefixes.logsumexp
-            logp = self._path_logp(trees, paths, group, *read, group.local)
-        else:
-            logp = self._path_logp(trees, paths, group, *self._read(group, trees, most), None)
-        return dict(zip(answers, logp, strict=True))
+        """By memory: log p(y_t|y_<t,x,z) (nats) of each answer. Prefixes not cached are read, each once, together.
 
-    def _trees(self, answers: Mapping[int, Sequence[Tokens]], grow: bool) -> tuple[list[_Tree], list[list[list[int]]]]:
-        """The tree under each memory, and the path along each of its answers."""
-        slots = self.prefixes.tokens.shape[1]
-        trees = [_Tree(self._tokens[row], self._parent[row], slots) for row in answers]
-        return trees, [[tree.path(y, grow) for y in ys] for tree, ys in zip(trees, answers.values(), strict=True)]
+        Of long answers that is more than fits: they are read in several passes, of `MOST_NEW` prefixes a memory.
+        """
+        passes = {row: self._passes(row, by_row) for row, by_row in answers.items()}
+        scores = {row: [np.zeros(0, np.float32)] * len(by_row) for row, by_row in answers.items()}
+        for number in range(max(map(len, passes.values()), default=0)):
+            parts = {row: own[number] for row, own in passes.items() if number < len(own)}
+            trees, paths = [tree for tree, _ in parts.values()], [list(by.values()) for _, by in parts.values()]
+            group = group_by_device(list(parts), len(self._tokens), nearly_all=True)
+            most = max(len(tree.new) for tree in trees)
+            if most == 0:
+                read, rows = (self.prefixes.hidden, self.prefixes.logsumexp), group.local
+            else:
+                read, rows = self._read(group, trees, most), None
+            for (row, (_, by_answer)), logp in zip(
+                parts.items(), self._path_logp(trees, paths, group, *read, rows), strict=True
+            ):
+                for i, steps in zip(by_answer, logp, strict=True):
+                    scores[row][i] = steps
+        return scores
+
+    def _tree(self, row: int) -> _Tree:
+        return _Tree(self._tokens[row], self._parent[row], self.prefixes.tokens.shape[1])
+
+    def _passes(self, row: int, answers: Sequence[Tokens]) -> list[tuple[_Tree, dict[int, list[int]]]]:
+        """For each pass under a memory a tree, and the path along each of its answers by number."""
+        passes: list[tuple[_Tree, dict[int, list[int]]]] = []
+        for i in sorted(range(len(answers)), key=answers.__getitem__):  # those that share prefixes together
+            tree = passes[-1][0] if passes else None
+            if tree is None or (tree.new and len(tree.new) + tree.lacks(answers[i]) > MOST_NEW):
+                passes.append((tree := self._tree(row), {}))
+            passes[-1][1][i] = tree.path(answers[i], True)
+        return passes
 
     def _read(self, group: RowGroup, trees: Sequence[_Tree], most: int) -> tuple[Array, Array]:
         """States and logsumexps [R,Q(,D)] of all prefixes of some memories, once the new ones of `trees` are read.
@@ -204,6 +222,15 @@ class _Tree:
         self.children = {(p, t): slot for slot, (p, t) in enumerate(zip(parent, tokens, strict=True)) if p >= 0}
         self.new: list[tuple[int, int]] = []  # parent and token
         self.edges: dict[tuple[int, int], int] = {}  # slot of a prefix and the token after it
+
+    def lacks(self, answer: Tokens) -> int:
+        """How many prefixes of an answer it does not have."""
+        slot = 0
+        for length, token in enumerate(answer[:-1]):
+            if (child := self.children.get((slot, token))) is None:
+                return len(answer) - 1 - length
+            slot = child
+        return 0
 
     def path(self, answer: Tokens, grow: bool) -> list[int]:
         """The edges along an answer; without `grow`, as far as its prefixes are cached."""

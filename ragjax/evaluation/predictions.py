@@ -146,7 +146,7 @@ def unanswered_line(question: LeftOut) -> dict[str, Any]:
 
 
 def score_modes(predictions: Sequence[dict[str, Any]], missed: int, modes: Sequence[str]) -> dict[str, Any]:
-    """Exact match, its interval, F1, ROUGE-L and containment of each mode, in which `missed` questions more count as wrong.
+    """Exact match, its interval, F1, ROUGE-L and containment of each mode; `missed` questions more count as wrong.
 
     `equal_as_nothing` counts the exact matches of which nothing is left on either side, as of "A" and "the". The rest
     is about the questions answered: the shares of answers that are empty or one token, the time, and the proofs.

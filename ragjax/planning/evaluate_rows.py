@@ -13,14 +13,21 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array
 
-from ragjax.config import ON_DEVICES, most_documents
+from ragjax.config import ON_DEVICES, most_documents, rescores_as_hugging_face
 from ragjax.decoding.candidates import pad_answers
 from ragjax.decoding.exact.decode import search_settings
 from ragjax.decoding.marginal_search import search_marginal, search_rag_token
-from ragjax.decoding.prefix_cache import beam_step, empty_prefix_cache
+from ragjax.decoding.prefix_cache import (
+    MOST_NEW,
+    PrefixCache,
+    beam_step,
+    empty_prefix_cache,
+    extend_prefixes,
+    read_width,
+)
 from ragjax.decoding.propose import beam_search_documents, beam_settings, prefill_documents
 from ragjax.decoding.rescore import score_tokens
-from ragjax.models.kv_cache import DocumentMemory
+from ragjax.models.kv_cache import DocumentMemory, KVCache
 from ragjax.models.layers import Params
 from ragjax.parallel.by_device import on_mesh
 from ragjax.parallel.sharding import abstract_with_sharding, heads_spec
@@ -206,7 +213,7 @@ def answering_programs(inputs: PlanInputs, mesh: Mesh) -> dict[str, tuple[Any, .
     prompts = rows(_prompts(inputs, mesh.shape["data"]))
 
     def place(leaf: Any) -> Any:
-        spec = heads_spec(mesh, leaf.shape[3]) if leaf.ndim == 5 else PartitionSpec("data")
+        spec = heads_spec(mesh, leaf.shape[3]) if leaf.ndim == 5 else PartitionSpec(*["data"][: leaf.ndim])
         return abstract_with_sharding(mesh, leaf, *spec)
 
     # a memory is passed by its leaves: it is checked to hold arrays, which shapes are not
@@ -224,11 +231,39 @@ def answering_programs(inputs: PlanInputs, mesh: Mesh) -> dict[str, tuple[Any, .
     }
     searches = _search_programs(inputs, mesh)
     programs |= {name: (searches[name], params, memory) for name in _searches(inputs)}
+    if "candidates" in programs and not rescores_as_hugging_face(config):
+        programs["reading more"] = _reading_more(inputs, params, memory, place, rows)
     if decode.passage_cache_gib and not model.config.encoder_decoder:
         at = rows(jax.ShapeDtypeStruct((questions * documents,), jnp.int32))
         # a slot for each prompt
         programs["joining"] = join_question, graph, params, Pool(*memory[:2]), at, *prompts, at, QUESTION_TOKENS
     return programs
+
+
+def _reading_more(
+    inputs: PlanInputs, params: Params, memory: list[Any], place: Callable[[Any], Any], rows: Callable[[Any], Any]
+) -> tuple[Any, ...]:
+    """What scores candidates beside the prefixes that the search has read: as many new ones as are read together."""
+    decode, graph = inputs.config.decode, inputs.model("generator").graphdef
+
+    def empty(params: Params, *memory: Array) -> list[Array]:
+        generator = nnx.merge(graph, params)
+        slots = decode.max_new_tokens * decode.num_beams
+        return jax.tree.leaves(empty_prefix_cache(generator, DocumentMemory(*memory), slots))
+
+    prefixes = [*map(place, jax.eval_shape(empty, params, *memory))]
+    count, slots = prefixes[-1].shape
+    most = (_candidates(inputs) - decode.num_beams) * (decode.max_new_tokens - 1)
+    width = read_width(max(1, min(most, max(MOST_NEW, decode.max_new_tokens - 1))), few=jax.default_backend() != "cpu")
+    tokens = rows(jax.ShapeDtypeStruct((count, width), jnp.int32))
+    attention_mask = rows(jax.ShapeDtypeStruct((count, width, slots + width), jnp.bool))
+
+    @jax.jit
+    def read(params: Params, memory: list[Any], prefixes: list[Any], *new: Any) -> Any:
+        cache = PrefixCache(KVCache(*prefixes[:4]), *prefixes[4:])
+        return extend_prefixes(graph, params, DocumentMemory(*memory), cache, None, *new)
+
+    return read, params, memory, prefixes, tokens, tokens, attention_mask
 
 
 def _search_programs(inputs: PlanInputs, mesh: Mesh) -> dict[str, Any]:
