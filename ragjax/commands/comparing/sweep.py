@@ -13,11 +13,13 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import re
 import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,6 +36,7 @@ from ragjax.evaluation.predictions import METRICS
 from ragjax.evaluation.run_results import RunResults, read_run_results
 from ragjax.files import read_json
 from ragjax.pages.wording import rounded
+from ragjax.resources import size_text
 from ragjax.runs.checkpointer import newest_step
 from ragjax.runs.run_dir import check_same_run
 from ragjax.signals import listening
@@ -163,23 +166,28 @@ def print_commands(runs: Sequence[SweptRun], config: str, launcher: str | None) 
 
 
 def call(command: Sequence[str]) -> int:
-    """Runs a command in a process of its own, its output on standard error; returns its exit code.
+    """Runs a command in a process of its own, its output on standard error; returns its exit code, tells time and memory.
 
     A signal that comes meanwhile is passed on, once: training saves then, and ends.
     """
     program = [sys.executable, "-m", "ragjax"] if command[0] == "ragjax" else [command[0]]
+    began = time.monotonic()
     child = subprocess.Popen([*program, *command[1:]], stdout=2, process_group=0)  # the terminal's Ctrl-C comes here
     with listening() as signals:
         before, signals.instead = signals.instead, lambda: child.send_signal(signals.came)
         try:
             while True:
                 try:
-                    code = child.wait()
-                    return code if code >= 0 else 128 - code
+                    _, status, usage = os.wait4(child.pid, 0)
+                    break
                 except KeyboardInterrupt:  # the second one
                     child.send_signal(signal.SIGINT)
         finally:
             signals.instead = before
+    child.returncode = code = os.waitstatus_to_exitcode(status)
+    memory = size_text(usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+    terminal.print(f"{shlex.join(command[:2])}: {time.monotonic() - began:.0f} s, at most {memory} of memory resident")
+    return code if code >= 0 else 128 - code
 
 
 def sweep(runs: Sequence[SweptRun], config: str, launcher: str | None = None, call: Callable[..., int] = call) -> int:
