@@ -166,7 +166,7 @@ def print_commands(runs: Sequence[SweptRun], config: str, launcher: str | None) 
 
 
 def call(command: Sequence[str]) -> int:
-    """Runs a command in a process of its own, its output on standard error; returns its exit code, tells time and memory.
+    """Runs a command in a process of its own, with its output on standard error; tells time and memory; its exit code.
 
     A signal that comes meanwhile is passed on, once: training saves then, and ends.
     """
