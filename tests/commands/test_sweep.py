@@ -42,7 +42,7 @@ def test_every_combination_has_a_folder(world: Path, tmp_path: Path) -> None:
         "train.steps=7",
         "train.frozen_params=[generator.embed,generator.norm],[]",
         "generator.answer_template=' {answer}, so','{answer}'",
-        fixed=["generator.passage_template={title}, {text}"],
+        fixed=["generator.passage_template='{title}, {text}'"],
     )
     found = [(r.config.seed, r.config.train.frozen_params, r.config.generator.answer_template) for r in runs]
     frozen, answers = (("generator.embed", "generator.norm"), ()), (" {answer}, so", "{answer}")
