@@ -97,7 +97,7 @@ def test_each_question_counts_with_its_mean_over_the_runs() -> None:
     assert found.questions == 2 and found.warnings == ["Only 2 of 3, 2 and 3 questions are the same."]
     match, f1, nll, retrieved = found.measures
     assert (match.measure, match.ours, match.theirs) == ("thorough: exact match", 0.25, 1.0)
-    assert match.difference == paired_difference(np.array([0, 0.5]), np.array([1, 1]))
+    assert match.difference == paired_difference(np.array([0, 0.5]), np.array([1.0, 1.0]))
     assert (f1.ours, f1.theirs) == (0.125, 0.5)
     assert (nll.ours, nll.theirs, nll.difference.questions) == (-3.0, -1.0, 1)
     assert retrieved.difference.mean == 0
