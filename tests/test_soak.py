@@ -9,9 +9,7 @@ from soak import soak
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("processes", "devices", "kills", "interrupts"), [(1, 1, 3, 4), (1, 2, 2, 0), (1, 8, 2, 0), (2, 2, 3, 0)]
-)
+@pytest.mark.parametrize(("processes", "devices", "kills", "interrupts"), [(1, 1, 3, 4), (1, 8, 2, 0), (2, 2, 3, 0)])
 def test_whatever_is_killed_ends_as_if_nothing_had_been(
     tmp_path: Path, processes: int, devices: int, kills: int, interrupts: int
 ) -> None:

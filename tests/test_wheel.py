@@ -13,6 +13,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from processes import QUICK_TO_COMPILE
 
 pytestmark = pytest.mark.slow
 
@@ -24,6 +25,7 @@ SPLITS = ("train", "dev", "test")
 def call(*command: str | Path, folder: Path, **environment: str) -> str:
     """What a program prints, run in a folder where nothing but installed packages can be imported."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "PIP"))}
+    environment = QUICK_TO_COMPILE | environment
     done = subprocess.run(command, cwd=folder, env=clean | environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout

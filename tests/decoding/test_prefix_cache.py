@@ -93,8 +93,19 @@ def test_equals_scoring_one_by_one(world: Read) -> None:
         assert list(found) == list(wanted)
         for row, answers in wanted.items():
             for logp, answer in zip(found[row], answers, strict=True):
-                np.testing.assert_allclose(logp, world.one_by_one(row, answer), atol=2e-5, rtol=1e-5)
+                np.testing.assert_allclose(logp[: len(answer)], world.one_by_one(row, answer), atol=2e-5, rtol=1e-5)
+                assert (logp[len(answer) :] == 0).all()
     assert world.scorer.score({}) == {} == world.scorer.bounds({})
+
+
+def test_an_answer_may_be_empty(world: Read) -> None:
+    """And a memory may have none."""
+    found = world.scorer.score({3: [], 1: [(), (7, 9, 2)], 0: [()]})
+    assert [steps.shape for steps in found.values()] == [(0, 3), (2, 3), (1, 3)]
+    np.testing.assert_allclose(found[1][1], world.one_by_one(1, (7, 9, 2)), atol=2e-5, rtol=1e-5)
+    assert not found[1][0].any() and not found[0].any()
+    nothing = world.scorer.bounds({2: [()], 0: []})
+    assert [(at_most.tolist(), whole.tolist()) for at_most, whole in nothing.values()] == [([0.0], [True]), ([], [])]
 
 
 def test_nothing_is_read_twice(world: Read, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,8 +134,8 @@ def test_nothing_is_read_twice(world: Read, monkeypatch: pytest.MonkeyPatch) -> 
             at = parents[at]
         seen.add(tuple(prefix[::-1]))
     missing = {y[:t] for y in every for t in range(1, len(y))} - seen
-    [mask] = reads
-    used = mask.sum(axis=-1)[0] > 1  # what fills up sees itself alone
+    [parent] = reads
+    used = parent[0] >= 0  # of what fills up it is none
     assert 0 < used.sum() == len(missing) < sum(len(y) - 1 for y in every)
 
 
@@ -134,7 +145,7 @@ def test_many_prefixes_are_read_in_passes(world: Read, monkeypatch: pytest.Monke
     original = prefixes_module.extend_prefixes
 
     def counted(*given: Any) -> Any:
-        reads.append((np.asarray(given[-1]).sum(axis=-1) > 1).sum(axis=-1))
+        reads.append((np.asarray(given[-1]) >= 0).sum(axis=-1))
         return original(*given)
 
     every = candidates(world)
@@ -143,10 +154,9 @@ def test_many_prefixes_are_read_in_passes(world: Read, monkeypatch: pytest.Monke
     monkeypatch.setattr(prefixes_module, "extend_prefixes", counted)
     monkeypatch.setattr(prefixes_module, "MOST_NEW", 3)
     found = world.scorer.score(wanted)
-    for row, answers in wanted.items():
-        for logp, before, answer in zip(found[row], whole[row], answers, strict=True):
-            assert logp.shape == (len(answer),)
-            np.testing.assert_allclose(logp, before, atol=2e-5, rtol=1e-5)
+    assert list(found) == list(wanted)
+    for row in wanted:
+        np.testing.assert_allclose(found[row], whole[row], atol=2e-5, rtol=1e-5)
     assert len(reads) > 2 and max(map(max, reads)) <= max(3, LONGEST - 1)
 
 

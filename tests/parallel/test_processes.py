@@ -71,11 +71,8 @@ def reference(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 @pytest.mark.parametrize(
     ("processes", "devices", "settings", "stages"),
     [
-        (1, 8, ["mesh.fsdp=true"], "train"),
         (2, 2, [], "train"),
-        (2, 2, ["mesh.fsdp=true"], "train evaluate"),
         (1, 8, [], "train evaluate"),
-        (2, 4, [], "train"),
         (2, 4, ["mesh.fsdp=true", "mesh.model=2"], "train evaluate"),
         (4, 2, ["mesh.fsdp=true"], "train"),
         (4, 2, ["mesh.model=8"], "train evaluate"),
@@ -86,10 +83,16 @@ def reference(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 def test_the_same_numbers_on_any_layout(
     world: Path, reference: Path, tmp_path: Path, processes: int, devices: int, settings: list[str], stages: str
 ) -> None:
-    """Each number of processes and each way to split evaluates once: an answer follows from what was trained."""
-    err = launch(world, processes, devices, tmp_path, *settings, stages=stages)
-    assert len(re.findall(f"train: {STEPS}/{STEPS} steps.* in all", err)) == 1, "only one process tells of progress"
+    """Each number of processes and each way to split evaluates once: an answer follows from what was trained.
+
+    Two processes with `mesh.fsdp` are those whose checkpoint is damaged below.
+    """
+    assert_trained(launch(world, processes, devices, tmp_path, *settings, stages=stages))
     assert_same(tmp_path, reference, "evaluate" in stages)
+
+
+def assert_trained(err: str) -> None:
+    assert len(re.findall(f"train: {STEPS}/{STEPS} steps.* in all", err)) == 1, "only one process tells of progress"
 
 
 @SLOW
@@ -125,17 +128,18 @@ def test_a_machine_that_is_taken_away_before_a_run_goes_on(world: Path, tmp_path
 
 @SLOW
 def test_a_damaged_checkpoint_is_passed_over_by_all(world: Path, reference: Path, tmp_path: Path) -> None:
-    """Though one has read its own part of it well."""
-    launch(world, 2, 2, tmp_path, "mesh.fsdp=true")
+    """Though one has read its own part of it well; before and after, the numbers are those of one process."""
+    assert_trained(launch(world, 2, 2, tmp_path, "mesh.fsdp=true"))
+    assert_same(tmp_path, reference)
     newest = tmp_path / "checkpoints" / str(STEPS)
     parts = [path for path in newest.rglob("*process_1/d/*") if path.is_file()]
     assert parts
     for path in parts:
         path.write_bytes(b"?" * path.stat().st_size)
-    err = launch(world, 2, 2, tmp_path, "mesh.fsdp=true")
+    err = launch(world, 2, 2, tmp_path, "mesh.fsdp=true", stages="train")
     assert err.count(f"{newest}: the checkpoint is incomplete or damaged") == 1 and "going on from step 5" in err
     assert [path.name for path in (tmp_path / "damaged-checkpoints").iterdir()] == [f"{STEPS}-1"]
-    assert_same(tmp_path, reference)
+    assert_same(tmp_path, reference, evaluated=False)
 
 
 @SLOW
@@ -175,7 +179,7 @@ def test_the_quickstart_s_models_go_on_on_one_device(tmp_path: Path) -> None:
     settings = [
         f"index.path={tmp_path}/index",
         "corpus.max_passages=100",
-        "train.steps=4",
+        "train.steps=3",
         "train.batch_size=2",
         "train.num_docs=2",
     ]
@@ -195,7 +199,7 @@ def test_the_quickstart_s_models_go_on_on_one_device(tmp_path: Path) -> None:
     [(code, err)] = ends([begin("train", "pieces")], within=300)
     assert code == 0 and "going on from step" in err, err
     assert logged(tmp_path / "pieces") == logged(tmp_path / "whole")
-    assert same_state(tmp_path / "pieces", tmp_path / "whole", 4)
+    assert same_state(tmp_path / "pieces", tmp_path / "whole", 3)
     for run in ("pieces", "whole"):
         shutil.rmtree(tmp_path / run)  # a gigabyte each
 

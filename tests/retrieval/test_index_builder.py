@@ -19,6 +19,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from processes import QUICK_TO_COMPILE
 from trained import files
 from world import build, tiny_config
 
@@ -134,6 +135,20 @@ def test_an_index_of_the_same_contents_stays(world: Path, tmp_path: Path, capsys
     corpus.write_text(corpus.read_text().replace("capital", "Capital"))
     build(config)
     assert "Capital" in PassageStore.open(tmp_path / "index")[0].text
+
+
+def test_a_link_to_nothing_and_a_folder_for_a_file(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "index").symlink_to(tmp_path / "large disk" / "index")
+    config = tiny_config(world, index__path=str(tmp_path / "index"))
+    build(config)
+    assert (tmp_path / "index").is_symlink()
+    expected = files(world / "index")
+    assert {path.name for path in files(tmp_path / "large disk")} == {path.name for path in expected}
+    (tmp_path / "index" / MANIFEST).unlink()
+    (tmp_path / "index" / MANIFEST).mkdir()
+    (tmp_path / "index" / "made_of.json").unlink()
+    build(config)
+    read_index_manifest(tmp_path / "index")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -372,7 +387,7 @@ def test_where_a_shard_comes_out_otherwise_the_structure_follows(world: Path, sh
 def start(config: Config, tmp_path: Path) -> subprocess.Popen[bytes]:
     """`ragjax index` in a process of its own, on one device, compiled as the tests' programs are."""
     (tmp_path / "own.yaml").write_text(dump_config(config), encoding="utf-8")
-    environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    environment = os.environ | QUICK_TO_COMPILE
     command = [sys.executable, "-m", "ragjax", "index", str(tmp_path / "own.yaml")]
     return subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
 
