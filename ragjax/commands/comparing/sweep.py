@@ -106,8 +106,9 @@ def plan_sweep(load: Load, overrides: Sequence[str], fixed: Sequence[str]) -> li
     runs = []
     for config, choice, one in zip(configs, chosen, given, strict=True):
         places = {"output": str(output / _folder(choice)), "index.path": _index_path(config, configs)}
-        more = [f"{key}={json.dumps(escaped(value), ensure_ascii=False)}" for key, value in places.items()]
-        runs.append(SweptRun(load([*one, *more]), choice, [*one, *more]))
+        own = [override for override in one if override.partition("=")[0] not in places]
+        own += [f"{key}={json.dumps(escaped(value), ensure_ascii=False)}" for key, value in places.items()]
+        runs.append(SweptRun(load(own), choice, own))
         check_same_run(runs[-1].config)
     return runs
 
