@@ -101,7 +101,7 @@ def plan_sweep(load: Load, overrides: Sequence[str], fixed: Sequence[str]) -> li
     if len(outputs := {config.output for config in configs}) > 1:
         raise InputError(f"output: is another for each run ({', '.join(sorted(outputs))}); set output=FOLDER")
     output = Path(configs[0].output)
-    if (output / "config.yaml").exists():
+    if swept and (output / "config.yaml").exists():
         raise InputError(f"{output}: is a run itself; set output=FOLDER to one for all runs of the sweep")
     runs = []
     for config, choice, one in zip(configs, chosen, given, strict=True):
