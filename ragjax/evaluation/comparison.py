@@ -98,7 +98,7 @@ def compare(ours: Sequence[RunResults], theirs: Sequence[RunResults]) -> Compari
     """Compares the last models of some runs with those of others; without a question in common there is no measure."""
     runs = [*ours, *theirs]
     gold = [{of.key: of.gold for of in run.predictions[run.model]} for run in runs]
-    shared = [key for key in gold[0] if all(key in by_key for by_key in gold)]
+    shared = [key for key in gold[0] if all(key in by_question for by_question in gold)]
     scores = [question_scores(run) for run in runs]
     measures = []
     for measure in scores[0]:
@@ -111,9 +111,9 @@ def compare(ours: Sequence[RunResults], theirs: Sequence[RunResults]) -> Compari
             measures.append(Compared(measure, float(a.mean()), float(b.mean()), paired_difference(a, b)))
     warnings = []
     if len(shared) < max(map(len, gold)):
-        counts = [str(len(by_key)) for by_key in gold]
+        counts = [str(len(by_question)) for by_question in gold]
         warnings.append(f"Only {len(shared)} of {', '.join(counts[:-1])} and {counts[-1]} questions are the same.")
-    if any(by_key[key] != gold[0][key] for by_key in gold for key in shared):
+    if any(by_question[key] != gold[0][key] for by_question in gold for key in shared):
         warnings.append("The right answers of some questions differ between the runs.")
     return Comparison(len(shared), measures, warnings)
 

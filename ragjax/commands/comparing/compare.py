@@ -45,7 +45,7 @@ def print_comparison(found: Comparison, names: Sequence[str], as_json: bool) -> 
     if as_json:
         print(json.dumps(asdict(found)))
         return
-    heads = [*names, "difference", "95 % interval", "better / worse", "p-value"]
+    heads = ["A", "B", "B − A", "95 % interval", "better / worse", "p-value"]
     table = Table(f"{found.questions} questions", *heads, box=box.SIMPLE_HEAD)
     for of in found.measures:
         d = of.difference
@@ -53,6 +53,8 @@ def print_comparison(found: Comparison, names: Sequence[str], as_json: bool) -> 
         means = rounded(of.ours), rounded(of.theirs)
         table.add_row(of.measure, *means, f"{d.mean:+.3f}", interval, f"{d.better} / {d.worse}", probability(d.p_value))
     screen = Screen(highlight=False, markup=False)
+    for side, name in zip("AB", names, strict=True):
+        screen.print(f"{side}: {name}", soft_wrap=True)
     screen.print(table)
     for text in found.warnings:
         screen.print(text)
