@@ -45,13 +45,17 @@ def print_comparison(found: Comparison, names: Sequence[str], as_json: bool) -> 
     if as_json:
         print(json.dumps(asdict(found)))
         return
-    heads = ["A", "B", "B − A", "95 % interval", "better / worse", "p-value"]
-    table = Table(f"{found.questions} questions", *heads, box=box.SIMPLE_HEAD)
+    table = Table(f"{found.questions} questions", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for head in ("A", "B", "B − A", "95 % interval", "better/\nworse", "p-value"):
+        table.add_column(head, no_wrap=True)
+    before: list[str] = []
     for of in found.measures:
         d = of.difference
-        interval = f"{d.low:+.3f} … {d.high:+.3f}"
-        means = rounded(of.ours), rounded(of.theirs)
-        table.add_row(of.measure, *means, f"{d.mean:+.3f}", interval, f"{d.better} / {d.worse}", probability(d.p_value))
+        row = [rounded(of.ours), rounded(of.theirs), f"{d.mean:+.3f}", f"{d.low:+.3f} … {d.high:+.3f}"]
+        row += [f"{d.better}/{d.worse}", probability(d.p_value)]
+        if row != before or not of.measure.endswith("ROUGE-L"):  # of short answers it is F1
+            table.add_row(of.measure, *row)
+        before = row
     screen = Screen(highlight=False, markup=False)
     for side, name in zip("AB", names, strict=True):
         screen.print(f"{side}: {name}", soft_wrap=True)
