@@ -67,7 +67,9 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
             arrays = [leaves[i] for i in at]
             compiled = jax.jit(whole).lower(arrays).compile()
-            found[name] = max(found.get(name, 0), int(compiled.memory_analysis().temp_size_in_bytes))
+            analysis = compiled.memory_analysis()
+            assert analysis is not None
+            found[name] = max(found.get(name, 0), analysis.temp_size_in_bytes)
             return compiled(arrays)
 
         return run

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +65,7 @@ def test_no_difference_at_all() -> None:
     assert (alone.low, alone.high, alone.p_value) == (1, 1, 1)
 
 
-def run_of(name: str, scores: dict[str, tuple[float, float | None]]) -> RunResults:
+def run_of(name: str, scores: Mapping[str, tuple[float, float | None]]) -> RunResults:
     """Of each question the exact match, and −log p(gold answer) where it is known."""
     predictions = [
         Prediction(
