@@ -206,7 +206,7 @@ def test_several_runs_in_a_folder(
     capsys.readouterr()
     assert main(["compare", str(first), str(both)]) == 0
     out = capsys.readouterr().out
-    assert "6 questions" in out and "thorough: exact match" in out and "Only 6 of 8, 8 and 6 questions" in out
+    assert "6 questions" in out and "thorough: F1" in out and "Only 6 of 8, 8 and 6 questions" in out
     assert "is the first folder again" in refused(capsys, tmp_path, "compare", str(both), str(both))
     assert "no run here, nor in the folders of it" in refused(capsys, tmp_path, "compare", str(first), str(tmp_path))
 
