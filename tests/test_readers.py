@@ -263,7 +263,7 @@ def write_run(folder: Path) -> None:
         "output: run\ncorpus: {source: c}\nretriever: {source: r}\ngenerator: {source: g}\n"
     )
     (folder / "train.jsonl").write_text('{"step": 1, "loss": 2.5, "recall": 0.5}\n{"step": 2, "loss": 2.25}\n')
-    score = {"exact_match": 1.0, "f1": 1.0, "contains": 1.0, "equal_as_nothing": False}
+    score = {"exact_match": 1.0, "f1": 1.0, "rouge_l": 1.0, "contains": 1.0, "equal_as_nothing": False}
     measured = {
         "step": 2,
         "questions": 1,

@@ -246,6 +246,7 @@ def test_questions_of_which_none_could_be_asked(run: Path, tmp_path: Path) -> No
         "exact_match": 0.0,
         "exact_match_interval": [0.0, 0.0],
         "f1": 0.0,
+        "rouge_l": 0.0,
         "contains": 0.0,
         "equal_as_nothing": 0,
         "empty": None,
@@ -430,8 +431,8 @@ def test_modes_are_measured_apart(
 
 def test_exact_and_thorough_are_compared_where_they_differ() -> None:
     """By what is right, and by the probabilities of both."""
-    score = {"exact_match": 1.0, "f1": 1.0, "contains": 1.0, "equal_as_nothing": False}
-    wrong = {"exact_match": 0.0, "f1": 0.0, "contains": 0.0, "equal_as_nothing": False}
+    score = {"exact_match": 1.0, "f1": 1.0, "rouge_l": 1.0, "contains": 1.0, "equal_as_nothing": False}
+    wrong = {"exact_match": 0.0, "f1": 0.0, "rouge_l": 0.0, "contains": 0.0, "equal_as_nothing": False}
     proved = {"proved": {"top_k": True, "corpus": None}, "documents_read": 2, "steps": 3}
 
     def line(exact: str, thorough: str, p: float, right: bool) -> dict[str, Any]:
