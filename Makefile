@@ -41,15 +41,14 @@ test-other-with: $(VENV)/dev
 	$(PYTEST) -n 2 --devices 1 -m 'other_python and not slow'
 
 test-slow: $(VENV)/dev
-	$(PYTEST) -n 2 --dist worksteal -m slow
+	$(PYTEST) -n 2 --dist worksteal -m slow --ignore tests/serving/test_browser.py
 
 test-torch: $(VENV)/dev
 	$(PIP) -e '.[dev,torch]'
 	$(PYTEST) -n 2 tests/commands/test_hf_live.py
 
-# with Debian's chromium, or else playwright's own, which is fetched
-test-browser: $(VENV)/dev
-	$(PIP) -e '.[dev,browser]'
+# with Debian's chromium (apt-get install chromium), or else playwright's own, which is fetched
+test-browser: $(VENV)/browser
 	command -v chromium >/dev/null || $(BIN)/python -m playwright install chromium
 	$(PYTEST) -m slow tests/serving/test_browser.py
 
@@ -57,7 +56,7 @@ test-browser: $(VENV)/dev
 test-tpu:
 	@$(PYTHON) -m venv $(VENV)-tpu
 	@$(VENV)-tpu/bin/python -m pip install -q --disable-pip-version-check -e '.[dev,tpu]'
-	JAX_PLATFORMS=cpu $(VENV)-tpu/bin/python -m pytest -q -m slow tests/planning/test_plan.py
+	JAX_PLATFORMS=cpu $(VENV)-tpu/bin/python -m pytest -q -m slow tests/planning/test_tpu.py
 
 soak: $(VENV)/dev
 	$(BIN)/python tests/helpers/soak.py --kills 120 --devices 1
@@ -104,6 +103,10 @@ $(VENV)/dev: pyproject.toml
 	@echo "Installing into $(VENV) (once; some minutes with a slow network) …"
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) -e '.[dev]'
+	@touch $@
+
+$(VENV)/browser: $(VENV)/dev
+	@$(PIP) -e '.[browser]'
 	@touch $@
 
 $(VENV)/docs: $(VENV)/dev

@@ -1,12 +1,12 @@
 """What a server holds: many clients at once, each answer compared with the one given alone.
 
-    python -m benchmarks.serving runs/tiny --clients 64 --requests 2000
+    python -m benchmarks.serving runs/tiny --clients 1 16 64 --requests 2000
 
-A server of its own on the loopback answers so many requests from so many clients, which ask the questions of the test
-split in turn and come again when the queue is full. No answer may be lost, and each must have the text, and the
-probability within 1e-5, of the answer to the question asked alone; where the two best candidates are within 1e-3 nats
-of each other, rounding decides, and these are counted apart. Then one client asks one question after the other. HTTP's
-own cost is that of /health. Programs are compiled before.
+`ragjax serve` answers on the loopback, as a process of its own. Clients ask the questions of the test split in turn,
+and come again when the queue is full. No answer may be lost, and each must have the text, and the probability within
+1e-5, of the answer to the question asked alone, in Python. Where the two best candidates are within 1e-3 nats of each
+other, rounding decides: these are counted apart. A tenth of the requests comes from one client, which asks one question
+after the other. HTTP's own cost is that of /health. Programs are compiled before.
 """
 
 from __future__ import annotations
@@ -15,10 +15,14 @@ import argparse
 import http.client
 import json
 import math
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,12 +38,11 @@ from ragjax.answering.answers import Answer
 from ragjax.data.questions import read_questions
 from ragjax.marginal import TIE
 from ragjax.runs.run_dir import load_run_config
-from ragjax.serving.app import Server, Serving
-from ragjax.serving.server import bind, make_uvicorn
-from ragjax.serving.settings import Limits
-from ragjax.terminal import terminal
 
-HEADS = ("clients", "requests", "per second", "median ms", "99 % ms", "503", "wrong", "near ties", "MiB")
+HEADS = (
+    *("clients", "requests", "a second", "median ms", "99 % ms"),
+    *("lost", "wrong", "near ties", "503", "most in queue", "MiB"),
+)
 JSON = {"Content-Type": "application/json"}
 
 
@@ -50,31 +53,55 @@ class Client:
     port: int
     seconds: list[float] = field(default_factory=list)
     statuses: Counter[int] = field(default_factory=Counter)
+    answers: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
+        self.connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
 
-    def get(self, path: str) -> None:
+    def get(self, path: str) -> Any:
         began = time.perf_counter()
         self.connection.request("GET", path)
-        self.connection.getresponse().read()
+        body = self.connection.getresponse().read()
         self.seconds.append(time.perf_counter() - began)
+        return json.loads(body)
 
-    def ask(self, question: str) -> dict[str, Any]:
-        """The answer, however often the queue is full before."""
-        began = time.perf_counter()
-        while True:
-            self.connection.request("POST", "/v1/answer", json.dumps({"question": question}), JSON)
+    def ask(self, *questions: str) -> None:
+        """Asks until there is an answer, however often the queue is full before; another one than that is lost."""
+        began, status = time.perf_counter(), 503
+        while status == 503:
+            self.connection.request("POST", "/v1/answer", json.dumps({"questions": questions}), JSON)
             response = self.connection.getresponse()
-            body = json.loads(response.read())
-            self.statuses[response.status] += 1
-            if response.status != 503:
-                break
-            time.sleep(0.05)
-        assert response.status == 200, body
+            body, status = json.loads(response.read()), response.status
+            self.statuses[status] += 1
+            if status == 503:
+                time.sleep(0.05)
         self.seconds.append(time.perf_counter() - began)
-        [answer] = body["answers"]
-        return answer
+        if status == 200:
+            self.answers += body["answers"]
+
+
+@dataclass(frozen=True)
+class Load:
+    """What came of so many clients at once."""
+
+    clients: list[Client]
+    requests: int
+    seconds: float
+    waiting: int  # the most that were seen in the queue
+
+    @property
+    def rate(self) -> float:
+        return self.requests / self.seconds
+
+    def row(self, alone: dict[str, Answer], mib: float) -> list[str]:
+        times = [1000 * s for client in self.clients for s in client.seconds]
+        answers = [answer for client in self.clients for answer in client.answers]
+        differ = [alone[a["question"]] for a in answers if is_other(a, alone[a["question"]])]
+        ties = sum(map(is_near_tie, differ))
+        cells = (len(self.clients), self.requests, f"{self.rate:.1f}", f"{np.median(times):.1f}")
+        cells += (f"{np.quantile(times, 0.99):.1f}", self.requests - len(answers), len(differ) - ties, ties)
+        refused = sum(client.statuses[503] for client in self.clients)
+        return [str(cell) for cell in (*cells, refused, self.waiting, f"{mib:.0f}")]
 
 
 def main() -> None:
@@ -85,72 +112,98 @@ def main() -> None:
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 16, 64], help="at once, one row each")
     parser.add_argument("--requests", type=int, default=2000, help="of each row; of one client a tenth")
     parser.add_argument("--questions", type=int, default=64, help="that are different")
+    parser.add_argument("--batch", type=int, default=8, help="questions answered together")
+    parser.add_argument("--queue", type=int, default=64, help="questions that may wait")
     parser.add_argument("--mode", help="instead of decode.mode")
     options = parser.parse_args()
-    config = load_run_config(options.run, [] if options.mode is None else [f"decode.mode={options.mode}"])
-    answerer, console, limits = open_answerer(config), make_console(), Limits(deadline_s=600)
+    settings = [] if options.mode is None else [f"decode.mode={options.mode}"]
+    config, console = load_run_config(options.run, settings), make_console()
     texts = [question.question for question in read_questions(Path(config.questions.test))][: options.questions]
+    answerer = open_answerer(config)
     alone = {text: answerer.answer(text)[0] for text in texts}
-    terminal.quiet = True  # a line a request
-    serving = Serving(answerer, options.run.name, limits, None, ("127.0.0.1",), [], False)
-    server = Server(serving)
-    uvicorn_server = make_uvicorn(server)
-    with bind("127.0.0.1", 0) as listening:
-        thread = threading.Thread(target=lambda: uvicorn_server.run(sockets=[listening]))
-        thread.start()
-        port = listening.getsockname()[1]
-        try:
-            load(port, limits.batch * 4, 4 * len(texts), texts)  # compiles
-            table = Table(
-                "clients", "requests", "per second", "median ms", "99 % ms", "503", "wrong", "near ties", "MiB"
-            )
-            table.box = box.SIMPLE_HEAD
-            for clients in options.clients:
-                count = options.requests // (10 if clients == 1 else 1)
-                table.add_row(*row(clients, *load(port, clients, count, texts), alone))
-            http_only = Client(port)
-            for _ in range(200):
-                http_only.get("/health")
-        finally:
-            uvicorn_server.should_exit = True
-            thread.join()
-    d = config.decode
+    step = answerer.step
+    del answerer
+    table = Table(*HEADS, box=box.SIMPLE_HEAD)
+    rates = {}
+    arguments = f"--batch {options.batch} --queue {options.queue} --deadline 600".split() + with_set(settings)
+    with served(options.run, arguments) as (process, port):
+        warm_up(port, texts, options.batch)
+        http_only = Client(port)
+        for _ in range(500):
+            http_only.get("/health")
+        for clients in options.clients:
+            load = put_under_load(port, clients, options.requests // (10 if clients == 1 else 1), texts)
+            rates[clients] = load.rate
+            table.add_row(*load.row(alone, resident(process.pid)))
+    d, http_s = config.decode, float(np.median(http_only.seconds))
     console.print(
-        f"{config.generator.source}, step {answerer.step}: {d.mode}, k = {d.num_docs}, {d.num_beams} beams, batches of "
-        f"up to {limits.batch}, a queue of {limits.waiting}; {jax.devices()[0]}",
+        f"{config.generator.source}, step {step}: {d.mode}, k = {d.num_docs}, {d.num_beams} beams, batches of up to "
+        f"{options.batch}, a queue of {options.queue}; {jax.devices()[0]}",
         soft_wrap=True,
     )
     console.print(table)
-    console.print(f"HTTP alone: {1000 * float(np.median(http_only.seconds)):.2f} ms a request")
+    console.print(f"HTTP alone: {1000 * http_s:.2f} ms a request")
+    if len(rates) > 1 and 1 in rates:
+        times = max(rates.values()) / (1 / (1 / rates[1] - http_s))
+        console.print(f"many at once: {times:.1f} times one at a time, HTTP left out of that")
 
 
-def load(port: int, clients: int, requests: int, texts: list[str]) -> tuple[list[Client], list[dict[str, Any]], float]:
-    """So many requests of so many clients at once, their answers, and the seconds in all."""
-    made = [Client(port) for _ in range(clients)]
+def with_set(settings: list[str]) -> list[str]:
+    return [word for setting in settings for word in ("--set", setting)]
 
-    def work(number: int) -> list[dict[str, Any]]:
-        return [made[number].ask(texts[i % len(texts)]) for i in range(number, requests, clients)]
 
+@contextmanager
+def served(run: Path, arguments: list[str]) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """`ragjax serve` on a free port, until the end."""
+    command = [sys.executable, "-m", "ragjax", "serve", str(run), "--port", "0", *arguments]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        told = next(line for line in process.stderr if line.startswith("serving "))
+        log = threading.Thread(target=lambda: [None for _ in process.stderr or ()])  # a line a request
+        log.start()
+        try:
+            yield process, int(told.rstrip().rsplit(":", 1)[1])
+        finally:
+            process.terminate()
+            process.wait(60)
+            log.join()
+
+
+def warm_up(port: int, texts: list[str], batch: int) -> None:
+    """Lets programs be compiled for batches of every size, with questions of every length."""
+    client = Client(port)
+    for size in range(1, batch + 1):
+        for start in range(0, len(texts), size):
+            client.ask(*texts[start : start + size])
+    put_under_load(port, 2 * batch, len(texts), texts)
+
+
+def put_under_load(port: int, clients: int, requests: int, texts: list[str]) -> Load:
+    """So many requests of so many clients at once."""
+    made, ended, waiting = [Client(port) for _ in range(clients)], threading.Event(), [0]
+
+    def look() -> None:
+        watcher = Client(port)
+        while not ended.wait(0.05):
+            waiting.append(watcher.get("/health")["waiting"])
+
+    def work(number: int) -> None:
+        for i in range(number, requests, clients):
+            made[number].ask(texts[i % len(texts)])
+
+    watching = threading.Thread(target=look)
+    watching.start()
     began = time.perf_counter()
     with ThreadPoolExecutor(clients) as pool:
-        answers = [answer for part in pool.map(work, range(clients)) for answer in part]
-    return made, answers, time.perf_counter() - began
+        list(pool.map(work, range(clients)))
+    seconds = time.perf_counter() - began
+    ended.set()
+    watching.join()
+    return Load(made, requests, seconds, max(waiting))
 
 
-def row(
-    clients: int, made: list[Client], answers: list[dict[str, Any]], seconds: float, alone: dict[str, Answer]
-) -> list[str]:
-    """The cells of a row; a wrong answer counts as near a tie where rounding may decide."""
-    times = [1000 * s for client in made for s in client.seconds]
-    refused = sum(client.statuses[503] for client in made)
-    wrong, ties = 0, 0
-    for answer in answers:
-        expected = alone[answer["question"]]
-        if answer["text"] != expected.text or abs(answer["probability"] - expected.probability) > 1e-5:
-            near = is_near_tie(expected)
-            wrong, ties = wrong + (not near), ties + near
-    numbers = [f"{len(answers) / seconds:.1f}", f"{np.median(times):.0f}", f"{np.quantile(times, 0.99):.0f}"]
-    return [str(clients), str(len(answers)), *numbers, str(refused), str(wrong), str(ties), f"{resident():.0f}"]
+def is_other(answer: dict[str, Any], alone: Answer) -> bool:
+    return bool(answer["text"] != alone.text or abs(answer["probability"] - alone.probability) > 1e-5)
 
 
 def is_near_tie(answer: Answer) -> bool:
@@ -160,9 +213,9 @@ def is_near_tie(answer: Answer) -> bool:
     return second > 0 and abs(math.log(first) - math.log(second)) < TIE
 
 
-def resident() -> float:
-    """MiB that this process has in memory."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
+def resident(pid: int) -> float:
+    """MiB that a process has in memory."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096 / 2**20
 
 
 if __name__ == "__main__":

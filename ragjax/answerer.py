@@ -45,7 +45,13 @@ from ragjax.rag import RagPipeline
 from ragjax.retrieval.index import check_k
 from ragjax.retrieval.passage_cache import check_passage_cache
 from ragjax.retrieval.retrieve import RetrievalResult, encode_questions, retrieve
-from ragjax.runs.restore import load_artifacts, pretrained_params, restore_params, trained_index
+from ragjax.runs.restore import (
+    check_answering_fits,
+    load_artifacts,
+    pretrained_params,
+    restore_params,
+    trained_index,
+)
 from ragjax.runs.run_dir import load_run_config
 from ragjax.training.loss import passage_params
 
@@ -375,6 +381,7 @@ def open_answerer(config: Config, untrained: bool = False) -> Answerer:
     rag, index, store = load_artifacts(config)
     check_k(most_documents(config), len(index))
     mesh = command_mesh("answer", config.mesh.model)
+    check_answering_fits(rag, mesh)
     check_passage_cache(rag, store, mesh)
     trained = None if untrained else restore_params(rag, mesh)
     params, step = trained or (pretrained_params(rag, mesh), None)

@@ -163,6 +163,7 @@ def parser() -> argparse.ArgumentParser:
     exporting = command("export", summary, "ragjax export runs/factbook exported", config=False)
     exporting.add_argument("source", metavar="RUN", help="the output folder of a run")
     exporting.add_argument("--merge", action="store_true", help="models with adapters as whole models")
+    exporting.add_argument("--push", metavar="hf:ORG/NAME", help="upload it to Hugging Face's hub, with a model card")
     for sub in (importing, exporting):
         sub.add_argument("out", metavar="OUT", help="a folder that does not exist yet")
     summary = "compare all files of a run, an index or an exported folder with their checksums"

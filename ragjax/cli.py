@@ -223,9 +223,15 @@ def _import(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
+    from ragjax.checkpoints.hub import check_push, push
     from ragjax.commands.hugging_face import export_rag
 
-    _tell(f"exported: {export_rag(Path(options.source), Path(options.out), options.merge)}")
+    if options.push:
+        check_push(options.push)
+    out = export_rag(Path(options.source), Path(options.out), options.merge)
+    _tell(f"exported: {out}")
+    if options.push:
+        _tell(f"pushed: {push(out, options.push)}")
     return 0
 
 

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from ragjax.checkpoints.adapters import with_adapters
 from ragjax.checkpoints.hub import ResolvedSource, checkpoint_folder, fetch, fingerprint_files
 from ragjax.checkpoints.pretrained import PretrainedModel, open_encoder, open_generator
+from ragjax.checkpoints.quantization import with_int8_kernels
 from ragjax.checkpoints.sentence_transformers import reads_lower_case, resolve_encoding
 from ragjax.config import Config, adapted_maps, structure
 from ragjax.data.corpus import Passage
@@ -147,7 +148,12 @@ def load_pipeline(config: Config) -> RagPipeline:
 
 
 def adapt(config: Config, name: str, model: PretrainedModel) -> PretrainedModel:
-    """The model of that name with the adapters of `train.lora`, if it has any. Raises `InputError`."""
+    """The model of that name in the type of `generator.quantization`, with the adapters of `train.lora`, if any.
+
+    Raises `InputError`.
+    """
+    if name == "generator" and config.generator.quantization is not None:
+        model = with_int8_kernels(model)
     if (maps := adapted_maps(config, name)) is None:
         return model
     try:

@@ -5,6 +5,8 @@ A block ```bash tested or ```python tested is run, with the tiny models, in one 
 
 from __future__ import annotations
 
+import ast
+import json
 import os
 import re
 import shlex
@@ -142,6 +144,14 @@ def test_every_key_is_one_of_the_configuration(page: Path, keys: set[str]) -> No
         assert key in keys, f"{page.name} names the key {key}"
 
 
+NOTEBOOK = DOCS / "tutorial.ipynb"
+
+
+def test_the_notebook_has_no_outputs() -> None:
+    cells = [cell for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    assert cells and all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells)
+
+
 # slow
 
 
@@ -172,3 +182,26 @@ def test_every_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert len(tested) >= 8
     for block in tested:
         run(block)
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cell after cell, each last expression shown as a notebook shows it."""
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("agg")
+    monkeypatch.chdir(tmp_path)
+    names, shown = dict[str, Any](), list[str]()
+    for number, cell in enumerate(json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]):
+        if cell["cell_type"] != "code":
+            continue
+        tree, where = ast.parse("".join(cell["source"])), f"{NOTEBOOK.name}, cell {number}"
+        last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
+        exec(compile(tree, where, "exec"), names)
+        if isinstance(last, ast.Expr):
+            value = eval(compile(ast.Expression(last.value), where, "eval"), names)
+            shown += [value._repr_html_()] if hasattr(value, "_repr_html_") else []
+    [answer] = shown
+    assert [f'<span class="step">{i}</span>' in answer for i in (1, 2, 3, 4)] == [True] * 4
+    axes = names["axes"]
+    assert len(axes.lines) == 4 and all(line.get_ydata()[-1] == pytest.approx(1) for line in axes.lines[:3])
+    matplotlib.pyplot.close("all")

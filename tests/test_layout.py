@@ -22,7 +22,7 @@ ORDER = (
 ENTRIES = {"__init__", "__main__"}  # they may import what they offer
 BANNED = {"torch", "pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 INSIDE_FUNCTIONS = set(  # slow to import
-    "bm25s datasets faiss gguf huggingface_hub matplotlib pyarrow tensorboardX transformers".split()
+    "bm25s datasets faiss gguf huggingface_hub matplotlib pyarrow tensorboardX trackio transformers wandb".split()
 )
 MOST_FILES_AT_THE_TOP, MOST_FILES_IN_A_FOLDER = 13, 10
 MOST_LINES, MOST_OF_A_FUNCTION = 400, 60

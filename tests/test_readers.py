@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import faiss
 import gguf
 import numpy as np
 import pyarrow as pa
@@ -341,6 +342,11 @@ def write_all(folder: Path) -> None:
     pq.write_table(table, data / "vectors.parquet", row_group_size=4)
     with pa.ipc.new_stream(str(data / "vectors.arrow"), table.schema) as stream:
         stream.write_table(table)
+    for name, kind in (("flat", "IDMap,Flat"), ("clusters", "IDMap,IVF2,Flat")):
+        index = faiss.index_factory(8, kind, faiss.METRIC_INNER_PRODUCT)
+        index.train(vectors)
+        index.add_with_ids(vectors, np.arange(6))
+        faiss.write_index(index, str(data / f"{name}.faiss"))
     for family in ("bert", "llama", "bart", "t5"):
         write_random_checkpoint(family, folder / family)
     settings = json.loads((folder / "llama" / "config.json").read_text())
@@ -493,6 +499,8 @@ READERS = [
     Reader("data/named.npz", lambda folder: read_vectors(folder / "named.npz"), None),
     Reader("data/vectors.parquet", lambda folder: read_vectors(folder / "vectors.parquet"), None),
     Reader("data/vectors.arrow", lambda folder: read_vectors(folder / "vectors.arrow"), None),
+    Reader("data/flat.faiss", lambda folder: read_vectors(folder / "flat.faiss"), None),
+    Reader("data/clusters.faiss", lambda folder: read_vectors(folder / "clusters.faiss"), None),
     Reader(f"data/{MADE_OF}", lambda folder: read_made_of(folder, BUILT_OF), few=40),
     Reader("bert/config.json", read_encoder),
     Reader("llama/config.json", read_generator),

@@ -161,6 +161,45 @@ def _fetch_hf(source: str) -> ResolvedSource:
     return ResolvedSource(path, source, path.name)
 
 
+def check_push(target: str) -> None:
+    """Raises `InputError` where nothing can be pushed to hf:ORG/NAME: a malformed name, no login, no network."""
+    if not re.fullmatch(r"hf:[\w.-]+/[\w.-]+", target):
+        raise InputError(f"{target}: expected hf:ORG/NAME")
+    from huggingface_hub import HfApi
+
+    with _push_errors(target):
+        HfApi().whoami()
+
+
+def push(folder: Path, target: str) -> str:
+    """Uploads a folder as the model hf:ORG/NAME, which is created where there is none; its address.
+
+    Raises `InputError` where the hub refuses it.
+    """
+    from huggingface_hub import HfApi
+
+    repo = target.removeprefix("hf:")
+    with _push_errors(target, f"; {folder} is whole: `hf upload {repo} {folder}` sends it"):
+        address = HfApi().create_repo(repo, exist_ok=True)
+        HfApi().upload_folder(repo_id=repo, folder_path=folder, commit_message="Exported by ragjax")
+    return str(address)
+
+
+@contextmanager
+def _push_errors(target: str, then: str = "") -> Iterator[None]:
+    """Turns whatever goes wrong with a push into one `InputError`, which says what to do then."""
+    from huggingface_hub import logging
+
+    logging.set_verbosity_error()
+    try:
+        yield
+    except Exception as error:  # each of the libraries below has its own
+        cause = (str(error).strip().splitlines() or ["no reason given"])[0][:200]
+        raise InputError(
+            f"{target}: cannot be pushed to ({cause}); check the network and the name, and `hf auth login`{then}"
+        ) from None
+
+
 @contextmanager
 def hub_errors(source: str, repo: str, revision: str) -> Iterator[None]:
     """Turns whatever goes wrong with the hub, or a library that reads from it, into one `InputError`."""

@@ -44,7 +44,14 @@ from ragjax.retrieval.passage_cache import check_passage_cache
 from ragjax.retrieval.retrieve import log_prior_mass, retrieve
 from ragjax.runs.checkpointer import fingerprint
 from ragjax.runs.journal import Journal, read_journal
-from ragjax.runs.restore import load_artifacts, open_split, pretrained_params, restore_params, trained_index
+from ragjax.runs.restore import (
+    check_answering_fits,
+    load_artifacts,
+    open_split,
+    pretrained_params,
+    restore_params,
+    trained_index,
+)
 from ragjax.runs.run_dir import PACKAGES, check_processes_agree, make_folder
 from ragjax.terminal import progress_bar, terminal
 
@@ -72,6 +79,7 @@ def evaluate(config: Config) -> dict[str, Any]:
     check_k(most_documents(config), len(index))
     split = drop_unfit_questions(rag.tokenizers, split, documents=True, closed_book=config.evaluate.closed_book)
     mesh = command_mesh("evaluate", config.mesh.model)
+    check_answering_fits(rag, mesh)
     check_passage_cache(rag, store, mesh)
     trained = restore_params(rag, mesh)
     run_on_process_zero(lambda: make_folder(folder))
@@ -83,6 +91,7 @@ def evaluate(config: Config) -> dict[str, Any]:
         "hf_compatible": config.hf_compatible,
         "exclude_bos": config.train.exclude_bos,
         "decode": config.decode.model_dump(),
+        "bm25_docs": config.retriever.bm25_docs,
         "fingerprints": rag.fingerprints | {"questions": split.fingerprint},
         "models": {},
     }

@@ -34,6 +34,7 @@ from ragjax.checksums import write_checksums
 from ragjax.config import Config, Lora, adapted_maps
 from ragjax.data.tokenizer import Tokenizer
 from ragjax.errors import InputError
+from ragjax.evaluation.model_card import CARD, model_card
 from ragjax.files import partial_folder, read_json, shown
 from ragjax.models.hf_config import Fields, naming
 from ragjax.models.layers import Params
@@ -141,14 +142,17 @@ def export_rag(run: Path, out: Path, merge: bool = False) -> Path:
     for each model, question_encoder/ and generator/, that transformers loads by itself, and sentence-transformers the
     encoder as it was used (but for DPR's). Contrastive training leaves no generator; passages' own encoder, where it
     was trained, is in passage_encoder/. Of a model with adapters its folder holds these, as PEFT writes them, or with
-    `merge` the whole model. checksums.json is for `ragjax verify`. Raises `InputError`.
+    `merge` the whole model. README.md tells of data, figures and configuration, checksums.json is for `ragjax verify`.
+    Raises `InputError`.
     """
     config = load_run_config(run)
     rag, lora = load_pipeline(config), config.train.lora
     if merge and lora.rank is None:
         raise InputError(f"{run}: has no adapters to merge; leave out --merge")
-    params = export_params(rag, merge)
+    params, step = export_params(rag, merge)
     peft = {} if merge else _peft_bases(config)
+    if config.generator.quantization and "generator" in params.keys() - peft.keys():
+        terminal.print("the generator's kernels are those of int8, written in float32", soft_wrap=True)
     whole = rag.generator.config.encoder_decoder and config.train.objective == "marginal" and not peft
     if whole:
         _check_expressible(rag)
@@ -185,6 +189,8 @@ def export_rag(run: Path, out: Path, merge: bool = False) -> Path:
             if name in encoders and name not in peft and part.hf_config.get("model_type") != "dpr":
                 model, own, _ = encoders[name]
                 write_sentence_modules(place, model.config, own, rag.question_template, rag.passage_template)
+        card = model_card(run, config, step, [path.name for path in sorted(partial.iterdir()) if path.is_dir()])
+        (partial / CARD).write_text(card, encoding="utf-8")
         write_checksums(partial)
     return out
 

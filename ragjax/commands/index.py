@@ -37,7 +37,7 @@ from ragjax.retrieval.building.earlier_index import EarlierIndex
 from ragjax.retrieval.building.index_builder import IndexBuilder, ReadPassages
 from ragjax.retrieval.building.made_of import MadeOf
 from ragjax.retrieval.building.shard_plan import PassageKeys, ShardPlan, equal_shards, plan_growth
-from ragjax.retrieval.building.takeover import Takeover
+from ragjax.retrieval.building.takeover import Takeover, has_vectors
 from ragjax.retrieval.faiss_index import check_kind, faiss_bytes, smaller_kinds
 from ragjax.retrieval.index import MADE_OF, open_index, read_index_manifest
 from ragjax.retrieval.vector_files.source import open_vectors
@@ -195,6 +195,11 @@ def _is_there(builder: IndexBuilder) -> bool:
         return False
     if not existing.damage:
         builder.remove_leftovers()
+        if builder.source is not None and not has_vectors(existing.vectors, builder.source):
+            raise InputError(
+                f"{folder}: holds this index already, with other embeddings than {builder.source.source} has now; "
+                "delete it to take these over, or choose another index.path"
+            )
         terminal.print(f"{folder} holds this index already; delete it to build it anew", soft_wrap=True)
         return True
     damage = damage_text(existing.damage)

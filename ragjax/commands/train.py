@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,6 @@ from ragjax.config import Config, reads_corpus, train_documents
 from ragjax.data.passage_store import PassageStore
 from ragjax.data.question_sampler import QuestionSampler, SampledQuestions
 from ragjax.data.questions import Split
-from ragjax.errors import InputError
 from ragjax.files import exclusive_lock
 from ragjax.parallel.mesh import check_batch, command_mesh
 from ragjax.parallel.processes import run_on_process_zero
@@ -51,6 +49,7 @@ from ragjax.runs.run_dir import (
     start_run,
 )
 from ragjax.runs.save_timer import SaveTimer
+from ragjax.runs.trackers import check_tracker
 from ragjax.signals import Signals, listening
 from ragjax.terminal import progress_bar, terminal
 from ragjax.training.contrastive import label_positions
@@ -169,8 +168,7 @@ def _train(config: Config, signals: Signals) -> Path:
 
 def load_data(config: Config) -> TrainData:
     """Opens the models, the index, the passages and the questions. Raises `InputError`, and writes nothing."""
-    if config.train.tensorboard and find_spec("tensorboardX") is None:
-        raise InputError("train.tensorboard needs an extra: pip install 'ragjax[tensorboard]'")
+    check_tracker(config.train.tracker)
     split = open_split(config, "train")
     dev_split = open_split(config, "dev") if config.train.dev_questions else None
     rag, index, store = load_artifacts(config)

@@ -95,6 +95,9 @@ class Generator(Section):
     answer_template: AnswerTemplate = Field(" {answer}", description="How an answer follows the prompt.")
     max_prompt_tokens: PositiveInt = Field(256, description="The longest prompt; the passage is cut to fit.")
     max_answer_tokens: PositiveInt = Field(16, description="The longest answer, the end token included.")
+    quantization: Literal["int8"] | None = Field(
+        None, description="Keep the kernels of its layers, which are not trained then, in int8; null means as they are."
+    )
 
 
 class Mesh(Section):
@@ -158,7 +161,7 @@ class Train(Section):
     dev_questions: NonNegativeInt = Field(0, description="Dev questions whose loss is measured at each save.")
     keep_best: bool = Field(False, description="Keep the checkpoint of lowest dev loss, too, and answer with it.")
     log_every: PositiveInt = Field(1, description="Steps between lines of the log.")
-    tensorboard: bool = Field(False, description="Write the metrics for TensorBoard, too.")
+    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = Field("none", description="Shows the metrics, too.")
 
 
 class Refresh(Section):

@@ -1,4 +1,4 @@
-"""What keys of version 0.1 are called today."""
+"""What keys of earlier versions are called today."""
 
 RENAMED = {
     "retriever.scale": "retriever.logit_scale",
@@ -29,6 +29,7 @@ RENAMED = {
     "train.search_ahead": "train.prefetch_retrieval",
     "train.freeze": "train.frozen_params",
     "train.keep": "train.keep_checkpoints",
+    "train.tensorboard": "train.tracker",
     "refresh.below": "refresh.min_overlap",
     "refresh.probe_every": "refresh.overlap_every",
     "refresh.probe_questions": "refresh.overlap_questions",

@@ -20,9 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from ragjax.marginal import is_best
+from ragjax.parallel.by_device import axis_length
 
 LARGE = 4096  # continuations from which on blocks are faster
 BLOCKS = range(32, 513)  # their sizes; between these the time is the same
@@ -242,7 +244,7 @@ def _choose(
     """Of the 2W best continuations those that end are finished and W others go on: log p, parents and tokens."""
     (n, width, vocabulary), longest, step = total.shape, settings.max_new_tokens, state.step
     row = jnp.arange(n)[:, None]
-    best, flat = likeliest(total.reshape(n, -1), min(2 * width, width * vocabulary))
+    best, flat = likeliest_next(total, min(2 * width, width * vocabulary))
     parent, token = flat // vocabulary, flat % vocabulary
     done = _finish(settings, state, parent, token, best)
 
@@ -268,8 +270,8 @@ def _choose_and_bound(
     ends = total[..., settings.eos]
     done = _finish(settings, state, parents, jnp.full_like(parents, settings.eos), ends)
 
-    others = jnp.where(jnp.arange(vocabulary) == settings.eos, -jnp.inf, total).reshape(n, -1)
-    best, flat = likeliest(others, min(max(width, settings.most_beams) + 1, width * vocabulary))
+    others = jnp.where(jnp.arange(vocabulary) == settings.eos, -jnp.inf, total)
+    best, flat = likeliest_next(others, min(max(width, settings.most_beams) + 1, width * vocabulary))
     may_end = step + 1 < settings.max_new_tokens
 
     def after(count: int) -> Array:
@@ -291,6 +293,28 @@ def _choose_and_bound(
     open_ = state.open & ((left > known) | ~(proved | hopeless) | ~may_end)
     changes = {"done": done, "open": open_, "bound": bound}
     return best[:, :width], flat[:, :width] // vocabulary, flat[:, :width] % vocabulary, changes
+
+
+def likeliest_next(
+    total: Float[Array, "n W V"], count: int
+) -> tuple[Float[Array, "n {count}"], Int[Array, "n {count}"]]:
+    """The `count` likeliest continuations of all beams of a row, as numbers beam · V + token: lower ones win ties.
+
+    Where the vocabulary is split over the mesh's axis `model`, each device finds those of its part, and sends these.
+    """
+    n, width, vocabulary = total.shape
+    parts = axis_length("model")
+    if parts == 1 or vocabulary % parts:
+        return likeliest(total.reshape(n, -1), count)
+    each, free = vocabulary // parts, PartitionSpec.UNCONSTRAINED
+    by_part = jnp.moveaxis(total.reshape(n, width, parts, each), 2, 0).reshape(parts * n, width * each)
+    by_part = jax.lax.with_sharding_constraint(by_part, PartitionSpec("model", free))
+    best, at = (x.reshape(parts, n, -1) for x in likeliest(by_part, min(count, width * each)))
+    number = at // each * vocabulary + jnp.arange(parts)[:, None, None] * each + at % each
+    best, number = (jnp.moveaxis(x, 0, 1).reshape(n, -1) for x in (best, number))
+    number, best = jax.lax.sort((number, best), num_keys=1)  # so that places decide ties as numbers do
+    best, place = jax.lax.top_k(best, count)
+    return best, jnp.take_along_axis(number, place, axis=1)
 
 
 def likeliest(logp: Float[Array, "n M"], count: int) -> tuple[Float[Array, "n {count}"], Int[Array, "n {count}"]]:

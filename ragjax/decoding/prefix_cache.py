@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -110,7 +111,7 @@ class PrefixScorer:
         self.graphdef, self.params, self.memory, self.prefixes, self.special = graph, params, memory, prefixes, special
         tokens, parent = jax.device_get((prefixes.tokens, prefixes.parent))
         used = 1 + int(np.flatnonzero((parent >= 0).any(axis=0)).max(initial=0))
-        self._tokens, self._parent = tokens[:, :used].tolist(), parent[:, :used].tolist()
+        self._tokens, self._parent = tokens[:, :used], parent[:, :used]
 
     def bounds(self, answers: Mapping[int, Sequence[Tokens]]) -> dict[int, tuple[np.ndarray, np.ndarray]]:
         """By memory: upper bounds on log p(y|x,z) (nats) of its answers, and whether they are exact; nothing is read.
@@ -120,69 +121,59 @@ class PrefixScorer:
         """
         if not answers:
             return {}
-        trees, paths = self._trees(answers, grow=False)
-        group = group_by_device(list(answers), len(self._tokens), nearly_all=True)
-        logp = self._path_logp(trees, paths, group, self.prefixes.hidden, self.prefixes.logsumexp, group.local)
-        return {
-            row: (
-                np.array([steps.sum() for steps in by_answer], np.float32),
-                np.array([len(steps) == len(y) for steps, y in zip(by_answer, answers[row], strict=True)], bool),
-            )
-            for row, by_answer in zip(answers, logp, strict=True)
-        }
+        forest, group = self._forest(answers, grow=False)
+        logp = self._path_logp(forest, group, self.prefixes.hidden, self.prefixes.logsumexp, group.local)
+        bounds = zip(logp, forest.by_row(forest.whole), strict=True)
+        return {row: (steps.sum(axis=1), whole) for row, (steps, whole) in zip(answers, bounds, strict=True)}
 
-    def score(self, answers: Mapping[int, Sequence[Tokens]]) -> dict[int, list[Float[np.ndarray, " T"]]]:
-        """By memory: log p(y_t|y_<t,x,z) (nats) of each answer. Prefixes not cached are read, each once, together."""
+    def score(self, answers: Mapping[int, Sequence[Tokens]]) -> dict[int, Float[np.ndarray, "_ T"]]:
+        """By memory: log p(y_t|y_<t,x,z) (nats) of each answer, 0 beyond its end.
+
+        Prefixes not cached are read, each once, together.
+        """
         if not answers:
             return {}
-        trees, paths = self._trees(answers, grow=True)
-        group = group_by_device(list(answers), len(self._tokens), nearly_all=True)
-        most = max(len(tree.new) for tree in trees)
-        if most == 0:
-            read = self.prefixes.hidden, self.prefixes.logsumexp
-            logp = self._path_logp(trees, paths, group, *read, group.local)
+        forest, group = self._forest(answers, grow=True)
+        if forest.new_slot.size == 0:
+            logp = self._path_logp(forest, group, self.prefixes.hidden, self.prefixes.logsumexp, group.local)
         else:
-            logp = self._path_logp(trees, paths, group, *self._read(group, trees, most), None)
+            logp = self._path_logp(forest, group, *self._read(forest, group), None)
         return dict(zip(answers, logp, strict=True))
 
-    def _trees(self, answers: Mapping[int, Sequence[Tokens]], grow: bool) -> tuple[list[_Tree], list[list[list[int]]]]:
-        """The tree under each memory, and the path along each of its answers."""
+    def _forest(self, answers: Mapping[int, Sequence[Tokens]], grow: bool) -> tuple[_Forest, RowGroup]:
+        """The prefixes of the answers under their memories, and where the rows of these lie."""
+        rows = np.array(list(answers))
         slots = self.prefixes.tokens.shape[1]
-        trees = [_Tree(self._tokens[row], self._parent[row], slots) for row in answers]
-        return trees, [[tree.path(y, grow) for y in ys] for tree, ys in zip(trees, answers.values(), strict=True)]
+        forest = _Forest(list(answers.values()), self._tokens[rows], self._parent[rows], slots, grow)
+        return forest, group_by_device(rows, len(self._tokens), nearly_all=True)
 
-    def _read(self, group: RowGroup, trees: Sequence[_Tree], most: int) -> tuple[Array, Array]:
-        """States and logsumexps [R,Q(,D)] of all prefixes of some memories, once the new ones of `trees` are read.
+    def _read(self, forest: _Forest, group: RowGroup) -> tuple[Array, Array]:
+        """States and logsumexps [R,Q(,D)] of all prefixes of some memories, once the new ones are read.
 
         Few shapes, so that few programs are compiled (see `read_width`).
         """
-        count, slots = group.count, self.prefixes.tokens.shape[1]
-        width = read_width(most, few=jax.default_backend() != "cpu")
-        tokens, positions = np.zeros((2, count, width), np.int32)
-        attention_mask = np.zeros((count, width, slots + width), bool)
-        for r, tree in zip(group.place, trees, strict=True):
-            tree.write(tokens[r], positions[r], attention_mask[r])
-        # each sees itself, and what fills up sees nothing else
-        attention_mask[:, np.arange(width), slots + np.arange(width)] = True
+        slots = self.prefixes.tokens.shape[1]
+        width = read_width(int(forest.new_slot.max()) + 1 - slots, few=jax.default_backend() != "cpu")
+        tokens, parent = np.zeros((group.count, width), np.int32), np.full((group.count, width), -1, np.int32)
+        at = group.place[forest.new_row], forest.new_slot - slots
+        tokens[at], parent[at] = forest.new_token, forest.new_parent
         whole = group.rows.tolist() == list(range(len(self._tokens)))
-        new = (None if whole else group.local, tokens, positions, attention_mask)
+        new = (None if whole else group.local, tokens, parent)
         return extend_prefixes(self.graphdef, self.params, self.memory, self.prefixes, *new)
 
     def _path_logp(
         self,
-        trees: Sequence[_Tree],
-        paths: Sequence[list[list[int]]],
+        forest: _Forest,
         group: RowGroup,
         hidden: Array,
         logsumexp: Array,
         rows: Int[np.ndarray, " R"] | None,
-    ) -> list[list[Float[np.ndarray, " T"]]]:
-        """The log-probabilities along each path, by tree; `rows` of the states, None for all, are the group's."""
-        edges = np.zeros((2, group.count, bucket_size(max(len(tree.edges) for tree in trees), 8)), np.int32)
-        for r, tree in zip(group.place, trees, strict=True):
-            edges[:, r, : len(tree.edges)] = np.array(list(tree.edges), np.int32).reshape(-1, 2).T
+    ) -> list[Float[np.ndarray, "_ T"]]:
+        """The log-probabilities along each answer, by memory; `rows` of the states, None for all, are the group's."""
+        edges = np.zeros((2, group.count, bucket_size(int(forest.edge.max(initial=-1)) + 1, 8)), np.int32)
+        edges[:, group.place[forest.edge_row], forest.edge] = forest.edge_slot, forest.edge_token
         logp = np.asarray(edge_logp(self.graphdef, self.params, self.special, hidden, logsumexp, rows, *edges))
-        return [[logp[r][path] for path in by_answer] for r, by_answer in zip(group.place, paths, strict=True)]
+        return forest.by_row(forest.along_answers(logp[group.place]))
 
 
 def read_width(most: int, few: bool) -> int:
@@ -194,45 +185,95 @@ def read_width(most: int, few: bool) -> int:
     return -(-most // step) * step
 
 
-class _Tree:
-    """The prefixes cached under one memory, new ones that must be read, and the edges along which answers lead."""
+class _Forest:
+    """The prefixes of answers under R memories: the slots that hold them, which are new, and the edges along answers.
 
-    def __init__(self, tokens: Sequence[int], parent: Sequence[int], first: int) -> None:
-        """Slots from `first` on are for new prefixes."""
-        self.parent, self.first = parent, first
-        # equal prefixes in two slots have equal states
-        self.children = {(p, t): slot for slot, (p, t) in enumerate(zip(parent, tokens, strict=True)) if p >= 0}
-        self.new: list[tuple[int, int]] = []  # parent and token
-        self.edges: dict[tuple[int, int], int] = {}  # slot of a prefix and the token after it
+    All rows at once, in arrays: this is work of the host between programs of the device. A node is a prefix of some
+    answer, whatever the row; its key is that of its parent and its last token, so that keys rise with nodes.
+    """
 
-    def path(self, answer: Tokens, grow: bool) -> list[int]:
-        """The edges along an answer; without `grow`, as far as its prefixes are cached."""
-        path, slot = [], 0
-        for token in answer:
-            path.append(self.edges.setdefault((slot, token), len(self.edges)))
-            if len(path) == len(answer):
-                break
-            child = self.children.get((slot, token))
-            if child is None:
-                if not grow:
-                    break
-                child = self.children[slot, token] = self.first + len(self.new)
-                self.new.append((slot, token))
-            slot = child
-        return path
+    def __init__(
+        self,
+        answers: Sequence[Sequence[Tokens]],
+        tokens: Int[np.ndarray, "R P"],
+        parent: Int[np.ndarray, "R P"],
+        first: int,
+        grow: bool,
+    ) -> None:
+        """`answers` of each row; what its slots hold; and the slot from `first` on is for what is new.
 
-    def write(self, tokens: np.ndarray, positions: np.ndarray, attention_mask: np.ndarray) -> None:
-        """Writes the new prefixes into rows of M: tokens, their positions, and which slots [M,P+M] each sees."""
-        for m, (parent, token) in enumerate(self.new):
-            if parent >= self.first:
-                attention_mask[m] |= attention_mask[parent - self.first]
-            else:
-                slot = parent
-                while slot >= 0:
-                    attention_mask[m, slot] = True
-                    slot = self.parent[slot]
-            tokens[m], positions[m] = token, attention_mask[m].sum()
-            attention_mask[m, self.first + m] = True
+        Without `grow` there is nothing new, and edges end where the prefixes cached end.
+        """
+        distinct: dict[Tokens, int] = {}
+        number = np.array([distinct.setdefault(y, len(distinct)) for of_row in answers for y in of_row], np.int64)
+        self._ends = np.cumsum([len(of_row) for of_row in answers])
+        row = np.repeat(np.arange(len(answers)), np.diff(self._ends, prepend=0))
+        base = 2 + max(int(tokens.max()), max((token for y in distinct for token in y), default=0))
+        by_answer, keys = _prefix_nodes(list(distinct), base)
+        (up, token), nodes, count = np.divmod(keys, base), by_answer[number], len(keys)
+
+        held = np.full(tokens.shape, -1)  # the node in each slot; that of the start token is slot 0
+        held[:, 0] = 0
+        for slot in range(1, tokens.shape[1]):
+            above = np.where(parent[:, slot] >= 0, held[np.arange(len(held)), parent[:, slot]], -1)
+            held[:, slot] = _find(keys, above * base + tokens[:, slot])
+        in_row, slots = np.nonzero(held >= 0)
+        cached, which = np.unique(in_row * count + held[in_row, slots], return_index=True)
+        slot_of = slots[which]  # equal prefixes in two slots have equal states
+
+        there = nodes >= 0
+        if not grow:
+            reached = _find(cached, row[:, None] * count + up[nodes]) >= 0
+            there &= np.logical_and.accumulate(reached, axis=1)
+        edges, index = np.unique((row[:, None] * count + nodes)[there], return_inverse=True)
+        self.edge_row, node = np.divmod(edges, count)
+        self.edge = np.arange(len(edges)) - np.searchsorted(self.edge_row, self.edge_row)  # counted in its row
+        self.edge_token, states = token[node], self.edge_row * count + up[node]
+        new = np.setdiff1d(states, cached)
+        self.new_row, node = np.divmod(new, count)
+        self.new_slot = first + np.arange(len(new)) - np.searchsorted(self.new_row, self.new_row)
+        every, place = np.concatenate([cached, new]), np.concatenate([slot_of, self.new_slot])
+        order = np.argsort(every)
+
+        def find_slot(of: np.ndarray) -> np.ndarray:
+            return place[order[np.searchsorted(every, of, sorter=order)]]
+
+        self.new_token, self.new_parent = token[node], find_slot(self.new_row * count + up[node])
+        self.edge_slot = find_slot(states)
+        self.whole = there.sum(axis=1) == (nodes >= 0).sum(axis=1)  # of each answer, whether edges lead to its end
+        self._row, self._there, self._paths = row, there, np.zeros(nodes.shape, np.int64)
+        self._paths[there] = self.edge[index]
+
+    def along_answers(self, logp: Float[np.ndarray, "R E"]) -> Float[np.ndarray, "_ T"]:
+        """The values of the edges along every answer; 0 beyond the last."""
+        return np.where(self._there, logp[self._row[:, None], self._paths], np.float32(0))
+
+    def by_row(self, values: np.ndarray) -> list[np.ndarray]:
+        """What there is of every answer, row by row."""
+        return [values[start:end] for start, end in pairwise([0, *self._ends.tolist()])]
+
+
+def _prefix_nodes(answers: Sequence[Tokens], base: int) -> tuple[Int[np.ndarray, "A T"], Int[np.ndarray, " N"]]:
+    """The nodes of the prefixes of each answer, −1 beyond its end; and the keys of all nodes, −1 of the empty prefix.
+
+    A key is the parent's number · `base` + the last token, which is below `base` − 1.
+    """
+    lengths = np.array([len(y) for y in answers], np.int64)
+    nodes, keys = np.full((len(answers), lengths.max(initial=0)), -1), np.array([-1])
+    tokens, last = np.zeros_like(nodes), np.zeros_like(lengths)
+    tokens[np.arange(nodes.shape[1]) < lengths[:, None]] = [token for y in answers for token in y]
+    for step in range(nodes.shape[1]):
+        goes_on = lengths > step
+        found, index = np.unique(last[goes_on] * base + tokens[goes_on, step], return_inverse=True)
+        last[goes_on] = nodes[goes_on, step] = len(keys) + index
+        keys = np.append(keys, found)
+    return nodes, keys
+
+
+def _find(keys: Int[np.ndarray, " N"], wanted: Int[np.ndarray, "..."]) -> Int[np.ndarray, "..."]:
+    """Where in the rising keys the wanted ones stand; −1 for those that do not."""
+    at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+    return np.where(keys[at] == wanted, at, -1)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -243,13 +284,12 @@ def extend_prefixes(
     prefixes: PrefixCache,
     rows: Int[Array, " R"] | None,
     tokens: Int[Array, "R M"],
-    positions: Int[Array, "R M"],
-    attention_mask: Bool[Array, "R M Q"],
+    parent: Int[Array, "R M"],
 ) -> tuple[Float[Array, "R Q D"], Float[Array, "R Q"]]:
     """Reads M more prefixes beside the P cached ones of some memories: states and logsumexps of all Q = P + M.
 
-    `rows` are the memories, or None for all; `attention_mask` says which of the Q slots each new token sees, its own
-    included.
+    `rows` are the memories, or None for all; `parent` is the slot of the prefix without its last token, −1 for what
+    fills up.
     """
 
     def read(
@@ -259,7 +299,7 @@ def extend_prefixes(
             memory, prefixes = memory.take(rows), prefixes.take(rows)
         return _extend(nnx.merge(graph, params), memory, prefixes, *new)
 
-    return by_device(read, params, memory, prefixes, rows, tokens, positions, attention_mask)
+    return by_device(read, params, memory, prefixes, rows, tokens, parent)
 
 
 def _extend(
@@ -267,8 +307,7 @@ def _extend(
     memory: DocumentMemory,
     prefixes: PrefixCache,
     tokens: Int[Array, "R M"],
-    positions: Int[Array, "R M"],
-    attention_mask: Bool[Array, "R M Q"],
+    parent: Int[Array, "R M"],
 ) -> tuple[Float[Array, "R Q D"], Float[Array, "R Q"]]:
     more, past = tokens.shape[1], prefixes.past
 
@@ -277,13 +316,29 @@ def _extend(
 
     slots = prefixes.tokens.shape[1]
     pool = KVCache(room(past.keys, 2), room(past.values, 2), room(past.positions, 1), jnp.asarray(slots, jnp.int32))
-    hidden, _ = generator.forward_with_cache(memory, pool, tokens[:, None], positions[:, None], attention_mask[:, None])
+    seen = _ancestors(jnp.concatenate([prefixes.parent, parent], axis=1), slots)
+    positions = seen.sum(axis=-1, dtype=jnp.int32) - 1
+    hidden, _ = generator.forward_with_cache(memory, pool, tokens[:, None], positions[:, None], seen[:, None])
     hidden = hidden[:, 0]
     logsumexp, _ = generator.vocab_head().logsumexp_and_mean(hidden)
     return (
         jnp.concatenate([prefixes.hidden, hidden], axis=1),
         jnp.concatenate([prefixes.logsumexp, logsumexp], axis=1),
     )
+
+
+def _ancestors(parent: Int[Array, "R Q"], first: int) -> Bool[Array, "R M Q"]:
+    """Which slots lie on the way from each slot, from `first` on, to the start token: its own, too."""
+    rows, slots = parent.shape
+
+    def up(state: tuple[Array, Array]) -> tuple[Array, Array]:
+        at, seen = state
+        above = jnp.take_along_axis(parent, jnp.maximum(at, 0), axis=1)
+        return jnp.where(at >= 0, above, -1), seen | (at[..., None] == jnp.arange(slots))
+
+    own = jnp.broadcast_to(jnp.arange(first, slots, dtype=jnp.int32), (rows, slots - first))
+    start = own, jnp.zeros((*own.shape, slots), bool)
+    return jax.lax.while_loop(lambda state: (state[0] >= 0).any(), up, start)[1]
 
 
 @partial(jax.jit, static_argnums=(0, 2))

@@ -44,9 +44,8 @@ def decode_rag_token(
     # every prefix of a beam was read under every document
     rows = {b * documents + z: with_end(own, special) for b, own in enumerate(answers) for z in range(documents)}
     logp = np.zeros((len(answers), documents, *padded.shape[1:]), np.float32)
-    for row, by_answer in PrefixScorer(graph, params, memory, prefixes, special).score(rows).items():
-        for c, steps in enumerate(by_answer):
-            logp[*divmod(row, documents), c, : len(steps)] = steps
+    for row, steps in PrefixScorer(graph, params, memory, prefixes, special).score(rows).items():
+        logp[*divmod(row, documents), : steps.shape[0], : steps.shape[1]] = steps
     return as_candidates(answers, rag_token_marginals(prior, logp, lengths), ranked=True)
 
 

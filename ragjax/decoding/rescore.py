@@ -65,7 +65,7 @@ def score_candidates(
     }
     scores = scorer.score({row: [answers[row // documents][c] for c in cs] for row, cs in columns.items()})
     for row, steps in scores.items():
-        logp[row // documents, row % documents, columns[row]] = [by_token.sum() for by_token in steps]
+        logp[row // documents, row % documents, columns[row]] = steps.sum(axis=1)
 
 
 @jax.jit

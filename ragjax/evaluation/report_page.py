@@ -56,6 +56,7 @@ def _about(run: RunResults) -> str:
     measured, step = metrics["models"][run.model], metrics["models"][run.model]["step"]
     trained = "the pretrained models" if step is None else f"step {step} of {run.config.train.steps}"
     documents, beams = (f"{n} {word}{'' if n == 1 else 's'}" for n, word in _searched(decode))
+    documents += f", {words} of BM25" if (words := metrics.get("bm25_docs")) else ""
     return (
         f"{run.config.model}, {trained}; {measured['answered']} of {measured['questions']} {metrics['split']} "
         f"questions answered with {documents} and {beams}"

@@ -131,6 +131,7 @@ class _ModelMetrics(_Record):
 class _Metrics(_Record):
     split: str
     decode: dict[str, Any]
+    bm25_docs: int = 0
     models: dict[str, _ModelMetrics]
 
 
@@ -174,15 +175,7 @@ def read_run_results(folder: Path, name: str | None = None) -> RunResults:
 
     Raises `InputError` where it was not evaluated, or a file is damaged.
     """
-    config = load_run_config(folder)
-    path = folder / METRICS
-    metrics = read_json(path, AGAIN)
-    for model in _checked(_Metrics, metrics, path).models:
-        for mode in ("exact", "thorough", "certified", "fast", "closed_book"):
-            if mode in metrics["models"][model]:
-                _checked(_ModeMetrics, metrics["models"][model][mode], path)
-    if not metrics["models"]:
-        raise InputError(f"{path}: measures no model; {AGAIN}")
+    config, metrics, path = load_run_config(folder), read_metrics(folder), folder / METRICS
     predictions: dict[str, list[Prediction]] = {model: [] for model in metrics["models"]}
     unanswered = dict.fromkeys(metrics["models"], 0)
     for where, record in _lines(folder / PREDICTIONS):
@@ -210,6 +203,19 @@ def read_run_results(folder: Path, name: str | None = None) -> RunResults:
         passages=passages,
         mass=_read_index_report(folder / INDEX_REPORT),
     )
+
+
+def read_metrics(folder: Path) -> dict[str, Any]:
+    """What metrics.json holds. Raises `InputError` where there is none, or it is damaged."""
+    path = folder / METRICS
+    metrics = read_json(path, AGAIN)
+    for model in _checked(_Metrics, metrics, path).models:
+        for mode in ("exact", "thorough", "certified", "fast", "closed_book"):
+            if mode in metrics["models"][model]:
+                _checked(_ModeMetrics, metrics["models"][model][mode], path)
+    if not metrics["models"]:
+        raise InputError(f"{path}: measures no model; {AGAIN}")
+    return metrics
 
 
 def answer_json(prediction: Prediction, passages: dict[int, str]) -> dict[str, Any]:

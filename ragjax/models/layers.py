@@ -5,7 +5,7 @@ And how activations are sharded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,14 +13,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Int8, Key
 
 from ragjax.errors import InputError
+from ragjax.parallel.by_device import axis_length
 
 Params = dict[str, Any]  # a nested dict of arrays, as `nnx.to_pure_dict` gives it
 RowRngs = Key[Array, " n"]  # one PRNG key a row, for dropout
 
 ADAPTERS = "lora_a", "lora_b"  # the names of an adapter's parameters
+SCALE = "kernel_scale"  # that of the scales of a kernel in int8
+LEVELS = 127  # of int8, on either side of 0
 ADAPT_PROMPT, ADAPT_ANSWER = 2**20, 2**20 + 1  # by which row keys are folded for adapters: no layer has these numbers
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -36,9 +39,11 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 class Linear(nnx.Linear):
     """x·W + b, and, where the map has adapters, + s · dropout(x)·A·B (Hu et al. 2021): W + s·A·B is never made.
 
-    `add_adapters` gives A [in, rank] and B [rank, out], with a leading axis where layers are stacked.
+    `add_adapters` gives A [in, rank] and B [rank, out], `quantize_kernels` W in int8 with a scale for each of its
+    columns, which multiplies what comes out; with a leading axis where layers are stacked.
     """
 
+    kernel_scale: nnx.Param[Any]
     lora_a: nnx.Param[Any]
     lora_b: nnx.Param[Any]
     lora_scale: float = 0.0
@@ -47,11 +52,39 @@ class Linear(nnx.Linear):
 
     def __call__(self, x: Float[Array, "n ... D"]) -> Float[Array, "n ... E"]:  # type: ignore[override]
         """Computed in the module's type."""
-        y = super().__call__(x)
+        y = self._by_scales(x) if hasattr(self, SCALE) else super().__call__(x)
         if not hasattr(self, "lora_a"):
             return y
         x, a, b = (jnp.asarray(array, self.dtype) for array in (x, self.lora_a[...], self.lora_b[...]))
         return y + self.lora_scale * ((dropout(x, self.lora_rngs, self.lora_dropout) @ a) @ b)
+
+    def _by_scales(self, x: Float[Array, "n ... D"]) -> Float[Array, "n ... E"]:
+        """(x·Q) · scale + b: the scales, in float32, never multiply Q."""
+        x = jnp.asarray(x, self.dtype)
+        y = ((x @ self.kernel[...].astype(x.dtype)) * self.kernel_scale[...]).astype(x.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+def channel_scale(kernel: Float[Any, "... D E"]) -> Float[Any, "... E"]:
+    """By which the columns of a kernel, of NumPy or JAX, are divided to lie within ±127; 1 for one of zeros."""
+    xp = kernel.__array_namespace__()
+    top = xp.max(xp.abs(kernel), axis=-2).astype(xp.float32)
+    return xp.where(top > 0, top / LEVELS, xp.ones_like(top))
+
+
+def to_int8(kernel: Float[Any, "... D E"], scale: Float[Any, "... E"]) -> Int8[Any, "... D E"]:
+    """Q, with |kernel − Q · scale| at most half a scale: 1/254 of the largest number of the column (symmetric int8)."""
+    xp = kernel.__array_namespace__()
+    return xp.clip(xp.round(kernel / scale[..., None, :]), -LEVELS, LEVELS).astype(xp.int8)
+
+
+def quantize_kernels(module: nnx.Module) -> None:
+    """The kernels of the linear maps of stacked layers in int8, with their scales. `module` is abstract."""
+    shapes = nnx.traversals.flatten_mapping(split_parameters(module)[1])
+    for path, part in _stacked_maps(module):
+        layers, size_in, size_out = shapes[*path, "kernel"].shape
+        part.kernel = nnx.Param(jax.ShapeDtypeStruct((layers, size_in, size_out), jnp.int8))
+        part.kernel_scale = nnx.Param(jax.ShapeDtypeStruct((layers, size_out), jnp.float32))
 
 
 def add_adapters(module: nnx.Module, names: Collection[str], rank: int, alpha: float, rate: float) -> None:
@@ -60,7 +93,7 @@ def add_adapters(module: nnx.Module, names: Collection[str], rank: int, alpha: f
     Without names all get them. `module` is abstract. Raises `InputError` for a name that no linear map has.
     """
     shapes = nnx.traversals.flatten_mapping(split_parameters(module)[1])
-    parts = {path: part for path, part in nnx.iter_modules(module) if isinstance(part, Linear) and "layers" in path}
+    parts = dict(_stacked_maps(module))
     known = {str(path[-1]) for path in parts}
     if unknown := sorted(set(names) - known):
         raise InputError(f"no linear map is called {', '.join(unknown)}; there are {', '.join(sorted(known))}")
@@ -75,6 +108,11 @@ def add_adapters(module: nnx.Module, names: Collection[str], rank: int, alpha: f
 def is_adapter(path: Sequence[str]) -> bool:
     """Whether the parameter at a path is an adapter's."""
     return path[-1] in ADAPTERS
+
+
+def _stacked_maps(module: nnx.Module) -> Iterator[tuple[tuple[Any, ...], Linear]]:
+    """The linear maps of stacked layers, by path."""
+    return ((path, part) for path, part in nnx.iter_modules(module) if isinstance(part, Linear) and "layers" in path)
 
 
 def _linear_maps(module: nnx.Module) -> list[Linear]:
@@ -136,13 +174,6 @@ def split_by_rows(activations: Any) -> Any:
     return jax.tree.map(rows, activations)
 
 
-def axis_length(name: str) -> int:
-    """Over how many devices XLA may split along an axis of the mesh, inside `use_abstract_mesh`; else 1."""
-    mesh = jax.sharding.get_abstract_mesh()
-    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    return mesh.shape[name] if types.get(name) is AxisType.Auto else 1
-
-
 def gather_table(table: Float[Array, "V D"]) -> Float[Array, "m v D"]:
     """A table in as many parts as devices along `model` share it (see `parameter_spec`), each whole on its devices."""
     model = axis_length("model")
@@ -169,7 +200,7 @@ def split_parameters(module: nnx.Module) -> tuple[nnx.GraphDef, Params]:
 def computation_types(module: nnx.Module) -> Params:
     """The shapes and types of parameters that lose nothing: those to which linear maps and embeddings cast their own.
 
-    Norms compute with theirs in float32, and so do tables of distances. `module` may be abstract.
+    Norms compute with theirs in float32, and so do tables of distances; kernels in int8 stay. `module` may be abstract.
     """
     types = nnx.traversals.flatten_mapping(split_parameters(module)[1])
     for path, part in nnx.iter_modules(module):
@@ -177,7 +208,7 @@ def computation_types(module: nnx.Module) -> Params:
             own = {
                 leaf: types[leaf]
                 for name in ("kernel", "bias", "embedding", *ADAPTERS)
-                if (leaf := (*path, name)) in types
+                if (leaf := (*path, name)) in types and jnp.issubdtype(types[leaf].dtype, jnp.floating)
             }
             types |= {leaf: jax.ShapeDtypeStruct(array.shape, part.dtype) for leaf, array in own.items()}
     return nnx.traversals.unflatten_mapping(types)

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ragjax.models.attention import NEGATIVE
-from ragjax.models.layers import axis_length, gather_table
+from ragjax.models.layers import gather_table
+from ragjax.parallel.by_device import axis_length
 
 LOGIT_BUDGET = 2**24  # at most so many logits at once, on a device, when they are summed over the vocabulary
 

@@ -31,11 +31,11 @@ def on_mesh(mesh: Mesh) -> AbstractContextManager[Any]:
 
 def data_devices() -> int:
     """The length of the axis `data` within `on_mesh`; else, and for each device by itself, 1."""
-    return _length("data")
+    return axis_length("data")
 
 
-def _length(axis: str) -> int:
-    """Of an axis that XLA may still use."""
+def axis_length(axis: str) -> int:
+    """Over how many devices XLA may split along an axis of the mesh, within `on_mesh`; else 1."""
     mesh = get_abstract_mesh()
     types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     return mesh.shape[axis] if types.get(axis) == AxisType.Auto else 1
@@ -43,7 +43,7 @@ def _length(axis: str) -> int:
 
 def split_heads(keys_or_values: Float[Array, "L n S Hkv Dh"]) -> Float[Array, "L n S Hkv Dh"]:
     """Over the axis `model`, where that divides the heads: as `sharding.heads_spec` says."""
-    if (model := _length("model")) == 1 or keys_or_values.shape[3] % model:
+    if (model := axis_length("model")) == 1 or keys_or_values.shape[3] % model:
         return keys_or_values
     free = PartitionSpec.UNCONSTRAINED
     return jax.lax.with_sharding_constraint(keys_or_values, PartitionSpec(free, free, free, "model", free))

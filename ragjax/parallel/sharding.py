@@ -31,7 +31,8 @@ def parameter_spec(
     spec: list[str | None] = [None] * len(shape)
     module = names[-2] if len(names) > 1 else ""
     at = SPLIT.get(module)
-    if (names[-1], at) in (("bias", -2), ("lora_a", -1), ("lora_b", -2)):  # what the split dimension does not reach
+    # what the split dimension does not reach
+    if (names[-1], at) in (("bias", -2), ("kernel_scale", -2), ("lora_a", -1), ("lora_b", -2)):
         at = None
     at = 0 if names[-1] == "embedding" and module in VOCABULARY else at
     if at is not None and mesh.shape["model"] > 1 and (heads or shape[at]) % mesh.shape["model"] == 0:

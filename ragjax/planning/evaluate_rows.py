@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array
 
 from ragjax.config import ON_DEVICES, most_documents
+from ragjax.decoding.beam_search import likeliest_next
 from ragjax.decoding.candidates import pad_answers
 from ragjax.decoding.exact.decode import search_settings
 from ragjax.decoding.marginal_search import search_marginal, search_rag_token
@@ -22,10 +22,10 @@ from ragjax.decoding.propose import beam_search_documents, beam_settings, prefil
 from ragjax.decoding.rescore import score_tokens
 from ragjax.models.kv_cache import DocumentMemory
 from ragjax.models.layers import Params
-from ragjax.parallel.by_device import on_mesh
+from ragjax.parallel.by_device import by_device, on_mesh
 from ragjax.parallel.sharding import abstract_with_sharding, heads_spec
 from ragjax.planning.inputs import NO_PROMPT, SPECIAL, PlanInputs
-from ragjax.planning.program_cost import Cost, bytes_each, matmul_flops, program_cost
+from ragjax.planning.program_cost import Cost, bytes_each, program_cost
 from ragjax.planning.roofline import Chip, least_seconds
 from ragjax.planning.rows import Number, Row, Unknown, make_row
 from ragjax.planning.shared_rows import parameters_row, questions_text, search_row
@@ -46,9 +46,7 @@ def evaluate_rows(inputs: PlanInputs, chip: Chip | None) -> list[Row]:
 
     @cache
     def costs() -> dict[str, tuple[int, Cost]]:
-        mesh = inputs.mesh_of("evaluate")
-        with on_mesh(mesh):
-            return {name: program_cost(*program) for name, program in answering_programs(inputs, mesh).items()}
+        return answering_costs(inputs, with_step=chip is not None)
 
     def row(what: str, number: Callable[[PlanInputs], Number], **how: Any) -> Row:
         return make_row("evaluate", what, "device", lambda: number(inputs), **how)
@@ -63,6 +61,22 @@ def evaluate_rows(inputs: PlanInputs, chip: Chip | None) -> list[Row]:
         search_row(inputs, "evaluate"),
         *([row(BATCH_TIME, lambda inputs: _seconds(inputs, costs(), chip), part=True, unit="seconds")] if chip else []),
     ]
+
+
+def answering_costs(inputs: PlanInputs, with_step: bool) -> dict[str, tuple[int, Cost]]:
+    """FLOPs, on all devices, and cost to each of `answering_programs`, and with `with_step` of `search_step`.
+
+    A table of which rows are looked up counts as nothing that is read. Raises `Unknown` or `NotCompiled`.
+    """
+    mesh = inputs.mesh_of("evaluate")
+    with on_mesh(mesh):
+        programs = answering_programs(inputs, mesh) | (search_step(inputs, mesh) if with_step else {})
+        found = {name: program_cost(*program) for name, program in programs.items()}
+    params, *_ = _after_reading(inputs, mesh)
+    for name, (flops, cost) in found.items():
+        if "embed" in params and (name == "reading" or "head" in params):
+            found[name] = flops, replace(cost, read=cost.read - bytes_each(params["embed"]))
+    return found
 
 
 def _prompts(inputs: PlanInputs, devices: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
@@ -133,7 +147,7 @@ def _logits(inputs: PlanInputs) -> Number:
 
 def _temporaries(inputs: PlanInputs, costs: dict[str, tuple[int, Cost]]) -> Number:
     """The most that one program takes: reading the documents, the beam search, scoring candidates."""
-    most = max(cost.temporaries for _, cost in costs.values())
+    most = max(cost.temporaries for name, (_, cost) in costs.items() if name != "step")
     count, each = _candidates(inputs), questions_text(inputs.config.evaluate.batch_size)
     return most, f"XLA's analysis ({inputs.device_kind}): {each}, at most {count} distinct candidates each"
 
@@ -141,46 +155,24 @@ def _temporaries(inputs: PlanInputs, costs: dict[str, tuple[int, Cost]]) -> Numb
 def _seconds(inputs: PlanInputs, costs: dict[str, tuple[int, Cost]], chip: Chip) -> Number:
     """Of retrieval's search, of reading, and of as many steps of the search as an answer can have tokens.
 
-    A step reads all weights of the decoder and all memories; what it sends over `model` is not counted. Scoring may
-    find all that it needs in the prefixes read: what it may take is told beside.
+    Scoring may find all that it needs in the prefixes read: what it may take is told beside.
     """
     config, mesh = inputs.config, inputs.mesh_of("evaluate")
     if "candidates" not in costs:
         raise Unknown("exact decoding ends with the proof")
-    (reading, read), (_, search), (scoring, scored) = (costs[name] for name in ("reading", "candidates", "scoring"))
-    steps, devices = config.decode.max_new_tokens, mesh.size
-    step = replace(search, sent=None, written=0)
+    steps = config.decode.max_new_tokens
     parts = {
-        "reading": least_seconds(chip, config.dtype, reading / devices, read),
-        "search": least_seconds(chip, config.dtype, _step_flops(inputs) / mesh.shape["model"], step, steps),
+        what: least_seconds(chip, config.dtype, costs[name][0] / mesh.size, costs[name][1], runs)
+        for what, name, runs in (("reading", "reading", 1), ("search", "step", steps), ("scoring", "scoring", 1))
     }
+    more, _ = parts.pop("scoring")
     if config.index.kind in ON_DEVICES and chip.bandwidth is not None:
         index = bytes_each(abstract_corpus(inputs.rag(), mesh, inputs.passages()[0]))
         parts["retrieval"] = index / (chip.bandwidth * 1e9), "memory"
-    more, _ = least_seconds(chip, config.dtype, scoring / devices, scored)
     told = ", ".join(f"{what} {seconds:.2g} s ({binds})" for what, (seconds, binds) in parts.items())
     questions = questions_text(config.evaluate.batch_size * mesh.shape["data"])
     how = f"{questions}, {steps} tokens each: {told}; scoring up to {more:.2g} s more"
     return sum(seconds for seconds, _ in parts.values()), how
-
-
-def _step_flops(inputs: PlanInputs) -> int:
-    """Of one step of all beams over a device's questions."""
-    model, decode = inputs.model("generator"), inputs.config.decode
-    slots = decode.num_beams * decode.max_new_tokens
-
-    def read(params: Params, *prompts: Array) -> DocumentMemory:
-        return nnx.merge(model.graphdef, params).prefill(*prompts)
-
-    def read_and_step(params: Params, *prompts: Array) -> Array:
-        generator, memory = nnx.merge(model.graphdef, params), read(params, *prompts)
-        tokens = jnp.zeros((memory.start.shape[0], decode.num_beams), jnp.int32)
-        prefixes, mask = empty_prefix_cache(generator, memory, slots), jnp.zeros((*tokens.shape, slots), bool)
-        return beam_step(generator, memory, prefixes, tokens, jnp.zeros((), jnp.int32), mask)[0]
-
-    given = model.abstract_params, *_prompts(inputs, 1)
-    both, alone = (matmul_flops(jax.make_jaxpr(of)(*given).jaxpr) for of in (read_and_step, read))
-    return both - alone
 
 
 def _candidates(inputs: PlanInputs) -> int:
@@ -195,22 +187,12 @@ def answering_programs(inputs: PlanInputs, mesh: Mesh) -> dict[str, tuple[Any, .
     For use within `on_mesh`. The searches have the names of `_searches`. Raises `Unknown` without a generator.
     """
     config, decode, model = inputs.config, inputs.config.decode, inputs.model("generator")
-    graph, documents = model.graphdef, most_documents(config)
-    rag = RagModel(config, model, model, SPECIAL, NO_PROMPT, model)
-    params = inference_params(rag, mesh)["generator"]
-    questions = config.evaluate.batch_size * mesh.shape["data"]
+    graph, questions = model.graphdef, config.evaluate.batch_size * mesh.shape["data"]
+    params, prompts, memory = _after_reading(inputs, mesh)
 
     def rows(tree: Any) -> Any:
         return abstract_with_sharding(mesh, tree, "data")
 
-    prompts = rows(_prompts(inputs, mesh.shape["data"]))
-
-    def place(leaf: Any) -> Any:
-        spec = heads_spec(mesh, leaf.shape[3]) if leaf.ndim == 5 else PartitionSpec("data")
-        return abstract_with_sharding(mesh, leaf, *spec)
-
-    # a memory is passed by its leaves: it is checked to hold arrays, which shapes are not
-    memory = [*map(place, jax.eval_shape(lambda *of: jax.tree.leaves(prefill_documents(graph, *of)), params, *prompts))]
     candidates = [[((0,) * decode.max_new_tokens, False)] * _candidates(inputs)] * questions
     answers = rows(pad_answers(candidates, SPECIAL, decode.max_new_tokens))
 
@@ -225,10 +207,53 @@ def answering_programs(inputs: PlanInputs, mesh: Mesh) -> dict[str, tuple[Any, .
     searches = _search_programs(inputs, mesh)
     programs |= {name: (searches[name], params, memory) for name in _searches(inputs)}
     if decode.passage_cache_gib and not model.config.encoder_decoder:
-        at = rows(jax.ShapeDtypeStruct((questions * documents,), jnp.int32))
+        at = rows(jax.ShapeDtypeStruct(memory[-1].shape, jnp.int32))
         # a slot for each prompt
         programs["joining"] = join_question, graph, params, Pool(*memory[:2]), at, *prompts, at, QUESTION_TOKENS
     return programs
+
+
+def _after_reading(inputs: PlanInputs, mesh: Mesh) -> tuple[Params, Any, list[Any]]:
+    """The generator's parameters, the prompts, and the leaves of the memory that is then there: shapes and places.
+
+    A memory is passed by its leaves: it is checked to hold arrays, which shapes are not.
+    """
+    model = inputs.model("generator")
+    rag = RagModel(inputs.config, model, model, SPECIAL, NO_PROMPT, model)
+    params = inference_params(rag, mesh)["generator"]
+    prompts = abstract_with_sharding(mesh, _prompts(inputs, mesh.shape["data"]), "data")
+
+    def place(leaf: Any) -> Any:
+        spec = heads_spec(mesh, leaf.shape[3]) if leaf.ndim == 5 else PartitionSpec("data")
+        return abstract_with_sharding(mesh, leaf, *spec)
+
+    def read(*given: Any) -> list[Any]:
+        return jax.tree.leaves(prefill_documents(model.graphdef, *given))
+
+    return params, prompts, [*map(place, jax.eval_shape(read, params, *prompts))]
+
+
+def search_step(inputs: PlanInputs, mesh: Mesh) -> dict[str, tuple[Any, ...]]:
+    """One `step` of all beams over all questions on a mesh, as `answering_programs` gives it; for its least time.
+
+    Of the prefixes read before it counts none: it needs the decoder's weights and all memories, once.
+    """
+    model, decode = inputs.model("generator"), inputs.config.decode
+    params, _, memory = _after_reading(inputs, mesh)
+
+    def best(params: Params, memory: DocumentMemory) -> Any:
+        generator = nnx.merge(model.graphdef, params)
+        tokens = jnp.broadcast_to(memory.start[:, None], (memory.start.shape[0], decode.num_beams))
+        own = jnp.broadcast_to(jnp.eye(decode.num_beams, dtype=bool), (*tokens.shape, decode.num_beams))
+        prefixes = empty_prefix_cache(generator, memory, decode.num_beams)
+        logp, _ = beam_step(generator, memory, prefixes, tokens, jnp.zeros((), jnp.int32), own)
+        return likeliest_next(logp, 2 * decode.num_beams)
+
+    @jax.jit
+    def step(params: Params, memory: list[Any]) -> Any:
+        return by_device(best, params, DocumentMemory(*memory))
+
+    return {"step": (step, params, memory)}
 
 
 def _search_programs(inputs: PlanInputs, mesh: Mesh) -> dict[str, Any]:

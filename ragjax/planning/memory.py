@@ -14,7 +14,7 @@ from ragjax.planning.program_cost import NotCompiled, bytes_each, compiled_cost
 from ragjax.rag import RagModel
 from ragjax.resources import host_memory, size_text
 from ragjax.training.fused_retrieval import abstract_corpus
-from ragjax.training.state import abstract_state, unsplit_modules
+from ragjax.training.state import abstract_state, larger_model_axis
 from ragjax.training.step import step_arguments, trace_step, train_programs
 
 
@@ -117,10 +117,3 @@ def _state_advice(rag: RagModel, mesh: Mesh) -> list[str]:
         for setting, size in settings.items()
         if size < now
     ]
-
-
-def larger_model_axis(rag: RagModel, mesh: Mesh) -> int | None:
-    """The next length of the axis `model` over which every layer can be split; None if there is none."""
-    lengths = (n for n in range(mesh.shape["model"] + 1, mesh.size + 1) if mesh.size % n == 0)
-    fitting = (n for n in lengths if not unsplit_modules(rag, make_mesh(n, list(mesh.devices.flat))))
-    return next(fitting, None)

@@ -28,14 +28,14 @@ from ragjax.parallel.mesh import command_mesh
 from ragjax.planning.evaluate_rows import BATCH_TIME, evaluate_rows
 from ragjax.planning.index_rows import index_rows
 from ragjax.planning.inputs import PlanInputs, open_inputs
-from ragjax.planning.memory import larger_model_axis, memory_advice
+from ragjax.planning.memory import memory_advice
 from ragjax.planning.roofline import MACHINES, Chip, Machine, chip_of
 from ragjax.planning.rows import Row, Total, Unknown, totals
 from ragjax.planning.shared_rows import faiss
 from ragjax.planning.train_rows import STEP_TIME, train_rows
 from ragjax.resources import free_disk, host_memory, size_text
 from ragjax.retrieval.faiss_index import faiss_bytes
-from ragjax.training.state import for_inference
+from ragjax.training.state import for_inference, larger_model_axis
 
 # for the TPU's compiler where there is none: else it asks, at length, which machine this is
 NO_TPU = {
@@ -183,11 +183,16 @@ def planned_chip(mesh: Mesh, peak: int | float | None) -> Chip | None:
 def capacity(config: Config, mesh: Mesh, memory: int | None = None) -> dict[str, int | None]:
     """Bytes that this machine has: free where `index.path` will lie, of the host, and of each device, or `memory`.
 
+    Of a device that is not there its data sheet tells.
+
     Where the one device is this machine's CPU there is no entry for it: it is the host.
     """
     has: dict[str, int | None] = {"disk": free_disk(Path(config.index.path)), "host": host_memory()}
     if memory is not None or mesh.size > 1 or mesh.devices.flat[0].platform != "cpu":
+        device = mesh.devices.flat[0]
         has["device"] = memory
-        if memory is None and mesh.devices.flat[0] in jax.local_devices():
-            has["device"] = (mesh.devices.flat[0].memory_stats() or {}).get("bytes_limit")
+        if memory is None and device in jax.local_devices():
+            has["device"] = (device.memory_stats() or {}).get("bytes_limit")
+        elif memory is None and (chip := chip_of(device.device_kind)) and chip.memory is not None:
+            has["device"] = int(chip.memory * 2**30)
     return has

@@ -38,7 +38,7 @@ def train_rows(inputs: PlanInputs, chip: Chip | None) -> list[Row]:
 
     @cache
     def step(remat: bool) -> tuple[int, Cost]:
-        return _compile_step(inputs, remat)
+        return compile_step(inputs, remat)
 
     def row(what: str, place: str, number: Callable[[], Number]) -> Row:
         return make_row("train", what, place, number)
@@ -56,7 +56,7 @@ def train_rows(inputs: PlanInputs, chip: Chip | None) -> list[Row]:
     name = {True: "temporaries, activations recomputed", False: "temporaries, activations kept"}
     instead = f"{name[other]} (train.remat={str(other).lower()})"
     rows += [
-        row("optimiser state", "device", lambda: _optimizer(inputs)),
+        optimizer_row(inputs),
         part("gradients", "device", lambda: _gradients(inputs)),
         row(name[used], "device", lambda: _temporaries(inputs, step(used)[1])),
         part(instead, "device", lambda: _temporaries(inputs, step(other)[1])),
@@ -71,8 +71,8 @@ def train_rows(inputs: PlanInputs, chip: Chip | None) -> list[Row]:
     return rows
 
 
-def _compile_step(inputs: PlanInputs, remat: bool) -> tuple[int, Cost]:
-    """FLOPs of a step, and its cost; of several programs (see `train_programs`) the largest temporaries count."""
+def compile_step(inputs: PlanInputs, remat: bool) -> tuple[int, Cost]:
+    """FLOPs of a step on all devices, and its cost to each; of `train_programs` the largest temporaries count."""
     rag, train = inputs.rag(), inputs.config.train
     passages = inputs.passages()[0] if reads_corpus(inputs.config) else 0
     rag = replace(rag, config=inputs.config.replace(train=train.replace(remat=remat)))
@@ -81,6 +81,11 @@ def _compile_step(inputs: PlanInputs, remat: bool) -> tuple[int, Cost]:
     costs = [compiled_cost(program.lower(), arguments) for program in traced]
     most = max(cost.temporaries for cost in costs)
     return matmul_flops(traced[0].jaxpr.jaxpr), replace(costs[0], temporaries=most)
+
+
+def optimizer_row(inputs: PlanInputs) -> Row:
+    """What the optimiser keeps on each device of what is trained."""
+    return make_row("train", "optimiser state", "device", lambda: _optimizer(inputs))
 
 
 def _optimizer(inputs: PlanInputs) -> Number:

@@ -25,7 +25,7 @@ TRAIN_SAMPLE = 200_000  # passages a FAISS structure is trained on, at most
 ADD_BATCH = 65_536  # fixed, because an HNSW graph depends on it (and not on the number of threads, since FAISS 1.15)
 TRIAL = 256  # passages with which a kind is tried before anything is embedded
 TRAIN_THREADS = 8  # fixed, because OPQ's rotation depends on it
-CHECKED_AT_ONCE = 2**30  # bytes of files under a FAISS kind up to which they are checked when they are first read
+CHECKED_AT_ONCE = 2**30  # bytes of mapped files under a FAISS kind up to which they are checked when first read
 
 
 def check_kind(kind: str, width: int, count: int | None = None) -> None:
@@ -228,8 +228,9 @@ def read_faiss(folder: Path, manifest: Mapping[str, Any]) -> Any:
     import faiss
 
     path, record = folder / FAISS_FILE, manifest["files"][FAISS_FILE]
-    # one that is larger is mapped, and read where a search comes by
-    if (what := damage(path, record, most=CHECKED_AT_ONCE)) is not None:
+    # of clusters, FAISS maps the lists, which are read where a search comes by; all else it reads at once
+    most = CHECKED_AT_ONCE if "IVF" in manifest["kind"] else None
+    if (what := damage(path, record, most=most)) is not None:
         raise ValueError(f"{path.name} {what}")
     try:
         index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP)

@@ -111,6 +111,8 @@ class Index:
 
         faiss.omp_set_num_threads(cores())
         _, candidates = self.faiss_index.search(queries, OVERSAMPLE * k)
+        if ((candidates < -1) | (candidates >= len(self))).any():  # so large a file that its checksum was not read
+            raise InputError(f"{FAISS_FILE} of the index is damaged: it finds passages that are not there; {MEND}")
         ids = candidates.astype(np.int32)
         scores = np.einsum("BD,BKD->BK", queries, self.vectors(ids))
         scores = np.where(ids >= 0, scores, -np.inf).astype(np.float32)

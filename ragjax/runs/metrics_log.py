@@ -7,13 +7,13 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from ragjax.config import Config
 from ragjax.data.reading.byte_stream import byte_lines
 from ragjax.errors import InputError
 from ragjax.files import atomic_write, parse_json
 from ragjax.parallel.processes import is_process_zero
+from ragjax.runs.trackers import tracking
 
 
 def check_finite_metrics(step: int, metrics: dict[str, float], ids: Sequence[str]) -> None:
@@ -28,19 +28,14 @@ def check_finite_metrics(step: int, metrics: dict[str, float], ids: Sequence[str
 
 @contextmanager
 def log_steps(folder: Path, done: int, config: Config) -> Iterator[Callable[[int, dict[str, float]], None]]:
-    """Writes RUN/train.jsonl (steps after a resumed checkpoint are written anew) and TensorBoard on demand."""
+    """Writes RUN/train.jsonl (steps after a resumed checkpoint are written anew), and to `train.tracker`."""
     if not is_process_zero():
         yield lambda step, metrics: None
         return
     path = folder / "train.jsonl"
-    writer: Any = None
-    if config.train.tensorboard:
-        from tensorboardX import SummaryWriter
-
-        writer = SummaryWriter(str(folder / "tensorboard"))
     with atomic_write(path) as (kept,):
         kept.writelines(_lines_until(path, done))
-    with path.open("a", encoding="utf-8") as file:
+    with path.open("a", encoding="utf-8") as file, tracking(config, folder) as track:
 
         def log(step: int, metrics: dict[str, float]) -> None:
             if not metrics:
@@ -50,15 +45,9 @@ def log_steps(folder: Path, done: int, config: Config) -> Iterator[Callable[[int
                 return
             file.write(json.dumps({"step": step} | {k: float(f"{v:.6g}") for k, v in metrics.items()}) + "\n")
             file.flush()
-            if writer:
-                for name, value in metrics.items():
-                    writer.add_scalar(name, value, step)
+            track(step, metrics)
 
-        try:
-            yield log
-        finally:
-            if writer:
-                writer.close()
+        yield log
 
 
 def _lines_until(path: Path, done: int) -> list[bytes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,16 @@ from jax.sharding import Mesh
 
 from ragjax.checkpoints.adapters import adapters_only, join_trees, merged, without_adapters
 from ragjax.checkpoints.hub import fingerprint_files
+from ragjax.checkpoints.quantization import before_quantization, dequantized, quantized
 from ragjax.config import Config, adapted_maps
 from ragjax.data.passage_store import PassageStore
 from ragjax.data.questions import Split, read_split
 from ragjax.errors import InputError
 from ragjax.files import cache_folder
 from ragjax.models.layers import Params
-from ragjax.parallel.mesh import local_mesh
+from ragjax.parallel.mesh import local_mesh, make_mesh
 from ragjax.rag import RagModel, RagPipeline, load_pipeline
+from ragjax.resources import size_text
 from ragjax.retrieval.bm25 import check_bm25, open_bm25
 from ragjax.retrieval.index import MANIFEST, Index, check_built, check_listed, open_index
 from ragjax.retrieval.refresh import refreshed_at, refreshed_index, version_folder
@@ -33,6 +36,7 @@ from ragjax.training.state import (
     for_inference,
     inference_params,
     init_train_state,
+    larger_model_axis,
     saved_part,
     unsplit_modules,
 )
@@ -81,6 +85,30 @@ def pretrained_params(rag: RagPipeline, mesh: Mesh) -> Params:
     return for_inference(rag).initial_params(inference_params(rag, mesh))
 
 
+def check_answering_fits(rag: RagModel, mesh: Mesh, limit: int | None = None) -> None:
+    """Raises `InputError`, with advice, if a device cannot hold its part of what answers: FSDP does not split that.
+
+    The `limit`, in bytes, is by default what the device reports; a CPU reports none.
+    """
+    if limit is None:
+        limit = (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
+
+    def each(on: Mesh) -> int:
+        leaves = jax.tree.leaves(inference_params(rag, on))
+        return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+    if limit is None or (need := each(mesh)) <= limit:
+        return
+    helps = [] if rag.config.dtype == "bfloat16" else ["dtype=bfloat16"]
+    if (model := larger_model_axis(for_inference(rag), mesh)) is not None:
+        wider = make_mesh(model, list(mesh.devices.flat))
+        helps.append(f"mesh.model={model} ({size_text(each(wider))}; mesh.fsdp splits them in training only)")
+    raise InputError(
+        f"answering does not fit: the models' parameters take {size_text(need)} of a device that has "
+        f"{size_text(limit)}; what would help: {'; '.join([*helps, 'a smaller generator'])}"
+    )
+
+
 def trained_index(rag: RagPipeline, index: Index, step: int) -> Index:
     """The index that belongs to the checkpoint of `step`.
 
@@ -116,7 +144,9 @@ def restore_params(
     check_same_models(rag.config)
     wanted = inference_params(rag, mesh or local_mesh(data=1))
     if exact:
-        wanted = jax.tree.map(lambda leaf: leaf.update(dtype=jnp.float32), wanted)
+        wanted = jax.tree.map(
+            lambda leaf: leaf.update(dtype=jnp.float32) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, wanted
+        )
     restored = _restore(rag, {name: part for name, part in wanted.items() if name in rag.parts}, step)
     if restored is None:
         return None
@@ -126,33 +156,44 @@ def restore_params(
     return params | {name: models[name].load_params(wanted[name]) for name in wanted.keys() - params.keys()}, step
 
 
-def export_params(rag: RagPipeline, merge: bool) -> Params:
-    """The parameters of a run's newest checkpoint in float32, on the host, or else the pretrained ones.
+def export_params(rag: RagPipeline, merge: bool) -> tuple[Params, int]:
+    """The parameters of a run's newest checkpoint in float32, on the host, or else the pretrained ones; and its step.
 
-    Of a model that has adapters these alone, or, to `merge`, its weights with them.
+    Of a model that has adapters these alone, or, to `merge`, its weights with them. What is in int8 is multiplied by
+    its scales.
     """
     lora = rag.config.train.lora
     if lora.rank is None or merge:
         restored = restore_params(rag, exact=True)
-        params = jax.device_get(restored[0] if restored else rag.initial_params())
-        return {name: merged(part, lora.alpha / (lora.rank or 1)) for name, part in params.items()}
+        params = dequantized(jax.device_get(restored[0] if restored else rag.initial_params()))
+        whole = {name: merged(part, lora.alpha / (lora.rank or 1)) for name, part in params.items()}
+        return whole, restored[1] if restored else 0
     few, trained = {name: adapters_only(part) for name, part in rag.abstract_params().items()}, None
     if (Path(rag.config.output) / "checkpoints").is_dir():
         check_same_models(rag.config)
         trained = _restore_saved(rag, few, None)
-    return jax.device_get(trained[1] if trained else rag.initial_params(few))
+    step, params = trained or (0, rag.initial_params(few))
+    return jax.device_get(params), step
 
 
 def _restore(rag: RagPipeline, abstract_params: Params, step: int | None = None) -> tuple[int, Params] | None:
     """As `restore_params`, of any configuration; each parameter gets the type and sharding of `abstract_params`."""
-    saved = {name: adapters_only(part) for name, part in abstract_params.items()}
-    restored = _restore_saved(rag, saved, step)
+    wanted = {name: adapters_only(part) for name, part in abstract_params.items()}
+    quantizes = _quantizes(rag.config)
+    restored = _restore_saved(rag, before_quantization(wanted, rag.config.dtype) if quantizes else wanted, step)
     if restored is None:
         return None
     step, params = restored
+    params = quantized(params, wanted) if quantizes else params
     parts = {name: without_adapters(part) for name, part in abstract_params.items()}
     base = {name: part for name, part in parts.items() if part}
     return step, join_trees(params, rag.initial_params(base)) if base else params
+
+
+def _quantizes(config: Config) -> bool:
+    """Whether the configuration has kernels in int8 that its run did not have in training."""
+    run = Path(config.output)
+    return config.generator.quantization is not None and load_run_config(run).generator.quantization is None
 
 
 def _restore_saved(rag: RagPipeline, saved: Params, step: int | None) -> tuple[int, Params] | None:

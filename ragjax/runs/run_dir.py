@@ -49,10 +49,12 @@ FREE = (
     "train.keep_best",
     "train.dev_questions",
     "train.log_every",
-    "train.tensorboard",
+    "train.tracker",
 )
 ADAPTERS = tuple(f"train.lora.{key}" for key in ("rank", "alpha", "targets"))
 MODELS = ("retriever", "generator", "model", *ADAPTERS)  # what a trained model means nothing without
+# but these, in which answering may differ: as `decode.num_docs` and as `dtype`
+FOR_ANSWERING = ("retriever.bm25_docs", "generator.quantization")
 LEFT_OUT = "left_out.jsonl"
 PACKAGES = "ragjax jax jaxlib flax optax orbax-checkpoint grain transformers tokenizers faiss-cpu numpy".split()
 
@@ -145,11 +147,15 @@ def check_same_run(config: Config) -> None:
 
 
 def check_same_models(config: Config) -> None:
-    """Raises `InputError` if the run in the folder was trained with other models, prompts or priors."""
+    """Raises `InputError` if the run in the folder was trained with other models, prompts or priors.
+
+    How many documents a question has, of the encoder and of BM25, is free.
+    """
     path = Path(config.output) / "config.yaml"
     if not path.exists():
         return
-    if differ := [d for key, d in _differences(path, config).items() if key.startswith(MODELS)]:
+    found = _differences(path, config).items()
+    if differ := [told for key, told in found if key.startswith(MODELS) and key not in FOR_ANSWERING]:
         raise InputError(
             f"{config.output}: its checkpoints were trained with other settings: {'; '.join(differ)}; "
             "go back to them, or choose another folder with output=…"

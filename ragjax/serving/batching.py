@@ -50,7 +50,7 @@ class Batcher:
     def __init__(
         self, answerer: Answerer, limits: Limits, on_batch: Callable[[Decoding, int, float], None] = lambda *_: None
     ) -> None:
-        """`on_batch` is told how, how many and how long, in seconds, after each."""
+        """`on_batch` is told how, how many and how long, in seconds, before each is answered."""
         self._answerer, self._limits, self._on_batch = answerer, limits, on_batch
         self._waiting: list[Job] = []
         self._changed = threading.Condition()
@@ -86,9 +86,7 @@ class Batcher:
 
     def _run(self) -> None:
         while batch := self._take():
-            began = time.monotonic()
             self._answer(batch)
-            self._on_batch(batch[0].decoding, len(batch), time.monotonic() - began)
 
     def _take(self) -> list[Job]:
         """The next batch: the first that waits, and those most like it. Empty once there will be no more."""
@@ -116,7 +114,7 @@ class Batcher:
 
     def _answer(self, batch: Sequence[Job]) -> None:
         """Gives each of a batch its answer or what went wrong."""
-        first = batch[0]
+        first, began = batch[0], time.monotonic()
 
         def on_documents(i: int, documents: list[Document], outside: float | None) -> None:
             if (call := batch[i].on_documents) is not None:
@@ -136,6 +134,7 @@ class Batcher:
                 for job in batch:
                     self._answer([job])
             return
+        self._on_batch(first.decoding, len(batch), time.monotonic() - began)
         for job, answer in zip(batch, answers, strict=True):
             job.result.set_result(answer)
 

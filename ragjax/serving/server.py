@@ -19,7 +19,7 @@ BACKLOG = 256
 
 
 class PromptProtocol(H11Protocol):
-    """Hangs up on a client that sends the head of a request too slowly, or none at all."""
+    """Hangs up on a client that sends the head of a request too slowly, none at all, or a body that nobody reads."""
 
     receive_s = 10.0
     _timer: asyncio.TimerHandle | None = None
@@ -35,6 +35,15 @@ class PromptProtocol(H11Protocol):
         elif self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.conn.their_state is h11.SEND_BODY:  # of a request that was refused; first it may read why
+            self.loop.call_later(self.receive_s, self._leave, self.cycle)
+
+    def _leave(self, cycle: object) -> None:
+        if self.cycle is cycle and self.conn.their_state is h11.SEND_BODY:
+            self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._timer is not None:

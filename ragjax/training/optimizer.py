@@ -27,7 +27,7 @@ def partition_params(params: Params, freeze: Sequence[str]) -> tuple[FlatParams,
     An entry of `freeze` is a dotted path such as `generator.embed`, whose parameters are frozen, or a range of layers
     such as `generator.layers.0-11`. Of stacked layers some of which are frozen, the trained and the frozen ones are in
     one part each. In a model that has adapters all but these are frozen. Raises `InputError` for an entry that names
-    nothing, or when nothing is left to train.
+    nothing, for kernels in int8 that are not frozen, or when nothing is left to train.
     """
     flat = nnx.traversals.flatten_mapping(params)
     _check_entries(flat, freeze)
@@ -39,6 +39,11 @@ def partition_params(params: Params, freeze: Sequence[str]) -> tuple[FlatParams,
         trained[path] = _take_layers(flat[path], _others(flat[path], layers[path]))
     if not trained:
         raise InputError("train.frozen_params leaves nothing to train")
+    if any(leaf.dtype == jnp.int8 for leaf in trained.values()):
+        raise InputError(
+            "generator.quantization: kernels in int8 cannot be trained; set train.lora.rank, such as 16, or "
+            "train.frozen_params=[generator.layers]"
+        )
     return trained, frozen
 
 

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ragjax.checkpoints.adapters import adapters_only, without_adapters
 from ragjax.config import refreshes
 from ragjax.models.layers import Params
+from ragjax.parallel.mesh import make_mesh
 from ragjax.parallel.sharding import SPLIT, parameter_spec
 from ragjax.rag import RagModel
 from ragjax.training.loss import passage_params
@@ -94,6 +95,13 @@ def unsplit_modules(rag: RagModel, mesh: Mesh) -> list[str]:
             if mesh.shape["model"] > 1 and "model" not in spec:
                 modules.add(f"{'.'.join(path[:-1])} ({_heads(rag, path) or leaf.shape[SPLIT[path[-2]]]})")
     return sorted(modules)
+
+
+def larger_model_axis(rag: RagModel, mesh: Mesh) -> int | None:
+    """The next length of the axis `model` over which every layer can be split; None if there is none."""
+    lengths = (n for n in range(mesh.shape["model"] + 1, mesh.size + 1) if mesh.size % n == 0)
+    fitting = (n for n in lengths if not unsplit_modules(rag, make_mesh(n, list(mesh.devices.flat))))
+    return next(fitting, None)
 
 
 def _names(entry: Any) -> tuple[str, ...]:

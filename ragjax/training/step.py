@@ -14,7 +14,7 @@ import optax
 from jax.sharding import Mesh, PartitionSpec, use_abstract_mesh
 from jaxtyping import Array, Float, Key
 
-from ragjax.config import Config, Evaluate, Questions, Refresh, Train, reads_corpus, refreshes
+from ragjax.config import Config, Corpus, Evaluate, Questions, Refresh, Train, reads_corpus, refreshes
 from ragjax.data.question_batch import QuestionBatch
 from ragjax.errors import InputError
 from ragjax.models.layers import Params
@@ -89,7 +89,7 @@ def sums_once(config: Config) -> bool:
 # what a run does around its steps: no program depends on it
 _OF_THE_LOOP = (
     *("start_from", "save_every", "save_minutes", "keep_checkpoints", "dev_questions", "keep_best"),
-    *("log_every", "tensorboard", "prefetch_retrieval"),
+    *("log_every", "tracker", "prefetch_retrieval"),
 )
 
 
@@ -105,6 +105,7 @@ def _compiled_once(make: Callable[..., jax.stages.Wrapped]) -> Callable[..., jax
         c = rag.config
         config = c.replace(
             output="-",
+            corpus=Corpus(source="-"),
             questions=Questions(),
             index=c.index.replace(path="-"),
             train=c.train.replace(**{key: getattr(Train(), key) for key in _OF_THE_LOOP}),

@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from ragjax.cli import main
-from ragjax.commands.train import load_data
 from ragjax.config import load_config
 from ragjax.data.passage_store import PassageStore
+from ragjax.runs.restore import open_split
 
 Record = dict[str, Any]
 
@@ -175,9 +175,8 @@ def test_a_published_form_goes_all_the_way(
     source = questions(tmp_path, asked)
     settings = [f"corpus.source={passages(tmp_path, given)}", *(f"questions.{of}={source}" for of in ("train", "test"))]
     settings += [f"output={tmp_path / 'run'}", f"index.path={tmp_path / 'index'}", "train.steps=1", "train.num_docs=2"]
-    settings += ["evaluate.max_questions=2", "evaluate.closed_book=false"]
-    config, trained = str(world / "config.yaml"), passages in (flashrag, wiki_dpr)
-    settings += ["evaluate.max_untrained_questions=0"] if trained else []
+    settings += ["evaluate.max_questions=2", "evaluate.closed_book=false", "evaluate.max_untrained_questions=0"]
+    config = str(world / "config.yaml")
     assert main(["index", config, *settings]) == 0
     left_out = "queries.jsonl: lies beside BEIR's corpus.jsonl and is left out: no passages"
     assert (left_out in capsys.readouterr().err) == (passages is beir)
@@ -185,18 +184,17 @@ def test_a_published_form_goes_all_the_way(
     if passages is ms_marco:
         given = [{"id": p["id"], "title": "", "text": f"{p['title']}: {p['text']}"} for p in given]
     assert kept == given, "the very same passages"
-    read = load_data(load_config(Path(config), settings)).train  # what a step is made of; the step is always the same
+    read = open_split(load_config(Path(config), settings), "train")
     assert [(q.question, list(q.answers)) for q in read.questions] == [(q["question"], q["answer"]) for q in asked]
-    assert read.usable.questions == list(range(len(asked)))
-    if trained:
-        assert main(["train", config, *settings]) == 0
+    assert main(["train", config, *settings]) == 0
+    assert not (tmp_path / "run" / "left_out.jsonl").exists()
     assert main(["evaluate", config, *settings]) == 0
     measured = json.loads((tmp_path / "run" / "metrics.json").read_text())["models"]
-    about = measured["trained" if trained else "untrained"]
+    about = measured["trained"]
+    assert about["step"] == 1 and list(measured) == ["trained"]
     assert about["questions"] == len(asked) and about["answered"] == 2 and "contains" in about["thorough"]
     first = json.loads((tmp_path / "run" / "predictions.jsonl").read_text().splitlines()[0])
     assert (first["question"], first["gold"]) == (asked[0]["question"], asked[0]["answer"])
     capsys.readouterr()
-    what = [str(tmp_path / "run")] if trained else [config, *(f"--set={setting}" for setting in settings)]
-    assert main(["answer", *what, "--json", asked[0]["question"]]) == 0
+    assert main(["answer", str(tmp_path / "run"), "--json", asked[0]["question"]]) == 0
     assert json.loads(capsys.readouterr().out)["documents"][0].keys() >= {"id", "title", "text", "prior"}

@@ -35,21 +35,24 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from ragjax.answering.given_passages import embed_given
 from ragjax.checkpoints.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, peft_config, peft_tensors, with_adapters
 from ragjax.checkpoints.pretrained import open_encoder, open_generator, save_encoder, save_generator
 from ragjax.checkpoints.safetensors import write_safetensors
 from ragjax.cli import main
 from ragjax.commands.hugging_face import import_rag
-from ragjax.config import Config, Decode, Lora, load_config
-from ragjax.data.question_batch import QuestionBatch, question_batch
+from ragjax.config import Config, Decode, Lora, dump_config, load_config
+from ragjax.data.corpus import Passage
+from ragjax.data.question_batch import QuestionBatch, question_batch, tokenize_questions
 from ragjax.data.questions import read_questions
 from ragjax.decoding.hf_compat import decode_hf_compatible
 from ragjax.decoding.marginal_search import search_rag_token
 from ragjax.decoding.propose import beam_settings, prefill_documents
 from ragjax.marginal import log_prior
 from ragjax.models.generator import SpecialTokens
+from ragjax.parallel.mesh import local_mesh
 from ragjax.rag import RagPipeline, load_pipeline
-from ragjax.retrieval.retrieve import retrieve
+from ragjax.retrieval.retrieve import encode_questions, retrieve
 from ragjax.runs.restore import restore_params
 from ragjax.training.batch import TrainBatch, attach_documents
 from ragjax.training.loss import rag_loss
@@ -325,3 +328,31 @@ def test_peft_reads_our_adapters_and_we_read_its(case: Case, tmp_path: Path) -> 
     np.testing.assert_allclose(found, theirs(case, tmp_path / "merged"), atol=TOLERANCE)
     again = opened(case, import_rag(str(tmp_path / "theirs"), tmp_path / "again"))
     np.testing.assert_allclose(found, ours(case, again), atol=TOLERANCE)
+
+
+def test_sentence_transformers_loads_the_encoder_that_was_exported(run: Path, tmp_path: Path) -> None:
+    """A trained one, and one that reads prompts: its embeddings of questions and passages are ours."""
+    sentence = pytest.importorskip("sentence_transformers", reason="make test-torch installs it")
+    prompted = tmp_path / "prompted"
+    prompted.mkdir()
+    changed = ["retriever.question_template='query: {question}'", "retriever.passage_template='text: {title}: {text}'"]
+    changed += [f"output={prompted}", "retriever.pooling=cls"]
+    (prompted / "config.yaml").write_text(dump_config(load_config(run / "config.yaml", changed)))
+    questions, passages = (
+        ["Capital of Arland?", "And of Bel?"],
+        [Passage("0", "Ar", "Kes."), Passage("1", "B", "Or.")],
+    )
+    for folder in (run, prompted):
+        exported = tmp_path / f"exported-{folder.name}"
+        assert main(["export", str(folder), str(exported)]) == 0
+        theirs = sentence.SentenceTransformer(str(exported / "question_encoder"), device="cpu")
+        rag = load_pipeline(load_config(folder / "config.yaml"))
+        restored = restore_params(rag)
+        params = restored[0] if restored else rag.initial_params()
+        assert bool(restored) == (folder == run)
+        asked = encode_questions(rag, params, tokenize_questions(rag.tokenizers, questions), local_mesh(data=1))
+        np.testing.assert_allclose(theirs.encode(questions, prompt_name="query"), asked, atol=TOLERANCE)
+        if folder == prompted:  # a trained question encoder is not the one of the passages
+            texts = [f"{passage.title}: {passage.text}" for passage in passages]
+            found = theirs.encode(texts, prompt_name="document")
+            np.testing.assert_allclose(found, embed_given(rag, params["retriever"], passages), atol=TOLERANCE)

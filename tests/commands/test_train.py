@@ -459,7 +459,7 @@ def test_a_run_does_not_begin_with_what_is_not_its_own(
 
 
 def test_tensorboard_and_rare_logging(world: Path, tmp_path: Path) -> None:
-    settings = ["train.tensorboard=true", "train.log_every=2", *PIECES, f"output={tmp_path}"]
+    settings = ["train.tracker=tensorboard", "train.log_every=2", *PIECES, f"output={tmp_path}"]
     assert main(["train", str(world / "config.yaml"), *settings]) == 0
     assert [line["step"] for line in logged(tmp_path)] == [2, 4, 5]
     [events] = (tmp_path / "tensorboard").iterdir()

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.extend.core import ClosedJaxpr, Jaxpr
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from reference import log_softmax, random_llama, rounding
 from tables import SPECIAL, T, V, marginals, node_of, random_tables, table_generator
 
@@ -21,6 +21,7 @@ from ragjax.config import Decode
 from ragjax.decoding import decode as decode_module
 from ragjax.decoding import prefix_cache as prefixes_module
 from ragjax.decoding import rag_token as rag_token_module
+from ragjax.decoding.beam_search import likeliest_next
 from ragjax.decoding.candidates import Candidates
 from ragjax.decoding.decode import decode_rag_sequence
 from ragjax.decoding.exact import decode as exact_module
@@ -194,17 +195,17 @@ def assert_same(alone: list[Candidates], spread: list[Candidates], how: str) -> 
 
 
 def test_the_axis_model_alone_communicates(llama: Case, sent: Sent) -> None:
-    """Eight devices as 4 × 2: sums over the pairs, of what lies there in halves, and a step's logits."""
+    """Eight devices as 4 × 2: sums over the pairs, of what lies there in halves, and a step's best continuations."""
     alone = decoded(llama, make_mesh(devices=jax.devices()[:1]), "thorough")
     sent.clear()
     assert_same(alone, decoded(llama, make_mesh(2), "thorough"), "thorough")
     # bytes a token: 32 numbers of its embedding, and in each of two layers after attention and after feed-forward
     token, rows = (1 + 2 * 2) * 32 * 4, B * K // 4
-    logsumexp, logits = 2 * 4, 12 * 4 // 2  # the largest and the sum; a half of the vocabulary
+    logsumexp, best = 2 * 4, 2 * 8  # the largest and the sum; of 2W continuations a row log p and number
     assert sent["prefill_documents"] == [{"all-reduce": token * rows * S}]
     # what stands in the loops over all rows, a half of them and a quarter
     tokens = (rows + rows // 2 + rows // 4) * W
-    step = {"all-reduce": (token + logsumexp) * tokens, "all-gather": logits * tokens}
+    step = {"all-reduce": (token + logsumexp) * tokens, "all-gather": best * tokens}
     assert sent["beam_search_documents"] == [step]
     assert sent["extend_prefixes"] == [{"all-reduce": (token + logsumexp) * rows * 16}]
     assert [set(of) for of in sent["edge_logp"]] == [{"all-reduce"}], "of the rows of the vocabulary"
@@ -254,3 +255,23 @@ def test_rows_are_grouped_by_device() -> None:
                 np.testing.assert_array_equal(group.rows, device * each + group.local)
                 whole = group.expanded(3)
                 np.testing.assert_array_equal(whole.rows[whole.place], (rows[:, None] * 3 + np.arange(3)).ravel())
+
+
+@pytest.mark.parametrize("model", [2, 8])
+def test_devices_that_share_the_vocabulary_send_its_best_alone(model: int) -> None:
+    """As `top_k` of all continuations finds them, ties and all; of a vocabulary that is not split, too."""
+    mesh, rng, count = make_mesh(model), np.random.default_rng(model), 5
+    for vocabulary in (24, 21):
+        total = -np.round(rng.exponential(3.0, (8, W, vocabulary))).astype(np.float32)
+        total[rng.random(total.shape) < 0.4] = -np.inf
+        split = NamedSharding(mesh, PartitionSpec("data", None, "model" if vocabulary % model == 0 else None))
+        with on_mesh(mesh):
+            program = (
+                jax.jit(partial(likeliest_next, count=count)).lower(given := jax.device_put(total, split)).compile()
+            )
+        expected, at = jax.lax.top_k(total.reshape(8, -1), count)
+        best, number = program(given)
+        np.testing.assert_array_equal(best, expected)
+        np.testing.assert_array_equal(number, at)
+        if vocabulary % model == 0:  # from each of the others its best, and their numbers
+            assert bytes_sent(program.as_text() or "") == {"all-gather": (model - 1) * model * count * 8}

@@ -93,8 +93,19 @@ def test_equals_scoring_one_by_one(world: Read) -> None:
         assert list(found) == list(wanted)
         for row, answers in wanted.items():
             for logp, answer in zip(found[row], answers, strict=True):
-                np.testing.assert_allclose(logp, world.one_by_one(row, answer), atol=2e-5, rtol=1e-5)
+                np.testing.assert_allclose(logp[: len(answer)], world.one_by_one(row, answer), atol=2e-5, rtol=1e-5)
+                assert (logp[len(answer) :] == 0).all()
     assert world.scorer.score({}) == {} == world.scorer.bounds({})
+
+
+def test_an_answer_may_be_empty(world: Read) -> None:
+    """And a memory may have none."""
+    found = world.scorer.score({3: [], 1: [(), (7, 9, 2)], 0: [()]})
+    assert [steps.shape for steps in found.values()] == [(0, 3), (2, 3), (1, 3)]
+    np.testing.assert_allclose(found[1][1], world.one_by_one(1, (7, 9, 2)), atol=2e-5, rtol=1e-5)
+    assert not found[1][0].any() and not found[0].any()
+    nothing = world.scorer.bounds({2: [()], 0: []})
+    assert [(at_most.tolist(), whole.tolist()) for at_most, whole in nothing.values()] == [([0.0], [True]), ([], [])]
 
 
 def test_nothing_is_read_twice(world: Read, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,8 +134,8 @@ def test_nothing_is_read_twice(world: Read, monkeypatch: pytest.MonkeyPatch) -> 
             at = parents[at]
         seen.add(tuple(prefix[::-1]))
     missing = {y[:t] for y in every for t in range(1, len(y))} - seen
-    [mask] = reads
-    used = mask.sum(axis=-1)[0] > 1  # what fills up sees itself alone
+    [parent] = reads
+    used = parent[0] >= 0  # of what fills up it is none
     assert 0 < used.sum() == len(missing) < sum(len(y) - 1 for y in every)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
+from collections.abc import Callable
 from functools import reduce
 from operator import getitem
 from pathlib import Path
@@ -262,3 +264,44 @@ def test_bad_arguments(first: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     unmeasured = copied(first, tmp_path / "unmeasured")
     (unmeasured / "metrics.json").unlink()
     assert "metrics.json: missing; run: ragjax evaluate" in refused(capsys, unmeasured, "report", str(unmeasured))
+
+
+@pytest.mark.slow
+def test_the_intervals_of_three_seeds_are_those_of_brute_force(world: Path, tmp_path: Path) -> None:
+    """Each two runs that differ in their seed alone: every interval of the report against resampling by hand."""
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text("".join((world / f"{split}.jsonl").read_text() for split in ("train", "dev", "test")))
+    runs = []
+    for seed in (1, 2, 3):
+        runs.append(tmp_path / f"seed{seed}")
+        settings = [f"output={runs[-1]}", f"seed={seed}", f"questions.test={questions}", "evaluate.max_questions=30"]
+        assert main(["train", str(world / "config.yaml"), *settings]) == 0
+        assert main(["evaluate", str(runs[-1])]) == 0
+    compared, rng = 0, np.random.default_rng(7)
+    for pair in itertools.combinations(runs, 2):
+        ours, theirs = (
+            {line["id"]: line for line in lines(run / "predictions.jsonl") if line["model"] == "trained"}
+            for run in pair
+        )
+        rows = [e.cells for e in report(*pair, out=tmp_path / "both.html") if e.tag == "tr"]
+        for label, measure in DIFFERENCES.items():
+            [shown] = [row.removeprefix(label) for row in rows if re.match(re.escape(label) + r" [+-]", row)]
+            mean, low, high = (float(text) for text in re.findall(r"[+-][\d.]+", shown)[:3])
+            differences = np.array([measure(theirs[key]) - measure(line) for key, line in ours.items()])
+            means = np.sort(differences[rng.integers(30, size=(40_000, 30))].mean(axis=1))
+            assert mean == pytest.approx(differences.mean(), abs=5.01e-4)
+            for share, end in ((0.025, low), (0.975, high)):  # the ranks that 9,999 and 40,000 draws can miss by
+                slack = 4 * np.sqrt(share * (1 - share) * (1 / 9999 + 1 / 40_000))
+                at_least, at_most = np.quantile(means, [max(0.0, share - slack), min(1.0, share + slack)])
+                assert at_least - 5.01e-4 <= end <= at_most + 5.01e-4, shown
+            compared += len(np.unique(differences)) > 1
+    assert compared >= 6, "there is something to resample"
+
+
+DIFFERENCES: dict[str, Callable[[dict[str, Any]], float]] = {
+    "thorough: exact match": lambda line: line["scores"]["thorough"]["exact_match"],
+    "thorough: F1": lambda line: line["scores"]["thorough"]["f1"],
+    "closed book: F1": lambda line: line["scores"]["closed_book"]["f1"],
+    "log p(gold answer), nats": lambda line: -line["gold_nll"],
+    "a right passage is retrieved": lambda line: float(any(of["right"] for of in line["documents"])),
+}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -11,10 +12,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
+
+from ragjax.answerer import Answerer
+from ragjax.answering.answers import Answer
 from ragjax.serving.app import Server, Serving
 from ragjax.serving.server import bind, make_uvicorn
 
 JSON = {"Content-Type": "application/json"}
+HEAD = "POST /v1/answer HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n"
 
 
 @dataclass
@@ -37,6 +43,12 @@ class Running:
             return response.status, told, response.read().decode()
         finally:
             connection.close()
+
+    def leave(self, body: bytes) -> socket.socket:
+        """Sends a question and does not wait for its answer: the connection, to be closed."""
+        gone = socket.create_connection(("127.0.0.1", self.port))
+        gone.sendall(HEAD.format(len(body)).encode() + body)
+        return gone
 
     def post(self, path: str, body: Any, **headers: str) -> tuple[int, Any]:
         status, _, text = self.ask("POST", path, body, headers)
@@ -63,3 +75,21 @@ def running(serving: Serving) -> Iterator[Running]:
             yield Running(server, listening.getsockname()[1], stop)
         finally:
             stop()
+
+
+class Held:
+    """Makes an answerer wait in its first batch until it is let go, and break on one question."""
+
+    def __init__(self, answerer: Answerer, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun, self.go, self.batches = threading.Event(), threading.Event(), list[list[str]]()
+        real = Answerer.answer
+
+        def held(these: Answerer, questions: list[str], *given: Any, **more: Any) -> list[Answer]:
+            self.batches.append(list(questions))
+            self.begun.set()
+            assert self.go.wait(30)
+            if "break" in questions:
+                raise RuntimeError("secret within")
+            return real(these, questions, *given, **more)
+
+        monkeypatch.setattr(Answerer, "answer", held)

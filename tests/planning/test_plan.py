@@ -7,7 +7,6 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +62,6 @@ from ragjax.training.step import trace_step
 pytestmark = pytest.mark.devices(8)
 
 CONFIGS = ("rag_sequence_nq", "rag_token_nq", "rag_sequence_t5")
-V5E_MEMORY = 15.75 * 2**30  # what XLA may use of its 16 GiB
 RECOMPUTED, KEPT = "temporaries, activations recomputed", "temporaries, activations kept"
 NETWORK, FLOPS = "over the network, a step", "floating-point operations, a step"
 LOGITS = "logits of a step of the beam search"
@@ -655,129 +653,3 @@ def test_hugging_face_reads_more_documents_twice(world: Path, tmp_path: Path, mo
     assert 5 * found[False] < found[True] < 6 * found[False]
     with pytest.raises(InputError, match="hf_compatible=true needs BART or T5"):
         memory_plan(tiny_config(world, hf_compatible=True))
-
-
-# a TPU that is not there
-
-PAPERS_MODELS = {
-    "dpr": {"model_type": "dpr", "vocab_size": 30522, "hidden_size": 768, "num_hidden_layers": 12}
-    | {"num_attention_heads": 12, "intermediate_size": 3072, "max_position_embeddings": 512, "type_vocab_size": 2}
-    | {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "projection_dim": 0},
-    "bart": {"model_type": "bart", "vocab_size": 50265, "d_model": 1024, "max_position_embeddings": 1024}
-    | {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("layers", 12), ("ffn_dim", 4096))}
-    | {"encoder_attention_heads": 16, "decoder_attention_heads": 16, "activation_function": "gelu"}
-    | {"scale_embedding": False, "decoder_start_token_id": 2, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1},
-}
-ON_A_TPU = """
-import json, sys
-import jax
-from ragjax.config import load_config
-from ragjax.planning.program_cost import bytes_each, bytes_sent
-from ragjax.planning.inputs import open_inputs
-from ragjax.planning.plan import planned_mesh
-from ragjax.training.state import abstract_state
-from ragjax.training.step import trace_step
-passages, path, *settings = sys.argv[1:]
-config = load_config(path, settings)
-mesh = planned_mesh(config, None, "v5e:2x4")
-models = open_inputs(config, mesh).rag()
-state = abstract_state(models, mesh)
-compiled = trace_step(models, mesh, int(passages)).lower().compile()
-memory, ((placed, *_), _) = compiled.memory_analysis(), compiled.input_shardings
-same = jax.tree.map(lambda leaf, at: leaf.sharding.is_equivalent_to(at, len(leaf.shape)), state, placed)
-print(json.dumps({
-    "kind": mesh.devices.flat[0].device_kind,
-    "platform": jax.default_backend(),
-    "state": bytes_each(state),
-    "as_asked": all(jax.tree.leaves(same)),
-    "arguments": memory.argument_size_in_bytes,
-    "kept": memory.alias_size_in_bytes,
-    "needs": memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    + memory.output_size_in_bytes - memory.alias_size_in_bytes,
-    "sent": bytes_sent(compiled.as_text()),
-    "approximate": "PartialReduce" in compiled.as_text(),
-}))
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(find_spec("libtpu") is None, reason="needs the TPU's compiler: pip install 'ragjax[tpu]'")
-def test_the_papers_step_fits_a_tpu_that_is_not_there(tmp_path: Path) -> None:
-    """Compiled for eight TPU v5e, at the paper's size; XLA says what a device needs and where its arguments lie."""
-    for name, shape in PAPERS_MODELS.items():
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(json.dumps(shape))
-    models = [f"retriever.source={tmp_path}/dpr", f"retriever.passage_encoder={tmp_path}/dpr"]
-    settings = [*models, f"generator.source={tmp_path}/bart", "mesh.fsdp=true"]
-    config = str(Path(__file__).parents[2] / "configs" / "rag_sequence_nq.yaml")
-    command = [sys.executable, "-c", ON_A_TPU, "1", config, *settings]
-    told = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    assert (told["kind"], told["platform"]) == ("TPU v5 lite", "cpu")
-    assert told["as_asked"]
-    whole = 3 * 4 * (108_891_648 + 406_341_721)  # parameters and two moments
-    assert told["state"] == pytest.approx(whole / 8, rel=0.001)
-    assert told["arguments"] == pytest.approx(told["state"], rel=0.01)  # TPUs pad some arrays
-    assert told["kept"] == pytest.approx(told["state"], rel=0.01)  # the new state lies where the old one did
-    assert told["needs"] < V5E_MEMORY
-    assert sum(told["sent"].values()) > whole / 3  # the parameters, at least, and their gradients
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(find_spec("libtpu") is None, reason="needs the TPU's compiler: pip install 'ragjax[tpu]'")
-@pytest.mark.parametrize("kind", ["exact", "approximate"])
-def test_wikipedia_lies_on_eight_tpus_inside_the_step(world: Path, tmp_path: Path, kind: str) -> None:
-    """Embeddings and tokens of all passages are split over the devices, and no temporary is as large as a part of them.
-
-    The models are small, but the embeddings as wide as the paper's.
-    """
-    (tmp_path / "config.json").write_text(json.dumps(PAPERS_MODELS["dpr"] | {"num_hidden_layers": 2}))
-    settings = [
-        "train.fused_retrieval=true",
-        "index.dtype=bfloat16",
-        f"index.kind={kind}",
-        f"retriever.source={tmp_path}",
-    ]
-    command = [sys.executable, "-c", ON_A_TPU, "21015324", str(world / "config.yaml"), *settings]
-    told = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    rows, source = -(-21_015_324 // 8), 128
-    held = rows * (768 * 2 + source * 2 + 4)
-    assert told["as_asked"] and told["arguments"] == pytest.approx(told["state"] + held, rel=0.05)
-    assert told["needs"] - told["arguments"] < 2**30
-    assert told["approximate"] == (kind == "approximate")
-
-
-WEIGHTS_ON_A_TPU = """
-import json
-import jax, jax.numpy as jnp
-from flax import nnx
-from ragjax.decoding.propose import prefill_documents
-from ragjax.checkpoints.pretrained import generator_shape
-from ragjax.parallel.mesh import make_mesh
-from ragjax.parallel.sharding import abstract_with_sharding
-from ragjax.planning.plan import _tpu_devices
-from pathlib import Path
-import sys
-mesh = make_mesh(devices=_tpu_devices("v5e:2x2")[:1])
-model, told = generator_shape(Path(sys.argv[1]), dtype="bfloat16"), {}
-for kind, params in (("trained", model.abstract_params), ("untrained", model.untrained_types(mesh))):
-    prompts = jax.ShapeDtypeStruct((4, 128), jnp.int32), jax.ShapeDtypeStruct((4, 128), jnp.bool)
-    given = abstract_with_sharding(mesh, (params, *prompts))
-    read = jax.jit(lambda *given: jax.tree.leaves(prefill_documents(model.graphdef, *given)))
-    analysis = read.lower(*given).compile().memory_analysis()
-    told[kind] = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
-print(json.dumps(told))
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(find_spec("libtpu") is None, reason="needs the TPU's compiler: pip install 'ragjax[tpu]'")
-def test_no_second_copy_of_weights_that_are_not_trained(tmp_path: Path) -> None:
-    """Of float32 ones many are rounded before the loop over the layers; those in bfloat16 are used as they are."""
-    shape = {"model_type": "llama", "vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 4096}
-    shape |= {"num_hidden_layers": 8, "num_attention_heads": 8, "tie_word_embeddings": False}
-    (tmp_path / "config.json").write_text(json.dumps(shape))
-    command = [sys.executable, "-c", WEIGHTS_ON_A_TPU, str(tmp_path / "config.json")]
-    told = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    (whole, copied), (half, none) = told["trained"], told["untrained"]
-    assert half == pytest.approx(whole / 2, rel=0.01)
-    assert copied > 0.3 * half and none < 0.05 * half

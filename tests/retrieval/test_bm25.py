@@ -24,7 +24,7 @@ from ragjax.commands.train import build_loader, load_data, train
 from ragjax.config import Config
 from ragjax.data.corpus import Passage
 from ragjax.data.passage_store import PassageStore, shard_folder, write_store
-from ragjax.data.question_batch import tokenize_questions
+from ragjax.data.question_batch import question_batch, tokenize_questions
 from ragjax.data.questions import read_questions
 from ragjax.errors import InputError
 from ragjax.evaluation.metrics_table import print_metrics
@@ -35,6 +35,7 @@ from ragjax.retrieval.bm25 import BM25, Bm25Index, build_bm25, open_bm25
 from ragjax.retrieval.index import Index
 from ragjax.retrieval.retrieve import encode_questions, mass_outside, retrieve
 from ragjax.runs.restore import load_artifacts
+from ragjax.runs.run_dir import load_run_config
 from ragjax.training.batch import ContrastiveBatch, TrainBatch
 from ragjax.training.contrastive import choose_passages
 from ragjax.training.data_loader import BatchBuilder
@@ -192,7 +193,9 @@ def test_it_is_evaluated_and_answered(world: Path, words_index: Path, tmp_path: 
     for documents in (line["documents"], [vars(document) for document in answers[0].documents]):
         assert {document["id"] for document in documents} == {f"p{i}" for i in both[0]} and len(documents) == 3
         assert sum(document["prior"] for document in documents) == pytest.approx(1, abs=1e-5)
-    print_metrics(json.loads((tmp_path / "metrics.json").read_text()), as_json=False)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["bm25_docs"] == 1
+    print_metrics(metrics, as_json=False)
     shown = capsys.readouterr().out
     assert "BM25 alone: recall@3 (all questions)" in shown
     assert "with BM25's documents: recall@3 (all questions)" in shown
@@ -224,6 +227,26 @@ def test_training_reads_them(world: Path, words_index: Path, tmp_path: Path, kin
         run = train(config)
         logged = [json.loads(line) for line in (run / "train.jsonl").read_text().splitlines()]
         assert [line["recall"] for line in logged] == [1, 1]
+        for m in (0, 2):
+            check_answered_with(m, run)
+        with pytest.raises(InputError, match=r"holds another run: retriever\.bm25_docs was 1 and is 2"):
+            train(load_run_config(run, ["retriever.bm25_docs=2"]))
+
+
+def check_answered_with(m: int, run: Path) -> None:
+    """A run is asked with m documents of BM25, and was trained with one: the prior is over those that there are."""
+    answerer = open_answerer(load_run_config(run, [f"retriever.bm25_docs={m}"]))
+    assert answerer.step == 2
+    texts = [f"Capital of {land}?" for land in LANDS[:6]]
+    found = answerer.retrieve(question_batch(answerer.rag.tokenizers, texts), texts)
+    whole = [f"{p.title} {p.text}" for p in answerer.store]
+    assert found.ids.shape == (6, 2 + m)
+    for b, documents in enumerate(oracle(answerer.index, found.queries, whole, texts, 2, m)):
+        there = found.ids[b] >= 0
+        assert sorted(found.ids[b, there].tolist()) == sorted(documents)
+        scores = 10.0 * np.asarray(answerer.index.embeddings, np.float64)[found.ids[b, there]] @ found.queries[b]
+        assert np.allclose(found.log_prior[b, there], scores - np.logaddexp.reduce(scores), atol=1e-4)
+        assert (found.log_prior[b, ~there] == -np.inf).all()
 
 
 def test_negatives_of_contrastive_training(world: Path) -> None:

@@ -137,6 +137,20 @@ def test_an_index_of_the_same_contents_stays(world: Path, tmp_path: Path, capsys
     assert "Capital" in PassageStore.open(tmp_path / "index")[0].text
 
 
+def test_a_link_to_nothing_and_a_folder_for_a_file(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "index").symlink_to(tmp_path / "large disk" / "index")
+    config = tiny_config(world, index__path=str(tmp_path / "index"))
+    build(config)
+    assert (tmp_path / "index").is_symlink()
+    expected = files(world / "index")
+    assert {path.name for path in files(tmp_path / "large disk")} == {path.name for path in expected}
+    (tmp_path / "index" / MANIFEST).unlink()
+    (tmp_path / "index" / MANIFEST).mkdir()
+    (tmp_path / "index" / "made_of.json").unlink()
+    build(config)
+    read_index_manifest(tmp_path / "index")
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision(world: Path, tmp_path: Path, one_by_one: np.ndarray, dtype: str) -> None:
     config = tiny_config(world, index__path=str(tmp_path), index__dtype=dtype)

@@ -66,7 +66,7 @@ def npy(folder: Path, vectors: np.ndarray, ids: list[str], beside: str = "ids.tx
 
 
 def npy_ids(folder: Path, vectors: np.ndarray, ids: list[str]) -> Path:
-    np.save(folder / "vectors.npy", np.asfortranarray(vectors.astype(np.float64)))
+    np.save(folder / "vectors.npy", np.asfortranarray(vectors.astype(">f8")))
     np.save(folder / "vectors_ids.npy", np.array(ids))
     return folder / "vectors.npy"
 
@@ -148,7 +148,7 @@ def faiss_file(kind: str) -> Write:
 
 FORMS: dict[str, Write] = {
     "npy": npy,
-    "npy of float64, ids in npy": npy_ids,
+    "npy of float64 of other machines, by columns, ids in npy": npy_ids,
     "npz": npz,
     "several npy": many_npy,
     "folder of npy": folder_of_npy,
@@ -211,6 +211,13 @@ def test_without_ids_the_rows_are_the_corpus_in_its_order(
     told = " ".join(capsys.readouterr().err.split())
     assert "30 vectors × 32, float16, its rows taken in the corpus' order" in told
     np.testing.assert_array_equal(np.asarray(opened(config).embeddings), vectors.astype(np.float16))
+    before = files(tmp_path)
+    assert main(["index", *as_arguments(config, world), "--from", f"{tmp_path}/v.npy"]) == 0, "it is there"
+    np.save(tmp_path / "w.npy", vectors)
+    assert main(["index", *as_arguments(config, world), "--from", f"{tmp_path}/w.npy"]) == 2
+    assert f"with other embeddings than {tmp_path}/w.npy has now; delete it to take" in capsys.readouterr().err
+    (tmp_path / "w.npy").unlink()
+    assert files(tmp_path) == before
     np.save(tmp_path / "v.npy", vectors[:29])
     before = files(tmp_path)
     assert main(["index", *as_arguments(config, world, "x"), "--from", f"{tmp_path}/v.npy"]) == 2
@@ -485,10 +492,24 @@ def several_kinds(folder: Path, vectors: np.ndarray, ids: list[str]) -> Path:
     return folder
 
 
-def cut_short(folder: Path, vectors: np.ndarray, ids: list[str]) -> Path:
-    path = faiss_file("Flat")(folder, vectors, ids)
-    path.write_bytes(path.read_bytes()[:500])
-    return path
+def cut_short(kind: str, size: int) -> Write:
+    def write(folder: Path, vectors: np.ndarray, ids: list[str]) -> Path:
+        path = faiss_file(kind)(folder, vectors, ids)
+        path.write_bytes(path.read_bytes()[:size])
+        return path
+
+    return write
+
+
+def with_byte(kind: str, at: int, value: int) -> Write:
+    def write(folder: Path, vectors: np.ndarray, ids: list[str]) -> Path:
+        path = faiss_file(kind)(folder, vectors, ids)
+        data = bytearray(path.read_bytes())
+        data[at] = value
+        path.write_bytes(data)
+        return path
+
+    return write
 
 
 BAD: dict[str, tuple[Write, str]] = {
@@ -502,9 +523,16 @@ BAD: dict[str, tuple[Write, str]] = {
     "PQ": (faiss_file("PQ4x4"), r"compressed \(IndexPQ\)"),
     "SQ8": (faiss_file("IVF2,SQ8"), r"compressed \(IndexIVFScalarQuantizer\)"),
     "PCA": (faiss_file("PCA8,Flat"), r"compressed \(PCAMatrix\)"),
-    "cut short": (cut_short, "FAISS cannot read it"),
+    "cut short": (cut_short("Flat", 500), "FAISS cannot read it"),
+    # FAISS itself dies of these
+    "cut in its header": (cut_short("Flat", 27), "FAISS cannot read it"),
+    "cut in its inner header": (cut_short("IDMap,Flat", 63), "FAISS cannot read it"),
+    "clusters cut": (cut_short("IDMap,IVF2,Flat", 84), "FAISS cannot read it"),
+    "too many vectors": (with_byte("IVF2,Flat", 13, 1), r"FAISS cannot read it \(\d+ vectors of 128 bytes are not in"),
+    "another width": (with_byte("Flat,RFlat", 6, 1), "FAISS cannot read it"),
     "text": (lambda f, v, i: Path(__file__), "begins with"),
     "nothing": (lambda f, v, i: f / "none.npy", "no such file or folder"),
+    "a device": (lambda f, v, i: Path(os.devnull), "is neither a file nor a folder"),
 }
 
 

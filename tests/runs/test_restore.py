@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import chex
@@ -11,10 +12,13 @@ import numpy as np
 import pytest
 
 from ragjax.checkpoints import pretrained
+from ragjax.errors import InputError
 from ragjax.models.layers import Params
 from ragjax.parallel.mesh import make_mesh
+from ragjax.planning.program_cost import bytes_each
 from ragjax.rag import load_pipeline
-from ragjax.runs.restore import pretrained_params, restore_params
+from ragjax.resources import size_text
+from ragjax.runs.restore import check_answering_fits, pretrained_params, restore_params
 from ragjax.runs.run_dir import load_run_config
 from ragjax.training.state import inference_params, training_types
 
@@ -74,3 +78,16 @@ def test_contrastive_runs_answer_with_the_generator_as_it_came(run: Path, accele
     assert found is not None
     like = rag.generator.compute_params
     chex.assert_trees_all_equal(jax.device_get(found[0]["generator"]), rounded(rag.generator.load_params(), like))
+
+
+def test_what_answers_must_fit_its_devices(run: Path) -> None:
+    """With FSDP, too, each has whole parameters; the advice tells what each would have of them."""
+    config = load_run_config(run)
+    rag, mesh = load_pipeline(config.replace(mesh=config.mesh.replace(fsdp=True))), make_mesh()
+    whole, split = (bytes_each(inference_params(rag, on)) for on in (mesh, make_mesh(2)))
+    check_answering_fits(rag, mesh, whole)
+    check_answering_fits(rag, mesh)  # a CPU does not tell what it has
+    advice = f"mesh.model=2 ({size_text(split)}; mesh.fsdp splits them in training only); a smaller generator"
+    with pytest.raises(InputError, match=re.escape(f"dtype=bfloat16; {advice}")) as refused:
+        check_answering_fits(rag, mesh, whole - 1)
+    assert f"parameters take {size_text(whole)} of a device" in str(refused.value) and split < whole

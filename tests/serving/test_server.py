@@ -18,13 +18,12 @@ from typing import Any
 
 import pytest
 from html_tree import elements
-from http_server import Running, running
+from http_server import HEAD, Held, Running, running
 from processes import QUICK_TO_COMPILE
 from world import LANDS
 
 import ragjax
 from ragjax.answerer import Answerer
-from ragjax.answering.answers import Answer
 from ragjax.commands.serve import ServeOptions, allowed_hosts, examples, read_token, serve
 from ragjax.config import load_config
 from ragjax.errors import InputError
@@ -35,7 +34,6 @@ from ragjax.serving.settings import Limits
 
 QUESTIONS = [f"Capital of {land}?" for land in LANDS[:8]]
 LIMITS = Limits(batch=2, receive_s=0.4, deadline_s=30.0)
-HEAD = "POST /v1/answer HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n"
 LOCKED = (("GET", "/metrics"), ("GET", "/openapi.json"), ("POST", "/v1/answer"), ("POST", "/stages"))
 
 
@@ -272,24 +270,6 @@ def test_its_description_names_what_it_offers(here: Running) -> None:
     assert set(references) <= told["components"]["schemas"].keys() and "Candidate" in references
 
 
-class Held:
-    """Makes an answerer wait in its first batch until it is let go, and break on one question."""
-
-    def __init__(self, answerer: Answerer, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.begun, self.go, self.batches = threading.Event(), threading.Event(), list[list[str]]()
-        real = Answerer.answer
-
-        def held(these: Answerer, questions: list[str], *given: Any, **more: Any) -> list[Answer]:
-            self.batches.append(list(questions))
-            self.begun.set()
-            assert self.go.wait(30)
-            if "break" in questions:
-                raise RuntimeError("secret within")
-            return real(these, questions, *given, **more)
-
-        monkeypatch.setattr(Answerer, "answer", held)
-
-
 def test_bounds_of_the_queue(serving: Serving, answerer: Answerer, monkeypatch: pytest.MonkeyPatch) -> None:
     """One runs, two wait, the fourth is told to come again; one that fails costs no other; all get what they asked."""
     held = Held(answerer, monkeypatch)
@@ -388,17 +368,20 @@ def test_bad_options(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.slow
 def test_sigterm_ends_it_when_all_is_answered(run: Path) -> None:
-    """As a process of its own; the exit code is that of every command."""
+    """Under load, as a process of its own; the exit code is that of every command."""
     command = [sys.executable, "-m", "ragjax", "serve", str(run), "--port", "0"]
     environment = os.environ | QUICK_TO_COMPILE
     opened = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-    with opened as process, ThreadPoolExecutor(4) as pool:
+    with opened as process, ThreadPoolExecutor(24) as pool:
         assert process.stderr is not None
         told = next(line for line in process.stderr if line.startswith("serving "))
         port = int(told.rstrip().rsplit(":", 1)[1])
-        asked = [pool.submit(Running(None, port, None).post, "/v1/answer", {"question": q}) for q in QUESTIONS[:4]]
-        time.sleep(0.3)  # the first compiles for longer
+        asking = Running(None, port, None)
+        asked = [pool.submit(asking.post, "/v1/answer", {"question": q}) for q in QUESTIONS * 3]
+        while json.loads(asking.ask("GET", "/health")[2])["waiting"] < 16:  # the others are being compiled for
+            time.sleep(0.05)
+        time.sleep(0.3)
         process.terminate()
-        assert [one.result()[0] for one in asked] == [200] * 4
+        assert [one.result()[0] for one in asked] == [200] * 24
         rest = process.stderr.read()
         assert process.wait(30) == 143 and "Traceback" not in rest

@@ -135,7 +135,7 @@ class BertLayer(nnx.Module):
         c = self.config
         heads = (*x.shape[:2], c.num_heads, c.hidden_size // c.num_heads)
         query, key, value = (part(x).reshape(heads) for part in (self.query, self.key, self.value))
-        attended = self_attention(query, key, value, mask[:, None], bias)
+        attended = self_attention(query, key, value, mask, bias)
         x = self.attention_norm(x + dropout(self.output(attended.reshape(x.shape)), fold_rngs(rngs, 0), c.dropout))
         h = self.down(ACTIVATIONS[c.activation](self.up(x)))
         return self.ffn_norm(x + dropout(h, fold_rngs(rngs, 1), c.dropout))

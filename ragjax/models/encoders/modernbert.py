@@ -100,6 +100,11 @@ class ModernBertConfig:
         )
 
     @property
+    def windows(self) -> tuple[int, ...]:
+        """By layer, how many tokens one sees to a side, itself included; 0 means all."""
+        return tuple(self.reach + 1 if local else 0 for local in self.local)
+
+    @property
     def embedding_dim(self) -> int:
         """Length of the embeddings."""
         return self.dense[-1].size_out if self.dense else self.hidden_size
@@ -129,15 +134,17 @@ class ModernBertLayer(nnx.Module):
         self,
         x: Float[Array, "n S D"],
         h: Float[Array, "n S D"],
-        attention_mask: Bool[Array, "n #S S"],
+        mask: Bool[Array, "n S"],
+        number: Int[Array, ""],
         angles: tuple[Array, Array],
         rngs: RowRngs | None,
     ) -> Float[Array, "n S D"]:
-        """The block, where its attention reads `h`, the x that is normalised or not."""
+        """The block of that number, where its attention reads `h`, the x that is normalised or not."""
         c = self.config
         heads = (*x.shape[:2], c.num_heads, -1)
         query, key, value = (part(h).reshape(heads) for part in (self.query, self.key, self.value))
-        attended = self_attention(apply_rope(query, angles), apply_rope(key, angles), value, attention_mask)
+        query, key = apply_rope(query, angles), apply_rope(key, angles)
+        attended = self_attention(query, key, value, mask, windows=c.windows, layer=number)
         x = x + dropout(self.output(attended.reshape(x.shape)), fold_rngs(rngs, 0), c.dropout)
         h = self.ffn_norm(x)
         h = self.down(ACTIVATIONS[c.activation](self.gate(h)) * self.up(h))
@@ -161,15 +168,13 @@ class ModernBert(Encoder):
         """As `Encoder` says."""
         c, where = self.config, jnp.arange(tokens.shape[1])
         x = dropout(self.norm(self.words(tokens)), fold_rngs(dropout_rngs, c.num_layers), c.dropout)
-        near = jnp.abs(where[:, None] - where) <= c.reach
         both = [rope_angles(where[None], rope) for rope in (c.rope, c.local_rope)]
 
         def step(layer: ModernBertLayer, x: Array, inputs: tuple[Array, Array]) -> tuple[Array, None]:
             number, local = inputs
             angles = jax.tree.map(lambda whole, part: jnp.where(local, part, whole), *both)
-            seen = mask[:, None] & (near | ~local)
             h = jnp.where(number == 0, x, layer.attention_norm(x))
-            return layer(x, h, seen, angles, fold_rngs(dropout_rngs, number)), None
+            return layer(x, h, mask, number, angles, fold_rngs(dropout_rngs, number)), None
 
         numbers, adapter_rngs = jnp.arange(c.num_layers), fold_rngs(dropout_rngs, ADAPT_PROMPT)
         x, _ = scan_layers(self.layers, step, x, (numbers, jnp.array(c.local)), adapter_rngs=adapter_rngs)

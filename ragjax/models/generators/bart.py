@@ -138,7 +138,7 @@ class Bart(nnx.Module):
 
         def encode(layer: BartLayer, x: Array, number: Array) -> tuple[Array, None]:
             rngs, attention = fold_rngs(dropout_rngs, number + 1), layer.attention
-            attended = self_attention(attention.queries(x), *attention.keys_and_values(x), mask[:, None])
+            attended = self_attention(attention.queries(x), *attention.keys_and_values(x), mask)
             x = layer.attention_norm(x + dropout(attention.project_back(attended), fold_rngs(rngs, 0), c.dropout))
             return layer.feed_forward(x, rngs), None
 

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from ragjax.errors import InputError
-from ragjax.models.attention import AttentionSource, dot_product_attention
+from ragjax.models.attention import AttentionSource, dot_product_attention, self_attention
 from ragjax.models.hf_config import MOST, Fields
 from ragjax.models.kv_cache import DocumentMemory, KVCache, LayerCache, decode_layers
 from ragjax.models.layers import ACTIVATIONS, ADAPT_PROMPT, Linear, RowRngs, dropout, fold_rngs, scan_layers, stack
@@ -217,18 +217,16 @@ class Llama(nnx.Module):
 
         Padding needs no mask of its own: a token never sees what stands after it.
         """
-        length = tokens.shape[1]
-        where = jnp.arange(length)
-        angles_of, distance = self._angles(where[None]), (where[:, None] - where)[None, None]
-        causal = distance >= 0
+        c, angles_of = self.config, self._angles(jnp.arange(tokens.shape[1])[None])
 
         def step(layer: LlamaLayer, x: Array, number: Array) -> tuple[Array, tuple[Array, Array]]:
             query, key, value = layer.project(x, angles_of(number))
-            own = AttentionSource(key, value, causal)
-            attended = self._attend(query[:, None], [(own, distance)], number)[:, 0]
+            attended = self_attention(
+                query, key, value, scale=c.scale, softcap=c.softcap, causal=True, windows=c.windows, layer=number
+            )
             return layer.finish(x, attended, fold_rngs(dropout_rngs, number)), (key, value)
 
-        x, numbers = self.embed_tokens(tokens), jnp.arange(self.config.num_layers)
+        x, numbers = self.embed_tokens(tokens), jnp.arange(c.num_layers)
         return scan_layers(self.layers, step, x, numbers, remat, fold_rngs(dropout_rngs, ADAPT_PROMPT))
 
     def forward_with_cache(

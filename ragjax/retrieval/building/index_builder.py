@@ -276,9 +276,9 @@ class IndexBuilder:
         """
         new, folder = self.partial, self.folder
         kind = read_index_manifest(new)["kind"]
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.resolve().mkdir(parents=True, exist_ok=True)  # it may be a link to what is not there yet
         for name in (MANIFEST, MADE_OF):  # without them a folder is known to be incomplete
-            (folder / name).unlink(missing_ok=True)
+            _remove(folder / name)
         for old in (EMBEDDINGS, *STORE_FILES, *([FAISS_FILE] if kind == "exact" else [])):  # from before shards
             (folder / old).unlink(missing_ok=True)
         questions = (new / "questions").glob("*.jsonl")

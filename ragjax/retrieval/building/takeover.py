@@ -218,6 +218,11 @@ def same_source(saved: dict[str, Any] | None, source: VectorSource | None) -> bo
     return all(saved.get(name) == value for name, value in source.description().items())
 
 
+def has_vectors(saved: dict[str, Any] | None, source: VectorSource) -> bool:
+    """Whether an index that saved this was taken over from these files, wherever they lay."""
+    return saved is not None and sorted(saved["files"].values()) == sorted(source.description()["files"].values())
+
+
 def _key(id_: str) -> int:
     return xxh3_64_intdigest(id_.encode("utf-8", "surrogatepass"))
 

@@ -24,7 +24,7 @@ class ArrayVectors:
     def __init__(self, array: np.ndarray, where: str) -> None:
         if array.dtype == np.dtype("V2"):  # so numpy.save writes bfloat16
             array = array.view(ml_dtypes.bfloat16)
-        if array.ndim != 2 or array.dtype not in ("float16", "float32", "float64", ml_dtypes.bfloat16):
+        if array.ndim != 2 or array.dtype.name not in ("float16", "float32", "float64", "bfloat16"):
             raise InputError(
                 f"{where}: expected vectors [passages, dimensions] of float32, float16, bfloat16 or float64; it holds "
                 f"{array.dtype} of shape {list(array.shape)}"

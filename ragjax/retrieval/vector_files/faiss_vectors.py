@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import signal
+import subprocess
+import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,73 +14,66 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Int
 
-from ragjax.errors import InputError, library_errors
-from ragjax.resources import cores
+from ragjax.errors import InputError
 
+READER = Path(__file__).with_name("read_faiss.py")
 CURE = "write it again with faiss.write_index"
-TOGETHER = 4096  # vectors that are taken out at a time
 
 
 class FaissVectors:
-    """What `reconstruct` gives of an index; `id_map` are the numbers that it has for its vectors, if any."""
+    """What `reconstruct` gives of an index, whose file is read by a process of its own, since damage may end that.
+
+    Raises `InputError` for a file that is damaged, or keeps its vectors compressed.
+    """
 
     def __init__(self, path: Path) -> None:
-        import faiss
-
-        faiss.omp_set_num_threads(cores())
-        with library_errors(f"{path}: FAISS cannot read it", CURE):
-            # mapped, else 20 million vectors would be held in memory: clusters in the one way, all else in the other
-            with path.open("rb") as file:
-                clustered = file.read(2) == b"Iw"
-            whole = faiss.read_index(str(path), faiss.IO_FLAG_MMAP if clustered else faiss.IO_FLAG_MMAP_IFC)
-            self._whole, index = whole, faiss.downcast_index(whole)
-            self.id_map = None
-            if isinstance(index, faiss.IndexIDMap | faiss.IndexIDMap2):
-                self.id_map = faiss.vector_to_array(index.id_map)
-                index = faiss.downcast_index(index.index)
-            self.dtype = _stored_dtype(index, path)
-            if (clusters := faiss.try_extract_index_ivf(index)) is not None:
-                clusters.make_direct_map()
-        self._index, self._path, self.count, self.width = index, path, index.ntotal, index.d
+        self._path = path
+        command = [sys.executable, "-I", str(READER), json.dumps(sys.path), str(path)]
+        pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout"), subprocess.PIPE)
+        try:  # in a session of its own Ctrl-C does not reach it
+            self._process = subprocess.Popen(command, **pipes, stderr=subprocess.DEVNULL, start_new_session=True)
+        except OSError as error:
+            raise InputError(f"{sys.executable} cannot be started ({error.strerror or error})") from None
+        weakref.finalize(self, _end, self._process)
+        about, numbers = self._answer()
+        if (kind := about.get("compressed")) is not None:
+            raise InputError(
+                f"{path}: keeps its vectors compressed ({kind}), and they do not come out as they went in; give those "
+                "that it was built from, as .npy, or a flat index"
+            )
+        self.count, self.width, self.dtype = about["count"], about["width"], about["dtype"]
+        self._numbers = np.frombuffer(numbers, np.int64) if numbers else None
         if not self.count:
             raise InputError(f"{path}: holds no vectors")
 
     def read(self, rows: Int[np.ndarray, " n"]) -> Float32[np.ndarray, "n D"]:
-        """Some rows, in any order."""
-        with library_errors(f"{self._path}: FAISS cannot give its vectors back", CURE):
-            if (np.diff(rows) == 1).all():
-                return self._index.reconstruct_n(int(rows[0]), len(rows))
-            return self._index.reconstruct_batch(rows)
+        """Some rows, in any order, not to be written to."""
+        _, vectors = self._answer(np.array([len(rows), *rows], np.int64).tobytes())
+        return np.frombuffer(vectors, np.float32).reshape(len(rows), self.width)
 
     def ids(self) -> Iterator[str] | None:
         """The numbers that the index has for its vectors; None where these are their places."""
-        return None if self.id_map is None else map(str, self.id_map.tolist())
+        return None if self._numbers is None else map(str, self._numbers.tolist())
+
+    def _answer(self, request: bytes = b"") -> tuple[dict[str, Any], bytes]:
+        """What the process says, and the bytes that follow. Raises `InputError` where it cannot, or is no more."""
+        requests, answers = self._process.stdin, self._process.stdout
+        assert requests is not None and answers is not None
+        try:
+            requests.write(request)
+            requests.flush()
+        except BrokenPipeError:
+            pass  # what it says, or does not say, tells why
+        line = answers.readline()
+        about = json.loads(line) if line.endswith(b"\n") else {}
+        if "bytes" in about and len(data := answers.read(about["bytes"])) == about["bytes"]:
+            return about, data
+        code = self._process.wait()
+        ended = f"the process that reads it ended, by {signal.strsignal(-code) if code < 0 else code}"
+        why = " ".join(about.get("error", ended).split())[:200]
+        raise InputError(f"{self._path}: FAISS cannot read it ({why}); {CURE}")
 
 
-def _stored_dtype(index: Any, path: Path) -> str:
-    """How the vectors lie in an index. Raises `InputError` where they do not come out as they went in."""
-    import faiss
-
-    inner = index
-    while isinstance(inner, faiss.IndexPreTransform):
-        chain: Any = inner.chain
-        for number in range(chain.size()):
-            step = faiss.downcast_VectorTransform(chain.at(number))
-            if not (isinstance(step, faiss.LinearTransform) and step.is_orthonormal and step.d_in == step.d_out):
-                raise _lossy(path, type(step).__name__)
-        inner = faiss.downcast_index(inner.index)
-    stored = faiss.downcast_index(inner.storage) if hasattr(inner, "storage") else inner
-    if isinstance(stored, faiss.IndexFlat | faiss.IndexIVFFlat | faiss.IndexRefineFlat):
-        return "float32"
-    if isinstance(stored, faiss.IndexScalarQuantizer | faiss.IndexIVFScalarQuantizer):
-        halves = {faiss.ScalarQuantizer.QT_fp16: "float16", faiss.ScalarQuantizer.QT_bf16: "bfloat16"}
-        if (kind := stored.sq.qtype) in halves:
-            return halves[kind]
-    raise _lossy(path, type(stored).__name__)
-
-
-def _lossy(path: Path, kind: str) -> InputError:
-    return InputError(
-        f"{path}: keeps its vectors compressed ({kind}), and they do not come out as they went in; give those that it "
-        "was built from, as .npy, or a flat index"
-    )
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.communicate()

@@ -20,7 +20,7 @@ from ragjax.checkpoints.hub import fetch, is_local
 from ragjax.data.reading.arrow import ARROW_FILE, ARROW_STREAM, PARQUET
 from ragjax.data.reading.byte_stream import text_lines
 from ragjax.data.reading.hub_dataset import DATASET, fetch_dataset
-from ragjax.errors import InputError
+from ragjax.errors import InputError, library_errors
 from ragjax.retrieval.vector_files.arrays import NPY, ZIP, ArrayVectors, array_ids, map_npy, open_npz
 from ragjax.retrieval.vector_files.arrow_columns import ArrowVectors
 from ragjax.retrieval.vector_files.faiss_vectors import FaissVectors
@@ -129,6 +129,8 @@ def _find_files(source: str) -> tuple[Path, ...]:
     path = fetch(source).path
     if path.is_file():
         return (path,)
+    if not path.is_dir():
+        raise InputError(f"--from {source}: is neither a file nor a folder; {EXPECTED}")
     if (path / PYSERINI).is_file():
         return (path / PYSERINI,)
     every = sorted(file for file in path.iterdir() if file.is_file() and file.suffix in KINDS)
@@ -150,7 +152,7 @@ def _names_of_ids(file: Path) -> list[str]:
 
 def _open(path: Path) -> tuple[VectorFile, Callable[[], Iterator[str] | None]]:
     """The vectors of a file, and what gives their ids, or None where it holds none."""
-    with path.open("rb") as file:
+    with library_errors(f"{path}: cannot be read", "make it readable"), path.open("rb") as file:
         head = file.read(8)
     if head[:2] in (b"\x80\2", b"\x80\3", b"\x80\4", b"\x80\5") or path.suffix in (".pkl", ".pickle"):
         raise InputError(
