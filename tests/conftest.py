@@ -121,8 +121,8 @@ def pytest_collection_finish() -> None:
 
 
 LONGEST = [
-    *("test_processes", "test_soak", "test_refresh", "test_train", "test_step", "test_hf_numbers", "test_contrastive"),
-    *("test_exact", "test_decode", "test_index_builder", "test_encoder_decoders", "test_answer", "test_plan"),
+    *("test_processes", "test_soak", "test_train", "test_step", "test_refresh", "test_exact", "test_lora"),
+    *("test_contrastive", "test_hf_numbers", "test_evaluate", "test_answer", "test_plan", "test_encoder_decoders"),
 ]
 
 
