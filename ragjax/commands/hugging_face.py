@@ -142,8 +142,7 @@ def export_rag(run: Path, out: Path, merge: bool = False) -> Path:
     for each model, question_encoder/ and generator/, that transformers loads by itself, and sentence-transformers the
     encoder as it was used (but for DPR's). Contrastive training leaves no generator; passages' own encoder, where it
     was trained, is in passage_encoder/. Of a model with adapters its folder holds these, as PEFT writes them, or with
-    `merge` the whole model. README.md tells of data, figures and configuration, checksums.json is for `ragjax verify`.
-    Raises `InputError`.
+    `merge` the whole model. README.md is a model card, checksums.json for `ragjax verify`. Raises `InputError`.
     """
     config = load_run_config(run)
     rag, lora = load_pipeline(config), config.train.lora

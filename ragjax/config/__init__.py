@@ -18,7 +18,6 @@ from ragjax.config.keys import (
     Config,
     Generator,
     Index,
-    Mesh,
     Refresh,
     Retriever,
     Train,
@@ -30,7 +29,7 @@ from ragjax.config.keys import (
     schema,
     structure,
 )
-from ragjax.config.train_keys import Lora
+from ragjax.config.train_keys import Lora, Mesh
 
 __all__ = [
     "ON_DEVICES",

@@ -31,7 +31,7 @@ from ragjax.config.reading import (
     reference_page,
     template,
 )
-from ragjax.config.train_keys import Lora
+from ragjax.config.train_keys import Lora, Mesh
 
 ON_DEVICES = ("exact", "approximate")  # an index.kind that the devices search; any other is FAISS's
 
@@ -100,15 +100,6 @@ class Generator(Section):
     )
 
 
-class Mesh(Section):
-    """How training lies on the devices; questions are split over `data`, which has devices / `model` of them."""
-
-    model: PositiveInt = Field(
-        1, description="Heads, feed-forward layers and vocabulary are split over so many devices."
-    )
-    fsdp: bool = Field(False, description="Split parameters and optimizer state over `data`, too.")
-
-
 class Train(Section):
     """How the models are trained."""
 
@@ -138,9 +129,7 @@ class Train(Section):
         description="AdamW, the same with first moments in bfloat16, or Adafactor, whose second moments are factored.",
     )
     weight_decay: NonNegativeFloat = Field(0.0, description="The share of a weight that goes, times the learning rate.")
-    weight_decay_on: Literal["matrices", "all"] = Field(
-        "matrices", description="Whether weight decay leaves out norms and biases."
-    )
+    weight_decay_on: Literal["matrices", "all"] = Field("matrices", description="Whether norms and biases decay, too.")
     max_grad_norm: PositiveFloat = Field(1.0, description="The largest gradient norm of each model.")
     passage_encoder: Literal["frozen", "shared", "own"] = Field(
         "frozen", description="Whether fixed weights, the trained retriever, or weights of its own encode passages."

@@ -1,10 +1,19 @@
-"""The keys of adapters, a section of `train`."""
+"""The keys of adapters, a section of `train`, and of the mesh on which training lies."""
 
 from __future__ import annotations
 
 from pydantic import Field
 
 from ragjax.config.reading import PositiveFloat, PositiveInt, Probability, Section, Texts
+
+
+class Mesh(Section):
+    """How training lies on the devices; questions are split over `data`, which has devices / `model` of them."""
+
+    model: PositiveInt = Field(
+        1, description="Heads, feed-forward layers and vocabulary are split over so many devices."
+    )
+    fsdp: bool = Field(False, description="Split parameters and optimizer state over `data`, too.")
 
 
 class Lora(Section):

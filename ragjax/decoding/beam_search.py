@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from ragjax.marginal import is_best
-from ragjax.parallel.by_device import axis_length
+from ragjax.parallel.by_device import auto_axes, axis_length
 
 LARGE = 4096  # continuations from which on blocks are faster
 BLOCKS = range(32, 513)  # their sizes; between these the time is the same
@@ -306,15 +306,19 @@ def likeliest_next(
     parts = axis_length("model")
     if parts == 1 or vocabulary % parts:
         return likeliest(total.reshape(n, -1), count)
-    each, free = vocabulary // parts, PartitionSpec.UNCONSTRAINED
-    by_part = jnp.moveaxis(total.reshape(n, width, parts, each), 2, 0).reshape(parts * n, width * each)
-    by_part = jax.lax.with_sharding_constraint(by_part, PartitionSpec("model", free))
-    best, at = (x.reshape(parts, n, -1) for x in likeliest(by_part, min(count, width * each)))
-    number = at // each * vocabulary + jnp.arange(parts)[:, None, None] * each + at % each
-    best, number = (jnp.moveaxis(x, 0, 1).reshape(n, -1) for x in (best, number))
-    number, best = jax.lax.sort((number, best), num_keys=1)  # so that places decide ties as numbers do
-    best, place = jax.lax.top_k(best, count)
-    return best, jnp.take_along_axis(number, place, axis=1)
+    each, whole = vocabulary // parts, PartitionSpec()
+
+    def of_all(part: Array, total: Array) -> tuple[Array, Array]:
+        best, at = likeliest(total.reshape(n, -1), min(count, width * each))
+        found = best, at // each * vocabulary + part * each + at % each
+        best, number = (jax.lax.all_gather(x, "model", axis=1, tiled=True) for x in found)
+        number, best = jax.lax.sort((number, best), num_keys=1)  # so that places decide ties as numbers do
+        best, place = jax.lax.top_k(best, count)
+        return best, jnp.take_along_axis(number, place, axis=1)
+
+    axes, specs = auto_axes(), (PartitionSpec("model"), PartitionSpec(None, None, "model"))
+    split = jax.shard_map(of_all, in_specs=specs, out_specs=(whole, whole), axis_names=axes, check_vma=False)
+    return split(jnp.arange(parts, dtype=jnp.int32), total)
 
 
 def likeliest(logp: Float[Array, "n M"], count: int) -> tuple[Float[Array, "n {count}"], Int[Array, "n {count}"]]:

@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial, reduce
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -131,7 +131,7 @@ def self_attention(
         layer: the number of this one.
     """
     scale = queries.shape[-1] ** -0.5 if scale is None else scale
-    length, settings = queries.shape[1], {"scale": scale, "softcap": softcap, "causal": causal}
+    length, settings = queries.shape[1], dict[str, Any](scale=scale, softcap=softcap, causal=causal)
     if length < LONG or bias is not None:
         window = jnp.array([window or length for window in windows])[layer] if windows else None
         return _with_all_logits(queries, keys, values, mask, bias, window=window, **settings)
@@ -166,7 +166,7 @@ def _with_all_logits(
 
 def _by_kernel(queries: Array, keys: Array, values: Array, mask: Array | None, **settings: Any) -> Array:
     """By what the platform has for which the program is compiled."""
-    kernels = {"tpu": partial(_splash_on_mesh, **settings)}
+    kernels: dict[str, Callable[..., Array]] = {"tpu": partial(_splash_on_mesh, **settings)}
     if _cudnn_can(queries, settings):
         kernels["cuda"] = partial(fused_attention, **settings)
     ours = partial(_with_all_logits, **settings)
@@ -191,7 +191,7 @@ def fused_attention(
     softcap: float,
     causal: bool,
     window: int | None,
-    implementation: str = "cudnn",
+    implementation: Literal["xla", "cudnn"] = "cudnn",
 ) -> Float[Array, "n S H Dh"]:
     """`self_attention` by JAX's own function, which has no soft cap."""
     assert softcap == 0.0
@@ -211,7 +211,7 @@ def _splash_on_mesh(queries: Array, keys: Array, values: Array, mask: Array | No
     """`splash_attention` by each device on its rows and heads: XLA cannot split a kernel."""
     mesh = jax.sharding.get_abstract_mesh()
     axes = {axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind is AxisType.Auto}
-    attend = partial(splash_attention, **settings)
+    attend: Callable[..., Array] = partial(splash_attention, **settings)
     if not axes:
         return attend(queries, keys, values, mask)
 
@@ -254,13 +254,14 @@ def splash_attention(
         return pad(x).swapaxes(1, 2)
 
     square, side = (length + added, length + added), None if window is None else window - 1
-    sees = splash.LocalMask(square, (side, 0 if causal else side), offset=0)
+    sees: Any = splash.LocalMask(square, (side, 0 if causal else side), offset=0)
     if side is None and not causal:
         sees = splash.FullMask(square)
-    blocks = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    blocks: dict[str, Any] = {f"block_{name}": BLOCK for name in names}
     kernel = splash.make_splash_mha(
         splash.MultiHeadMask([sees] * queries.shape[2]),
-        block_sizes=splash.BlockSizes(**{f"block_{name}": BLOCK for name in blocks}),
+        block_sizes=splash.BlockSizes(**blocks),
         attn_logits_soft_cap=softcap or None,
         head_shards=1,
         q_seq_shards=1,

@@ -16,7 +16,7 @@ from ragjax.pages.rendering import asset, page, render
 from ragjax.pages.wording import marked, proof_text
 
 MOST_CANDIDATES = 12  # rows of the heat map; how many more there are is told
-NARROW = 8  # with more documents the cells of the heat map show no numbers, but for those that listen
+NARROW = 12  # with more documents the cells of the heat map show no numbers, but for those that listen
 LOW = 0.5  # an answer of less probability is one to look at
 
 

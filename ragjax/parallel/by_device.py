@@ -36,9 +36,13 @@ def data_devices() -> int:
 
 def axis_length(axis: str) -> int:
     """Over how many devices XLA may split along an axis of the mesh, within `on_mesh`; else 1."""
+    return get_abstract_mesh().shape[axis] if axis in auto_axes() else 1
+
+
+def auto_axes() -> set[str]:
+    """The axes of the mesh that are still XLA's."""
     mesh = get_abstract_mesh()
-    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    return mesh.shape[axis] if types.get(axis) == AxisType.Auto else 1
+    return {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto}
 
 
 def split_heads(keys_or_values: Float[Array, "L n S Hkv Dh"]) -> Float[Array, "L n S Hkv Dh"]:

@@ -72,7 +72,10 @@ def train_rows(inputs: PlanInputs, chip: Chip | None) -> list[Row]:
 
 
 def compile_step(inputs: PlanInputs, remat: bool) -> tuple[int, Cost]:
-    """FLOPs of a step on all devices, and its cost to each; of `train_programs` the largest temporaries count."""
+    """FLOPs of a step on all devices, and its cost to each; of `train_programs` the largest temporaries count.
+
+    Parameters that are frozen are results, too, but stay as they are: they are not written.
+    """
     rag, train = inputs.rag(), inputs.config.train
     passages = inputs.passages()[0] if reads_corpus(inputs.config) else 0
     rag = replace(rag, config=inputs.config.replace(train=train.replace(remat=remat)))
@@ -80,7 +83,9 @@ def compile_step(inputs: PlanInputs, remat: bool) -> tuple[int, Cost]:
     arguments = step_arguments(rag, inputs.mesh, passages)
     costs = [compiled_cost(program.lower(), arguments) for program in traced]
     most = max(cost.temporaries for cost in costs)
-    return matmul_flops(traced[0].jaxpr.jaxpr), replace(costs[0], temporaries=most)
+    _, frozen = partition_params(arguments[0].params, train.frozen_params)
+    written = max(0, costs[0].written - bytes_each(frozen))
+    return matmul_flops(traced[0].jaxpr.jaxpr), replace(costs[0], temporaries=most, written=written)
 
 
 def optimizer_row(inputs: PlanInputs) -> Row:

@@ -32,7 +32,7 @@ from ragjax.decoding.rag_token import decode_rag_token
 from ragjax.models.generator import SpecialTokens
 from ragjax.models.kv_cache import DocumentMemory
 from ragjax.models.layers import Params
-from ragjax.parallel.by_device import group_by_device, on_mesh
+from ragjax.parallel.by_device import by_device, group_by_device, on_mesh
 from ragjax.parallel.mesh import make_mesh
 from ragjax.parallel.sharding import parameter_spec, shard_batch
 from ragjax.planning.program_cost import bytes_sent
@@ -266,9 +266,9 @@ def test_devices_that_share_the_vocabulary_send_its_best_alone(model: int) -> No
         total[rng.random(total.shape) < 0.4] = -np.inf
         split = NamedSharding(mesh, PartitionSpec("data", None, "model" if vocabulary % model == 0 else None))
         with on_mesh(mesh):
-            program = (
-                jax.jit(partial(likeliest_next, count=count)).lower(given := jax.device_put(total, split)).compile()
-            )
+            given = jax.device_put(total, split)
+            spread = jax.jit(lambda total: by_device(lambda _, own: likeliest_next(own, count), None, total))
+            program = spread.lower(given).compile()
         expected, at = jax.lax.top_k(total.reshape(8, -1), count)
         best, number = program(given)
         np.testing.assert_array_equal(best, expected)

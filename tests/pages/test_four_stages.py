@@ -134,7 +134,7 @@ def test_certified_and_exact_answers_have_whiskers_and_a_proof(answer: dict[str,
     found = check_harmless(page, scripts=0)
     assert len(of_class(found, "whisker")) == 3
     text = next(e.cells for e in found if e.tag == "main")
-    assert "proved: no other answer is likelier under these documents (2 of 3 documents read, 7 steps)" in text
+    assert "Proved: no other answer is likelier under these documents (2 of 3 documents read, 7 steps)." in text
     assert "p(y|x) ≥ 0.840" in text and "at most 0.940" in text and "propose together" not in text
 
 

@@ -54,7 +54,7 @@ def run(config: Path, folder: Path, capsys: pytest.CaptureFixture[str], *setting
     common = [str(config), f"output={folder}", *settings]
     assert main(["index", *common]) == main(["train", *common]) == main(["evaluate", *common]) == 0
     capsys.readouterr()
-    assert main(["answer", *common, QUESTION, "--json"]) == 0
+    assert main(["answer", str(config), QUESTION, "--json", *(f"--set={of}" for of in common[1:])]) == 0
     return {
         "log": [line for line in logged(folder) if "loss" in line],
         "metrics": json.loads((folder / "metrics.json").read_text())["models"]["trained"],
@@ -109,9 +109,7 @@ def planned(config: Path, settings: list[str]) -> Iterator[tuple[str, int]]:
 @pytest.mark.parametrize(
     ("name", "layout"),
     [
-        ("qwen3_8b_tpu", []),  # frozen; four devices share it
-        ("qwen3_8b_tpu", ["train.frozen_params=[]", "mesh.fsdp=true", "mesh.model=1"]),
-        ("llama3_8b_lora", []),
+        ("qwen3_8b_tpu", []),  # frozen, and four devices share it
         ("llama3_8b_lora", ["mesh.fsdp=true", "mesh.model=2"]),
     ],
 )
@@ -141,7 +139,8 @@ def test_eight_devices_are_as_one_and_as_planned(
     for a, b in zip(ours["predictions"], theirs["predictions"], strict=True):
         assert (a["id"], a["answers"]) == (b["id"], b["answers"])
         assert a["p_answer"] == pytest.approx(b["p_answer"], rel=1e-3)
-    for key, value in theirs["metrics"].items():
-        assert ours["metrics"][key] == pytest.approx(value, rel=1e-3), key
+    assert ours["metrics"].keys() == theirs["metrics"].keys()
+    numbers = [jax.tree.leaves(of["metrics"]) for of in (ours, theirs)]
+    assert numbers[0] == pytest.approx(numbers[1], rel=1e-3)
     assert ours["answer"]["text"] == theirs["answer"]["text"]
     assert ours["answer"]["probability"] == pytest.approx(theirs["answer"]["probability"], rel=1e-3)

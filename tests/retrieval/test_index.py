@@ -199,6 +199,23 @@ def test_a_damaged_index_is_named(tmp_path, file, keep):
         open_index(tmp_path, {})
 
 
+def test_a_structure_that_is_read_whole_is_checked_and_a_mapped_one_finds_no_other_passages(tmp_path, monkeypatch):
+    """As of large files: only lists that FAISS maps are not read when an index is opened."""
+    monkeypatch.setattr(faiss_module, "CHECKED_AT_ONCE", 0)
+    build(tmp_path / "graph", random_vectors(50), "HNSW8")
+    path = tmp_path / "graph" / "faiss.index"
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    with pytest.raises(InputError, match=r"faiss\.index its contents have changed"):
+        open_index(tmp_path / "graph", FINGERPRINTS)
+    build(tmp_path / "lists", random_vectors(50), "IVF2,Flat")
+    path = tmp_path / "lists" / "faiss.index"
+    whole, seventh = path.read_bytes(), (7).to_bytes(8, "little")
+    assert whole.count(seventh) == 1
+    path.write_bytes(whole.replace(seventh, (57).to_bytes(8, "little")))
+    with pytest.raises(InputError, match="it finds passages that are not there; run: ragjax index CONFIG"):
+        open_index(tmp_path / "lists", FINGERPRINTS).search(random_vectors(1), 12)
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

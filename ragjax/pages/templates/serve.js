@@ -4,6 +4,7 @@ const form = document.getElementById("ask");
 const result = document.getElementById("result");
 const state = document.getElementById("state");
 const token = document.getElementById("token");
+const examples = document.getElementById("examples");
 let running = null;
 
 function asked() {
@@ -31,6 +32,7 @@ async function ask() {
   if (token) headers.Authorization = `Bearer ${token.value}`;
   state.textContent = "Asked …";
   result.setAttribute("aria-busy", "true");
+  if (examples) examples.open = false;
   document.title = `${body.question} – ragjax`;
   try {
     const response = await fetch("stages", { method: "POST", headers, body: JSON.stringify(body), signal: mine.signal });
