@@ -364,8 +364,8 @@ def write_all(folder: Path) -> None:
     tensors = json.loads((folder / "bart" / "config.json").read_text())
     (folder / "bart" / "config.json").write_text(json.dumps(tensors | {"architectures": ["BartModel"]}))
     header, _ = as_safetensors((folder / "t5" / "model.safetensors").read_bytes())
-    index = {"weight_map": {name: "model.safetensors" for name in header if name != "__metadata__"}}
-    (folder / "t5" / "model.safetensors.index.json").write_text(json.dumps(index))
+    weights = {"weight_map": {name: "model.safetensors" for name in header if name != "__metadata__"}}
+    (folder / "t5" / "model.safetensors.index.json").write_text(json.dumps(weights))
     old = folder / "old"
     old.mkdir()
     (old / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "hello", "world", "##s"]))

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,12 @@ pytestmark = [
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 V5E_MEMORY = 15.75 * 2**30  # what XLA may use of its 16 GiB
-EIGHT_BILLION = {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
+EIGHT_BILLION: dict[str, Any] = {
+    "hidden_size": 4096,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+}
 EIGHT_BILLION |= {"hidden_act": "silu", "tie_word_embeddings": False}
 # config.json as the hub has them, as far as they are read
 MODELS = {
@@ -131,6 +137,7 @@ from ragjax.parallel.mesh import make_mesh
 from ragjax.parallel.sharding import abstract_with_sharding
 from ragjax.planning.plan import _tpu_devices
 from pathlib import Path
+from typing import Any
 import sys
 mesh = make_mesh(devices=_tpu_devices("v5e:2x2")[:1])
 model, told = generator_shape(Path(sys.argv[1]), dtype="bfloat16"), {}
