@@ -145,7 +145,7 @@ def measure(answerer: Answerer, question: str, costs: dict[tuple[int, ...], tupl
     rag, params, settings = answerer.rag, answerer.params["generator"], answerer.rag.config.decode
     graph, special, seconds = rag.generator.graphdef, rag.special, {}
     tokenizing, batch = timed(question_batch, rag.tokenizers, [question])
-    seconds["retrieval"], retrieved = timed(answerer.retrieve, batch)
+    seconds["retrieval"], retrieved = timed(answerer.retrieve, batch, [question])
     seconds["retrieval"] += tokenizing
     prior = retrieved.log_prior[0]
     source, mask = tokenize_prompts(rag.tokenizers, answerer.store, batch, retrieved.ids)
