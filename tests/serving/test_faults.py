@@ -89,7 +89,23 @@ VALID: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": [{"role": "user", "content": QUESTIONS[0]}], "n": 1, "temperature": 0},
     "/stages": {"question": QUESTIONS[0], "mode": "thorough", "num_docs": 3, "num_beams": 2},
 }
-VALUES = [None, True, -1, 0, 1e308, 10**400, "", "x" * 3000, "\ud800", "\x00", [], {}, [[]], [None], {"a": {"b": []}}]
+VALUES: list[Any] = [
+    None,
+    True,
+    -1,
+    0,
+    1e308,
+    10**400,
+    "",
+    "x" * 3000,
+    "\ud800",
+    "\x00",
+    [],
+    {},
+    [[]],
+    [None],
+    {"a": {"b": []}},
+]
 
 
 def malformed(rng: random.Random, body: dict[str, Any]) -> bytes:
