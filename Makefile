@@ -69,6 +69,11 @@ lint: $(VENV)/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/shellcheck launch/*.sh
+	@$(PIP) -e '.[dev,lint]'
+	$(BIN)/hadolint launch/Dockerfile
+	$(BIN)/yamllint --strict launch configs
+	$(BIN)/python .ci/jobs-of launch/jobset.yaml >$(VENV)/jobs.yaml
+	$(BIN)/kubernetes-validate --strict $(VENV)/jobs.yaml
 
 bench: $(VENV)/dev
 	$(PIP) -e '.[dev,bench]'

@@ -98,11 +98,11 @@ class Load:
         answers = [answer for client in self.clients for answer in client.answers]
         differ = [alone[a["question"]] for a in answers if is_other(a, alone[a["question"]])]
         ties = sum(map(is_near_tie, differ))
-        cells: list[Any] = [len(self.clients), self.requests, f"{self.rate:.1f}", f"{np.median(times):.1f}"]
+        cells: tuple[Any, ...] = (len(self.clients), self.requests, f"{self.rate:.1f}", f"{np.median(times):.1f}")
         texts = sum(a["text"] != alone[a["question"]].text for a in answers)
         most = max((off(a, alone[a["question"]]) for a in answers), default=0.0)
-        cells += [f"{np.quantile(times, 0.99):.1f}", self.requests - len(answers), texts, len(differ) - ties, ties]
-        cells += [f"{most:.0e}"]
+        cells += (f"{np.quantile(times, 0.99):.1f}", self.requests - len(answers), texts, len(differ) - ties, ties)
+        cells += (f"{most:.0e}",)
         refused = sum(client.statuses[503] for client in self.clients)
         return [str(cell) for cell in (*cells, refused, self.waiting, f"{mib:.0f}")]
 

@@ -16,20 +16,22 @@ TEXT
 }
 
 dry_run=
-while [[ "${1-}" == -* ]]; do
-  case "$1" in
-    -h | --help) usage; exit 0 ;;
-    --dry-run) dry_run=1 ;;
-    *) echo "unknown option $1" >&2; usage >&2; exit 2 ;;
-  esac
-  shift
-done
-[[ $# -ge 1 ]] || { usage >&2; exit 2; }
+[[ "${1-}" != --dry-run ]] || { dry_run=1; shift; }
+case "${1-}" in
+  -h | --help) usage; exit 0 ;;
+  "" | -*) usage >&2; exit 2 ;;
+esac
 
 export GLIBC_TUNABLES="${GLIBC_TUNABLES-glibc.malloc.hugetlb=1}" # large arrays on huge pages: fewer page faults
+trap 'kill -TERM "$!"' TERM # it may come to this shell alone, as in a container
+trap : INT                  # comes to both
 
 for stage in index train evaluate; do
   command=("${RAGJAX:-ragjax}" "$stage" "$@")
   printf '+ %s\n' "${command[*]}"
-  [[ -n "$dry_run" ]] || "${command[@]}"
+  [[ -z "$dry_run" ]] || continue
+  "${command[@]}" & code=0
+  wait "$!" || code=$? # which a signal interrupts
+  while kill -0 "$!" 2>/dev/null; do code=0; wait "$!" || code=$?; done
+  [[ $code -eq 0 ]] || exit "$code"
 done

@@ -108,6 +108,19 @@ def parser() -> argparse.ArgumentParser:
     for sub in (index, train, evaluate):
         overrides(sub)
         distributed(sub)
+    sweep = command(
+        "sweep",
+        "index, train and evaluate every combination of values, one after the other, and tell mean, spread and "
+        "intervals; goes on where it was stopped",
+        "ragjax sweep configs/factbook.yaml train.lora.rank=8,16 seed=1,2,3 output=runs/ranks",
+    )
+    sweep.add_argument("overrides", nargs="*", metavar="KEY=VALUE,VALUE", help="the values of a key, or its only one")
+    sweep.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a value that may have commas")
+    sweep.add_argument(
+        "--dry-run", action="store_true", help="print a line of commands for each run that is unfinished"
+    )
+    sweep.add_argument("--launcher", metavar="COMMAND", help="what runs each run instead, such as 'launch/keep.sh tpu'")
+    sweep.add_argument("--json", action="store_true", help=json_help)
     index.add_argument(
         "--from",
         dest="source",
@@ -174,6 +187,12 @@ def parser() -> argparse.ArgumentParser:
     page = command("report", summary, "ragjax report runs/factbook", config=False)
     page.add_argument("folder", type=Path, metavar="RUN", help="the folder of a run that was evaluated")
     page.add_argument("other", type=Path, nargs="?", metavar="RUN2", help="another one, to be compared with it")
+    summary = "test whether a run, or several of other seeds, answers better than another: paired differences"
+    comparing = command("compare", summary, "ragjax compare runs/full runs/lora", config=False)
+    for name, metavar in (("folder", "A"), ("other", "B")):
+        about = "the folder of a run that was evaluated, or of several"
+        comparing.add_argument(name, type=Path, metavar=metavar, help=about)
+    comparing.add_argument("--json", action="store_true", help=json_help)
     page.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in the folder of RUN")
     summary = "print the resolved configuration; without a CONFIG all keys with their defaults and meanings"
     config = command("config", summary, "ragjax config configs/factbook.yaml", config=False)

@@ -10,6 +10,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from ragjax.arguments import parser, ready_made
@@ -97,16 +98,20 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _load(options: argparse.Namespace) -> Config:
+    return _load_with(options.config, [*getattr(options, "overrides", []), *options.set])
+
+
+def _load_with(name: str, overrides: Sequence[str]) -> Config:
     """The configuration that CONFIG names: a file, the folder of a run, or a ready-made one; with its overrides."""
-    overrides, path, known = [*getattr(options, "overrides", []), *options.set], Path(options.config), ready_made()
-    if path.is_dir() and ((path / "config.yaml").exists() or options.config not in known):
+    path, known = Path(name), ready_made()
+    if path.is_dir() and ((path / "config.yaml").exists() or name not in known):
         from ragjax.runs.run_dir import load_run_config
 
         return load_run_config(path, overrides)
     if not path.is_file():
-        if options.config not in known:
+        if name not in known:
             raise InputError(f"{path}: no such configuration file or run; the ready-made ones are {', '.join(known)}")
-        path = known[options.config]
+        path = known[name]
     return load_config(path, overrides)
 
 
@@ -188,11 +193,25 @@ def _answer(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from ragjax.commands.report import write_report
+    from ragjax.commands.comparing.report import write_report
 
     folders = [options.folder] if options.other is None else [options.folder, options.other]
     _tell(f"report: {write_report(folders, options.out)}")
     return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from ragjax.commands.comparing.compare import compare_folders, print_comparison
+
+    folders = options.folder, options.other
+    print_comparison(compare_folders(*folders), list(map(str, folders)), as_json=options.json)
+    return 0
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from ragjax.commands.comparing.sweep import run_sweep
+
+    return run_sweep(partial(_load_with, options.config), options)
 
 
 def _serve(options: argparse.Namespace) -> int:
@@ -271,6 +290,8 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "index-report": _index_report,
     "answer": _answer,
     "report": _report,
+    "compare": _compare,
+    "sweep": _sweep,
     "serve": _serve,
     "import": _import,
     "export": _export,

@@ -1,4 +1,4 @@
-"""Exact match, F1, whether a text holds an answer, calibration, intervals.
+"""Exact match, F1, ROUGE-L, whether a text holds an answer, calibration, intervals.
 
 Answers are compared word by word, after they were made equal in one of three ways (`answer_words`): as SQuAD's official
 script does, as MLQA's does, or hardly at all.
@@ -80,6 +80,30 @@ def _f1(predicted: list[str], gold: list[str]) -> float:
     return 2 * common / (len(predicted) + len(gold))
 
 
+def rouge_l(prediction: str, answers: Sequence[str], words: Words = squad_words) -> float:
+    """ROUGE-L (Lin 2004): as F1, but of words in the same order, the longest common subsequence; for long answers."""
+    predicted = words(prediction)
+    return max((_rouge_l(predicted, words(answer)) for answer in answers), default=0.0)
+
+
+def _rouge_l(predicted: list[str], gold: list[str]) -> float:
+    if not predicted or not gold:
+        return float(predicted == gold)
+    return 2 * longest_common_subsequence(predicted, gold) / (len(predicted) + len(gold))
+
+
+def longest_common_subsequence(one: Sequence[str], other: Sequence[str]) -> int:
+    """Its length, by Hyyrö's bits (2004): a 0 at bit i where one more word of `one[: i + 1]` can be matched."""
+    places: dict[str, int] = {}
+    for i, word in enumerate(one):
+        places[word] = places.get(word, 0) | 1 << i
+    every = row = (1 << len(one)) - 1
+    for word in other:
+        matched = row & places.get(word, 0)
+        row = (row + matched) | (row - matched)
+    return len(one) - (row & every).bit_count()
+
+
 def equal_as_nothing(prediction: str, answers: Sequence[str], words: Words = squad_words) -> bool:
     """Whether a prediction counts as right only because nothing is left of it, nor of an answer: "A" and "the"."""
     left = [answer for answer in answers if not words(answer)]
@@ -87,10 +111,11 @@ def equal_as_nothing(prediction: str, answers: Sequence[str], words: Words = squ
 
 
 def score_answer(prediction: str, answers: Sequence[str], words: Words = squad_words) -> dict[str, float | bool]:
-    """Exact match and F1 of a prediction, and whether it contains an answer, as chat models answer in sentences."""
+    """Exact match, F1, ROUGE-L, and whether a prediction contains an answer, as chat models answer in sentences."""
     return {
         "exact_match": exact_match(prediction, answers, words),
         "f1": f1(prediction, answers, words),
+        "rouge_l": rouge_l(prediction, answers, words),
         "contains": float(contains_answer(prediction, answers)),
         "equal_as_nothing": equal_as_nothing(prediction, answers, words),
     }

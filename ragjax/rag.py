@@ -15,7 +15,7 @@ from ragjax.checkpoints.hub import ResolvedSource, checkpoint_folder, fetch, fin
 from ragjax.checkpoints.pretrained import PretrainedModel, open_encoder, open_generator
 from ragjax.checkpoints.quantization import with_int8_kernels
 from ragjax.checkpoints.sentence_transformers import reads_lower_case, resolve_encoding
-from ragjax.config import Config, adapted_maps, structure
+from ragjax.config import Config, adapted_maps, factbook_seed, structure
 from ragjax.data.corpus import Passage
 from ragjax.data.prompt import Prompt, make_prompt
 from ragjax.data.question_batch import Tokenizers, tokenize_passages
@@ -188,7 +188,9 @@ def _index_fingerprints(
         corpus += f" {settings}"
     if c.format == "factbook":
         categories = ",".join(c.factbook.categories) or "all"
-        corpus += f" max_passage_words={c.factbook.max_passage_words} categories={categories} seed={config.seed}"
+        corpus += (
+            f" max_passage_words={c.factbook.max_passage_words} categories={categories} seed={factbook_seed(config)}"
+        )
     return {
         "corpus": corpus,
         "kind": f"{structure(config.index.kind)} {config.index.dtype}",

@@ -93,7 +93,9 @@ def test_an_unknown_mode_names_the_known_ones(capsys: Capture, world: Path) -> N
     assert "'magic'" in (err := capsys.readouterr().err) and "thorough" in err
 
 
-@pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)], ids=lambda command: "".join(command))
+@pytest.mark.parametrize(
+    "command", [(), *((name,) for name in (*COMMANDS, "sweep", "compare"))], ids=lambda command: "".join(command)
+)
 def test_help_has_an_example(capsys: Capture, command: tuple[str, ...]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([*command, "--help"])

@@ -10,7 +10,7 @@ from damage import ATTACKS, KINDS, attack, checkpoint_outcome, make_checkpoints
 from ragjax.runs import checkpointer as checkpoint
 
 
-@pytest.mark.parametrize(("name", "count"), [("checkpoint", 24), ("index", 60), ("index with a graph", 60)])
+@pytest.mark.parametrize(("name", "count"), [("checkpoint", 15), ("index", 60), ("index with a graph", 60)])
 def test_damage_is_noticed_or_harmless(name: str, count: int) -> None:
     tally = ATTACKS[name](count, 5)
     assert tally.unnoticed == [] and sum(tally.counts.values()) == count

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -89,3 +91,24 @@ def test_a_machine_that_is_taken_away_is_made_anew(
     assert sum(" create " in call for call in calls) == created == sum(" scp " in call for call in calls)
     assert sum("kept.sh" in call for call in calls) == len(codes.split())
     assert " delete " in calls[-1], "an idle machine costs money"
+
+
+def test_a_signal_to_the_script_alone_reaches_the_run(tmp_path: Path) -> None:
+    """As a container's SIGTERM comes: training saves, and the script ends as it did."""
+    ragjax = tmp_path / "ragjax"
+    ragjax.write_text(
+        f"#!/bin/bash\ntrap 'sleep 0.2; echo saved $1; exit 143' TERM\n[ $1 = index ] && exit 0\n"
+        f"touch {tmp_path}/ready\nwhile :; do sleep 0.05; done\n"
+    )
+    ragjax.chmod(0o755)
+    command, environment = [str(LAUNCH / "local.sh"), "a.yaml"], os.environ | {"RAGJAX": str(ragjax)}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as script:
+        while not (tmp_path / "ready").exists():
+            assert script.poll() is None
+            time.sleep(0.01)
+        script.send_signal(signal.SIGTERM)
+        out, _ = script.communicate(timeout=20)
+    assert script.returncode == 143
+    assert out.splitlines()[1:] == [f"+ {ragjax} train a.yaml", "saved train"]
+    fails = run("local.sh", "a.yaml", RAGJAX="false")
+    assert fails.returncode == 1 and fails.stdout == "+ false index a.yaml\n"

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jaxtyping import TypeCheckError
 
 from ragjax.marginal import (
     corpus_log_prior,
@@ -304,3 +305,9 @@ def test_the_corpus_prior_is_as_certain_as_the_scores(scale: float) -> None:
     assert (np.abs(np.logaddexp.reduce(prior, axis=1)) <= uncertain).all()
     impossible = corpus_log_prior(jnp.full((1, 2), -INF), jnp.full(1, -INF), jnp.ones((1, 2), bool))
     np.testing.assert_array_equal(impossible, np.full((1, 2), -INF))
+
+
+def test_arrays_are_checked_against_their_annotations() -> None:
+    """As conftest.py asks for, in whatever module; else shapes that do not belong together would be broadcast."""
+    with pytest.raises(TypeCheckError, match="valid"):
+        log_prior(jnp.zeros((2, 3)), jnp.ones((1, 3), bool))

@@ -1,4 +1,6 @@
+import itertools
 import math
+import random
 import re
 import string
 import unicodedata
@@ -14,7 +16,9 @@ from ragjax.metrics import (
     exact_match,
     expected_calibration_error,
     f1,
+    longest_common_subsequence,
     mlqa_words,
+    rouge_l,
     score_answer,
     squad_words,
 )
@@ -154,6 +158,44 @@ def test_answers_in_scripts_without_spaces():
     assert f1("ประเทศไทย", ["ไทย"], words) == pytest.approx(2 * 3 / 12)
     none = answer_words("none", "en")
     assert exact_match("The Hague", ["Hague"], none) == 0 and exact_match(" The  Hague\n", ["The Hague"], none) == 1
+
+
+@pytest.mark.parametrize(
+    ("prediction", "gold", "expected"),
+    [
+        (
+            "on fell the fell a fell rain fell on fell cat cat cat the",
+            "sat fell fell rain fell sat while fell while a the on mat",
+            0.444444444444,
+        ),
+        ("fell a rain sat", "fell fell the rain while rain mat mat rain sat while while the", 0.352941176471),
+        ("cat rain cat a the fell rain fell a sat", "while a rain a fell", 0.4),
+        ("Rain fell on the mat, while a cat sat.", "The cat sat on the mat while rain fell.", 0.444444444444),
+        ("no word in common", "cat", 0.0),
+    ],
+)
+def test_rouge_l_is_that_of_googles_script(prediction, gold, expected):
+    """rouge-score 0.1.2, without its stemmer; its words are runs of ASCII letters and digits in lower case."""
+
+    def words(text):
+        return re.findall("[a-z0-9]+", text.lower())
+
+    assert rouge_l(prediction, [gold], words) == pytest.approx(expected, abs=1e-11)
+    assert rouge_l(prediction, ["nothing", gold], words) == pytest.approx(expected, abs=1e-11)
+
+
+def test_longest_common_subsequence_against_all_of_them():
+    rng = random.Random(4)
+    for _ in range(40):
+        one, other = (rng.choices("abc", k=rng.randint(0, 8)) for _ in range(2))
+        every = [set(itertools.combinations(one, n)) & set(itertools.combinations(other, n)) for n in range(9)]
+        assert longest_common_subsequence(one, other) == max(n for n, common in enumerate(every) if common)
+    assert longest_common_subsequence(["a", "b"] * 500, ["b", "a"] * 500) == 999
+
+
+def test_rouge_l_is_f1_of_words_in_order():
+    assert rouge_l("c b", ["b c"]) == 0.5 and f1("c b", ["b c"]) == 1
+    assert rouge_l("the", ["A"]) == 1 and rouge_l("", ["b"]) == 0 and rouge_l("x", []) == 0
 
 
 def test_pairs_of_which_nothing_is_left_are_known():

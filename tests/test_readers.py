@@ -263,7 +263,7 @@ def write_run(folder: Path) -> None:
         "output: run\ncorpus: {source: c}\nretriever: {source: r}\ngenerator: {source: g}\n"
     )
     (folder / "train.jsonl").write_text('{"step": 1, "loss": 2.5, "recall": 0.5}\n{"step": 2, "loss": 2.25}\n')
-    score = {"exact_match": 1.0, "f1": 1.0, "contains": 1.0, "equal_as_nothing": False}
+    score = {"exact_match": 1.0, "f1": 1.0, "rouge_l": 1.0, "contains": 1.0, "equal_as_nothing": False}
     measured = {
         "step": 2,
         "questions": 1,
@@ -364,8 +364,8 @@ def write_all(folder: Path) -> None:
     tensors = json.loads((folder / "bart" / "config.json").read_text())
     (folder / "bart" / "config.json").write_text(json.dumps(tensors | {"architectures": ["BartModel"]}))
     header, _ = as_safetensors((folder / "t5" / "model.safetensors").read_bytes())
-    index = {"weight_map": {name: "model.safetensors" for name in header if name != "__metadata__"}}
-    (folder / "t5" / "model.safetensors.index.json").write_text(json.dumps(index))
+    weights = {"weight_map": {name: "model.safetensors" for name in header if name != "__metadata__"}}
+    (folder / "t5" / "model.safetensors.index.json").write_text(json.dumps(weights))
     old = folder / "old"
     old.mkdir()
     (old / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "hello", "world", "##s"]))

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,7 @@ def _encoder_shape(
     with naming(path):
         family = encoder_family(hf)
         config = family.config.from_hf(hf, pooling, normalize, tuple(shape for _, shape in dense), dropout, dtype)
-    return _without_weights(config, lambda: family.module(config, nnx.Rngs(0)), hf)
+    return _without_weights(config, family.module, hf)
 
 
 def _newer_name(name: str) -> str:
@@ -213,16 +214,23 @@ def _generator_shape(hf: dict[str, Any], path: Path, dropout: float, dtype: str)
     with naming(path):
         family = generator_family(hf)
         config = family.config.from_hf(hf, dropout, dtype)
-    return _without_weights(config, lambda: family.module(config, nnx.Rngs(0)), hf)
+    return _without_weights(config, family.module, hf)
 
 
-def _without_weights(config: Any, make: Callable[[], nnx.Module], hf: dict[str, Any]) -> PretrainedModel:
+def _without_weights(config: Any, make: Callable[..., nnx.Module], hf: dict[str, Any]) -> PretrainedModel:
     def load_params(like: Params | None = None) -> Params:
         raise InputError("of this model only its config.json was read")
 
-    module = nnx.eval_shape(make)
-    graph, abstract = split_parameters(module)
-    return PretrainedModel(config, graph, abstract, computation_types(module), (), hf, load_params)
+    graph, *types = _network(config, make)
+    abstract, computed = (jax.tree.map(lambda leaf: leaf, tree) for tree in types)  # dictionaries of its own
+    return PretrainedModel(config, graph, abstract, computed, (), hf, load_params)
+
+
+@lru_cache(maxsize=32)
+def _network(config: Any, make: Callable[..., nnx.Module]) -> tuple[nnx.GraphDef, Params, Params]:
+    """The static graph, `abstract_params` and `compute_params` of `make(config, rngs)`, traced once a process."""
+    module = nnx.eval_shape(lambda: make(config, nnx.Rngs(0)))
+    return *split_parameters(module), computation_types(module)
 
 
 def _with_weights(

@@ -42,7 +42,7 @@ from ragjax.rag import RagPipeline
 from ragjax.retrieval.index import check_k
 from ragjax.retrieval.passage_cache import check_passage_cache
 from ragjax.retrieval.retrieve import log_prior_mass, retrieve
-from ragjax.runs.checkpointer import fingerprint
+from ragjax.runs.checkpointer import fingerprint, newest_step
 from ragjax.runs.journal import Journal, read_journal
 from ragjax.runs.restore import (
     check_answering_fits,
@@ -85,18 +85,7 @@ def evaluate(config: Config) -> dict[str, Any]:
     run_on_process_zero(lambda: make_folder(folder))
     for line in split.notice_lines(folder / METRICS):
         terminal.print(line, soft_wrap=True)
-    report: dict[str, Any] = {
-        "split": config.evaluate.split,
-        "model": config.model,
-        "hf_compatible": config.hf_compatible,
-        "exclude_bos": config.train.exclude_bos,
-        "decode": config.decode.model_dump(),
-        "bm25_docs": config.retriever.bm25_docs,
-        "fingerprints": rag.fingerprints | {"questions": split.fingerprint},
-        "models": {},
-    }
-    if split.left_out:
-        report["left_out"] = as_json(split.left_out)
+    report = _about(rag, split)
     predictions: list[dict[str, Any]] = []
     limit, before = config.evaluate.max_questions, config.evaluate.max_untrained_questions
     evaluation = _evaluation(rag, report["fingerprints"], trained[1] if trained else None, mesh)
@@ -120,6 +109,24 @@ def evaluate(config: Config) -> dict[str, Any]:
 
         run_on_process_zero(write)
     return report
+
+
+def _about(rag: RagPipeline, split: Split) -> dict[str, Any]:
+    """What metrics.json says beside the metrics: what was measured, and how."""
+    config = rag.config
+    about = {
+        "split": config.evaluate.split,
+        "model": config.model,
+        "hf_compatible": config.hf_compatible,
+        "exclude_bos": config.train.exclude_bos,
+        "decode": config.decode.model_dump(mode="json"),
+        "evaluate": config.evaluate.model_dump(mode="json"),
+        "trained_steps": newest_step(Path(config.output) / "checkpoints"),
+        "bm25_docs": config.retriever.bm25_docs,
+        "fingerprints": rag.fingerprints | {"questions": split.fingerprint},
+        "models": {},
+    }
+    return about | ({"left_out": as_json(split.left_out)} if split.left_out else {})
 
 
 def _evaluation(rag: RagPipeline, fingerprints: dict[str, str], step: int | None, mesh: Mesh) -> dict[str, Any]:

@@ -150,8 +150,6 @@ def export_rag(run: Path, out: Path, merge: bool = False) -> Path:
         raise InputError(f"{run}: has no adapters to merge; leave out --merge")
     params, step = export_params(rag, merge)
     peft = {} if merge else _peft_bases(config)
-    if config.generator.quantization and "generator" in params.keys() - peft.keys():
-        terminal.print("the generator's kernels are those of int8, written in float32", soft_wrap=True)
     whole = rag.generator.config.encoder_decoder and config.train.objective == "marginal" and not peft
     if whole:
         _check_expressible(rag)

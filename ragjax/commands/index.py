@@ -21,7 +21,7 @@ import numpy as np
 
 from ragjax.checkpoints.hub import fetch, fingerprint_files
 from ragjax.checksums import damage_text
-from ragjax.config import ON_DEVICES, Config
+from ragjax.config import ON_DEVICES, Config, factbook_seed
 from ragjax.data.corpus import FACTBOOK, PASSAGES, CorpusReader, Passage, scan_passages
 from ragjax.data.factbook import build as factbook
 from ragjax.data.factbook import facts as factbook_facts
@@ -173,7 +173,7 @@ def _open_corpus(config: Config, source: DataFiles) -> tuple[CorpusReader | Fact
         return CorpusReader(source.files, c), {}
     [path] = source.files
     passages, questions = factbook.build_factbook(
-        path, c.factbook.max_passage_words, config.seed, c.factbook.categories
+        path, c.factbook.max_passage_words, factbook_seed(config), c.factbook.categories
     )
     if c.max_passages is not None:
         passages = passages[: c.max_passages]

@@ -41,6 +41,9 @@ class Factbook(Section):
 
     max_passage_words: PositiveInt = Field(100, description="The longest passage, in words.")
     categories: Texts = Field((), description="Its parts to read, such as Geography; empty means all.")
+    seed: NonNegativeInt | None = Field(
+        None, description="Draws which countries are for training, and the questions' wording; null means the run's."
+    )
 
 
 class Corpus(Section):

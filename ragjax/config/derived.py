@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from ragjax.config.keys import Config
+from typing import Any
+
+from ragjax.config.keys import Config, structure
 from ragjax.errors import InputError
 
 
@@ -45,6 +47,23 @@ def check_mode(config: Config, mode: str | None) -> None:
     if mode is not None and mode not in modes:
         kind = f"model={config.model} hf_compatible={str(config.hf_compatible).lower()}"
         raise InputError(f"mode is {mode!r}; with {kind} expected one of {', '.join(modes)}")
+
+
+def factbook_seed(config: Config) -> int:
+    """What draws the Factbook's questions and their splits."""
+    return config.seed if config.corpus.factbook.seed is None else config.corpus.factbook.seed
+
+
+def index_settings(config: Config) -> dict[str, Any]:
+    """What an index is built from; runs that agree in it can share one."""
+    r, g = config.retriever, config.generator
+    return {
+        "corpus": config.corpus.model_dump(),
+        "questions": factbook_seed(config) if config.corpus.format == "factbook" else None,
+        "kind": (structure(config.index.kind), config.index.dtype),
+        "encoder": (r.passage_encoder or r.source, r.pooling, r.normalize, r.passage_template, r.max_passage_tokens),
+        "generator": (g.source, g.passage_template),
+    }
 
 
 def most_documents(config: Config) -> int:

@@ -26,6 +26,7 @@ from ragjax.padding import bucket_size
 from ragjax.parallel.by_device import RowGroup, by_device, group_by_device
 
 Tokens = tuple[int, ...]
+MOST_NEW = 512  # prefixes a memory that are read together: what they take of memory grows with their square
 
 
 @struct.dataclass
@@ -129,16 +130,30 @@ class PrefixScorer:
     def score(self, answers: Mapping[int, Sequence[Tokens]]) -> dict[int, Float[np.ndarray, "_ T"]]:
         """By memory: log p(y_t|y_<t,x,z) (nats) of each answer, 0 beyond its end.
 
-        Prefixes not cached are read, each once, together.
+        Prefixes not cached are read, each once, together; of long answers more than `MOST_NEW` under a memory in parts.
         """
         if not answers:
             return {}
         forest, group = self._forest(answers, grow=True)
+        if forest.most_new > MOST_NEW and max(map(len, answers.values())) > 1:
+            return self._score_in_two(answers)
         if forest.new_slot.size == 0:
             logp = self._path_logp(forest, group, self.prefixes.hidden, self.prefixes.logsumexp, group.local)
         else:
             logp = self._path_logp(forest, group, *self._read(forest, group), None)
         return dict(zip(answers, logp, strict=True))
+
+    def _score_in_two(self, answers: Mapping[int, Sequence[Tokens]]) -> dict[int, Float[np.ndarray, "_ T"]]:
+        """As `score`, one half of the answers after the other; those that share prefixes stay together."""
+        longest = max(len(y) for ys in answers.values() for y in ys)
+        scores = {row: np.zeros((len(ys), longest), np.float32) for row, ys in answers.items()}
+        order = {row: sorted(range(len(ys)), key=ys.__getitem__) for row, ys in answers.items()}
+        for part in (0, 1):
+            some = {row: of[len(of) // 2 :] if part else of[: len(of) // 2] for row, of in order.items()}
+            parts = {row: [answers[row][i] for i in of] for row, of in some.items() if of}
+            for row, logp in self.score(parts).items():
+                scores[row][some[row], : logp.shape[1]] = logp
+        return scores
 
     def _forest(self, answers: Mapping[int, Sequence[Tokens]], grow: bool) -> tuple[_Forest, RowGroup]:
         """The prefixes of the answers under their memories, and where the rows of these lie."""
@@ -153,7 +168,7 @@ class PrefixScorer:
         Few shapes, so that few programs are compiled (see `read_width`).
         """
         slots = self.prefixes.tokens.shape[1]
-        width = read_width(int(forest.new_slot.max()) + 1 - slots, few=jax.default_backend() != "cpu")
+        width = read_width(forest.most_new, few=jax.default_backend() != "cpu")
         tokens, parent = np.zeros((group.count, width), np.int32), np.full((group.count, width), -1, np.int32)
         at = group.place[forest.new_row], forest.new_slot - slots
         tokens[at], parent[at] = forest.new_token, forest.new_parent
@@ -239,6 +254,7 @@ class _Forest:
             return place[order[np.searchsorted(every, of, sorter=order)]]
 
         self.new_token, self.new_parent = token[node], find_slot(self.new_row * count + up[node])
+        self.most_new = int(self.new_slot.max(initial=first - 1)) + 1 - first  # under one memory
         self.edge_slot = find_slot(states)
         self.whole = there.sum(axis=1) == (nodes >= 0).sum(axis=1)  # of each answer, whether edges lead to its end
         self._row, self._there, self._paths = row, there, np.zeros(nodes.shape, np.int64)

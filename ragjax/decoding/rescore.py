@@ -18,6 +18,8 @@ from ragjax.models.kv_cache import DocumentMemory
 from ragjax.models.layers import Params
 from ragjax.parallel.by_device import by_device
 
+MOST_TOKENS = 1024  # of answers that are scored together under a document
+
 
 @partial(jax.jit, static_argnums=(0, 5))
 def score_tokens(
@@ -30,15 +32,28 @@ def score_tokens(
 ) -> Float[Array, "B K C T"]:
     """log p(y_t|y_<t,x,z) (nats) of C answers a question under all K documents, in one padded pass over B·K memories.
 
-    That of `special.eos` is that the answer ends, whichever token writes it. Padding has 0.
+    That of `special.eos` is that the answer ends, whichever token writes it. Padding has 0. Of long answers some go
+    after others, so that the memory it takes does not grow with C·T (see `MOST_TOKENS`).
     """
 
     def score(params: Params, memory: DocumentMemory, answers: Array, lengths: Array) -> Array:
         questions, count, longest = answers.shape
         documents = memory.start.shape[0] // questions
         rows, generator = jnp.repeat(answers, documents, axis=0), nnx.merge(graph, params)
-        head, hidden = generator.vocab_head(), answer_hidden(generator, memory, rows)
-        logp = event_logits(head, hidden, rows, special) - head.logsumexp_and_mean(hidden)[0]
+        head = generator.vocab_head()
+
+        def some(rows: Array) -> Array:
+            hidden = answer_hidden(generator, memory, rows)
+            return event_logits(head, hidden, rows, special) - head.logsumexp_and_mean(hidden)[0]
+
+        size = max(1, MOST_TOKENS // longest)
+        if count <= size:
+            logp = some(rows)
+        else:
+            parts = -(-count // size)
+            rows = jnp.pad(rows, ((0, 0), (0, parts * size - count), (0, 0)))
+            by_part = jax.lax.map(some, rows.reshape(-1, parts, size, longest).swapaxes(0, 1))
+            logp = by_part.swapaxes(0, 1).reshape(-1, parts * size, longest)[:, :count]
         logp = logp.reshape(questions, documents, count, longest)
         return jnp.where(jnp.arange(longest) < lengths[:, None, :, None], logp, 0.0)
 

@@ -98,6 +98,8 @@ class _Rows:
         self.add_with_answerable(f"{name}: exact match", mode, "exact_match")
         self.add_below("its 95 % interval", mode, "exact_match_interval")
         self.add_with_answerable(f"{name}: F1", mode, "f1")
+        if any(rounded(m[mode].get("rouge_l")) != rounded(m[mode]["f1"]) for m in self.models):  # as of long answers
+            self.add_with_answerable(f"{name}: ROUGE-L", mode, "rouge_l")
         self.add_with_answerable(f"{name}: answer contained", mode, "contains")
         if any(m[mode]["equal_as_nothing"] for m in self.models):
             self.add_below("exact matches of which nothing is left", mode, "equal_as_nothing")

@@ -146,7 +146,7 @@ def unanswered_line(question: LeftOut) -> dict[str, Any]:
 
 
 def score_modes(predictions: Sequence[dict[str, Any]], missed: int, modes: Sequence[str]) -> dict[str, Any]:
-    """Exact match, its interval, F1 and containment of each mode, in which `missed` questions more count as wrong.
+    """Exact match, its interval, F1, ROUGE-L and containment of each mode; `missed` questions more count as wrong.
 
     `equal_as_nothing` counts the exact matches of which nothing is left on either side, as of "A" and "the". The rest
     is about the questions answered: the shares of answers that are empty or one token, the time, and the proofs.
@@ -154,13 +154,15 @@ def score_modes(predictions: Sequence[dict[str, Any]], missed: int, modes: Seque
     scores: dict[str, Any] = {}
     for mode in modes:
         every, chosen = [p["scores"][mode] for p in predictions], [p["modes"][mode] for p in predictions]
-        matches, f1s, contained = (
-            np.array([score[name] for score in every] + [0.0] * missed) for name in ("exact_match", "f1", "contains")
+        matches, f1s, rouge, contained = (
+            np.array([score[name] for score in every] + [0.0] * missed)
+            for name in ("exact_match", "f1", "rouge_l", "contains")
         )
         scores[mode] = {
             "exact_match": _mean(matches),
             "exact_match_interval": list(bootstrap_interval(matches, seed=0)) if len(matches) else None,
             "f1": _mean(f1s),
+            "rouge_l": _mean(rouge),
             "contains": _mean(contained),
             "equal_as_nothing": sum(score["equal_as_nothing"] for score in every),
             "empty": _mean([not p["answers"][mode] for p in predictions]),

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from markupsafe import Markup
 
-from ragjax.evaluation.comparison import PairedDifference, in_pairs, paired_difference
+from ragjax.evaluation.comparison import compare
 from ragjax.evaluation.metrics_table import MODES, metric_rows
 from ragjax.evaluation.report_charts import quality_charts, training_curves
 from ragjax.evaluation.run_results import Prediction, RunResults, answer_json
@@ -134,28 +133,9 @@ def _modes(run: RunResults) -> dict[str, Any] | None:
 
 def _comparison(ours: RunResults, theirs: RunResults) -> dict[str, Any] | None:
     """Tests of the difference over the questions that both answered; None where there is none."""
-    lines = ours.predictions[ours.model], theirs.predictions[theirs.model]
-    pairs = in_pairs(*([f"{of.id}\n{of.question}" for of in each] for each in lines))
-    both = [(lines[0][i], lines[1][j]) for i, j in pairs]
-    if not both:
-        return None
-    modes = [mode for mode in MODES if all(mode in of.scores for pair in both for of in pair)]
-    rows: list[tuple[str, PairedDifference]] = []
-    for mode in modes:
-        for label, measure in (("exact match", "exact_match"), ("F1", "f1")):
-            scores = np.array([[getattr(of.scores[mode], measure) for of in pair] for pair in both])
-            rows.append((f"{mode.replace('_', ' ')}: {label}", paired_difference(scores[:, 0], scores[:, 1])))
-    known = np.array([[a.gold_nll, b.gold_nll] for a, b in both if a.gold_nll is not None and b.gold_nll is not None])
-    if len(known):
-        rows.append(("log p(gold answer), nats", paired_difference(-known[:, 0], -known[:, 1])))
-    found = np.array([[a.retrieved, b.retrieved] for a, b in both], np.float64)
-    rows.append(("a right passage is retrieved", paired_difference(found[:, 0], found[:, 1])))
-    warnings = []
-    if len(both) < max(map(len, lines)):
-        warnings.append(f"Only {len(both)} of {len(lines[0])} and {len(lines[1])} questions are the same.")
-    if any(a.gold != b.gold for a, b in both):
-        warnings.append("The right answers of some questions differ between the runs.")
-    return {"questions": len(both), "rows": rows, "warnings": warnings}
+    found = compare([ours], [theirs])
+    rows = [(of.measure, of.difference) for of in found.measures]
+    return {"questions": found.questions, "rows": rows, "warnings": found.warnings} if found.questions else None
 
 
 def _rows(runs: Sequence[RunResults]) -> list[list[tuple[RunResults, Prediction]]]:
@@ -163,7 +143,7 @@ def _rows(runs: Sequence[RunResults]) -> list[list[tuple[RunResults, Prediction]
     by_question: dict[str, list[tuple[RunResults, Prediction]]] = {}
     for run in runs:
         for of in run.predictions[run.model]:
-            by_question.setdefault(f"{of.id}\n{of.question}", []).append((run, of))
+            by_question.setdefault(of.key, []).append((run, of))
     return list(by_question.values())
 
 

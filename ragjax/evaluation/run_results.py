@@ -52,6 +52,7 @@ class ProposedAnswer(_Record):
 class ModeScore(_Record):
     exact_match: float
     f1: float
+    rouge_l: float | None = None  # an older version's have none
 
 
 class ModeAnswer(_Record):
@@ -83,6 +84,11 @@ class Prediction(_Record):
     documents: list[PredictedDocument]
 
     @property
+    def key(self) -> str:
+        """What makes it the same question in another run."""
+        return f"{self.id}\n{self.question}"
+
+    @property
     def mode(self) -> str:
         """The mode whose answer and probabilities these are."""
         return next(iter(self.modes))
@@ -111,6 +117,7 @@ class _ModeMetrics(_Record):
     exact_match: float | None
     exact_match_interval: list[float] | None
     f1: float | None
+    rouge_l: float | None = None
     contains: float | None
     equal_as_nothing: int
     proved: dict[str, float | None] | None = None

@@ -12,15 +12,22 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
-from ragjax.config import ON_DEVICES, most_documents
+from ragjax.config import ON_DEVICES, most_documents, rescores_as_hugging_face
 from ragjax.decoding.beam_search import likeliest_next
 from ragjax.decoding.candidates import pad_answers
 from ragjax.decoding.exact.decode import search_settings
 from ragjax.decoding.marginal_search import search_marginal, search_rag_token
-from ragjax.decoding.prefix_cache import beam_step, empty_prefix_cache
+from ragjax.decoding.prefix_cache import (
+    MOST_NEW,
+    PrefixCache,
+    beam_step,
+    empty_prefix_cache,
+    extend_prefixes,
+    read_width,
+)
 from ragjax.decoding.propose import beam_search_documents, beam_settings, prefill_documents
 from ragjax.decoding.rescore import score_tokens
-from ragjax.models.kv_cache import DocumentMemory
+from ragjax.models.kv_cache import DocumentMemory, KVCache
 from ragjax.models.layers import Params
 from ragjax.parallel.by_device import by_device, on_mesh
 from ragjax.parallel.sharding import abstract_with_sharding, heads_spec
@@ -206,6 +213,8 @@ def answering_programs(inputs: PlanInputs, mesh: Mesh) -> dict[str, tuple[Any, .
     }
     searches = _search_programs(inputs, mesh)
     programs |= {name: (searches[name], params, memory) for name in _searches(inputs)}
+    if "candidates" in programs and not rescores_as_hugging_face(config):
+        programs["reading more"] = _reading_more(inputs, mesh, params, memory)
     if decode.passage_cache_gib and not model.config.encoder_decoder:
         at = rows(jax.ShapeDtypeStruct(memory[-1].shape, jnp.int32))
         # a slot for each prompt
@@ -223,14 +232,38 @@ def _after_reading(inputs: PlanInputs, mesh: Mesh) -> tuple[Params, Any, list[An
     params = inference_params(rag, mesh)["generator"]
     prompts = abstract_with_sharding(mesh, _prompts(inputs, mesh.shape["data"]), "data")
 
-    def place(leaf: Any) -> Any:
-        spec = heads_spec(mesh, leaf.shape[3]) if leaf.ndim == 5 else PartitionSpec("data")
-        return abstract_with_sharding(mesh, leaf, *spec)
-
     def read(*given: Any) -> list[Any]:
         return jax.tree.leaves(prefill_documents(model.graphdef, *given))
 
-    return params, prompts, [*map(place, jax.eval_shape(read, params, *prompts))]
+    return params, prompts, [_placed(mesh, leaf) for leaf in jax.eval_shape(read, params, *prompts)]
+
+
+def _placed(mesh: Mesh, leaf: Any) -> Any:
+    """A leaf of a memory or of what was read after it, with its place."""
+    spec = heads_spec(mesh, leaf.shape[3]) if leaf.ndim == 5 else PartitionSpec(*["data"][: leaf.ndim])
+    return abstract_with_sharding(mesh, leaf, *spec)
+
+
+def _reading_more(inputs: PlanInputs, mesh: Mesh, params: Params, memory: list[Any]) -> tuple[Any, ...]:
+    """What scores candidates beside the prefixes that the search has read: as many new ones as are read together."""
+    decode, graph = inputs.config.decode, inputs.model("generator").graphdef
+
+    def empty(params: Params, *memory: Any) -> list[Any]:
+        slots = decode.max_new_tokens * decode.num_beams
+        return jax.tree.leaves(empty_prefix_cache(nnx.merge(graph, params), DocumentMemory(*memory), slots))
+
+    prefixes = [_placed(mesh, leaf) for leaf in jax.eval_shape(empty, params, *memory)]
+    longest = decode.max_new_tokens - 1
+    most = min((_candidates(inputs) - decode.num_beams) * longest, max(MOST_NEW, longest))
+    shape = prefixes[-1].shape[0], read_width(max(1, most), few=mesh.devices.flat[0].platform != "cpu")
+    new = abstract_with_sharding(mesh, jax.ShapeDtypeStruct(shape, jnp.int32), "data")
+
+    @jax.jit
+    def read(params: Params, memory: list[Any], prefixes: list[Any], tokens: Any, parent: Any) -> Any:
+        cache = PrefixCache(KVCache(*prefixes[:4]), *prefixes[4:])
+        return extend_prefixes(graph, params, DocumentMemory(*memory), cache, None, tokens, parent)
+
+    return read, params, memory, prefixes, new, new
 
 
 def search_step(inputs: PlanInputs, mesh: Mesh) -> dict[str, tuple[Any, ...]]:

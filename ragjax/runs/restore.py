@@ -160,12 +160,14 @@ def export_params(rag: RagPipeline, merge: bool) -> tuple[Params, int]:
     """The parameters of a run's newest checkpoint in float32, on the host, or else the pretrained ones; and its step.
 
     Of a model that has adapters these alone, or, to `merge`, its weights with them. What is in int8 is multiplied by
-    its scales.
+    its scales, which is printed.
     """
     lora = rag.config.train.lora
     if lora.rank is None or merge:
         restored = restore_params(rag, exact=True)
         params = dequantized(jax.device_get(restored[0] if restored else rag.initial_params()))
+        if rag.config.generator.quantization is not None and "generator" in rag.parts:
+            terminal.print("the generator's kernels are those of int8, in float32", soft_wrap=True)
         whole = {name: merged(part, lora.alpha / (lora.rank or 1)) for name, part in params.items()}
         return whole, restored[1] if restored else 0
     few, trained = {name: adapters_only(part) for name, part in rag.abstract_params().items()}, None

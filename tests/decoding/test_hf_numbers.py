@@ -46,9 +46,10 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 LABELS = ("labels", "labels_nobos", "labels_nostart", "labels_short")
 VARIANTS = ("default", "lp0", "forcedbos", "earlystop")
 BEAMS = (1, 2, 4)
-QUICK = {("lp0", 4), ("forcedbos", 2), ("earlystop", 4)}  # beside the default; each other pair is one more program
+# each other pair is one more program
+QUICK = {("default", 1), ("default", 4), ("lp0", 4), ("forcedbos", 2), ("earlystop", 4)}
 SEARCHES = [
-    pytest.param(variant, beams, marks=() if variant == "default" or (variant, beams) in QUICK else pytest.mark.slow)
+    pytest.param(variant, beams, marks=() if (variant, beams) in QUICK else pytest.mark.slow)
     for variant in VARIANTS
     for beams in BEAMS
 ]
@@ -151,7 +152,7 @@ def test_likelihoods(golden: Golden, name: str) -> None:
     np.testing.assert_allclose(of_tokens, golden.values[f"score/{name}/rag_token_nll"], rtol=1e-4)
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("smoothing", [pytest.param(0.0, marks=pytest.mark.slow), 0.1])
 def test_the_reduced_loss_and_its_gradients(golden: Golden, smoothing: float, world: Path) -> None:
     """By every parameter of both parts, and by the documents' embeddings, through the loss that training uses."""
     values, start = golden.values, "grad/" if smoothing == 0.0 else "grad_smooth_0.1/"

@@ -139,6 +139,27 @@ def test_nothing_is_read_twice(world: Read, monkeypatch: pytest.MonkeyPatch) -> 
     assert 0 < used.sum() == len(missing) < sum(len(y) - 1 for y in every)
 
 
+def test_many_prefixes_are_read_in_passes(world: Read, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that memory is bounded: of few at once, but no answer is cut. The scores are the same."""
+    reads: list[np.ndarray] = []
+    original = prefixes_module.extend_prefixes
+
+    def counted(*given: Any) -> Any:
+        reads.append((np.asarray(given[-1]) >= 0).sum(axis=-1))
+        return original(*given)
+
+    every = candidates(world)
+    wanted = {0: every, 2: every[3:], 1: [every[0]]}
+    whole = world.scorer.score(wanted)
+    monkeypatch.setattr(prefixes_module, "extend_prefixes", counted)
+    monkeypatch.setattr(prefixes_module, "MOST_NEW", 3)
+    found = world.scorer.score(wanted)
+    assert list(found) == list(wanted)
+    for row in wanted:
+        np.testing.assert_allclose(found[row], whole[row], atol=2e-5, rtol=1e-5)
+    assert len(reads) > 2 and max(map(max, reads)) <= max(3, LONGEST - 1)
+
+
 def test_bounds_are_the_longest_prefix_read(world: Read) -> None:
     every = candidates(world)
     found = world.scorer.bounds({row: every for row in (1, 3)})

@@ -5,11 +5,18 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
+from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from ragjax.evaluation.comparison import in_pairs, paired_difference
+from ragjax.config import load_config
+from ragjax.evaluation.comparison import compare, paired_difference, spreads
+from ragjax.evaluation.run_results import ModeAnswer, ModeScore, Prediction, RunResults
+from ragjax.metrics import bootstrap_interval
+
+TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 
 
 def test_the_interval_is_that_of_every_resampling() -> None:
@@ -58,5 +65,53 @@ def test_no_difference_at_all() -> None:
     assert (alone.low, alone.high, alone.p_value) == (1, 1, 1)
 
 
-def test_questions_are_paired_by_what_they_are() -> None:
-    assert in_pairs(["a", "b", "c"], ["c", "x", "a"]) == [(0, 2), (2, 0)]
+def run_of(name: str, scores: Mapping[str, tuple[float, float | None]]) -> RunResults:
+    """Of each question the exact match, and −log p(gold answer) where it is known."""
+    predictions = [
+        Prediction(
+            model="trained",
+            line=1,
+            id=key,
+            question="?",
+            gold=["a"],
+            answer="a",
+            answers={"thorough": "a"},
+            scores={"thorough": ModeScore(exact_match=match, f1=match / 2)},
+            p_answer=0.5,
+            gold_nll=nll,
+            mass_outside=None,
+            proposed=[],
+            modes={"thorough": ModeAnswer(p_answer=0.5, finished=True)},
+            documents=[],
+        )
+        for key, (match, nll) in scores.items()
+    ]
+    config = load_config(TINY)
+    return RunResults(name, config, [], {"models": {"trained": {}}}, {"trained": predictions}, {}, {}, [])
+
+
+def test_each_question_counts_with_its_mean_over_the_runs() -> None:
+    """Of all runs only the questions that each of them answered; a probability that one does not know is left out."""
+    ours = [run_of("a", {"p": (0, 2.0), "q": (1, 1.0), "r": (1, 3.0)}), run_of("b", {"q": (0, 2.0), "p": (0, 4.0)})]
+    theirs = [run_of("c", {"x": (1, 0.0), "p": (1, 1.0), "q": (1, None)})]
+    found = compare(ours, theirs)
+    assert found.questions == 2 and found.warnings == ["Only 2 of 3, 2 and 3 questions are the same."]
+    match, f1, nll, retrieved = found.measures
+    assert (match.measure, match.ours, match.theirs) == ("thorough: exact match", 0.25, 1.0)
+    assert match.difference == paired_difference(np.array([0, 0.5]), np.array([1.0, 1.0]))
+    assert (f1.ours, f1.theirs) == (0.125, 0.5)
+    assert (nll.ours, nll.theirs, nll.difference.questions) == (-3.0, -1.0, 1)
+    assert retrieved.difference.mean == 0
+    assert compare(ours, [run_of("d", {"y": (1, 0.0)})]).measures == []
+
+
+def test_the_spread_is_between_runs_and_the_interval_over_questions() -> None:
+    """As if each question had one score, the mean of its own; of seeds that agree, the deviation is 0."""
+    a = {str(i): (float(i % 2), 1.0) for i in range(10)}
+    b = {key: (1.0, 1.0) for key in a}
+    found = spreads([run_of("a", a), run_of("b", b)])["thorough: exact match"]
+    assert (found.runs, found.mean) == ([0.5, 1.0], 0.75)
+    assert found.deviation == pytest.approx(np.sqrt(0.125))
+    assert (found.low, found.high) == bootstrap_interval(np.array([0.5, 1.0] * 5), seed=0)
+    assert spreads([run_of("a", a), run_of("c", a)])["thorough: exact match"].deviation == 0
+    assert spreads([run_of("a", a)])["thorough: exact match"].deviation is None

@@ -18,7 +18,7 @@ from html_tree import Element, check_harmless
 from trained import refused
 
 from ragjax.cli import main
-from ragjax.commands.report import write_report
+from ragjax.commands.comparing.report import write_report
 from ragjax.errors import InputError
 from ragjax.evaluation import report_page
 from ragjax.evaluation.metrics_table import metric_rows
@@ -183,11 +183,32 @@ def test_two_runs_side_by_side(first: Path, second: Path, tmp_path: Path, capsys
     mean = np.mean([b["scores"]["thorough"]["f1"] - a["scores"]["thorough"]["f1"] for a, b in pairs])
     row = next(e.cells for e in found if e.tag == "tr" and e.text.startswith("thorough: F1"))
     assert row.split()[2] == f"{mean:+.3f}"
+    assert main(["compare", str(first), str(second), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    of = next(of for of in told["measures"] if of["measure"] == "thorough: F1")
+    assert (told["questions"], of["difference"]["mean"]) == (6, pytest.approx(mean))
+    assert of["theirs"] - of["ours"] == pytest.approx(mean)
     metrics = [json.loads((run / "metrics.json").read_text())["models"] for run in (first, second)]
     for cell in (e for e in found if e.attributes.get("data-key", "").endswith("recall@1")):
         number, model, key = cell.attributes["data-key"].split(".")
         assert float(cell.text) == pytest.approx(metrics[int(number)][model][key], abs=5.01e-4)
     assert len([e for e in found if e.tag == "details"]) == 8
+
+
+def test_several_runs_in_a_folder(
+    first: Path, second: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder of runs counts as all of them; one without any, or the same again, is refused."""
+    both = tmp_path / "both"
+    both.mkdir()
+    for folder in (first, second):
+        shutil.copytree(folder, both / folder.name, symlinks=True)
+    capsys.readouterr()
+    assert main(["compare", str(first), str(both)]) == 0
+    out = capsys.readouterr().out
+    assert "6 questions" in out and "thorough: F1" in out and "Only 6 of 8, 8 and 6 questions" in out
+    assert "is the first folder again" in refused(capsys, tmp_path, "compare", str(both), str(both))
+    assert "no run here, nor in the folders of it" in refused(capsys, tmp_path, "compare", str(first), str(tmp_path))
 
 
 def test_hostile_texts_are_shown_and_not_obeyed(first: Path, tmp_path: Path) -> None:

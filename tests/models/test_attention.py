@@ -17,7 +17,7 @@ from ragjax.parallel.mesh import make_mesh
 
 LENGTH, HEADS, KV_HEADS, WIDTH = 200, 4, 2, 64
 # of the kernels' sums, in float32: S terms, at most ten times their size apart
-ROUNDING = {"rtol": 0, "atol": LENGTH * 1e-6}
+ROUNDING = LENGTH * 1e-6
 CASES: dict[str, dict[str, Any]] = {
     "causal": {"causal": True},
     "causal, window, soft cap": {"causal": True, "window": 70, "softcap": 2.0},
@@ -80,7 +80,7 @@ def expected(case: dict[str, Any], count: int = 2) -> Any:
 
 
 def assert_close(found: Any, wanted: Any) -> None:
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **ROUNDING), found, wanted)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=ROUNDING), found, wanted)
 
 
 def test_the_tpus_kernel(case: dict[str, Any]) -> None:
@@ -107,8 +107,9 @@ def test_all_logits(case: dict[str, Any]) -> None:
 def test_jaxs_own_function(case: dict[str, Any]) -> None:
     """By XLA, with the arguments that cuDNN gets on a GPU."""
     if case["softcap"]:
+        q, k, v, _ = rows(2)
         with pytest.raises(AssertionError):
-            attention.fused_attention(*rows(2)[:3], None, **{k: case[k] for k in case if k != "mask"})
+            attention.fused_attention(q, k, v, None, **{k: v for k, v in case.items() if k != "mask"})
         case["softcap"] = 0.0
     masked = case.pop("mask")
     found = with_gradients(partial(attention.fused_attention, implementation="xla", **case), masked)
@@ -118,7 +119,7 @@ def test_jaxs_own_function(case: dict[str, Any]) -> None:
 @pytest.mark.devices(8)
 @pytest.mark.parametrize("model", [2, 4], ids=["heads over model", "keys cannot be split"])
 def test_each_device_has_its_rows_and_heads(model: int) -> None:
-    case = {"scale": 0.2, "softcap": 0.0, "causal": True, "window": None}
+    case: dict[str, Any] = {"scale": 0.2, "softcap": 0.0, "causal": True, "window": None}
     mesh = make_mesh(model)
     with use_abstract_mesh(mesh.abstract_mesh):
         attend = partial(attention._splash_on_mesh, interpret=True, **case)

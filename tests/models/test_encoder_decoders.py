@@ -269,18 +269,15 @@ def test_distances_share_rows() -> None:
     assert int(distance_bucket(jnp.asarray(-1), 8, 16, both_ways=True)) == 1
 
 
+@SLOW
 @pytest.mark.parametrize(
     ("family", "more"),
     [
         ("bart", []),
-        pytest.param("t5", [], marks=SLOW),
-        pytest.param("bart", ["model=rag_token", "train.label_smoothing=0.1"], marks=SLOW),
-        pytest.param(
-            "bart",
-            ["hf_compatible=true", "train.exclude_bos=true", "decode.num_docs=3", "decode.length_penalty=1.0"],
-            marks=SLOW,
-        ),
-        pytest.param("t5", ["hf_compatible=true", "model=rag_token"], marks=SLOW),
+        ("t5", []),
+        ("bart", ["model=rag_token", "train.label_smoothing=0.1"]),
+        ("bart", ["hf_compatible=true", "train.exclude_bos=true", "decode.num_docs=3", "decode.length_penalty=1.0"]),
+        ("t5", ["hf_compatible=true", "model=rag_token"]),
     ],
     ids=str,
 )

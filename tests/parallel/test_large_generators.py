@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import pytest
@@ -100,7 +100,9 @@ def planned(config: Path, settings: list[str]) -> Iterator[tuple[str, int]]:
     """The same rows of the plan."""
     loaded = load_config(config, settings)
     inputs = open_inputs(loaded, command_mesh("train", loaded.mesh.model))
-    for plans, command in (("train", "train"), ("evaluate", "evaluate"), ("evaluate", "answer")):
+    places: list[tuple[Literal["train", "evaluate"], str]]
+    places = [("train", "train"), ("evaluate", "evaluate"), ("evaluate", "answer")]
+    for plans, command in places:
         rows = [parameters_row(inputs, plans, model) for model in ("retriever", "generator")]
         rows += [search_row(inputs, plans), *([optimizer_row(inputs)] if plans == "train" else [])]
         yield from ((f"{command}: {row.what}", int(row.size or 0)) for row in rows)

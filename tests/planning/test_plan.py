@@ -221,6 +221,7 @@ def test_temporaries_of_answering_do_not_grow_with_the_devices(world: Path) -> N
     assert found[8] == pytest.approx(found[1], rel=0.02)
 
 
+@pytest.mark.slow
 def test_temporaries_and_network_are_those_of_the_compiled_step(
     compiled: None, world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,12 @@ pytestmark = [
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 V5E_MEMORY = 15.75 * 2**30  # what XLA may use of its 16 GiB
-EIGHT_BILLION = {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
+EIGHT_BILLION: dict[str, Any] = {
+    "hidden_size": 4096,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+}
 EIGHT_BILLION |= {"hidden_act": "silu", "tie_word_embeddings": False}
 # config.json as the hub has them, as far as they are read
 MODELS = {
@@ -131,6 +137,7 @@ from ragjax.parallel.mesh import make_mesh
 from ragjax.parallel.sharding import abstract_with_sharding
 from ragjax.planning.plan import _tpu_devices
 from pathlib import Path
+from typing import Any
 import sys
 mesh = make_mesh(devices=_tpu_devices("v5e:2x2")[:1])
 model, told = generator_shape(Path(sys.argv[1]), dtype="bfloat16"), {}
@@ -194,12 +201,14 @@ def test_long_prompts_are_read_without_their_logits() -> None:
     assert told["four"] < told["kernel"][-1]  # each has one prompt, and half of its heads
 
 
-# `ragjax plan`, but for the row that counts in no total: it compiles the step a second time
+# `ragjax plan`, but for what index takes, and for the row that counts in no total: it compiles the step a second time
 PLAN = """
 import json, sys
 from ragjax.config import load_config
 from ragjax.planning import train_rows
-from ragjax.planning.plan import capacity, memory_plan, planned_mesh
+from ragjax.planning.evaluate_rows import evaluate_rows
+from ragjax.planning.inputs import open_inputs
+from ragjax.planning.plan import capacity, planned_mesh
 from ragjax.planning.program_cost import NotCompiled
 from ragjax.planning.rows import totals
 path, *settings = sys.argv[1:]
@@ -211,7 +220,8 @@ def compile_used(inputs, remat):
     return compile_step(inputs, remat)
 train_rows.compile_step = compile_used
 mesh = planned_mesh(config, None, "v5e:2x4")
-rows = memory_plan(config, mesh).rows
+inputs = open_inputs(config, mesh)
+rows = [*train_rows.train_rows(inputs, None), *evaluate_rows(inputs, None)]
 sums = [total for total in totals(rows, capacity(config, mesh)) if total.place == "device"]
 print(json.dumps({
     "rows": {f"{row.command}: {row.what}": row.size for row in rows if row.place == "device"},
@@ -231,7 +241,8 @@ def test_eight_billion_parameters_fit_eight_tpus(tmp_path: Path) -> None:
     printed = {generator: plan.communicate()[0] for generator, plan in plans.items()}
     for generator, parameters in (("qwen3", 8_190_735_360), ("llama3", 8_030_261_248)):
         told = json.loads(printed[generator])
-        assert told["rows"]["evaluate: generator parameters"] == pytest.approx(parameters * 2 / 4, rel=0.01)
-        assert told["totals"].keys() == {"index", "train", "evaluate"}
+        # with adapters of Llama's, in float32
+        assert told["rows"]["train: generator parameters"] == pytest.approx(parameters * 2 / 4, rel=0.03)
+        assert told["totals"].keys() == {"train", "evaluate"}
         for command, (size, has, fits) in told["totals"].items():
             assert fits and size < has == V5E_MEMORY, (generator, command)

@@ -32,6 +32,7 @@ from ragjax.files import write_jsonl
 from ragjax.models.layers import Params
 from ragjax.parallel.mesh import make_mesh
 from ragjax.parallel.sharding import put_global, shard_batch
+from ragjax.planning.program_cost import Cost
 from ragjax.rag import RagPipeline, load_pipeline
 from ragjax.retrieval.encoder import encode
 from ragjax.retrieval.index import Index
@@ -172,7 +173,7 @@ def test_a_label_that_is_not_there(world: Path, tmp_path: Path) -> None:
 def learnt(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
     folder = tmp_path_factory.mktemp("contrastive")
     config = contrasting(
-        world, folder / "run", train__steps=40, train__dev_questions=5, train__mined_negatives=30, train__save_every=20
+        world, folder / "run", train__steps=24, train__dev_questions=5, train__mined_negatives=30, train__save_every=12
     )
     train(config)
     return config
@@ -196,7 +197,7 @@ def test_evaluation_and_answers_after_it(learnt: Config, capsys: pytest.CaptureF
     restored = restore_params(rag)
     assert restored is not None
     chex.assert_trees_all_equal(restored[0]["generator"], rag.generator.load_params())
-    assert open_answerer(config).index.manifest["refreshed"] == 40
+    assert open_answerer(config).index.manifest["refreshed"] == 24
 
 
 def test_the_way_on(learnt: Config, tmp_path: Path) -> None:
@@ -325,13 +326,22 @@ def test_what_does_not_go_together(world: Path, setting: str, message: str) -> N
 
 
 def test_answers_may_be_long_where_none_is_generated(
-    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train(contrasting(world, tmp_path / "run", generator__max_answer_tokens=1, train__steps=1))
+    def begins(*_: object) -> None:
+        raise RuntimeError("the first step")
+
+    monkeypatch.setattr("ragjax.commands.train.run_steps", begins)
+    with pytest.raises(RuntimeError, match="the first step"):
+        train(contrasting(world, tmp_path / "run", generator__max_answer_tokens=1))
     assert "are not trained on" not in capsys.readouterr().err
 
 
-def test_a_plan_without_a_generator(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_without_a_generator(
+    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ragjax.planning.index_rows.program_temporaries", lambda *_: 1)  # not the question here
+    monkeypatch.setattr("ragjax.planning.evaluate_rows.program_cost", lambda *_: (1, Cost(1, {})))
     settings = ["train.objective=contrastive", "train.passage_encoder=own", "refresh.every=20"]
     assert main(["plan", str(world / "config.yaml"), "--json", *settings]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]

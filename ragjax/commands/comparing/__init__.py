@@ -1,0 +1,1 @@
+"""Subcommands about whole runs beside each other."""
