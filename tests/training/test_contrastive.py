@@ -203,7 +203,7 @@ def test_evaluation_and_answers_after_it(learnt: Config, capsys: pytest.CaptureF
 def test_the_way_on(learnt: Config, tmp_path: Path) -> None:
     """`ragjax export` gives what `retriever.source` takes, and end-to-end training begins there."""
     assert main(["export", learnt.output, str(tmp_path / "exported")]) == 0
-    assert {path.name for path in (tmp_path / "exported").iterdir()} == {"question_encoder", CHECKSUMS}
+    assert {path.name for path in (tmp_path / "exported").iterdir()} == {"question_encoder", "README.md", CHECKSUMS}
     source = str(tmp_path / "exported" / "question_encoder")
     config = load_config(Path(learnt.output) / "config.yaml", ["output=" + str(tmp_path / "run")])
     config = config.replace(
