@@ -226,6 +226,7 @@ def test_its_own_passage_encoder_is_exported(world: Path, tmp_path: Path) -> Non
     assert {path.name for path in (tmp_path / "exported").iterdir()} == {
         "question_encoder",
         "passage_encoder",
+        "README.md",
         CHECKSUMS,
     }
     rag = load_pipeline(
