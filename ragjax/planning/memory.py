@@ -87,6 +87,10 @@ def memory_advice(rag: RagModel, mesh: Mesh) -> list[str]:
     elif train.num_docs > 1:
         advice.append(f"train.num_docs below {train.num_docs}")
     advice.append(f"generator.max_prompt_tokens below {config.generator.max_prompt_tokens}")
+    if config.generator.quantization is None:
+        adapted = train.lora.rank and any(target.split(".")[0] == "generator" for target in train.lora.targets)
+        kept = adapted or {"generator", "generator.layers"} & set(train.frozen_params)
+        advice.append("generator.quantization=int8" + ("" if kept else " with train.lora.rank=16"))
     if train.backprop_docs is None and config.model == "rag_sequence" and train.num_docs > 1:
         advice.append("train.backprop_docs=1")
     if config.index.kind in ON_DEVICES and config.index.dtype == "float32":

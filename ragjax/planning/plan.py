@@ -117,6 +117,8 @@ def _advice(inputs: PlanInputs) -> dict[tuple[str, str], list[str]]:
         evaluate.append("evaluate.batch_size=1")
     if settings.max_untrained_questions != 0:
         evaluate.append("evaluate.max_untrained_questions=0")
+    if inputs.config.generator.quantization is None:
+        evaluate.append("generator.quantization=int8")
     if inputs.config.decode.passage_cache_gib:
         evaluate.append("a smaller decode.passage_cache_gib")
     with suppress(Unknown):

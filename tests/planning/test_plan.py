@@ -532,11 +532,13 @@ def test_the_table_says_what_does_not_fit_and_what_would_help(capsys: Capture, w
         "train.frozen_params=[retriever] (parameters and optimiser state ",
         "dtype=bfloat16",
         "train.gradient_accumulation=4;",
+        "generator.quantization=int8 with train.lora.rank=16;",
     ):
         assert setting in advice
     assert "train.remat" not in advice
     assert "what would help to evaluate: " in advice and "evaluate.batch_size=1;" in advice
-    assert "mesh.model=2" in advice[advice.index("to evaluate") :]
+    for setting in ("mesh.model=2", "generator.quantization=int8;"):
+        assert setting in advice[advice.index("to evaluate") :]
     print_plan(told, {"disk": 1, "host": 2**40, "device": 2**40}, as_json=False)
     assert "what would help" not in capsys.readouterr().out
     assert [size_text(size) for size in (512, 3 * 2**20, 2**31)] == ["0.5 KiB", "3.00 MiB", "2.00 GiB"]
