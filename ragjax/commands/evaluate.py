@@ -6,21 +6,26 @@ import dataclasses
 import importlib.metadata
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from ragjax.answerer import Answerer
-from ragjax.answering.batch_answerer import repeat_to_size
 from ragjax.checkpoints.hub import fingerprint_files
 from ragjax.config import Config, answer_modes, most_documents
 from ragjax.data.answer_matching import has_answer
-from ragjax.data.question_batch import drop_unfit_questions, question_batch, tokenize_answer, tokenize_questions
+from ragjax.data.question_batch import (
+    QuestionBatch,
+    drop_unfit_questions,
+    question_batch,
+    tokenize_answer,
+    tokenize_questions,
+)
 from ragjax.data.questions import Question, Split, as_json
 from ragjax.evaluation.predictions import (
     METRICS,
@@ -35,15 +40,15 @@ from ragjax.evaluation.predictions import (
     summarise,
     unanswered_line,
 )
+from ragjax.evaluation.progress import EvaluationProgress
 from ragjax.files import atomic_write, check_writable, write_jsonl
-from ragjax.parallel.mesh import command_mesh
-from ragjax.parallel.processes import allgather_text, is_process_zero, run_on_process_zero, wait_for_all
+from ragjax.parallel.mesh import command_mesh, index_mesh
+from ragjax.parallel.processes import run_on_process_zero
 from ragjax.rag import RagPipeline
 from ragjax.retrieval.index import check_k
 from ragjax.retrieval.passage_cache import check_passage_cache
-from ragjax.retrieval.retrieve import log_prior_mass, retrieve
+from ragjax.retrieval.retrieve import RetrievalResult, log_prior_mass, retrieve
 from ragjax.runs.checkpointer import fingerprint, newest_step
-from ragjax.runs.journal import Journal, read_journal
 from ragjax.runs.restore import (
     check_answering_fits,
     load_artifacts,
@@ -53,11 +58,10 @@ from ragjax.runs.restore import (
     trained_index,
 )
 from ragjax.runs.run_dir import PACKAGES, check_processes_agree, make_folder
-from ragjax.terminal import progress_bar, terminal
+from ragjax.terminal import terminal
 
 RETRIEVAL_BATCH = 64
 VERSION = 1  # of predictions.jsonl: changes with the meaning of a key
-BatchResults = dict[int, list[Any]]  # one result a question, by the number of the batch's first question
 
 
 def evaluate(config: Config) -> dict[str, Any]:
@@ -65,7 +69,8 @@ def evaluate(config: Config) -> dict[str, Any]:
 
     Retrieval is measured on every question of the split, answers on the first `evaluate.max_questions` (before
     training: `evaluate.max_untrained_questions`), each of `evaluate.modes` in a pass of its own. Questions are split
-    over the devices of each process, and batches of them over the processes, each of which holds the models. Writes
+    over the devices of each process, and batches of them over the processes, each of which holds the models; the
+    devices of all hold the index, and search for the documents of all before any question is answered. Writes
     metrics.json, predictions.jsonl and passages.jsonl into `output`, and returns the metrics. A question that cannot be
     asked counts as wrong, and as not found; `answerable` has the figures without such.
 
@@ -79,6 +84,8 @@ def evaluate(config: Config) -> dict[str, Any]:
     check_k(most_documents(config), len(index))
     split = drop_unfit_questions(rag.tokenizers, split, documents=True, closed_book=config.evaluate.closed_book)
     mesh = command_mesh("evaluate", config.mesh.model)
+    if index.on_devices and (everywhere := index_mesh("evaluate")).is_multi_process:
+        index.together = everywhere
     check_answering_fits(rag, mesh)
     check_passage_cache(rag, store, mesh)
     trained = restore_params(rag, mesh)
@@ -145,72 +152,6 @@ def _evaluation(rag: RagPipeline, fingerprints: dict[str, str], step: int | None
     return json.loads(json.dumps(about))
 
 
-class EvaluationProgress:
-    """The results of all processes' batches so far, each process's in a journal of its own; see `evaluate`.
-
-    Whatever the number of processes that wrote them, those that go on share out what is missing.
-    """
-
-    def __init__(self, folder: Path, evaluation: dict[str, Any]) -> None:
-        self.folder, self.evaluation = folder, evaluation
-        self._journal = Journal(folder / f"predictions.{jax.process_index()}.partial", evaluation)
-        self._before: dict[str, BatchResults] = {}  # by measure and version of the index; in process 0 alone
-        self._done: dict[str, list[int]] = {}  # the first questions of their batches, in all processes
-
-    def __enter__(self) -> EvaluationProgress:
-        self._journal.__enter__()
-        wait_for_all("evaluation")  # now nobody cuts off another one's last line
-        for path in sorted(self.folder.glob("predictions.*.partial")) if is_process_zero() else []:
-            for record in read_journal(path, self.evaluation):
-                self._before.setdefault(record["measure"], {})[record["start"]] = record["results"]
-        done = {measure: list(results) for measure, results in self._before.items()}
-        self._done = json.loads(allgather_text(json.dumps(done))[0])
-        if count := sum(map(len, self._done.values())):
-            terminal.print(f"going on with an evaluation that was stopped: {count} batches were done", soft_wrap=True)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._journal.__exit__(*error)
-
-    def delete(self) -> None:
-        for path in self.folder.glob("predictions.*.partial"):
-            path.unlink(missing_ok=True)
-
-    def measure(
-        self,
-        name: str,
-        answerer: Answerer,
-        questions: Sequence[Question],
-        size: int,
-        measure_batch: Callable[[list[Question]], list[Any]],
-    ) -> list[Any]:
-        """One result a question, in their order, in every process.
-
-        Args:
-            name: of the measure, for the progress bar and the journal.
-            answerer: whose mesh and index are used.
-            questions: all of them; batches of them are split over the processes.
-            size: the most questions of a batch on each device; the last batch is filled up.
-            measure_batch: gives one result, as JSON, for each question of a batch.
-        """
-        devices = answerer.mesh.shape["data"]
-        size = max(1, min(size, -(-len(questions) // devices))) * devices
-        measure = f"{name} {answerer.index.version}"
-        done = set(self._done.get(measure, []))
-        missing = [start for start in range(0, len(questions), size) if start not in done]
-        mine = missing[jax.process_index() :: jax.process_count()]
-        batches = {start: list(questions[start : start + size]) for start in mine}
-        results = dict(self._before.get(measure, {}))
-        with progress_bar(name, sum(map(len, batches.values())), "questions", first="compiling …") as advance:
-            for start, batch in batches.items():
-                results[start] = measure_batch(repeat_to_size(batch, size))[: len(batch)]
-                self._journal.add({"measure": measure, "start": start, "results": results[start]})
-                advance(len(batch))
-        by_process = [json.loads(text) for text in allgather_text(json.dumps(list(results.items())))]
-        by_start = dict(item for items in by_process for item in items)
-        return [result for start in sorted(by_start) for result in by_start[start]]
-
-
 def _measure(
     answerer: Answerer, split: Split, limit: int | None, name: str, progress: EvaluationProgress
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -227,8 +168,9 @@ def _measure(
     results, caches = [], dict[str, Any]()
     for what, together, gold in passes:
         alone = dataclasses.replace(answerer)  # with a passage cache of its own
-        measure_batch = partial(_predict, alone, together, gold, config.evaluate.modes is not None)
-        results.append(progress.measure(what, alone, first.questions, config.evaluate.batch_size, measure_batch))
+        find = partial(_find, alone, together, gold)
+        predict = partial(_predict, alone, together, gold, config.evaluate.modes is not None)
+        results.append(progress.measure(what, alone, first.questions, config.evaluate.batch_size, find, predict))
         if together and together != closed and alone.passage_cache is not None:
             # an evaluation that went on counts what it has read since
             caches[together[0]] = alone.passage_cache.statistics.of_all_processes().as_json()
@@ -272,7 +214,8 @@ def _measure_retrieval(answerer: Answerer, split: Split, name: str, progress: Ev
         mass = np.exp(log_prior_mass(rag, index, retrieval, answerer.mesh)).astype(np.float64)
         return list(zip(hits, mass.tolist(), strict=True))
 
-    measured = progress.measure(f"retrieve ({name})", answerer, split.questions, RETRIEVAL_BATCH, hits_and_mass)
+    what = f"retrieve ({name})"
+    measured = progress.measure(what, answerer, split.questions, RETRIEVAL_BATCH, hits_and_mass, lambda found, _: found)
     keys = [("", at) for at in ranks] + ([("bm25_", at) for at in ranks] + [("hybrid_", k + more)] if more else [])
     recall = {f"{by}recall@{at}": sum(any(hits[by][:at]) for hits, _ in measured) for by, at in keys}
     metrics: dict[str, Any] = {"questions": len(split)} | {key: count / len(split) for key, count in recall.items()}
@@ -285,8 +228,29 @@ def _measure_retrieval(answerer: Answerer, split: Split, name: str, progress: Ev
     return metrics
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """A batch of questions with their documents."""
+
+    questions: QuestionBatch
+    retrieval: RetrievalResult | None  # None for closed-book answers
+    outside: np.ndarray | None  # the prior mass of other passages, where gold answers are measured and it is known
+    seconds: float  # that it took to find them
+
+
+def _find(answerer: Answerer, modes: Sequence[str], with_gold: bool, batch: list[Question]) -> _Asked:
+    """The documents of a batch, where a mode or the gold answers read them."""
+    began, texts = time.perf_counter(), [q.question for q in batch]
+    questions = question_batch(answerer.rag.tokenizers, texts)
+    reads = with_gold or any(mode != "closed_book" for mode in modes)
+    retrieval = answerer.retrieve(questions, texts) if reads else None
+    seconds = time.perf_counter() - began
+    outside = answerer.mass_outside(retrieval) if with_gold and retrieval is not None else None
+    return _Asked(questions, retrieval, outside, seconds)
+
+
 def _predict(
-    answerer: Answerer, modes: Sequence[str], with_gold: bool, timed: bool, batch: list[Question]
+    answerer: Answerer, modes: Sequence[str], with_gold: bool, timed: bool, asked: _Asked, batch: list[Question]
 ) -> list[dict[str, Any]]:
     """One batch: thorough and fast share a beam search, the gold answer the documents' memory.
 
@@ -295,13 +259,13 @@ def _predict(
         modes: what to decode: one mode, or thorough, fast and closed_book together.
         with_gold: whether to measure the gold answers.
         timed: whether to tell the seconds a question, of finding its documents and of decoding.
+        asked: the questions with their documents.
         batch: the questions.
     """
     began, tokenizers = time.perf_counter(), answerer.rag.tokenizers
-    questions = question_batch(tokenizers, [q.question for q in batch])
+    questions, retrieval = asked.questions, asked.retrieval
     reading = [mode for mode in modes if mode != "closed_book"]
     results: list[dict[str, Any]] = [{"modes": {}} for _ in batch]
-    retrieval = answerer.retrieve(questions, [q.question for q in batch]) if reading or with_gold else None
     golds = [_gold(answerer.rag, q) for q in batch] if with_gold else []
     gold = [tokenize_answer(tokenizers, "") if answer is None else answer for answer in golds] or None
     gold_logp = None
@@ -320,11 +284,10 @@ def _predict(
         closed, _ = answerer.candidates(questions, None, "fast")
         for result, own in zip(results, closed, strict=True):
             result["modes"]["closed_book"] = chosen_answer(answerer, own, "closed_book")
-    seconds = (time.perf_counter() - began) / len(batch)
-    outside = answerer.mass_outside(retrieval) if with_gold and retrieval is not None else None
+    seconds = (asked.seconds + time.perf_counter() - began) / len(batch)
     for b, result in enumerate(results):
-        if outside is not None:
-            result["mass_outside"] = float(outside[b])
+        if asked.outside is not None:
+            result["mass_outside"] = float(asked.outside[b])
         if gold_logp is not None:
             result["gold_nll"] = None if golds[b] is None else -float(gold_logp[b])
         for mode in modes if timed else []:

@@ -1,8 +1,8 @@
 """The mesh of devices: its axis `data` splits questions, and `model` attention heads and feed-forward.
 
-`command_mesh` says on which devices a command's rows, parameters and index lie, for the command and for its plan. Rows
-(questions with their documents, or passages) lie over `data` (`shard_batch`), the index over all devices
-(`place_rows`), parameters as `state_shardings` says: whole along `data` but for training with FSDP.
+`command_mesh` says on which devices a command's rows and parameters lie, and `index_mesh` on which its index, for the
+command and for its plan. Rows (questions with their documents, or passages) lie over `data` (`shard_batch`), the index
+over all devices (`place_rows`), parameters as `state_shardings` says: whole along `data` but for training with FSDP.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Command = Literal["index", "train", "evaluate", "answer"]
 
 
 def command_mesh(command: Command, model: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The devices on which all that a command computes with lies, in this process or in a plan's.
+    """The devices on which all that a command computes with lies, but for its index, in this process or in a plan's.
 
     Training lies on those of all processes. What answers questions and embeds passages lies on those of one process,
     which then never waits for another: all of them, whatever the number of questions.
@@ -40,6 +40,14 @@ def command_mesh(command: Command, model: int = 1, devices: Sequence[jax.Device]
         return local_mesh(1 if command == "index" else model)
     own = [device for device in devices if device.process_index == devices[0].process_index]
     return make_mesh(1 if command == "index" else math.gcd(model, len(own)), own)
+
+
+def index_mesh(command: Command, model: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The devices over which a command splits its index; the arguments are those of `command_mesh`.
+
+    Those that it computes with, and in an evaluation those of all its processes: they search together.
+    """
+    return make_mesh(1, devices) if command == "evaluate" else command_mesh(command, model, devices)
 
 
 def make_mesh(model: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -78,6 +78,19 @@ def allgather_text(text: str) -> list[str]:
     padded[: len(given)] = given
     every = multihost_utils.process_allgather(padded)
     return [bytes(row[:length]).decode() for row, length in zip(every, lengths, strict=True)]
+
+
+def ask_together(ask: Callable[[np.ndarray], Any], rows: np.ndarray) -> Any:
+    """`ask`, which needs all processes, asked once about the rows of all of them; what it says of this process's own.
+
+    Args:
+        ask: gives for rows [n, …] a tree of host arrays [n, …].
+        rows: each process has as many; they all call this.
+    """
+    every = multihost_utils.process_allgather(rows)
+    first = jax.process_index() * len(rows)
+    found = ask(every.reshape(-1, *rows.shape[1:]))
+    return jax.tree.map(lambda leaf: leaf[first : first + len(rows)], found)
 
 
 def run_on_process_zero(action: Callable[[], Result]) -> Result | None:

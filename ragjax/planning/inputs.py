@@ -22,7 +22,7 @@ from ragjax.data.reading.sources import find_files, is_missing
 from ragjax.errors import InputError
 from ragjax.files import read_json
 from ragjax.models.generator import SpecialTokens
-from ragjax.parallel.mesh import Command, check_batch, command_mesh, make_mesh
+from ragjax.parallel.mesh import Command, check_batch, command_mesh, index_mesh, make_mesh
 from ragjax.planning.rows import Unknown
 from ragjax.rag import RagModel, adapt, adapt_passages, check_lengths
 from ragjax.retrieval.faiss_index import check_kind
@@ -47,6 +47,10 @@ class PlanInputs:
     def mesh_of(self, command: Command) -> Mesh:
         """Where a command's arrays lie, were it started on these devices."""
         return command_mesh(command, self.config.mesh.model, list(self.mesh.devices.flat))
+
+    def index_mesh_of(self, command: Command) -> Mesh:
+        """Where its index lies then."""
+        return index_mesh(command, self.config.mesh.model, list(self.mesh.devices.flat))
 
     @property
     def one_device(self) -> Mesh:

@@ -76,7 +76,7 @@ class MachinePlan:
     machine: Machine
     needs: dict[str, Total]  # of each device, to train and to evaluate
     seconds: dict[str, tuple[float, str]]  # at least, and how that was computed: a step, a batch of questions
-    questions: int  # in such a batch
+    questions: int  # in such a batch, of all processes together
     problem: str | None = None  # why there is no plan
 
 
@@ -103,7 +103,8 @@ def sweep(config: Config) -> Iterator[MachinePlan]:
         timed = {STEP_TIME: "train", BATCH_TIME: "evaluate"}
         seconds = {timed[row.what]: (row.size, row.how) for row in plan.rows if row.what in timed and row.size}
         own = command_mesh("evaluate", config.mesh.model, list(mesh.devices.flat))
-        yield MachinePlan(machine, needs, seconds, config.evaluate.batch_size * own.shape["data"])
+        questions = config.evaluate.batch_size * own.shape["data"] * (mesh.size // own.size)
+        yield MachinePlan(machine, needs, seconds, questions)
 
 
 def _advice(inputs: PlanInputs) -> dict[tuple[str, str], list[str]]:
@@ -123,7 +124,8 @@ def _advice(inputs: PlanInputs) -> dict[tuple[str, str], list[str]]:
         evaluate.append("a smaller decode.passage_cache_gib")
     with suppress(Unknown):
         if (model := larger_model_axis(for_inference(inputs.rag()), inputs.mesh_of("evaluate"))) is not None:
-            evaluate.append(f"mesh.model={model}")
+            instead = " (mesh.fsdp splits parameters in training only)" if inputs.config.mesh.fsdp else ""
+            evaluate.append(f"mesh.model={model}{instead}")
     evaluate.append("smaller decode.num_docs or decode.num_beams")
     advice = {("index", "device"): ["a smaller index.batch_size"], ("evaluate", "device"): evaluate}
     with suppress(Unknown):

@@ -70,15 +70,14 @@ def search_row(inputs: PlanInputs, command: Command) -> Row:
 
 def _device_index(inputs: PlanInputs, command: Command, tokens: bool) -> Number:
     """The embeddings, and with `tokens` those of the passages, on each device."""
-    mesh = inputs.mesh_of(command)
+    mesh = inputs.index_mesh_of(command)
     (count, _), (_, how) = inputs.passages(), embeddings(inputs)
     encoder = inputs.model("passage encoder")
     generator = inputs.model("generator") if tokens else encoder  # only it knows how a token is stored
     config = inputs.config.replace(train=inputs.config.train.replace(fused_retrieval=tokens))
     rag = RagModel(config, encoder, generator, SPECIAL, NO_PROMPT, encoder)
     how += f", and at most {config.generator.max_prompt_tokens} tokens each" if tokens else ""
-    of = "" if mesh.size == inputs.mesh.size else " of a process"
-    how = how if mesh.size == 1 else f"split over all devices{of}: {how}"
+    how = how if mesh.size == 1 else f"split over all devices: {how}"
     return bytes_each(abstract_corpus(rag, mesh, count)), how
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ from ragjax.data.passage_store import MEND, SHARDS, shard_folder, shard_folders
 from ragjax.errors import InputError
 from ragjax.files import read_json
 from ragjax.parallel.mesh import local_mesh
+from ragjax.parallel.processes import ask_together
 from ragjax.parallel.sharding import gather_to_host, put_global, replicated
 from ragjax.resources import cores
 from ragjax.retrieval.bm25 import Bm25Index
@@ -68,7 +69,8 @@ MADE_OF = "made_of.json"
 class Index:
     """Embeddings [N, D] with a way to search them: `kind` is `exact` or a FAISS index_factory string.
 
-    `recall`, for `exact`, lets the devices miss some (see `sharded_top_k`).
+    `recall`, for `exact`, lets the devices miss some (see `sharded_top_k`). `together` are the devices of several
+    processes that search at the same time, each for as many questions of its own (`index_mesh`); others are not asked.
     """
 
     embeddings: Embeddings
@@ -77,6 +79,7 @@ class Index:
     faiss_index: Any = None
     recall: float | None = None
     bm25: Bm25Index | None = None  # of the same passages
+    together: Mesh | None = None
 
     @property
     def version(self) -> str:
@@ -101,12 +104,12 @@ class Index:
 
         Where there are fewer hits than k, the id is -1 and the score -inf. A FAISS kind finds 4k candidates
         approximately; they are scored again from the stored embeddings, so that scores are exact, and sorted by that.
-        `mesh` is what searches otherwise, by default all devices of this process; all its processes ask the same then.
+        `mesh` is what searches otherwise, by default all devices of this process; all its processes ask the same then,
+        but for those of `together`.
         """
         queries = np.asarray(queries, np.float32)
         if self.on_devices:
-            mesh = mesh or local_mesh()
-            return gather_to_host(self.begin_search(put_global(queries, replicated(mesh)), k, mesh))
+            return self._by_devices(lambda asked, mesh: self.begin_search(asked, k, mesh), queries, mesh)
         import faiss
 
         faiss.omp_set_num_threads(cores())
@@ -142,10 +145,20 @@ class Index:
         self, queries: Float[np.ndarray, "B D"], scale: float, mesh: Mesh | None = None
     ) -> Float32[np.ndarray, " B"]:
         """log Σ exp(scale · q·d) over all passages, by the devices whatever the kind; `mesh` as in `search`."""
-        corpus = self.corpus(mesh or local_mesh())
-        return gather_to_host(
-            log_normalizer(corpus, put_global(np.asarray(queries, np.float32), replicated(corpus.mesh)), scale)
-        )
+        queries = np.asarray(queries, np.float32)
+        return self._by_devices(lambda asked, mesh: log_normalizer(self.corpus(mesh), asked, scale), queries, mesh)
+
+    def _by_devices(
+        self, ask: Callable[[Array, Mesh], Any], queries: Float32[np.ndarray, "B D"], mesh: Mesh | None
+    ) -> Any:
+        """What `ask` says, on the host, of queries that lie whole on each device of the mesh that searches."""
+
+        def on(mesh: Mesh, queries: np.ndarray) -> Any:
+            return gather_to_host(ask(put_global(queries, replicated(mesh)), mesh))
+
+        if (together := self.together) is not None:
+            return ask_together(lambda every: on(together, every), queries)
+        return on(mesh or local_mesh(), queries)
 
     def vectors(self, ids: Int[np.ndarray, "B K"]) -> Float32[np.ndarray, "B K D"]:
         """The embeddings of passages; zeros where the id is -1."""

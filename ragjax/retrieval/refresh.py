@@ -235,7 +235,7 @@ def refreshed_index(rag: RagPipeline, base: Index, output: Path, step: int) -> I
             "another output"
         )
     index = open_index(folder, rag.fingerprints, base.recall, REFRESHED_MEND)
-    index.bm25 = base.bm25  # words stay where they are, too
+    index.bm25, index.together = base.bm25, base.together  # words stay where they are, too
     if len(index) != len(base):
         raise InputError(f"{folder}: holds {len(index)} passages and {rag.config.index.path} {len(base)}")
     if index.manifest["corpus"]["fingerprint"] != base.manifest["corpus"]["fingerprint"]:

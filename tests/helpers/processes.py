@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,7 +29,13 @@ def environment(world: Path, devices: int) -> dict[str, str]:
     return os.environ | QUICK_TO_COMPILE | own
 
 
-def start(world: Path, count: int, *arguments: str, own: dict[int, list[str]] | None = None) -> list[subprocess.Popen]:
+def start(
+    world: Path,
+    count: int,
+    *arguments: str,
+    own: dict[int, list[str]] | None = None,
+    program: Sequence[str] = RAGJAX,
+) -> list[subprocess.Popen]:
     """`count` processes of two devices each; `own` adds arguments to some of them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -36,7 +43,7 @@ def start(world: Path, count: int, *arguments: str, own: dict[int, list[str]] | 
     processes = []
     for i in range(count):
         of_this = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(i)}
-        command = [*RAGJAX, *arguments, *(own or {}).get(i, []), "--distributed"]
+        command = [*program, *arguments, *(own or {}).get(i, []), "--distributed"]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         processes.append(subprocess.Popen(command, env=environment(world, 2) | of_this, **pipes))  # type: ignore[call-overload]
     return processes

@@ -13,7 +13,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType
 
 from ragjax.errors import InputError
-from ragjax.parallel.mesh import check_batch, command_mesh, local_mesh, make_mesh
+from ragjax.parallel.mesh import check_batch, command_mesh, index_mesh, local_mesh, make_mesh
 from ragjax.parallel.processes import wait_for_all
 from ragjax.parallel.sharding import (
     gather_to_host,
@@ -98,7 +98,10 @@ def test_where_each_command_lies() -> None:
     lengths = {command: dict(command_mesh(command, 2).shape) for command in ("index", "train", "evaluate", "answer")}
     together, apart = {"data": 4, "model": 2}, {"data": 8, "model": 1}
     assert lengths == {"index": apart, "train": together, "evaluate": together, "answer": together}
+    lies = {command: dict(index_mesh(command, 2).shape) for command in ("train", "evaluate", "answer")}
+    assert lies == {"train": together, "evaluate": apart, "answer": together}
     few = jax.devices()[2:5]
+    assert dict(index_mesh("evaluate", 2, few).shape) == {"data": 3, "model": 1}
     assert command_mesh("answer", 2, few).devices.tolist() == [[device] for device in few]
     with pytest.raises(InputError, match=r"mesh\.model=2 does not divide the 3 devices"):
         command_mesh("train", 2, few)

@@ -539,6 +539,9 @@ def test_the_table_says_what_does_not_fit_and_what_would_help(capsys: Capture, w
     assert "what would help to evaluate: " in advice and "evaluate.batch_size=1;" in advice
     for setting in ("mesh.model=2", "generator.quantization=int8;"):
         assert setting in advice[advice.index("to evaluate") :]
+    with_fsdp = memory_plan(config.replace(mesh=MeshSettings(fsdp=True)), make_mesh(1, jax.devices()[:2]))
+    instead = " (mesh.fsdp splits parameters in training only)"
+    assert instead not in advice and f"mesh.model=2{instead}" in with_fsdp.advice["evaluate", "device"]
     print_plan(told, {"disk": 1, "host": 2**40, "device": 2**40}, as_json=False)
     assert "what would help" not in capsys.readouterr().out
     assert [size_text(size) for size in (512, 3 * 2**20, 2**31)] == ["0.5 KiB", "3.00 MiB", "2.00 GiB"]
