@@ -81,16 +81,16 @@ def allgather_text(text: str) -> list[str]:
 
 
 def ask_together(ask: Callable[[np.ndarray], Any], rows: np.ndarray) -> Any:
-    """`ask`, which needs all processes, asked once about the rows of all of them; what it says of this process's own.
+    """What `ask`, which all processes must call with the same rows, says of this process's own.
+
+    Those of one process after those of another: together they would make other shapes, and so other last bits.
 
     Args:
-        ask: gives for rows [n, …] a tree of host arrays [n, …].
+        ask: a function of rows [n, …].
         rows: each process has as many; they all call this.
     """
-    every = multihost_utils.process_allgather(rows)
-    first = jax.process_index() * len(rows)
-    found = ask(every.reshape(-1, *rows.shape[1:]))
-    return jax.tree.map(lambda leaf: leaf[first : first + len(rows)], found)
+    found = [ask(of_process) for of_process in multihost_utils.process_allgather(rows)]
+    return found[jax.process_index()]
 
 
 def run_on_process_zero(action: Callable[[], Result]) -> Result | None:

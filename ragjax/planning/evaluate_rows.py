@@ -174,7 +174,8 @@ def _seconds(inputs: PlanInputs, costs: dict[str, tuple[int, Cost]], chip: Chip)
     }
     more, _ = parts.pop("scoring")
     if config.index.kind in ON_DEVICES and chip.bandwidth is not None:
-        index = bytes_each(abstract_corpus(inputs.rag(), inputs.index_mesh_of("evaluate"), inputs.passages()[0]))
+        # each device reads its part once for every process: as much as if each process searched by itself
+        index = bytes_each(abstract_corpus(inputs.rag(), mesh, inputs.passages()[0]))
         parts["retrieval"] = index / (chip.bandwidth * 1e9), "memory"
     told = ", ".join(f"{what} {seconds:.2g} s ({binds})" for what, (seconds, binds) in parts.items())
     questions = questions_text(config.evaluate.batch_size * mesh.shape["data"])

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import pytest
 from processes import RAGJAX, ROOT, ends, environment, logged, start, wait_for_step
 from soak import same_state
@@ -144,7 +145,10 @@ def test_a_damaged_checkpoint_is_passed_over_by_all(world: Path, reference: Path
 
 @SLOW
 def test_an_evaluation_that_was_killed_goes_on_whatever_the_number_of_processes(world: Path, tmp_path: Path) -> None:
-    """Two begin, one is killed, and three go on. No batch is made twice, and the files come out the same."""
+    """Two begin, one is killed, and three go on. No batch is made twice, and the files come out the same.
+
+    But for last bits: of 30 passages a device of four has eight, one of six only five, and sums them in another order.
+    """
     settings = ["evaluate.split=train", "evaluate.batch_size=1", "evaluate.closed_book=false"]
 
     def arguments(output: str) -> list[str]:
@@ -168,8 +172,12 @@ def test_an_evaluation_that_was_killed_goes_on_whatever_the_number_of_processes(
     [first] = re.findall(r"answer \(untrained\): (\d+)/\d+ questions", told[0][1])
     assert int(first) == 2 * -(-(10 - before) // 3), "its share of what was missing"
     assert [code for code, _ in ends(start(world, 2, *arguments("whole")), within=180)] == [0, 0]
-    ours, theirs = ((tmp_path / of / "predictions.jsonl").read_text() for of in ("pieces", "whole"))
-    assert ours == theirs and ours.count("\n") == 20
+    ours, theirs = (
+        [json.loads(line) for line in (tmp_path / of / "predictions.jsonl").open()] for of in ("pieces", "whole")
+    )
+    assert len(ours) == 20 and jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for one, other in zip(*map(jax.tree.leaves, (ours, theirs)), strict=True):
+        assert one == (pytest.approx(other, rel=1e-4) if isinstance(other, float) else other)
     assert list((tmp_path / "pieces").glob("*.partial")) == []
 
 
