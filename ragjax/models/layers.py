@@ -52,7 +52,10 @@ class Linear(nnx.Linear):
 
     def __call__(self, x: Float[Array, "n ... D"]) -> Float[Array, "n ... E"]:  # type: ignore[override]
         """Computed in the module's type."""
-        y = self._by_scales(x) if hasattr(self, SCALE) else super().__call__(x)
+        # a product of two matrices: of more axes XLA would, on CPUs, transpose a copy of dy for the gradient xᵀ·dy
+        rows = x.reshape(-1, x.shape[-1])
+        y = self._by_scales(rows) if hasattr(self, SCALE) else super().__call__(rows)
+        y = y.reshape(*x.shape[:-1], y.shape[-1])
         if not hasattr(self, "lora_a"):
             return y
         x, a, b = (jnp.asarray(array, self.dtype) for array in (x, self.lora_a[...], self.lora_b[...]))

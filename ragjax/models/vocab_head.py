@@ -56,7 +56,7 @@ class VocabHead(NamedTuple):
             top, total, summed = carry
             first = jnp.minimum(number * block, each - block)  # the last block overlaps the one before
             part = jax.lax.dynamic_slice_in_dim(table, first, block, axis=1)
-            logits = jnp.einsum("rd,mvd->rmv", flat, part, preferred_element_type=jnp.float32)
+            logits = _product(flat, part)
             if bias is not None:
                 logits += jax.lax.dynamic_slice_in_dim(bias, first, block, axis=1)
             logits = self._capped(logits)
@@ -78,3 +78,10 @@ class VocabHead(NamedTuple):
 
     def _capped(self, logits: Float[Array, "..."]) -> Float[Array, "..."]:
         return self.softcap * jnp.tanh(logits / self.softcap) if self.softcap else logits
+
+
+def _product(hidden: Float[Array, "r D"], parts: Float[Array, "m v D"]) -> Float[Array, "r m v"]:
+    """hidden · partsᵀ, of a table that is whole by two matrices: with a third axis XLA would, on CPUs, copy it."""
+    if parts.shape[0] > 1:
+        return jnp.einsum("rd,mvd->rmv", hidden, parts, preferred_element_type=jnp.float32)
+    return jnp.einsum("rd,vd->rv", hidden, parts[0], preferred_element_type=jnp.float32)[:, None]
