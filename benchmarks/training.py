@@ -62,14 +62,15 @@ def main() -> None:
         changed = config.train.replace(backprop_docs=through)
         own = dataclasses.replace(rag, config=config.replace(train=changed))
         states[through] = init_train_state(own, jax.tree.map(jax.numpy.array, params))
-        traced = make_train_step(own).trace(states[through], batches[0], corpus)
+        step = make_train_step(own)
+        traced = step.trace(states[through], batches[0], corpus)
         lowered, started = traced.lower(), time.perf_counter()
         steps[through] = lowered.compile()
         compiling[through] = time.perf_counter() - started
         stages[f"through {through} of {k}"] = Stage(flops=matmul_flops(traced.jaxpr.jaxpr))
     for number, batch in enumerate(batches):
-        for through, step in steps.items():
-            took, (states[through], _) = timed(step, states[through], batch, corpus)
+        for through, compiled in steps.items():
+            took, (states[through], _) = timed(compiled, states[through], batch, corpus, step.schedule)
             if number > 0:  # the first one warms up
                 stages[f"through {through} of {k}"].seconds.append(took)
     console, most, tunables = make_console(), peak(config.dtype), os.environ.get("GLIBC_TUNABLES") or "not set"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jaxtyping import Array, Float
 
 from ragjax.config import Train
 from ragjax.errors import InputError
@@ -109,45 +111,64 @@ def _take_layers(leaf: Any, layers: Sequence[int]) -> Any:
     return jnp.concatenate([leaf[layers[a] : layers[b - 1] + 1] for a, b in runs])
 
 
-def make_optimizer(train: Train) -> optax.GradientTransformation:
+def schedule_numbers(train: Train) -> Float[np.ndarray, "2 6"]:
+    """What the rates of all steps follow from, a row for the retriever and one for the generator.
+
+    A training step takes them as an argument: runs with other rates or another number of steps share its program.
+    """
+    rising, falling = max(1, train.warmup_steps - 1), max(1, train.steps - train.warmup_steps)
+    one, rows = np.float32(1), list[list[Any]]()
+    for peak in (train.retriever_lr, train.generator_lr):
+        # the first step already moves: at step 0 of W warm-up steps the rate is peak / W
+        missing = peak / max(1, train.warmup_steps) - peak
+        rows.append([peak, missing, train.warmup_steps, one / np.float32(rising), falling, one / np.float32(falling)])
+    return np.array(rows, np.float32)
+
+
+def learning_rate(kind: str, numbers: Float[Array, " 6"], step: Any) -> Any:
+    """The rate of a step, counted from 0, by a row of `schedule_numbers`; of `kind` see `train.lr_schedule`."""
+    peak, missing, warmup_steps, per_rising, falling, per_falling = numbers
+    rising = missing * (1 - step * per_rising) + peak
+    done = jnp.clip(step - warmup_steps, 0, falling)
+    after = {
+        "cosine": lambda: peak * (0.5 * (1 + jnp.cos(done * (jnp.pi * per_falling)))),
+        "linear": lambda: peak * (1 - done * per_falling),
+        "constant": lambda: peak,
+    }[kind]()
+    return jnp.where(step < warmup_steps, rising, after)
+
+
+def make_optimizer(train: Train, numbers: Float[Array, "2 6"] | None = None) -> optax.GradientTransformation:
     """For each model apart: clipping by the global norm, then `train.optimizer` with the model's own rate.
 
     Clipped together, the generator's gradient, several times the larger, would set the scale of the retriever's, and
     another one in every step. Weight decay acts on matrices only, unless `weight_decay_on` says otherwise. The rates
-    rise linearly over `warmup_steps`, then fall to zero as `lr_schedule` says. AdamW's second moments stay float32:
-    in bfloat16 what a step changes of them is less than their rounding.
+    rise linearly over `warmup_steps`, then fall to zero as `lr_schedule` says; their `numbers` are those of
+    `schedule_numbers` unless given. AdamW's second moments stay float32: in bfloat16 what a step changes of them is
+    less than their rounding.
     """
-
-    def schedule(peak: float) -> Callable[[Any], Any]:
-        left = max(1, train.steps - train.warmup_steps)
-        after = {
-            "cosine": optax.cosine_decay_schedule(peak, left),
-            "linear": optax.linear_schedule(peak, 0.0, left),
-            "constant": optax.constant_schedule(peak),
-        }[train.lr_schedule]
-        # the first step already moves: at step 0 of W warm-up steps the rate is peak / W
-        rising = optax.linear_schedule(peak / max(1, train.warmup_steps), peak, max(1, train.warmup_steps - 1))
-        return optax.join_schedules([rising, after], [train.warmup_steps]) if train.warmup_steps else after
+    of_retriever, of_generator = jnp.asarray(schedule_numbers(train)) if numbers is None else numbers
 
     def decays(params: FlatParams) -> dict[tuple[str, ...], bool]:
         return {path: train.weight_decay_on == "all" or path[-1] in MATRICES for path in params}
 
-    def clipped(peak: float) -> optax.GradientTransformation:
+    def clipped(numbers: Float[Array, " 6"]) -> optax.GradientTransformation:
+        schedule = partial(learning_rate, train.lr_schedule, numbers)
         clip = optax.clip_by_global_norm(train.max_grad_norm)
         if train.optimizer == "adafactor":
             # as Shazeer and Stern 2018 have it, but for rates that do not depend on the step or on the weights
             scale = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
             decay = optax.add_decayed_weights(train.weight_decay, decays)
-            return optax.chain(clip, scale, decay, optax.scale_by_learning_rate(schedule(peak)))
+            return optax.chain(clip, scale, decay, optax.scale_by_learning_rate(schedule))
         mu_dtype = jnp.bfloat16 if train.optimizer == "adamw_bfloat16" else None
-        adamw = optax.adamw(schedule(peak), weight_decay=train.weight_decay, mask=decays, mu_dtype=mu_dtype)
+        adamw = optax.adamw(schedule, weight_decay=train.weight_decay, mask=decays, mu_dtype=mu_dtype)
         return optax.chain(clip, adamw)
 
     return optax.partition(
         {
-            "retriever": clipped(train.retriever_lr),
-            "passage_encoder": clipped(train.retriever_lr),
-            "generator": clipped(train.generator_lr),
+            "retriever": clipped(of_retriever),
+            "passage_encoder": clipped(of_retriever),
+            "generator": clipped(of_generator),
         },
         lambda params: {path: path[0] for path in params},
     )

@@ -4,17 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial, wraps
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, PartitionSpec, use_abstract_mesh
 from jaxtyping import Array, Float, Key
 
-from ragjax.config import Config, Corpus, Evaluate, Questions, Refresh, Train, reads_corpus, refreshes
+from ragjax.config import (
+    Config,
+    Corpus,
+    Decode,
+    Evaluate,
+    Index,
+    Questions,
+    Refresh,
+    Train,
+    reads_corpus,
+    refreshes,
+)
 from ragjax.data.question_batch import QuestionBatch
 from ragjax.errors import InputError
 from ragjax.models.layers import Params
@@ -26,7 +38,7 @@ from ragjax.training.batch import ContrastiveBatch, DocumentBatch, abstract_batc
 from ragjax.training.contrastive import contrastive_logp, contrastive_loss, contrastive_nll
 from ragjax.training.fused_retrieval import abstract_corpus, retrieve_in_step
 from ragjax.training.loss import answer_nll, prior_and_token_logp, rag_loss
-from ragjax.training.optimizer import FlatParams, join_params, make_optimizer, partition_params
+from ragjax.training.optimizer import FlatParams, join_params, make_optimizer, partition_params, schedule_numbers
 from ragjax.training.state import TrainState, abstract_state
 
 
@@ -91,6 +103,7 @@ _OF_THE_LOOP = (
     *("start_from", "save_every", "save_minutes", "keep_checkpoints", "dev_questions", "keep_best"),
     *("log_every", "tracker", "prefetch_retrieval"),
 )
+_ARGUMENTS = ("steps", "warmup_steps", "retriever_lr", "generator_lr")  # a step has them as `schedule_numbers`
 
 
 def _compiled_once(make: Callable[..., jax.stages.Wrapped]) -> Callable[..., jax.stages.Wrapped]:
@@ -105,11 +118,13 @@ def _compiled_once(make: Callable[..., jax.stages.Wrapped]) -> Callable[..., jax
         c = rag.config
         config = c.replace(
             output="-",
+            seed=0,
             corpus=Corpus(source="-"),
             questions=Questions(),
-            index=c.index.replace(path="-"),
-            train=c.train.replace(**{key: getattr(Train(), key) for key in _OF_THE_LOOP}),
+            index=c.index.replace(path="-") if reads_corpus(c) else Index(path="-"),
+            train=c.train.replace(**{key: getattr(Train(), key) for key in (*_OF_THE_LOOP, *_ARGUMENTS)}),
             refresh=Refresh(every=Refresh().steps if refreshes(c) else None),
+            decode=Decode(),
             evaluate=Evaluate(),
         )
         model = RagModel(config, rag.retriever, rag.generator, rag.special, rag.prompt, rag.passage_encoder)
@@ -119,20 +134,39 @@ def _compiled_once(make: Callable[..., jax.stages.Wrapped]) -> Callable[..., jax
     return find_or_make
 
 
-@_compiled_once
-def make_train_step(rag: RagModel, shardings: Any = None) -> jax.stages.Wrapped:
+@dataclass(frozen=True)
+class TrainStep:
     """(state, batch, corpus | None) → (state, metrics); the old state's memory is reused, and it stays where it lies.
 
-    `shardings` are those of the state. `gradient_norm_retriever` and the others are before clipping.
-    With `train.fused_retrieval` the batch is a `QuestionBatch`, and what it retrieved is among the metrics: `ids`
-    [B,K], and how many `tokens` were read.
+    `gradient_norm_retriever` and the others are before clipping. With `train.fused_retrieval` the batch is a
+    `QuestionBatch`, and what it retrieved is among the metrics: `ids` [B,K], and how many `tokens` were read.
     """
+
+    program: jax.stages.Wrapped  # which runs with other learning rates share
+    schedule: Float[np.ndarray, "2 6"]  # its last argument: `schedule_numbers`
+
+    def __call__(self, state: TrainState, batch: Any, corpus: DeviceIndex | None = None) -> Any:
+        return self.program(state, batch, corpus, self.schedule)
+
+    def trace(self, state: TrainState, batch: Any, corpus: DeviceIndex | None = None) -> jax.stages.Traced:
+        return self.program.trace(state, batch, corpus, self.schedule)
+
+
+def make_train_step(rag: RagModel, shardings: Any = None) -> TrainStep:
+    """The step of a run; `shardings` are those of the state."""
+    return TrainStep(_make_step_program(rag, shardings), schedule_numbers(rag.config.train))
+
+
+@_compiled_once
+def _make_step_program(rag: RagModel, shardings: Any) -> jax.stages.Wrapped:
     train = rag.config.train
-    optimizer = make_optimizer(train)
 
     @partial(jax.jit, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
     def train_step(
-        state: TrainState, batch: DocumentBatch | QuestionBatch, corpus: DeviceIndex | None = None
+        state: TrainState,
+        batch: DocumentBatch | QuestionBatch,
+        corpus: DeviceIndex | None,
+        schedule: Float[Array, "2 6"],
     ) -> tuple[TrainState, dict[str, Any]]:
         with _use_mesh(shardings):
             batch, rng, retrieval = _attach_documents(rag, state, batch, corpus)
@@ -142,7 +176,7 @@ def make_train_step(rag: RagModel, shardings: Any = None) -> jax.stages.Wrapped:
             leaves = [leaf for path, leaf in grads.items() if path[0] == part]
             metrics[f"gradient_norm_{part}"] = optax.tree.norm(leaves)
         trained, frozen = partition_params(state.params, train.frozen_params)
-        updates, optimizer_state = optimizer.update(grads, state.optimizer, trained)
+        updates, optimizer_state = make_optimizer(train, schedule).update(grads, state.optimizer, trained)
         params = join_params(optax.apply_updates(trained, updates), frozen, train.frozen_params)
         return TrainState(state.step + 1, params, optimizer_state, state.key, state.indexed), metrics
 
@@ -219,7 +253,7 @@ def make_nll(rag: RagModel) -> jax.stages.Wrapped:
 
 
 def trace_step(
-    rag: RagModel, mesh: Mesh, passages: int, make: Callable[..., jax.stages.Wrapped] = make_train_step
+    rag: RagModel, mesh: Mesh, passages: int, make: Callable[..., TrainStep | jax.stages.Wrapped] = make_train_step
 ) -> jax.stages.Traced:
     """The training step, or what else `make` makes, at its widest; allocates nothing.
 
@@ -240,6 +274,6 @@ def step_arguments(rag: RagModel, mesh: Mesh, passages: int) -> tuple[TrainState
     return abstract_state(rag, mesh), batch, corpus
 
 
-def train_programs(train: Train) -> list[Callable[..., jax.stages.Wrapped]]:
+def train_programs(train: Train) -> list[Callable[..., TrainStep | jax.stages.Wrapped]]:
     """What makes the programs that training runs, each of which must fit."""
     return [make_train_step, *([] if train.gradient_error_every is None else [make_gradient_error])]

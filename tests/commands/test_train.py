@@ -42,7 +42,8 @@ from ragjax.training.loss import rag_loss
 from ragjax.training.state import TrainState, init_train_state
 
 Capture = pytest.CaptureFixture[str]
-PIECES = ["train.steps=5", "train.num_docs=2", "train.dropout=0.1"]
+PIECES = ["train.steps=5", "train.num_docs=2"]
+DROPPING = "train.dropout=0.1"
 RATES = {"examples_per_second", "tokens_per_second"}
 METRICS = RATES | {
     "loss", "nll_per_token", "recall", "distinct_documents", "posterior_entropy", "posterior_skipped", "prior_top",
@@ -154,12 +155,24 @@ def whole(world: Path, tmp_path_factory: pytest.TempPathFactory, seen_devices: i
     return runs / "run"
 
 
+@pytest.fixture(scope="module")
+def dropping(world: Path, tmp_path_factory: pytest.TempPathFactory, seen_devices: int) -> Path:
+    """The same with dropout."""
+    runs = tmp_path_factory.mktemp("dropping")
+    assert trainer(world, runs)("run", DROPPING) == 0
+    return runs / "run"
+
+
 @pytest.mark.other_python
-@pytest.mark.devices(1, 2, 8)
+@pytest.mark.devices(1, 8, slow=(2,))
 def test_a_run_in_pieces_equals_the_whole_one_bit_for_bit(
-    world: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+    world: Path, dropping: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    go = trainer(world, tmp_path)
+    trains, whole = trainer(world, tmp_path), dropping
+
+    def go(*arguments: str) -> int:
+        return trains(*arguments, DROPPING)
+
     at_step(monkeypatch, 2, crash)
     with pytest.raises(RuntimeError, match="power"):
         go("pieces", "train.save_every=1")  # step 2 is logged, and lost
@@ -214,20 +227,20 @@ def test_a_machine_that_is_taken_away(
     assert losses(whole) == losses(tmp_path / "pieces")
 
 
-@pytest.mark.devices(1, 8)
+@pytest.mark.devices(8, slow=(1,))
 def test_a_run_goes_on_over_another_mesh(
-    world: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+    world: Path, dropping: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     """On one device only the layout of FSDP is another; test_processes has other numbers of devices."""
     go, model = trainer(world, tmp_path), min(4, jax.device_count())
     at_step(monkeypatch, 3, lambda: signal.raise_signal(signal.SIGTERM))
-    assert go("pieces") == 143
+    assert go("pieces", DROPPING) == 143
     at_step(monkeypatch, 0, crash)
     capsys.readouterr()
-    assert go("pieces", f"mesh.model={model}", "mesh.fsdp=true") == 0
+    assert go("pieces", DROPPING, f"mesh.model={model}", "mesh.fsdp=true") == 0
     err, two_heads = " ".join(capsys.readouterr().err.split()), "generator.layers.key (2), generator.layers.value (2)"
     assert (f"not split over mesh.model=4: {two_heads}" in err) == (model == 4)
-    of_steps = zip(losses(tmp_path / "pieces"), losses(whole), strict=True)
+    of_steps = zip(losses(tmp_path / "pieces"), losses(dropping), strict=True)
     assert all(ours == pytest.approx(theirs, rel=1e-4) for ours, theirs in of_steps)
 
 
@@ -420,7 +433,7 @@ def test_a_run_begins_with_the_parameters_of_another(
     for name in ("config.yaml", "manifest.json"):
         shutil.copy(run / name, other / name)
     shutil.copytree(run / "checkpoints", other / "checkpoints")
-    still = ["train.retriever_lr=0", "train.generator_lr=0", "train.dropout=0", f"train.start_from={other}"]
+    still = ["train.retriever_lr=0", "train.generator_lr=0", f"train.start_from={other}"]
     still += ["train.steps=1", "mesh.fsdp=true", "mesh.model=2"]
     go = trainer(world, tmp_path)
     monkeypatch.setattr(RagPipeline, "initial_params", lambda *_: pytest.fail("the pretrained ones are read"))
@@ -522,11 +535,12 @@ def test_bad_input_is_an_input_error_in_python_too(world: Path, tmp_path: Path) 
         train(tiny_config(world, train__num_docs=31, output=str(tmp_path / "run")))
 
 
+@pytest.mark.devices(1)  # as above: one program
 def test_the_loss_on_dev_questions_at_every_save(world: Path, tmp_path: Path) -> None:
     """It is what the loss function says of the models saved; dropout plays no part."""
     settings: dict[str, Any] = {"train__steps": 5, "train__save_every": 2, "train__dev_questions": 3}
     settings |= {"train__keep_best": True}
-    settings |= {"train__num_docs": 2, "train__dropout": 0.1}  # those of PIECES: one program
+    settings |= {"train__num_docs": 2, "train__dropout": 0.1}
     config = tiny_config(world, **settings, output=str(tmp_path))
     train(config)
     measured = {int(line["step"]): line["dev_loss"] for line in logged(tmp_path) if "dev_loss" in line}

@@ -47,7 +47,7 @@ LABELS = ("labels", "labels_nobos", "labels_nostart", "labels_short")
 VARIANTS = ("default", "lp0", "forcedbos", "earlystop")
 BEAMS = (1, 2, 4)
 # each other pair is one more program
-QUICK = {("default", 1), ("default", 4), ("lp0", 4), ("forcedbos", 2), ("earlystop", 4)}
+QUICK = {("default", 4), ("forcedbos", 2), ("earlystop", 4)}
 SEARCHES = [
     pytest.param(variant, beams, marks=() if (variant, beams) in QUICK else pytest.mark.slow)
     for variant in VARIANTS
@@ -274,7 +274,7 @@ def test_rag_token_decoding(golden: Golden, variant: str, beams: int) -> None:
         assert list(of_question.tokens[best]) == [t for t in tokens if t != special.eos]
 
 
-@pytest.mark.parametrize("variant", ["lp0", "default"])
+@pytest.mark.parametrize("variant", ["lp0", pytest.param("default", marks=pytest.mark.slow)])
 def test_other_documents_propose_than_score(golden: Golden, variant: str) -> None:
     """`generate(n_docs=…)` above the configuration's n_docs: all propose, the first n_docs score."""
     decode, special = golden.settings(variant, 2)

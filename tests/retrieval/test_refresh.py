@@ -51,7 +51,6 @@ SETTINGS: dict[str, Any] = {
     "train__num_docs": 2,
     "train__save_every": 4,
     "train__keep_checkpoints": 20,
-    "train__dropout": 0.1,
     "train__passage_encoder": "shared",
     "refresh__every": 5,
     "refresh__steps": 3,

@@ -272,14 +272,14 @@ def test_the_abstract_step_is_the_real_one(world: Path, tmp_path: Path) -> None:
     mesh = make_mesh()
     state = init_train_state(rag, rag.initial_params())
     shardings = state_shardings(rag, mesh, state)
-    real = make_train_step(rag, shardings).lower(put_global(state, shardings), shard_batch(mesh, batch, 8), None)
-    assert trace_step(rag, mesh, len(index)).lower().as_text() == real.as_text()
+    real = make_train_step(rag, shardings).trace(put_global(state, shardings), shard_batch(mesh, batch, 8))
+    assert trace_step(rag, mesh, len(index)).lower().as_text() == real.lower().as_text()
 
 
 def test_a_run_resumes_and_mines_from_an_index_that_follows(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = {"refresh__every": 4, "refresh__steps": 2, "train__save_every": 3, "train__dropout": 0.1}
+    settings = {"refresh__every": 4, "refresh__steps": 2, "train__save_every": 3}
     reference = train(contrasting(world, tmp_path / "reference", **settings))
     save = Checkpointer.save
 
@@ -300,8 +300,10 @@ def test_a_run_resumes_and_mines_from_an_index_that_follows(
 
 @pytest.mark.slow
 def test_two_processes_mine_together(world: Path, tmp_path: Path) -> None:
-    settings = [f"{key.replace('__', '.')}={value}" for key, value in SETTINGS.items()]
-    alone = train(contrasting(world, tmp_path / "alone"))
+    """With dropout, which is drawn for each row."""
+    dropping = {"train__dropout": 0.1}
+    settings = [f"{key.replace('__', '.')}={value}" for key, value in (SETTINGS | dropping).items()]
+    alone = train(contrasting(world, tmp_path / "alone", **dropping))
     arguments = ["train", str(world / "config.yaml"), f"output={tmp_path / 'together'}", *settings]
     for code, err in ends(start(world, 2, *arguments), 240):
         assert code == 0, err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,21 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from reference import EPS
 from world import open_world, tiny_config
 
 from ragjax.config import Train
 from ragjax.errors import InputError
 from ragjax.parallel.mesh import make_mesh
 from ragjax.parallel.sharding import put_global
-from ragjax.training.optimizer import FlatParams, join_params, make_optimizer, partition_params
+from ragjax.training.optimizer import (
+    FlatParams,
+    join_params,
+    learning_rate,
+    make_optimizer,
+    partition_params,
+    schedule_numbers,
+)
 from ragjax.training.state import init_train_state, state_shardings
 
 KERNEL, NORM = ("generator", "layers", "up", "kernel"), ("generator", "layers", "norm", "scale")
@@ -77,13 +86,34 @@ def test_of_models_with_adapters_only_these_are_trained() -> None:
     chex.assert_trees_all_equal(join_params(ours, frozen, ["generator.layers.0-4"]), params)
 
 
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize(("warmup_steps", "steps"), [(0, 24), (1, 7), (5, 30), (200, 3000)])
+def test_rates_are_optax_s(kind: str, warmup_steps: int, steps: int) -> None:
+    """Of each step and beyond the last, apart by what dividing, or multiplying by an inverse, rounds."""
+    peak, falling = 3e-3, steps - warmup_steps
+    theirs = {
+        "cosine": optax.cosine_decay_schedule(peak, falling),
+        "linear": optax.linear_schedule(peak, 0.0, falling),
+        "constant": optax.constant_schedule(peak),
+    }[kind]
+    if warmup_steps:
+        rising = optax.linear_schedule(peak / warmup_steps, peak, max(1, warmup_steps - 1))
+        theirs = optax.join_schedules([rising, theirs], [warmup_steps])
+    train = Train(steps=steps, warmup_steps=warmup_steps, retriever_lr=1e-3, generator_lr=peak)
+    every, (of_retriever, of_generator) = jnp.arange(steps + 3), jnp.asarray(schedule_numbers(train))
+    found = jax.jit(partial(learning_rate, kind))(of_generator, every)
+    expected = np.broadcast_to(jax.jit(theirs)(every), every.shape)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=4 * EPS * peak)
+    np.testing.assert_allclose(learning_rate(kind, of_retriever, every) * 3, found, rtol=1e-5, atol=4 * EPS * peak)
+
+
 def updates(train: Train, params: FlatParams, steps: int = 2) -> tuple[FlatParams, Any]:
     """What some steps add to parameters whose gradient they are themselves, and the state after them."""
     optimizer = make_optimizer(train)
-    now, state = params, optimizer.init(params)
+    update, now, state = jax.jit(optimizer.update), params, optimizer.init(params)
     for _ in range(steps):
-        update, state = optimizer.update(now, state, now)
-        now = optax.apply_updates(now, update)
+        change, state = update(now, state, now)
+        now = optax.apply_updates(now, change)
     return jax.tree.map(lambda after, before: after - before, now, params), state
 
 
@@ -101,7 +131,7 @@ def test_weight_decay_is_the_same_for_all(optimizer: Any, on: Any) -> None:
     """A gradient of 0 leaves the decay alone: the rate times the weight; norms have it only where they are named."""
     train = Train(weight_decay=0.1, **SETTINGS).replace(optimizer=optimizer, weight_decay_on=on)
     params, method = stacked(), make_optimizer(train)
-    found, _ = method.update(jax.tree.map(jnp.zeros_like, params), method.init(params), params)
+    found, _ = jax.jit(method.update)(jax.tree.map(jnp.zeros_like, params), method.init(params), params)
     for path, leaf in params.items():
         share = 0.0 if path == NORM and on == "matrices" else 0.01 * 0.1
         np.testing.assert_allclose(found[path], -share * leaf, rtol=1e-5, atol=1e-12)
@@ -112,10 +142,10 @@ def test_adafactor_is_optax_s() -> None:
     params: FlatParams = {KERNEL: jnp.asarray(RNG.normal(size=(2, 130, 140)), jnp.float32), NORM: stacked()[NORM]}
     found, state = updates(Train(optimizer="adafactor", **SETTINGS), params)
     theirs = optax.adafactor(0.01, multiply_by_parameter_scale=False)
-    now, other = params, theirs.init(params)
+    update, now, other = jax.jit(theirs.update), params, theirs.init(params)
     for _ in range(2):
-        update, other = theirs.update(now, other, now)
-        now = optax.apply_updates(now, update)
+        change, other = update(now, other, now)
+        now = optax.apply_updates(now, change)
     chex.assert_trees_all_close(found, jax.tree.map(lambda a, b: a - b, now, params), rtol=1e-4, atol=1e-6)
     held = sum(leaf.size for leaf in jax.tree.leaves(state))
     assert held < params[KERNEL].size / 50 + 2 * params[NORM].size
