@@ -6,6 +6,7 @@ PYTHON ?= python3
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 VENV := .venv-$(VERSION)
 BIN := $(VENV)/bin
+PACKAGES := $(VENV)/lib/python$(VERSION)/site-packages
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q
 TWO_AT_A_TIME := -n 2 --dist loadfile --no-loadscope-reorder
@@ -13,10 +14,12 @@ CHANGED_SINCE ?= main
 
 # glibc puts large arrays on huge pages: less time goes into page faults.
 quickstart bench: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+# what one process has imported need not be compiled by the next
+unexport PYTHONDONTWRITEBYTECODE
 # Compiling takes and frees much memory: what is kept need not be fetched again page by page.
 test test-changed test-other-with test-slow: export GLIBC_TUNABLES ?= glibc.malloc.trim_threshold=2000000000:glibc.malloc.top_pad=67108864:glibc.malloc.mmap_threshold=1000000000
 
-.PHONY: quickstart test test-changed test-other test-slow test-torch test-browser test-tpu soak lint bench docs clean
+.PHONY: environment other-environment other-environment-of quickstart test test-changed test-other test-slow test-torch test-browser test-tpu soak lint bench docs clean
 
 quickstart: $(VENV)/dev
 	$(BIN)/ragjax index configs/factbook.yaml
@@ -48,14 +51,15 @@ test-torch: $(VENV)/dev
 	$(PYTEST) -n 2 tests/commands/test_hf_live.py
 
 # with Debian's chromium (apt-get install chromium), or else playwright's own, which is fetched
-test-browser: $(VENV)/browser
+test-browser: $(VENV)/tools
 	command -v chromium >/dev/null || $(BIN)/python -m playwright install chromium
 	$(PYTEST) -m slow tests/serving/test_browser.py
 
-# in an environment of its own: where the TPU's library is, JAX looks for a TPU
-test-tpu:
+# in an environment of its own, which sees all of the other: where the TPU's library is, JAX looks for a TPU
+test-tpu: $(VENV)/dev
 	@$(PYTHON) -m venv $(VENV)-tpu
-	@$(VENV)-tpu/bin/python -m pip install -q --disable-pip-version-check -e '.[dev,tpu]'
+	@echo "import site; site.addsitedir('$(CURDIR)/$(PACKAGES)')" >$(VENV)-tpu/lib/python$(VERSION)/site-packages/dev.pth
+	@$(VENV)-tpu/bin/python -m pip install -q --disable-pip-version-check 'jax[tpu]'
 	JAX_PLATFORMS=cpu $(VENV)-tpu/bin/python -m pytest -q -m slow tests/planning/test_tpu.py
 
 soak: $(VENV)/dev
@@ -64,12 +68,11 @@ soak: $(VENV)/dev
 	$(BIN)/python tests/helpers/soak.py --interrupts 200
 	$(BIN)/python tests/helpers/damage.py
 
-lint: $(VENV)/dev
+lint: $(VENV)/tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/shellcheck launch/*.sh
-	@$(PIP) -e '.[dev,lint]'
 	$(BIN)/hadolint launch/Dockerfile
 	$(BIN)/yamllint --strict launch configs
 	$(BIN)/python .ci/jobs-of launch/jobset.yaml >$(VENV)/jobs.yaml
@@ -96,8 +99,16 @@ bench: $(VENV)/dev
 	$(BIN)/python -m benchmarks.zero_shot
 
 # the site, docs/_build/html/index.html; a warning is an error
-docs: $(VENV)/docs
+docs: $(VENV)/tools
 	JAX_PLATFORMS=cpu $(BIN)/python -m sphinx -q -W --keep-going docs docs/_build/html
+
+# all that the targets need, but for torch and the TPU's compiler; and the other Python's
+environment: $(VENV)/tools
+
+other-environment:
+	@other=$$(.ci/other-python $(VERSION)) || exit 0; $(MAKE) --no-print-directory other-environment-of PYTHON=$$other
+
+other-environment-of: $(VENV)/dev
 
 clean:
 	rm -rf .venv-* .pytest_cache .mypy_cache .ruff_cache *.egg-info dist docs/_build docs/configuration_reference.md
@@ -110,10 +121,6 @@ $(VENV)/dev: pyproject.toml
 	@$(PIP) -e '.[dev]'
 	@touch $@
 
-$(VENV)/browser: $(VENV)/dev
-	@$(PIP) -e '.[browser]'
-	@touch $@
-
-$(VENV)/docs: $(VENV)/dev
-	@$(PIP) -e '.[docs]'
+$(VENV)/tools: $(VENV)/dev
+	@$(PIP) -e '.[browser,docs,lint]'
 	@touch $@
