@@ -499,7 +499,8 @@ def test_the_work_is_split_over_all_devices(run: Path, tmp_path: Path, monkeypat
     assert len(jax.devices()) == 2 and shardings[0][:2] == (4, 2)  # of 8 questions with 2 documents each
 
 
-@pytest.mark.parametrize("fused", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("fused", [False, True])
 def test_the_corpus_prior_is_trained_and_what_the_generator_misses_is_logged(
     world: Path, tmp_path: Path, fused: bool
 ) -> None:

@@ -60,8 +60,8 @@ def test_prompts_are_those_of_the_host(question_first: bool, empty: bool) -> Non
 @pytest.mark.parametrize(
     ("devices", "prior"),
     [
-        (1, "top_k"),
         (8, "corpus"),
+        pytest.param(1, "top_k", marks=pytest.mark.slow),
         pytest.param(1, "corpus", marks=pytest.mark.slow),
         pytest.param(8, "top_k", marks=pytest.mark.slow),
     ],
