@@ -10,6 +10,7 @@ import hashlib
 import os
 import platform
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,16 +23,6 @@ import jaxlib
 import pytest
 from jaxtyping import install_import_hook
 
-# Every array that crosses a function is checked against its annotation; mypy sees to the modules that have no arrays,
-# where looking at each call as well would take a sixth of all the time.
-PACKAGE = Path(__file__).parents[1] / "ragjax"
-WITH_ARRAYS = [path for path in PACKAGE.rglob("*.py") if "\nfrom jaxtyping import" in path.read_text(encoding="utf-8")]
-install_import_hook(
-    [".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts) for path in WITH_ARRAYS], "beartype.beartype"
-)
-
-from trained import quick_world, trained_run
-
 jax.config.update("jax_disable_most_optimizations", True)  # tiny models: compiling is what takes the time
 jax.config.update("jax_traceback_in_locations_limit", 0)  # a tenth less to lower and compile; the program is the same
 if jax.__version_info__ < (0, 11):  # the older way to compile fusions takes 2.5 times less; JAX 0.12 has no choice
@@ -40,6 +31,7 @@ if jax.__version_info__ < (0, 11):  # the older way to compile fusions takes 2.5
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_parallel_codegen_split_count=1"
 
+PACKAGE = Path(__file__).parents[1] / "ragjax"
 COMPILED_BYTES = 500_000_000  # one run of all tests leaves less than a fifth
 MAPPINGS = 40_000
 SEEN_DEVICES = 2  # every device runs its part of a program: eight take three times as long
@@ -53,6 +45,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_num_cpu_devices", config.getoption("devices"))
     keep_compiled_programs(config)
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):  # else workers import and run all
+        check_arrays()
+
+
+def check_arrays() -> None:
+    """Every array that crosses a function is checked against its annotation.
+
+    mypy sees to the modules that have no arrays, where looking at each call as well would take a sixth of all the time.
+    """
+    assert not any(name.startswith("ragjax") for name in sys.modules)
+    files = [path for path in PACKAGE.rglob("*.py") if "\nfrom jaxtyping import" in path.read_text(encoding="utf-8")]
+    names = [".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts) for path in files]
+    install_import_hook(names, "beartype.beartype")
 
 
 def keep_compiled_programs(config: pytest.Config) -> None:
@@ -105,12 +110,16 @@ def few_mappings() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    from trained import quick_world
+
     with quick_world(tmp_path_factory) as folder:
         yield folder
 
 
 @pytest.fixture(scope="module")
 def run(world: Path) -> Path:
+    from trained import trained_run
+
     return trained_run(world)
 
 
