@@ -201,6 +201,33 @@ def test_long_prompts_are_read_without_their_logits() -> None:
     assert told["four"] < told["kernel"][-1]  # each has one prompt, and half of its heads
 
 
+OVER_PROCESSES = """
+import json, sys
+from ragjax.config import load_config
+from ragjax.planning.inputs import open_inputs
+from ragjax.planning.plan import planned_mesh
+from ragjax.planning.shared_rows import search_row
+config = load_config(sys.argv[1], sys.argv[2:])
+inputs = open_inputs(config, planned_mesh(config, None, "v5e:4x4"))
+devices = list(inputs.mesh.devices.flat)
+print(json.dumps({
+    "processes": len({device.process_index for device in devices}),
+    "answers": dict(inputs.mesh_of("evaluate").shape),
+    "each": [search_row(inputs, command).size for command in ("train", "evaluate")],
+}))
+"""
+
+
+def test_processes_answer_apart_and_share_the_index(tmp_path: Path) -> None:
+    """Sixteen TPUs are four machines: each answers by itself, and all hold a sixteenth of the embeddings."""
+    write_models(tmp_path)
+    settings = [f"retriever.source={tmp_path}/bge", f"generator.source={tmp_path}/qwen3"]
+    command = [sys.executable, "-c", OVER_PROCESSES, str(CONFIGS / "qwen3_8b_tpu.yaml"), *settings]
+    told = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert (told["processes"], told["answers"]) == (4, {"data": 1, "model": 4})
+    assert told["each"] == [-(-21_015_324 // 16) * 384 * 2] * 2
+
+
 # `ragjax plan`, but for what index takes, and for the row that counts in no total: it compiles the step a second time
 PLAN = """
 import json, sys
