@@ -175,9 +175,9 @@ def test_an_evaluation_that_was_killed_goes_on_whatever_the_number_of_processes(
     ours, theirs = (
         [json.loads(line) for line in (tmp_path / of / "predictions.jsonl").open()] for of in ("pieces", "whole")
     )
-    assert len(ours) == 20 and jax.tree.structure(ours) == jax.tree.structure(theirs)
-    for one, other in zip(*map(jax.tree.leaves, (ours, theirs)), strict=True):
-        assert one == (pytest.approx(other, rel=1e-4) if isinstance(other, float) else other)
+    assert len(ours) == 20
+    for (at, one), (there, other) in zip(*map(jax.tree.leaves_with_path, (ours, theirs)), strict=True):
+        assert at == there and one == (pytest.approx(other, rel=1e-4) if isinstance(other, float) else other), at
     assert list((tmp_path / "pieces").glob("*.partial")) == []
 
 
