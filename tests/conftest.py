@@ -79,11 +79,10 @@ def pytest_keyboard_interrupt() -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test marked `devices(1, 8, slow=(2,))` runs with one device and with eight, and in the slow group with two."""
+    """A test marked `devices(1, 8)` runs with one device and with eight."""
     if marker := metafunc.definition.get_closest_marker("devices"):
-        slow = [pytest.param(count, marks=pytest.mark.slow) for count in marker.kwargs.get("slow", ())]
         counts = [count for count in marker.args if count <= metafunc.config.getoption("devices")]
-        metafunc.parametrize("seen_devices", [*counts, *slow], indirect=True, scope="module")
+        metafunc.parametrize("seen_devices", counts, indirect=True, scope="module")
 
 
 @pytest.fixture(scope="module", autouse=True)

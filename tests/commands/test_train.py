@@ -164,7 +164,7 @@ def dropping(world: Path, tmp_path_factory: pytest.TempPathFactory, seen_devices
 
 
 @pytest.mark.other_python
-@pytest.mark.devices(1, 8, slow=(2,))
+@pytest.mark.devices(1, 4)
 def test_a_run_in_pieces_equals_the_whole_one_bit_for_bit(
     world: Path, dropping: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
@@ -227,7 +227,8 @@ def test_a_machine_that_is_taken_away(
     assert losses(whole) == losses(tmp_path / "pieces")
 
 
-@pytest.mark.devices(8, slow=(1,))
+@pytest.mark.slow
+@pytest.mark.devices(1, 8)
 def test_a_run_goes_on_over_another_mesh(
     world: Path, dropping: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
