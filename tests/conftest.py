@@ -57,7 +57,7 @@ def check_arrays() -> None:
     assert not any(name.startswith("ragjax") for name in sys.modules)
     files = [path for path in PACKAGE.rglob("*.py") if "\nfrom jaxtyping import" in path.read_text(encoding="utf-8")]
     names = [".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts) for path in files]
-    install_import_hook(names, "beartype.beartype")
+    install_import_hook(names, "array_checks.checked")
 
 
 def keep_compiled_programs(config: pytest.Config) -> None:

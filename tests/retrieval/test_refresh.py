@@ -177,16 +177,9 @@ def slower(world: Path, tmp_path_factory: pytest.TempPathFactory, seen_devices: 
     return train(refreshing(world, tmp_path_factory.mktemp("slower") / "run", **SLOWER))
 
 
+@SLOW
 @pytest.mark.parametrize(
-    ("seen_devices", "stop"),
-    [
-        (2, 11),
-        pytest.param(4, 6, marks=SLOW),
-        pytest.param(2, 8, marks=SLOW),
-        pytest.param(1, 9, marks=SLOW),
-    ],
-    indirect=["seen_devices"],
-    scope="module",
+    ("seen_devices", "stop"), [(2, 11), (4, 6), (2, 8), (1, 9)], indirect=["seen_devices"], scope="module"
 )
 def test_a_run_killed_in_the_middle_of_a_refresh_resumes(
     world: Path, slower: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
@@ -299,6 +292,7 @@ def test_parts_of_another_number_of_processes_are_encoded_again(world: Path, tmp
     assert list(again) == ["00000", "00001"] and all(again[part] > first[part] for part in first)
 
 
+@SLOW
 def test_a_faiss_index_is_built_anew(world: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"index__kind": "HNSW8", "index__path": str(tmp_path / "index")}
     config = refreshing(world, tmp_path / "run", **settings)
