@@ -31,6 +31,16 @@ def reading_width(longest: int, most: int) -> int:
     return min(-(-longest // 16) * 16, most)
 
 
+def groups_by_length(lengths: Int[np.ndarray, " n"], most: int) -> tuple[Int[np.ndarray, "G m"], Int[np.ndarray, " n"]]:
+    """n rows in as few groups of at most `most` as there can be, those of like lengths together; and their places.
+
+    All groups have as many rows: what fills up the last one are rows of others. A place counts through all groups.
+    """
+    count = -(-len(lengths) // most)
+    order = np.argsort(lengths, kind="stable")
+    return np.resize(order, (count, -(-len(lengths) // count))), np.argsort(order)
+
+
 def pad_sequences(
     rows: Sequence[Ids], width: int, pad_id: int
 ) -> tuple[Int[np.ndarray, "n S"], Bool[np.ndarray, "n S"]]:

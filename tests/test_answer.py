@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import tokenizers
 from processes import QUICK_TO_COMPILE
+from reference import rounding
 from safetensors.numpy import load_file, save_file
 from trained import STEPS
 from world import CAPITALS, LANDS, build, tiny_config
@@ -514,6 +515,31 @@ def test_prompts_are_read_no_wider_than_they_are(answerer: Answerer, monkeypatch
     monkeypatch.setattr("ragjax.answering.batch_answerer.prefill_documents", spy)
     answerer.answer(QUESTIONS, mode="exact")
     assert len(read) > 1 and all(longest <= width < longest + 16 and width <= most for most, width, longest in read)
+
+
+def test_a_cpu_reads_few_prompts_at_a_time(answerer: Answerer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of like lengths: as all of them read in one program."""
+    mesh, rng = local_mesh(data=1), np.random.default_rng(0)
+    alone = dataclasses.replace(answerer, mesh=mesh, params=put_global(answerer.params, replicated(mesh)))
+    lengths = np.array([64, 9, 40, 12, 64, 33, 64, 30])
+    source, mask = rng.integers(3, 20, (len(lengths), 64), np.int32), np.arange(64) < lengths[:, None]
+    read = []
+
+    def spy(graph: Any, params: Any, source: Any, mask: Any, width: int) -> Any:
+        read.append((len(source), width, sorted(np.asarray(mask).sum(axis=1).tolist())))
+        return prefill_documents(graph, params, source, mask, width)
+
+    monkeypatch.setattr("ragjax.answering.batch_answerer.prefill_documents", spy)
+    monkeypatch.setattr("ragjax.answering.batch_answerer.READ_TOGETHER", 3 * 64)
+    found = alone._read(source, mask)
+    assert read == [(3, 32, [9, 12, 30]), (3, 64, [33, 40, 64]), (3, 64, [9, 64, 64])]  # the last one is filled up
+    whole = prefill_documents(answerer.rag.generator.graphdef, alone.params["generator"], source, mask)
+    for name in ("mask", "offset", "start"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(whole, name))
+    counted = np.asarray(whole.mask)[None, :, :, None, None]
+    for one, other in ((found.keys, whole.keys), (found.values, whole.values)):
+        there = np.where(counted, other, 0)
+        np.testing.assert_allclose(np.where(counted, one, 0), there, rtol=0, atol=rounding(there))
 
 
 def test_exact_decoding_shares_programs(answerer: Answerer, caplog: pytest.LogCaptureFixture) -> None:

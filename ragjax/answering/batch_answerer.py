@@ -22,13 +22,13 @@ from ragjax.decoding.decode import decode_rag_sequence
 from ragjax.decoding.exact.decode import decode_exact
 from ragjax.decoding.exact.document_reader import ReadDocuments
 from ragjax.decoding.hf_compat import decode_hf_compatible
-from ragjax.decoding.propose import prefill_documents
+from ragjax.decoding.propose import join_memories, prefill_documents
 from ragjax.decoding.rag_token import decode_rag_token
 from ragjax.decoding.rescore import score_tokens
 from ragjax.marginal import log_prior
 from ragjax.models.kv_cache import DocumentMemory
 from ragjax.models.layers import Params
-from ragjax.padding import length_buckets, pad_sequences, pick_bucket, reading_width
+from ragjax.padding import groups_by_length, length_buckets, pad_sequences, pick_bucket, reading_width
 from ragjax.parallel.by_device import on_mesh
 from ragjax.parallel.sharding import shard_batch
 from ragjax.rag import RagPipeline
@@ -38,6 +38,7 @@ from ragjax.retrieval.retrieve import RetrievalResult, log_prior_mass, retrieve
 from ragjax.training.loss import TokenScores, answer_nll
 
 T = TypeVar("T")
+READ_TOGETHER = 512  # tokens of prompts on a CPU: enough for its matrix products, and what lies between fits its caches
 
 
 @dataclass(frozen=True)
@@ -163,8 +164,15 @@ class BatchAnswerer:
         """
         if cached is not None and self.passage_cache is not None:
             return self.passage_cache.read(source, mask, *cached)
-        on_cpus = self.mesh.devices.flat[0].platform == "cpu"  # accelerators read the padding in no time
-        width = reading_width(int(mask.sum(axis=1).max()), mask.shape[1]) if on_cpus else None
+        on_cpus, few = self.mesh.devices.flat[0].platform == "cpu", max(1, READ_TOGETHER // mask.shape[1])
+        if not on_cpus or self.mesh.size > 1 or len(source) <= few:
+            return self._prefill(source, mask, on_cpus)
+        groups, place = groups_by_length(mask.sum(axis=1), few)
+        return join_memories([self._prefill(source[rows], mask[rows], on_cpus) for rows in groups], place)
+
+    def _prefill(self, source: np.ndarray, mask: np.ndarray, tight: bool) -> DocumentMemory:
+        """In one program. Accelerators read padding in no time; else `tight` spares what of it can be spared."""
+        width = reading_width(int(mask.sum(axis=1).max()), mask.shape[1]) if tight else None
         source, mask = shard_batch(self.mesh, (source, mask), len(source))
         return prefill_documents(self.rag.generator.graphdef, self.params["generator"], source, mask, width)
 

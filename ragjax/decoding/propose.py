@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Int
 
@@ -37,6 +39,13 @@ def prefill_documents(
         return replace(memory, keys=split_heads(memory.keys), values=split_heads(memory.values))
 
     return by_device(read, params, source, mask)
+
+
+@jax.jit
+def join_memories(parts: Sequence[DocumentMemory], place: Int[Array, " n"]) -> DocumentMemory:
+    """The memories of several reads as one on one device: row i is row `place[i]` of all of them, in turn."""
+    join = lambda *leaves: jnp.concatenate(leaves, axis=1 if leaves[0].ndim == 5 else 0)  # noqa: E731
+    return jax.tree.map(join, *parts).take(place)
 
 
 @partial(jax.jit, static_argnums=(0, 3, 4, 5))
