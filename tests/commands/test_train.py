@@ -164,7 +164,7 @@ def dropping(world: Path, tmp_path_factory: pytest.TempPathFactory, seen_devices
 
 
 @pytest.mark.other_python
-@pytest.mark.devices(1, 4)
+@pytest.mark.devices(1, 2, 8)
 def test_a_run_in_pieces_equals_the_whole_one_bit_for_bit(
     world: Path, dropping: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
