@@ -21,7 +21,7 @@ import pytest
 from omegaconf import OmegaConf
 from processes import QUICK_TO_COMPILE
 
-from ragjax.cli import main
+from ragjax.cli import COMMANDS, main
 from ragjax.config import dump_config, load_config
 
 ROOT = Path(__file__).parents[1]
@@ -142,6 +142,31 @@ def test_every_key_is_one_of_the_configuration(page: Path, keys: set[str]) -> No
         if key.rsplit(".", 1)[-1] in SUFFIXES or key.startswith(PARAMETERS):
             continue
         assert key in keys, f"{page.name} names the key {key}"
+
+
+PARTS = ("reading", "factbook", "vector_files")  # folders that the map names as a whole
+
+
+def rows(page: Path) -> str:
+    """The rows of the tables of a page."""
+    return "\n".join(line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("| "))
+
+
+def test_every_module_is_on_the_map() -> None:
+    about = rows(ROOT / "CONTRIBUTING.md")
+    for path in (ROOT / "ragjax").rglob("*.py"):
+        name = path.parent.name + "/" if path.name == "__init__.py" or path.parent.name in PARTS else path.name
+        assert name in ("ragjax/", "__main__.py") or f"`{name}" in about or f"/{name}" in about, path
+
+
+def test_every_folder_is_told_of() -> None:
+    told = set(re.findall(r"^\| `ragjax/(\w+)/`", rows(DOCS / "how_it_works.md"), re.MULTILINE))
+    assert told == {path.parent.name for path in (ROOT / "ragjax").glob("*/__init__.py")}
+
+
+def test_every_command_is_in_the_tutorial() -> None:
+    told = re.findall(r"^\| `ragjax ([\w-]+) ", rows(DOCS / "tutorial.md"), re.MULTILINE)
+    assert sorted(told) == sorted(COMMANDS)
 
 
 NOTEBOOK = DOCS / "tutorial.ipynb"

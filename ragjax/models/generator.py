@@ -44,7 +44,7 @@ class SpecialTokens:
 
 @runtime_checkable
 class Generator(Protocol):
-    """Families: `llama.py`, `bart.py`, `t5.py`. Positions count from the start token, which is 0."""
+    """Families: `llama.py`, `gemma.py`, `bart.py`, `t5.py`. Positions count from the start token, which is 0."""
 
     config: Any
 
