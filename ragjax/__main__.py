@@ -6,6 +6,7 @@ import sys
 
 
 def main() -> int:
+    """Runs `ragjax`; until its own handlers are there, Ctrl-C and SIGTERM end the process without a traceback."""
     for number in (_signal.SIGINT, _signal.SIGTERM):
         _signal.signal(number, lambda number, frame: os._exit(128 + number))
     from ragjax.signals import guarded, leave_at_once

@@ -37,10 +37,12 @@ class Digest:
         self._size, self._hash = 0, xxhash.xxh3_128()
 
     def update(self, block: bytes | memoryview) -> None:
+        """Adds bytes that follow those before."""
         self._size += len(block)
         self._hash.update(block)
 
     def record(self) -> Record:
+        """Of all bytes so far."""
         return {"size": self._size, "xxh3": self._hash.hexdigest()}
 
 

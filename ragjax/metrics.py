@@ -132,6 +132,7 @@ def contains_answer(text: str, answers: Sequence[str]) -> bool:
 
 
 def normalized_words(text: str) -> str:
+    """The words of a text without case, punctuation and articles, with single spaces between them."""
     found = (re.sub("[.,]", "", word) for word in WORD.findall(unicodedata.normalize("NFC", text).lower()))
     return " ".join(word for word in found if word not in ("a", "an", "the"))
 

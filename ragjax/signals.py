@@ -31,6 +31,7 @@ class Signals:
         self._raised = 0
 
     def handle(self, number: int, frame: FrameType | None) -> None:
+        """What the system calls for a signal: the first does what `instead` says, or raises; a second Ctrl-C raises."""
         first, self.came = not self.came, self.came or number
         if first and self.instead is not None:
             self.instead()

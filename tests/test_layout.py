@@ -110,3 +110,19 @@ def test_no_file_or_function_is_long(name: str) -> None:
     functions = (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
     long = {node.name for node in functions if node.end_lineno and node.end_lineno - node.lineno >= MOST_OF_A_FUNCTION}
     assert long <= {"parser"}, "cut it where a name can say what a part does"
+
+
+def public(node: ast.Module | ast.ClassDef) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef]:
+    """The functions, classes and methods that others may use."""
+    for part in node.body:
+        if isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and not part.name.startswith("_"):
+            yield part
+            if isinstance(part, ast.ClassDef):
+                yield from public(part)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_what_is_public_is_documented(name: str) -> None:
+    tree = ast.parse(FILES[name].read_text())
+    assert ast.get_docstring(tree)
+    assert [f"{part.lineno}: {part.name}" for part in public(tree) if not ast.get_docstring(part)] == []

@@ -55,6 +55,7 @@ class GivenPassages(PassageStore):
         return self._passages[i]
 
     def tokens(self, i: int) -> Int[np.ndarray, " S"]:
+        """The tokens of a passage, as `PassageStore.tokens` gives them."""
         return self._rows[i]
 
 

@@ -104,6 +104,7 @@ class Run:
 
     @property
     def rag(self) -> RagPipeline:
+        """The models, the tokenizers and the configuration."""
         return self.data.rag
 
     @property

@@ -43,6 +43,7 @@ def answer_modes(config: Config) -> tuple[str, ...]:
 
 
 def check_mode(config: Config, mode: str | None) -> None:
+    """Raises `InputError` for a mode in which the configuration's model cannot answer; None is its own."""
     modes = answer_modes(config)
     if mode is not None and mode not in modes:
         kind = f"model={config.model} hf_compatible={str(config.hf_compatible).lower()}"
@@ -79,4 +80,5 @@ def train_documents(config: Config) -> int:
 
 
 def rescores_as_hugging_face(config: Config) -> bool:
+    """Whether candidates are scored under the documents of training, as transformers' `generate(n_docs=…)` does."""
     return config.hf_compatible and config.model == "rag_sequence"

@@ -36,6 +36,8 @@ EXPECTED: dict[str, Any] = {"auto": None, "jsonl": "json", "dpr": "table"}  # by
 
 @dataclass(frozen=True)
 class Passage:
+    """A passage z of the corpus."""
+
     id: str
     title: str
     text: str
@@ -204,4 +206,5 @@ def _check_ids(
 
 
 def passage_record(passage: Passage) -> bytes:
+    """A line of JSON, as the passage store keeps it."""
     return json.dumps(vars(passage), ensure_ascii=False).encode() + b"\n"

@@ -109,6 +109,7 @@ class StoreShard:
         return self.text[start:stop].tobytes()
 
     def tokens(self, i: int) -> Int[np.ndarray, " S"]:
+        """The generator's tokens of the i-th passage of the shard."""
         start, stop = self.token_ends[i : i + 2]
         return self._tokens[start:stop]
 

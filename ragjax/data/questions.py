@@ -27,6 +27,8 @@ FEW = 5  # of what is left out is shown on the terminal
 
 @dataclass(frozen=True)
 class Question:
+    """A question x with the answers that are right."""
+
     question: str
     answers: tuple[str, ...]
     id: str

@@ -48,6 +48,7 @@ class EvaluationProgress:
         self._journal.__exit__(*error)
 
     def delete(self) -> None:
+        """Removes what was kept, of all processes."""
         for path in self.folder.glob("predictions.*.partial"):
             path.unlink(missing_ok=True)
 

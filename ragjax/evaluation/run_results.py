@@ -28,6 +28,8 @@ class _Record(BaseModel):
 
 
 class PredictedDocument(_Record):
+    """A document of a question, and what it says of the answer."""
+
     id: str
     passage: int
     title: str
@@ -50,12 +52,16 @@ class ProposedAnswer(_Record):
 
 
 class ModeScore(_Record):
+    """How the answer of one mode compares with the right ones."""
+
     exact_match: float
     f1: float
     rouge_l: float | None = None  # an older version's have none
 
 
 class ModeAnswer(_Record):
+    """What one mode tells of its answer; what only some modes know may be None."""
+
     p_answer: float
     finished: bool
     probability_bounds: list[float] | None = None
@@ -95,6 +101,7 @@ class Prediction(_Record):
 
     @property
     def right(self) -> bool:
+        """Whether the answer of the first mode is an exact match."""
         return self.scores[self.mode].exact_match == 1
 
     @property

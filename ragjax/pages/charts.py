@@ -46,6 +46,8 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
+    """A drawing of lines, with its axes; places are in the units of the drawing."""
+
     title: str
     x_label: str
     y_label: str

@@ -65,6 +65,8 @@ class Cell:
 
 @dataclass(frozen=True)
 class StageCandidate:
+    """A candidate as the drawing shows it: a row of stage 3."""
+
     text: str
     finished: bool
     cells: list[Cell]

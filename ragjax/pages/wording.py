@@ -31,6 +31,7 @@ def rounded(value: Any) -> str:
 
 
 def shortened(text: str, longest: int) -> str:
+    """At most `longest` characters; … stands for what is cut off."""
     return text if len(text) <= longest else f"{text[: longest - 1]}…"
 
 

@@ -40,6 +40,7 @@ class DeviceIndex:
 
     @property
     def split(self) -> PartitionSpec:
+        """How its rows are split over the devices."""
         return split_rows(self.mesh)
 
     @property

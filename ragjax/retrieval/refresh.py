@@ -104,6 +104,7 @@ class IndexRefresher:
         )
 
     def start(self, step: int) -> None:
+        """Begins to build the index anew, after this step of training."""
         self.state = RefreshedIndex(self.state.searched, step)
 
     def begin_anew(self, step: int, encoder: Params) -> None:
@@ -223,6 +224,7 @@ def _on_devices_here(encoder: Params) -> Params:
 
 
 def version_folder(output: Path, step: int) -> Path:
+    """Where the index begun after `step` lies, of the run in `output`."""
     return output / FOLDER / f"{step:06d}"
 
 

@@ -64,6 +64,7 @@ class Server:
         self.stopping = False
 
     def application(self) -> Starlette:
+        """The routes, behind what `guard.py` checks."""
         routes = [
             Route("/", _refusing(self.page), methods=["GET"]),
             Route("/style.css", _static("style.css", "text/css"), methods=["GET"]),
@@ -130,6 +131,7 @@ class Server:
         return StreamingResponse(events, media_type="text/event-stream")
 
     async def answer(self, request: Request) -> Response:
+        """`POST /v1/answer`: one question or several."""
         asked, decoding = self._read(read_answer_request, await read_body(request, self.limits))
         answers = await self._answers(request, asked.texts, decoding, asked)
         made = [
@@ -143,6 +145,7 @@ class Server:
         return JSONResponse({"answers": made})
 
     async def chat(self, request: Request) -> Response:
+        """`POST /v1/chat/completions`: one question, in OpenAI's form."""
         body = await read_body(request, self.limits)
         try:
             asked, chat, decoding = read_chat_request(body, self.choices, self.limits)
@@ -156,13 +159,16 @@ class Server:
         return JSONResponse(chat_response(answer, self.serving.name))
 
     async def health(self, request: Request) -> Response:
+        """`GET /health`: whether it answers, and how many questions wait."""
         about = {"status": "stopping" if self.stopping else "ok", "waiting": self.batcher.waiting}
         return JSONResponse(about | {"step": self.serving.answerer.step}, 503 if self.stopping else 200)
 
     async def metrics(self, request: Request) -> Response:
+        """`GET /metrics`: figures for Prometheus."""
         return Response(self.telemetry.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def openapi(self, request: Request) -> Response:
+        """`GET /openapi.json`: what all this takes and gives."""
         return JSONResponse(description(self.serving.name, self.choices, self.limits, self.serving.token is not None))
 
     def _read(self, read: Callable[..., tuple[AnswerRequest, Decoding]], body: bytes) -> tuple[AnswerRequest, Decoding]:

@@ -64,6 +64,7 @@ class Batcher:
         return sum(not job.result.cancelled() for job in self._waiting)
 
     def start(self) -> None:
+        """Lets the worker begin."""
         self._thread.start()
 
     def stop(self) -> None:

@@ -122,4 +122,5 @@ async def read_body(request: Request, limits: Limits) -> bytes:
 
 
 def bad_request(error: InputError) -> Refused:
+    """What answers a request that is wrong: status 400, and why."""
     return Refused(problem(400, str(error)))

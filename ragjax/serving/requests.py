@@ -41,6 +41,7 @@ class AnswerRequest(_Body):
 
     @property
     def texts(self) -> list[str]:
+        """The questions, be it one or several."""
         return [self.question] if self.question is not None else list(self.questions or ())
 
     @property
@@ -52,11 +53,15 @@ class AnswerRequest(_Body):
 
 
 class ChatPart(_Body):
+    """A part of a message; text is the only kind that is read."""
+
     type: Literal["text"]
     text: str
 
 
 class ChatMessage(BaseModel):
+    """A message in OpenAI's form; further fields are ignored."""
+
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     role: str
@@ -134,6 +139,7 @@ def read_chat_request(body: bytes, choices: Choices, limits: Limits) -> tuple[An
 
 
 def check_length(name: str, question: str, limits: Limits) -> None:
+    """Raises `InputError` for a question that is too long."""
     if len(question) > limits.question_characters:
         raise InputError(f"{name}: has {len(question)} characters; at most {limits.question_characters}")
 

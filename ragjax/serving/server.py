@@ -25,10 +25,12 @@ class PromptProtocol(H11Protocol):
     _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Watches a connection from its beginning."""
         super().connection_made(transport)
         self._watch()
 
     def data_received(self, data: bytes) -> None:
+        """Watches on while no head of a request has come whole."""
         super().data_received(data)
         if self.conn.their_state is h11.IDLE:
             self._watch()  # of a head that has only begun
@@ -37,6 +39,7 @@ class PromptProtocol(H11Protocol):
             self._timer = None
 
     def on_response_complete(self) -> None:
+        """Hangs up, after a while, on who still sends what was refused."""
         super().on_response_complete()
         if self.conn.their_state is h11.SEND_BODY:  # of a request that was refused; first it may read why
             self.loop.call_later(self.receive_s, self._leave, self.cycle)
@@ -46,6 +49,7 @@ class PromptProtocol(H11Protocol):
             self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """Watches no more."""
         if self._timer is not None:
             self._timer.cancel()
         super().connection_lost(exc)
@@ -85,6 +89,7 @@ def run_server(server: Server, listening: socket.socket) -> uvicorn.Server:
 
 
 def make_uvicorn(server: Server) -> uvicorn.Server:
+    """The server as uvicorn runs it, with the bounds of `settings.py`."""
     protocol: Any = type("Protocol", (PromptProtocol,), {"receive_s": server.limits.receive_s})
     return uvicorn.Server(
         uvicorn.Config(

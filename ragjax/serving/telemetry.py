@@ -44,6 +44,7 @@ class Telemetry:
         terminal.print(f"{method} {route} {status} {1000 * seconds:.0f} ms", soft_wrap=True)
 
     def questions(self, texts: list[str]) -> None:
+        """Logs the texts of questions, where that was asked for."""
         for text in texts if self.log_questions else ():
             terminal.print(f"question: {text}", soft_wrap=True)
 
@@ -55,9 +56,11 @@ class Telemetry:
         terminal.print(f"{type(error).__name__}{where}{said}", soft_wrap=True)
 
     def batch(self, decoding: Decoding, size: int, seconds: float) -> None:
+        """Counts a batch that was answered, and its time."""
         self._questions.labels(decoding.mode).inc(size)
         self._batch.observe(size)
         self._batch_seconds.observe(seconds)
 
     def text(self) -> bytes:
+        """The figures in Prometheus' form."""
         return generate_latest(self.registry)

@@ -149,6 +149,7 @@ class TrainStep:
         return self.program(state, batch, corpus, self.schedule)
 
     def trace(self, state: TrainState, batch: Any, corpus: DeviceIndex | None = None) -> jax.stages.Traced:
+        """The program before it is compiled, for what counts its cost."""
         return self.program.trace(state, batch, corpus, self.schedule)
 
 
