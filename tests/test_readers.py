@@ -31,9 +31,11 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 
+from ragjax.checkpoints.adapters import merge_peft, peft_base
 from ragjax.checkpoints.gguf import read_gguf
 from ragjax.checkpoints.pretrained import open_encoder, open_generator
 from ragjax.checkpoints.random_init import write_random_checkpoint
+from ragjax.checkpoints.safetensors import SafetensorsReader, write_safetensors
 from ragjax.checkpoints.sentence_transformers import resolve_encoding
 from ragjax.checksums import write_sealed
 from ragjax.config import Corpus, Retriever
@@ -366,6 +368,15 @@ def write_all(folder: Path) -> None:
     header, _ = as_safetensors((folder / "t5" / "model.safetensors").read_bytes())
     weights = {"weight_map": {name: "model.safetensors" for name in header if name != "__metadata__"}}
     (folder / "t5" / "model.safetensors.index.json").write_text(json.dumps(weights))
+    peft = folder / "peft"
+    peft.mkdir()
+    rng, module = np.random.default_rng(0), "base_model.model.model.layers.0.mlp.up_proj"
+    shapes = {"A": (2, settings["hidden_size"]), "B": (settings["intermediate_size"], 2)}
+    adapters = {f"{module}.lora_{name}.weight": rng.normal(size=of).astype(np.float32) for name, of in shapes.items()}
+    write_safetensors(peft / "adapter_model.safetensors", adapters)
+    of_adapters = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "init_lora_weights": True, "use_rslora": False}
+    of_adapters |= {"base_model_name_or_path": str(folder / "llama"), "revision": None, "rank_pattern": {}}
+    (peft / "adapter_config.json").write_text(json.dumps(of_adapters))
     old = folder / "old"
     old.mkdir()
     (old / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "hello", "world", "##s"]))
@@ -422,6 +433,12 @@ def read_generator(folder: Path) -> None:
     generator = open_generator(checkpoint)
     generator.load_params()
     _special_tokens(generator, read_tokenizer(checkpoint))
+
+
+def read_adapters(folder: Path) -> None:
+    peft_base(folder)
+    for _ in merge_peft(folder, SafetensorsReader(folder.parent / "llama")):
+        pass
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
@@ -509,6 +526,8 @@ READERS = [
     Reader("llama/generation_config.json", read_generator, few=6),
     Reader("llama/model.safetensors", read_generator, as_safetensors),
     Reader("t5/model.safetensors.index.json", read_generator),
+    Reader("peft/adapter_config.json", read_adapters, few=40),
+    Reader("peft/adapter_model.safetensors", read_adapters, as_safetensors),
     Reader("gguf/model.gguf", read_generator, as_gguf),
     Reader("llama/tokenizer.json", read_tokenizer),
     Reader("llama/tokenizer_config.json", read_tokenizer),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import zlib
 from collections.abc import Collection, Iterator, Mapping
@@ -21,7 +22,7 @@ from jax.sharding import SingleDeviceSharding
 
 from ragjax.checkpoints.name_tables import encoder_family, generator_family
 from ragjax.checkpoints.pretrained import UNUSED, PretrainedModel
-from ragjax.checkpoints.safetensors import SafetensorsReader
+from ragjax.checkpoints.safetensors import SafetensorsReader, require_finite
 from ragjax.config import Lora
 from ragjax.errors import InputError
 from ragjax.files import read_json, shown
@@ -43,7 +44,15 @@ UNSUPPORTED: dict[str, Any] = {
     "trainable_token_indices": None,
     "target_parameters": None,
     "lora_bias": False,
+    "alora_invocation_tokens": None,
+    "use_qalora": False,
+    "use_bdlora": None,
+    "arrow_config": None,
+    "kasa_config": None,
+    "monteclora_config": None,
 }
+# the ways to begin after which W is what the base model has; others, such as pissa, change W, too
+BEGINNINGS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
 def with_adapters(model: PretrainedModel, maps: Collection[str], lora: Lora, seed: int) -> PretrainedModel:
@@ -182,12 +191,18 @@ def _module(name: str) -> str:
 
 
 def peft_base(folder: Path) -> str:
-    """The source of the model that a PEFT folder names. Raises `InputError`."""
-    with naming(folder / ADAPTER_CONFIG):
-        fields = Fields(read_json(folder / ADAPTER_CONFIG))
-        base, revision = fields.text("base_model_name_or_path"), fields.text("revision", "")
-    if Path(base).exists() or ":" in base:
-        return base
+    """The source of the model that a PEFT folder names. Raises `InputError` where there is no such model."""
+    path = folder / ADAPTER_CONFIG
+    fields = Fields(read_json(path))
+    with naming(path):
+        base, revision = fields.text("base_model_name_or_path", ""), fields.text("revision", "")
+        if base.startswith(("hf:", "pypi:", "random:")) or (base and os.path.exists(base)):
+            return base
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", base):
+            raise InputError(
+                f"base_model_name_or_path is {shown(base)}, which is neither here nor ORG/NAME of the hub; name the "
+                "model that they were trained with: --base SOURCE"
+            )
     return f"hf:{base}" + (f"@{revision}" if revision else "")
 
 
@@ -196,18 +211,20 @@ def merge_peft(folder: Path, base: SafetensorsReader) -> Iterator[tuple[str, np.
 
     Raises `InputError` for adapters of another kind, damaged ones, and those of another model.
     """
-    scale, reader = _peft_scale(folder), SafetensorsReader(folder, ADAPTER_WEIGHTS)
+    (rank, scale), reader = _peft_scale(folder), SafetensorsReader(folder, ADAPTER_WEIGHTS)
     pairs: dict[str, dict[str, str]] = {}
     for name in sorted(reader.names):
         module, leaf = _module(name), name.rpartition(".lora_")[2]
         if not module or leaf not in ("A.weight", "B.weight"):
             raise InputError(f"{folder / ADAPTER_WEIGHTS}: {shown(name)} is no adapter of a linear map; expected LoRA")
         pairs.setdefault(module, {})[leaf[0]] = name
+    if not pairs:
+        raise InputError(f"{folder / ADAPTER_WEIGHTS}: holds no adapters; fetch it again")
     found: dict[str, dict[str, str]] = {}
     for module, pair in pairs.items():
         weights = [name for name in base.names if f".{name}".endswith(f".{module}.weight")]
         weights = weights or [name for name in base.names if f".{module}.weight".endswith(f".{name}")]
-        if len(weights) != 1 or len(pair) != 2:
+        if len(weights) != 1 or len(pair) != 2 or weights[0] in found:
             raise InputError(
                 f"{folder / ADAPTER_WEIGHTS}: its adapters of {shown(module)} do not belong to the base model; name "
                 "the model that they were trained with: --base SOURCE"
@@ -217,23 +234,26 @@ def merge_peft(folder: Path, base: SafetensorsReader) -> Iterator[tuple[str, np.
         weight = base.read(name)
         if name in found:
             a, b = (reader.read(found[name][leaf]) for leaf in "AB")
-            if (b.shape[0], a.shape[1]) != weight.shape or a.shape[0] != b.shape[1]:
+            if weight.ndim != 2 or (b.shape, a.shape) != ((weight.shape[0], rank), (rank, weight.shape[1])):
                 raise InputError(
                     f"{folder / ADAPTER_WEIGHTS}: B {list(b.shape)} and A {list(a.shape)} do not fit {name} "
-                    f"{list(weight.shape)} of the base model"
+                    f"{list(weight.shape)} of the base model, with r = {rank} in {ADAPTER_CONFIG}"
                 )
-            weight = weight + scale * (b @ a)
+            with np.errstate(over="ignore", invalid="ignore"):
+                weight = require_finite(weight + scale * (b @ a), name, folder / ADAPTER_WEIGHTS)
         yield name, weight
 
 
-def _peft_scale(folder: Path) -> float:
-    """What B·A is multiplied by. Raises `InputError` for what is not plain LoRA."""
+def _peft_scale(folder: Path) -> tuple[int, float]:
+    """The rank, and what B·A is multiplied by. Raises `InputError` for what is not plain LoRA."""
     hf = read_json(folder / ADAPTER_CONFIG)
     with naming(folder / ADAPTER_CONFIG):
         fields = Fields(hf)
         fields.text("peft_type", among=("LORA",))
-        for key, off in UNSUPPORTED.items():
-            if hf.get(key, off) not in (off, None):
-                raise InputError(f"{key} is {json.dumps(hf[key])[:80]}, which is not supported; merge it with PEFT")
+        wrong = [key for key, off in UNSUPPORTED.items() if hf.get(key, off) not in (off, None)]
+        if hf.get("init_lora_weights", True) not in (*BEGINNINGS, None):
+            wrong.append("init_lora_weights")
+        for key in wrong:
+            raise InputError(f"{key} is {json.dumps(hf[key])[:80]}, which is not supported; merge it with PEFT")
         rank, alpha = fields.count("r"), fields.number("lora_alpha", 8.0)
-        return alpha / (math.sqrt(rank) if fields.flag("use_rslora", False) else rank)
+        return rank, alpha / (math.sqrt(rank) if fields.flag("use_rslora", False) else rank)
