@@ -8,6 +8,7 @@ not have is refused.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -170,6 +171,24 @@ def write_sentence_modules(
     prompts = {name: text.removesuffix(end) for name, (text, end) in ends.items() if text.endswith(end)}
     similarity = "cosine" if config.normalize else "dot"
     _write_json(folder / PROMPTS, {"prompts": prompts, "similarity_fn_name": similarity})
+
+
+def copy_sentence_modules(encoder: Path, out: Path) -> None:
+    """Puts into `out`, the folder of another encoder of that shape, what comes after the one in `encoder`, if anything.
+
+    Raises `InputError` as `read_sentence_modules` does.
+    """
+    if (modules := read_sentence_modules(encoder)) is None:
+        return
+    root, entries = modules.file.parent, unicode_json(modules.file.read_bytes(), modules.file)
+    for entry in entries:
+        if entry["type"].endswith("Transformer"):
+            entry["path"] = ""
+        elif (root / entry["path"]).is_dir() and root / entry["path"] != root:  # of Normalize there may be none
+            shutil.copytree(root / entry["path"], out / entry["path"])
+    _write_json(out / "modules.json", entries)
+    if (root / PROMPTS).is_file():
+        shutil.copy(root / PROMPTS, out)
 
 
 def module_list(path: Path) -> list[tuple[str, str]]:

@@ -29,7 +29,7 @@ from ragjax.checkpoints.adapters import (
 from ragjax.checkpoints.hub import checkpoint_folder, fetch
 from ragjax.checkpoints.pretrained import PretrainedModel, encoder_tensors, generator_tensors
 from ragjax.checkpoints.safetensors import SafetensorsReader, write_safetensors
-from ragjax.checkpoints.sentence_transformers import write_sentence_modules
+from ragjax.checkpoints.sentence_transformers import copy_sentence_modules, write_sentence_modules
 from ragjax.checksums import write_checksums
 from ragjax.config import Config, Lora, adapted_maps
 from ragjax.data.tokenizer import Tokenizer
@@ -130,8 +130,9 @@ def import_adapters(folder: Path, base: str | None, out: Path) -> Path:
     with _writing(out) as partial:
         write_safetensors(partial / "model.safetensors", tensors)
         for file in whole.iterdir():
-            if file.suffix in (".json", ".txt", ".model") and not file.name.endswith(".index.json"):
+            if file.suffix in (".json", ".txt", ".model", ".jinja") and not file.name.endswith(".index.json"):
                 shutil.copy(file, partial / file.name)
+        copy_sentence_modules(whole, partial)
     return out
 
 

@@ -20,14 +20,17 @@ from gradients import assert_same_gradients, moments
 from trained import refused
 from world import open_world, tiny_config
 
-from ragjax.checkpoints.adapters import adapters_only, merged
-from ragjax.checkpoints.hub import fingerprint_files
-from ragjax.checkpoints.pretrained import open_generator
+from ragjax.checkpoints.adapters import adapters_only, merged, peft_config, peft_tensors, with_adapters
+from ragjax.checkpoints.hub import checkpoint_folder, fingerprint_files
+from ragjax.checkpoints.pretrained import open_encoder, open_generator
+from ragjax.checkpoints.safetensors import write_safetensors
+from ragjax.checkpoints.sentence_transformers import resolve_encoding, write_sentence_modules
 from ragjax.cli import main
 from ragjax.commands.train import train
-from ragjax.config import Config
+from ragjax.config import Config, Lora, Retriever
 from ragjax.data.question_batch import question_batch
 from ragjax.data.questions import read_questions
+from ragjax.data.tokenizer import Tokenizer
 from ragjax.errors import InputError
 from ragjax.models.layers import Linear, Params, fold_rngs, is_adapter, row_rngs, scan_layers, stack
 from ragjax.parallel.mesh import local_mesh, make_mesh
@@ -44,7 +47,7 @@ from ragjax.training.loss import rag_loss
 from ragjax.training.state import abstract_state, init_train_state, state_shardings
 from ragjax.training.step import gradients, make_train_step
 
-KEY, SCALE = jax.random.key(5), 2.0
+KEY, SCALE, READER = jax.random.key(5), 2.0, Retriever(source="m")
 LORA: dict[str, Any] = {
     "train__lora__rank": 3,
     "train__lora__alpha": 3 * SCALE,
@@ -311,12 +314,43 @@ def test_adapters_that_are_not_taken(
         ({"use_dora": True}, "adapter_config.json: use_dora is true, which is not supported"),
         ({"peft_type": "IA3"}, "adapter_config.json: peft_type is 'IA3'; expected one of LORA"),
         ({"r": "3"}, "adapter_config.json: r is '3'; expected a whole number"),
+        ({"r": 4}, "of the base model, with r = 4 in adapter_config.json"),
+        ({"init_lora_weights": "pissa"}, 'init_lora_weights is "pissa", which is not supported; merge it with PEFT'),
+        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens is [1], which is not supported"),
+        ({"base_model_name_or_path": "/no/model"}, "neither here nor ORG/NAME of the hub; name the model that they"),
+        ({"base_model_name_or_path": None}, "base_model_name_or_path is ''"),
         ({"base_model_name_or_path": str(world / "retriever")}, "do not belong to the base model"),
     ):
         (folder / "adapter_config.json").write_text(json.dumps(config | change))
         assert message in refused(capsys, tmp_path, "import", str(folder), out)
     message = refused(capsys, tmp_path, "import", str(world / "generator"), out, "--base", "x")
     assert "--base is for PEFT's adapters" in message
+
+
+@pytest.mark.parametrize("place", ["", "0_Transformer"])
+def test_what_stands_beside_the_base_comes_along(world: Path, tmp_path: Path, place: str) -> None:
+    """Chat template, tokenizer, and what follows an encoder of sentence-transformers, which then reads as before."""
+    base, adapters, out = tmp_path / "base", tmp_path / "peft", tmp_path / "out"
+    shutil.copytree(world / "retriever", base / place)
+    (base / place / "chat_template.jinja").write_text("{{ messages }}")
+    plain = open_encoder(base / place, "cls", False)
+    write_sentence_modules(base / place, plain.config, {}, "ask: {question}", "{title}: {text}")
+    if place:
+        for name in ("modules.json", "1_Pooling", "config_sentence_transformers.json"):
+            (base / place / name).rename(base / name)
+        listed = (base / "modules.json").read_text().replace('"path": ""', f'"path": "{place}"')
+        (base / "modules.json").write_text(listed)
+    assert resolve_encoding(READER, base / place, base / place).pooling == "cls"
+    lora = Lora(rank=2)
+    model = with_adapters(plain, (), lora, 0)
+    tensors = peft_tensors(model, model.load_params())
+    adapters.mkdir()
+    write_safetensors(adapters / "adapter_model.safetensors", tensors)
+    (adapters / "adapter_config.json").write_text(json.dumps(peft_config(model, lora, str(base), tensors)))
+    assert main(["import", str(adapters), str(out)]) == 0
+    assert (out / "chat_template.jinja").is_file() and Tokenizer.load(out, writes=False).vocab_size
+    assert resolve_encoding(READER, out, out) == resolve_encoding(READER, base / place, base / place)
+    chex.assert_trees_all_equal(open_encoder(checkpoint_folder(out), "cls", False).load_params(), plain.load_params())
 
 
 @pytest.mark.parametrize(
