@@ -60,6 +60,17 @@ def test_every_combination_has_a_folder(world: Path, tmp_path: Path) -> None:
     ]
 
 
+def test_more_seeds_may_follow_one(world: Path, tmp_path: Path) -> None:
+    """A run stays in its folder, with its index: also that of the Factbook, whose questions a seed draws."""
+    [one] = planned(world, tmp_path, "seed=6")
+    assert one.config.output == str(tmp_path / "seed=6") and one.overrides.count("seed=6") == 1
+    assert one == planned(world, tmp_path, "seed=6,7")[0]
+    drawn = [plan_sweep(lambda given: load_config(TINY, given), [f"seed={n}"], []) for n in ("6", "7,6", "4294967295")]
+    assert drawn[0][0] == drawn[1][1] and len({run.config.index.path for runs in drawn for run in runs}) == 3
+    [fixed] = planned(world, tmp_path, fixed=["seed=6"])
+    assert fixed.config.output == str(tmp_path) and fixed.config.seed == 6
+
+
 def test_runs_share_an_index_where_they_can(world: Path, tmp_path: Path) -> None:
     runs = planned(world, tmp_path, "index.dtype=float32,bfloat16", "seed=1,2", "index.path=${output}/index")
     paths = [run.config.index.path for run in runs]
@@ -102,6 +113,7 @@ def test_what_is_refused(world: Path, run: Path, tmp_path: Path, capsys: Capture
         return refused(capsys, tmp_path, "sweep", config, *overrides)
 
     assert "'seed=1,1': names a value twice" in told("seed=1,1")
+    assert "seed: is given twice" in told("seed=1,2", "seed=3")
     assert "with 'train.steps=0': train.steps is 0" in told("train.steps=3,0")
     assert "output: names the folder of all runs" in told(f"output={tmp_path}/a,{tmp_path}/b")
     assert "output: is another for each run" in told("seed=1,2", f"--set=output={tmp_path}/${{seed}}")
@@ -161,6 +173,11 @@ def test_a_sweep_goes_on_and_tells_the_spread(world: Path, tmp_path: Path, capsy
     )
     [line] = capsys.readouterr().out.splitlines()
     assert shlex.split(line)[:4] == ["echo", "of", config, "train.steps=2"]
+    (tmp_path / "q").mkdir()
+    (tmp_path / "q" / "test.jsonl").write_text("".join((world / "test.jsonl").read_text().splitlines(True)[::-1]))
+    other = [f"questions.test={tmp_path}/q/test.jsonl", f"output={tmp_path}", "--dry-run"]
+    assert main(["sweep", config, "seed=1,2", *SETTINGS, *other]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2, "other questions are asked again"
     assert "holds another run" in refused(
         capsys, tmp_path, "sweep", config, "seed=1,2", *SETTINGS, f"output={tmp_path}", "train.generator_lr=1"
     )

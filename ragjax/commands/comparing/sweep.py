@@ -1,6 +1,6 @@
 """`ragjax sweep`: a run for every combination of some values, one after the other, and what came of them.
 
-OUTPUT/seed=1                          where only seeds differ
+OUTPUT/seed=1                          where only seeds differ, or there is one
 OUTPUT/train.lora.rank=8/seed=1        where other values do, too: a folder of the runs that `ragjax compare` takes
 OUTPUT/index                           one index, for all runs that can share it (unless index.path names another)
 
@@ -28,6 +28,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from ragjax.checkpoints.hub import fingerprint_files
 from ragjax.config import Config, index_settings
 from ragjax.config.reading import escaped
 from ragjax.errors import InputError
@@ -69,10 +70,18 @@ class SweptRun:
         folder = Path(self.config.output)
         if newest_step(folder / "checkpoints") < self.config.train.steps or not (folder / METRICS).is_file():
             return False
-        metrics = read_json(folder / METRICS)
+        metrics, questions = read_json(folder / METRICS), Path(questions_of(self.config))
+        asked = (metrics.get("fingerprints") or {}).get("questions")
+        if asked is not None and questions.is_file() and asked != fingerprint_files([questions]):
+            return False
         wanted = {"trained_steps": self.config.train.steps, "decode": self.config.decode.model_dump(mode="json")}
         wanted["evaluate"] = self.config.evaluate.model_dump(mode="json")
         return all(metrics.get(key) == value for key, value in wanted.items())
+
+
+def questions_of(config: Config) -> str:
+    """Where the questions of an evaluation come from."""
+    return str(getattr(config.questions, config.evaluate.split))
 
 
 Load = Callable[[Sequence[str]], Config]
@@ -86,15 +95,20 @@ def plan_sweep(load: Load, overrides: Sequence[str], fixed: Sequence[str]) -> li
         overrides: KEY=VALUE,VALUE,…; commas within brackets or quotes do not separate values.
         fixed: KEY=VALUE, as they are.
 
-    Raises `InputError` for values that a configuration refuses, and for a folder that holds another run.
+    A seed is a value of its own even where it is the only one: others may follow. Raises `InputError` for values that a
+    configuration refuses, several of a key that is given again, and a folder that holds another run.
     """
-    values = dict(_split(override) for override in overrides)
-    swept = {key: choices for key, choices in values.items() if len(choices) > 1}
+    values: dict[str, list[str]] = {}
+    for key, choices in map(_split, overrides):
+        if max(len(choices), len(values.get(key, choices))) > 1 and key in values:
+            raise InputError(f"{key}: is given twice; write all of its values together, as seed=1,2,3")
+        values[key] = choices
+    swept = {key: choices for key, choices in values.items() if len(choices) > 1 or key == SEED}
     if SEED in swept:
         swept[SEED] = swept.pop(SEED)  # the last
     if "output" in swept:
         raise InputError("output: names the folder of all runs; give one")
-    same = [*fixed, *(f"{key}={choices[0]}" for key, choices in values.items() if len(choices) == 1)]
+    same = [*fixed, *(f"{key}={choices[0]}" for key, choices in values.items() if key not in swept)]
     chosen = [dict(zip(swept, combination, strict=True)) for combination in itertools.product(*swept.values())]
     given = [[*same, *(f"{key}={value}" for key, value in choice.items())] for choice in chosen]
     configs = [load(one) for one in given]
@@ -103,9 +117,11 @@ def plan_sweep(load: Load, overrides: Sequence[str], fixed: Sequence[str]) -> li
     output = Path(configs[0].output)
     if swept and (output / "config.yaml").exists():
         raise InputError(f"{output}: is a run itself; set output=FOLDER to one for all runs of the sweep")
-    runs = []
+    runs, sharing = [], list(configs)
+    if SEED in swept:  # with another seed, too, an index stays where it is
+        sharing.append(load([*given[-1], f"{SEED}={(configs[-1].seed + 1) % 2**32}"]))
     for config, choice, one in zip(configs, chosen, given, strict=True):
-        places = {"output": str(output / _folder(choice)), "index.path": _index_path(config, configs)}
+        places = {"output": str(output / _folder(choice)), "index.path": _index_path(config, sharing)}
         own = [override for override in one if override.partition("=")[0] not in places]
         own += [f"{key}={json.dumps(escaped(value), ensure_ascii=False)}" for key, value in places.items()]
         runs.append(SweptRun(load(own), choice, own))
