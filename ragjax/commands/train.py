@@ -259,12 +259,12 @@ def make_step(run: Run) -> Callable[[int, TrainState, Any], tuple[TrainState, di
 def run_steps(run: Run, signals: Signals) -> None:
     """Trains until `train.steps`. Raises `Interrupted` after a signal, once the step is done and saved."""
     train, done = run.rag.config.train, int(run.state.step)
-    step, nll = make_step(run), make_nll(run.rag)
-
-    def epoch(number: int) -> str:
-        return f"epoch {run.data.epochs(number):.1f}"
-
-    with progress_bar("train", train.steps, "steps", done, first="compiling …", extra=epoch) as advance:
+    signals.check()
+    if done == train.steps:
+        terminal.print(f"trained already: all {done} steps of train.steps are done; with more of them it goes on")
+        return
+    step, nll, extra = make_step(run), make_nll(run.rag), lambda number: f"epoch {run.data.epochs(number):.1f}"
+    with progress_bar("train", train.steps, "steps", done, first="compiling …", extra=extra) as advance:
         signals.check()
         signals.instead, timer, reporter = _finish_the_step, SaveTimer(train.save_minutes, done), Reporter(run, advance)
         for number in range(done + 1, train.steps + 1):

@@ -198,7 +198,10 @@ def test_a_run_in_pieces_equals_the_whole_one_bit_for_bit(
         raise AssertionError("a finished run trains no more")
 
     monkeypatch.setattr(train_module.BatchBuilder, "attach", started)
+    capsys.readouterr()
     assert go("pieces") == 0
+    err = capsys.readouterr().err
+    assert "trained already: all 5 steps of train.steps are done" in err and "steps/s" not in err
 
 
 def raw(leaf: jax.Array) -> np.ndarray:
