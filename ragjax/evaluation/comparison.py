@@ -113,6 +113,9 @@ def compare(ours: Sequence[RunResults], theirs: Sequence[RunResults]) -> Compari
     if len(shared) < max(map(len, gold)):
         counts = [str(len(by_question)) for by_question in gold]
         warnings.append(f"Only {len(shared)} of {', '.join(counts[:-1])} and {counts[-1]} questions are the same.")
+    if len({run.model for run in runs}) > 1:
+        named = ", ".join(run.name for run in runs if run.model != "trained")
+        warnings.append(f"Measured before training, unlike the others: {named}.")
     if any(by_question[key] != gold[0][key] for by_question in gold for key in shared):
         warnings.append("The right answers of some questions differ between the runs.")
     return Comparison(len(shared), measures, warnings)

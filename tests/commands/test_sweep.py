@@ -118,6 +118,8 @@ def test_what_is_refused(world: Path, run: Path, tmp_path: Path, capsys: Capture
     assert "output: names the folder of all runs" in told(f"output={tmp_path}/a,{tmp_path}/b")
     assert "output: is another for each run" in told("seed=1,2", f"--set=output={tmp_path}/${{seed}}")
     assert f"{run}: is a run itself" in told("seed=1,2")
+    for launcher, why in (("./none tpu", "names no program"), ("", "names no program"), ("a '", "is no command of")):
+        assert why in told("seed=1,2", f"output={tmp_path}/new", f"--launcher={launcher}")
     (tmp_path / "seed=1").mkdir()
     shutil.copy(run / "config.yaml", tmp_path / "seed=1")
     assert "seed=1: holds another run: " in told("seed=1,2", f"output={tmp_path}")

@@ -6,6 +6,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +104,10 @@ def test_each_question_counts_with_its_mean_over_the_runs() -> None:
     assert (nll.ours, nll.theirs, nll.difference.questions) == (-3.0, -1.0, 1)
     assert retrieved.difference.mean == 0
     assert compare(ours, [run_of("d", {"y": (1, 0.0)})]).measures == []
+    before = replace(
+        theirs[0], metrics={"models": {"untrained": {}}}, predictions={"untrained": theirs[0].predictions["trained"]}
+    )
+    assert compare(ours, [before]).warnings[1:] == ["Measured before training, unlike the others: c."]
 
 
 def test_the_spread_is_between_runs_and_the_interval_over_questions() -> None:

@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -168,6 +169,16 @@ def _index_path(config: Config, configs: Sequence[Config]) -> str:
     return f"{path}-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]}"
 
 
+def check_launcher(launcher: str | None) -> None:
+    """Raises `InputError` for a launcher that cannot be started here."""
+    try:
+        words = ["ragjax"] if launcher is None else shlex.split(launcher)
+    except ValueError as error:
+        raise InputError(f"--launcher: {launcher!a} is no command of a shell ({error})") from None
+    if launcher is not None and not (words and shutil.which(words[0])):
+        raise InputError(f"--launcher: {launcher!a} names no program that can be run here; give its path")
+
+
 def commands(run: SweptRun, config: str, launcher: str | None = None) -> list[list[str]]:
     """What runs it: the arguments of `ragjax` for each stage, or else those of `launcher`, which runs all of them."""
     if launcher is not None:
@@ -274,6 +285,7 @@ def run_sweep(load: Load, options: Any) -> int:
     if options.dry_run:
         print_commands(runs, options.config, options.launcher)
         return 0
+    check_launcher(options.launcher)
     code = sweep(runs, options.config, options.launcher)
     if code <= 128:
         print_results(results(runs), len(runs), options.json)
