@@ -5,14 +5,17 @@ A chart is 360 units wide, which is about as many pixels: its words are as large
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import TypeVar
 
 WIDTH, HEIGHT = 360.0, 210.0
 LEFT, RIGHT, TOP, BOTTOM = 46.0, 12.0, 12.0, 34.0  # around the plot
 MOST_POINTS = 400  # of a line: more are no pixel apart
+P = TypeVar("P")
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ def chart(
         diagonal: draws y = x.
         log_y: y is drawn by its logarithm; what is not above 0 is left out.
     """
-    series = [_thinned(of, log_y) for of in series]
+    series = [_drawable(of, log_y) for of in series]
     xs = [x for of in series for x, y in zip(of.xs, of.ys, strict=True) if y is not None]
     ys = [y for of in series for y in of.ys if y is not None]
     if not xs:
@@ -127,11 +130,11 @@ class _Axes:
         return round(HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM), 1)
 
     def line(self, of: Series) -> Line:
-        points = [None if y is None else (self.x(x), self.y(y)) for x, y in zip(of.xs, of.ys, strict=True)]
+        shown = _thinned(list(zip(of.xs, of.ys, strict=True)))
+        points = [None if y is None else (self.x(x), self.y(y)) for x, y in shown]
         mean = None
         if of.window > 1:
-            xs, ys = _running_mean(of)
-            mean = " ".join(f"{self.x(x):g},{self.y(y):g}" for x, y in zip(xs, ys, strict=True))
+            mean = " ".join(f"{self.x(x):g},{self.y(y):g}" for x, y in _thinned(_running_mean(of)))
         return Line(of.name, _pieces(points), [p for p in points if p] if of.dots else [], mean)
 
 
@@ -141,20 +144,23 @@ def number(value: float) -> str:
     return text.replace("e+0", "e").replace("e-0", "e-")
 
 
-def _thinned(of: Series, log_y: bool) -> Series:
-    """Every n-th point and the last one, where there are more than can be seen."""
+def _drawable(of: Series, log_y: bool) -> Series:
+    """With a gap where y has no place in the chart."""
     ys = [None if y is None or not math.isfinite(y) or (log_y and y <= 0) else y for y in of.ys]
-    keep = list(range(0, len(ys), -(-len(ys) // MOST_POINTS) or 1))
-    if keep and keep[-1] != len(ys) - 1:
-        keep.append(len(ys) - 1)
-    return Series(of.name, [of.xs[i] for i in keep], [ys[i] for i in keep], of.dots, of.window)
+    return dataclasses.replace(of, ys=ys)
 
 
-def _running_mean(of: Series) -> tuple[list[float], list[float]]:
+def _thinned(points: list[P]) -> list[P]:
+    """Every n-th point and the last one, where there are more than can be seen."""
+    every = -(-len(points) // MOST_POINTS) or 1
+    return points[::every] + (points[-1:] if (len(points) - 1) % every else [])
+
+
+def _running_mean(of: Series) -> list[tuple[float, float]]:
     """The mean of y over `window` points in a row, and of their x."""
     there = [(x, y) for x, y in zip(of.xs, of.ys, strict=True) if y is not None]
     parts = [there[i : i + of.window] for i in range(max(1, len(there) - of.window + 1))] if there else []
-    return [fmean(x for x, _ in part) for part in parts], [fmean(y for _, y in part) for part in parts]
+    return [(fmean(x for x, _ in part), fmean(y for _, y in part)) for part in parts]
 
 
 def _pieces(points: Sequence[tuple[float, float] | None]) -> list[str]:
