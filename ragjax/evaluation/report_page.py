@@ -131,11 +131,11 @@ def _modes(run: RunResults) -> dict[str, Any] | None:
     return {"name": run.name, "rows": rows, "differ": differ} if len(rows) > 1 else None
 
 
-def _comparison(ours: RunResults, theirs: RunResults) -> dict[str, Any] | None:
-    """Tests of the difference over the questions that both answered; None where there is none."""
+def _comparison(ours: RunResults, theirs: RunResults) -> dict[str, Any]:
+    """Tests of the difference over the questions that both answered, which may be none."""
     found = compare([ours], [theirs])
     rows = [(of.measure, of.difference) for of in found.measures]
-    return {"questions": found.questions, "rows": rows, "warnings": found.warnings} if found.questions else None
+    return {"questions": found.questions, "rows": rows, "warnings": found.warnings}
 
 
 def _rows(runs: Sequence[RunResults]) -> list[list[tuple[RunResults, Prediction]]]:

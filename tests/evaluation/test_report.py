@@ -26,7 +26,8 @@ from ragjax.evaluation.run_results import answer_json, read_run_results
 from ragjax.files import write_jsonl
 from ragjax.metrics import calibration_bins, expected_calibration_error
 
-FILES = ("config.yaml", "train.jsonl", "metrics.json", "predictions.jsonl", "passages.jsonl")
+PREDICTIONS = "predictions.jsonl"
+FILES = ("config.yaml", "train.jsonl", "metrics.json", PREDICTIONS, "passages.jsonl")
 
 
 def evaluated(run: Path, output: Path, *settings: str) -> Path:
@@ -193,6 +194,15 @@ def test_two_runs_side_by_side(first: Path, second: Path, tmp_path: Path, capsys
         number, model, key = cell.attributes["data-key"].split(".")
         assert float(cell.text) == pytest.approx(metrics[int(number)][model][key], abs=5.01e-4)
     assert len([e for e in found if e.tag == "details"]) == 8
+
+
+def test_runs_without_a_question_in_common_say_so(first: Path, tmp_path: Path) -> None:
+    other = copied(first, tmp_path / "other")
+    write_jsonl(other / PREDICTIONS, ({**line, "id": f"x{line['id']}"} for line in lines(first / PREDICTIONS)))
+    found = report(first, other, out=tmp_path / "both.html")
+    text = next(e.cells for e in found if e.tag == "main")
+    assert "No question was answered by both" in text and "Only 0 of 8 and 8 questions are the same." in text
+    assert len([e for e in found if e.tag == "details"]) == 16
 
 
 def test_several_runs_in_a_folder(
