@@ -38,7 +38,7 @@ from ragjax.decoding.candidates import Candidates
 from ragjax.errors import InputError
 from ragjax.files import is_unicode
 from ragjax.models.layers import Params
-from ragjax.padding import bucket_size
+from ragjax.padding import bucket_size, filled_size
 from ragjax.parallel.by_device import on_mesh
 from ragjax.parallel.mesh import command_mesh
 from ragjax.rag import RagPipeline
@@ -184,10 +184,8 @@ class Answerer(BatchAnswerer):
 
     def _filled(self, questions: Sequence[str]) -> list[str]:
         """Filled up with the first, to one of a few sizes for each device."""
-        devices = self.mesh.shape["data"]
-        each = -(-len(questions) // devices)
-        size = min(bucket_size(each), max(self.rag.config.evaluate.batch_size, each))
-        return repeat_to_size(questions, devices * size)
+        size = filled_size(len(questions), self.mesh.shape["data"], self.rag.config.evaluate.batch_size)
+        return repeat_to_size(questions, size)
 
     def _find(
         self, texts: Sequence[str], batch: QuestionBatch, given: tuple[Answerer, np.ndarray] | None

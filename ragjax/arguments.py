@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -166,6 +167,8 @@ def parser() -> argparse.ArgumentParser:
     serve.add_argument("--queue", type=_positive(int), metavar="N", help="questions that may wait; default: 64")
     serve.add_argument("--batch", type=_positive(int), metavar="N", help="questions answered together; default: 8")
     serve.add_argument("--deadline", type=_positive(float), metavar="SECONDS", help="of an answer; default: 60")
+    told = "before it listens, lets batches of every size be compiled, and begins none after this; 0 leaves it out"
+    serve.add_argument("--warm-up", type=_from_0, default=30.0, metavar="SECONDS", help=f"{told}; default: 30")
     serve.add_argument("--log-questions", action="store_true", help="else no question is logged")
     serve.add_argument("--untrained", action="store_true", help="with the pretrained models")
     summary = "split a Hugging Face RAG checkpoint into what ragjax reads, or merge PEFT's adapters into their model"
@@ -204,15 +207,25 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _positive(number: Callable[[str], Any]) -> Callable[[str], Any]:
-    """For argparse: an int or a float above 0."""
+    """For argparse: an int or a finite float above 0."""
 
     def above_zero(text: str) -> Any:
-        if (value := number(text)) <= 0:
+        if not 0 < (value := number(text)) < math.inf:
             raise ValueError
         return value
 
     above_zero.__name__ = f"{number.__name__} above 0"
     return above_zero
+
+
+def _from_0(text: str) -> float:
+    """For argparse: a finite float of 0 or more."""
+    if not 0 <= (value := float(text)) < math.inf:
+        raise ValueError
+    return value
+
+
+_from_0.__name__ = "float of 0 or more"
 
 
 def ready_made() -> dict[str, Path]:

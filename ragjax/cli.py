@@ -227,6 +227,7 @@ def _serve(options: argparse.Namespace) -> int:
             waiting=options.queue,
             batch=options.batch,
             deadline_s=options.deadline,
+            warm_up_s=options.warm_up,
             log_questions=options.log_questions,
             untrained=options.untrained,
         ),

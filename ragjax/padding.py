@@ -58,3 +58,9 @@ def bucket_size(count: int, least: int = 1) -> int:
     """1, 2, 3, 4, 6, 8, 12, 16, …, from `least` on: so few shapes that few programs are compiled."""
     power = 1 << (max(count, least) - 1).bit_length()
     return power * 3 // 4 if max(count, least) <= power * 3 // 4 else power
+
+
+def filled_size(count: int, devices: int, most: int) -> int:
+    """To how many rows `count` are filled up: as many on each device, one of a few sizes; `most` is one of them."""
+    each = -(-count // devices)
+    return devices * min(bucket_size(each), max(most, each))

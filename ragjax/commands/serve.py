@@ -13,6 +13,7 @@ from ragjax.terminal import terminal
 
 NEEDED = ("prometheus_client", "starlette", "uvicorn")
 EXAMPLES = 8
+WARM = 64  # questions to warm up with: of all lengths
 LOOPBACK = ("localhost", "127.0.0.1", "::1", "[::1]")
 
 
@@ -27,6 +28,7 @@ class ServeOptions:
     waiting: int | None = None
     batch: int | None = None
     deadline_s: float | None = None
+    warm_up_s: float = 30.0  # 0 leaves it out
     log_questions: bool = False
     untrained: bool = False
 
@@ -43,14 +45,16 @@ def serve(config: Config, options: ServeOptions) -> None:
     token = None if options.token_file is None else read_token(options.token_file)
     given = {"waiting": options.waiting, "batch": options.batch, "deadline_s": options.deadline_s}
     limits = Limits(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+    hosts = allowed_hosts(options)
     with bind(options.host, options.port) as listening:
         if options.host not in LOOPBACK and token is None:
             terminal.print(f"{options.host}: others can ask, and there is no token; --token-file sets one")
         answerer = open_answerer(config, options.untrained)
-        hosts = allowed_hosts(options)
         name = Path(config.output).name
         serving = Serving(answerer, name, limits, token, hosts, examples(config), options.log_questions)
-        run_server(Server(serving), listening)
+        server = Server(serving)
+        server.warm_up(examples(config, WARM), options.warm_up_s)
+        run_server(server, listening)
 
 
 def allowed_hosts(options: ServeOptions) -> tuple[str, ...]:
@@ -58,6 +62,9 @@ def allowed_hosts(options: ServeOptions) -> tuple[str, ...]:
 
     On this machine alone a name of its own is needed: a page from elsewhere whose name now points here is refused.
     """
+    for name in options.allowed_hosts:
+        if "*" in name[1:] or (name.startswith("*") and name != "*" and not name.startswith("*.")):
+            raise InputError(f"--allow-host {name}: expected a name, *.NAME for all below it, or * for any")
     if options.host in LOOPBACK:
         return (*LOOPBACK, *options.allowed_hosts)
     return options.allowed_hosts or ("*",)
@@ -74,11 +81,11 @@ def read_token(path: Path) -> str:
     return token
 
 
-def examples(config: Config) -> list[str]:
-    """Some questions of the test split to click on; none where it has gone."""
+def examples(config: Config, most: int = EXAMPLES) -> list[str]:
+    """Some questions from all over the test split, such as to click on; none where it has gone."""
     try:
         questions = read_split(config.questions.test, config.questions).questions
     except InputError:
         return []
-    step = max(1, len(questions) // EXAMPLES)
-    return [question.question for question in questions[::step][:EXAMPLES]]
+    step = max(1, len(questions) // most)
+    return [question.question for question in questions[::step][:most]]

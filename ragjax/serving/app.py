@@ -29,6 +29,7 @@ from ragjax.serving.page import PageView, read_query, stage_events, start_page
 from ragjax.serving.requests import AnswerRequest, read_answer_request, read_chat_request
 from ragjax.serving.settings import Decoding, Limits, choices
 from ragjax.serving.telemetry import Telemetry
+from ragjax.terminal import terminal
 
 RETRY_AFTER = 2  # seconds after which a full queue may have room
 LOOK = 0.25  # seconds between two looks whether the client is still there
@@ -88,6 +89,25 @@ class Server:
         ]
         handlers: Any = {404: _not_found, 405: _wrong_method}
         return Starlette(routes=routes, middleware=middleware, lifespan=self._lifespan, exception_handlers=handlers)
+
+    def warm_up(self, questions: Sequence[str], seconds: float) -> None:
+        """Answers some questions, so that programs are compiled before clients wait for them, and says which were."""
+        decoding, began, sizes = self.choices.decoding(None, None, None), time.monotonic(), list[int]()
+        asked = [
+            text
+            for text, why in zip(questions, self.serving.answerer.problems(questions, decoding.mode), strict=True)
+            if why is None
+        ]
+        if not asked or not seconds:
+            return
+        terminal.print(f"warming up with test questions, {decoding.mode.replace('_', ' ')}")
+        try:
+            sizes.extend(self.batcher.warm_up(asked, decoding, seconds))
+        except Exception as error:  # such as too little memory for the largest: it is answered one by one then
+            self.telemetry.failure(error)
+        terminal.print(
+            f"batches of {', '.join(map(str, sizes)) or 'no size'} are compiled; {time.monotonic() - began:.1f} s"
+        )
 
     @asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -276,4 +296,6 @@ async def _not_found(request: Request, error: Exception) -> Response:
 
 
 async def _wrong_method(request: Request, error: Exception) -> Response:
-    return problem(405, "another method is expected here; /openapi.json tells which")
+    told = problem(405, "another method is expected here; /openapi.json tells which")
+    told.headers.update(getattr(error, "headers", None) or {})  # Allow
+    return told

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
 from ragjax.answerer import Answerer
 from ragjax.answering.answers import Answer, Document
+from ragjax.padding import filled_size
 from ragjax.serving.settings import Decoding, Limits
 
 OnDocuments = Callable[[list[Document], "float | None"], None]
@@ -66,6 +68,22 @@ class Batcher:
     def start(self) -> None:
         """Lets the worker begin."""
         self._thread.start()
+
+    def warm_up(self, questions: Sequence[str], decoding: Decoding, seconds: float) -> Iterator[int]:
+        """Lets programs be compiled before any client waits for them; before `start`.
+
+        Answers a batch of every size that has programs of its own, the smallest, then the largest first, and yields
+        each size. No batch begins when so many seconds are over.
+        """
+        answerer, began, asked = self._answerer_for(decoding), time.monotonic(), itertools.cycle(questions)
+        devices, most = answerer.mesh.shape["data"], self._limits.batch
+        sizes = {filled_size(count, devices, most): count for count in range(1, most + 1)}
+        first, *others = sizes.values()
+        for count in (first, *reversed(others)):
+            if time.monotonic() - began >= seconds:
+                return
+            answerer.answer(list(itertools.islice(asked, count)), decoding.mode)
+            yield count
 
     def stop(self) -> None:
         """Answers all that wait, and ends the worker."""

@@ -25,7 +25,7 @@ def description(name: str, choices: Choices, limits: Limits, token: bool) -> dic
         offered[key]["enum"] = [*values, None]
     answers = {"type": "object", "properties": {"answers": {"type": "array", "items": _ref("Answer")}}}
     bounds = (
-        f"At most {limits.questions} questions a request, {limits.question_characters} characters a question, "
+        f"At most {limits.together} questions a request, {limits.question_characters} characters a question, "
         f"{limits.passages} passages and {limits.body_bytes} bytes; an answer comes within {limits.deadline_s:g} s."
     )
     document: dict[str, Any] = {

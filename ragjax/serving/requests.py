@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from ragjax.answering.given_passages import read_passages
 from ragjax.errors import InputError
 from ragjax.files import unicode_json
 from ragjax.serving.settings import Choices, Decoding, Limits
@@ -47,9 +49,11 @@ class AnswerRequest(_Body):
     @property
     def given(self) -> list[Any] | None:
         """The passages as `Answerer.answer` takes them."""
-        if self.passages is None:
-            return None
-        return [of if isinstance(of, str) else of.model_dump(exclude_none=True) for of in self.passages]
+        return None if self.passages is None else as_given(self.passages)
+
+
+def as_given(passages: Sequence[str | GivenPassage]) -> list[Any]:
+    return [of if isinstance(of, str) else of.model_dump(exclude_none=True) for of in passages]
 
 
 class ChatPart(_Body):
@@ -75,7 +79,7 @@ class ChatRequest(BaseModel):
 
     messages: list[ChatMessage]
     model: str = "ragjax"
-    stream: bool = False
+    stream: bool | None = False
     documents: list[str | GivenPassage] | None = Field(None, description="An extension: passages to read.")
 
 
@@ -99,6 +103,8 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "parallel_tool_calls": (True, False),
 }
 
+KINDS = ("str", "GivenPassage", "list[ChatPart]")  # what pydantic puts into the path of a value that may be one of two
+
 
 def read_answer_request(body: bytes, choices: Choices, limits: Limits) -> tuple[AnswerRequest, Decoding]:
     """The request of `POST /v1/answer`. Raises `InputError` naming what is wrong with it."""
@@ -107,8 +113,8 @@ def read_answer_request(body: bytes, choices: Choices, limits: Limits) -> tuple[
         raise InputError("question: give it, or questions, and not both")
     if not request.texts:
         raise InputError("questions: an empty list; give at least one")
-    if len(request.texts) > limits.questions:
-        raise InputError(f"questions: are {len(request.texts)}; at most {limits.questions} in one request")
+    if len(request.texts) > limits.together:
+        raise InputError(f"questions: are {len(request.texts)}; at most {limits.together} in one request")
     for i, text in enumerate(request.texts):
         name = "question" if request.question is not None else f"questions[{i}]"
         check_length(name, text, limits)
@@ -145,8 +151,15 @@ def check_length(name: str, question: str, limits: Limits) -> None:
 
 
 def _check_passages(name: str, passages: list[Any] | None, limits: Limits) -> None:
-    if passages is not None and len(passages) > limits.passages:
+    """Before they wait in the queue; `name` is what the request calls them."""
+    if passages is None:
+        return
+    if len(passages) > limits.passages:
         raise InputError(f"{name}: are {len(passages)}; at most {limits.passages}")
+    try:
+        read_passages(as_given(passages))
+    except InputError as error:
+        raise InputError(str(error).replace("passages", name, 1)) from None
 
 
 def _read(kind: type[B], body: bytes) -> B:
@@ -154,6 +167,6 @@ def _read(kind: type[B], body: bytes) -> B:
     try:
         return kind.model_validate(value)
     except ValidationError as error:
-        first = error.errors()[0]
-        at = ".".join(map(str, first["loc"]))[:120] or "the body"
+        first = max(error.errors(), key=lambda of: len(of["loc"]))  # of a text or an object: of what it is more like
+        at = ".".join(str(part) for part in first["loc"] if part not in KINDS)[:120] or "the body"
         raise InputError(f"{at}: {first['msg'][:1].lower()}{first['msg'][1:]}") from None

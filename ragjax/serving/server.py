@@ -66,6 +66,8 @@ class PromptProtocol(H11Protocol):
 
 def bind(host: str, port: int) -> socket.socket:
     """A socket that listens there; port 0 takes a free one. Raises `InputError` where that is not possible."""
+    if not 0 <= port <= 65535:  # getaddrinfo takes it modulo 65536
+        raise InputError(f"port {port}: expected 0 to 65535")
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         listening = socket.create_server(address[:2], family=family, backlog=BACKLOG)

@@ -24,6 +24,11 @@ class Limits:
     deadline_s: float = 60.0  # from the request to its answer
     receive_s: float = 10.0  # for the head of a request, and for its body
 
+    @property
+    def together(self) -> int:
+        """Questions that one request may have: no more than the queue ever has room for."""
+        return min(self.questions, self.waiting)
+
 
 @dataclass(frozen=True)
 class Decoding:

@@ -24,10 +24,11 @@ from world import LANDS
 
 import ragjax
 from ragjax.answerer import Answerer
+from ragjax.cli import main
 from ragjax.commands.serve import ServeOptions, allowed_hosts, examples, read_token, serve
 from ragjax.config import load_config
 from ragjax.errors import InputError
-from ragjax.serving.app import Serving
+from ragjax.serving.app import Server, Serving
 from ragjax.serving.guard import HEADERS
 from ragjax.serving.server import bind
 from ragjax.serving.settings import Limits
@@ -103,6 +104,7 @@ def test_the_form_of_openai(here: Running, answerer: Answerer) -> None:
     assert choice["message"] == {"role": "assistant", "content": alone.text, "refusal": None}
     assert told["ragjax"]["probability"] == pytest.approx(alone.probability, rel=1e-4)
     parts = [{"type": "text", "text": QUESTIONS[0]}]
+    assert here.post("/v1/chat/completions", asked | {"stream": None, "documents": None})[0] == 200
     asked |= {"stream": True, "messages": [{"role": "user", "content": parts}], "documents": ["Its capital is X."] * 3}
     status, headers, text = here.ask("POST", "/v1/chat/completions", asked)
     assert status == 200 and headers["content-type"].startswith("text/event-stream")
@@ -131,6 +133,9 @@ USER = {"role": "user", "content": "Where?"}
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content"),
         ({"messages": [{"role": "user", "content": " "}]}, "messages[0].content: an empty question"),
         ({"documents": ["x"] * 21}, "documents: are 21; at most 20"),
+        ({"documents": []}, "documents: an empty list"),
+        ({"documents": ["x", {"text": " "}]}, "documents[1]: an empty text"),
+        ({"documents": [{"text": "x", "score": 1}]}, "documents.0.score: extra inputs"),
     ],
 )
 def test_what_openai_offers_and_this_does_not_is_named(here: Running, more: dict[str, Any], named: str) -> None:
@@ -168,7 +173,7 @@ BAD = [
 @pytest.mark.parametrize(("body", "named"), BAD)
 def test_bad_bodies_are_refused_by_name(here: Running, body: bytes, named: str) -> None:
     for path in ("/v1/answer", "/stages"):
-        if path == "/stages" and (b"passages" in body or b'"Where?", ' in body):
+        if path == "/stages" and (b"closed_book" in body or b'"Where?", ' in body):
             continue  # the stream has begun by then; and it takes one question
         status, told = here.post(path, body)
         assert status == 400 and told["error"]["message"].startswith(named), told
@@ -181,6 +186,7 @@ def test_bounds_of_a_request(here: Running) -> None:
     status, _, text = here.ask("POST", "/v1/answer", {"question": "a"}, {"Content-Type": "text/plain"})
     assert status == 415 and "expected application/json" in text
     assert here.ask("GET", "/nothing/../../etc/passwd")[0] == 404 and here.ask("GET", "/v1/answer")[0] == 405
+    assert here.ask("GET", "/v1/answer")[1]["allow"] == "POST"
     status, _, text = here.ask("GET", "/health", headers={"Host": "evil.example"})
     assert status == 400 and "host" in text.lower(), "a name from elsewhere that points here"
     with socket.create_connection(("127.0.0.1", here.port), timeout=5) as long:
@@ -280,14 +286,16 @@ def test_bounds_of_the_queue(serving: Serving, answerer: Answerer, monkeypatch: 
         others = [pool.submit(here.post, "/v1/answer", {"question": q}) for q in (QUESTIONS[1], "break", QUESTIONS[2])]
         while here.server.batcher.waiting < 3:
             time.sleep(0.01)
+        status, told = here.post("/v1/answer", {"questions": QUESTIONS[:4]})  # for which there is never room
+        assert status == 400 and told["error"]["message"] == "questions: are 4; at most 3 in one request"
         status, headers, text = here.ask("POST", "/v1/answer", {"question": QUESTIONS[3]})
         assert status == 503 and headers["retry-after"] == "2" and "the queue is full" in text
         assert json.loads(here.ask("GET", "/health")[2]) == {"status": "ok", "waiting": 3, "step": answerer.step}
         held.go.set()
         assert first.result()[0] == 200
-        told = [other.result() for other in others]
-        assert [status for status, _ in told] == [200, 500, 200]
-        assert "secret" not in json.dumps(told[1][1]) and told[0][1]["answers"][0]["question"] == QUESTIONS[1]
+        results = [other.result() for other in others]
+        assert [status for status, _ in results] == [200, 500, 200]
+        assert "secret" not in json.dumps(results[1][1]) and results[0][1]["answers"][0]["question"] == QUESTIONS[1]
     assert [len(batch) for batch in held.batches] == [1, 3, 1, 1, 1]
 
 
@@ -314,6 +322,32 @@ def test_what_was_asked_is_answered_before_the_end(
         here.stop()
         assert last.result()[0] == 200
     assert held.batches == [[QUESTIONS[0]], [QUESTIONS[3]]]
+
+
+def test_warming_up(serving: Serving, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """A batch of each size on two devices, as the run decodes; bounded in time, and a failure stops nothing."""
+    batches: list[list[str]] = []
+
+    def answer(these: Answerer, texts: list[str], mode: str) -> None:
+        assert mode == "thorough" and these.rag.config.evaluate.batch_size == 8
+        batches.append(texts)
+        if len(batches) == fails:
+            raise MemoryError("secret within")
+
+    monkeypatch.setattr(Answerer, "answer", answer)
+    server = Server(replace(serving, limits=replace(LIMITS, batch=8)))
+    told = "batches of {} are compiled; "
+    for seconds, fails, sizes in ((60.0, 0, [2, 8, 6, 4]), (60.0, 3, [2, 8]), (1e-9, 0, [])):
+        batches.clear()
+        server.warm_up(["", *QUESTIONS], seconds)  # one that cannot be answered is left out
+        assert [len(batch) for batch in batches][: len(sizes)] == sizes
+        assert len(batches) == (fails or len(sizes)) and not any("" in batch for batch in batches)
+        said = capfd.readouterr().err
+        assert told.format(", ".join(map(str, sizes)) or "no size") in said
+        assert ("MemoryError" in said) == bool(fails) and "secret" not in said
+    server.warm_up(QUESTIONS, 0.0)
+    server.warm_up([""], 60.0)
+    assert capfd.readouterr().err == "" and b"ragjax_batch_size_count 0.0" in server.telemetry.text()
 
 
 def test_a_token(serving: Serving) -> None:
@@ -347,6 +381,15 @@ def test_questions_are_not_logged_unless_asked(serving: Serving, capfd: pytest.C
     assert f"question: {QUESTIONS[0]}␛[31m" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "option", ["--deadline=nan", "--deadline=inf", "--deadline=0", "--queue=0", "--warm-up=-1", "--warm-up=nan"]
+)
+def test_bad_numbers(run: Path, option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["serve", str(run), option])
+    assert stop.value.code == 2 and f"argument {option.partition('=')[0]}: invalid" in capsys.readouterr().err
+
+
 def test_bad_options(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config(world / "config.yaml")
     token = tmp_path / "token"
@@ -356,6 +399,11 @@ def test_bad_options(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             serve(config, ServeOptions(token_file=token))
     with pytest.raises(InputError, match="cannot be read as a token"):
         read_token(tmp_path / "none")
+    with pytest.raises(InputError, match="port 70000: expected 0 to 65535"):
+        serve(config, ServeOptions(port=70_000))
+    for name in ("*evil", "a.*", "*.*"):
+        with pytest.raises(InputError, match="expected a name, "):
+            serve(config, ServeOptions(allowed_hosts=(name,)))
     with bind("127.0.0.1", 0) as taken, pytest.raises(InputError, match="cannot be listened on"):
         serve(config, ServeOptions(port=taken.getsockname()[1]))
     assert allowed_hosts(ServeOptions(host="0.0.0.0")) == ("*",)
@@ -369,7 +417,7 @@ def test_bad_options(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.slow
 def test_sigterm_ends_it_when_all_is_answered(run: Path) -> None:
     """Under load, as a process of its own; the exit code is that of every command."""
-    command = [sys.executable, "-m", "ragjax", "serve", str(run), "--port", "0"]
+    command = [sys.executable, "-m", "ragjax", "serve", str(run), "--port", "0", "--warm-up", "0"]
     environment = os.environ | QUICK_TO_COMPILE
     opened = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     with opened as process, ThreadPoolExecutor(24) as pool:
