@@ -49,7 +49,8 @@ def serve(config: Config, options: ServeOptions) -> None:
     with bind(options.host, options.port) as listening:
         if options.host not in LOOPBACK and token is None:
             terminal.print(f"{options.host}: others can ask, and there is no token; --token-file sets one")
-        answerer = open_answerer(config, options.untrained)
+        together = config.evaluate.replace(batch_size=limits.batch)  # for which there must be room
+        answerer = open_answerer(config.replace(evaluate=together), options.untrained)
         name = Path(config.output).name
         serving = Serving(answerer, name, limits, token, hosts, examples(config), options.log_questions)
         server = Server(serving)

@@ -136,7 +136,8 @@ class PassageKVCache:
         by_device = passages.reshape(self.mesh.shape["data"], -1)
         prompts = shard_batch(self.mesh, (source, mask, lengths.astype(np.int32)), len(source))
         after = int((mask.sum(axis=1) - lengths).min()), int((mask.sum(axis=1) - lengths).max())
-        if after[0] < 1 or any(len(set(row)) > self.slots for row in by_device.tolist()):
+        fits = after[0] >= 1 and lengths.max() <= self.width  # a question may have no tokens
+        if not fits or any(len(set(row)) > self.slots for row in by_device.tolist()):
             with on_mesh(self.mesh):
                 return prefill_documents(self.graph, self.params, *prompts[:2])
         with self._lock, on_mesh(self.mesh):
@@ -255,7 +256,7 @@ def _pool_size(rag: RagModel, store: PassageStore, mesh: Mesh) -> tuple[int, int
         raise InputError(
             f"decode.passage_cache_gib={config.decode.passage_cache_gib:g} has room for {slots} passages of {width} "
             f"tokens, but the questions of one device may retrieve {needed}; give at least {least:g}, or 0 for no "
-            "cache, or lower evaluate.batch_size"
+            "cache, or lower evaluate.batch_size (of a server, --batch)"
         )
     return width, min(slots, count)
 

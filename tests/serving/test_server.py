@@ -28,6 +28,7 @@ from ragjax.cli import main
 from ragjax.commands.serve import ServeOptions, allowed_hosts, examples, read_token, serve
 from ragjax.config import load_config
 from ragjax.errors import InputError
+from ragjax.runs.run_dir import load_run_config
 from ragjax.serving.app import Server, Serving
 from ragjax.serving.guard import HEADERS
 from ragjax.serving.server import bind
@@ -412,6 +413,16 @@ def test_bad_options(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"needs an extra .*: pip install 'ragjax\[serve\]'"):
         serve(config, ServeOptions())
+
+
+def test_too_little_room_is_told_before_anybody_asks(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache has room for a batch of the evaluation, and not for one of the server."""
+    monkeypatch.setattr("ragjax.serving.server.run_server", lambda *_: None)
+    config = load_run_config(run)
+    config = config.replace(decode=config.decode.replace(passage_cache_gib=1e-4))
+    with pytest.raises(InputError, match=r"one device may retrieve 24; .* or lower evaluate\.batch_size \(of a server"):
+        serve(config, ServeOptions(port=0))
+    serve(config, ServeOptions(port=0, batch=2, warm_up_s=0.0))
 
 
 @pytest.mark.slow
