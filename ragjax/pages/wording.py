@@ -38,7 +38,8 @@ def shortened(text: str, longest: int) -> str:
 def proof_text(answer: Mapping[str, Any]) -> str:
     """What was proved of an exact answer (as JSON), in one line."""
     count = len(answer["documents"])
-    read = f"{answer['documents_read']} of {count} document{'s' if count > 1 else ''} read, {answer['steps']} steps"
+    steps = f"{answer['steps']} step{'' if answer['steps'] == 1 else 's'}"
+    read = f"{answer['documents_read']} of {count} document{'' if count == 1 else 's'} read, {steps}"
     if answer["proved"]["corpus"]:
         return f"proved: no other answer is likelier, whatever the other passages of the corpus say ({read})"
     if answer["proved"]["top_k"]:

@@ -30,10 +30,12 @@ from ragjax.decoding.beam_search import BeamSettings
 from ragjax.decoding.candidates import Candidates
 from ragjax.decoding.decode import decode_rag_sequence
 from ragjax.decoding.exact.decode import decode_exact
+from ragjax.decoding.exact.question import QuestionSearch
 from ragjax.decoding.marginal_search import MarginalSearch, search_marginal
 from ragjax.decoding.propose import prefill_documents
 from ragjax.decoding.rag_token import decode_rag_token
 from ragjax.marginal import TIE, is_best
+from ragjax.models.generator import SpecialTokens
 from ragjax.models.kv_cache import DocumentMemory
 
 A, B, C = [(word,) for word in WORDS]
@@ -120,7 +122,12 @@ def test_forbidden_tokens_only_take_probability_away(by_token: bool) -> None:
 
 
 def decoded(
-    tables: np.ndarray, prior: np.ndarray, by_token: bool = False, outside: np.ndarray | None = None, **settings: Any
+    tables: np.ndarray,
+    prior: np.ndarray,
+    by_token: bool = False,
+    outside: np.ndarray | None = None,
+    special: SpecialTokens = SPECIAL,
+    **settings: Any,
 ) -> list[Candidates]:
     """All cases as one batch; document z of question b has table [b, z]."""
     graph, params = table_generator(tables)
@@ -130,7 +137,7 @@ def decoded(
     def read(rows: np.ndarray) -> DocumentMemory:
         return prefill_documents(graph, params, sources[rows], np.ones((len(rows), 1), bool))
 
-    return decode_exact(graph, params, read, prior, outside, how, SPECIAL, by_token)
+    return decode_exact(graph, params, read, prior, outside, how, special, by_token)
 
 
 def thoroughly(tables: np.ndarray, prior: np.ndarray, by_token: bool) -> list[Candidates]:
@@ -312,6 +319,46 @@ def test_what_did_not_end_is_no_rival() -> None:
     tables, prior = table({(): {0: 0.7, EOS: 0.3}})[None, None], np.zeros((1, 1), np.float32)
     [found] = decoded(tables, prior, max_new_tokens=1, fallback="none")
     assert found.tokens[0] == () and found.proof is not None and found.proof.top_k == (1,)
+
+
+@pytest.mark.parametrize("by_token", [False, True])
+def test_what_never_ends_is_unfinished_and_unproved(by_token: bool) -> None:
+    """The one token there may be is forced: nothing ends, and the likeliest prefix is told as what it is."""
+    tables, forced = table({(): {2: 0.25, EOS: 0.75}})[None, None], replace(SPECIAL, forced_bos=2)
+    for settings in ({"fallback": "none", "probability": "interval"}, {"fallback": "thorough"}):
+        how: dict[str, Any] = {"max_new_tokens": 1, "by_token": by_token, "special": forced, **settings}
+        [found] = decoded(tables, np.zeros((1, 1), np.float32), **how)
+        assert found.tokens == [B] and not found.finished.any() and found.proof is not None
+        assert found.proof.top_k == () and found.proof.steps > 0
+        np.testing.assert_allclose(np.exp(found.marginal("exact")), 0.25, rtol=1e-5)
+    assert not is_best(-np.inf, -np.inf, -np.inf), "nor is an answer of probability 0"
+
+
+def test_what_is_left_of_the_prior_is_nothing_when_all_is_read() -> None:
+    """Not what a float32 sum leaves of 1."""
+    left = 0
+    for seed in range(20):
+        scores = np.random.default_rng(seed).normal(size=10)
+        prior = -np.sort(-log_softmax(scores)).astype(np.float32)
+        question = QuestionSearch(0, prior, None, Decode())
+        assert question.rest(False, 10) == -np.inf and np.exp(question.rest(False, 9)) == np.exp(
+            prior[9:].sum(dtype=float)
+        )
+        left += 1 - np.exp(prior).cumsum()[-1] != 0
+    assert left > 0
+
+
+@pytest.mark.parametrize("probability", ["full", "interval"])
+def test_no_probability_is_above_one(probability: str) -> None:
+    """What is outside is told with its rounding: beside a certain answer that is more than is left of 1."""
+    tables, prior = table({(): {0: 1.0}})[None, None], np.log(np.array([[0.7]], np.float32))
+    for inside, outside in ((0.0, 1e-4), (float(prior[0, 0]), 0.3 + 1e-4)):
+        given, rest = np.full((1, 1), inside, np.float32), np.array([outside])
+        [found] = decoded(tables, given, outside=rest, prove="corpus", probability=probability, fallback="none")
+        assert found.bounds is not None and found.tokens[0] == A
+        lower, upper = np.exp(found.bounds[:, 0])
+        assert lower <= upper <= 1 and lower == pytest.approx(np.exp(inside), rel=1e-5)
+        assert upper == pytest.approx(1, rel=1e-5)
 
 
 def test_every_end_is_an_answer() -> None:

@@ -217,7 +217,8 @@ def _marginals(question: QuestionSearch, found: Sequence[Found]) -> dict[str, An
     doc_logp = np.where(prior > -np.inf, doc_logp, -np.inf)
     lower = np.array([answer.logp for answer in found or none])
     rest = question.rest(question.settings.prove == "corpus")
-    worth = {"beam_logp": np.full_like(doc_logp, -np.inf), "bounds": np.stack([lower, np.logaddexp(lower, rest)])}
+    upper = np.minimum(np.logaddexp(lower, rest), np.maximum(lower, 0))  # `rest` carries rounding: beyond 1 is nothing
+    worth = {"beam_logp": np.full_like(doc_logp, -np.inf), "bounds": np.stack([lower, upper])}
     if not np.isnan(doc_logp).any():
         shares = np.exp(prior + doc_logp - np.where(lower == -np.inf, 0, lower))
         worth |= {"doc_logp": doc_logp, "thorough_logp": lower, "posterior": shares}
