@@ -111,11 +111,15 @@ def test_devices_keep_what_their_questions_need(model: tuple[PretrainedModel, Pa
 
 
 def test_what_does_not_fit_is_read_whole(model: tuple[PretrainedModel, Params]) -> None:
-    """More passages than slots, or a prompt that ends with its passage."""
+    """More passages than slots, a prompt that ends with its passage, or a passage longer than a slot."""
     cache = open_cache(model, 2)
     source, mask, passages, lengths = batch(list(range(ROWS)), [(9, 9)] * ROWS)
     check(model, cache.read(source, mask, passages, lengths), source, mask)
     check(model, cache.read(source, mask, passages * 0, mask.sum(axis=1)), source, mask)
+    longer = open_cache(model, ROWS)  # a question of no tokens leaves a passage more room than a slot has
+    longer.width = 10
+    source, mask, passages, lengths = batch([13] * ROWS, [()] * ROWS)
+    check(model, longer.read(source, mask, passages, lengths), source, mask)
     assert cache.statistics == PassageCacheStatistics() and cache.statistics.hit_rate is None
 
 
