@@ -287,10 +287,10 @@ class Answerer(BatchAnswerer):
         ]
         probability = math.exp(result.marginal(by)[result.best(by)[0]])
         scores, proof = None if result.needed is None else list(result.needed), result.proof
-        told: dict[str, Any] = {}
+        proof_fields: dict[str, Any] = {}
         if proof is not None:
-            told = {"proved": proof.in_order(len(candidates)), "proved_set": proof.as_set(len(candidates))}
-            told |= {"documents_read": proof.documents_read, "steps": proof.steps}
+            proof_fields = {"proved": proof.in_order(len(candidates)), "proved_set": proof.as_set(len(candidates))}
+            proof_fields |= {"documents_read": proof.documents_read, "steps": proof.steps}
         return Answer(
             question,
             candidates[0].text,
@@ -300,7 +300,7 @@ class Answerer(BatchAnswerer):
             candidates,
             scores,
             candidates[0].probability_bounds,
-            **told,
+            **proof_fields,
         )
 
 
@@ -324,8 +324,8 @@ class _RetrieverAnswerer(Answerer):
         distinct = list(dict.fromkeys(texts))  # batches are filled up
         store, found = search_elsewhere(self.rag, self.retriever, distinct, self.rag.config.decode.num_docs)
         rows = np.array([distinct.index(text) for text in texts])
-        of_all = (found.queries[rows], found.ids[rows], found.scores[rows], found.log_prior[rows])
-        return dataclasses.replace(self, store=store), RetrievalResult(*of_all), None
+        arrays = (found.queries[rows], found.ids[rows], found.scores[rows], found.log_prior[rows])
+        return dataclasses.replace(self, store=store), RetrievalResult(*arrays), None
 
 
 def _shifted(

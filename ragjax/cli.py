@@ -33,11 +33,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: Sequence[str] | None) -> int:
-    known = parser()
-    options, more = known.parse_known_args(arguments)
+    command_line = parser()
+    options, more = command_line.parse_known_args(arguments)
     if more:  # after an option argparse takes no further KEY=VALUE
         if any("=" not in extra or extra.startswith("-") for extra in more) or "overrides" not in options:
-            known.error(f"unrecognized arguments: {' '.join(more)}")
+            command_line.error(f"unrecognized arguments: {' '.join(more)}")
         options.overrides += more
     return _run_as_one_of_many(options) if getattr(options, "distributed", False) else _run(options)
 
@@ -103,15 +103,15 @@ def _load(options: argparse.Namespace) -> Config:
 
 def _load_with(name: str, overrides: Sequence[str]) -> Config:
     """The configuration that CONFIG names: a file, the folder of a run, or a ready-made one; with its overrides."""
-    path, known = Path(name), ready_made()
-    if path.is_dir() and ((path / "config.yaml").exists() or name not in known):
+    path, names = Path(name), ready_made()
+    if path.is_dir() and ((path / "config.yaml").exists() or name not in names):
         from ragjax.runs.run_dir import load_run_config
 
         return load_run_config(path, overrides)
     if not path.is_file():
-        if name not in known:
-            raise InputError(f"{path}: no such configuration file or run; the ready-made ones are {', '.join(known)}")
-        path = known[name]
+        if name not in names:
+            raise InputError(f"{path}: no such configuration file or run; the ready-made ones are {', '.join(names)}")
+        path = names[name]
     return load_config(path, overrides)
 
 

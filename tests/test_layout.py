@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -126,3 +127,20 @@ def test_what_is_public_is_documented(name: str) -> None:
     tree = ast.parse(FILES[name].read_text())
     assert ast.get_docstring(tree)
     assert [f"{part.lineno}: {part.name}" for part in public(tree) if not ast.get_docstring(part)] == []
+
+
+NO_NOUNS = re.compile(r"of_.*|told|asked|wanted|known")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_names_are_nouns(name: str) -> None:
+    names = set[str]()
+    for node in ast.walk(ast.parse(FILES[name].read_text())):
+        match node:
+            case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
+                names.add(node.name)
+            case ast.arg():
+                names.add(node.arg)
+            case ast.Name(ctx=ast.Store()):
+                names.add(node.id)
+    assert [word for word in names if NO_NOUNS.fullmatch(word)] == []

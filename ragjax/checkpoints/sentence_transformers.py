@@ -224,8 +224,8 @@ def _resolve(key: str, given: Any, said: Sequence[tuple[Path, Any]], usual: Any)
                 _tell(file, f"{key} {shown(value)}", key, given)
         return given
     if any(value != values[0][1] for _, value in values):
-        told = " and ".join(f"{shown(value)} in {file}" for file, value in values)
-        raise InputError(f"the encoders of questions and passages differ: {key} is {told}; set retriever.{key}")
+        claims = " and ".join(f"{shown(value)} in {file}" for file, value in values)
+        raise InputError(f"the encoders of questions and passages differ: {key} is {claims}; set retriever.{key}")
     return values[0][1] if values else usual
 
 

@@ -53,14 +53,14 @@ def answer_from_command_line(
         why = "" if untrained else f": no checkpoint in {config.output}"
         terminal.print(f"these are the pretrained models{why}", soft_wrap=True)
     code = 0
-    for asked in _questions(questions):
+    for question in _questions(questions):
         check()
-        if problem := asked.problem or answerer.problems([asked.text], mode)[0]:
-            told = asked.error(problem, as_json)
-            print(told if as_json else visible(told), file=sys.stdout if as_json else sys.stderr, flush=True)
+        if problem := question.problem or answerer.problems([question.text], mode)[0]:
+            message = question.error(problem, as_json)
+            print(message if as_json else visible(message), file=sys.stdout if as_json else sys.stderr, flush=True)
             code = 2
             continue
-        [answer] = answerer.answer([asked.text], mode)
+        [answer] = answerer.answer([question.text], mode)
         if as_json:
             print(json.dumps(dataclasses.asdict(answer), ensure_ascii=False), flush=True)
         else:
@@ -113,10 +113,10 @@ def print_answer(answer: Answer, console: Screen) -> None:
                 ((c.beam_probability[z], c.text) for c in answer.candidates if c.beam_probability[z] > 0), reverse=True
             )
             proposals = "\n".join(f"{_plain(text) or '(empty)'}  {p:.3f}" for p, text in own)
-            shown = (
+            description = (
                 f"[bold]{_plain(document.title)}[/bold] {_plain(document.id)}\n{_plain(_shorten(document.text, 320))}"
             )
-            documents.add_row(f"z{z + 1}", f"{document.prior:.3f}", shown, *([proposals] if alone else []))
+            documents.add_row(f"z{z + 1}", f"{document.prior:.3f}", description, *([proposals] if alone else []))
         console.print(documents)
     modes = [mode for mode in ("thorough", "fast") if getattr(answer.candidates[0], mode) is not None]
     intervals = answer.probability_bounds is not None and answer.candidates[0].posterior is None
@@ -124,10 +124,10 @@ def print_answer(answer: Answer, console: Screen) -> None:
     candidates = Table("candidate", *(f"{mode} p(y|x)" for mode in modes), last, box=box.SIMPLE_HEAD)
     for c in answer.candidates[:8]:
         name = (_plain(c.text) or "(empty)") + ("" if c.finished else " … (unfinished)")
-        told = " ".join(f"{share:.2f}" for share in c.posterior or [])
+        last_cell = " ".join(f"{share:.2f}" for share in c.posterior or [])
         if intervals and c.probability_bounds is not None:
-            told = "{:.4f} … {:.4f}".format(*c.probability_bounds)
-        candidates.add_row(name, *(f"{getattr(c, mode):.4f}" for mode in modes), told)
+            last_cell = "{:.4f} … {:.4f}".format(*c.probability_bounds)
+        candidates.add_row(name, *(f"{getattr(c, mode):.4f}" for mode in modes), last_cell)
     console.print(candidates)
     if len(answer.candidates) > 8:
         console.print(f"  and {len(answer.candidates) - 8} less probable candidates")

@@ -173,7 +173,7 @@ def _measure(
         results.append(progress.measure(what, alone, first.questions, config.evaluate.batch_size, find, predict))
         if together and together != closed and alone.passage_cache is not None:
             # an evaluation that went on counts what it has read since
-            caches[together[0]] = alone.passage_cache.statistics.of_all_processes().as_json()
+            caches[together[0]] = alone.passage_cache.statistics.sum_over_processes().as_json()
     by_question = zip(first.questions, zip(*results, strict=True), strict=True)
     predictions = [prediction_line(answerer, question, of) for question, of in by_question]
     metrics |= summarise(predictions, len(first.left_out), modes)
@@ -229,7 +229,7 @@ def _measure_retrieval(answerer: Answerer, split: Split, name: str, progress: Ev
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _RetrievedBatch:
     """A batch of questions with their documents."""
 
     questions: QuestionBatch
@@ -238,7 +238,7 @@ class _Asked:
     seconds: float  # that it took to find them
 
 
-def _find(answerer: Answerer, modes: Sequence[str], with_gold: bool, batch: list[Question]) -> _Asked:
+def _find(answerer: Answerer, modes: Sequence[str], with_gold: bool, batch: list[Question]) -> _RetrievedBatch:
     """The documents of a batch, where a mode or the gold answers read them."""
     began, texts = time.perf_counter(), [q.question for q in batch]
     questions = question_batch(answerer.rag.tokenizers, texts)
@@ -246,11 +246,16 @@ def _find(answerer: Answerer, modes: Sequence[str], with_gold: bool, batch: list
     retrieval = answerer.retrieve(questions, texts) if reads else None
     seconds = time.perf_counter() - began
     outside = answerer.mass_outside(retrieval) if with_gold and retrieval is not None else None
-    return _Asked(questions, retrieval, outside, seconds)
+    return _RetrievedBatch(questions, retrieval, outside, seconds)
 
 
 def _predict(
-    answerer: Answerer, modes: Sequence[str], with_gold: bool, timed: bool, asked: _Asked, batch: list[Question]
+    answerer: Answerer,
+    modes: Sequence[str],
+    with_gold: bool,
+    timed: bool,
+    retrieved: _RetrievedBatch,
+    batch: list[Question],
 ) -> list[dict[str, Any]]:
     """One batch: thorough and fast share a beam search, the gold answer the documents' memory.
 
@@ -259,11 +264,11 @@ def _predict(
         modes: what to decode: one mode, or thorough, fast and closed_book together.
         with_gold: whether to measure the gold answers.
         timed: whether to tell the seconds a question, of finding its documents and of decoding.
-        asked: the questions with their documents.
+        retrieved: the questions with their documents.
         batch: the questions.
     """
     began, tokenizers = time.perf_counter(), answerer.rag.tokenizers
-    questions, retrieval = asked.questions, asked.retrieval
+    questions, retrieval = retrieved.questions, retrieved.retrieval
     reading = [mode for mode in modes if mode != "closed_book"]
     results: list[dict[str, Any]] = [{"modes": {}} for _ in batch]
     golds = [_gold(answerer.rag, q) for q in batch] if with_gold else []
@@ -284,10 +289,10 @@ def _predict(
         closed, _ = answerer.candidates(questions, None, "fast")
         for result, own in zip(results, closed, strict=True):
             result["modes"]["closed_book"] = chosen_answer(answerer, own, "closed_book")
-    seconds = (asked.seconds + time.perf_counter() - began) / len(batch)
+    seconds = (retrieved.seconds + time.perf_counter() - began) / len(batch)
     for b, result in enumerate(results):
-        if asked.outside is not None:
-            result["mass_outside"] = float(asked.outside[b])
+        if retrieved.outside is not None:
+            result["mass_outside"] = float(retrieved.outside[b])
         if gold_logp is not None:
             result["gold_nll"] = None if golds[b] is None else -float(gold_logp[b])
         for mode in modes if timed else []:

@@ -64,11 +64,11 @@ def print_plan(plan: Plan, has: dict[str, int | None], as_json: bool) -> None:
 def print_sweep(plans: Sequence[MachinePlan], as_json: bool) -> None:
     """A line for each machine: what training and evaluation need, whether that fits, and the least times."""
     if as_json:
-        told = [
+        lines = [
             dataclasses.asdict(plan) | {"fits": {name: total.fits for name, total in plan.needs.items()}}
             for plan in plans
         ]
-        print(json.dumps(told, ensure_ascii=False))
+        print(json.dumps(lines, ensure_ascii=False))
         return
     heads = ("devices", "each has", "to train", "a step, at least", "to evaluate", "questions/s, at most")
     table = Table(*heads, box=box.SIMPLE_HEAD)

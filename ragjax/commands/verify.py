@@ -107,9 +107,9 @@ def _records(part: _Part) -> tuple[dict[str, Record], dict[str, str]]:
 
 
 def _unknown(part: _Part, records: Mapping[str, Record]) -> list[str]:
-    known = records.keys() | {MANIFEST if part.what.endswith("index") else CHECKSUMS}
+    names = records.keys() | {MANIFEST if part.what.endswith("index") else CHECKSUMS}
     inside = files_below(part.path)
-    return [name for name in inside if name not in known and not (part.what == "index" and name.startswith(f"{BM25}/"))]
+    return [name for name in inside if name not in names and not (part.what == "index" and name.startswith(f"{BM25}/"))]
 
 
 def print_verified(found: list[Verified], as_json: bool) -> None:

@@ -84,15 +84,15 @@ def template(*needed: str, also: str = "", or_word: str = "") -> Callable[[str],
 
     Where a word may stand instead of a template, each needed slot stands in it only once.
     """
-    known = (*needed, also) if also else needed
+    slots = (*needed, also) if also else needed
     once = f" once (or be the word {or_word})" if or_word else ""
 
     def check(text: str) -> str:
         found = re.findall(r"\{[A-Za-z_]\w*\}", text)
         lacking = [slot for slot in needed if slot not in found or (once and found.count(slot) > 1)]
         problems = [f"must contain {slot}{once}" for slot in lacking]
-        if unknown := sorted(set(found) - set(known)):
-            problems.append(f"has the unknown slot {', '.join(unknown)} (known are {', '.join(known)})")
+        if unknown := sorted(set(found) - set(slots)):
+            problems.append(f"has the unknown slot {', '.join(unknown)} (known are {', '.join(slots)})")
         if problems and text != or_word:
             raise ValueError(" and ".join(problems))
         return text
@@ -118,7 +118,7 @@ def read_model(model: type[S], path: Path, overrides: Sequence[str]) -> S:
     except ValidationError as error:
         problems = _explained(model, error) | problems
     if problems:
-        raise InputError(f"{path}{_overridden(overrides, list(problems))}: {_told(problems)}")
+        raise InputError(f"{path}{_overridden(overrides, list(problems))}: {_message(problems)}")
     return read
 
 
@@ -127,7 +127,7 @@ def validated(model: type[S], values: dict[str, Any]) -> S:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise InputError(f"{model.__name__}: {_told(_explained(model, error))}") from None
+        raise InputError(f"{model.__name__}: {_message(_explained(model, error))}") from None
 
 
 def escaped(value: Any) -> Any:
@@ -296,12 +296,12 @@ def _overridden(overrides: Sequence[str], problems: Sequence[str]) -> str:
     return f" with {', '.join(mine)}" if mine else ""
 
 
-def _told(problems: dict[str, str]) -> str:
+def _message(problems: dict[str, str]) -> str:
     """One line. What does not go together, under the empty key, is told when each value by itself is right."""
     missing = sorted(key for key, text in problems.items() if text == MUST_BE_GIVEN)
-    told = [f"{', '.join(missing)} {MUST_BE_GIVEN}"] if missing else []
-    told += [t for key, t in problems.items() if t not in ("", MUST_BE_GIVEN) and (key or len(problems) == 1)]
-    return "; ".join(told)
+    parts = [f"{', '.join(missing)} {MUST_BE_GIVEN}"] if missing else []
+    parts += [t for key, t in problems.items() if t not in ("", MUST_BE_GIVEN) and (key or len(problems) == 1)]
+    return "; ".join(parts)
 
 
 def _explained(model: type[Section], error: ValidationError) -> dict[str, str]:
@@ -346,7 +346,7 @@ def _unknown(model: type[Section], at: Sequence[Any]) -> str:
         hint = f"it is now {RENAMED[key]}"
     elif near := difflib.get_close_matches(name, section.model_fields, 1):
         hint = f"did you mean {_joined('', *at[:-1], *near)}?"
-    elif near := [known for known in _keys(model) if known.rpartition(".")[2] == name]:
+    elif near := [other for other in _keys(model) if other.rpartition(".")[2] == name]:
         hint = f"did you mean {' or '.join(near)}?"
     else:
         hint = f"known here: {', '.join(section.model_fields)}"

@@ -27,8 +27,8 @@ def render_chat_template(template: str, variables: Mapping[str, Any]) -> str:
 
     Raises `InputError` for a template that fails, does not end, or takes too much memory.
     """
-    asked = {"template": template, "variables": dict(variables), "jinja2": importlib.metadata.version("jinja2")}
-    content = json.dumps(asked, sort_keys=True).encode() + RENDERER.read_bytes()
+    request = {"template": template, "variables": dict(variables), "jinja2": importlib.metadata.version("jinja2")}
+    content = json.dumps(request, sort_keys=True).encode() + RENDERER.read_bytes()
     kept = cache_folder() / "chat" / f"{hashlib.sha256(content).hexdigest()}.json"
     with suppress(OSError, InputError):
         if isinstance(text := parse_json(kept.read_bytes(), kept), str):

@@ -175,8 +175,8 @@ def tokens_before_question(
 
     `mask` is that of `tokenize_prompts`.
     """
-    prompt, (_, of_question) = tokenizers.prompt, questions.for_generator
-    rest = len(prompt.middle) + of_question.sum(axis=1) + len(prompt.tail)
+    prompt, (_, question_mask) = tokenizers.prompt, questions.for_generator
+    rest = len(prompt.middle) + question_mask.sum(axis=1) + len(prompt.tail)
     return mask.sum(axis=1) - np.repeat(rest, len(mask) // len(rest))
 
 

@@ -167,8 +167,8 @@ def _records(
         doubt = columns.doubt(rows)
         columns = replace(columns, given=columns.headless(rows, f"{file}:{sample[0].number}"))
     if first := next((fields for record in sample for fields in flat_records(record.fields)), None):
-        told = columns.told({part: columns.find(part, first) for part in PARTS}, list(first))
-        if notice := "; ".join(part for part in (told, doubt) if part):
+        names = columns.notice({part: columns.find(part, first) for part in PARTS}, list(first))
+        if notice := "; ".join(part for part in (names, doubt) if part):
             notices.setdefault(notice, []).append(file)
     for record in itertools.chain(sample, records):
         for fields in flat_records(record.fields):
@@ -207,11 +207,11 @@ def _problem(record: dict[str, Any], fields: dict[str, Any], columns: Columns) -
 
 
 def _left_out(record: dict[str, Any], path: Path, number: int, reason: str) -> LeftOut:
-    def shown(value: Any) -> str:
+    def printable(value: Any) -> str:
         return value.encode(errors="replace").decode() if isinstance(value, str) else ""
 
     answers = record["answers"]
-    texts = tuple(map(shown, answers)) if isinstance(answers, list) else ()
+    texts = tuple(map(printable, answers)) if isinstance(answers, list) else ()
     return LeftOut(
-        str(path), number, shown(record.get("id")) or str(number), shown(record.get("question")), texts, reason
+        str(path), number, printable(record.get("id")) or str(number), printable(record.get("question")), texts, reason
     )

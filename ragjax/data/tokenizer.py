@@ -273,8 +273,8 @@ def _from_gguf(file: Path) -> Tokenizer:
         "chat_template": read("tokenizer.chat_template", str),
     }
     with library_errors(f"{file}: the tokenizer does not work", "fetch it again"):
-        for wanted, special in ((CONTROL, True), (USER_DEFINED, False)):
-            added = [t for t, type_ in zip(tokens, types, strict=False) if type_ == wanted]
+        for special_type, special in ((CONTROL, True), (USER_DEFINED, False)):
+            added = [t for t, type_ in zip(tokens, types, strict=False) if type_ == special_type]
             backend.add_tokens([AddedToken(t, special=special, normalized=False) for t in added])
         return Tokenizer(backend, eos_id=eos_id, **given)
 

@@ -288,9 +288,9 @@ def _choose_and_bound(
         before.steps + 1,
     )
     bound = jax.tree.map(lambda new, old: jnp.where(state.open, new, old), bound, before)
-    known, rival = jnp.maximum(done.logp[:, 0], bound.floor), jnp.maximum(done.logp[:, 1], bound.dropped)
-    proved, hopeless = is_best(known, jnp.maximum(rival, left), bound.rest), ~is_best(known, rival, bound.rest)
-    open_ = state.open & ((left > known) | ~(proved | hopeless) | ~may_end)
+    first, rival = jnp.maximum(done.logp[:, 0], bound.floor), jnp.maximum(done.logp[:, 1], bound.dropped)
+    proved, hopeless = is_best(first, jnp.maximum(rival, left), bound.rest), ~is_best(first, rival, bound.rest)
+    open_ = state.open & ((left > first) | ~(proved | hopeless) | ~may_end)
     changes = {"done": done, "open": open_, "bound": bound}
     return best[:, :width], flat[:, :width] // vocabulary, flat[:, :width] % vocabulary, changes
 
@@ -308,7 +308,7 @@ def likeliest_next(
         return likeliest(total.reshape(n, -1), count)
     each, whole = vocabulary // parts, PartitionSpec()
 
-    def of_all(part: Array, total: Array) -> tuple[Array, Array]:
+    def over_devices(part: Array, total: Array) -> tuple[Array, Array]:
         best, at = likeliest(total.reshape(n, -1), min(count, width * each))
         found = best, at // each * vocabulary + part * each + at % each
         best, number = (jax.lax.all_gather(x, "model", axis=1, tiled=True) for x in found)
@@ -317,7 +317,7 @@ def likeliest_next(
         return best, jnp.take_along_axis(number, place, axis=1)
 
     axes, specs = auto_axes(), (PartitionSpec("model"), PartitionSpec(None, None, "model"))
-    split = jax.shard_map(of_all, in_specs=specs, out_specs=(whole, whole), axis_names=axes, check_vma=False)
+    split = jax.shard_map(over_devices, in_specs=specs, out_specs=(whole, whole), axis_names=axes, check_vma=False)
     return split(jnp.arange(parts, dtype=jnp.int32), total)
 
 

@@ -86,7 +86,7 @@ def search_marginal(
         beams, cache, bound = _search(graph, params, memory, log_prior, settings, special, by_token, before)
         assert bound is not None
         end_logp = cache.end_logp.reshape(*rows.shape, -1)
-        doc_logp = jax.vmap(lambda of_question, slots: of_question[:, slots])(end_logp, jnp.asarray(beams.slot))
+        doc_logp = jax.vmap(lambda logp, slots: logp[:, slots])(end_logp, jnp.asarray(beams.slot))
         return MarginalSearch(beams, doc_logp, bound)
 
     return by_device(search, params, memory, rows, log_prior, rest, floor)

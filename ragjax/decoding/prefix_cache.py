@@ -220,8 +220,10 @@ class _Forest:
         Without `grow` there is nothing new, and edges end where the prefixes cached end.
         """
         distinct: dict[Tokens, int] = {}
-        number = np.array([distinct.setdefault(y, len(distinct)) for of_row in answers for y in of_row], np.int64)
-        self._ends = np.cumsum([len(of_row) for of_row in answers])
+        number = np.array(
+            [distinct.setdefault(y, len(distinct)) for row_answers in answers for y in row_answers], np.int64
+        )
+        self._ends = np.cumsum([len(row_answers) for row_answers in answers])
         row = np.repeat(np.arange(len(answers)), np.diff(self._ends, prepend=0))
         base = 2 + max(int(tokens.max()), max((token for y in distinct for token in y), default=0))
         by_answer, keys = _prefix_nodes(list(distinct), base)
@@ -286,10 +288,10 @@ def _prefix_nodes(answers: Sequence[Tokens], base: int) -> tuple[Int[np.ndarray,
     return nodes, keys
 
 
-def _find(keys: Int[np.ndarray, " N"], wanted: Int[np.ndarray, "..."]) -> Int[np.ndarray, "..."]:
+def _find(keys: Int[np.ndarray, " N"], sought: Int[np.ndarray, "..."]) -> Int[np.ndarray, "..."]:
     """Where in the rising keys the wanted ones stand; −1 for those that do not."""
-    at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-    return np.where(keys[at] == wanted, at, -1)
+    at = np.minimum(np.searchsorted(keys, sought), len(keys) - 1)
+    return np.where(keys[at] == sought, at, -1)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -71,17 +71,17 @@ def model_card(run: Path, config: Config, step: int, folders: Sequence[str]) -> 
 def _data(run: Path, config: Config) -> str:
     """What was trained on; how many passages, and which code, a run's manifest tells."""
     split = {name: getattr(config.questions, name) for name in ("train", "dev", "test")}
-    told = [f"passages: `{_line(_public(config.corpus.source))}`"]
-    told += [f"questions, {name}: `{_line(_public(source))}`" for name, source in split.items()]
+    facts = [f"passages: `{_line(_public(config.corpus.source))}`"]
+    facts += [f"questions, {name}: `{_line(_public(source))}`" for name, source in split.items()]
     if (path := run / "manifest.json").is_file():
         manifest = read_run_manifest(run)
         try:
-            told[0] += f", {manifest['index']['N']} in the index"
+            facts[0] += f", {manifest['index']['N']} in the index"
             versions, devices = manifest["versions"], ", ".join(manifest["devices"])
-            told.append(f"ragjax {versions['ragjax']}, JAX {versions['jax']}, on {_line(devices)}")
+            facts.append(f"ragjax {versions['ragjax']}, JAX {versions['jax']}, on {_line(devices)}")
         except (KeyError, TypeError):
             raise InputError(f"{path}: damaged; train the run anew") from None
-    return _list(told)
+    return _list(facts)
 
 
 def _figures(run: Path) -> str:

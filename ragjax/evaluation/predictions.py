@@ -173,10 +173,10 @@ def score_modes(predictions: Sequence[dict[str, Any]], missed: int, modes: Seque
             scores[mode] |= {"seconds_per_question": float(np.median(seconds)), "seconds": float(sum(seconds))}
         if chosen and "proved" in chosen[0]:
             proved = [c["proved"] for c in chosen]
-            known = proved[0]["corpus"] is not None
+            has_corpus_proof = proved[0]["corpus"] is not None
             scores[mode]["proved"] = {
                 "top_k": _mean([claims["top_k"] for claims in proved]),
-                "corpus": _mean([claims["corpus"] for claims in proved]) if known else None,
+                "corpus": _mean([claims["corpus"] for claims in proved]) if has_corpus_proof else None,
             }
             scores[mode] |= {name: _mean([c[name] for c in chosen]) for name in ("documents_read", "steps")}
     return scores

@@ -16,7 +16,7 @@ from ragjax.parallel.processes import allgather_text, is_process_zero, wait_for_
 from ragjax.runs.journal import Journal, read_journal
 from ragjax.terminal import progress_bar, terminal
 
-Found = TypeVar("Found")
+Retrieval = TypeVar("Retrieval")
 BatchResults = dict[int, list[Any]]  # one result a question, by the number of the batch's first question
 
 
@@ -58,8 +58,8 @@ class EvaluationProgress:
         answerer: Answerer,
         questions: Sequence[Question],
         size: int,
-        find: Callable[[list[Question]], Found],
-        measure_batch: Callable[[Found, list[Question]], list[Any]],
+        find: Callable[[list[Question]], Retrieval],
+        measure_batch: Callable[[Retrieval, list[Question]], list[Any]],
     ) -> list[Any]:
         """One result a question, in their order, in every process.
 
@@ -86,9 +86,9 @@ class EvaluationProgress:
         results = dict(self._before.get(measure, {}))
         with progress_bar(name, sum(counts.values()), "questions", first="compiling …") as advance:
             for start, count in counts.items():
-                asked = batch(start)
-                known = found.pop(start) if start in found else find(asked)
-                results[start] = measure_batch(known, asked)[:count]
+                chosen = batch(start)
+                retrieval = found.pop(start) if start in found else find(chosen)
+                results[start] = measure_batch(retrieval, chosen)[:count]
                 self._journal.add({"measure": measure, "start": start, "results": results[start]})
                 advance(count)
         by_process = [json.loads(text) for text in allgather_text(json.dumps(list(results.items())))]
@@ -96,13 +96,13 @@ class EvaluationProgress:
         return [result for start in sorted(by_start) for result in by_start[start]]
 
 
-def _find_together(name: str, missing: list[int], find: Callable[[int], Found]) -> dict[int, Found]:
+def _find_together(name: str, missing: list[int], find: Callable[[int], Retrieval]) -> dict[int, Retrieval]:
     """What there is to find for this process's batches, and `find` searches for in all processes at once.
 
     After that none waits for another, however long it answers. `missing` are the batches of all, each the number of its
     first question, dealt out one by one; who has none left asks for the last one with the others.
     """
-    found, processes = dict[int, Found](), jax.process_count()
+    found, processes = dict[int, Retrieval](), jax.process_count()
     with progress_bar(f"documents: {name}", len(missing), "batches", first="compiling …") as advance:
         for first in range(0, len(missing), processes):
             start = missing[min(first + jax.process_index(), len(missing) - 1)]

@@ -126,8 +126,8 @@ def _modes(run: RunResults) -> dict[str, Any] | None:
             pair = key.removesuffix("_differ").split("_and_")
             right = " and ".join(f"{mode} is right on {of.get(f'{mode}_right', 0)}" for mode in pair)
             count = of.get("questions", 0)
-            told = f"differ on {count} questions; {right} of them" if count else "agree everywhere"
-            differ.append(f"{' and '.join(pair).capitalize()} {told}.")
+            difference = f"differ on {count} questions; {right} of them" if count else "agree everywhere"
+            differ.append(f"{' and '.join(pair).capitalize()} {difference}.")
     return {"name": run.name, "rows": rows, "differ": differ} if len(rows) > 1 else None
 
 
@@ -169,17 +169,18 @@ def _browse(runs: Sequence[RunResults], rows: Sequence[Any], room: int = 0) -> d
         if room < 0:
             break
         drawn[i] = made
-    shown = [drawn[i] for i in sorted(drawn)]
-    left_out = len(rows) - len(shown)
+    answers = [drawn[i] for i in sorted(drawn)]
+    left_out = len(rows) - len(answers)
     about = "Open a question to see the four stages of its answer."
     if left_out:
         about += f" {left_out} of {len(rows)} are left out of this page, those with the least to look at."
     return {
         "about": about,
         "filters": [
-            {"name": name, "label": label, "count": sum(name in of["flags"] for of in shown)} for name, label in filters
+            {"name": name, "label": label, "count": sum(name in of["flags"] for of in answers)}
+            for name, label in filters
         ],
-        "predictions": shown,
+        "predictions": answers,
     }
 
 

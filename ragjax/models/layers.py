@@ -97,9 +97,9 @@ def add_adapters(module: nnx.Module, names: Collection[str], rank: int, alpha: f
     """
     shapes = nnx.traversals.flatten_mapping(split_parameters(module)[1])
     parts = dict(_stacked_maps(module))
-    known = {str(path[-1]) for path in parts}
-    if unknown := sorted(set(names) - known):
-        raise InputError(f"no linear map is called {', '.join(unknown)}; there are {', '.join(sorted(known))}")
+    existing = {str(path[-1]) for path in parts}
+    if unknown := sorted(set(names) - existing):
+        raise InputError(f"no linear map is called {', '.join(unknown)}; there are {', '.join(sorted(existing))}")
     for path, part in parts.items():
         if not names or path[-1] in names:
             layers, size_in, size_out = shapes[*path, "kernel"].shape
@@ -151,9 +151,9 @@ def scan_layers(
         layer_params, x, number = inputs
         layer = nnx.merge(graph, layer_params)
         if number is not None:
-            of_layer = fold_rngs(adapter_rngs, number)
+            layer_rngs = fold_rngs(adapter_rngs, number)
             for at, part in enumerate(_linear_maps(layer)):
-                part.lora_rngs = fold_rngs(of_layer, at)
+                part.lora_rngs = fold_rngs(layer_rngs, at)
         carry, y = step(layer, carry, x)
         return split_by_rows(carry), y
 

@@ -59,7 +59,7 @@ class Chart:
     lines: list[Line]
     diagonal: str | None  # "x,y x,y" from (0, 0) to (1, 1)
     window: int | None  # of the running means
-    told: str  # for those who do not see it
+    description: str  # for those who do not see it
 
 
 def chart(
@@ -105,7 +105,7 @@ def chart(
         [axes.line(of) for of in series],
         f"{axes.x(0.0)},{axes.y(0.0)} {axes.x(1.0)},{axes.y(1.0)}" if diagonal else None,
         max(of.window for of in series) if any(of.window > 1 for of in series) else None,
-        "; ".join(_told(of, x_label) for of in series if any(y is not None for y in of.ys)),
+        "; ".join(_description(of, x_label) for of in series if any(y is not None for y in of.ys)),
     )
 
 
@@ -189,7 +189,7 @@ def _log_ticks(low: float, high: float) -> list[float]:
     return [float(i) for i in range(first, max(last, first + 1) + 1, max(1, (last - first) // 4))]
 
 
-def _told(of: Series, x_label: str) -> str:
+def _description(of: Series, x_label: str) -> str:
     points = [(x, y) for x, y in zip(of.xs, of.ys, strict=True) if y is not None]
     (x0, y0), (x1, y1) = points[0], points[-1]
     ys = [y for _, y in points]

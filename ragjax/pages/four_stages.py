@@ -155,8 +155,8 @@ def stages(
 
 def _chosen_by(candidate: Mapping[str, Any]) -> float:
     """p(y|x), or what it is at least: the best that is known of it."""
-    known = (candidate["thorough"], *(candidate.get("probability_bounds") or ())[:1], candidate["fast"])
-    return next((p for p in known if p is not None), 0.0)
+    values = (candidate["thorough"], *(candidate.get("probability_bounds") or ())[:1], candidate["fast"])
+    return next((p for p in values if p is not None), 0.0)
 
 
 def _beams(candidates: Sequence[Mapping[str, Any]], z: int) -> list[Beam]:
@@ -170,10 +170,10 @@ def _beams(candidates: Sequence[Mapping[str, Any]], z: int) -> list[Beam]:
 
 def _candidate(candidate: Mapping[str, Any], prior: Sequence[float], scale: float) -> StageCandidate:
     beam, given = candidate["beam_probability"], candidate["doc_probability"]
-    known: Sequence[float | None] = given if given is not None else [p if p > 0 else None for p in beam]
+    probabilities: Sequence[float | None] = given if given is not None else [p if p > 0 else None for p in beam]
     fast_ran = candidate["fast"] is not None
     shares, at = list[Share](), 0.0
-    for z, p in enumerate(known):
+    for z, p in enumerate(probabilities):
         if p is not None and (part := prior[z] * p) > 1e-4 * scale:  # what is smaller is no pixel wide
             shares.append(Share(z + 1, part, at / scale, part / scale, fast_ran and given is not None and beam[z] == 0))
             at += part
@@ -184,7 +184,7 @@ def _candidate(candidate: Mapping[str, Any], prior: Sequence[float], scale: floa
     return StageCandidate(
         text=candidate["text"],
         finished=candidate["finished"],
-        cells=[Cell(p, round(10 * min(p or 0.0, 1.0)), beam[z] > 0) for z, p in enumerate(known)],
+        cells=[Cell(p, round(10 * min(p or 0.0, 1.0)), beam[z] > 0) for z, p in enumerate(probabilities)],
         shares=shares,
         p=_chosen_by(candidate),
         fast=candidate["fast"],

@@ -89,7 +89,7 @@ def ask_together(ask: Callable[[np.ndarray], Any], rows: np.ndarray) -> Any:
         ask: a function of rows [n, …].
         rows: each process has as many; they all call this.
     """
-    found = [ask(of_process) for of_process in multihost_utils.process_allgather(rows)]
+    found = [ask(process_rows) for process_rows in multihost_utils.process_allgather(rows)]
     return found[jax.process_index()]
 
 

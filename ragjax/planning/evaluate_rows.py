@@ -177,9 +177,9 @@ def _seconds(inputs: PlanInputs, costs: dict[str, tuple[int, Cost]], chip: Chip)
         # each device reads its part once for every process: as much as if each process searched by itself
         index = bytes_each(abstract_corpus(inputs.rag(), mesh, inputs.passages()[0]))
         parts["retrieval"] = index / (chip.bandwidth * 1e9), "memory"
-    told = ", ".join(f"{what} {seconds:.2g} s ({binds})" for what, (seconds, binds) in parts.items())
+    times = ", ".join(f"{what} {seconds:.2g} s ({binds})" for what, (seconds, binds) in parts.items())
     questions = questions_text(config.evaluate.batch_size * mesh.shape["data"])
-    how = f"{questions}, {steps} tokens each: {told}; scoring up to {more:.2g} s more"
+    how = f"{questions}, {steps} tokens each: {times}; scoring up to {more:.2g} s more"
     return sum(seconds for seconds, _ in parts.values()), how
 
 

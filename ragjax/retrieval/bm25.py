@@ -53,10 +53,10 @@ class Bm25Index:
         ids = np.full((len(questions), count), -1, np.int32)
         for b, question in enumerate(questions):
             numbers = [self._engine.vocab_dict.get(word) for word in normalized_words(question).split()]
-            if not (known := [number for number in numbers if number is not None]):
+            if not (vocabulary_ids := [number for number in numbers if number is not None]):
                 continue
             with library_errors(f"{self._folder}: is damaged", MEND):
-                every = self._engine.get_scores_from_ids(known)
+                every = self._engine.get_scores_from_ids(vocabulary_ids)
             found = np.flatnonzero(every > 0)
             if len(found) > count:  # and all that tie with the last one
                 least = np.partition(every[found], len(found) - count)[len(found) - count]
@@ -66,9 +66,9 @@ class Bm25Index:
         return scores, ids
 
 
-def check_bm25(wanted: int) -> None:
+def check_bm25(count: int) -> None:
     """Raises `InputError` where `retriever.bm25_docs` asks for BM25 documents, and bm25s is not installed."""
-    if wanted and find_spec("bm25s") is None:
+    if count and find_spec("bm25s") is None:
         raise InputError("retriever.bm25_docs needs an extra: pip install 'ragjax[bm25]'")
 
 

@@ -113,12 +113,12 @@ def sharded_top_k(
         )
         return scores, jnp.where(ids >= 0, first + ids, -1)
 
-    of_devices = PartitionSpec(None, corpus.mesh.axis_names)
+    by_device = PartitionSpec(None, corpus.mesh.axis_names)
     found = jax.shard_map(
         best_here,
         mesh=corpus.mesh,
         in_specs=(corpus.split, PartitionSpec()),
-        out_specs=(of_devices, of_devices),
+        out_specs=(by_device, by_device),
         check_vma=False,
     )(corpus.embeddings, queries)
     return _best(*found, k)
@@ -230,14 +230,14 @@ def _best(scores: Float32[Array, "*B n"], ids: Int32[Array, "*B n"], k: int) -> 
 def log_normalizer(corpus: DeviceIndex, queries: Float[Array, "B D"], scale: float) -> Float32[Array, " B"]:
     """log Σ exp(scale · q·d) over all N passages; differentiable by the queries, in memory as `blockwise_top_k`."""
 
-    def of_device(embeddings: Array, queries: Array) -> Array:
+    def on_device(embeddings: Array, queries: Array) -> Array:
         _, count = corpus.here()
         return block_log_normalizer(embeddings, queries, scale, count=count, three_passes=corpus.in_three_passes)[
             :, None
         ]
 
     parts = jax.shard_map(
-        of_device,
+        on_device,
         mesh=corpus.mesh,
         in_specs=(corpus.split, PartitionSpec()),
         out_specs=PartitionSpec(None, corpus.mesh.axis_names),
@@ -282,7 +282,7 @@ def gather_rows(corpus: DeviceIndex, table: Array, ids: Int[Array, "B K"]) -> Ar
     """
     wide = jnp.int32 if jnp.issubdtype(table.dtype, jnp.integer) else jnp.float32
 
-    def of_device(part: Array, ids: Array) -> Array:
+    def on_device(part: Array, ids: Array) -> Array:
         first, count = corpus.here()
         at = ids - first
         rows = part[jnp.clip(at, 0, part.shape[0] - 1)].astype(wide)
@@ -290,7 +290,7 @@ def gather_rows(corpus: DeviceIndex, table: Array, ids: Int[Array, "B K"]) -> Ar
         return jax.lax.psum(jnp.where(mine, rows, 0), corpus.mesh.axis_names)
 
     return jax.shard_map(
-        of_device,
+        on_device,
         mesh=corpus.mesh,
         in_specs=(corpus.split, PartitionSpec()),
         out_specs=PartitionSpec(),

@@ -109,7 +109,7 @@ class Index:
         """
         queries = np.asarray(queries, np.float32)
         if self.on_devices:
-            return self._by_devices(lambda asked, mesh: self.begin_search(asked, k, mesh), queries, mesh)
+            return self._by_devices(lambda queries, mesh: self.begin_search(queries, k, mesh), queries, mesh)
         import faiss
 
         faiss.omp_set_num_threads(cores())
@@ -146,7 +146,7 @@ class Index:
     ) -> Float32[np.ndarray, " B"]:
         """log Σ exp(scale · q·d) over all passages, by the devices whatever the kind; `mesh` as in `search`."""
         queries = np.asarray(queries, np.float32)
-        return self._by_devices(lambda asked, mesh: log_normalizer(self.corpus(mesh), asked, scale), queries, mesh)
+        return self._by_devices(lambda queries, mesh: log_normalizer(self.corpus(mesh), queries, scale), queries, mesh)
 
     def _by_devices(
         self, ask: Callable[[Array, Mesh], Any], queries: Float32[np.ndarray, "B D"], mesh: Mesh | None

@@ -71,7 +71,7 @@ class PassageCacheStatistics:
         """The counts and both shares."""
         return asdict(self) | {"hit_rate": self.hit_rate, "tokens_saved": self.tokens_saved}
 
-    def of_all_processes(self) -> PassageCacheStatistics:
+    def sum_over_processes(self) -> PassageCacheStatistics:
         """The sums over all processes, each of which calls it."""
         counts = [json.loads(text) for text in allgather_text(json.dumps(astuple(self)))]
         return PassageCacheStatistics(*map(sum, zip(*counts, strict=True)))
@@ -155,16 +155,16 @@ class PassageKVCache:
     def _assign(self, passages: Int[np.ndarray, "devices n"]) -> tuple[Int[np.ndarray, "devices n"], list[dict]]:
         """A slot for each passage, and by device the slots of those that are not there: passage → slot."""
         missing: list[dict[int, int]] = []
-        for order, asked in zip(self._slots, passages.tolist(), strict=True):
-            for passage in asked:
+        for order, own in zip(self._slots, passages.tolist(), strict=True):
+            for passage in own:
                 if passage in order:
                     order.move_to_end(passage)
             missing.append({})
-            for passage in asked:
+            for passage in own:
                 if passage not in order:
                     slot = len(order) if len(order) < self.slots else order.popitem(last=False)[1]
                     order[passage] = missing[-1][passage] = slot
-        slots = [[order[p] for p in asked] for order, asked in zip(self._slots, passages.tolist(), strict=True)]
+        slots = [[order[p] for p in own] for order, own in zip(self._slots, passages.tolist(), strict=True)]
         return np.array(slots, np.int32), missing
 
     def _read_missing(self, missing: Sequence[dict[int, int]], rows: int) -> dict[int, int]:
@@ -199,8 +199,8 @@ class PassageKVCache:
         """Adds a batch to the statistics, each prompt once."""
         prompts = np.column_stack([passages.reshape(-1), np.where(mask, source, -1)])
         first = np.unique(prompts, axis=0, return_index=True)[1]
-        asked = {(int(row // passages.shape[1]), int(passages.reshape(-1)[row])) for row in first}
-        misses = [p for d, p in asked if p in missing[d]]
+        distinct = {(int(row // passages.shape[1]), int(passages.reshape(-1)[row])) for row in first}
+        misses = [p for d, p in distinct if p in missing[d]]
         self.statistics.passages += len(first)
         self.statistics.hits += len(first) - len(misses)
         self.statistics.tokens += int(mask[first].sum())

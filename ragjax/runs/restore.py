@@ -142,18 +142,18 @@ def restore_params(
     if not (Path(rag.config.output) / "checkpoints").is_dir():
         return None
     check_same_models(rag.config)
-    wanted = inference_params(rag, mesh or local_mesh(data=1))
+    abstract = inference_params(rag, mesh or local_mesh(data=1))
     if exact:
-        wanted = jax.tree.map(
-            lambda leaf: leaf.update(dtype=jnp.float32) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, wanted
+        abstract = jax.tree.map(
+            lambda leaf: leaf.update(dtype=jnp.float32) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, abstract
         )
-    restored = _restore(rag, {name: part for name, part in wanted.items() if name in rag.parts}, step)
+    restored = _restore(rag, {name: part for name, part in abstract.items() if name in rag.parts}, step)
     if restored is None:
         return None
     step, params = restored
     # contrastive training leaves the generator as it came
     models = for_inference(rag).parts
-    return params | {name: models[name].load_params(wanted[name]) for name in wanted.keys() - params.keys()}, step
+    return params | {name: models[name].load_params(abstract[name]) for name in abstract.keys() - params.keys()}, step
 
 
 def export_params(rag: RagPipeline, merge: bool) -> tuple[Params, int]:
@@ -180,13 +180,13 @@ def export_params(rag: RagPipeline, merge: bool) -> tuple[Params, int]:
 
 def _restore(rag: RagPipeline, abstract_params: Params, step: int | None = None) -> tuple[int, Params] | None:
     """As `restore_params`, of any configuration; each parameter gets the type and sharding of `abstract_params`."""
-    wanted = {name: adapters_only(part) for name, part in abstract_params.items()}
+    saved = {name: adapters_only(part) for name, part in abstract_params.items()}
     quantizes = _quantizes(rag.config)
-    restored = _restore_saved(rag, before_quantization(wanted, rag.config.dtype) if quantizes else wanted, step)
+    restored = _restore_saved(rag, before_quantization(saved, rag.config.dtype) if quantizes else saved, step)
     if restored is None:
         return None
     step, params = restored
-    params = quantized(params, wanted) if quantizes else params
+    params = quantized(params, saved) if quantizes else params
     parts = {name: without_adapters(part) for name, part in abstract_params.items()}
     base = {name: part for name, part in parts.items() if part}
     return step, join_trees(params, rag.initial_params(base)) if base else params

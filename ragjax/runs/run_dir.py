@@ -155,7 +155,7 @@ def check_same_models(config: Config) -> None:
     if not path.exists():
         return
     found = _differences(path, config).items()
-    if differ := [told for key, told in found if key.startswith(MODELS) and key not in FOR_ANSWERING]:
+    if differ := [difference for key, difference in found if key.startswith(MODELS) and key not in FOR_ANSWERING]:
         raise InputError(
             f"{config.output}: its checkpoints were trained with other settings: {'; '.join(differ)}; "
             "go back to them, or choose another folder with output=…"

@@ -122,10 +122,10 @@ class Server:
         """The start page; with a question in its address, and no token needed, the answer is on it."""
         view = PageView(self.serving.name, self.choices, self.serving.examples, self.serving.token is not None)
         try:
-            asked = read_query(request.query_params, self.choices, self.limits)
-            if asked is None or view.locked or _is_embedded(request):
+            form = read_query(request.query_params, self.choices, self.limits)
+            if form is None or view.locked or _is_embedded(request):
                 return start_page(view, request.query_params)
-            question, decoding = asked
+            question, decoding = form
             [answer] = await self._answers(request, [question], decoding)
         except InputError as error:
             return start_page(view, request.query_params, problem=str(error), status=400)
@@ -135,30 +135,30 @@ class Server:
 
     async def stages(self, request: Request) -> Response:
         """The stages of an answer as they are ready, as server-sent events of HTML."""
-        asked, decoding = self._read(read_answer_request, await read_body(request, self.limits))
-        if asked.question is None:
+        body_request, decoding = self._read(read_answer_request, await read_body(request, self.limits))
+        if body_request.question is None:
             raise Refused(problem(400, "question: expected one"))
-        self._check([asked.question], decoding)
+        self._check([body_request.question], decoding)
         documents: asyncio.Queue[tuple[list[Any], float | None]] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
         def found(these: list[Any], outside: float | None) -> None:
             loop.call_soon_threadsafe(documents.put_nowait, (these, outside))
 
-        [job] = self._submit([asked.question], decoding, asked.given, found)
+        [job] = self._submit([body_request.question], decoding, body_request.given, found)
         answer = asyncio.ensure_future(self._wait(request, job))
-        events = stage_events(asked.question, decoding, documents, answer)
+        events = stage_events(body_request.question, decoding, documents, answer)
         return StreamingResponse(events, media_type="text/event-stream")
 
     async def answer(self, request: Request) -> Response:
         """`POST /v1/answer`: one question or several."""
-        asked, decoding = self._read(read_answer_request, await read_body(request, self.limits))
-        answers = await self._answers(request, asked.texts, decoding, asked)
+        body_request, decoding = self._read(read_answer_request, await read_body(request, self.limits))
+        answers = await self._answers(request, body_request.texts, decoding, body_request)
         made = [
             {"question": text, "error": {"message": FAILED}}
             if isinstance(answer, Exception)
-            else _kept(answer, asked.n_best)
-            for text, answer in zip(asked.texts, answers, strict=True)
+            else _kept(answer, body_request.n_best)
+            for text, answer in zip(body_request.texts, answers, strict=True)
         ]
         if len(made) == 1 and isinstance(answers[0], Exception):
             return problem(500, FAILED)
@@ -168,10 +168,10 @@ class Server:
         """`POST /v1/chat/completions`: one question, in OpenAI's form."""
         body = await read_body(request, self.limits)
         try:
-            asked, chat, decoding = read_chat_request(body, self.choices, self.limits)
+            body_request, chat, decoding = read_chat_request(body, self.choices, self.limits)
         except InputError as error:
             raise bad_request(error) from None
-        [answer] = await self._answers(request, asked.texts, decoding, asked, name="messages[0].content")
+        [answer] = await self._answers(request, body_request.texts, decoding, body_request, name="messages[0].content")
         if isinstance(answer, Exception):
             return problem(500, FAILED)
         if chat.stream:
@@ -225,12 +225,12 @@ class Server:
         request: Request,
         questions: Sequence[str],
         decoding: Decoding,
-        asked: AnswerRequest | None = None,
+        body_request: AnswerRequest | None = None,
         name: str = "questions[{}]",
     ) -> list[Answer | Exception]:
         """The answers, each in its place, or what went wrong with it. Raises `Refused`."""
         self._check(questions, decoding, name)
-        jobs = self._submit(questions, decoding, None if asked is None else asked.given)
+        jobs = self._submit(questions, decoding, None if body_request is None else body_request.given)
         try:
             return [await self._wait(request, job) for job in jobs]
         finally:

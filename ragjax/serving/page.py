@@ -53,8 +53,8 @@ def start_page(
 ) -> HTMLResponse:
     """The page with its form filled in as asked, and the answer or the problem, if there is one."""
     drawn = None if answer is None else stages(dataclasses.asdict(answer))
-    asked = {name: query.get(name, "") for name in ("question", "mode", "num_docs", "num_beams")}
-    return HTMLResponse(render("serve.html", view=view, asked=asked, stages=drawn, problem=problem), status)
+    form = {name: query.get(name, "") for name in ("question", "mode", "num_docs", "num_beams")}
+    return HTMLResponse(render("serve.html", view=view, form=form, stages=drawn, problem=problem), status)
 
 
 async def stage_events(
@@ -93,8 +93,8 @@ async def stage_events(
 
 
 def _nothing(count: int) -> dict[str, Any]:
-    known = {"text": "", "finished": True, "fast": 0.0, "thorough": None, "doc_probability": None, "posterior": None}
-    return known | {"beam_probability": [0.0] * count}
+    nothing = {"text": "", "finished": True, "fast": 0.0, "thorough": None, "doc_probability": None, "posterior": None}
+    return nothing | {"beam_probability": [0.0] * count}
 
 
 def _event(name: str, html: str) -> str:

@@ -130,7 +130,7 @@ def read_chat_request(body: bytes, choices: Choices, limits: Limits) -> tuple[An
             continue
         if name not in ONLY:
             raise InputError(f"{name[:60]}: is not offered here; leave it out")
-        if not any(value == known and isinstance(value, bool) == isinstance(known, bool) for known in ONLY[name]):
+        if not any(value == allowed and isinstance(value, bool) == isinstance(allowed, bool) for allowed in ONLY[name]):
             raise InputError(f"{name}: only {json.dumps(ONLY[name][0])} is offered here; leave it out")
     if [message.role for message in request.messages] != ["user"]:
         raise InputError(

@@ -84,8 +84,8 @@ def run_server(server: Server, listening: socket.socket) -> uvicorn.Server:
     """Serves until a signal stops it, having answered what was asked by then."""
     uvicorn_server = make_uvicorn(server)
     host, port = listening.getsockname()[:2]
-    shown = f"[{host}]" if ":" in host else host
-    terminal.print(f"serving {server.serving.name} at http://{shown}:{port}", soft_wrap=True)
+    address = f"[{host}]" if ":" in host else host
+    terminal.print(f"serving {server.serving.name} at http://{address}:{port}", soft_wrap=True)
     uvicorn_server.run(sockets=[listening])
     return uvicorn_server
 

@@ -49,11 +49,11 @@ class Choices:
 
     def decoding(self, mode: str | None, num_docs: int | None, num_beams: int | None) -> Decoding:
         """One of them; what is None is the run's own. Raises `InputError` naming what is none."""
-        asked = {"mode": (mode, self.modes), "num_docs": (num_docs, self.num_docs)}
-        asked |= {"num_beams": (num_beams, self.num_beams)}
-        for name, (value, known) in asked.items():
-            if value is not None and value not in known:
-                raise InputError(f"{name}: is {value!r}; expected one of {', '.join(map(str, known))}")
+        values = {"mode": (mode, self.modes), "num_docs": (num_docs, self.num_docs)}
+        values |= {"num_beams": (num_beams, self.num_beams)}
+        for name, (value, offered) in values.items():
+            if value is not None and value not in offered:
+                raise InputError(f"{name}: is {value!r}; expected one of {', '.join(map(str, offered))}")
         return Decoding(mode or self.modes[0], num_docs or self.num_docs[0], num_beams or self.num_beams[0])
 
 

@@ -147,7 +147,7 @@ def make_optimizer(train: Train, numbers: Float[Array, "2 6"] | None = None) -> 
     `schedule_numbers` unless given. AdamW's second moments stay float32: in bfloat16 what a step changes of them is
     less than their rounding.
     """
-    of_retriever, of_generator = jnp.asarray(schedule_numbers(train)) if numbers is None else numbers
+    retriever_numbers, generator_numbers = jnp.asarray(schedule_numbers(train)) if numbers is None else numbers
 
     def decays(params: FlatParams) -> dict[tuple[str, ...], bool]:
         return {path: train.weight_decay_on == "all" or path[-1] in MATRICES for path in params}
@@ -166,9 +166,9 @@ def make_optimizer(train: Train, numbers: Float[Array, "2 6"] | None = None) -> 
 
     return optax.partition(
         {
-            "retriever": clipped(of_retriever),
-            "passage_encoder": clipped(of_retriever),
-            "generator": clipped(of_generator),
+            "retriever": clipped(retriever_numbers),
+            "passage_encoder": clipped(retriever_numbers),
+            "generator": clipped(generator_numbers),
         },
         lambda params: {path: path[0] for path in params},
     )

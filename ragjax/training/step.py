@@ -53,13 +53,13 @@ def gradients(
     if count == 1 or mesh.shape.get("data", 1) == 1 or not sums_once(rag.config):
         return _accumulate(rag, count, params, batch, rng, corpus)
 
-    def of_device(params: Params, batch: DocumentBatch, rng: Key[Array, ""]) -> tuple[FlatParams, dict[str, Any]]:
+    def on_device(params: Params, batch: DocumentBatch, rng: Key[Array, ""]) -> tuple[FlatParams, dict[str, Any]]:
         return jax.lax.pmean(_accumulate(rag, count, params, batch, rng, None), "data")
 
     everywhere, by_rows = PartitionSpec(), PartitionSpec("data")
     specs = (everywhere, by_rows, everywhere)
     return jax.shard_map(
-        of_device, mesh=mesh, axis_names={"data"}, in_specs=specs, out_specs=everywhere, check_vma=False
+        on_device, mesh=mesh, axis_names={"data"}, in_specs=specs, out_specs=everywhere, check_vma=False
     )(params, batch, rng)
 
 

@@ -106,7 +106,7 @@ def test_devices_keep_what_their_questions_need(model: tuple[PretrainedModel, Pa
     check(model, cache.read(source, mask, passages, lengths), source, mask)
     tokens = int(mask[0].sum())
     assert cache.statistics == PassageCacheStatistics(passages=1, hits=0, tokens=tokens, tokens_read=tokens)
-    assert cache.statistics.of_all_processes() == cache.statistics
+    assert cache.statistics.sum_over_processes() == cache.statistics
     assert cache.statistics.as_json() == asdict(cache.statistics) | {"hit_rate": 0.0, "tokens_saved": 0.0}
 
 

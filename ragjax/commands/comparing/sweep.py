@@ -72,12 +72,12 @@ class SweptRun:
         if newest_step(folder / "checkpoints") < self.config.train.steps or not (folder / METRICS).is_file():
             return False
         metrics, questions = read_json(folder / METRICS), Path(questions_of(self.config))
-        asked = (metrics.get("fingerprints") or {}).get("questions")
-        if asked is not None and questions.is_file() and asked != fingerprint_files([questions]):
+        fingerprint = (metrics.get("fingerprints") or {}).get("questions")
+        if fingerprint is not None and questions.is_file() and fingerprint != fingerprint_files([questions]):
             return False
-        wanted = {"trained_steps": self.config.train.steps, "decode": self.config.decode.model_dump(mode="json")}
-        wanted["evaluate"] = self.config.evaluate.model_dump(mode="json")
-        return all(metrics.get(key) == value for key, value in wanted.items())
+        settings = {"trained_steps": self.config.train.steps, "decode": self.config.decode.model_dump(mode="json")}
+        settings["evaluate"] = self.config.evaluate.model_dump(mode="json")
+        return all(metrics.get(key) == value for key, value in settings.items())
 
 
 def questions_of(config: Config) -> str:
@@ -156,9 +156,9 @@ def _folder(choice: dict[str, str]) -> Path:
 
 def _name(choice: dict[str, str]) -> str:
     """As a folder's name; a digest keeps apart what it cannot hold."""
-    told = ",".join(f"{key}={value}" for key, value in choice.items())
-    plain = re.sub(r"[^\w.,=+-]", "_", told)[:LONGEST_NAME]
-    return plain if plain == told else f"{plain}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
+    name = ",".join(f"{key}={value}" for key, value in choice.items())
+    plain = re.sub(r"[^\w.,=+-]", "_", name)[:LONGEST_NAME]
+    return plain if plain == name else f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def _index_path(config: Config, configs: Sequence[Config]) -> str:

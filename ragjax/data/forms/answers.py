@@ -42,8 +42,8 @@ def read_answers(value: Any) -> Any:
         case [*items] if any(isinstance(item, dict) for item in items):
             answers: list[Any] = []
             for item in items:  # in KILT some give the provenance alone
-                told = not isinstance(item, dict) or any(item.get(name) for name in ("text", "answer"))
-                inside = read_answers(item) if told else []
+                has_text = not isinstance(item, dict) or any(item.get(name) for name in ("text", "answer"))
+                inside = read_answers(item) if has_text else []
                 answers += inside if isinstance(inside, list) else [inside]
             return _once(answers)
         case [*items]:

@@ -56,7 +56,7 @@ class Columns:
         name = f'no "{part}"' if given is None else f"no {shown(given)}, which {setting} names,"
         return f'empty or missing "{part}": {name} among its keys ({listed}); name it by {setting}'
 
-    def told(self, parts: Mapping[str, str | None], names: Sequence[str]) -> str:
+    def notice(self, parts: Mapping[str, str | None], names: Sequence[str]) -> str:
         """What is recognised otherwise than by our own names: "id is "_id"", …; "" where there is nothing to tell.
 
         Args:
@@ -82,8 +82,8 @@ class Columns:
         given = {name.lower() for name in self.given.values() if name is not None and not name.isdigit()}
         if not cells.isdisjoint(given):
             return True
-        known = NAMES[self.kind]["text" if self.kind == "corpus" else "question"]
-        return not cells.isdisjoint(known) and all(len(cell) <= 64 and not cell[:1].isdigit() for cell in cells)
+        names = NAMES[self.kind]["text" if self.kind == "corpus" else "question"]
+        return not cells.isdisjoint(names) and all(len(cell) <= 64 and not cell[:1].isdigit() for cell in cells)
 
     def headless(self, rows: Sequence[Sequence[str]], where: str) -> Mapping[str, str | None]:
         """The places of the parts, in a table without a header, from its first rows; as the configuration gives them.

@@ -38,7 +38,7 @@ class PassageLayout:
         title = columns.need("title", keys, where) if columns.given.get("title") else columns.find("title", keys)
         titled = text.lower() == TITLED and title is None and columns.given.get("text") is None
         parts = {"id": id_, "title": title, "text": text}
-        said = columns.told(parts, keys) + (", of which a first line is the title" if titled else "")
+        said = columns.notice(parts, keys) + (", of which a first line is the title" if titled else "")
         numbered = "" if id_ else "no id: passages are numbered; corpus.columns.id may name one"
         notice = "; ".join(part for part in (said, numbered, doubt) if part)
         return cls(columns, id_, title, text, titled, notice or None)

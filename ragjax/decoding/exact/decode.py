@@ -20,7 +20,7 @@ from ragjax.decoding.beam_search import BeamSettings
 from ragjax.decoding.candidates import Candidates, Proof, TokenAnswer, pad_answers
 from ragjax.decoding.decode import decode_rag_sequence
 from ragjax.decoding.exact.document_reader import DocumentReader, ReadDocuments
-from ragjax.decoding.exact.question import Found, QuestionSearch
+from ragjax.decoding.exact.question import AnswerScore, QuestionSearch
 from ragjax.decoding.marginal_search import search_marginal
 from ragjax.decoding.propose import beam_settings
 from ragjax.decoding.rag_token import decode_rag_token, rag_token_marginals
@@ -157,8 +157,8 @@ class _ExactBatch:
             assert candidates.doc_logp is not None and candidates.thorough_logp is not None
             for c, tokens in enumerate(candidates.tokens):
                 answer = (tokens, bool(candidates.finished[c]))
-                known = Found(float(candidates.thorough_logp[c]), candidates.doc_logp[:, c].astype(np.float64))
-                question.answers.setdefault(answer, known)
+                score = AnswerScore(float(candidates.thorough_logp[c]), candidates.doc_logp[:, c].astype(np.float64))
+                question.answers.setdefault(answer, score)
 
     def candidates(self, questions: Sequence[QuestionSearch]) -> list[Candidates]:
         """What is known of the best answers of all questions."""
@@ -210,9 +210,9 @@ def _candidates(answers: Sequence[TokenAnswer], worth: dict[str, Any], proof: Pr
     return Candidates(tokens, finished, **worth, ranked=True, proof=proof)
 
 
-def _marginals(question: QuestionSearch, found: Sequence[Found]) -> dict[str, Any]:
+def _marginals(question: QuestionSearch, found: Sequence[AnswerScore]) -> dict[str, Any]:
     """What a question's answers are worth, as fields of `Candidates`; of none, the empty answer of probability 0."""
-    prior, none = question.log_prior[:, None], [Found(-np.inf, np.full(len(question.log_prior), -np.inf))]
+    prior, none = question.log_prior[:, None], [AnswerScore(-np.inf, np.full(len(question.log_prior), -np.inf))]
     doc_logp = np.stack([answer.doc_logp for answer in found or none], axis=1)
     doc_logp = np.where(prior > -np.inf, doc_logp, -np.inf)
     lower = np.array([answer.logp for answer in found or none])

@@ -19,7 +19,7 @@ from ragjax.marginal import TIE, is_best
 
 
 @dataclass
-class Found:
+class AnswerScore:
     """An answer: log p(y|x) of the documents read, log p(y|x,z) under each of all K, NaN where it is not known."""
 
     logp: float
@@ -37,8 +37,8 @@ class QuestionSearch:
     read: int = 0  # documents, the likeliest ones, under which all answers found are known
     searched: int = 0  # documents of the newest search
     beams: int = 0  # of the newest search
-    answers: dict[TokenAnswer, Found] = field(default_factory=dict)
-    earlier: dict[TokenAnswer, Found] = field(default_factory=dict)  # of rounds with fewer documents
+    answers: dict[TokenAnswer, AnswerScore] = field(default_factory=dict)
+    earlier: dict[TokenAnswer, AnswerScore] = field(default_factory=dict)  # of rounds with fewer documents
     others: float = np.inf  # no answer that is not in `answers` is likelier under the documents read
     crowd: float = -np.inf  # the likeliest prefix that a search with `max_beams` beams would drop
     steps: int = 0  # of all its searches
@@ -59,11 +59,11 @@ class QuestionSearch:
         mass = unread + (self.outside or 0.0 if corpus else 0.0)
         return float(np.log(mass)) if mass > 0 else -np.inf
 
-    def ranked(self) -> list[tuple[TokenAnswer, Found]]:
+    def ranked(self) -> list[tuple[TokenAnswer, AnswerScore]]:
         """The finished answers found, the likeliest first; the unfinished ones where there is none."""
         ends = any(finished for _, finished in self.answers)
-        of_kind = [item for item in self.answers.items() if item[0][1] == ends]
-        return sorted(of_kind, key=lambda item: -item[1].logp)
+        answers = [item for item in self.answers.items() if item[0][1] == ends]
+        return sorted(answers, key=lambda item: -item[1].logp)
 
     def best(self) -> float:
         """log p of the likeliest finished answer; −inf where there is none."""
@@ -90,7 +90,7 @@ class QuestionSearch:
             if ends:
                 by_document[: doc_logp.shape[0]] = doc_logp[:, c]
             tokens = tuple(int(t) for t in of.tokens[row, c, : of.length[row, c] - ends])
-            self.answers[tokens, ends] = Found(float(of.logp[row, c]), by_document)
+            self.answers[tokens, ends] = AnswerScore(float(of.logp[row, c]), by_document)
         others = float(found.bound.unfinished[row])
         if len(there) == of.logp.shape[1] and of.finished[row, there[-1]]:  # some may have been finished and not kept
             others = max(others, float(of.logp[row, there[-1]]))

@@ -117,13 +117,13 @@ class EarlierIndex:
     def find_embeddings(self, passages: Sequence[Passage]) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
         """The places, among `passages`, of those that are here with the same title and text, and their rows here."""
         contents, order = self.passages.contents, self._by_content
-        asked = PassageKeys()
+        keys = PassageKeys()
         records = [passage_record(passage) for passage in passages]
         for record in records:
-            asked.add(record)
-        at = np.searchsorted(contents, asked.contents, sorter=order)
+            keys.add(record)
+        at = np.searchsorted(contents, keys.contents, sorter=order)
         rows = order[np.minimum(at, len(order) - 1)]
-        likely = np.flatnonzero(contents[rows] == asked.contents)
+        likely = np.flatnonzero(contents[rows] == keys.contents)
         places = [i for i in likely.tolist() if content_of(self._record(int(rows[i]))) == content_of(records[i])]
         return np.array(places, np.int64), rows[places]
 

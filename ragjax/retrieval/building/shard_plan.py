@@ -119,9 +119,9 @@ def plan_growth(
     place, changes = _places(before, now)
     runs, start = list[tuple[int, int, int]](), 0
     for number, count in shards.items():
-        of_shard = place[start : start + count]
-        if of_shard[0] >= 0 and (np.diff(of_shard) == 1).all():
-            runs.append((int(of_shard[0]), count, number))
+        shard_place = place[start : start + count]
+        if shard_place[0] >= 0 and (np.diff(shard_place) == 1).all():
+            runs.append((int(shard_place[0]), count, number))
         start += count
     counts, kept, position = list[int](), dict[int, int](), 0
     for first, count, number in [*_worth_keeping(sorted(runs), len(now), size), (len(now), 0, -1)]:
@@ -140,8 +140,8 @@ def _places(before: PassageKeys, now: PassageKeys) -> tuple[Int[np.ndarray, " n"
     place = order[np.minimum(np.searchsorted(now.ids, before.ids, sorter=order), len(now) - 1)]
     there = now.ids[place] == before.ids
     same = there & (now.contents[place] == before.contents)
-    known, unchanged = int(there.sum()), int(same.sum())
-    changes = Changes(len(now) - known, known - unchanged, len(before) - known, unchanged)
+    remaining, unchanged = int(there.sum()), int(same.sum())
+    changes = Changes(len(now) - remaining, remaining - unchanged, len(before) - remaining, unchanged)
     return np.where(same, place, -1), changes
 
 

@@ -135,14 +135,14 @@ class Takeover:
         own = np.diagonal(cosines)
         found = {"passages": len(own), "least": float(own.min()), "median": float(np.median(own))}
         encoder = self.rag.passage_encoder.config
-        told = f"{self.source.source}: {len(own)} of its vectors were compared with new embeddings of their passages"
+        about = f"{self.source.source}: {len(own)} of its vectors were compared with new embeddings of their passages"
         if own.min() < AGREES:
             strangers = int((cosines.max(axis=0) > own + 1e-3).sum())
             others = ""
             if 2 * strangers >= len(own):
                 others = f"; {strangers} are nearer to the vector of another passage: is the order right?"
             raise InputError(
-                f"{told}: the cosine is {own.min():.4f} at least and {np.median(own):.4f} in the median, not {AGREES} "
+                f"{about}: the cosine is {own.min():.4f} at least and {np.median(own):.4f} in the median, not {AGREES} "
                 f"or more{others}; check that {settings.passage_encoder or settings.source} is the model, and "
                 f"retriever.pooling ({encoder.pooling}), retriever.normalize ({str(encoder.normalize).lower()}), "
                 f"retriever.passage_template ({self.rag.passage_template!r}) and retriever.max_passage_tokens "
@@ -150,7 +150,7 @@ class Takeover:
             )
         if np.abs(lengths - 1).max() > LENGTH:
             raise InputError(
-                f"{told}: they point the same way, but are {np.median(lengths):.3g} times as long; where they were "
+                f"{about}: they point the same way, but are {np.median(lengths):.3g} times as long; where they were "
                 "brought to length 1, set retriever.normalize=true"
             )
         return found
@@ -199,8 +199,8 @@ class Takeover:
 
     def _names(self, keys: UInt64[np.ndarray, " n"]) -> list[str]:
         assert self.source.ids is not None
-        wanted = set(keys.tolist())
-        return list(dict.fromkeys(islice((id_ for id_ in self.source.ids() if _key(id_) in wanted), NAMED)))
+        sought = set(keys.tolist())
+        return list(dict.fromkeys(islice((id_ for id_ in self.source.ids() if _key(id_) in sought), NAMED)))
 
     @property
     def _place_of_ids(self) -> str:

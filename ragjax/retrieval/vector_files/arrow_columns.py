@@ -36,11 +36,11 @@ class ArrowVectors:
     def read(self, rows: Int[np.ndarray, " n"]) -> Float32[np.ndarray, "n D"]:
         """Some rows, in any order."""
         found, order = np.empty((len(rows), self.width), np.float32), np.argsort(rows, kind="stable")
-        wanted, at = rows[order], 0
-        while at < len(wanted):
-            start, block = self._block_with(int(wanted[at]))
-            stop = int(np.searchsorted(wanted, start + len(block)))
-            found[order[at:stop]] = block[wanted[at:stop] - start]
+        ordered, at = rows[order], 0
+        while at < len(ordered):
+            start, block = self._block_with(int(ordered[at]))
+            stop = int(np.searchsorted(ordered, start + len(block)))
+            found[order[at:stop]] = block[ordered[at:stop] - start]
             at = stop
         return found
 
@@ -73,8 +73,8 @@ class ArrowVectors:
 def _columns(path: Path, schema: Any) -> tuple[str, str | None]:
     """The names of the vectors and of the ids. Raises `InputError` where it is not clear which the vectors are."""
     found = [field.name for field in schema if is_vector(field.type)]
-    known = [name for name in found if name.lower() in VECTORS]
-    chosen = known if len(known) == 1 else found
+    usual = [name for name in found if name.lower() in VECTORS]
+    chosen = usual if len(usual) == 1 else found
     if len(chosen) != 1:
         listed = ", ".join(found or schema.names)
         raise InputError(
