@@ -85,7 +85,7 @@ def retrieve_in_step(
 
 def prompt_on_device(
     prompt: Prompt,
-    passages: Int[Array, "B K P"],
+    passage_tokens: Int[Array, "B K P"],
     lengths: Int[Array, "B K"],
     question: Int[Array, "B Q"],
     question_mask: Bool[Array, "B Q"],
@@ -96,7 +96,7 @@ def prompt_on_device(
 
     Args:
         prompt: the tokens around a passage and a question.
-        passages: tokens, of which as many count as `lengths` says; they are cut so that a prompt fits.
+        passage_tokens: those of which as many count as `lengths` says; they are cut so that a prompt fits.
         lengths: in tokens.
         question: as the generator reads it; it must fit.
         question_mask: true on the question's own tokens.
@@ -106,7 +106,7 @@ def prompt_on_device(
     shape = lengths.shape
     question_lengths = question_mask.sum(axis=-1)[:, None]
     fixed = len(prompt.head) + len(prompt.middle) + len(prompt.tail) + question_lengths
-    passage = passages, jnp.minimum(lengths, longest - fixed)
+    passage = passage_tokens, jnp.minimum(lengths, longest - fixed)
     questions = (
         jnp.broadcast_to(question[:, None], (*shape, question.shape[1])),
         jnp.broadcast_to(question_lengths, shape),
