@@ -128,7 +128,7 @@ def _plan(options: argparse.Namespace) -> int:
         return 0
     mesh = planned_mesh(config, options.devices, options.topology)
     with terminal.status("compiling from shapes alone, to learn what XLA needs …"):
-        plan = memory_plan(config, mesh, planned_chip(mesh, options.peak))
+        plan = memory_plan(config, mesh, planned_chip(mesh, options.peak), stand_ins=options.memory is not None)
     memory = None if options.memory is None else round(options.memory * 2**30)
     print_plan(plan, capacity(config, mesh, memory), as_json=options.json)
     return 0

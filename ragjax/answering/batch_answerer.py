@@ -164,8 +164,9 @@ class BatchAnswerer:
         """
         if cached is not None and self.passage_cache is not None:
             return self.passage_cache.read(source, mask, *cached)
-        on_cpus, few = self.mesh.devices.flat[0].platform == "cpu", max(1, READ_TOGETHER // mask.shape[1])
-        if not on_cpus or self.mesh.size > 1 or len(source) <= few:
+        few = read_together(self.mesh, *mask.shape)
+        on_cpus = self.mesh.devices.flat[0].platform == "cpu"
+        if len(source) <= few:
             return self._prefill(source, mask, on_cpus)
         groups, place = groups_by_length(mask.sum(axis=1), few)
         return join_memories([self._prefill(source[rows], mask[rows], on_cpus) for rows in groups], place)
@@ -208,6 +209,12 @@ class BatchAnswerer:
     def text(self, tokens: Sequence[int]) -> str:
         """An answer's tokens as text, on one line."""
         return " ".join(self.rag.generator_tokenizer.decode(tokens).split())
+
+
+def read_together(mesh: Mesh, prompts: int, width: int) -> int:
+    """The most of so many prompts of `width` tokens that one program reads: few on one CPU, everywhere else all."""
+    few = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
+    return min(prompts, max(1, READ_TOGETHER // width)) if few else prompts
 
 
 def repeat_to_size(items: Sequence[T], size: int) -> list[T]:

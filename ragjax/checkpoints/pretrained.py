@@ -71,13 +71,14 @@ class PretrainedModel:
     # (like) → parameters of its shapes, types and shardings (see `load_leaves`), by default `abstract_params`; raises
     # `InputError` for tensors that are damaged, quantised or not finite
     load_params: Callable[..., Params] = field(compare=False)
+    widened_on_cpus: bool = field(default=True, compare=False)  # False in a plan whose CPUs stand for accelerators
 
     def untrained_types(self, mesh: Mesh) -> Params:
         """The shapes and types of parameters that are not trained: the narrowest in which no number changes.
 
         Where bfloat16 is widened they stay float32, else there would be two copies.
         """
-        return self.abstract_params if widens_bfloat16(mesh) else self.compute_params
+        return self.abstract_params if self.widened_on_cpus and widens_bfloat16(mesh) else self.compute_params
 
 
 def open_encoder(

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
+from ragjax.answering.batch_answerer import read_together
+from ragjax.checkpoints.pretrained import PretrainedModel
 from ragjax.config import ON_DEVICES, most_documents, rescores_as_hugging_face
 from ragjax.decoding.beam_search import likeliest_next
 from ragjax.decoding.candidates import pad_answers
@@ -25,14 +27,14 @@ from ragjax.decoding.prefix_cache import (
     extend_prefixes,
     read_width,
 )
-from ragjax.decoding.propose import beam_search_documents, beam_settings, prefill_documents
+from ragjax.decoding.propose import beam_search_documents, beam_settings, join_memories, prefill_documents
 from ragjax.decoding.rescore import score_tokens
 from ragjax.models.kv_cache import DocumentMemory, KVCache
 from ragjax.models.layers import Params
 from ragjax.parallel.by_device import by_device, on_mesh
 from ragjax.parallel.sharding import abstract_with_sharding, heads_spec
 from ragjax.planning.inputs import NO_PROMPT, SPECIAL, PlanInputs
-from ragjax.planning.program_cost import Cost, bytes_each, program_cost
+from ragjax.planning.program_cost import Cost, bytes_each, program_cost, used_arguments
 from ragjax.planning.roofline import Chip, least_seconds
 from ragjax.planning.rows import Number, Row, Unknown, make_row
 from ragjax.planning.shared_rows import parameters_row, questions_text, search_row
@@ -79,11 +81,44 @@ def answering_costs(inputs: PlanInputs, with_step: bool) -> dict[str, tuple[int,
     with on_mesh(mesh):
         programs = answering_programs(inputs, mesh) | (search_step(inputs, mesh) if with_step else {})
         found = {name: program_cost(*program) for name, program in programs.items()}
-    params, *_ = _after_reading(inputs, mesh)
+        spared = {name: _read_less(inputs, mesh, *program) for name, program in programs.items()}
+    placed = _parameters(inputs.placed("generator"), inputs, mesh)
     for name, (flops, cost) in found.items():
-        if "embed" in params and (name == "reading" or "head" in params):
-            found[name] = flops, replace(cost, read=cost.read - bytes_each(params["embed"]))
+        looked_up = "embed" in placed and (name == "reading" or "head" in placed)
+        less = spared[name] + (bytes_each(placed["embed"]) if looked_up else 0)
+        found[name] = flops, replace(cost, read=cost.read - less)
+    reads, (flops, cost) = _reads(inputs, mesh)[0], found["reading"]
+    found["reading"] = flops * reads, replace(cost, read=cost.read * reads, written=cost.written * reads)
+    if "putting together" in found:  # what is put together lies beside it
+        flops, cost = found["putting together"]
+        found["putting together"] = flops, replace(cost, temporaries=cost.temporaries + cost.read)
     return found
+
+
+def _read_less(inputs: PlanInputs, mesh: Mesh, program: Any, *arguments: Any) -> int:
+    """Bytes by which the parameters that a program uses are smaller where they will lie than where it was compiled."""
+    if not inputs.stand_ins:
+        return 0
+    compiled, placed = (
+        jax.tree.leaves(_parameters(model("generator"), inputs, mesh)) for model in (inputs.model, inputs.placed)
+    )
+    used = used_arguments(program.trace(*arguments).jaxpr.jaxpr)  # the parameters come first
+    pairs = zip(compiled, placed, used, strict=False)
+    return sum(bytes_each(one) - bytes_each(other) for one, other, is_used in pairs if is_used)
+
+
+def _parameters(model: PretrainedModel, inputs: PlanInputs, mesh: Mesh) -> Params:
+    """The generator's as they answer: shapes, types and places."""
+    return inference_params(RagModel(inputs.config, model, model, SPECIAL, NO_PROMPT, model), mesh)["generator"]
+
+
+def _reads(inputs: PlanInputs, mesh: Mesh) -> tuple[int, int]:
+    """In how many programs the prompts of a batch are read, one after the other, and how many prompts each reads."""
+    prompts, width = _prompts(inputs, mesh.shape["data"])[0].shape
+    cached = inputs.config.decode.passage_cache_gib and not inputs.model("generator").config.encoder_decoder
+    together = read_together(mesh, prompts, width) if inputs.on_cpus and not cached else prompts
+    reads = -(-prompts // together)
+    return reads, -(-prompts // reads)
 
 
 def _prompts(inputs: PlanInputs, devices: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
@@ -208,10 +243,8 @@ def answering_programs(inputs: PlanInputs, mesh: Mesh) -> dict[str, tuple[Any, .
     def score(params: Params, memory: list[Any], *answers: Any) -> Any:
         return score_tokens(graph, params, DocumentMemory(*memory), *answers, SPECIAL)
 
-    programs: dict[str, tuple[Any, ...]] = {
-        "reading": (prefill_documents, graph, params, *prompts),
-        "scoring": (score, params, memory, *answers),
-    }
+    programs: dict[str, tuple[Any, ...]] = {"scoring": (score, params, memory, *answers)}
+    programs |= _reading(inputs, mesh, params, prompts)
     searches = _search_programs(inputs, mesh)
     programs |= {name: (searches[name], params, memory) for name in _searches(inputs)}
     if "candidates" in programs and not rescores_as_hugging_face(config):
@@ -229,14 +262,35 @@ def _after_reading(inputs: PlanInputs, mesh: Mesh) -> tuple[Params, Any, list[An
     A memory is passed by its leaves: it is checked to hold arrays, which shapes are not.
     """
     model = inputs.model("generator")
-    rag = RagModel(inputs.config, model, model, SPECIAL, NO_PROMPT, model)
-    params = inference_params(rag, mesh)["generator"]
+    params = _parameters(model, inputs, mesh)
     prompts = abstract_with_sharding(mesh, _prompts(inputs, mesh.shape["data"]), "data")
+    return params, prompts, _memory_of(inputs, mesh, params, prompts)
+
+
+def _memory_of(inputs: PlanInputs, mesh: Mesh, params: Params, prompts: Any) -> list[Any]:
+    """The leaves of the memory of some prompts."""
+    graph = inputs.model("generator").graphdef
 
     def read(*given: Any) -> list[Any]:
-        return jax.tree.leaves(prefill_documents(model.graphdef, *given))
+        return jax.tree.leaves(prefill_documents(graph, *given))
 
-    return params, prompts, [_placed(mesh, leaf) for leaf in jax.eval_shape(read, params, *prompts)]
+    return [_placed(mesh, leaf) for leaf in jax.eval_shape(read, params, *prompts)]
+
+
+def _reading(inputs: PlanInputs, mesh: Mesh, params: Params, prompts: Any) -> dict[str, tuple[Any, ...]]:
+    """The program that reads prompts, and where it runs more than once, what makes one memory of its results."""
+    graph, (reads, each) = inputs.model("generator").graphdef, _reads(inputs, mesh)
+    if reads == 1:
+        return {"reading": (prefill_documents, graph, params, *prompts)}
+    some = abstract_with_sharding(mesh, [jax.ShapeDtypeStruct((each, x.shape[1]), x.dtype) for x in prompts], "data")
+    parts = [_memory_of(inputs, mesh, params, some)] * reads
+    place = abstract_with_sharding(mesh, jax.ShapeDtypeStruct(prompts[0].shape[:1], jnp.int32), "data")
+
+    @jax.jit
+    def join(parts: list[list[Any]], place: Any) -> Any:
+        return jax.tree.leaves(join_memories([DocumentMemory(*leaves) for leaves in parts], place))
+
+    return {"reading": (prefill_documents, graph, params, *some), "putting together": (join, parts, place)}
 
 
 def _placed(mesh: Mesh, leaf: Any) -> Any:
@@ -256,7 +310,7 @@ def _reading_more(inputs: PlanInputs, mesh: Mesh, params: Params, memory: list[A
     prefixes = [_placed(mesh, leaf) for leaf in jax.eval_shape(empty, params, *memory)]
     longest = decode.max_new_tokens - 1
     most = min((_candidates(inputs) - decode.num_beams) * longest, max(MOST_NEW, longest))
-    shape = prefixes[-1].shape[0], read_width(max(1, most), few=mesh.devices.flat[0].platform != "cpu")
+    shape = prefixes[-1].shape[0], read_width(max(1, most), few=not inputs.on_cpus)
     new = abstract_with_sharding(mesh, jax.ShapeDtypeStruct(shape, jnp.int32), "data")
 
     @jax.jit

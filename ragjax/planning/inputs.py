@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jax.sharding import Mesh
@@ -43,6 +43,7 @@ class PlanInputs:
     passage_encoder: PretrainedModel | InputError
     generator: PretrainedModel | InputError
     count: tuple[int, str] | Unknown  # N, and the same in words
+    stand_ins: bool = False  # whether its CPU devices stand for accelerators
 
     def mesh_of(self, command: Command) -> Mesh:
         """Where a command's arrays lie, were it started on these devices."""
@@ -58,6 +59,11 @@ class PlanInputs:
         return make_mesh(devices=[self.mesh.devices.flat[0]])
 
     @property
+    def on_cpus(self) -> bool:
+        """Whether CPUs are what it is planned for."""
+        return self.mesh.devices.flat[0].platform == "cpu" and not self.stand_ins
+
+    @property
     def device_kind(self) -> str:
         """Such as "TPU v5 lite": for which device XLA compiles."""
         return self.mesh.devices.flat[0].device_kind
@@ -68,6 +74,16 @@ class PlanInputs:
         if isinstance(model, InputError):
             raise Unknown(f"needs the {name}")
         return model
+
+    def placed(self, name: str) -> PretrainedModel:
+        """A model with the types in which its parameters will lie; a program is compiled with those of `model`."""
+        return replace(self.model(name), widened_on_cpus=not self.stand_ins)
+
+    def placed_rag(self) -> RagModel:
+        """All models, as `placed` gives them. Raises `Unknown` where one is missing."""
+        names = ("retriever", "generator", "passage encoder")
+        retriever, generator, passage_encoder = (self.placed(name) for name in names)
+        return replace(self.rag(), retriever=retriever, generator=generator, passage_encoder=passage_encoder)
 
     def rag(self) -> RagModel:
         """All models together. Raises `Unknown` where one is missing."""
@@ -81,8 +97,11 @@ class PlanInputs:
         return self.count
 
 
-def open_inputs(config: Config, mesh: Mesh) -> PlanInputs:
-    """Reads the models' config.json and counts the passages. Raises `InputError` for settings that do not fit."""
+def open_inputs(config: Config, mesh: Mesh, stand_ins: bool = False) -> PlanInputs:
+    """Reads the models' config.json and counts the passages. Raises `InputError` for settings that do not fit.
+
+    With `stand_ins` CPU devices of the mesh stand for accelerators.
+    """
     check_batch(mesh, config.train.batch_size // config.train.gradient_accumulation)
     count = _count(config)
     r, g, dropout = config.retriever, config.generator, config.train.dropout
@@ -109,7 +128,7 @@ def open_inputs(config: Config, mesh: Mesh) -> PlanInputs:
         retriever = adapt(config, "retriever", retriever)
     if isinstance(generator, PretrainedModel):
         generator = adapt(config, "generator", generator)
-    inputs = PlanInputs(config, mesh, retriever, passage_encoder, generator, count)
+    inputs = PlanInputs(config, mesh, retriever, passage_encoder, generator, count, stand_ins)
     if isinstance(retriever, PretrainedModel) and isinstance(generator, PretrainedModel):
         check_lengths(config, retriever, generator)
         partition_params(inputs.rag().abstract_params(), config.train.frozen_params)

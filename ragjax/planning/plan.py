@@ -57,14 +57,15 @@ class Plan:
     advice: dict[tuple[str, str], list[str]]
 
 
-def memory_plan(config: Config, mesh: Mesh | None = None, chip: Chip | None = None) -> Plan:
+def memory_plan(config: Config, mesh: Mesh | None = None, chip: Chip | None = None, stand_ins: bool = False) -> Plan:
     """What `ragjax index`, `train` and `evaluate` will need. Of a model on the hub only its config.json is fetched.
 
     The mesh, by default one device, may be of devices that are not there; with a `chip` it tells the least times, too.
-    A model or a corpus that cannot be had makes the rows that depend on it unknown. Raises `InputError` for settings
-    that do not go together.
+    With `stand_ins` CPU devices of the mesh stand for accelerators: parameters are counted in the types of these, and
+    prompts read as these do, though it is CPUs that XLA compiles for. A model or a corpus that cannot be had makes the
+    rows that depend on it unknown. Raises `InputError` for settings that do not go together.
     """
-    inputs = open_inputs(config, mesh or command_mesh("train", config.mesh.model, jax.devices()[:1]))
+    inputs = open_inputs(config, mesh or command_mesh("train", config.mesh.model, jax.devices()[:1]), stand_ins)
     rows = [*index_rows(inputs), *train_rows(inputs, chip), *evaluate_rows(inputs, chip)]
     return Plan(rows, _advice(inputs))
 
@@ -91,7 +92,7 @@ def sweep(config: Config) -> Iterator[MachinePlan]:
     for machine in MACHINES:
         try:
             mesh = planned_mesh(config, machine.devices, machine.topology)
-            plan = memory_plan(config, mesh, machine.chip)
+            plan = memory_plan(config, mesh, machine.chip, stand_ins=True)
         except InputError as error:
             yield MachinePlan(machine, {}, {}, 0, str(error))
             continue
@@ -129,7 +130,7 @@ def _advice(inputs: PlanInputs) -> dict[tuple[str, str], list[str]]:
     evaluate.append("smaller decode.num_docs or decode.num_beams")
     advice = {("index", "device"): ["a smaller index.batch_size"], ("evaluate", "device"): evaluate}
     with suppress(Unknown):
-        advice["train", "device"] = memory_advice(inputs.rag(), inputs.mesh)
+        advice["train", "device"] = memory_advice(inputs.placed_rag(), inputs.mesh)
     with suppress(Unknown):
         (count, _), encoder = inputs.passages(), inputs.model("passage encoder")
         size = faiss_bytes(SMALL_FAISS, encoder.config.embedding_dim, count)

@@ -107,6 +107,16 @@ def matmul_flops(jaxpr: Jaxpr) -> int:
     return total
 
 
+def used_arguments(jaxpr: Jaxpr) -> list[bool]:
+    """Which arguments of a program, leaf by leaf, it uses at all: a compiled one is not given the others."""
+    used = {id(x) for x in jaxpr.outvars}
+    for equation in jaxpr.eqns:
+        inner = equation.params["jaxpr"].jaxpr if equation.primitive.name in ("jit", "pjit") else None
+        there = [True] * len(equation.invars) if inner is None else used_arguments(inner)
+        used |= {id(x) for x, is_used in zip(equation.invars, there, strict=True) if is_used}
+    return [id(x) in used for x in jaxpr.invars]
+
+
 def _jaxprs(values: Any) -> Iterator[Jaxpr]:
     for value in values:
         if isinstance(value, ClosedJaxpr):

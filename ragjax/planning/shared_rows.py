@@ -35,7 +35,7 @@ def _parameters(inputs: PlanInputs, command: Command, name: str, copies: int, in
     field = name.replace(" ", "_")
     if isinstance(why := getattr(inputs, field), InputError):
         raise Unknown(str(why).split(";")[0])
-    model, twice = inputs.model(name), ", before and after training" if copies > 1 else ""
+    model, twice = inputs.placed(name), ", before and after training" if copies > 1 else ""
     if command == "index":
         params = model.untrained_types(inputs.mesh)
         return bytes_each(params), _types_text(params)

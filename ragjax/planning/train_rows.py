@@ -85,7 +85,10 @@ def compile_step(inputs: PlanInputs, remat: bool) -> tuple[int, Cost]:
     most = max(cost.temporaries for cost in costs)
     _, frozen = partition_params(arguments[0].params, train.frozen_params)
     written = max(0, costs[0].written - bytes_each(frozen))
-    return matmul_flops(traced[0].jaxpr.jaxpr), replace(costs[0], temporaries=most, written=written)
+    read = costs[0].read
+    if inputs.stand_ins:  # as parameters will lie, not as they were compiled
+        read -= bytes_each(arguments[0]) - bytes_each(abstract_state(inputs.placed_rag(), inputs.mesh))
+    return matmul_flops(traced[0].jaxpr.jaxpr), replace(costs[0], temporaries=most, read=read, written=written)
 
 
 def optimizer_row(inputs: PlanInputs) -> Row:
@@ -118,7 +121,7 @@ def _temporaries(inputs: PlanInputs, cost: Cost) -> Number:
 
 def _checkpoints(inputs: PlanInputs) -> Number:
     keep = inputs.config.train.keep_checkpoints
-    size = bytes_each(saved_part(abstract_state(inputs.rag(), inputs.one_device)))
+    size = bytes_each(saved_part(abstract_state(inputs.placed_rag(), inputs.one_device)))
     return (keep + 1) * size, f"at most: {keep} kept and one being written, {size_text(size)} each"
 
 

@@ -39,7 +39,7 @@ from ragjax.parallel.by_device import on_mesh
 from ragjax.parallel.mesh import command_mesh, make_mesh
 from ragjax.planning import evaluate_rows, index_rows, plan, train_rows
 from ragjax.planning.evaluate_rows import answering_programs
-from ragjax.planning.inputs import SPECIAL, open_inputs
+from ragjax.planning.inputs import SPECIAL, PlanInputs, open_inputs
 from ragjax.planning.plan import memory_plan
 from ragjax.planning.program_cost import (
     Cost,
@@ -52,6 +52,7 @@ from ragjax.planning.program_cost import (
 )
 from ragjax.planning.roofline import Chip, Machine, chip_of, least_seconds
 from ragjax.planning.rows import Row, totals
+from ragjax.planning.shared_rows import parameters_row
 from ragjax.rag import load_pipeline
 from ragjax.resources import size_text
 from ragjax.retrieval.retrieve import RetrievalResult
@@ -238,6 +239,56 @@ def test_temporaries_and_network_are_those_of_the_compiled_step(
         assert found["train", row, "device"] == analysis.temp_size_in_bytes
         if not remat:
             assert found["train", NETWORK, "device"] == sum(bytes_sent(step.as_text() or "").values()) > 2**16
+
+
+def test_one_cpu_reads_few_prompts_at_a_time(compiled: None, world: Path) -> None:
+    """As answering does, and puts their memories together; accelerators, and several devices, read all at once."""
+    lengths = {"generator__max_prompt_tokens": 80, "evaluate__batch_size": 5}
+    config = tiny_config(world, **lengths)
+    mesh, rows = make_mesh(devices=jax.devices()[:1]), 5 * config.decode.num_docs
+    inputs, accelerator = open_inputs(config, mesh), open_inputs(config, mesh, stand_ins=True)
+    programs, whole = (answering_programs(of, mesh) for of in (inputs, accelerator))
+    assert [x.shape for x in programs["reading"][3:]] == [(5, 80)] * 2  # 15 prompts, and 512 tokens are room for 6
+    assert [x.shape for x in whole["reading"][3:]] == [(rows, 80)] * 2 and "putting together" not in whole
+    read, together = compiled_costs(inputs), compiled_costs(accelerator)
+    assert read["reading"][0] == together["reading"][0]  # floating-point operations, of all prompts
+    assert read["reading"][1].temporaries < 0.5 * together["reading"][1].temporaries
+    memory = bytes_each(programs["scoring"][2])
+    assert read["putting together"][1].temporaries >= memory, "what is put together lies beside it"
+    assert read["scoring"] == together["scoring"]
+    cached = open_inputs(config.replace(decode=config.decode.replace(passage_cache_gib=0.1)), mesh)
+    several = open_inputs(config.replace(train=config.train.replace(batch_size=8)), make_mesh())
+    for of in (cached, several):
+        assert "putting together" not in answering_programs(of, of.mesh)
+
+
+def compiled_costs(inputs: PlanInputs) -> dict[str, tuple[int, Cost]]:
+    return evaluate_rows.answering_costs(inputs, with_step=False)
+
+
+def test_cpus_that_stand_for_accelerators_hold_what_these_would(compiled: None, world: Path) -> None:
+    """Parameters that are not trained in bfloat16, which CPUs widen: so much less is held, saved and read."""
+    lengths = {"evaluate__batch_size": 1, "evaluate__max_untrained_questions": 0, "decode__num_beams": 1}
+    config = tiny_config(world, dtype="bfloat16", train__frozen_params=["generator"], **lengths)
+    mesh = make_mesh(devices=jax.devices()[:1])
+    inputs, accelerator = open_inputs(config, mesh), open_inputs(config, mesh, stand_ins=True)
+    model = inputs.model("generator")
+    saved = bytes_each(model.abstract_params) - bytes_each(model.compute_params)
+    assert saved > 0.4 * bytes_each(model.abstract_params)
+    for command in ("train", "evaluate"):
+        wide, narrow = (parameters_row(of, command, "generator").size or 0 for of in (inputs, accelerator))
+        assert wide - narrow == saved
+    wide, narrow = (train_rows._checkpoints(of)[0] for of in (inputs, accelerator))
+    assert wide - narrow == (config.train.keep_checkpoints + 1) * saved
+
+    cpu, other = map(compiled_costs, (inputs, accelerator))
+    table = 0  # where there is a head, rows of the table alone are looked up
+    if "head" in model.abstract_params:
+        table = bytes_each(model.abstract_params["embed"]) - bytes_each(model.compute_params["embed"])
+    assert cpu["candidates"][1].read - other["candidates"][1].read == saved - table
+    assert cpu["candidates"][1].temporaries == other["candidates"][1].temporaries
+    (_, wide_step), (_, narrow_step) = (train_rows.compile_step(of, config.train.remat) for of in (inputs, accelerator))
+    assert wide_step.read - narrow_step.read == saved
 
 
 def test_a_fused_step_is_planned_with_all_passages(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,16 @@ from world import tiny_config
 
 from ragjax.parallel.mesh import make_mesh
 from ragjax.parallel.sharding import abstract_with_sharding
-from ragjax.planning.program_cost import Cost, NotCompiled, bytes_each, bytes_sent, compiled_cost, matmul_flops
+from ragjax.planning.program_cost import (
+    Cost,
+    NotCompiled,
+    bytes_each,
+    bytes_sent,
+    compiled_cost,
+    matmul_flops,
+    program_cost,
+    used_arguments,
+)
 from ragjax.rag import load_pipeline
 from ragjax.retrieval.encoder import encode
 
@@ -77,6 +86,24 @@ def test_a_model_by_its_formula(world: Path) -> None:
     counted = 2 * rows * tokens * config.num_layers * (weights + 2 * tokens * config.hidden_size)
     found = matmul_flops(encode.trace(rag.retriever.graphdef, rag.retriever.abstract_params, *inputs).jaxpr.jaxpr)
     assert found == counted
+
+
+def test_arguments_that_a_program_does_not_use_are_not_given_to_it() -> None:
+    """Whether one is not used here, or handed on to what does not use it."""
+
+    @jax.jit
+    def first(x: Any, w: Any) -> Any:
+        return x[0]
+
+    def whole(x: Any, w: Any, y: Any, z: Any) -> Any:
+        return first(x, w), layers(y, w), z
+
+    for function, used in ((first, [True, False]), (whole, [True] * 4), (lambda *of: first(*of[::-1]), [False, True])):
+        arguments = [X, W, X, X][: len(used)] if used[0] else [W, X]
+        program = jax.jit(function)
+        assert used_arguments(program.trace(*arguments).jaxpr.jaxpr) == used
+        given = [argument for argument, is_used in zip(arguments, used, strict=True) if is_used]
+        assert program_cost(program, *arguments)[1].read == bytes_each(given)
 
 
 def compiled(function: Callable[..., Any], *arguments: Any, **options: Any) -> str:
