@@ -88,7 +88,8 @@ def parser() -> argparse.ArgumentParser:
     )
     overrides(plan)
     plan.add_argument("--devices", type=_positive(int), metavar="N", help="plan for so many; default: this machine's")
-    plan.add_argument("--memory", type=_positive(float), metavar="GIB", help="of each device; default: what it reports")
+    memory_help = "of each device, which is an accelerator; default: what it reports"
+    plan.add_argument("--memory", type=_positive(float), metavar="GIB", help=memory_help)
     plan.add_argument("--peak", type=_positive(float), metavar="TFLOPS", help="of each device, to tell a step's time")
     plan.add_argument(
         "--topology", metavar="TPU", help="compile for a TPU that is not there, such as v5e:2x4 (an extra)"

@@ -86,7 +86,8 @@ def evaluate(config: Config) -> dict[str, Any]:
     mesh = command_mesh("evaluate", config.mesh.model)
     if index.on_devices and (everywhere := index_mesh("evaluate")).is_multi_process:
         index.together = everywhere
-    check_answering_fits(rag, mesh)
+    both = config.evaluate.max_untrained_questions != 0 and newest_step(folder / "checkpoints") > 0
+    check_answering_fits(rag, mesh, untrained=both)
     check_passage_cache(rag, store, mesh)
     trained = restore_params(rag, mesh)
     run_on_process_zero(lambda: make_folder(folder))

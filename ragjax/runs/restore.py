@@ -85,26 +85,30 @@ def pretrained_params(rag: RagPipeline, mesh: Mesh) -> Params:
     return for_inference(rag).initial_params(inference_params(rag, mesh))
 
 
-def check_answering_fits(rag: RagModel, mesh: Mesh, limit: int | None = None) -> None:
+def check_answering_fits(rag: RagModel, mesh: Mesh, limit: int | None = None, untrained: bool = False) -> None:
     """Raises `InputError`, with advice, if a device cannot hold its part of what answers: FSDP does not split that.
 
-    The `limit`, in bytes, is by default what the device reports; a CPU reports none.
+    The `limit`, in bytes, is by default what the device reports; a CPU reports none. With `untrained` the models before
+    training lie beside those after.
     """
     if limit is None:
         limit = (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
 
     def each(on: Mesh) -> int:
         leaves = jax.tree.leaves(inference_params(rag, on))
-        return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+        once = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+        return 2 * once if untrained else once
 
     if limit is None or (need := each(mesh)) <= limit:
         return
-    helps = [] if rag.config.dtype == "bfloat16" else ["dtype=bfloat16"]
+    helps = ["evaluate.max_untrained_questions=0"] if untrained else []
+    helps += [] if rag.config.dtype == "bfloat16" else ["dtype=bfloat16"]
     if (model := larger_model_axis(for_inference(rag), mesh)) is not None:
         wider = make_mesh(model, list(mesh.devices.flat))
         helps.append(f"mesh.model={model} ({size_text(each(wider))}; mesh.fsdp splits them in training only)")
+    which = "parameters, before and after training," if untrained else "parameters"
     raise InputError(
-        f"answering does not fit: the models' parameters take {size_text(need)} of a device that has "
+        f"answering does not fit: the models' {which} take {size_text(need)} of a device that has "
         f"{size_text(limit)}; what would help: {'; '.join([*helps, 'a smaller generator'])}"
     )
 

@@ -10,13 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from ragjax.checkpoints import pretrained
+from ragjax.commands import evaluate as evaluate_module
 from ragjax.errors import InputError
 from ragjax.models.layers import Params
 from ragjax.parallel.mesh import make_mesh
 from ragjax.planning.program_cost import bytes_each
-from ragjax.rag import load_pipeline
+from ragjax.rag import RagModel, load_pipeline
 from ragjax.resources import size_text
 from ragjax.runs.restore import check_answering_fits, pretrained_params, restore_params
 from ragjax.runs.run_dir import load_run_config
@@ -91,3 +93,23 @@ def test_what_answers_must_fit_its_devices(run: Path) -> None:
     with pytest.raises(InputError, match=re.escape(f"dtype=bfloat16; {advice}")) as refused:
         check_answering_fits(rag, mesh, whole - 1)
     assert f"parameters take {size_text(whole)} of a device" in str(refused.value) and split < whole
+    # an evaluation measures the models before and after training
+    check_answering_fits(rag, mesh, 2 * whole, untrained=True)
+    advice = "evaluate.max_untrained_questions=0; dtype=bfloat16; mesh.model"
+    with pytest.raises(InputError, match=re.escape(advice)) as refused:
+        check_answering_fits(rag, mesh, 2 * whole - 1, untrained=True)
+    assert f"before and after training, take {size_text(2 * whole)} of a device" in str(refused.value)
+
+
+def test_an_evaluation_has_room_for_the_models_before_and_after(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(rag: RagModel, mesh: Mesh, untrained: bool) -> None:
+        raise InputError(f"both: {untrained}")
+
+    monkeypatch.setattr(evaluate_module, "check_answering_fits", refuse)
+    config = load_run_config(run)
+    alone = config.replace(evaluate=config.evaluate.replace(max_untrained_questions=0))
+    for of, both in ((config, True), (alone, False), (config.replace(output=str(tmp_path)), False)):
+        with pytest.raises(InputError, match=f"both: {both}"):
+            evaluate_module.evaluate(of)
