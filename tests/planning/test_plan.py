@@ -492,6 +492,25 @@ def test_devices_and_memory_are_given(capsys: Capture, world: Path) -> None:
     assert "2 questions, 3 documents" in rows["train", RECOMPUTED]["how"]
 
 
+def test_devices_of_a_given_memory_are_accelerators(
+    capsys: Capture, world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They, and those of a sweep, hold weights in bfloat16, where this machine's CPU would have them in float32."""
+    monkeypatch.setattr(plan, "MACHINES", (Machine(Chip("small", 1, 1, 1), 1),))
+    command = "plan", str(world / "config.yaml"), "dtype=bfloat16", "--json"
+    told = []
+    for options in ((), ("--memory", "1"), ("--sweep",)):
+        assert main([*command, *options]) == 0
+        told.append(json.loads(capsys.readouterr().out))
+    cpu, given = ({(row["command"], row["what"]): row for row in of["rows"]} for of in told[:2])
+    for model in ("retriever parameters", "generator parameters"):
+        assert given["evaluate", model]["size"] < 0.6 * cpu["evaluate", model]["size"]
+        assert " in bfloat16" in given["evaluate", model]["how"]
+        assert given["train", model]["size"] == cpu["train", model]["size"], "what is trained"
+    [evaluate] = [total for total in told[1]["totals"] if total["command"] == "evaluate" and total["place"] == "device"]
+    assert told[2][0]["needs"]["evaluate"]["size"] == evaluate["size"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
