@@ -168,8 +168,8 @@ def parser() -> argparse.ArgumentParser:
     serve.add_argument("--queue", type=_positive(int), metavar="N", help="questions that may wait; default: 64")
     serve.add_argument("--batch", type=_positive(int), metavar="N", help="questions answered together; default: 8")
     serve.add_argument("--deadline", type=_positive(float), metavar="SECONDS", help="of an answer; default: 60")
-    told = "before it listens, lets batches of every size be compiled, and begins none after this; 0 leaves it out"
-    serve.add_argument("--warm-up", type=_from_0, default=30.0, metavar="SECONDS", help=f"{told}; default: 30")
+    warm_up_help = "before it listens, lets batches of every size be compiled, and begins none after this; 0: none"
+    serve.add_argument("--warm-up", type=_from_0, default=30.0, metavar="SECONDS", help=f"{warm_up_help}; default: 30")
     serve.add_argument("--log-questions", action="store_true", help="else no question is logged")
     serve.add_argument("--untrained", action="store_true", help="with the pretrained models")
     summary = "split a Hugging Face RAG checkpoint into what ragjax reads, or merge PEFT's adapters into their model"

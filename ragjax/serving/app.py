@@ -22,7 +22,7 @@ from ragjax.answering.answers import Answer
 from ragjax.errors import InputError
 from ragjax.pages.rendering import asset
 from ragjax.serving.batching import Batcher, Job, OnDocuments, QueueFull, Stopping, TooLate
-from ragjax.serving.chat import chat_response, chat_stream
+from ragjax.serving.chat import chat_response, chat_stream, model_list
 from ragjax.serving.guard import Guard, Refused, bad_request, problem, read_body
 from ragjax.serving.openapi import description
 from ragjax.serving.page import PageView, read_query, stage_events, start_page
@@ -72,6 +72,7 @@ class Server:
             Route("/serve.js", _static("serve.js", "text/javascript"), methods=["GET"]),
             Route("/v1/answer", _refusing(self.answer), methods=["POST"]),
             Route("/v1/chat/completions", _refusing(self.chat), methods=["POST"]),
+            Route("/v1/models", self.models, methods=["GET"]),
             Route("/stages", _refusing(self.stages), methods=["POST"]),
             Route("/health", self.health, methods=["GET"]),
             Route("/metrics", self.metrics, methods=["GET"]),
@@ -93,16 +94,16 @@ class Server:
     def warm_up(self, questions: Sequence[str], seconds: float) -> None:
         """Answers some questions, so that programs are compiled before clients wait for them, and says which were."""
         decoding, began, sizes = self.choices.decoding(None, None, None), time.monotonic(), list[int]()
-        asked = [
+        usable = [
             text
             for text, why in zip(questions, self.serving.answerer.problems(questions, decoding.mode), strict=True)
             if why is None
         ]
-        if not asked or not seconds:
+        if not usable or not seconds:
             return
         terminal.print(f"warming up with test questions, {decoding.mode.replace('_', ' ')}")
         try:
-            sizes.extend(self.batcher.warm_up(asked, decoding, seconds))
+            sizes.extend(self.batcher.warm_up(usable, decoding, seconds))
         except Exception as error:  # such as too little memory for the largest: it is answered one by one then
             self.telemetry.failure(error)
         terminal.print(
@@ -177,6 +178,10 @@ class Server:
         if chat.stream:
             return StreamingResponse(chat_stream(answer, self.serving.name), media_type="text/event-stream")
         return JSONResponse(chat_response(answer, self.serving.name))
+
+    async def models(self, request: Request) -> Response:
+        """The one model, in OpenAI's form: clients ask for it before they offer a chat."""
+        return JSONResponse(model_list(self.serving.name))
 
     async def health(self, request: Request) -> Response:
         """`GET /health`: whether it answers, and how many questions wait."""
@@ -296,6 +301,6 @@ async def _not_found(request: Request, error: Exception) -> Response:
 
 
 async def _wrong_method(request: Request, error: Exception) -> Response:
-    told = problem(405, "another method is expected here; /openapi.json tells which")
-    told.headers.update(getattr(error, "headers", None) or {})  # Allow
-    return told
+    response = problem(405, "another method is expected here; /openapi.json tells which")
+    response.headers.update(getattr(error, "headers", None) or {})  # Allow
+    return response

@@ -75,14 +75,14 @@ class Batcher:
         Answers a batch of every size that has programs of its own, the smallest, then the largest first, and yields
         each size. No batch begins when so many seconds are over.
         """
-        answerer, began, asked = self._answerer_for(decoding), time.monotonic(), itertools.cycle(questions)
+        answerer, began, endless = self._answerer_for(decoding), time.monotonic(), itertools.cycle(questions)
         devices, most = answerer.mesh.shape["data"], self._limits.batch
         sizes = {filled_size(count, devices, most): count for count in range(1, most + 1)}
         first, *others = sizes.values()
         for count in (first, *reversed(others)):
             if time.monotonic() - began >= seconds:
                 return
-            answerer.answer(list(itertools.islice(asked, count)), decoding.mode)
+            answerer.answer(list(itertools.islice(endless, count)), decoding.mode)
             yield count
 
     def stop(self) -> None:

@@ -30,6 +30,11 @@ async def chat_stream(answer: Answer, model: str) -> AsyncIterator[str]:
     yield "data: [DONE]\n\n"
 
 
+def model_list(name: str) -> dict[str, Any]:
+    """What OpenAI's `GET /v1/models` gives: the one run that is served."""
+    return {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "ragjax"}]}
+
+
 def _reason(answer: Answer) -> str:
     return "stop" if answer.candidates[0].finished else "length"
 

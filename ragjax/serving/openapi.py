@@ -37,7 +37,19 @@ def description(name: str, choices: Choices, limits: Limits, token: bool) -> dic
                 "post": _operation("Answers a question in OpenAI's form.", "ChatRequest", {"type": "object"})
             },
             "/stages": {"post": _operation("The stages of an answer as HTML, in events.", "AnswerRequest", None)},
-            "/health": {"get": {"summary": "Whether it answers.", "responses": {"200": {"description": "It does."}}}},
+            "/v1/models": {
+                "get": {
+                    "summary": "The model, in OpenAI's form.",
+                    "responses": {"200": {"description": "A list of one."}},
+                }
+            },
+            "/health": {
+                "get": {
+                    "summary": "Whether it answers.",
+                    "security": [],  # needs no token
+                    "responses": {"200": {"description": "It does."}},
+                }
+            },
             "/metrics": {
                 "get": {"summary": "Figures for Prometheus.", "responses": {"200": {"description": "Figures."}}}
             },

@@ -48,11 +48,12 @@ class AnswerRequest(_Body):
 
     @property
     def given(self) -> list[Any] | None:
-        """The passages as `Answerer.answer` takes them."""
+        """Its passages, if it brings any."""
         return None if self.passages is None else as_given(self.passages)
 
 
 def as_given(passages: Sequence[str | GivenPassage]) -> list[Any]:
+    """Passages as `Answerer.answer` takes them."""
     return [of if isinstance(of, str) else of.model_dump(exclude_none=True) for of in passages]
 
 

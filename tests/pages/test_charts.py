@@ -26,4 +26,4 @@ def test_a_spike_between_drawn_points_is_told() -> None:
     ys = [1.0] * 6000
     ys[1234] = 50.0
     made = chart("t", [Series("a", range(6000), ys)], "step", "y")
-    assert made is not None and "between 1 and 50" in made.told and made.y_marks[-1].text == "50"
+    assert made is not None and "between 1 and 50" in made.description and made.y_marks[-1].text == "50"

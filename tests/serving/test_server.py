@@ -115,6 +115,8 @@ def test_the_form_of_openai(here: Running, answerer: Answerer) -> None:
     assert deltas[-1]["finish_reason"] in ("stop", "length") and deltas[0]["delta"]["role"] == "assistant"
     [given] = answerer.answer(QUESTIONS[0], passages=["Its capital is X."] * 3)
     assert "".join(delta["delta"].get("content", "") for delta in deltas) == given.text
+    status, _, text = here.ask("GET", "/v1/models")
+    assert status == 200 and [model["id"] for model in json.loads(text)["data"]] == [told["model"]]
 
 
 USER = {"role": "user", "content": "Where?"}
