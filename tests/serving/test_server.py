@@ -271,7 +271,7 @@ def test_stages_come_as_they_are_ready(here: Running, answerer: Answerer) -> Non
 
 def test_its_description_names_what_it_offers(here: Running) -> None:
     told = json.loads(here.ask("GET", "/openapi.json")[2])
-    served = {"/v1/answer", "/v1/chat/completions", "/stages", "/health", "/metrics"}
+    served = {"/v1/answer", "/v1/chat/completions", "/v1/models", "/stages", "/health", "/metrics"}
     assert told["openapi"] == "3.1.0" and told["paths"].keys() == served
     offered = told["components"]["schemas"]["AnswerRequest"]["properties"]
     assert offered["num_docs"]["enum"] == [3, 1, 2, 5, 10, 20, None]
