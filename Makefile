@@ -111,7 +111,7 @@ other-environment:
 other-environment-of: $(VENV)/dev
 
 clean:
-	rm -rf .venv-* .pytest_cache .mypy_cache .ruff_cache *.egg-info dist docs/_build docs/configuration_reference.md
+	rm -rf .venv-* .pytest_cache .mypy_cache .ruff_cache *.egg-info dist docs/_build docs/configuration_reference.md docs/exactness.svg
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/dev: pyproject.toml

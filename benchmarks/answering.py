@@ -233,7 +233,7 @@ def main() -> None:
     parser.add_argument("--torch", action="store_true", help="plain torch, too: on CPUs a minute or two a question")
     parser.add_argument("--compare", type=int, default=0, help="further questions on which only choices are compared")
     parser.add_argument("--folder", type=Path, help="where to write answering.md, answering.png and answering.jsonl")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     config = load_config(options.config, options.overrides)
     answerer, console = open_answerer(config), make_console()
     if options.folder:

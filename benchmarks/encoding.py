@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--passages", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where to write encoding.md and encoding.png")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     import torch
     from transformers import AutoModel, AutoTokenizer
 

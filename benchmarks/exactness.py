@@ -142,7 +142,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=20, help="of the test split, spread over it")
     parser.add_argument("--record", type=Path, required=True, help="the JSON file that keeps the numbers")
     parser.add_argument("--draw", type=Path, help="a picture (.svg, .png) of the record; nothing is measured")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     record: list[dict[str, Any]] = json.loads(options.record.read_text()) if options.record.exists() else []
     if options.draw:
         draw(record, options.draw)

@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--questions", type=int, default=60, help="of the test split")
     parser.add_argument("--folder", type=Path, help="where to write passage_cache.md and passage_cache.png")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     config = load_config(options.config, ["decode.passage_cache_gib=1", *options.overrides])
     answerer, console = open_answerer(config), make_console()
     cache = answerer.passage_cache

@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("config")
     parser.add_argument("--topology", default="v5e:2x4", help="as for `ragjax plan`")
     parser.add_argument("settings", nargs="*", help="overrides, such as mesh.model=4")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     config = load_config(options.config, options.settings)
     mesh = planned_mesh(config, None, options.topology)
     chip, inputs = chip_of(mesh.devices.flat[0].device_kind), open_inputs(config, mesh)

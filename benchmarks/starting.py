@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where to write starting.md and starting.png")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     config = load_config(options.config, options.overrides)
     tables: dict[str, dict[str, Stage]] = {}
     with tempfile.TemporaryDirectory() as folder:

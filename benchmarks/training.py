@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--through", type=int, default=1, help="documents of a question that go backward")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--folder", type=Path, help="where to write training.md and training.png")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     config = load_config(options.config, options.overrides)
     rag, index, store = load_artifacts(config)
     jax.config.update("jax_enable_compilation_cache", False)

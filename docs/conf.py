@@ -5,12 +5,18 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import inspect
+import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import ragjax
 from ragjax import config
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+from benchmarks.exactness import draw  # noqa: E402  # the repository's root must be found first
 
 project = "ragjax"
 copyright = "the authors of ragjax, Apache-2.0"
@@ -26,7 +32,7 @@ autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 
-REFERENCE = Path(__file__).parent / "configuration_reference.md"  # generated, and not in git
+REFERENCE = HERE / "configuration_reference.md"  # generated, and not in git
 ABOUT_KEYS = """\
 # Configuration reference
 
@@ -35,6 +41,9 @@ command line a key is written `section.key=value`.
 
 """
 REFERENCE.write_text(ABOUT_KEYS + config.reference(), encoding="utf-8")
+
+# the picture of what `python -m benchmarks.exactness` has recorded: drawn here, and not in git
+draw(json.loads((HERE / "exactness.json").read_text(encoding="utf-8")), HERE / "exactness.svg")
 
 
 def add_fields(app: Any, what: str, name: str, of: Any, options: Any, lines: list[str]) -> None:

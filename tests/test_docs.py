@@ -26,7 +26,7 @@ from ragjax.config import dump_config, load_config
 
 ROOT = Path(__file__).parents[1]
 README, DOCS = ROOT / "README.md", ROOT / "docs"
-GENERATED = {DOCS / "configuration_reference.md"}
+GENERATED = {DOCS / "configuration_reference.md", DOCS / "exactness.svg"}
 FIRST = ["README.md", "tutorial.md"]  # the tutorial makes the run that other pages use
 PAGES = sorted({README, *DOCS.glob("*.md")} - GENERATED, key=lambda page: (page.name not in FIRST, page.name))
 FOLDERS = "ragjax configs launch docs tests benchmarks".split()
