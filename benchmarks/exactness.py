@@ -119,14 +119,20 @@ def draw(record: list[dict[str, Any]], path: Path) -> None:
     matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "exactness"}
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for mode, marker in zip(MODES, "*os^", strict=True):
+    for mode, marker, height in zip(
+        MODES, "*os^", (6, 6, -13, -25), strict=True
+    ):  # so that names of points do not overlap
         points = sorted((of["documents"], of["modes"][mode]) for of in record)
         x, y = [point["seconds"] for _, point in points], [100 * point["exact"] for _, point in points]
         axes.plot(x, y, marker=marker, label=mode, alpha=0.8)
         for (documents, _), seconds, share in zip(points, x, y, strict=True):
-            axes.annotate(f"k = {documents}", (seconds, share), textcoords="offset points", xytext=(4, 5), fontsize=8)
+            name = {"text": f"k = {documents}", "xytext": (0, height), "textcoords": "offset points", "ha": "center"}
+            axes.annotate(**name, xy=(seconds, share), fontsize=8)
     axes.set(xscale="log", xlabel="seconds a question (median)", ylabel="answers proved the likeliest of all, %")
-    axes.legend()
+    axes.set(ylim=(0, 110))
+    for ticks in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        ticks(lambda x, _: f"{x:g}")
+    axes.legend(loc="lower right")
     figure.savefig(path, metadata={"Date": None})
 
 
