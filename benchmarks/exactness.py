@@ -119,9 +119,8 @@ def draw(record: list[dict[str, Any]], path: Path) -> None:
     matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "exactness"}
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for mode, marker, height in zip(
-        MODES, "*os^", (6, 6, -13, -25), strict=True
-    ):  # so that names of points do not overlap
+    heights = (6, 6, -13, -25)  # of the names of points, which would overlap else
+    for mode, marker, height in zip(MODES, "*os^", heights, strict=True):
         points = sorted((of["documents"], of["modes"][mode]) for of in record)
         x, y = [point["seconds"] for _, point in points], [100 * point["exact"] for _, point in points]
         axes.plot(x, y, marker=marker, label=mode, alpha=0.8)
