@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -131,6 +132,7 @@ def open_inputs(config: Config, mesh: Mesh, stand_ins: bool = False) -> PlanInpu
     inputs = PlanInputs(config, mesh, retriever, passage_encoder, generator, count, stand_ins)
     if isinstance(retriever, PretrainedModel) and isinstance(generator, PretrainedModel):
         check_lengths(config, retriever, generator)
+    with suppress(Unknown):  # where a model cannot be had
         partition_params(inputs.rag().abstract_params(), config.train.frozen_params)
     if isinstance(passage_encoder, PretrainedModel):
         check_kind(config.index.kind, passage_encoder.config.embedding_dim)

@@ -462,6 +462,12 @@ def test_an_unreachable_model_leaves_the_other_rows(no_hub: None, world: Path) -
     assert rows["train", "optimiser state", "device"].how == "unknown (needs the generator)"
 
 
+def test_an_unreachable_passage_encoder_leaves_the_other_rows(no_hub: None, world: Path) -> None:
+    rows = rows_of(tiny_config(world, retriever__passage_encoder="hf:org/dpr@main"))
+    assert rows["train", "optimiser state", "device"].how == "unknown (needs the passage encoder)"
+    assert rows["evaluate", "generator parameters", "device"].size
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
