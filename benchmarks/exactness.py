@@ -125,8 +125,8 @@ def draw(record: list[dict[str, Any]], path: Path) -> None:
         x, y = [point["seconds"] for _, point in points], [100 * point["exact"] for _, point in points]
         axes.plot(x, y, marker=marker, label=mode, alpha=0.8)
         for (documents, _), seconds, share in zip(points, x, y, strict=True):
-            name = {"text": f"k = {documents}", "xytext": (0, height), "textcoords": "offset points", "ha": "center"}
-            axes.annotate(**name, xy=(seconds, share), fontsize=8)
+            at, off = (seconds, share), "offset points"
+            axes.annotate(f"k = {documents}", at, (0, height), textcoords=off, ha="center", fontsize=8)
     axes.set(xscale="log", xlabel="seconds a question (median)", ylabel="answers proved the likeliest of all, %")
     axes.set(ylim=(0, 110))
     for ticks in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
