@@ -60,7 +60,7 @@ test-tpu: $(VENV)/dev
 	@$(PYTHON) -m venv $(VENV)-tpu
 	@echo "import site; site.addsitedir('$(CURDIR)/$(PACKAGES)')" >$(VENV)-tpu/lib/python$(VERSION)/site-packages/dev.pth
 	@$(VENV)-tpu/bin/python -m pip install -q --disable-pip-version-check 'jax[tpu]'
-	JAX_PLATFORMS=cpu $(VENV)-tpu/bin/python -m pytest -q -m slow tests/planning/test_tpu.py
+	JAX_PLATFORMS=cpu $(VENV)-tpu/bin/python -m pytest -q -n 2 --dist worksteal -m slow tests/planning/test_tpu.py
 
 soak: $(VENV)/dev
 	$(BIN)/python tests/helpers/soak.py --kills 120 --devices 1
