@@ -81,19 +81,37 @@ def test_what_is_installed(programs: Path, tmp_path: Path) -> None:
     assert {line.split()[0] for line in listed} == {path.stem for path in (ROOT / "configs").glob("*.yaml")}
 
 
+# what each command prints, a line of JSON: importing JAX for each takes longer than what they do
+ONE_AFTER_THE_OTHER = """
+import io, json, sys
+from contextlib import redirect_stdout
+from ragjax.cli import main
+for arguments in json.loads(sys.argv[1]):
+    with redirect_stdout(io.StringIO()) as printed:
+        assert main(arguments) == 0, arguments
+    print(json.dumps(printed.getvalue()))
+"""
+
+
 def test_the_four_commands(programs: Path, world: Path, tmp_path: Path) -> None:
     """The tiny configuration, over the tests' passages: the factbook would have to be fetched."""
     for name in ("passages", *SPLITS):
         shutil.copy(world / f"{name}.jsonl", tmp_path)
-    settings = ["corpus.source=passages.jsonl", "corpus.format=jsonl", "train.steps=2", "evaluate.max_questions=2"]
-    settings += [f"questions.{split}={split}.jsonl" for split in SPLITS]
-
-    def ragjax(*arguments: str) -> str:
-        return call(programs / "ragjax", *arguments, folder=tmp_path, RAGJAX_CACHE=str(tmp_path / "cache"))
-
-    assert ragjax("index", "tiny", *settings) == "index: runs/tiny/index\n"
-    assert ragjax("train", "tiny", *settings) == "run: runs/tiny\n"
-    assert json.loads(ragjax("evaluate", "runs/tiny", "--json"))["models"].keys() == {"untrained", "trained"}
-    [answer] = map(json.loads, ragjax("answer", "runs/tiny", "--json", "What is the capital of Arland?").splitlines())
+    settings = ["corpus.source=passages.jsonl", "corpus.format=jsonl", "train.steps=2", "train.batch_size=2"]
+    settings += ["evaluate.max_questions=2", *(f"questions.{split}={split}.jsonl" for split in SPLITS)]
+    commands = [
+        ["index", "tiny", *settings],
+        ["train", "tiny", *settings],
+        ["evaluate", "runs/tiny", "--json"],
+        ["answer", "runs/tiny", "--json", "What is the capital of Arland?"],
+        ["report", "runs/tiny"],
+    ]
+    given = json.dumps(commands)
+    cache = str(tmp_path / "cache")
+    told = call(programs / "python", "-c", ONE_AFTER_THE_OTHER, given, folder=tmp_path, RAGJAX_CACHE=cache)
+    index, train, evaluate, answer, report = map(json.loads, told.splitlines())
+    assert (index, train) == ("index: runs/tiny/index\n", "run: runs/tiny\n")
+    assert json.loads(evaluate)["models"].keys() == {"untrained", "trained"}
+    [answer] = map(json.loads, answer.splitlines())
     assert len(answer["documents"]) == 3
-    assert ragjax("report", "runs/tiny") == "report: runs/tiny/report.html\n"  # its templates came along
+    assert report == "report: runs/tiny/report.html\n"  # its templates came along
