@@ -189,25 +189,22 @@ def quick(folder: Path) -> Path:
 
 
 def run(block: Block) -> None:
-    """Runs a block: lines of ragjax alone at its end in this process, those before by bash, Python as it is."""
+    """Runs a block: lines of ragjax alone in this process, others by bash, Python as it is."""
     if block.info.startswith("python"):
         exec(compile(block.text, f"{block.page}:{block.line}", "exec"), {})
-        return
-    lines, own = block.text.splitlines(), list[str]()
-    while lines and lines[-1].startswith("ragjax ") and not re.search(r"[|<>;$]", lines[-1]):
-        own.insert(0, lines.pop())
-    if lines:
+    elif all(line.startswith("ragjax ") for line in block.text.splitlines()) and not re.search(r"[|<>;$]", block.text):
+        for line in block.text.splitlines():
+            try:
+                code = main(shlex.split(line)[1:])
+            except SystemExit as stop:  # as argparse ends with --version
+                code = int(stop.code or 0)
+            assert code == 0, f"{block.page.name}: {line}"
+    else:
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         environment = os.environ | QUICK_TO_COMPILE | {"PATH": path, "PYTHONPATH": str(ROOT)}
-        command = ["set -euo pipefail", f'ragjax() {{ "{sys.executable}" -m ragjax "$@"; }}', *lines]
-        done = subprocess.run(["bash", "-c", "\n".join(command)], env=environment, capture_output=True, text=True)
+        command = f'set -euo pipefail; ragjax() {{ "{sys.executable}" -m ragjax "$@"; }}\n{block.text}'
+        done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, f"{block.page}:{block.line}: {done.stderr}"
-    for line in own:
-        try:
-            code = main(shlex.split(line)[1:])
-        except SystemExit as stop:  # as argparse ends with --version
-            code = int(stop.code or 0)
-        assert code == 0, f"{block.page.name}: {line}"
 
 
 @pytest.mark.slow
