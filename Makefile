@@ -8,6 +8,8 @@ VENV := .venv-$(VERSION)
 BIN := $(VENV)/bin
 PACKAGES := $(VENV)/lib/python$(VERSION)/site-packages
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
+# uv installs in seconds what takes pip minutes; pip does it where uv cannot, as with an index that pip alone knows
+INSTALL = { $(PIP) uv && $(BIN)/uv pip install -q --python $(BIN)/python -e '$(WHAT)'; } 2>/dev/null || $(PIP) -e '$(WHAT)'
 PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q
 TWO_AT_A_TIME := -n 2 --dist loadfile --no-loadscope-reorder
 CHANGED_SINCE ?= main
@@ -21,7 +23,7 @@ test test-changed test-other-with test-slow: export GLIBC_TUNABLES ?= glibc.mall
 
 .PHONY: environment other-environment other-environment-of quickstart test test-changed test-other test-slow test-torch test-browser test-tpu soak lint bench docs clean
 
-quickstart: $(VENV)/dev
+quickstart: $(VENV)/ragjax
 	$(BIN)/ragjax index configs/factbook.yaml
 	$(BIN)/ragjax train configs/factbook.yaml
 	$(BIN)/ragjax evaluate configs/factbook.yaml
@@ -114,13 +116,21 @@ clean:
 	rm -rf .venv-* .pytest_cache .mypy_cache .ruff_cache *.egg-info dist docs/_build docs/configuration_reference.md docs/exactness.svg
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(VENV)/dev: pyproject.toml
+$(VENV)/ragjax: WHAT := .
+$(VENV)/dev: WHAT := .[dev]
+$(VENV)/tools: WHAT := .[browser,docs,lint]
+
+$(VENV)/ragjax: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=…")'
-	@echo "Installing into $(VENV) (once; some minutes with a slow network) …"
+	@echo "Installing into $(VENV) (once) …"
 	@$(PYTHON) -m venv $(VENV)
-	@$(PIP) -e '.[dev]'
+	@$(INSTALL)
+	@touch $@
+
+$(VENV)/dev: $(VENV)/ragjax
+	@$(INSTALL)
 	@touch $@
 
 $(VENV)/tools: $(VENV)/dev
-	@$(PIP) -e '.[browser,docs,lint]'
+	@$(INSTALL)
 	@touch $@

@@ -5,6 +5,7 @@ And what many tests share: a tiny world with its index, and a run that was train
 
 from __future__ import annotations
 
+import functools
 import gc
 import hashlib
 import os
@@ -79,10 +80,11 @@ def pytest_keyboard_interrupt() -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test marked `devices(1, 8)` runs with one device and with eight."""
+    """A test marked `devices(1, 8, slow=[2])` runs with one device and with eight, and in the slow group with two."""
     if marker := metafunc.definition.get_closest_marker("devices"):
-        counts = [count for count in marker.args if count <= metafunc.config.getoption("devices")]
-        metafunc.parametrize("seen_devices", counts, indirect=True, scope="module")
+        counts = [*marker.args, *(pytest.param(n, marks=pytest.mark.slow) for n in marker.kwargs.get("slow", ()))]
+        there = [n for n in counts if (n if isinstance(n, int) else n.values[0]) <= metafunc.config.getoption("devices")]
+        metafunc.parametrize("seen_devices", there, indirect=True, scope="module")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -96,6 +98,16 @@ def seen_devices(request: pytest.FixtureRequest) -> Iterator[int]:
         for name in ("device_count", "local_device_count"):
             patch.setattr(jax, name, lambda *_, **__: count)
         yield count
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shuffled_once() -> Iterator[None]:
+    """Grain takes up to four milliseconds for a position among eight questions, and many runs draw the same ones."""
+    from grain._src.python.dataset.transformations import shuffle
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shuffle.index_shuffle, "index_shuffle", functools.cache(shuffle.index_shuffle.index_shuffle))
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -126,7 +138,7 @@ def pytest_collection_finish() -> None:
     """The many objects of imports and traces are not looked through again and again: a tenth of all the time."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(50_000, 20, 100)
+    gc.set_threshold(200_000, 20, 100)
 
 
 LONGEST = [

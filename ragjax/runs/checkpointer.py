@@ -60,6 +60,7 @@ class Checkpointer:
         self._saving: tuple[int, Any] | None = None
         self._completing = Lock()
         self._intact: set[int] = set()  # steps whose files are what was saved
+        self._metadata: dict[int, Any] = {}  # by step, as Orbax reads it: it opens every array
         if writing:
             run_on_process_zero(self._clear)
 
@@ -89,10 +90,6 @@ class Checkpointer:
     def _steps(self) -> list[int]:
         folders = (path for path in self.folder.glob("[0-9]*") if path.is_dir())
         return sorted((int(path.name) for path in folders if path.name.isdecimal()), reverse=True)
-
-    def latest(self) -> int | None:
-        """The newest step saved, or None."""
-        return next(iter(self.steps()), None)
 
     def restore_latest(self, load: Callable[[int], Loaded]) -> tuple[int, Loaded] | None:
         """The newest step that can be read, and what `load(step)` returns for it; None if nothing was saved.
@@ -152,6 +149,7 @@ class Checkpointer:
             need = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(lambda: state)))
             run_on_process_zero(lambda: self._check_room(step, need))
         self._intact.discard(step)
+        self._metadata.pop(step, None)
         try:
             about = {"overwrite": True, "custom_metadata": {"metadata": metadata, "loss": loss}}
             response = self._ocp.save_async(self._path(step), state, **about)
@@ -317,11 +315,13 @@ class Checkpointer:
             )
 
     def _read_metadata(self, step: int) -> Any:
-        try:
-            with self._this_process_alone():
-                return self._ocp.metadata(self._path(step))
-        except Exception as error:
-            raise self._unreadable(step, error) from error
+        if step not in self._metadata:
+            try:
+                with self._this_process_alone():
+                    self._metadata[step] = self._ocp.metadata(self._path(step))
+            except Exception as error:
+                raise self._unreadable(step, error) from error
+        return self._metadata[step]
 
     def _path(self, step: int) -> Path:
         return self.folder / str(step)

@@ -43,10 +43,10 @@ def make_state(seed: int = 0, width: int = 16) -> State:
 def test_what_comes_back_is_bit_for_bit_the_same(tmp_path: Path) -> None:
     state = make_state()
     with Checkpointer(tmp_path / "new" / "checkpoints", writing=True) as checkpoints:
-        assert checkpoints.latest() is None
+        assert checkpoints.steps() == []
         checkpoints.save(3, state, {"data": {"next": 12}, "note": "é"})
     with Checkpointer(tmp_path / "new" / "checkpoints", writing=True) as checkpoints:
-        assert checkpoints.latest() == 3
+        assert checkpoints.steps()[0] == 3
         assert checkpoints.metadata(3) == {"data": {"next": 12}, "note": "é"}
         chex.assert_trees_all_equal(checkpoints.restore(3, jax.eval_shape(make_state)), state)
         chex.assert_trees_all_equal_dtypes(checkpoints.restore(3, state), state)
@@ -308,10 +308,10 @@ def test_what_an_interrupted_save_left_is_no_checkpoint(tmp_path: Path) -> None:
         checkpoints.save(1, make_state(), {})
     shutil.copytree(tmp_path / "1", tmp_path / "2.orbax-checkpoint-tmp")
     with Checkpointer(tmp_path, writing=False) as checkpoints:  # it may be the save of a run that is going on
-        assert checkpoints.latest() == 1
+        assert checkpoints.steps() == [1]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2.orbax-checkpoint-tmp"]
     with Checkpointer(tmp_path, writing=True) as checkpoints:
-        assert checkpoints.latest() == 1
+        assert checkpoints.steps() == [1]
         checkpoints.save(2, make_state(2), {})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
 
