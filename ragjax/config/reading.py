@@ -340,10 +340,12 @@ def _quoted(value: object) -> str:
 
 
 def _unknown(model: type[Section], at: Sequence[Any]) -> str:
-    """Names the nearest key there, or else the same one of another section, or else all keys there."""
+    """Names the keys there that have it as a word, or the nearest one, or the same elsewhere, or else all keys there."""
     section, key, name = _section_at(model, at[:-1]), _joined("", *at), str(at[-1])
     if key in RENAMED:
         hint = f"it is now {RENAMED[key]}"
+    elif name and (near := [field for field in section.model_fields if f"_{name}_" in f"_{field}_"]):
+        hint = f"did you mean {' or '.join(_joined('', *at[:-1], field) for field in near)}?"
     elif near := difflib.get_close_matches(name, section.model_fields, 1):
         hint = f"did you mean {_joined('', *at[:-1], *near)}?"
     elif near := [other for other in _keys(model) if other.rpartition(".")[2] == name]:

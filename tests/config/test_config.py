@@ -108,6 +108,7 @@ def test_a_configuration_cannot_be_changed(tmp_path: Path) -> None:
         ("train.stepz=3", "unknown key 'train.stepz'; did you mean train.steps?"),
         ("trian.steps=3", "unknown key 'trian'; did you mean train?"),
         ("num_beams=3", "unknown key 'num_beams'; did you mean decode.num_beams?"),
+        ("train.lr=1", "unknown key 'train.lr'; did you mean train.retriever_lr or train.generator_lr"),
         ("decode.beams=3", "unknown key 'decode.beams'; it is now decode.num_beams"),
         ("corpus.categories=[Geography]", "unknown key 'corpus.categories'; it is now corpus.factbook.categories"),
         ("mesh.quux=3", "unknown key 'mesh.quux'; known here: model, fsdp"),
