@@ -276,6 +276,7 @@ def test_the_abstract_step_is_the_real_one(world: Path, tmp_path: Path) -> None:
     assert trace_step(rag, mesh, len(index)).lower().as_text() == real.lower().as_text()
 
 
+@pytest.mark.slow
 def test_a_run_resumes_and_mines_from_an_index_that_follows(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -131,6 +131,7 @@ def test_nothing_comes_back_to_the_host(world: Path) -> None:
         jax.block_until_ready(compiled(*given, schedule))
 
 
+@pytest.mark.slow
 def test_fused_training_is_training(world: Path, tmp_path: Path) -> None:
     """Run from the command's function: the same losses and recall as with the host's search, to rounding."""
     settings = {"train__steps": 4, "train__save_every": 100, "train__dev_questions": 3}

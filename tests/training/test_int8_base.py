@@ -118,6 +118,7 @@ def test_the_gradients_differ_from_float32s_as_by_any_rounding(
     assert difference(0, 0.1) < 0.2 * anywhere[0]
 
 
+@pytest.mark.slow
 @pytest.mark.devices(8)
 def test_layouts(setup: Setup, expected: Any) -> None:
     """Split over `data` and `model`, in two parts: the scales lie as the channels that they belong to."""
