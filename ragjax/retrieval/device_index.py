@@ -81,6 +81,12 @@ def place_rows(mesh: Mesh, count: int, read: Callable[[int, int], np.ndarray]) -
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         assert index is not None
         first, last, _ = index[0].indices(shape[0])
+        if rows <= UPLOAD:  # at once: each device would need two programs
+            some = read(first, min(last, count)) if first < count else like
+            whole = np.zeros((rows, *like.shape[1:]), like.dtype)
+            whole[: len(some)] = some
+            parts.append(jax.device_put(whole, device))
+            continue
         part = jnp.zeros((rows, *like.shape[1:]), like.dtype, device=device)
         for start in range(first, min(last, count), UPLOAD):
             some = jax.device_put(read(start, min(start + UPLOAD, last, count)), device)
