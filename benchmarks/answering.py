@@ -50,7 +50,7 @@ from ragjax.data.questions import read_questions
 from ragjax.decoding.candidates import Candidates, pad_answers, with_end
 from ragjax.decoding.decode import decode_rag_sequence
 from ragjax.decoding.prefix_cache import PrefixScorer
-from ragjax.decoding.propose import beam_search_documents, prefill_documents
+from ragjax.decoding.propose import beam_search_documents, beam_settings, prefill_documents
 from ragjax.decoding.rescore import score_tokens
 from ragjax.models.kv_cache import DocumentMemory
 from ragjax.resources import size_text
@@ -150,7 +150,9 @@ def measure(answerer: Answerer, question: str, costs: dict[tuple[int, ...], tupl
     prior = retrieved.log_prior[0]
     source, mask = tokenize_prompts(rag.tokenizers, answerer.store, batch, retrieved.ids)
     seconds["reading"], memory = timed(prefill_documents, graph, params, source, mask)
-    seconds["beam search"], (_, prefixes) = timed(beam_search_documents, graph, params, memory, settings, special)
+    seconds["beam search"], (_, prefixes) = timed(
+        beam_search_documents, graph, params, memory, beam_settings(settings, special, False), special
+    )
     found = {}
     for mode in MODES:
         seconds[mode], ([found[mode]], _) = timed(answerer.candidates, batch, retrieved, mode)

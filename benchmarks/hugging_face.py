@@ -44,7 +44,7 @@ from ragjax.data.question_batch import QuestionBatch
 from ragjax.decoding.candidates import with_end
 from ragjax.decoding.decode import decode_rag_sequence
 from ragjax.decoding.exact.decode import decode_exact
-from ragjax.decoding.propose import beam_search_documents, prefill_documents
+from ragjax.decoding.propose import beam_search_documents, beam_settings, prefill_documents
 from ragjax.files import cache_folder
 from ragjax.marginal import log_prior
 from ragjax.models.generator import SpecialTokens
@@ -186,7 +186,8 @@ def decoding(options: argparse.Namespace, console: Console, most: float) -> dict
     programs["reading"] = lambda b: prefill_documents(
         ours.graphdef, params, sources[b], np.ones(sources[b].shape, bool)
     )
-    programs["beam search"] = lambda b: beam_search_documents(ours.graphdef, params, memories[b], settings, SPECIAL)
+    search = beam_settings(settings, SPECIAL, hugging_face=False)
+    programs["beam search"] = lambda b: beam_search_documents(ours.graphdef, params, memories[b], search, SPECIAL)
     memories = [programs["reading"](b) for b in range(questions)]
     for b in range(questions):  # compiles
         for program in programs.values():

@@ -20,7 +20,7 @@ from rich.table import Table
 from ragjax.config import Decode
 from ragjax.decoding.beam_search import batch_sizes
 from ragjax.decoding.prefix_cache import PrefixCache, Tokens
-from ragjax.decoding.propose import beam_search_documents
+from ragjax.decoding.propose import beam_search_documents, beam_settings
 from ragjax.errors import InputError
 from ragjax.models.generator import SpecialTokens
 from ragjax.models.kv_cache import DocumentMemory
@@ -72,7 +72,8 @@ def flops_of_search(
     graph: nnx.GraphDef, params: Params, memory: DocumentMemory, settings: Decode, special: SpecialTokens
 ) -> float:
     """Of the beam search after n memories, for each prefix that it reads, in the mean."""
-    flops = flops_of(lambda p, m: beam_search_documents(graph, p, m, settings, special), params, memory)
+    search = beam_settings(settings, special, hugging_face=False)
+    flops = flops_of(lambda p, m: beam_search_documents(graph, p, m, search, special), params, memory)
     return flops / settings.num_beams / sum(batch_sizes(memory.start.shape[0]))  # a step of each size counts once
 
 

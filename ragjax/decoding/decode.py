@@ -13,7 +13,7 @@ from ragjax.config import Decode
 from ragjax.decoding.candidates import Candidates, as_candidates, distinct_answers, with_end
 from ragjax.decoding.certified import certify
 from ragjax.decoding.prefix_cache import PrefixScorer
-from ragjax.decoding.propose import beam_search_documents
+from ragjax.decoding.propose import beam_search_documents, beam_settings
 from ragjax.decoding.rescore import fast_marginals, score_candidates, thorough_marginals
 from ragjax.models.generator import SpecialTokens
 from ragjax.models.kv_cache import DocumentMemory
@@ -40,7 +40,8 @@ def decode_rag_sequence(
             one, too; with `certified` bounds on it, as tight as it takes to know the best.
         special: the tokens that end an answer, and those that are forced.
     """
-    beams, prefixes = beam_search_documents(graph, params, memory, settings, special)
+    search = beam_settings(settings, special, hugging_face=False)
+    beams, prefixes = beam_search_documents(graph, params, memory, search, special)
     beams, documents = jax.device_get(beams), log_prior.shape[1]
     proposals = [distinct_answers(beams, b * documents, prior) for b, prior in enumerate(log_prior)]
     answers = [with_end(list(by_answer), special) for by_answer in proposals]

@@ -15,7 +15,7 @@ from ragjax.config import Decode
 from ragjax.decoding.beam_search import Beams
 from ragjax.decoding.candidates import Candidates
 from ragjax.decoding.prefix_cache import Tokens
-from ragjax.decoding.propose import beam_search_documents
+from ragjax.decoding.propose import beam_search_documents, beam_settings
 from ragjax.decoding.rescore import score_tokens
 from ragjax.marginal import hugging_face_nll, posterior
 from ragjax.models.generator import SpecialTokens
@@ -49,7 +49,8 @@ def decode_hf_compatible(
         settings: the beam search.
         special: the tokens that end an answer, and those that are forced.
     """
-    beams = jax.device_get(beam_search_documents(graph, params, unmasked, settings, special, True)[0])
+    search = beam_settings(settings, special, hugging_face=True)
+    beams = jax.device_get(beam_search_documents(graph, params, unmasked, search, special)[0])
     documents, (questions, scoring) = proposing.shape[1], log_prior.shape
     answers = [_as_returned(beams, b * documents, proposing[b], special) for b in range(questions)]
     count, longest = bucket_size(max(map(len, answers))), settings.max_new_tokens
@@ -59,15 +60,15 @@ def decode_hf_compatible(
             targets[b, c, : len(y)] = y
     lengths = np.full((questions, count), longest, np.int32)
     scored = np.asarray(score_tokens(graph, params, memory, targets, lengths, special))[:, :scoring]
-    logp = jnp.where((log_prior > -np.inf)[..., None, None], scored, -jnp.inf)  # documents that are not there
+    logp = np.where((log_prior > -np.inf)[..., None, None], scored, -np.inf)  # documents that are not there
     excluded = np.array([special.bos is not None and all(y[0] == special.bos for y in ys) for ys in answers])
-    prior, counted = jax.device_put(log_prior), jax.device_put(targets != special.pad)
-    nll = np.array(hugging_face_nll(prior, logp, counted, jax.device_put(excluded)))
+    counted = targets != special.pad
+    nll = np.array(hugging_face_nll(log_prior, logp, counted, excluded))
     for b, by_answer in enumerate(answers):
         nll[b, [c for c, by in enumerate(by_answer.values()) if not by]] = np.inf  # where nothing could be answered
     counted = counted & ~(excluded[:, None, None] & (np.arange(longest) == 0))
-    doc_logp = jnp.where(counted[:, None], logp, 0.0).sum(axis=-1)
-    shares = np.asarray(posterior(prior, doc_logp))
+    doc_logp = jnp.asarray(np.where(counted[:, None], logp, 0.0)).sum(axis=-1)
+    shares = np.asarray(posterior(log_prior, doc_logp))
     return [
         _ranked(by_answer, nll[b, : len(by_answer)], np.asarray(doc_logp)[b], shares[b], documents, special)
         for b, by_answer in enumerate(answers)

@@ -48,20 +48,18 @@ def join_memories(parts: Sequence[DocumentMemory], place: Int[Array, " n"]) -> D
     return jax.tree.map(join, *parts).take(place)
 
 
-@partial(jax.jit, static_argnums=(0, 3, 4, 5))
+@partial(jax.jit, static_argnums=(0, 3, 4))
 def beam_search_documents(
     graph: nnx.GraphDef,
     params: Params,
     memory: DocumentMemory,
-    settings: Decode,
+    settings: BeamSettings,
     special: SpecialTokens,
-    hugging_face: bool = False,
 ) -> tuple[Beams, PrefixCache]:
     """Beam search under each of n documents, all at once in one program; and the prefixes that it read.
 
-    A score is log p(y|x,z) in nats. `hugging_face` repeats transformers' beam search to the letter.
+    A score is log p(y|x,z) in nats.
     """
-    how = beam_settings(settings, special, hugging_face)
 
     def search(params: Params, memory: DocumentMemory) -> tuple[Beams, PrefixCache]:
         generator = nnx.merge(graph, params)
@@ -73,16 +71,19 @@ def beam_search_documents(
 
             return step
 
-        cache = empty_prefix_cache(generator, memory, how.max_new_tokens * how.num_beams)
+        cache = empty_prefix_cache(generator, memory, settings.max_new_tokens * settings.num_beams)
         for_rows = lambda rows: next_logp(memory.take(rows))  # noqa: E731
-        beams, cache, _ = beam_search(next_logp(memory), cache, memory.start, how, for_rows)
+        beams, cache, _ = beam_search(next_logp(memory), cache, memory.start, settings, for_rows)
         return beams, cache.closed()
 
     return by_device(search, params, memory)
 
 
 def beam_settings(settings: Decode, special: SpecialTokens, hugging_face: bool) -> BeamSettings:
-    """What the configuration and the checkpoint's special tokens say of a beam search."""
+    """What the configuration and the checkpoint's special tokens say of a beam search.
+
+    `hugging_face` repeats transformers' beam search to the letter.
+    """
     return BeamSettings(
         num_beams=settings.num_beams,
         max_new_tokens=settings.max_new_tokens,

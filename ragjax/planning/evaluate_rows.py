@@ -348,15 +348,15 @@ def _search_programs(inputs: PlanInputs, mesh: Mesh) -> dict[str, Any]:
     """By the names of `_searches`: programs of parameters and of a memory's leaves, for all questions on a mesh."""
     config, decode, graph = inputs.config, inputs.config.decode, inputs.model("generator").graphdef
     together, documents, devices = config.model == "rag_token", most_documents(config), mesh.shape["data"]
+    how = beam_settings(decode, SPECIAL, config.hf_compatible)
 
     @jax.jit
     def search(params: Params, memory: list[Any]) -> Any:
         read = DocumentMemory(*memory)
         if together:
             prior = jnp.zeros((devices * config.evaluate.batch_size, documents))
-            how = beam_settings(decode, SPECIAL, config.hf_compatible)
             return search_rag_token(graph, params, read, prior, how, SPECIAL)
-        return beam_search_documents(graph, params, read, decode, SPECIAL, config.hf_compatible)
+        return beam_search_documents(graph, params, read, how, SPECIAL)
 
     @jax.jit
     def search_exactly(params: Params, memory: list[Any]) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from compiling import one_loop
 from flax import nnx
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -27,7 +28,7 @@ from ragjax.decoding.decode import decode_rag_sequence
 from ragjax.decoding.exact import decode as exact_module
 from ragjax.decoding.exact import document_reader as reader_module
 from ragjax.decoding.exact.decode import decode_exact
-from ragjax.decoding.propose import beam_search_documents, prefill_documents
+from ragjax.decoding.propose import beam_search_documents, beam_settings, prefill_documents
 from ragjax.decoding.rag_token import decode_rag_token
 from ragjax.models.generator import SpecialTokens
 from ragjax.models.kv_cache import DocumentMemory
@@ -95,6 +96,7 @@ PROGRAMS = {
     reader_module: ["_write", "_take"],
 }
 Sent = dict[str, list[dict[str, int]]]
+COMPILED: dict[Any, Any] = {}  # each program once for all tests
 
 
 @pytest.fixture
@@ -112,7 +114,12 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> Sent:
                 return program(*jax.tree.unflatten(tree, [traced.get(i, leaf) for i, leaf in enumerate(leaves)]))
 
             arrays = [leaves[i] for i in at]
-            compiled = jax.jit(whole).lower(arrays).compile()
+            static = [None if i in at else leaf for i, leaf in enumerate(leaves)]
+            types = [(x.shape, x.dtype, getattr(x, "sharding", None)) for x in arrays]
+            key = (name, tree, *static, *types, jax.sharding.get_abstract_mesh())
+            if key not in COMPILED:
+                COMPILED[key] = jax.jit(whole).lower(arrays).compile()
+            compiled = COMPILED[key]
             found.setdefault(name, []).append(bytes_sent(hlo := compiled.as_text() or ""))
             if found[name][-1]:
                 groups = set(re.findall(r"replica_groups=(\S+)", hlo))
@@ -155,13 +162,23 @@ def decoded(case: Case, mesh: Mesh, how: str, settings: Decode = SETTINGS) -> li
 CASES = [("thorough", 2), ("certified", 2), ("rag_token", 1)]
 
 
+@pytest.fixture(scope="module")
+def alone(tables: Case, llama: Case) -> dict[str, list[Candidates]]:
+    """What one device finds; before `sent` counts."""
+    one = make_mesh(devices=jax.devices()[:1])
+    with one_loop():
+        found = {how: decoded(tables, one, how, SETTINGS.replace(num_beams=beams)) for how, beams in CASES}
+        return found | {"llama": decoded(llama, one, "thorough")}
+
+
 @pytest.mark.parametrize(("how", "beams"), CASES)
-def test_answers_are_those_of_one_device(tables: Case, how: str, beams: int, sent: Sent) -> None:
+def test_answers_are_those_of_one_device(
+    tables: Case, how: str, beams: int, alone: dict[str, list[Candidates]], sent: Sent
+) -> None:
     """Also with missing documents, and with one beam; and no program sends anything."""
-    settings = SETTINGS.replace(num_beams=beams)
-    spread = decoded(tables, make_mesh(), how, settings)
+    spread = decoded(tables, make_mesh(), how, SETTINGS.replace(num_beams=beams))
     assert len(sent) >= 3 and not any(any(of) for of in sent.values()), sent
-    assert_same(decoded(tables, make_mesh(devices=jax.devices()[:1]), how, settings), spread, how)
+    assert_same(alone[how], spread, how)
 
 
 def test_exact_answers_are_those_of_all(tables: Case, sent: Sent) -> None:
@@ -194,11 +211,9 @@ def assert_same(alone: list[Candidates], spread: list[Candidates], how: str) -> 
                 np.testing.assert_allclose(found, expected, atol=rounding(20.0), err_msg=name)
 
 
-def test_the_axis_model_alone_communicates(llama: Case, sent: Sent) -> None:
+def test_the_axis_model_alone_communicates(llama: Case, alone: dict[str, list[Candidates]], sent: Sent) -> None:
     """Eight devices as 4 × 2: sums over the pairs, of what lies there in halves, and a step's best continuations."""
-    alone = decoded(llama, make_mesh(devices=jax.devices()[:1]), "thorough")
-    sent.clear()
-    assert_same(alone, decoded(llama, make_mesh(2), "thorough"), "thorough")
+    assert_same(alone["llama"], decoded(llama, make_mesh(2), "thorough"), "thorough")
     # bytes a token: 32 numbers of its embedding, and in each of two layers after attention and after feed-forward
     token, rows = (1 + 2 * 2) * 32 * 4, B * K // 4
     logsumexp, best = 2 * 4, 2 * 8  # the largest and the sum; of 2W continuations a row log p and number
@@ -212,10 +227,9 @@ def test_the_axis_model_alone_communicates(llama: Case, sent: Sent) -> None:
 
 
 @pytest.mark.devices(2)
-def test_two_devices_share_each_model(llama: Case) -> None:
+def test_two_devices_share_each_model(llama: Case, alone: dict[str, list[Candidates]]) -> None:
     """With nothing to split over `data`."""
-    alone = decoded(llama, make_mesh(devices=jax.devices()[:1]), "thorough")
-    assert_same(alone, decoded(llama, make_mesh(2), "thorough"), "thorough")
+    assert_same(alone["llama"], decoded(llama, make_mesh(2), "thorough"), "thorough")
 
 
 def rows_of_loops(jaxpr: Jaxpr) -> Iterator[int]:
@@ -235,7 +249,9 @@ def test_finished_rows_leave_each_device(tables: Case) -> None:
     source = np.resize(tables.source, (64, 1))
     memory = prefill_documents(tables.graph, tables.params, source, np.ones_like(source, bool))
     with on_mesh(make_mesh()):
-        traced = beam_search_documents.trace(tables.graph, tables.params, memory, SETTINGS, SPECIAL)
+        traced = beam_search_documents.trace(
+            tables.graph, tables.params, memory, beam_settings(SETTINGS, SPECIAL, False), SPECIAL
+        )
     assert list(rows_of_loops(traced.jaxpr.jaxpr)) == [8, 4, 2]
 
 

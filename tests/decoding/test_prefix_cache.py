@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from reference import draw
 
 import ragjax.decoding.prefix_cache as prefixes_module
-from ragjax.checkpoints.pretrained import PretrainedModel, open_generator
-from ragjax.checkpoints.random_init import write_random_checkpoint
+from ragjax.checkpoints.name_tables import GENERATORS
+from ragjax.checkpoints.random_init import FAMILIES
 from ragjax.config import Decode
 from ragjax.decoding.prefix_cache import PrefixScorer, read_width
-from ragjax.decoding.propose import beam_search_documents, prefill_documents
+from ragjax.decoding.propose import beam_search_documents, beam_settings, prefill_documents
 from ragjax.models.generator import SpecialTokens, score
 from ragjax.models.kv_cache import DocumentMemory
+from ragjax.models.layers import split_parameters
 from ragjax.padding import bucket_size, pad_sequences
 from ragjax.planning.program_cost import matmul_flops
 
@@ -30,42 +30,48 @@ SPECIAL = SpecialTokens(eos=2, pad=0)
 class Read:
     """A generator of one family after its beam search under four documents."""
 
-    def __init__(self, family: str, folder: Path) -> None:
-        write_random_checkpoint(family, folder, seed=3)
-        self.pretrained: PretrainedModel = open_generator(folder)
-        self.params = self.pretrained.load_params()
+    def __init__(self, family: str) -> None:
+        kind, hf = GENERATORS[family], {**FAMILIES[family][0], "vocab_size": 260}
+        make = partial(kind.module, kind.config.from_hf(hf))
+        self.graph, shapes = split_parameters(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+        self.params = draw(shapes, seed=3)
         rng = np.random.default_rng(0)
         source = [rng.integers(5, 200, length).tolist() for length in (5, 9, 7, 3)]
-        tokens, mask = pad_sequences(source, 12, 0)
-        graph, self.source = self.pretrained.graphdef, tokens
-        self.memory: DocumentMemory = prefill_documents(graph, self.params, jnp.asarray(tokens), jnp.asarray(mask))
-        settings = Decode(num_docs=ROWS, num_beams=BEAMS, max_new_tokens=LONGEST)
-        self.beams, prefixes = beam_search_documents(graph, self.params, self.memory, settings, SPECIAL)
-        self.scorer = PrefixScorer(graph, self.params, self.memory, prefixes, SPECIAL)
+        self.source, mask = pad_sequences(source, 12, 0)
+        self.memory: DocumentMemory = prefill_documents(self.graph, self.params, self.source, mask)
+        settings = beam_settings(Decode(num_docs=ROWS, num_beams=BEAMS, max_new_tokens=LONGEST), SPECIAL, False)
+        beams, prefixes = beam_search_documents(self.graph, self.params, self.memory, settings, SPECIAL)
+        self.beams = jax.device_get(beams)
+        self.scorer = PrefixScorer(self.graph, self.params, self.memory, prefixes, SPECIAL)
+        # all that is proposed, and what nobody does
+        proposed = {y for row in range(ROWS) for y in self.proposals(row)}
+        self.candidates = sorted(proposed | {(2,), (7, 2), (7, 9, 2), (7, 9, 11, 2), (7, 9, 12, 13, 14)})
+        padded = np.stack([np.resize((*y, *[0] * LONGEST), LONGEST) for y in self.candidates])
+        every = np.broadcast_to(padded, (ROWS, *padded.shape))
+        self._logp = np.asarray(_score(self.graph, self.params, self.memory, every))
 
     def proposals(self, row: int) -> list[tuple[int, ...]]:
         rows = zip(self.beams.tokens[row].tolist(), self.beams.length[row].tolist(), strict=True)
         return [tuple(tokens[:length]) for tokens, length in rows]
 
-    def one_by_one(self, row: int, answer: Sequence[int]) -> np.ndarray:
-        """log p of each token, by the plain pass."""
-        memory = self.memory.take(jnp.array([row]))
-        return np.asarray(_score(self.pretrained.graphdef, self.params, memory, jnp.array([[answer]])))[0, 0]
+    def plain(self, row: int, answer: tuple[int, ...]) -> np.ndarray:
+        """log p of each token, by the pass without a cache; what follows an answer there changes nothing."""
+        return self._logp[row, self.candidates.index(answer), : len(answer)]
 
 
-@jax.jit(static_argnums=0)
+@partial(jax.jit, static_argnums=0)
 def _score(graph: nnx.GraphDef, params: Any, memory: DocumentMemory, answers: jax.Array) -> jax.Array:
     return score(nnx.merge(graph, params), memory, answers)
 
 
 @pytest.fixture(scope="module", params=["llama", "bart", "t5"])
-def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Read:
-    return Read(request.param, tmp_path_factory.mktemp(request.param))
+def world(request: pytest.FixtureRequest) -> Read:
+    return Read(request.param)
 
 
 def test_padding_is_not_read(world: Read) -> None:
     """As wide as the longest prompt the same is read, with fewer operations; what is added counts nowhere."""
-    graph, mask = world.pretrained.graphdef, np.arange(12) < np.array([[5], [9], [7], [3]])
+    graph, mask = world.graph, np.arange(12) < np.array([[5], [9], [7], [3]])
     program = prefill_documents.trace(graph, world.params, world.source, mask, 9)
     whole = prefill_documents.trace(graph, world.params, world.source, mask)
     assert matmul_flops(program.jaxpr.jaxpr) < 0.8 * matmul_flops(whole.jaxpr.jaxpr)
@@ -74,26 +80,20 @@ def test_padding_is_not_read(world: Read) -> None:
         np.testing.assert_array_equal(getattr(memory, name), getattr(world.memory, name))
     counts = np.asarray(memory.mask)[None, :, :, None, None]
     for name in ("keys", "values"):
-        mine, other = getattr(memory, name), getattr(world.memory, name)
+        mine, other = (np.asarray(getattr(of, name)) for of in (memory, world.memory))
         assert mine.shape == other.shape and np.isfinite(mine).all()
         np.testing.assert_allclose(np.where(counts, mine, 0), np.where(counts, other, 0), atol=1e-5)
 
 
-def candidates(world: Read) -> list[tuple[int, ...]]:
-    """All that is proposed, and what nobody does."""
-    proposed = {y for row in range(ROWS) for y in world.proposals(row)}
-    return sorted(proposed | {(2,), (7, 2), (7, 9, 11, 2), (7, 9, 12, 13, 14)})
-
-
-def test_equals_scoring_one_by_one(world: Read) -> None:
+def test_equals_scoring_without_a_cache(world: Read) -> None:
     """All rows, and some of them in another order, each with answers of its own."""
-    every = candidates(world)
+    every = world.candidates
     for wanted in ({row: every for row in range(ROWS)}, {2: every[::2], 0: every[1:4], 3: every[-1:]}):
         found = world.scorer.score(wanted)
         assert list(found) == list(wanted)
         for row, answers in wanted.items():
             for logp, answer in zip(found[row], answers, strict=True):
-                np.testing.assert_allclose(logp[: len(answer)], world.one_by_one(row, answer), atol=2e-5, rtol=1e-5)
+                np.testing.assert_allclose(logp[: len(answer)], world.plain(row, answer), atol=2e-5, rtol=1e-5)
                 assert (logp[len(answer) :] == 0).all()
     assert world.scorer.score({}) == {} == world.scorer.bounds({})
 
@@ -102,7 +102,7 @@ def test_an_answer_may_be_empty(world: Read) -> None:
     """And a memory may have none."""
     found = world.scorer.score({3: [], 1: [(), (7, 9, 2)], 0: [()]})
     assert [steps.shape for steps in found.values()] == [(0, 3), (2, 3), (1, 3)]
-    np.testing.assert_allclose(found[1][1], world.one_by_one(1, (7, 9, 2)), atol=2e-5, rtol=1e-5)
+    np.testing.assert_allclose(found[1][1], world.plain(1, (7, 9, 2)), atol=2e-5, rtol=1e-5)
     assert not found[1][0].any() and not found[0].any()
     nothing = world.scorer.bounds({2: [()], 0: []})
     assert [(at_most.tolist(), whole.tolist()) for at_most, whole in nothing.values()] == [([0.0], [True]), ([], [])]
@@ -123,7 +123,7 @@ def test_nothing_is_read_twice(world: Read, monkeypatch: pytest.MonkeyPatch) -> 
     for row in range(ROWS):
         sums = [logp.sum() for logp in own[row]]
         np.testing.assert_allclose(sums, world.beams.logp[row], atol=2e-5, rtol=1e-5)
-    every = candidates(world)
+    every = world.candidates
     world.scorer.score({0: every})
     searched, parents = (np.asarray(x)[0] for x in (world.scorer.prefixes.tokens, world.scorer.prefixes.parent))
     seen: set[tuple[int, ...]] = {()}
@@ -148,7 +148,7 @@ def test_many_prefixes_are_read_in_passes(world: Read, monkeypatch: pytest.Monke
         reads.append((np.asarray(given[-1]) >= 0).sum(axis=-1))
         return original(*given)
 
-    every = candidates(world)
+    every = world.candidates
     wanted = {0: every, 2: every[3:], 1: [every[0]]}
     whole = world.scorer.score(wanted)
     monkeypatch.setattr(prefixes_module, "extend_prefixes", counted)
@@ -161,12 +161,12 @@ def test_many_prefixes_are_read_in_passes(world: Read, monkeypatch: pytest.Monke
 
 
 def test_bounds_are_the_longest_prefix_read(world: Read) -> None:
-    every = candidates(world)
+    every = world.candidates
     found = world.scorer.bounds({row: every for row in (1, 3)})
     for row in (1, 3):
         at_most, whole = found[row]
         for bound, is_whole, answer in zip(at_most, whole, every, strict=True):
-            logp = world.one_by_one(row, answer)
+            logp = world.plain(row, answer)
             sums = logp.cumsum()
             assert np.abs(sums - bound).min() < 1e-4, "the probability of one of its prefixes"
             assert bound >= sums[-1] - 1e-4

@@ -16,11 +16,11 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from flax import nnx
@@ -283,16 +283,17 @@ def ours(case: Case, model: PretrainedModel, params: Any = None) -> np.ndarray:
     """Embeddings [n,D] of an encoder, or log-probabilities [n,T] of a generator's answers, by its own parameters."""
     pad = model.hf_config.get("pad_token_id") or 0
     tokens, mask, answers = rows(pad)
+    params = model.load_params() if params is None else params
+    return np.asarray(_run(model.graphdef, params, tokens, mask, None if case.pooling else answers[:, None]))
 
-    @jax.jit
-    def run(params: Any) -> jax.Array:
-        module = nnx.merge(model.graphdef, params)
-        if case.pooling:
-            return module(jnp.asarray(tokens), jnp.asarray(mask))
-        memory = module.prefill(jnp.asarray(tokens), jnp.asarray(mask))
-        return score(module, memory, jnp.asarray(answers)[:, None])[:, 0]
 
-    return np.asarray(run(model.load_params() if params is None else params))
+@partial(jax.jit, static_argnums=0)
+def _run(graph: nnx.GraphDef, params: Any, tokens: jax.Array, mask: jax.Array, answers: jax.Array | None) -> jax.Array:
+    """One program for all cases of one network, however their tensors are named."""
+    module = nnx.merge(graph, params)
+    if answers is None:
+        return module(tokens, mask)
+    return score(module, module.prefill(tokens, mask), answers)[:, 0]
 
 
 # transformers

@@ -49,7 +49,7 @@ class Small:
 def random_llama(folder: Path, seed: int = 0, dropout: float = 0.0, **changes: Any) -> Small:
     """A Llama of 2 layers with `changes` to its config.json, weights drawn wide."""
     hf = {**LLAMA, "vocab_size": 40, **changes}
-    _, params = split_parameters(Llama(LlamaConfig.from_hf(hf), nnx.Rngs(0)))
+    _, params = split_parameters(nnx.eval_shape(lambda: Llama(LlamaConfig.from_hf(hf), nnx.Rngs(0))))
     save_generator(folder, hf, draw(params, seed))
     pretrained = open_generator(folder, dropout)
     return Small(folder, hf, pretrained.graphdef, pretrained.load_params(), load_file(folder / "model.safetensors"))
@@ -60,7 +60,7 @@ def random_bert(
 ) -> Small:
     """A BERT of 2 layers with `changes` to its config.json, weights drawn wide."""
     hf = {**BERT, "vocab_size": 40, **changes}
-    _, params = split_parameters(Bert(BertConfig.from_hf(hf, pooling, normalize), nnx.Rngs(0)))
+    _, params = split_parameters(nnx.eval_shape(lambda: Bert(BertConfig.from_hf(hf, pooling, normalize), nnx.Rngs(0))))
     save_encoder(folder, hf, draw(params, seed))
     pretrained = open_encoder(folder, pooling, normalize, dropout)
     return Small(folder, hf, pretrained.graphdef, pretrained.load_params(), load_file(folder / "model.safetensors"))
@@ -78,7 +78,7 @@ def spread(params: Params, mesh: Mesh) -> Params:
 
 
 def draw(params: Params, seed: int) -> Params:
-    """Wide random values in place of initial ones: biases are not 0, norms not 1, and predictions are sharp."""
+    """Wide random values for parameters of these shapes: biases are not 0, norms not 1, predictions are sharp."""
     rng = np.random.default_rng(seed)
     drawn = {}
     for path, leaf in nnx.traversals.flatten_mapping(params).items():
@@ -88,6 +88,7 @@ def draw(params: Params, seed: int) -> Params:
             "embedding": noise * 0.5,
             "scale": 1 + 0.3 * noise,
             "bias": 0.3 * noise,
+            "logits_bias": 0.3 * noise,
         }[path[-1]].astype(np.float32)
     return nnx.traversals.unflatten_mapping(drawn)
 

@@ -200,9 +200,13 @@ def test_on_several_devices_each_has_its_part(world: Path, mesh: MeshSettings) -
         memory = read(np.arange(ids.size))
         held = (
             memory,
-            beam_search_documents(rag.generator.graphdef, answerer.params["generator"], memory, config.decode, SPECIAL)[
-                1
-            ],
+            beam_search_documents(
+                rag.generator.graphdef,
+                answerer.params["generator"],
+                memory,
+                beam_settings(config.decode, SPECIAL, False),
+                SPECIAL,
+            )[1],
         )
     [taken] = on_each_device(held)
     assert memory.mask.shape[1] == 80
@@ -344,7 +348,9 @@ def test_temporaries_of_answering_are_compiled(
             return search_rag_token(
                 graph, params, DocumentMemory(*leaves), prior, beam_settings(settings, SPECIAL, False), SPECIAL
             )
-        return beam_search_documents(graph, params, DocumentMemory(*leaves), settings, SPECIAL)
+        return beam_search_documents(
+            graph, params, DocumentMemory(*leaves), beam_settings(settings, SPECIAL, False), SPECIAL
+        )
 
     @jax.jit
     def score(params: Any, answers: Any, lengths: Any, *leaves: jax.Array) -> Any:
