@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 PREFIX = "rag.generator."
 SLOW = pytest.mark.slow
 LABELS = ("labels", "labels_nobos", "labels_nostart", "labels_short")
+LONGEST = 9  # of these: so wide are all padded, that they are one program
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,17 @@ class Golden:
 
     @property
     def memory(self) -> DocumentMemory:
-        source, mask = self.values["in/context_input_ids"], self.values["in/context_attention_mask"]
-        return _read(self.pretrained.graphdef, self.params, jnp.asarray(source, jnp.int32), jnp.asarray(mask, bool))
+        return _read(self.pretrained.graphdef, self.params, *self.source)
+
+    @property
+    def source(self) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens [12,24] of four questions' three documents, and their mask."""
+        return self.values["in/context_input_ids"].astype(np.int32), self.values["in/context_attention_mask"] == 1
+
+    @property
+    def prior(self) -> jax.Array:
+        scores = jnp.asarray(self.values["score/labels/doc_scores"])
+        return log_prior(scores, jnp.asarray(np.ones(scores.shape, bool)))
 
 
 @partial(jax.jit, static_argnums=0)
@@ -82,39 +92,50 @@ def golden(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return Golden(folder, pretrained, pretrained.load_params(), values, hf["pad_token_id"])
 
 
-def label_rows(golden: Golden, labels: np.ndarray) -> jax.Array:
-    """Hugging Face's decoder inputs are the labels; what follows each is the next one, and a pad at the end."""
-    following = np.concatenate([labels[:, 1:], np.full_like(labels[:, :1], golden.pad)], axis=1)
-    documents = len(golden.values["in/context_input_ids"]) // len(labels)
-    return jnp.asarray(np.repeat(following, documents, axis=0)[:, None], jnp.int32)
-
-
-def golden_logp(golden: Golden, params: Any, name: str) -> jax.Array:
-    """log p [B,K,T] of each label after the one before, 0 where it is padding."""
+def label_rows(golden: Golden, name: str) -> np.ndarray:
+    """[12,1,LONGEST], where Hugging Face's decoder inputs are the labels: what follows each, and pads."""
     labels = golden.values[f"in/{name}"]
-    rows = label_rows(golden, labels)
-    model = nnx.merge(golden.pretrained.graphdef, params)
-    source, mask = golden.values["in/context_input_ids"], golden.values["in/context_attention_mask"]
-    memory = model.prefill(jnp.asarray(source, jnp.int32), jnp.asarray(mask, bool))
+    following = np.full((len(labels), LONGEST), golden.pad, np.int32)
+    following[:, : labels.shape[1] - 1] = labels[:, 1:]
+    return np.repeat(following, 3, axis=0)[:, None]
+
+
+def golden_logp(golden: Golden, memory: DocumentMemory, name: str, score_rows: Any) -> jax.Array:
+    """log p [B,K,T] of each label after the one before, 0 where it is padding."""
+    rows = label_rows(golden, name)
     # labels need not begin with the start token: it is whatever the first label is
-    memory = memory.replace(start=jnp.repeat(jnp.asarray(labels[:, 0], jnp.int32), len(rows) // len(labels)))
-    logp = jnp.where(rows[:, 0] == golden.pad, 0.0, score(model, memory, rows)[:, 0])
-    return logp.reshape(len(labels), -1, rows.shape[-1])
+    memory = replace(memory, start=jnp.asarray(np.repeat(golden.values[f"in/{name}"][:, 0].astype(np.int32), 3)))
+    return score_rows(memory, rows).reshape(4, 3, -1) * (rows[:, 0] != golden.pad).reshape(4, 3, -1)
+
+
+def label_logp(golden: Golden, name: str) -> np.ndarray:
+    """[B,K,T] as `golden_logp` has them."""
+
+    def score_rows(memory: DocumentMemory, rows: np.ndarray) -> np.ndarray:
+        return np.asarray(_score(golden.pretrained.graphdef, golden.params, memory, rows))
+
+    return np.asarray(golden_logp(golden, golden.memory, name, score_rows))
 
 
 @pytest.mark.parametrize("name", LABELS)
 def test_token_log_probabilities(golden: Golden, name: str) -> None:
     if f"in/{name}" not in golden.values:
         pytest.skip(f"{name} is recorded for BART only")
-    logp = jax.jit(lambda params: golden_logp(golden, params, name))(golden.params)
-    np.testing.assert_allclose(logp, golden.values[f"score/{name}/token_logp"], rtol=1e-4, atol=1e-4)
+    expected = golden.values[f"score/{name}/token_logp"]
+    np.testing.assert_allclose(label_logp(golden, name)[..., : expected.shape[2]], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_loss_and_its_gradient(golden: Golden) -> None:
-    prior = log_prior(jnp.asarray(golden.values["score/labels/doc_scores"]), jnp.ones((4, 3), bool))
+    prior, source = golden.prior, tuple(map(jnp.asarray, golden.source))
 
     def loss(params: Any) -> tuple[jax.Array, jax.Array]:
-        nll = -marginal_logp(prior, golden_logp(golden, params, "labels").sum(axis=-1))
+        model = nnx.merge(golden.pretrained.graphdef, params)
+
+        def score_rows(memory: DocumentMemory, rows: np.ndarray) -> jax.Array:
+            return score(model, memory, jnp.asarray(rows))
+
+        logp = golden_logp(golden, model.prefill(*source), "labels", score_rows)
+        nll = -marginal_logp(prior, logp.sum(axis=-1))
         return nll.sum(), nll
 
     (_, nll), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(golden.params)
@@ -138,70 +159,63 @@ def test_the_loss_and_its_gradient(golden: Golden) -> None:
 
 def test_rag_token_sums_over_the_documents_at_every_token(golden: Golden) -> None:
     """The marginal takes tokens where it takes candidates: RAG-Token's p(y|x) is the product of theirs."""
-    prior = log_prior(jnp.asarray(golden.values["score/labels/doc_scores"]), jnp.ones((4, 3), bool))
-    logp = jax.jit(lambda params: golden_logp(golden, params, "labels"))(golden.params)
-    padding = label_rows(golden, golden.values["in/labels"])[::3, 0] == golden.pad
-    nll = -jnp.where(padding, 0.0, marginal_logp(prior, logp)).sum(axis=-1)
+    of_tokens = np.asarray(marginal_logp(golden.prior, jnp.asarray(label_logp(golden, "labels"))))
+    nll = -np.where(label_rows(golden, "labels")[::3, 0] == golden.pad, 0.0, of_tokens).sum(axis=-1)
     np.testing.assert_allclose(nll, golden.values["score/labels/rag_token_nll"], rtol=1e-4)
 
 
 def test_beams_in_a_pool_score_as_whole_answers(golden: Golden) -> None:
     """Two beams go their own ways through the pool, each seeing its own slots, the second from the first's first."""
-    model, memory = golden.model, golden.memory
-    assert isinstance(model, Generator)
+    graph, params, memory = golden.pretrained.graphdef, golden.params, golden.memory
+    assert isinstance(golden.model, Generator)
     n, beams, longest = memory.start.shape[0], 2, 5
     rng = np.random.default_rng(0)
     answers = rng.integers(4, 100, (n, beams, longest)).astype(np.int32)
     answers[:, 1, 0] = answers[:, 0, 0]
-    expected = _score(golden.pretrained.graphdef, golden.params, memory, jnp.asarray(answers))
-
-    @jax.jit
-    def run(params: Any) -> jax.Array:
-        model = nnx.merge(golden.pretrained.graphdef, params)
-        read = empty_prefix_cache(model, memory, beams * longest)
-        tokens, found = jnp.broadcast_to(memory.start[:, None], (n, beams)), []
-        visible = np.zeros((n, beams, longest, beams), bool)
-        for step in range(longest):
-            visible[:, 0, step, 0] = visible[:, 1, step, min(step, 1)] = True
-            seen = jnp.asarray(visible.reshape(n, beams, -1).copy())
-            logp, read = beam_step(model, memory, read, tokens, jnp.asarray(step), seen)
-            tokens = jnp.asarray(answers[:, :, step])
-            found.append(jnp.take_along_axis(logp, tokens[..., None], -1)[..., 0])
-        return jnp.stack(found, axis=-1)
-
-    np.testing.assert_allclose(run(golden.params), expected, rtol=1e-4, atol=1e-4)
+    expected = _score(graph, params, memory, answers)
+    read = jax.jit(lambda memory: empty_prefix_cache(golden.model, memory, beams * longest))(memory)
+    read = jax.device_put(read, memory.start.sharding)  # else the first step would be another program
+    follow = jax.jit(lambda params, *given: beam_step(nnx.merge(graph, params), *given))
+    tokens, found = np.repeat(np.asarray(memory.start)[:, None], beams, axis=1), []
+    visible = np.zeros((n, beams, longest, beams), bool)
+    for step in range(longest):
+        visible[:, 0, step, 0] = visible[:, 1, step, min(step, 1)] = True
+        logp, read = follow(params, memory, read, tokens, np.int32(step), visible.reshape(n, beams, -1).copy())
+        tokens = answers[:, :, step]
+        found.append(np.take_along_axis(np.asarray(logp), tokens[..., None], -1)[..., 0])
+    np.testing.assert_allclose(np.stack(found, axis=-1), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_groups_do_not_see_each_other_and_padding_changes_nothing(golden: Golden) -> None:
     memory = golden.memory
-    answers = jnp.asarray(np.random.default_rng(1).integers(4, 100, (memory.start.shape[0], 3, 4)), jnp.int32)
+    answers = np.random.default_rng(1).integers(4, 100, (memory.start.shape[0], 3, 4)).astype(np.int32)
     graph, params = golden.pretrained.graphdef, golden.params
-    together = _score(graph, params, memory, answers)
+    together = np.asarray(_score(graph, params, memory, answers))
     for group in range(3):
-        alone = _score(graph, params, memory, answers[:, group : group + 1])
+        alone = np.asarray(_score(graph, params, memory, answers[:, group : group + 1]))
         np.testing.assert_allclose(alone[:, 0], together[:, group], atol=rounding(together))
-    source = np.pad(golden.values["in/context_input_ids"], ((0, 0), (0, 9)), constant_values=7).astype(np.int32)
-    mask = np.pad(golden.values["in/context_attention_mask"], ((0, 0), (0, 9))).astype(bool)
-    wider = _read(graph, params, jnp.asarray(source), jnp.asarray(mask))
+    source, mask = (
+        np.pad(x, ((0, 0), (0, 9)), constant_values=fill) for x, fill in zip(golden.source, (7, False), strict=True)
+    )
+    wider = _read(graph, params, source, mask)
     np.testing.assert_allclose(_score(graph, params, wider, answers), together, atol=rounding(together))
 
 
 def test_dropout_is_drawn_by_row(golden: Golden) -> None:
     dropping = open_generator(golden.folder, dropout=0.3)
-    source = jnp.asarray(golden.values["in/context_input_ids"], jnp.int32)
-    mask = jnp.asarray(golden.values["in/context_attention_mask"], bool)
-    answers = jnp.asarray(np.random.default_rng(2).integers(4, 100, (len(source), 1, 4)), jnp.int32)
+    source, mask = golden.source
+    answers = np.random.default_rng(2).integers(4, 100, (len(source), 1, 4)).astype(np.int32)
 
     @jax.jit
     def run(source: jax.Array, mask: jax.Array, answers: jax.Array, rngs: Any) -> jax.Array:
         model = nnx.merge(dropping.graphdef, golden.params)
         return score(model, model.prefill(source, mask, rngs, remat=True), answers, rngs, remat=True)
 
-    rngs = row_rngs(jax.random.key(0), jnp.arange(len(source)))
-    first = run(source, mask, answers, rngs)
-    without = _score(golden.pretrained.graphdef, golden.params, golden.memory, answers)
+    rngs = jax.jit(row_rngs)(jax.random.key(0), np.arange(len(source)))
+    first = np.asarray(run(source, mask, answers, rngs))
+    without = np.asarray(_score(golden.pretrained.graphdef, golden.params, golden.memory, answers))
     assert np.abs(first - without).min(axis=-1).max() > 1e-3
-    backwards = run(source[::-1], mask[::-1], answers[::-1], rngs[::-1])
+    backwards = np.asarray(run(source[::-1], mask[::-1], answers[::-1], rngs[::-1]))
     np.testing.assert_allclose(backwards[::-1], first, atol=rounding(first))
 
 
@@ -248,25 +262,25 @@ def test_files_named_as_on_the_hub(golden: Golden, tmp_path: Path) -> None:
 def test_bfloat16_keeps_log_probabilities_in_float32(golden: Golden) -> None:
     half = open_generator(golden.folder, dtype="bfloat16")
     memory = golden.memory
-    answers = jnp.asarray(np.random.default_rng(3).integers(4, 100, (memory.start.shape[0], 1, 4)), jnp.int32)
-    expected = _score(golden.pretrained.graphdef, golden.params, memory, answers)
-    source, mask = golden.values["in/context_input_ids"], golden.values["in/context_attention_mask"]
-    read = _read(half.graphdef, golden.params, jnp.asarray(source, jnp.int32), jnp.asarray(mask, bool))
+    answers = np.random.default_rng(3).integers(4, 100, (memory.start.shape[0], 1, 4)).astype(np.int32)
+    expected = np.asarray(_score(golden.pretrained.graphdef, golden.params, memory, answers))
+    read = _read(half.graphdef, golden.params, *golden.source)
     assert read.keys.dtype == jnp.bfloat16
-    found = _score(half.graphdef, golden.params, read, answers)
-    assert found.dtype == jnp.float32
+    found = np.asarray(_score(half.graphdef, golden.params, read, answers))
+    assert found.dtype == np.float32
     assert 0 < np.abs(found - expected).mean() < 0.2
 
 
 def test_distances_share_rows() -> None:
     """By hand for 8 buckets up to a distance of 16: 0 to 3 alone, then 4 and 5, 6 to 7, 8 to 11, 12 and more."""
     expected = [0, 1, 2, 3, 4, 4, 5, 5, 6, 6, 6, 7, 7, 7, 7, 7, 7, 7]
-    behind = [int(distance_bucket(jnp.asarray(-d), 8, 16, both_ways=False)) for d in range(len(expected))]
+    bucket = jax.jit(partial(distance_bucket, buckets=8, farthest=16), static_argnames="both_ways")
+    behind = bucket(-np.arange(len(expected)), both_ways=False).tolist()
     exact = [d if d < 4 else min(7, int(4 + 4 * np.log(d / 4) / np.log(4))) for d in range(len(expected))]
     assert behind == exact
-    assert int(distance_bucket(jnp.asarray(3), 8, 16, both_ways=False)) == 0
-    assert int(distance_bucket(jnp.asarray(1), 8, 16, both_ways=True)) == 5
-    assert int(distance_bucket(jnp.asarray(-1), 8, 16, both_ways=True)) == 1
+    ahead = np.array([3, 1, -1, *[0] * (len(expected) - 3)])
+    assert int(np.asarray(bucket(ahead, both_ways=False))[0]) == 0
+    assert np.asarray(bucket(ahead, both_ways=True))[1:3].tolist() == [5, 1]
 
 
 @SLOW
