@@ -55,6 +55,7 @@ def long(world: Path, **settings: object) -> Config:
 def taken(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """The temporaries of each program of answering that runs, on each device, by its name."""
     found: dict[str, int] = {}
+    programs: dict[Any, Any] = {}  # a search calls some of them in every round
 
     def measured(name: str, program: Any) -> Callable[..., Any]:
         def run(*given: Any) -> Any:
@@ -66,11 +67,15 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
                 return program(*jax.tree.unflatten(tree, [traced.get(i, leaf) for i, leaf in enumerate(leaves)]))
 
             arrays = [leaves[i] for i in at]
-            compiled = jax.jit(whole).lower(arrays).compile()
-            analysis = compiled.memory_analysis()
-            assert analysis is not None
-            found[name] = max(found.get(name, 0), analysis.temp_size_in_bytes)
-            return compiled(arrays)
+            kinds = [(jax.typeof(array), getattr(array, "sharding", None)) for array in arrays]
+            others = [leaf for i, leaf in enumerate(leaves) if i not in at]
+            key = program, tree, *kinds, *others
+            if key not in programs:
+                programs[key] = jax.jit(whole).lower(arrays).compile()
+                analysis = programs[key].memory_analysis()
+                assert analysis is not None
+                found[name] = max(found.get(name, 0), analysis.temp_size_in_bytes)
+            return programs[key](arrays)
 
         return run
 
