@@ -83,7 +83,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test marked `devices(1, 8, slow=[2])` runs with one device and with eight, and in the slow group with two."""
     if marker := metafunc.definition.get_closest_marker("devices"):
         counts = [*marker.args, *(pytest.param(n, marks=pytest.mark.slow) for n in marker.kwargs.get("slow", ()))]
-        there = [n for n in counts if (n if isinstance(n, int) else n.values[0]) <= metafunc.config.getoption("devices")]
+        there = [
+            n for n in counts if (n if isinstance(n, int) else n.values[0]) <= metafunc.config.getoption("devices")
+        ]
         metafunc.parametrize("seen_devices", there, indirect=True, scope="module")
 
 

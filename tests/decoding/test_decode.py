@@ -18,9 +18,7 @@ from world import shared_world, tiny_config
 from ragjax.checkpoints.pretrained import open_generator
 from ragjax.config import Decode
 from ragjax.data.question_batch import QuestionBatch
-from ragjax.decoding import beam_search as beam_search_module
 from ragjax.decoding import decode as decode_module
-from ragjax.decoding.beam_search import batch_sizes
 from ragjax.decoding.candidates import Candidates, pad_answers
 from ragjax.decoding.decode import decode_rag_sequence
 from ragjax.decoding.prefix_cache import PrefixScorer
@@ -43,6 +41,7 @@ V, T = 6, 3
 
 @pytest.fixture(scope="module", autouse=True)
 def quick() -> Iterator[None]:
+    """How rows leave is seen in test_by_device.py."""
     with one_loop():
         yield
 
@@ -129,10 +128,7 @@ def assert_equal_candidates(found: Candidates, expected: Candidates) -> None:
 def golden_candidates(generator: Small, golden: dict[str, np.ndarray]) -> dict[int, list[Candidates]]:
     """By beams: what each of the 4 questions with its 3 documents gives."""
     prompts, prior = prompts_of(golden), golden["score/doc_logprobs"]
-    found = {beams: decoded(generator, prompts, prior, SETTINGS.replace(num_beams=beams)) for beams in (1, 2)}
-    with pytest.MonkeyPatch.context() as patch:  # rows that are done leave
-        patch.setattr(beam_search_module, "batch_sizes", batch_sizes)
-        return found | {4: decoded(generator, prompts, prior, SETTINGS.replace(num_beams=4))}
+    return {beams: decoded(generator, prompts, prior, SETTINGS.replace(num_beams=beams)) for beams in (1, 2, 4)}
 
 
 @pytest.mark.other_python

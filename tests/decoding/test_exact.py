@@ -86,7 +86,7 @@ def nodes_of(found: MarginalSearch, b: int) -> list[int]:
 @pytest.mark.parametrize("width", [1, 2])
 def test_search_is_exact_and_its_bound_holds(width: int, by_token: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """2,000 questions, each with its own answers and priors: ties, near-ties, missing documents."""
-    if width == 2:  # finished rows leave
+    if width == 2 and not by_token:  # finished rows leave
         monkeypatch.setattr(beam_search_module, "batch_sizes", batch_sizes)
     rng = np.random.default_rng(width)
     tables, prior = random_tables(rng, 2000, 3), random_prior(rng, 2000, 3)

@@ -122,9 +122,9 @@ def _scores(
 
 
 @pytest.fixture
-def quick(variant: str) -> Iterator[None]:
-    """Rows that are done leave in one variant alone."""
-    with nullcontext() if variant == "default" else one_loop():
+def quick(variant: str, golden: Golden) -> Iterator[None]:
+    """Rows that are done leave in one variant of T5 alone, whose pool has positions, too."""
+    with nullcontext() if variant == "default" and golden.special.bos is None else one_loop():
         yield
 
 

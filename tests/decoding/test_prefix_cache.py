@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from compiling import one_loop
 from flax import nnx
 from reference import draw
 
@@ -66,7 +68,8 @@ def _score(graph: nnx.GraphDef, params: Any, memory: DocumentMemory, answers: ja
 
 @pytest.fixture(scope="module", params=["llama", "bart", "t5"])
 def world(request: pytest.FixtureRequest) -> Read:
-    return Read(request.param)
+    with one_loop() if request.param == "bart" else nullcontext():  # the other families' rows leave
+        return Read(request.param)
 
 
 def test_padding_is_not_read(world: Read) -> None:
