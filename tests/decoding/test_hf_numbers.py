@@ -122,6 +122,12 @@ def _scores(
 
 
 @pytest.fixture
+def one_size() -> Iterator[None]:
+    with one_loop():
+        yield
+
+
+@pytest.fixture
 def quick(variant: str, golden: Golden) -> Iterator[None]:
     """Rows that are done leave in one variant of T5 alone, whose pool has positions, too."""
     with nullcontext() if variant == "default" and golden.special.bos is None else one_loop():
@@ -257,7 +263,7 @@ def check_candidates(found: Candidates, theirs: dict[str, np.ndarray], special: 
     assert first == theirs["first_doc"][:count].tolist()
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("one_size")
 @pytest.mark.parametrize(("variant", "beams"), SEARCHES)
 def test_rag_token_decoding(golden: Golden, variant: str, beams: int) -> None:
     if variant not in golden.variants:
