@@ -72,6 +72,7 @@ def reference(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 @pytest.mark.parametrize(
     ("processes", "devices", "settings", "stages"),
     [
+        (2, 2, [], "train"),
         (1, 8, [], "train evaluate"),
         (2, 4, ["mesh.fsdp=true", "mesh.model=2"], "train evaluate"),
         (4, 2, ["mesh.fsdp=true"], "train"),
@@ -85,7 +86,7 @@ def test_the_same_numbers_on_any_layout(
 ) -> None:
     """Each number of processes and each way to split evaluates once: an answer follows from what was trained.
 
-    Two processes are those of which one is taken away below; with `mesh.fsdp`, those whose checkpoint is damaged.
+    Two processes with `mesh.fsdp` are those whose checkpoint is damaged below.
     """
     assert_trained(launch(world, processes, devices, tmp_path, *settings, stages=stages))
     assert_same(tmp_path, reference, "evaluate" in stages)
