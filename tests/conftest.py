@@ -82,11 +82,10 @@ def pytest_keyboard_interrupt() -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test marked `devices(1, 8, slow=[2])` runs with one device and with eight, and in the slow group with two."""
     if marker := metafunc.definition.get_closest_marker("devices"):
-        counts = [*marker.args, *(pytest.param(n, marks=pytest.mark.slow) for n in marker.kwargs.get("slow", ()))]
-        there = [
-            n for n in counts if (n if isinstance(n, int) else n.values[0]) <= metafunc.config.getoption("devices")
-        ]
-        metafunc.parametrize("seen_devices", there, indirect=True, scope="module")
+        there, slow = metafunc.config.getoption("devices"), marker.kwargs.get("slow", [])
+        marks = dict.fromkeys(marker.args, ()) | dict.fromkeys(slow, pytest.mark.slow)
+        counts = [pytest.param(count, marks=mark) for count, mark in marks.items() if count <= there]
+        metafunc.parametrize("seen_devices", counts, indirect=True, scope="module")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -340,7 +340,7 @@ def _quoted(value: object) -> str:
 
 
 def _unknown(model: type[Section], at: Sequence[Any]) -> str:
-    """Names the keys there that have it as a word, or the nearest one, or the same elsewhere, or else all keys there."""
+    """Names the keys there that have it as a word, or the nearest, or the same elsewhere, or else all keys there."""
     section, key, name = _section_at(model, at[:-1]), _joined("", *at), str(at[-1])
     if key in RENAMED:
         hint = f"it is now {RENAMED[key]}"

@@ -86,8 +86,8 @@ def told(program: str, *arguments: str, effort: str = "O0") -> dict[str, Any]:
     """What a process prints.
 
     With the `effort` O0 XLA takes 40 % of the time that it takes as users have it, UNKNOWN, since it does little to
-    make programs fast. Where an array lies does not hang on that; temporaries are somewhat larger (of Qwen3's: in
-    training by 20 %, in answering by 4 %).
+    make programs fast. Where an array lies does not hang on that. Temporaries differ: of Qwen3's training they are 20 %
+    larger, of the paper's step 3 % smaller. So what fits must leave a tenth of the memory.
     """
     environment = os.environ | {"JAX_OPTIMIZATION_LEVEL": effort}
     command = [sys.executable, "-c", program, *arguments]
@@ -183,7 +183,7 @@ def test_the_papers_step_fits_a_tpu_that_is_not_there(tmp_path: Path) -> None:
     assert found["state"] == pytest.approx(whole / 8, rel=0.001)
     assert found["arguments"] == pytest.approx(found["state"], rel=0.01)  # TPUs pad some arrays
     assert found["kept"] == pytest.approx(found["state"], rel=0.01)  # the new state lies where the old one did
-    assert found["needs"] < V5E_MEMORY
+    assert found["needs"] < 0.9 * V5E_MEMORY
     assert sum(found["sent"].values()) > whole / 3  # the parameters, at least, and their gradients
 
 
