@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 # uv installs in seconds what takes pip minutes; pip does it where uv cannot, as with an index that pip alone knows
 INSTALL = { $(PIP) uv && $(BIN)/uv pip install -q --python $(BIN)/python -e '$(WHAT)'; } 2>/dev/null || $(PIP) -e '$(WHAT)'
 PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q
-TWO_AT_A_TIME := -n 2 --dist loadfile --no-loadscope-reorder
+TWO_AT_A_TIME := -n 2 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder
 CHANGED_SINCE ?= main
 
 # glibc puts large arrays on huge pages: less time goes into page faults.
@@ -46,7 +46,7 @@ test-other-with: $(VENV)/dev
 	$(PYTEST) -n 2 --devices 1 -m 'other_python and not slow'
 
 test-slow: $(VENV)/dev
-	$(PYTEST) -n 2 --dist worksteal -m slow --ignore tests/serving/test_browser.py
+	$(PYTEST) -n 2 --max-worker-restart 0 --dist worksteal -m slow --ignore tests/serving/test_browser.py
 
 test-torch: $(VENV)/dev
 	$(PIP) -e '.[dev,torch]'

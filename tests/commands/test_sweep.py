@@ -7,9 +7,11 @@ import os
 import shlex
 import shutil
 import signal
+import subprocess
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -202,9 +204,11 @@ def test_a_run_that_fails_does_not_stop_the_others(world: Path, tmp_path: Path) 
     ]
 
 
-def test_signals_are_passed_on(tmp_path: Path) -> None:
-    """One that comes to the sweep reaches the command, which ends in its own way."""
+@pytest.mark.parametrize("starting", [True, False])
+def test_signals_are_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, starting: bool) -> None:
+    """One that comes to the sweep, even while the command starts, reaches it, and it ends in its own way."""
     script = f"trap 'echo got >> {tmp_path}/got; exit 143' TERM; touch {tmp_path}/ready; while :; do sleep 0.05; done"
+    start = subprocess.Popen
 
     def stop() -> None:
         while not (tmp_path / "ready").exists():
@@ -212,8 +216,17 @@ def test_signals_are_passed_on(tmp_path: Path) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     thread = threading.Thread(target=stop)
-    thread.start()
-    assert call(["bash", "-c", script]) == 143
+
+    def started(*arguments: Any, **settings: Any) -> subprocess.Popen[bytes]:
+        child = start(*arguments, **settings)
+        thread.start()
+        if starting:
+            thread.join()
+        return child
+
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "Popen", started)
+        assert call(["bash", "-c", script]) == 143
     thread.join()
     assert (tmp_path / "got").read_text() == "got\n"
     assert call(["bash", "-c", "exit 3"]) == 3 and call(["bash", "-c", "kill -9 $$"]) == 137

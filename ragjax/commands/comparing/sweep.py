@@ -199,11 +199,21 @@ def call(command: Sequence[str]) -> int:
     A signal that comes meanwhile is passed on, once: training saves then, and ends.
     """
     program = [sys.executable, "-m", "ragjax"] if command[0] == "ragjax" else [command[0]]
-    began = time.monotonic()
-    child = subprocess.Popen([*program, *command[1:]], stdout=2, process_group=0)  # the terminal's Ctrl-C comes here
+    began, passed_on = time.monotonic(), False
+    child: subprocess.Popen[bytes] | None = None
+
+    def pass_on() -> None:
+        nonlocal passed_on
+        if child is not None and not passed_on:
+            passed_on = True
+            child.send_signal(signals.came)
+
     with listening() as signals:
-        before, signals.instead = signals.instead, lambda: child.send_signal(signals.came)
+        before, signals.instead = signals.instead, pass_on
         try:
+            child = subprocess.Popen([*program, *command[1:]], stdout=2, process_group=0)  # Ctrl-C comes here alone
+            if signals.came:  # while the command started
+                pass_on()
             while True:
                 try:
                     _, status, usage = os.wait4(child.pid, 0)
