@@ -121,7 +121,7 @@ def progress_bar(
                 parts.append(f"{_clock((total - pace.done) * seconds)} left")
         return ", ".join(parts) + (f"  {note}" if note else "")
 
-    with _shown(name, total, done, first if done != total else "") as show:
+    with _display(name, total, done, first if done != total else "") as show:
 
         def advance(step: int = 1, note: str = "") -> None:
             check()
@@ -136,7 +136,7 @@ def progress_bar(
 
 
 @contextmanager
-def _shown(name: str, total: int | None, done: int, first: str) -> Iterator[Callable[[int, Callable[[], str]], None]]:
+def _display(name: str, total: int | None, done: int, first: str) -> Iterator[Callable[[int, Callable[[], str]], None]]:
     """Yields what shows a status after a number of units more: a bar on a terminal, elsewhere a line now and then."""
     if terminal.is_terminal:
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TimeElapsedColumn())

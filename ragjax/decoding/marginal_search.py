@@ -30,8 +30,8 @@ class MarginalCache:
     """The prefixes read under each of B·K memories, and how likely they are there."""
 
     prefixes: PrefixCache
-    logp: Float[Array, "n P"]  # log p(s|x,z) of the prefix in each slot
-    end_logp: Float[Array, "n P"]  # log p(y|x,z) of the answer that ends after it
+    logp: Float[Array, "n E"]  # log p(s|x,z) of the prefix in each slot
+    end_logp: Float[Array, "n E"]  # log p(y|x,z) of the answer that ends after it
     documents: int = struct.field(pytree_node=False)  # K
 
     def take(self, rows: Int[Array, " R"]) -> MarginalCache:

@@ -34,10 +34,10 @@ class PrefixCache:
     """The prefixes that were read after each of n memories: each is one slot, that of its last token."""
 
     past: KVCache
-    tokens: Int[Array, "n P"]
-    parent: Int[Array, "n P"]  # the slot of the prefix without its last token; -1 for the start token, and unwritten
-    hidden: Float[Array, "n P D"]
-    logsumexp: Float[Array, "n P"]  # of the logits of what follows
+    tokens: Int[Array, "n E"]
+    parent: Int[Array, "n E"]  # the slot of the prefix without its last token; -1 for the start token, and unwritten
+    hidden: Float[Array, "n E D"]
+    logsumexp: Float[Array, "n E"]  # of the logits of what follows
 
     def take(self, rows: Int[Array, " R"]) -> PrefixCache:
         """What was read after some of the memories."""
@@ -72,7 +72,7 @@ def beam_step(
     prefixes: PrefixCache,
     tokens: Int[Array, "n W"],
     step: Int[Array, ""],
-    attention_mask: Bool[Array, "n W P"],
+    attention_mask: Bool[Array, "n W E"],
 ) -> tuple[Float[Array, "n W V"], PrefixCache]:
     """One step of W beams: log-probabilities (nats) of what follows `tokens`, which stand at position `step`.
 
@@ -163,7 +163,7 @@ class PrefixScorer:
         return forest, group_by_device(rows, len(self._tokens), nearly_all=True)
 
     def _read(self, forest: _Forest, group: RowGroup) -> tuple[Array, Array]:
-        """States and logsumexps [R,Q(,D)] of all prefixes of some memories, once the new ones are read.
+        """States and logsumexps [R,prefixes(,D)] of all prefixes of some memories, once the new ones are read.
 
         Few shapes, so that few programs are compiled (see `read_width`).
         """
@@ -210,8 +210,8 @@ class _Forest:
     def __init__(
         self,
         answers: Sequence[Sequence[Tokens]],
-        tokens: Int[np.ndarray, "R P"],
-        parent: Int[np.ndarray, "R P"],
+        tokens: Int[np.ndarray, "R E"],
+        parent: Int[np.ndarray, "R E"],
         first: int,
         grow: bool,
     ) -> None:
@@ -262,7 +262,7 @@ class _Forest:
         self._row, self._there, self._paths = row, there, np.zeros(nodes.shape, np.int64)
         self._paths[there] = self.edge[index]
 
-    def along_answers(self, logp: Float[np.ndarray, "R E"]) -> Float[np.ndarray, "_ T"]:
+    def along_answers(self, logp: Float[np.ndarray, "R edges"]) -> Float[np.ndarray, "_ T"]:
         """The values of the edges along every answer; 0 beyond the last."""
         return np.where(self._there, logp[self._row[:, None], self._paths], np.float32(0))
 
@@ -303,8 +303,8 @@ def extend_prefixes(
     rows: Int[Array, " R"] | None,
     tokens: Int[Array, "R M"],
     parent: Int[Array, "R M"],
-) -> tuple[Float[Array, "R Q D"], Float[Array, "R Q"]]:
-    """Reads M more prefixes beside the P cached ones of some memories: states and logsumexps of all Q = P + M.
+) -> tuple[Float[Array, "R prefixes D"], Float[Array, "R prefixes"]]:
+    """Reads M more prefixes beside those in the caches of some memories: states and logsumexps of all.
 
     `rows` are the memories, or None for all; `parent` is the slot of the prefix without its last token, −1 for what
     fills up.
@@ -326,7 +326,7 @@ def _extend(
     prefixes: PrefixCache,
     tokens: Int[Array, "R M"],
     parent: Int[Array, "R M"],
-) -> tuple[Float[Array, "R Q D"], Float[Array, "R Q"]]:
+) -> tuple[Float[Array, "R prefixes D"], Float[Array, "R prefixes"]]:
     more, past = tokens.shape[1], prefixes.past
 
     def room(x: Array, axis: int) -> Array:
@@ -345,7 +345,7 @@ def _extend(
     )
 
 
-def _ancestors(parent: Int[Array, "R Q"], first: int) -> Bool[Array, "R M Q"]:
+def _ancestors(parent: Int[Array, "R prefixes"], first: int) -> Bool[Array, "R M prefixes"]:
     """Which slots lie on the way from each slot, from `first` on, to the start token: its own, too."""
     rows, slots = parent.shape
 
@@ -364,12 +364,12 @@ def edge_logp(
     graph: nnx.GraphDef,
     params: Params,
     special: SpecialTokens,
-    hidden: Float[Array, "n Q D"],
-    logsumexp: Float[Array, "n Q"],
+    hidden: Float[Array, "n prefixes D"],
+    logsumexp: Float[Array, "n prefixes"],
     rows: Int[Array, " R"] | None,
-    slot: Int[Array, "R E"],
-    token: Int[Array, "R E"],
-) -> Float[Array, "R E"]:
+    slot: Int[Array, "R edges"],
+    token: Int[Array, "R edges"],
+) -> Float[Array, "R edges"]:
     """log p(token | the prefix in a slot); of `special.eos`, that the answer ends there. `rows` None stands for all."""
 
     def along(params: Params, hidden: Array, logsumexp: Array, rows: Array | None, slot: Array, token: Array) -> Array:

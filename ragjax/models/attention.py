@@ -52,17 +52,17 @@ class Attention(nnx.Module):
 
 
 class AttentionSource(NamedTuple):
-    """P tokens that G groups of M new tokens may attend to: a document's memory, a pool of slots, or their own group.
+    """E tokens that G groups of M new tokens may attend to: a document's memory, a pool of slots, or their own group.
 
-    `keys` and `values` are [n,P,Hkv,Dh] where all groups share them, [n,G,P,Hkv,Dh] where each group has its own.
+    `keys` and `values` are [n,E,Hkv,Dh] where all groups share them, [n,G,E,Hkv,Dh] where each group has its own.
     """
 
     keys: Float[Array, "..."]
     values: Float[Array, "..."]
-    attention_mask: Bool[Array, "#n #G #M P"]
-    bias: Float[Array, "#n #G M P H"] | None = None  # added to the attention logits
+    attention_mask: Bool[Array, "#n #G #M E"]
+    bias: Float[Array, "#n #G M E H"] | None = None  # added to the attention logits
 
-    def within(self, distance: Int[Array, "#n #G #M P"], window: int | Int[Array, ""]) -> AttentionSource:
+    def within(self, distance: Int[Array, "#n #G #M E"], window: int | Int[Array, ""]) -> AttentionSource:
         """Without the tokens that stand `window` tokens or more before the one that attends (Beltagy et al. 2020)."""
         return self._replace(attention_mask=self.attention_mask & (distance < window))
 
@@ -296,7 +296,7 @@ def distance_bucket(distance: Int[Array, "..."], buckets: int, farthest: int, bo
 
 def _attention_scores(
     q: Float[Array, "n k r G M Dh"], source: AttentionSource, softcap: float
-) -> Float[Array, "n k r G M P"]:
+) -> Float[Array, "n k r G M E"]:
     scores = jnp.einsum(f"nkrgmd,{_axes(source)}->nkrgmp", q, source.keys, preferred_element_type=jnp.float32)
     if softcap:
         scores = softcap * jnp.tanh(scores / softcap)

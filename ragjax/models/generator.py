@@ -64,14 +64,14 @@ class Generator(Protocol):
         past: KVCache | None,
         tokens: Int[Array, "n G M"],
         positions: Int[Array, "#n #G M"],
-        attention_mask: Bool[Array, "#n #G M P"],
+        attention_mask: Bool[Array, "#n #G M E"],
         dropout_rngs: RowRngs | None = None,
         remat: bool = False,
     ) -> tuple[Float[Array, "n G M D"], KVCache | None]:
         """The states after G groups of M tokens that follow each memory, and the pool that holds these tokens, too.
 
         Without a past a token sees, of its own group, what `attention_mask` [n|1,G|1,M,M] says. With one, the new
-        tokens are written to the next G·M slots of the pool, and `attention_mask` [n,G,M,P] says which slots each sees.
+        tokens are written to the next G·M slots of the pool, and `attention_mask` [n,G,M,E] says which slots each sees.
         """
         ...
 

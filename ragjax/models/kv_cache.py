@@ -46,11 +46,11 @@ class DocumentMemory:
 
 @struct.dataclass
 class KVCache:
-    """A write-once pool of P slots a row, for the tokens read after its document."""
+    """A write-once pool of E slots a row, for the tokens read after its document."""
 
-    keys: Float[Array, "L n P Hkv Dh"]
-    values: Float[Array, "L n P Hkv Dh"]
-    positions: Int[Array, "n P"]  # of the token in each slot; kept by families that need them later
+    keys: Float[Array, "L n E Hkv Dh"]
+    values: Float[Array, "L n E Hkv Dh"]
+    positions: Int[Array, "n E"]  # of the token in each slot; kept by families that need them later
     filled: Int[Array, ""]
 
     def write(
@@ -103,8 +103,8 @@ class LayerCache:
     layer: Int[Array, ""]  # its number
     document: AttentionSource
     pool: KVCache | None  # without one, the new tokens attend to their own group alone
-    attention_mask: Bool[Array, "#n #G M P"]
-    bias: Float[Array, "#n #G M P H"] | None
+    attention_mask: Bool[Array, "#n #G M E"]
+    bias: Float[Array, "#n #G M E H"] | None
 
     def append(
         self, keys: Float[Array, "n G M Hkv Dh"], values: Float[Array, "n G M Hkv Dh"]
@@ -123,8 +123,8 @@ def decode_layers(
     x: Float[Array, "n G M D"],
     memory: DocumentMemory,
     past: KVCache | None,
-    attention_mask: Bool[Array, "#n #G M P"],
-    bias: Float[Array, "#n #G M P H"] | None = None,
+    attention_mask: Bool[Array, "#n #G M E"],
+    bias: Float[Array, "#n #G M E H"] | None = None,
     remat: bool = False,
     dropout_rngs: RowRngs | None = None,
 ) -> tuple[Float[Array, "n G M D"], KVCache | None]:

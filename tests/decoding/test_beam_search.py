@@ -37,7 +37,7 @@ def place(prefix: tuple[int, ...]) -> int:
 
 @struct.dataclass
 class Pool:
-    tokens: jax.Array  # [n, P]
+    tokens: jax.Array  # [n, E]
     steps: jax.Array  # [n], how often a row was asked for
 
     def take(self, rows: jax.Array) -> Pool:

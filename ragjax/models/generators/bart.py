@@ -152,7 +152,7 @@ class Bart(nnx.Module):
         past: KVCache | None,
         tokens: Int[Array, "n G M"],
         positions: Int[Array, "#n #G M"],
-        attention_mask: Bool[Array, "#n #G M P"],
+        attention_mask: Bool[Array, "#n #G M E"],
         dropout_rngs: RowRngs | None = None,
         remat: bool = False,
     ) -> tuple[Float[Array, "n G M D"], KVCache | None]:
