@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import io
 import json
 import socket
 import threading
@@ -16,8 +17,10 @@ import pytest
 
 from ragjax.answerer import Answerer
 from ragjax.answering.answers import Answer
+from ragjax.serving import telemetry
 from ragjax.serving.app import Server, Serving
 from ragjax.serving.server import bind, make_uvicorn
+from ragjax.terminal import Screen, terminal
 
 JSON = {"Content-Type": "application/json"}
 HEAD = "POST /v1/answer HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n"
@@ -56,10 +59,12 @@ class Running:
 
 
 @contextmanager
-def running(serving: Serving) -> Iterator[Running]:
+def running(serving: Serving, logged: bool = False) -> Iterator[Running]:
+    """Its log, whose lines come after the responses and so perhaps after the test, goes nowhere unless asked for."""
     server = Server(serving)
     uvicorn_server = make_uvicorn(server)
-    with bind("127.0.0.1", 0) as listening:
+    with bind("127.0.0.1", 0) as listening, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(telemetry, "terminal", terminal if logged else Screen(file=io.StringIO()))
         thread = threading.Thread(target=lambda: uvicorn_server.run(sockets=[listening]), daemon=True)
         thread.start()
 

@@ -29,10 +29,12 @@ from ragjax.commands.serve import ServeOptions, allowed_hosts, examples, read_to
 from ragjax.config import load_config
 from ragjax.errors import InputError
 from ragjax.runs.run_dir import load_run_config
+from ragjax.serving import telemetry
 from ragjax.serving.app import Server, Serving
 from ragjax.serving.guard import HEADERS
 from ragjax.serving.server import bind
 from ragjax.serving.settings import Limits
+from ragjax.terminal import terminal
 
 QUESTIONS = [f"Capital of {land}?" for land in LANDS[:8]]
 LIMITS = Limits(batch=2, receive_s=0.4, deadline_s=30.0)
@@ -338,6 +340,7 @@ def test_warming_up(serving: Serving, monkeypatch: pytest.MonkeyPatch, capfd: py
             raise MemoryError("secret within")
 
     monkeypatch.setattr(Answerer, "answer", answer)
+    monkeypatch.setattr(telemetry, "terminal", terminal)
     server = Server(replace(serving, limits=replace(LIMITS, batch=8)))
     told = "batches of {} are compiled; "
     for seconds, fails, sizes in ((60.0, 0, [2, 8, 6, 4]), (60.0, 3, [2, 8]), (1e-9, 0, [])):
@@ -374,12 +377,12 @@ def test_a_token(serving: Serving) -> None:
 
 
 def test_questions_are_not_logged_unless_asked(serving: Serving, capfd: pytest.CaptureFixture[str]) -> None:
-    with running(serving) as here:
+    with running(serving, logged=True) as here:
         here.post("/v1/answer", {"question": QUESTIONS[0]})
         here.ask("GET", f"/?question={QUESTIONS[0].replace(' ', '%20')}")
     silent = capfd.readouterr().err
     assert "POST /v1/answer 200" in silent and LANDS[0] not in silent
-    with running(replace(serving, log_questions=True)) as here:
+    with running(replace(serving, log_questions=True), logged=True) as here:
         here.post("/v1/answer", {"question": f"{QUESTIONS[0]}\x1b[31m"})
     assert f"question: {QUESTIONS[0]}␛[31m" in capfd.readouterr().err
 
