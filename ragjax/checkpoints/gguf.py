@@ -91,19 +91,49 @@ MOST_GGUF_PARTS = 2**23  # pieces of metadata: a vocabulary of 256,000 takes a q
 
 @lru_cache(maxsize=2)
 def read_gguf(file: Path) -> Any:
-    """The `gguf.GGUFReader` of a file, memory-mapped. Kept, since opening one takes seconds. Raises `InputError`."""
-    from gguf import GGUFReader
+    """The `gguf.GGUFReader` of a file, memory-mapped, and kept. Raises `InputError`."""
+    from gguf import GGUFEndian, GGUFReader, GGUFValueType
 
     class Bounded(GGUFReader):  # type: ignore[misc]  # whose own loops go on behind the end of the file
         parts = 0
 
         def _get(self, offset: int, dtype: Any, count: Any = 1, override_order: Any = None) -> Any:
-            self.parts += 1
-            if offset + int(count) * np.dtype(dtype).itemsize > len(self.data):
+            self._check(offset + int(count) * np.dtype(dtype).itemsize, 1)
+            return super()._get(offset, dtype, count, override_order)
+
+        def _check(self, end: int, parts: int) -> None:
+            self.parts += parts
+            if end > len(self.data):
                 raise ValueError("it ends before what it announces")
             if self.parts > MOST_GGUF_PARTS:
                 raise ValueError("its metadata has too many entries")
-            return super()._get(offset, dtype, count, override_order)
+
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list[Any], list[int], list[Any]]:
+            """Arrays as views of the file: the library takes seconds for a vocabulary, entry by entry."""
+            if raw_type != GGUFValueType.ARRAY:
+                return super()._get_field_parts(orig_offs, raw_type)  # type: ignore[no-any-return]
+            head = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
+            kind, count, end = GGUFValueType(int(head[0][0])), int(head[1][0]), orig_offs + 12
+            if kind == GGUFValueType.STRING:
+                values, end = self._strings(end, count)
+            elif kind in self.gguf_scalar_to_np:
+                values = [self._get(end, self.gguf_scalar_to_np[kind], count)]
+                end += values[0].nbytes
+            else:
+                return super()._get_field_parts(orig_offs, raw_type)  # type: ignore[no-any-return]
+            places = list(range(len(head), len(head) + len(values)))
+            return end - orig_offs, [*head, *values], places, [GGUFValueType.ARRAY, kind]
+
+        def _strings(self, end: int, count: int) -> tuple[list[np.ndarray], int]:
+            self._check(end + 8 * count, 2 * count)
+            data, texts = self.data.view(np.ndarray), list[np.ndarray]()
+            order: Any = "little" if self.endianess == GGUFEndian.LITTLE else "big"
+            for _ in range(count):
+                begin = end + 8
+                end = begin + int.from_bytes(data[end:begin].tobytes(), order)
+                self._check(end, 0)
+                texts.append(data[begin:end])
+            return texts, end
 
     with library_errors(f"{file}: not readable as a GGUF file", "fetch it again"):
         return Bounded(file)
