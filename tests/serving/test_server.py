@@ -154,7 +154,7 @@ BAD = [
     (b"{", "the body: not JSON"),
     (b"[]", "the body: input should be"),
     (b"\xff", "the body: not UTF-8"),
-    (b"[" * 5000, "the body: not JSON: nested too deeply"),
+    (b"[" * 5000 + b"]" * 5000, "the body: not JSON: nested too deeply"),
     (b'{"question": "\\ud800"}', "the body: holds half of a"),
     (b'{"question": 3}', "question: input should be a valid string"),
     (b'{"question": "a", "questions": ["b"]}', "question: give it, or questions"),
