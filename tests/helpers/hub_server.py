@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+from local_http import QuietHandler, local_http
 
 
 @contextmanager
@@ -20,15 +20,12 @@ def hub_server(repo: str, revisions: Mapping[str, Mapping[str, bytes]]) -> Itera
     """
     asked: list[str] = []
 
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *_: Any) -> None:
-            pass
-
+    class Handler(QuietHandler):
         def do_HEAD(self) -> None:
             self.do_GET()
 
         def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers.get("content-length", 0)))
+            body = self.body()
             self.answer(json.loads(body)["paths"] if "paths-info" in self.path else [])
 
         def do_GET(self) -> None:
@@ -68,20 +65,5 @@ def hub_server(repo: str, revisions: Mapping[str, Mapping[str, bytes]]) -> Itera
                 }
                 self.reply(200, json.dumps(about | {"downloads": 0, "likes": 0, "gated": False}).encode())
 
-        def reply(self, status: int, data: bytes, headers: Mapping[str, str] | None = None) -> None:
-            self.send_response(status)
-            for key, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
-                self.send_header(key, value)
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(data)
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", asked
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with local_http(Handler) as address:
+        yield address, asked

@@ -5,15 +5,14 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from local_http import QuietHandler, local_http
 
 TOKEN = "hf_of_the_test"
 
@@ -33,20 +32,17 @@ def push_server() -> Iterator[Hub]:
     """Takes uploads of who has `TOKEN`: *.safetensors as large files, all others within the commit."""
     hub = Hub()
 
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *_: Any) -> None:
-            pass
-
+    class Handler(QuietHandler):
         def do_GET(self) -> None:
             if self.allowed() and self.path == "/api/whoami-v2":
-                self.reply({"type": "user", "name": "me"})
+                self.tell({"type": "user", "name": "me"})
             else:
-                self.reply({"error": "not here"}, 404)
+                self.tell({"error": "not here"}, 404)
 
         def do_PUT(self) -> None:
             body = self.body()
             hub.large[hashlib.sha256(body).hexdigest()] = body
-            self.reply({})
+            self.tell({})
 
         def do_POST(self) -> None:
             path, body = unquote(urlsplit(self.path).path), self.body()
@@ -54,23 +50,23 @@ def push_server() -> Iterator[Hub]:
                 return
             if path == "/api/validate-yaml":
                 assert json.loads(body)["content"].startswith("---\n")
-                self.reply({"warnings": [], "errors": []})
+                self.tell({"warnings": [], "errors": []})
             elif path == "/api/repos/create":
                 about = json.loads(body)
                 name = f"{about['organization']}/{about['name']}"
                 hub.repositories.setdefault(name, {})
-                self.reply({"url": f"{hub.address}/{name}"})
+                self.tell({"url": f"{hub.address}/{name}"})
             elif path.endswith(".git/info/lfs/objects/batch"):
                 objects = [of | {"actions": self.upload(of["oid"])} for of in json.loads(body)["objects"]]
-                self.reply({"transfer": "basic", "objects": objects})
+                self.tell({"transfer": "basic", "objects": objects})
             elif "/preupload/" in path:
-                self.reply({"files": [self.way_of(file["path"]) for file in json.loads(body)["files"]]})
+                self.tell({"files": [self.way_of(file["path"]) for file in json.loads(body)["files"]]})
             elif "/commit/" in path and hub.forbidden:
-                self.reply({"error": "no right to write"}, 403)
+                self.tell({"error": "no right to write"}, 403)
             elif "/commit/" in path:
                 self.commit(path.removeprefix("/api/models/").partition("/commit/")[0], body)
             else:
-                self.reply({"error": "not here"}, 404)
+                self.tell({"error": "not here"}, 404)
 
         def upload(self, oid: str) -> dict[str, Any]:
             return {"upload": {"href": f"{hub.address}/large/{oid}"}}
@@ -86,36 +82,19 @@ def push_server() -> Iterator[Hub]:
                     hub.repositories[repo][file["path"]] = base64.b64decode(file["content"])
                 elif entry["key"] == "lfsFile":
                     hub.repositories[repo][file["path"]] = hub.large[file["oid"]]
-            self.reply({"commitUrl": f"{hub.address}/{repo}/commit/{'0' * 40}", "commitOid": "0" * 40})
+            self.tell({"commitUrl": f"{hub.address}/{repo}/commit/{'0' * 40}", "commitOid": "0" * 40})
 
         def allowed(self) -> bool:
             if ours := self.headers.get("authorization") == f"Bearer {TOKEN}":
                 return ours
-            self.reply({"error": "who are you?"}, 401)
+            self.tell({"error": "who are you?"}, 401)
             return False
 
-        def body(self) -> bytes:
-            return self.rfile.read(int(self.headers.get("content-length", 0)))
+        def tell(self, value: Any, status: int = 200) -> None:
+            self.reply(status, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
-        def reply(self, value: Any, status: int = 200) -> None:
-            data = json.dumps(value).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(data)))
-            self.send_header("Content-Type", "application/json")
-            self.end_headers()
-            self.wfile.write(data)
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    hub.address = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    with pytest.MonkeyPatch.context() as patch:
+    with local_http(Handler) as hub.address, pytest.MonkeyPatch.context() as patch:
         for name, value in (("ENDPOINT", hub.address), ("HF_HUB_OFFLINE", False), ("HF_HUB_DISABLE_XET", True)):
             patch.setattr(f"huggingface_hub.constants.{name}", value)
         patch.setenv("HF_TOKEN", TOKEN)
-        try:
-            yield hub
-        finally:
-            server.shutdown()
-            server.server_close()
-            thread.join()
+        yield hub
