@@ -55,7 +55,7 @@ def in_the_garbage_collector(happens: Callable[[], None]) -> None:
             happens()
 
     gc.callbacks.append(callback)
-    gc.collect()
+    gc.collect(0)
 
 
 def in_what_catches_everything(happens: Callable[[], None]) -> None:
